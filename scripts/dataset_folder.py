@@ -1,0 +1,169 @@
+"""The contract of the shared folders: which files are pictures, where a caption lies, what the manifest says.
+
+Standard library only: every stage meets the others here and nowhere else. A file gets its name when it is whole,
+so "exists" never has to mean "maybe complete".
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CAPTION_SUFFIX = ".txt"
+RECORD_FOLDER = ".loracat"
+
+_MAGIC_BYTES = (("png", b"\x89PNG\r\n\x1a\n"), ("jpeg", b"\xff\xd8\xff"), ("bmp", b"BM"))
+_UMASK = os.umask(0o077)  # the mask can only be read by setting it
+os.umask(_UMASK)
+_REPEATS_FOLDER = re.compile(r"(\d+)_.+")
+
+
+@dataclass(frozen=True)
+class DatasetFolder:
+    """`DATASET_DIR` and what lies where in it."""
+
+    root: Path
+
+    @property
+    def images(self) -> Path:
+        """Pictures and their captions."""
+        return self.root / "images"
+
+    @property
+    def manifest(self) -> Path:
+        """One JSON line per collected picture."""
+        return self.root / "manifest.jsonl"
+
+    @property
+    def records(self) -> Path:
+        """What the stages write down for themselves."""
+        return self.root / RECORD_FOLDER
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A picture of the data set; `repeats` is how often one epoch shows it (`N_name` folders, else 1)."""
+
+    path: Path
+    repeats: int
+
+    @property
+    def caption_path(self) -> Path:
+        """The same stem with `.txt`."""
+        return caption_path(self.path)
+
+
+def caption_path(image: Path) -> Path:
+    """Where the caption of `image` lies."""
+    return image.with_suffix(CAPTION_SUFFIX)
+
+
+def find_images(folder: Path) -> list[ImageFile]:
+    """All pictures in `folder` and in its `N_name` folders, sorted by relative path.
+
+    Other folders, hidden files and files with another suffix are not pictures of the data set. A folder `0_name`
+    holds pictures that are laid aside.
+    """
+    found = [ImageFile(path, 1) for path in _image_files(folder)]
+    for child in folder.iterdir() if folder.is_dir() else ():
+        match = _REPEATS_FOLDER.fullmatch(child.name)
+        if match and child.is_dir() and int(match[1]) > 0:
+            found += [ImageFile(path, int(match[1])) for path in _image_files(child)]
+    return sorted(found, key=lambda image: image.path.relative_to(folder).as_posix())
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file():
+            yield path
+
+
+def sniff_image_format(head: bytes) -> str | None:
+    """`png`, `jpeg`, `webp` or `bmp` by the magic bytes in the first 12 bytes of a file, else None."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    return next((name for name, magic in _MAGIC_BYTES if head.startswith(magic)), None)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well, that file is flushed and takes the name `path`.
+
+    When the block raises, the temporary file is removed and `path` is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    os.close(handle)
+    beside = Path(name)
+    try:
+        os.chmod(beside, 0o666 & ~_UMASK)
+        yield beside
+        _flush(beside)
+        os.replace(beside, path)
+        _flush(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`: whole, or not at all."""
+    with whole_file(path) as beside:
+        beside.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 with `\\n` line ends to `path`: whole, or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write `content` as readable JSON to `path`: whole, or not at all."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def append_json_line(path: Path, record: dict) -> None:
+    """Append `record` as one line, flushed to the disk; half a line that a killed run left is closed first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = b"\n" + line
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The records of a JSON-lines file, [] if it does not exist; half a line that a killed run left is passed over."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
+def _flush(path: Path) -> None:
+    """fsync a file, or a folder so that a rename in it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

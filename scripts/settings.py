@@ -1,0 +1,356 @@
+"""Settings: TOML < environment < flags, as frozen typed values.
+
+A section is a frozen dataclass whose fields are made with `setting(...)`; it is one table of
+`config/training_config.toml`, and a field that is itself a section is a table inside it. Every key has one environment
+variable, its name in capitals; an empty variable means "not set". Everything that is wrong is refused at once.
+Relative paths in the file are relative to the repository, in variables and flags to the current directory.
+"""
+
+import argparse
+import dataclasses
+import math
+import operator
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from errors import SettingsError, one_list
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SETTINGS_FILE = REPOSITORY / "config" / "training_config.toml"
+TABLES = ("project", "collect", "caption", "train")
+
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+def setting(
+    default: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    secret: bool = False,
+) -> Any:
+    """A field of a section: its default and the range of a number. A secret exists as an environment variable only."""
+    limits = {"at_least": at_least, "above": above, "at_most": at_most}
+    metadata = {"limits": {name: limit for name, limit in limits.items() if limit is not None}, "secret": secret}
+    return field(default=default, metadata=metadata, repr=not secret)
+
+
+@dataclass(frozen=True)
+class ProjectSettings:
+    """`[project]`: what all stages share."""
+
+    trigger_word: str = setting("nyafyi_woman")
+    dataset_dir: Path = setting(Path("dataset"))
+    output_dir: Path = setting(Path("output"))
+    models_dir: Path = setting(Path("models"))
+
+    def contradictions(self) -> Iterator[str]:
+        if not self.trigger_word or "," in self.trigger_word or self.trigger_word != " ".join(self.trigger_word.split()):
+            yield f"trigger_word: {self.trigger_word!r} must be one tag: not empty, without commas or stray spaces"
+
+
+@dataclass(frozen=True)
+class CollectSettings:
+    """`[collect]`: ComfyUI and what is sent to it."""
+
+    comfyui_endpoint: str = setting("http://host.docker.internal:8188")
+    comfyui_workflow: Path = setting(Path("workflow_api.json"))
+    workflow_config: Path = setting(Path("config/workflow_config.json"))
+    prompts_file: Path = setting(Path("prompts.json"))
+    face_reference: Path | None = setting(None)
+    """None: `face_reference.png` in the repository if it is there."""
+    global_seed: int | None = setting(None, at_least=0, at_most=2**64 - 1)
+    new_seeds: bool = setting(False)
+    comfyui_delay: float = setting(2.0, at_least=0)
+    """Seconds between submissions."""
+
+    def contradictions(self) -> Iterator[str]:
+        if not self.comfyui_endpoint.startswith(("http://", "https://")):
+            yield f"comfyui_endpoint: {self.comfyui_endpoint!r} must begin with http:// or https://"
+        if self.new_seeds and self.global_seed is not None:
+            yield "new_seeds and global_seed contradict each other: unset one of them"
+
+
+@dataclass(frozen=True)
+class CaptionSettings:
+    """`[caption]`: the WD14 tagger and what becomes of its tags."""
+
+    caption_model: str = setting("SmilingWolf/wd-swinv2-tagger-v3")
+    caption_batch_size: int = setting(8, at_least=1, at_most=1024)
+    caption_threshold: float = setting(0.35, above=0, at_most=1)
+    caption_character_threshold: float = setting(0.85, above=0, at_most=1)
+    caption_exclude_tags: tuple[str, ...] = setting(())
+    caption_overwrite: bool = setting(False)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a script was asked to do."""
+
+    check: bool
+    """Only verify what the stage needs."""
+    sections: dict[str, Any]
+    """One filled section per table, by the table's name."""
+    sources: dict[str, str]
+    """Where each key's value came from: `default`, the file's name, `environment` or `--set`."""
+
+    def described(self) -> str:
+        """One line per key: its value and where it came from; secrets are not shown."""
+        lines = []
+        for section in self.sections.values():
+            for name, value, secret in _flat_values(section):
+                shown = ("set" if value else "not set") if secret else _as_toml(value)
+                lines.append(f"{name} = {shown!r}  ({self.sources[name]})")
+        return "\n".join(lines)
+
+    def overridden(self) -> str:
+        """The values that did not come from the file, in one line."""
+        shown = [line.rpartition("  (")[0] for line in self.described().splitlines() if line.endswith(("(environment)", "(--set)"))]
+        return ", ".join(shown) or "nothing"
+
+
+def read_request(stage: str, description: str, argv: list[str], sections: dict[str, type]) -> Request:
+    """Parse the flags and fill `sections` (table name -> section class).
+
+    Raises SettingsError with every complaint at once. `--help` and `--settings` print and end the program.
+    """
+    parser = argparse.ArgumentParser(prog=f"{stage}.py", description=description, exit_on_error=False)
+    parser.add_argument("--check", action="store_true", help="verify everything the stage needs, print one list, and exit")
+    parser.add_argument("--settings", action="store_true", help="print every setting and where it came from, and exit")
+    parser.add_argument("--config", type=Path, default=SETTINGS_FILE, metavar="FILE", help="another settings file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set one key; wins over everything")
+    parser.error = _refuse_flags
+    flags = parser.parse_args(argv)
+    request = resolve(flags.config, os.environ, flags.set, sections, check=flags.check)
+    if flags.settings:
+        print(request.described())
+        raise SystemExit(0)
+    return request
+
+
+def _refuse_flags(message: str) -> None:
+    raise SettingsError(f"{message}; --help shows the flags")
+
+
+def resolve(
+    file: Path, environment: typing.Mapping[str, str], flags: list[str], sections: dict[str, type], *, check: bool = False
+) -> Request:
+    """Fill `sections` from the TOML `file`, then `environment`, then `flags` (`KEY=VALUE`).
+
+    Raises SettingsError with every complaint at once: unknown keys, wrong types, values out of range, contradictions.
+    """
+    complaints: list[str] = []
+    tables = _read_toml(file)
+    complaints += [f"[{name}]: unknown table in {file.name}; known: {', '.join(TABLES)}" for name in tables if name not in TABLES]
+    from_flags = _split_flags(flags, complaints)
+    sources: dict[str, str] = {}
+    filled = {
+        name: _fill(section, name, tables.get(name, {}), file, environment, from_flags, sources, complaints)
+        for name, section in sections.items()
+    }
+    complaints += [f"--set {key}: unknown key" for key in from_flags]
+    if complaints:
+        raise SettingsError(one_list("these settings cannot be used:", complaints))
+    return Request(check=check, sections=filled, sources=sources)
+
+
+def all_keys(section: type) -> Iterator[dataclasses.Field]:
+    """Every field of a section that is a key, tables inside it included."""
+    hints = typing.get_type_hints(section)
+    for key in dataclasses.fields(section):
+        if dataclasses.is_dataclass(hints[key.name]):
+            yield from all_keys(hints[key.name])
+        else:
+            yield key
+
+
+def resolved_toml(sections: dict[str, Any]) -> str:
+    """The filled sections as TOML in the layout of the settings file, secrets left out."""
+    return tomli_w.dumps({name: _section_as_toml(section) for name, section in sections.items()})
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingsError(f"{file}: there is no such settings file; name another with --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: not valid TOML: {error}") from None
+    except IsADirectoryError:
+        raise SettingsError(f"{file}: is a folder, not a settings file") from None
+
+
+def _split_flags(flags: list[str], complaints: list[str]) -> dict[str, str]:
+    split = {}
+    for flag in flags:
+        key, equals, value = flag.partition("=")
+        if equals:
+            split[key.strip().lower()] = value
+        else:
+            complaints.append(f"--set {flag}: must be KEY=VALUE")
+    return split
+
+
+def _fill(section, table, given, file, environment, flags, sources, complaints) -> Any:
+    """One section from its TOML table and the two sources above it; what is wrong is added to `complaints`."""
+    if not isinstance(given, dict):
+        complaints.append(f"{table}: must be a table, [{table}]")
+        given = {}
+    before = len(complaints)
+    hints = typing.get_type_hints(section)
+    values = {}
+    for key in dataclasses.fields(section):
+        hint = hints[key.name]
+        if dataclasses.is_dataclass(hint):
+            inner = given.get(key.name, {})
+            values[key.name] = _fill(hint, f"{table}.{key.name}", inner, file, environment, flags, sources, complaints)
+            continue
+        raw, source = _pick(key, given, file, environment, flags)
+        sources[key.name] = source
+        try:
+            values[key.name] = _checked(_converted(raw, hint, source, file), key)
+        except ValueError as error:
+            shown = "" if key.metadata["secret"] else f" {raw!r}"
+            complaints.append(f"{key.name} ({source}):{shown} {error}")
+    secret = {key.name: key.metadata.get("secret", False) for key in dataclasses.fields(section)}
+    complaints += [f"[{table}] {name}: unknown key in {file.name}" for name in given if name not in secret]
+    complaints += [f"{name}: a secret stands in no file; set {name.upper()}" for name in given if secret.get(name)]
+    if len(complaints) > before:
+        return None
+    made = section(**values)
+    if hasattr(section, "contradictions"):
+        complaints += made.contradictions()
+    return made
+
+
+def _pick(key, given, file, environment, flags) -> tuple[Any, str]:
+    """The raw value of a key and its source; the strongest source that has one wins."""
+    if key.name in flags:
+        return flags.pop(key.name), "--set"
+    if environment.get(key.name.upper(), "") != "":
+        return environment[key.name.upper()], "environment"
+    if key.name in given and not key.metadata["secret"]:
+        return given[key.name], file.name
+    return key.default, "default"
+
+
+def _converted(raw: Any, hint: Any, source: str, file: Path) -> Any:
+    """`raw` as the type `hint`. Text from a variable or flag is parsed; a TOML value must have the type already."""
+    if source == "default":
+        return _absolute(raw, REPOSITORY) if isinstance(raw, Path) else raw
+    is_text = source in ("environment", "--set")
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if type(None) in options and raw == "":
+        return None
+    wanted = []
+    for option in options:
+        if option is type(None):
+            continue
+        convert, name = _converter(option, Path.cwd() if is_text else REPOSITORY)
+        wanted.append(name)
+        value = convert(raw, is_text)
+        if value is not None:
+            return value
+    raise ValueError(f"must be {' or '.join(wanted)}")
+
+
+def _converter(option: Any, base: Path) -> tuple[Callable[[Any, bool], Any], str]:
+    """A function (raw, is text) -> value or None, and how a person would call what is wanted."""
+    if typing.get_origin(option) is Literal:
+        choices = typing.get_args(option)
+        return lambda raw, _: next((choice for choice in choices if choice == raw), None), "one of " + ", ".join(choices)
+    if typing.get_origin(option) is tuple:
+        return _as_list, "a list of words"
+    converters = {
+        bool: (_as_bool, "true or false"),
+        int: (_as_int, "a whole number"),
+        float: (_as_float, "a number"),
+        str: (lambda raw, _: raw if isinstance(raw, str) else None, "text"),
+        Path: (lambda raw, _: _absolute(Path(raw), base) if isinstance(raw, str) and raw else None, "a path"),
+    }
+    return converters[option]
+
+
+def _as_bool(raw: Any, is_text: bool) -> bool | None:
+    if not is_text:
+        return raw if isinstance(raw, bool) else None
+    return {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}.get(raw.strip().lower())
+
+
+def _as_int(raw: Any, is_text: bool) -> int | None:
+    if is_text:
+        try:
+            return int(raw.strip())
+        except ValueError:
+            return None
+    return raw if isinstance(raw, int) and not isinstance(raw, bool) else None
+
+
+def _as_float(raw: Any, is_text: bool) -> float | None:
+    if not is_text and (isinstance(raw, bool) or not isinstance(raw, (int, float))):
+        return None
+    try:
+        number = float(raw)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _as_list(raw: Any, is_text: bool) -> tuple[str, ...] | None:
+    if is_text:
+        return tuple(word.strip() for word in raw.split(",") if word.strip())
+    return tuple(raw) if isinstance(raw, list) and all(isinstance(word, str) for word in raw) else None
+
+
+def _absolute(path: Path, base: Path) -> Path:
+    return base / path.expanduser()
+
+
+def _checked(value: Any, key: dataclasses.Field) -> Any:
+    """`value` if it lies within the limits of its field; raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    tests = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
+    limits = key.metadata["limits"]
+    if not all(tests[name](value, limit) for name, limit in limits.items()):
+        bounds = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
+        raise ValueError(f"must be {bounds}")
+    return value
+
+
+def _flat_values(section: Any) -> Iterator[tuple[str, Any, bool]]:
+    for key in dataclasses.fields(section):
+        value = getattr(section, key.name)
+        if dataclasses.is_dataclass(value):
+            yield from _flat_values(value)
+        else:
+            yield key.name, value, key.metadata["secret"]
+
+
+def _section_as_toml(section: Any) -> dict[str, Any]:
+    table = {}
+    for key in dataclasses.fields(section):
+        value = getattr(section, key.name)
+        if dataclasses.is_dataclass(value):
+            table[key.name] = _section_as_toml(value)
+        elif not key.metadata["secret"]:
+            table[key.name] = _as_toml(value)
+    return table
+
+
+def _as_toml(value: Any) -> Any:
+    """A value as the settings file would hold it."""
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value

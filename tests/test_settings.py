@@ -1,0 +1,86 @@
+"""TOML < environment < flags, typed, and refused all at once."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import settings
+from errors import SettingsError
+from settings import CaptionSettings, CollectSettings, ProjectSettings, all_keys, resolve, resolved_toml
+from training.config import TrainSettings
+
+SECTIONS = {"project": ProjectSettings, "collect": CollectSettings, "caption": CaptionSettings, "train": TrainSettings}
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "settings.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_shipped_file_states_every_key_once_with_the_default_value():
+    shipped = resolve(settings.SETTINGS_FILE, {}, [], SECTIONS)
+    empty = {name: section() for name, section in SECTIONS.items()}
+    stated = tomllib.loads(settings.SETTINGS_FILE.read_text(encoding="utf-8"))
+    defaults = tomllib.loads(resolved_toml(empty))
+    assert stated == defaults
+    assert not [key for key, source in shipped.sources.items() if source == "default" and key != "wandb_api_key"]
+
+
+def test_every_key_has_a_name_of_its_own():
+    names = [key.name for section in SECTIONS.values() for key in all_keys(section)]
+    assert len(names) == len(set(names))
+
+
+def test_environment_wins_over_file_and_flag_over_both(tmp_path):
+    file = write(tmp_path, "[train.lora]\nlora_rank = 8\n[train.run]\ntrain_batch_size = 2\n")
+    request = resolve(file, {"LORA_RANK": "16", "TRAIN_BATCH_SIZE": "3"}, ["lora_rank=4"], SECTIONS)
+    train = request.sections["train"]
+    assert (train.lora.lora_rank, request.sources["lora_rank"]) == (4, "--set")
+    assert (train.run.train_batch_size, request.sources["train_batch_size"]) == (3, "environment")
+    assert request.sources["learning_rate"] == "default"
+
+
+def test_empty_variable_means_not_set(tmp_path):
+    request = resolve(write(tmp_path, ""), {"LORA_RANK": "", "GLOBAL_SEED": ""}, [], SECTIONS)
+    assert request.sections["train"].lora.lora_rank == 32
+    assert request.sections["collect"].global_seed is None
+
+
+def test_everything_wrong_is_said_at_once(tmp_path):
+    text = '[train.lora]\nlora_rank = "big"\nlora_rang = 3\n[trian]\n'
+    text += "[caption]\ncaption_threshold = 2.0\n[train.run]\ntrain_seed = true\n"
+    with pytest.raises(SettingsError) as refused:
+        resolve(write(tmp_path, text), {"LEARNING_RATE": "fast", "MIXED_PRECISION": "fp8"}, ["nonsense=1", "bare"], SECTIONS)
+    message = str(refused.value)
+    for word in ("lora_rank", "lora_rang", "[trian]", "caption_threshold", "train_seed", "fast", "fp8", "nonsense", "bare"):
+        assert word in message
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e9", "abc"])
+def test_learning_rate_out_of_range_is_refused(tmp_path, value):
+    with pytest.raises(SettingsError, match="learning_rate"):
+        resolve(write(tmp_path, ""), {"LEARNING_RATE": value}, [], SECTIONS)
+
+
+def test_relative_paths_belong_to_the_repository_in_the_file_and_to_the_current_folder_outside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    request = resolve(write(tmp_path, ""), {"FACE_REFERENCE": "me.png"}, [], SECTIONS)
+    assert request.sections["project"].dataset_dir == settings.REPOSITORY / "dataset"
+    assert request.sections["collect"].face_reference == tmp_path / "me.png"
+
+
+def test_secret_comes_from_its_variable_only_and_is_shown_nowhere(tmp_path):
+    request = resolve(write(tmp_path, ""), {"WANDB_API_KEY": "hush"}, [], SECTIONS)
+    assert request.sections["train"].logging.wandb_api_key == "hush"
+    assert "hush" not in request.described() + repr(request) + resolved_toml(request.sections)
+    with pytest.raises(SettingsError, match="WANDB_API_KEY") as refused:
+        resolve(write(tmp_path, '[train.logging]\nwandb_api_key = "hush"\n'), {}, [], SECTIONS)
+    assert "hush" not in str(refused.value)
+
+
+def test_resolved_file_gives_the_same_settings_again(tmp_path):
+    request = resolve(write(tmp_path, ""), {"LORA_RANK": "5", "CAPTION_EXCLUDE_TAGS": "a b, c"}, [], SECTIONS)
+    again = resolve(write(tmp_path, resolved_toml(request.sections)), {}, [], SECTIONS)
+    assert again.sections == request.sections
