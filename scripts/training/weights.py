@@ -1,0 +1,89 @@
+"""What a `.safetensors` file holds, read from its header. Standard library only."""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from errors import ModelError
+
+FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+"""Bytes per value of the types that weights may have."""
+_MAX_HEADER_BYTES = 100_000_000
+_OTHER_FORMATS = (
+    (b"PK\x03\x04", "is a pickle checkpoint, which can run code when it is opened: use the .safetensors of the same model"),
+    (b"\x80", "is a pickle checkpoint, which can run code when it is opened: use the .safetensors of the same model"),
+    (b"GGUF", "is a quantised GGUF file, which cannot be trained on: use the fp16 .safetensors of the same model"),
+    (b"version https://git-lfs", "is a Git LFS pointer, not the weights: run `git lfs pull`, or download the file again"),
+    (b"<", "is a web page, not weights: the download wanted a login or failed; download it again"),
+)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One entry of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    """First byte, from the start of the file."""
+    end: int
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A `.safetensors` file that is whole."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> WeightsFile:
+    """Read the header of `path` and compare it with the file's size; raises ModelError if it is not whole weights."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+        for magic, what in _OTHER_FORMATS:
+            # A header's length may begin with the same bytes as a short magic; its JSON then follows after 8 bytes.
+            if start.startswith(magic) and start[8:9] != b"{":
+                raise ModelError(f"{path}: {what}")
+        length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+        if not 0 < length <= min(_MAX_HEADER_BYTES, size - 8) or start[8:9] != b"{":
+            raise ModelError(f"{path}: is damaged or no .safetensors file ({size} bytes): download it again")
+        file.seek(8)
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", {})
+        tensors = {name: _tensor(entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{path}: its header is damaged: download it again") from None
+    wanted = max((tensor.end for tensor in tensors.values()), default=8 + length)
+    if size < wanted:
+        raise ModelError(f"{path}: is cut off, {size} of {wanted} bytes are there: download it again")
+    return WeightsFile(path, tensors, metadata)
+
+
+def digest(file: WeightsFile, names: Iterable[str]) -> str:
+    """SHA-256 over the names, shapes, types and bytes of the tensors `names`."""
+    total = hashlib.sha256()
+    with file.path.open("rb") as opened:
+        for name in sorted(names):
+            tensor = file.tensors[name]
+            total.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            opened.seek(tensor.begin)
+            for begin in range(tensor.begin, tensor.end, 1 << 22):
+                total.update(opened.read(min(1 << 22, tensor.end - begin)))
+    return total.hexdigest()
+
+
+def _tensor(entry: dict, data_start: int) -> Tensor:
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    width = FLOATS.get(entry["dtype"])
+    if end < begin or (width and end - begin != width * math.prod(shape)):
+        raise ValueError("offsets do not fit the shape")
+    return Tensor(entry["dtype"], shape, data_start + begin, data_start + end)
