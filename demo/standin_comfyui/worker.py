@@ -1,0 +1,236 @@
+"""The queue, the history and the one worker thread that takes prompts from one to the other."""
+
+import hashlib
+import heapq
+import json
+import random
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from demo.standin_comfyui.nodes import NODES, Context, file_hash, input_file
+
+MOST_HISTORY_ENTRIES = 10_000
+
+
+class Interrupted(Exception):
+    """POST /interrupt stopped the running prompt."""
+
+
+class Worker:
+    """Runs queued prompts, the smallest number first. All state is in memory, as ComfyUI's is."""
+
+    def __init__(self, folder: Path, seconds_per_job: float):
+        self.folder = folder
+        self.seconds_per_job = seconds_per_job
+        """How long a prompt takes of which not everything is cached."""
+        self.history: dict[str, dict] = {}
+        self.running: list | None = None
+        self.executed_jobs = 0
+        """How many prompts ran that were not cached as a whole."""
+        self._pending: list[list] = []
+        self._changed = threading.Condition()
+        self._interrupt = threading.Event()
+        self._stopping = False
+        self._cache: dict[str, tuple[tuple, dict]] = {}
+        self._thread = threading.Thread(target=self._work, name="standin-worker", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; a running prompt is interrupted."""
+        with self._changed:
+            self._stopping = True
+            self._pending.clear()
+            self._changed.notify()
+        self._interrupt.set()
+        self._thread.join()
+
+    def put(self, number: float, prompt_id: str, prompt: dict, extra_data: dict, outputs: list[str]) -> None:
+        with self._changed:
+            heapq.heappush(self._pending, [number, prompt_id, prompt, extra_data, outputs])
+            self._changed.notify()
+
+    def queue(self) -> dict[str, list]:
+        """As `GET /queue` shows it."""
+        with self._changed:
+            return {"queue_running": [self.running] if self.running else [], "queue_pending": list(self._pending)}
+
+    def delete_pending(self, prompt_ids: list[str] | None) -> None:
+        """Forget these waiting prompts; None means all."""
+        with self._changed:
+            self._pending = [item for item in self._pending if prompt_ids is not None and item[1] not in prompt_ids]
+            heapq.heapify(self._pending)
+
+    def interrupt(self, prompt_id: str | None) -> None:
+        """Stop the running prompt, if it is this one or none is named."""
+        with self._changed:
+            if self.running and prompt_id in (None, self.running[1]):
+                self._interrupt.set()
+
+    def drop_cache(self) -> None:
+        self._cache.clear()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._stopping)
+                if self._stopping:
+                    return
+                self.running = heapq.heappop(self._pending)
+                self._interrupt.clear()
+            entry = self._run(*self.running)
+            with self._changed:
+                if len(self.history) > MOST_HISTORY_ENTRIES:
+                    del self.history[next(iter(self.history))]
+                self.history[self.running[1]] = entry
+                self.running = None
+
+    def _run(self, number: float, prompt_id: str, prompt: dict, extra_data: dict, outputs: list[str]) -> dict:
+        """Execute one prompt; returns its history entry."""
+        messages = [_message("execution_start", prompt_id)]
+        run = _Run(self.folder, prompt, extra_data.get("extra_pnginfo"), self._cache)
+        cached = run.cached_nodes(outputs)
+        messages.append(_message("execution_cached", prompt_id, nodes=cached))
+        status = "success"
+        try:
+            if set(run.reachable(outputs)) - set(cached):
+                self.executed_jobs += 1
+                self._take_time()
+            for output in outputs:
+                run.execute(output)
+            messages.append(_message("execution_success", prompt_id))
+        except Interrupted:
+            status = "error"
+            messages.append(_message("execution_interrupted", prompt_id, **run.where()))
+        except Exception as error:
+            status = "error"
+            messages.append(_message("execution_error", prompt_id, **run.where(), **_described(error, run)))
+        self._cache = run.results
+        return {
+            "prompt": [number, prompt_id, prompt, extra_data, outputs],
+            "outputs": run.shown(),
+            "status": {"status_str": status, "completed": status == "success", "messages": messages},
+            "meta": {node_id: _meta(node_id) for node_id in run.shown()},
+        }
+
+    def _take_time(self) -> None:
+        if self._interrupt.wait(self.seconds_per_job):
+            raise Interrupted
+
+
+class _Run:
+    """One execution of one prompt over what the last one left in the cache."""
+
+    def __init__(self, folder: Path, prompt: dict, extra_pnginfo: dict | None, cache: dict):
+        self._folder, self._prompt, self._extra, self._cache = folder, prompt, extra_pnginfo, cache
+        self.results: dict[str, tuple[tuple, dict]] = {}
+        """signature of a node -> its values and what it shows."""
+        self.executed: list[str] = []
+        self._done: dict[str, tuple[tuple, dict]] = {}
+        self._signatures: dict[str, str] = {}
+        self._node = next(iter(prompt))
+        self._mark_loaded_files()
+
+    def reachable(self, outputs: list[str]) -> list[str]:
+        """The outputs and all that they need, each once."""
+        found: dict[str, None] = {}
+        waiting = list(outputs)
+        while waiting:
+            node_id = waiting.pop()
+            if node_id not in found:
+                found[node_id] = None
+                waiting += [source for source, _ in self._links(node_id)]
+        return list(found)
+
+    def cached_nodes(self, outputs: list[str]) -> list[str]:
+        """Those that need not run; their results stay in the cache for the next prompt."""
+        cached = [node_id for node_id in self.reachable(outputs) if self._signature(node_id) in self._cache]
+        self.results |= {self._signature(node_id): self._cache[self._signature(node_id)] for node_id in cached}
+        return cached
+
+    def execute(self, node_id: str) -> tuple:
+        """The values of a node, computed at most once."""
+        if node_id in self._done:
+            return self._done[node_id][0]
+        signature = self._signature(node_id)
+        known = self.results.get(signature)
+        if known is None:
+            known = self._compute(node_id)
+            self.executed.append(node_id)
+        self._done[node_id] = self.results[signature] = known
+        return known[0]
+
+    def shown(self) -> dict[str, dict]:
+        """What finished nodes hand to the history."""
+        return {node_id: shown for node_id, (_, shown) in self._done.items() if shown}
+
+    def where(self) -> dict[str, Any]:
+        """The node that was running, for a message."""
+        return {"node_id": self._node, "node_type": self._prompt[self._node]["class_type"], "executed": list(self.executed)}
+
+    def _compute(self, node_id: str) -> tuple[tuple, dict]:
+        node = NODES[self._prompt[node_id]["class_type"]]
+        given = self._prompt[node_id]["inputs"]
+        inputs = {}
+        for name in (*node.inputs, *node.optional):
+            if name not in given:
+                continue
+            value = given[name]
+            inputs[name] = self.execute(value[0])[value[1]] if isinstance(value, list) else value
+        self._node = node_id
+        context = Context(self._folder, self._prompt, self._extra)
+        return node.run(context, **inputs), context.shown
+
+    def _links(self, node_id: str) -> Iterator[list]:
+        node = NODES[self._prompt[node_id]["class_type"]]
+        for name, value in self._prompt[node_id]["inputs"].items():
+            if isinstance(value, list) and (name in node.inputs or name in node.optional):
+                yield value
+
+    def _signature(self, node_id: str) -> str:
+        """Equal for nodes that would compute the same: class and inputs, also unknown ones, but not ids and titles."""
+        if node_id not in self._signatures:
+            node = self._prompt[node_id]
+            inputs = {}
+            for name, value in node["inputs"].items():
+                linked = isinstance(value, list) and value[0] in self._prompt
+                inputs[name] = ["link", self._signature(value[0]), value[1]] if linked else value
+            parts = [node["class_type"], inputs, node.get("is_changed")]
+            self._signatures[node_id] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return self._signatures[node_id]
+
+    def _mark_loaded_files(self) -> None:
+        """As the real server does, write the hash of a loaded file into the stored prompt."""
+        for node in self._prompt.values():
+            if node["class_type"] == "LoadImage" and isinstance(node["inputs"].get("image"), str):
+                path = input_file(self._folder, node["inputs"]["image"])
+                node["is_changed"] = [file_hash(path)] if path.is_file() else [""]
+
+
+def in_some_order(outputs: list[str], prompt_id: str) -> list[str]:
+    """The outputs in an order that is not the workflow's, but the same for the same id."""
+    return random.Random(prompt_id).sample(outputs, len(outputs))
+
+
+def _message(kind: str, prompt_id: str, **data: Any) -> list:
+    return [kind, {"prompt_id": prompt_id, **data, "timestamp": int(time.time() * 1000)}]
+
+
+def _described(error: Exception, run: _Run) -> dict[str, Any]:
+    kind = type(error)
+    return {
+        "exception_message": f"{error}\n",
+        "exception_type": kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}",
+        "traceback": traceback.format_tb(error.__traceback__),
+        "current_inputs": {},
+        "current_outputs": list(run.executed),
+    }
+
+
+def _meta(node_id: str) -> dict[str, Any]:
+    return {"node_id": node_id, "display_node": node_id, "parent_node": None, "real_node_id": node_id}
