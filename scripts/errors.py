@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 EXIT_DONE = 0
 EXIT_BUG = 70
 
-_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class LoracatError(Exception):
@@ -92,6 +92,22 @@ def stop_on_signals() -> None:
     signal.signal(signal.SIGINT, stop)
 
 
+class StopRequest:
+    """From its making on SIGTERM and SIGINT only set `signum`, for a loop that ends between two items; a second one ends
+    the process at once."""
+
+    signum: int | None = None
+
+    def __init__(self):
+        def note(signum, _frame):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            self.signum = signum
+
+        signal.signal(signal.SIGTERM, note)
+        signal.signal(signal.SIGINT, note)
+
+
 def exit_code_of(stage: str, main: Callable[[], None]) -> int:
     """Run `main` and return the stage's exit code; a failure becomes one message on standard error."""
     try:
@@ -117,7 +133,7 @@ def _in_our_words(error: BaseException) -> LoracatError | None:
         return Stopped(signal.SIGPIPE)
     if isinstance(error, MemoryError):
         return ResourceError("out of memory: close other programs or lower the batch size")
-    if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
+    if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
         place = f"{error.filename}: " if error.filename else ""
         return ResourceError(f"{place}{error.strerror}: free disk space, or make the folder writable for this user")
     return None

@@ -1,0 +1,127 @@
+"""A WD14-style ONNX tagger: pictures -> the probability of each of its tags."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+from PIL import Image
+
+from captioning.captions import Tag
+from errors import ModelError
+
+_ORT_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoModel,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+_ONLY_FATAL = 4
+_FETCH_AGAIN = "delete it and run again to fetch it anew, or put a whole copy there"
+
+
+class Tagger:
+    """A loaded model with its tags; every problem with either is a ModelError."""
+
+    def __init__(self, model: Path, tags_file: Path):
+        self.tags = read_tags(tags_file)
+        self._file = model
+        self._session = _session(model)
+        self._read_input()
+        self._check_width(self._session.get_outputs()[0].shape, tags_file)
+
+    def _read_input(self) -> None:
+        """Name, layout, size and fixed batch of the input, from the session: WD14 models differ in all of them."""
+        entry = self._session.get_inputs()[0]
+        batch, *sides = entry.shape if len(entry.shape) == 4 else (None, None, None, None)
+        self._channels_first = sides[0] == 3 and sides[2] != 3
+        height, width = sides[1:] if self._channels_first else sides[:2]
+        if entry.type != "tensor(float)" or 3 not in (sides[0], sides[2]) or not isinstance(height, int) or height != width:
+            raise ModelError(
+                f"{self._file}: takes {entry.type} {entry.shape}, not float pictures [N, side, side, 3]; "
+                "set CAPTION_MODEL to a WD14-style tagger"
+            )
+        self.side_px = height
+        self._input = entry.name
+        self._fixed_batch = batch if isinstance(batch, int) and batch > 0 else None
+
+    def _check_width(self, shape: list, tags_file: Path) -> None:
+        """One output per row of the tags file; a size that the model leaves open is checked when it has run."""
+        width = shape[-1] if shape else None
+        if isinstance(width, int) and width != len(self.tags):
+            raise ModelError(
+                f"{tags_file}: lists {len(self.tags)} tags, but {self._file.name} gives {width} values per picture; "
+                "take both files from the same repository"
+            )
+
+    def probabilities(self, prepared: Sequence[np.ndarray]) -> np.ndarray:
+        """N pictures float32 [side, side, 3] (see `prepare`) -> float32 [N, tags], each within 0..1."""
+        batch = np.stack(prepared)
+        if self._channels_first:
+            batch = np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
+        step = self._fixed_batch or len(batch)
+        parts = [self._run(batch[start : start + step], step) for start in range(0, len(batch), step)]
+        result = np.concatenate(parts)
+        if result.shape != (len(batch), len(self.tags)):
+            raise ModelError(
+                f"{self._file}: gives values of shape {result.shape} for {len(batch)} pictures and {len(self.tags)} tags; "
+                "take both files from the same repository"
+            )
+        if not (np.isfinite(result).all() and result.min() >= 0 and result.max() <= 1):
+            raise ModelError(f"{self._file}: gives values that are not probabilities; set CAPTION_MODEL to a WD14-style tagger")
+        return result
+
+    def _run(self, part: np.ndarray, step: int) -> np.ndarray:
+        missing = step - len(part)
+        filled = np.pad(part, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else part
+        try:
+            return self._session.run(None, {self._input: filled})[0][: len(part)]
+        except _ORT_ERRORS as error:
+            raise ModelError(
+                f"{self._file}: stopped with {_one_line(error)}; lower CAPTION_BATCH_SIZE if memory is short, else {_FETCH_AGAIN}"
+            ) from None
+
+
+def prepare(picture: Image.Image, side_px: int) -> np.ndarray:
+    """An upright RGB picture -> float32 [side, side, 3], BGR, 0..255: padded to a centred white square, then bicubic.
+
+    This is what the models were trained on; changing the order or the filter changes the tags.
+    """
+    edge = max(picture.size)
+    square = Image.new("RGB", (edge, edge), "white")
+    square.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))
+    if edge != side_px:
+        square = square.resize((side_px, side_px), Image.Resampling.BICUBIC)
+    return np.asarray(square, dtype=np.float32)[:, :, ::-1]
+
+
+def read_tags(path: Path) -> list[Tag]:
+    """The rows of a `selected_tags.csv`; raises ModelError when it is none."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            tags = [Tag(row["name"], int(row["category"])) for row in csv.DictReader(file)]
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise ModelError(f"{path}: is not a table with the columns name and category; {_FETCH_AGAIN}") from None
+    if not tags:
+        raise ModelError(f"{path}: lists no tags; {_FETCH_AGAIN}")
+    return tags
+
+
+def _session(model: Path) -> onnxruntime.InferenceSession:
+    """On the CPU, with ONNX Runtime's default of one thread per physical core."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ONLY_FATAL  # errors are raised, and said in our words
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except _ORT_ERRORS as error:
+        raise ModelError(f"{model}: is cut off or no ONNX model ({_one_line(error)}); {_FETCH_AGAIN}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
