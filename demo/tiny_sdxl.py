@@ -15,14 +15,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from training.single_file import official_clip_name, sgm_source
+from training.parts import STEMS, name_in_files
+from training.sgm_names import sgm_source
 
 HIDDEN_1, HIDDEN_2 = 32, 64
 """Widths of the two text encoders."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = ("a n", "i n", "e r", "an d</w>", "r e", "1 g", "i r", "1g ir", "1gir l</w>", "s m", "i l", "sm il", "smil e</w>")
 """Enough to make some words one token and leave others in pieces."""
-NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_2": "model"}
 
 
 def build(folder: Path, *, prediction_type: str = "epsilon", zero_terminal_snr: bool = False, seed: int = 0) -> Path:
@@ -30,9 +30,9 @@ def build(folder: Path, *, prediction_type: str = "epsilon", zero_terminal_snr: 
     generator = torch.Generator().manual_seed(seed)
     vocabulary = _vocabulary()
     for name, module in _modules(len(vocabulary)).items():
-        weights = {official_clip_name(name, key): _random(key, empty, generator) for key, empty in module.state_dict().items()}
+        weights = {name_in_files(name, key): _random(key, empty, generator) for key, empty in module.state_dict().items()}
         (folder / name).mkdir(parents=True, exist_ok=True)
-        save_file(weights, folder / name / f"{NAMES[name]}.safetensors", metadata={"format": "pt"})
+        save_file(weights, folder / name / f"{STEMS[name]}.safetensors", metadata={"format": "pt"})
         module.config.architectures = [type(module).__name__]
         _write_json(folder / name / "config.json", _plain_config(module))
     _write_tokenizer(folder / "tokenizer", vocabulary, pad=END)
@@ -46,7 +46,7 @@ def write_single_file(folder: Path, file: Path, *, v_pred: bool = False, ztsnr: 
     """Write the weights of the diffusers `folder` to `file` in the original layout, with the marker keys that are asked for."""
     weights: dict[str, torch.Tensor] = {}
     pieces: dict[str, dict[int, torch.Tensor]] = {}
-    for part, stem in NAMES.items():
+    for part, stem in STEMS.items():
         for name, tensor in load_file(folder / part / f"{stem}.safetensors").items():
             source = sgm_source(part, name)
             tensor = tensor.T.contiguous() if source.transposed else tensor
@@ -68,7 +68,7 @@ def _modules(vocabulary_size: int) -> dict[str, torch.nn.Module]:
             sample_size=16,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(32, 64, 64),
+            block_out_channels=(32, 64, 32),
             transformer_layers_per_block=(1, 2, 10),
             attention_head_dim=(1, 1, 1),
             cross_attention_dim=HIDDEN_1 + HIDDEN_2,

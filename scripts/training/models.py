@@ -10,8 +10,10 @@ from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from errors import ModelError, one_list
-from training.base_model import BaseModel, Part
-from training.single_file import Source
+from training.base_model import fetch_tokenizers, find_tokenizers
+from training.diffusers_folder import TOKENIZERS
+from training.parts import BaseModel, Part
+from training.sgm_names import Source
 from training.text import TextEncoders
 
 
@@ -43,10 +45,9 @@ def load_unet(base: BaseModel, device: torch.device, dtype: torch.dtype) -> UNet
 
 
 def load_tokenizers(base: BaseModel, models_dir: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """The tokenizers of the two text encoders."""
-    first, second = (
-        CLIPTokenizer.from_pretrained(base.path / name, local_files_only=True) for name in ("tokenizer", "tokenizer_2")
-    )
+    """The tokenizers of the two text encoders. For a single file they are fetched once if no folder in `models_dir` has them."""
+    folder = find_tokenizers(base, models_dir) or fetch_tokenizers(models_dir)
+    first, second = (CLIPTokenizer.from_pretrained(folder / name, local_files_only=True) for name in TOKENIZERS)
     return first, second
 
 

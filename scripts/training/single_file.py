@@ -1,135 +1,168 @@
-"""One `.safetensors` in the original (sgm) layout: where each weight is in it, and its configuration. Pure.
+"""A base model as one `.safetensors` in the original (sgm) layout.
 
-The file carries no configuration. What SDXL is (blocks, depth, heads of 64 channels) is written here; widths, layers and
-the vocabulary are read from the shapes of the tensors.
+The file carries no configuration. What SDXL is (its blocks, their depth, heads of 64 channels) is written here; widths,
+layers and the vocabulary are read from the shapes of the tensors.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any
 
-Shapes = dict[str, tuple[int, ...]]
+from errors import ModelError, one_list
+from training.parts import STEMS, BaseModel, Part
+from training.schedule import Schedule
+from training.sgm_names import PREFIXES
+from training.weights import WeightsFile, read_header
 
-PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "conditioner.embedders.0.transformer.",
-    "text_encoder_2": "conditioner.embedders.1.model.",
-}
 HEAD_CHANNELS = 64
+_OTHER_MODELS = (
+    (r"lora[_.]|lokr_w|hada_w|dora_scale", "is a LoRA, not a base model"),
+    (r"^control_model\.|^input_hint_block\.|^controlnet_", "is a ControlNet, not a base model"),
+    (r"^cond_stage_model\.transformer\.", "is an SD 1.x model; LoRACat trains on SDXL base models"),
+    (r"^cond_stage_model\.model\.", "is an SD 2.x model; LoRACat trains on SDXL base models"),
+    (r"^conditioner\.embedders\.0\.model\.", "is the SDXL refiner; LoRACat trains on SDXL base models"),
+    (r"^edm_(mean|std|vpred)", "is an EDM model, such as Playground v2.5 or CosXL; LoRACat trains on SDXL base models"),
+    (r"^(model\.diffusion_model\.)?(double_blocks|joint_blocks)\.", "is a Flux or SD 3 model; LoRACat trains on SDXL base models"),
+)
+_LONE_PARTS = (
+    (r"^(down_blocks|input_blocks)\.", "a UNet"),
+    (r"^encoder\.down", "a VAE"),
+    (r"text_model\.|resblocks\.", "a text encoder"),
+)
+_PART_NAMES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder CLIP-L", "text_encoder_2": "text encoder CLIP-G"}
+_DEPTHS = {"input_blocks.4.1": 2, "input_blocks.7.1": 10, "middle_block.1": 10}
+"""Transformer blocks in some of the UNet's attention modules."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a weight lies in the file."""
-
-    key: str
-    third: int | None = None
-    """Query, key and value lie in one tensor: which third of its rows this is."""
-    transposed: bool = False
-
-    def shape_of_weight(self, stored: tuple[int, ...], dimensions: int) -> tuple[int, ...]:
-        """The shape of the weight, of so many dimensions, that is stored like this; a 1x1 convolution may stand for a linear layer."""
-        if self.third is not None:
-            stored = (stored[0] // 3, *stored[1:])
-        if self.transposed:
-            stored = stored[::-1]
-        return stored[:dimensions] if set(stored[dimensions:]) == {1} else stored
+def read_file(path: Path) -> BaseModel:
+    """The base model in the file `path`. Raises ModelError with everything that is wrong with it."""
+    file = read_header(path)
+    another = _another_model(file)
+    if another:
+        raise ModelError(f"{path}: {another}")
+    parts = {name: Part(name, {}, (file,), is_sgm=True) for name in STEMS}
+    complaints = [complaint for part in parts.values() for complaint in part.complaints()]
+    if complaints:
+        raise ModelError(one_list(f"{path}: this base model cannot be used:", complaints))
+    configured = {name: Part(name, _CONFIGURATIONS[name](parts), (file,), is_sgm=True) for name in STEMS}
+    return BaseModel(path, configured, _schedule(file))
 
 
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
+def _another_model(file: WeightsFile) -> str | None:
+    """What the file holds instead of a whole SDXL base model."""
+    for pattern, what in _OTHER_MODELS:
+        if any(re.search(pattern, key) for key in file.tensors):
+            return what
+    missing = [name for name, prefix in PREFIXES.items() if not any(key.startswith(prefix) for key in file.tensors)]
+    if len(missing) == len(PREFIXES):
+        lone = next((part for pattern, part in _LONE_PARTS if any(re.search(pattern, key) for key in file.tensors)), None)
+        return f"holds only {lone}; use the whole checkpoint" if lone else "holds no part of an SDXL model"
+    if missing:
+        there = ", ".join(_PART_NAMES[name] for name in PREFIXES if name not in missing)
+        lacking = ", ".join(_PART_NAMES[name] for name in missing)
+        return f"holds only {there}, and no {lacking}; use the whole checkpoint"
+    return _another_unet(file)
+
+
+def _another_unet(file: WeightsFile) -> str | None:
+    prefix = PREFIXES["unet"]
+    first = file.tensors.get(f"{prefix}input_blocks.0.0.weight")
+    if first and first.shape[1] != 4:
+        kind = {8: "an instruct-pix2pix model", 9: "an inpainting model"}.get(first.shape[1], "no plain SDXL model")
+        return f"is {kind} ({first.shape[1]} input channels); LoRACat trains on SDXL base models"
+    for place, wanted in _DEPTHS.items():
+        blocks = f"{prefix}{place}.transformer_blocks"
+        depth = _run_length(lambda block, blocks=blocks: f"{blocks}.{block}.norm1.weight" in file.tensors)
+        if depth != wanted:
+            return f"has other blocks than SDXL's, as SSD-1B, Vega and KOALA have ({place} has {depth} instead of {wanted})"
+    return None
+
+
+def _schedule(file: WeightsFile) -> Schedule:
+    """From ComfyUI's marker keys, of which `ztsnr` counts beside `v_pred` only; else from the modelspec metadata."""
+    if "v_pred" in file.tensors:
+        return Schedule("v_prediction", zero_terminal_snr="ztsnr" in file.tensors)
+    said = {file.metadata.get(f"modelspec.{key}") for key in ("prediction_type", "predict_key")}
+    return Schedule("v_prediction" if said & {"v", "v_prediction"} else "epsilon")
+
+
+def _unet_configuration(parts: dict[str, Part]) -> dict[str, Any]:
+    unet = parts["unet"]
+    widths = [unet.shape("conv_in.weight", 4)[0]]
+    widths += [unet.shape(f"down_blocks.{block}.resnets.0.conv2.weight", 4)[0] for block in (1, 2)]
+    added = unet.shape("add_embedding.linear_1.weight", 2)[1]
+    pooled = parts["text_encoder_2"].shape("text_projection.weight", 2)[0]
+    return {
+        "sample_size": 128,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": widths,
+        "layers_per_block": 2,
+        "transformer_layers_per_block": [1, 2, 10],
+        # diffusers means the number of heads.
+        "attention_head_dim": [_heads(width) for width in widths],
+        "cross_attention_dim": unet.shape("down_blocks.2.attentions.0.transformer_blocks.0.attn2.to_k.weight", 2)[1],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": (added - pooled) // 6,
+        "projection_class_embeddings_input_dim": added,
+    }
+
+
+def _vae_configuration(parts: dict[str, Part]) -> dict[str, Any]:
+    vae = parts["vae"]
+    return {
+        "sample_size": 1024,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [vae.shape(f"encoder.down_blocks.{block}.resnets.0.conv1.weight", 4)[0] for block in range(4)],
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "scaling_factor": 0.13025,
+        "force_upcast": True,
+    }
+
+
+def _clip_configuration(part: Part, activation: str, projection: int) -> dict[str, Any]:
+    vocabulary, width = part.shape("text_model.embeddings.token_embedding.weight", 2)
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": part.shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
+        "projection_dim": projection,
+        "num_hidden_layers": _run_length(lambda layer: part.find(f"text_model.encoder.layers.{layer}.mlp.fc1.weight") is not None),
+        "num_attention_heads": _heads(width),
+        "max_position_embeddings": part.shape("text_model.embeddings.position_embedding.weight", 2)[0],
+        "hidden_act": activation,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": 1,
+    }
+
+
+def _clip_l_configuration(parts: dict[str, Part]) -> dict[str, Any]:
+    width = parts["text_encoder"].shape("text_model.embeddings.token_embedding.weight", 2)[1]
+    return _clip_configuration(parts["text_encoder"], "quick_gelu", width)
+
+
+def _clip_g_configuration(parts: dict[str, Part]) -> dict[str, Any]:
+    return _clip_configuration(parts["text_encoder_2"], "gelu", parts["text_encoder_2"].shape("text_projection.weight", 2)[0])
+
+
+def _heads(width: int) -> int:
+    return max(1, width // HEAD_CHANNELS)
+
+
+def _run_length(holds: Callable[[int], bool]) -> int:
+    """How many of the numbers 0, 1, 2 ... in a row `holds` is true for."""
+    return sum(1 for _ in takewhile(holds, count()))
+
+
+_CONFIGURATIONS = {
+    "unet": _unet_configuration,
+    "vae": _vae_configuration,
+    "text_encoder": _clip_l_configuration,
+    "text_encoder_2": _clip_g_configuration,
 }
-_UNET_ENDS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_OPEN_CLIP_ENDS = {
-    "embeddings.token_embedding.weight": "token_embedding.weight",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "final_layer_norm.weight": "ln_final.weight",
-    "final_layer_norm.bias": "ln_final.bias",
-}
-_OPEN_CLIP_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-}
-_QKV = ("q_proj", "k_proj", "v_proj")
-
-
-def official_clip_name(part: str, name: str) -> str:
-    """The name in a file of the weight `name` of a module; CLIPTextModel lost its `text_model.` in transformers 5.6."""
-    if part != "text_encoder" or name.startswith("text_model."):
-        return name
-    return f"text_model.{name}"
-
-
-def sgm_source(part: str, name: str) -> Source:
-    """Where the file holds the weight that diffusers and transformers call `name`. A name that SDXL lacks is a KeyError."""
-    if part == "text_encoder_2":
-        return _open_clip_source(name)
-    to_sgm = {"unet": _unet_name, "vae": _vae_name, "text_encoder": str}[part]
-    return Source(PREFIXES[part] + to_sgm(name))
-
-
-def _unet_name(name: str) -> str:
-    module, _, kind = name.rpartition(".")
-    if module in _UNET_ENDS:
-        return f"{_UNET_ENDS[module]}.{kind}"
-    found = re.fullmatch(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
-    if not found:
-        raise KeyError(name)
-    side, block, family, layer, inner = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
-    if family == "downsamplers":
-        return f"input_blocks.{3 * block + 3}.0.{inner.replace('conv.', 'op.')}"
-    if family == "upsamplers":
-        return f"output_blocks.{3 * block + 2}.2.{inner}"
-    if side is None:
-        place = "middle_block.1" if family == "attentions" else f"middle_block.{2 * layer}"
-    else:
-        first = f"input_blocks.{3 * block + layer + 1}" if side == "down" else f"output_blocks.{3 * block + layer}"
-        place = f"{first}.{int(family == 'attentions')}"
-    if family == "attentions":
-        return f"{place}.{inner}"
-    module, _, kind = inner.rpartition(".")
-    return f"{place}.{_RESNET[module]}.{kind}"
-
-
-def _vae_name(name: str) -> str:
-    name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
-    name = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", name)
-    name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
-    name = re.sub(r"up_blocks\.(\d+)\.resnets", lambda found: f"up.{3 - int(found[1])}.block", name)
-    name = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda found: f"up.{3 - int(found[1])}.upsample", name)
-    name = re.sub(r"mid_block\.resnets\.(\d+)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
-    attention = re.fullmatch(r"(.+)\.mid_block\.attentions\.0\.(.+)\.(weight|bias)", name)
-    return f"{attention[1]}.mid.attn_1.{_VAE_ATTENTION[attention[2]]}.{attention[3]}" if attention else name
-
-
-def _open_clip_source(name: str) -> Source:
-    prefix = PREFIXES["text_encoder_2"]
-    if name == "text_projection.weight":
-        return Source(f"{prefix}text_projection", transposed=True)
-    inner = name.removeprefix("text_model.")
-    if inner in _OPEN_CLIP_ENDS:
-        return Source(prefix + _OPEN_CLIP_ENDS[inner])
-    found = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", inner)
-    if not found:
-        raise KeyError(name)
-    layer, module, kind = f"{prefix}transformer.resblocks.{found[1]}", found[2], found[3]
-    if module.startswith("self_attn.") and module.removeprefix("self_attn.") in _QKV:
-        return Source(f"{layer}.attn.in_proj_{kind}", third=_QKV.index(module.removeprefix("self_attn.")))
-    return Source(f"{layer}.{_OPEN_CLIP_LAYER[module]}.{kind}")

@@ -13,6 +13,7 @@ from errors import ModelError
 FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 """Bytes per value of the types that weights may have."""
 _MAX_HEADER_BYTES = 100_000_000
+_READ_BYTES = 1 << 22
 _OTHER_FORMATS = (
     (b"PK\x03\x04", "is a pickle checkpoint, which can run code when it is opened: use the .safetensors of the same model"),
     (b"\x80", "is a pickle checkpoint, which can run code when it is opened: use the .safetensors of the same model"),
@@ -63,21 +64,22 @@ def read_header(path: Path) -> WeightsFile:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{path}: its header is damaged: download it again") from None
     wanted = max((tensor.end for tensor in tensors.values()), default=8 + length)
-    if size < wanted:
-        raise ModelError(f"{path}: is cut off, {size} of {wanted} bytes are there: download it again")
+    if size != wanted:
+        raise ModelError(f"{path}: is damaged, it has {size} bytes and its header tells of {wanted}: download it again")
     return WeightsFile(path, tensors, metadata)
 
 
-def digest(file: WeightsFile, names: Iterable[str]) -> str:
-    """SHA-256 over the names, shapes, types and bytes of the tensors `names`."""
+def digest(files: Iterable[tuple[WeightsFile, Iterable[str]]]) -> str:
+    """SHA-256 over the names, types, shapes and bytes of these tensors of these files."""
     total = hashlib.sha256()
-    with file.path.open("rb") as opened:
-        for name in sorted(names):
-            tensor = file.tensors[name]
-            total.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-            opened.seek(tensor.begin)
-            for begin in range(tensor.begin, tensor.end, 1 << 22):
-                total.update(opened.read(min(1 << 22, tensor.end - begin)))
+    for file, names in files:
+        with file.path.open("rb") as opened:
+            for name in sorted(names):
+                tensor = file.tensors[name]
+                total.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+                opened.seek(tensor.begin)
+                for begin in range(tensor.begin, tensor.end, _READ_BYTES):
+                    total.update(opened.read(min(_READ_BYTES, tensor.end - begin)))
     return total.hexdigest()
 
 

@@ -1,0 +1,146 @@
+"""A base model in diffusers' layout: a folder per part, each with its configuration."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from errors import ModelError, one_list
+from training.parts import STEMS, BaseModel, Part
+from training.schedule import Schedule
+from training.weights import read_header
+
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+_SDXL_UNET = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "addition_embed_type": "text_time",
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "time_cond_proj_dim": None,
+}
+_OTHER_INPUTS = {8: "an instruct-pix2pix model", 9: "an inpainting model"}
+_OTHER_CONTEXTS = {768: "an SD 1.5 model", 1024: "an SD 2.x model", 1280: "the SDXL refiner"}
+
+
+def read_folder(folder: Path) -> BaseModel:
+    """The base model in `folder`. Raises ModelError with everything that is wrong with it."""
+    complaints: list[str] = []
+    index = _read_json(folder / "model_index.json", complaints)
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", complaints)
+    configs = {name: _read_json(folder / name / "config.json", complaints) for name in STEMS}
+    another = _another_model(index, configs["unet"]) or _another_noise(scheduler, configs["vae"])
+    if another:
+        raise ModelError(f"{folder}: is {another}; LoRACat trains on SDXL base models")
+    parts = {name: Part(name, configs[name], _weights(folder / name, complaints), is_sgm=False) for name in STEMS}
+    for part in parts.values():
+        complaints += part.complaints() if part.files else []
+    complaints += [f"{name}/ lacks the tokenizer's files" for name in TOKENIZERS if not has_tokenizer(folder / name)]
+    if not complaints:
+        complaints += _disagreements(configs)
+    if complaints:
+        raise ModelError(one_list(f"{folder}: this base model cannot be used:", complaints))
+    return BaseModel(folder, parts, _schedule(scheduler))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """`folder` holds everything that CLIPTokenizer reads. The configuration is needed too: it says how to pad."""
+    vocabulary = [["tokenizer.json"], ["vocab.json", "merges.txt"]]
+    whole = any(all((folder / name).is_file() for name in names) for names in vocabulary)
+    return whole and (folder / "tokenizer_config.json").is_file()
+
+
+def _read_json(file: Path, complaints: list[str]) -> dict[str, Any]:
+    """The JSON object in `file`; empty, with a complaint, if there is none."""
+    shown = "/".join(file.parts[-2:]) if file.name != "model_index.json" else file.name
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        complaints.append(f"{shown} is missing")
+        return {}
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        complaints.append(f"{shown} is damaged")
+        return {}
+    return content
+
+
+def _another_model(index: dict[str, Any], unet: dict[str, Any]) -> str | None:
+    """What the folder holds instead of SDXL."""
+    pipeline = index.get("_class_name", "StableDiffusionXLPipeline")
+    if unet.get("in_channels", 4) in _OTHER_INPUTS:
+        return f"{_OTHER_INPUTS[unet['in_channels']]} ({unet['in_channels']} input channels)"
+    context = unet.get("cross_attention_dim")
+    if isinstance(context, int) and context in _OTHER_CONTEXTS:
+        return f"{_OTHER_CONTEXTS[context]} (cross_attention_dim {context})"
+    if not str(pipeline).startswith("StableDiffusionXL"):
+        return f"a model of another family ({pipeline})"
+    odd = [f"{key} {unet.get(key)}" for key, value in _SDXL_UNET.items() if unet and unet.get(key) != value]
+    return f"a model with other blocks than SDXL's, such as SSD-1B, Vega or LCM ({', '.join(odd)})" if odd else None
+
+
+def _another_noise(scheduler: dict[str, Any], vae: dict[str, Any]) -> str | None:
+    """How the model was noised, if it was not SDXL's way."""
+    sampler = str(scheduler.get("_class_name", ""))
+    if sampler.startswith("EDM") or vae.get("latents_mean") is not None:
+        return "an EDM model, such as Playground v2.5"
+    if sampler.startswith("FlowMatch"):
+        return "a flow-matching model"
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        return f"a model with prediction_type {prediction}"
+    if scheduler.get("beta_schedule", "scaled_linear") != "scaled_linear" or scheduler.get("trained_betas") is not None:
+        return "a model with another noise schedule than scaled_linear"
+    return None
+
+
+def _schedule(scheduler: dict[str, Any]) -> Schedule:
+    usual = Schedule()
+    return Schedule(
+        prediction_type=scheduler.get("prediction_type", usual.prediction_type),
+        zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
+        beta_start=scheduler.get("beta_start", usual.beta_start),
+        beta_end=scheduler.get("beta_end", usual.beta_end),
+        timesteps=scheduler.get("num_train_timesteps", usual.timesteps),
+    )
+
+
+def _weights(folder: Path, complaints: list[str]) -> tuple:
+    """The files with the part's weights."""
+    files = []
+    for path in _weight_paths(folder, complaints):
+        try:
+            files.append(read_header(path))
+        except FileNotFoundError:
+            complaints.append(f"{folder.name}/{path.name} is missing")
+        except ModelError as error:
+            complaints.append(str(error))
+    return tuple(files)
+
+
+def _weight_paths(folder: Path, complaints: list[str]) -> list[Path]:
+    """One file, or the shards that an index names; full precision before fp16 before other variants, one file before shards."""
+    stem = STEMS[folder.name]
+    variants = {}
+    for path in sorted(folder.glob(f"{stem}.*")):
+        found = re.fullmatch(rf"{stem}(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?", path.name)
+        if found:
+            variant = (found[1] or found[3] or "").removeprefix(".")
+            variants.setdefault((("", "fp16").index(variant) if variant in ("", "fp16") else 2, variant, bool(found[2])), path)
+    if not variants:
+        pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".ckpt", ".pt", ".pth")]
+        only = f" (there is only {pickles[0]}, a pickle, which can run code when it is opened)" if pickles else ""
+        complaints.append(f"{folder.name}/{stem}.safetensors is missing{only}")
+        return []
+    first = variants[min(variants)]
+    if first.suffix == ".safetensors":
+        return [first]
+    shards = _read_json(first, complaints).get("weight_map", {})
+    return [folder / Path(shard).name for shard in sorted(set(shards.values()))]
+
+
+def _disagreements(configs: dict[str, dict[str, Any]]) -> list[str]:
+    widths = [configs[name].get("hidden_size", 0) for name in ("text_encoder", "text_encoder_2")]
+    context = configs["unet"].get("cross_attention_dim")
+    return [] if context == sum(widths) else [f"the UNet wants text embeddings of {context} channels, the encoders give {widths}"]
