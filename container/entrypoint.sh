@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# What the container starts: scripts/run.sh as the owner of the data set, so that what it writes belongs to that person.
+# Started with `user:` or `--user` it stays who it is.
+set -euo pipefail
+
+dataset=${DATASET_DIR:-/app/dataset}
+[[ -d $dataset ]] || dataset=/app/dataset
+owner=$(stat --format %u "$dataset")
+if ((EUID == 0 && owner != 0)); then
+    exec setpriv --reuid "$owner" --regid "$(stat --format %g "$dataset")" --clear-groups "$0" "$@"
+fi
+
+# An owner without a home in the image: whatever the libraries keep goes to the mounted folder and is there next time.
+cache=${OUTPUT_DIR:-/app/output}/cache
+export USER=loracat HOME=$cache/home HF_HOME=$cache/huggingface MPLCONFIGDIR=$cache/matplotlib
+export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor
+if ! mkdir -p "$HOME" "$HF_HOME" "$MPLCONFIGDIR" "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR"; then
+    echo "loracat: user $EUID cannot write to ${cache%/cache}: give it the same owner as $dataset" >&2
+    exit 6
+fi
+
+# Triton's own ptxas is older than the newest GPUs.
+ptxas=/usr/local/cuda/bin/ptxas
+if [[ -x $ptxas ]]; then
+    export TRITON_PTXAS_PATH=$ptxas TRITON_PTXAS_BLACKWELL_PATH=$ptxas
+fi
+
+exec bash /app/scripts/run.sh "$@"
