@@ -1,0 +1,118 @@
+"""Collect pictures from ComfyUI: the workflow goes out, its pictures come back verified into dataset/images/.
+
+Killed at any instant and run again it goes on where it was; run again when all is done it submits nothing.
+"""
+
+import sys
+
+from tqdm import tqdm
+
+from collecting.checks import check
+from collecting.comfyui import ComfyUI
+from collecting.download import PictureStore
+from collecting.plan import Job, Plan, read_plan
+from collecting.progress import Progress
+from collecting.session import Outcome, Session
+from dataset_folder import DatasetFolder
+from errors import ComfyUIError, SettingsError, SomeItemsFailed, exit_code_of, one_list, stop_on_signals
+from settings import CollectSettings, ProjectSettings, read_request
+
+STAGE = "collect_images"
+
+
+def main() -> None:
+    """The whole stage, in order."""
+    stop_on_signals()
+    request = read_request(
+        STAGE, "Collect pictures from ComfyUI.", sys.argv[1:], {"project": ProjectSettings, "collect": CollectSettings}
+    )
+    settings, folder = request.sections["collect"], DatasetFolder(request.sections["project"].dataset_dir)
+    if request.check:
+        check(settings)
+        print("Collecting: everything that is needed is there.")
+        return
+    plan = _plan(settings)
+    progress = Progress(folder.records)
+    store = PictureStore(folder)
+    jobs = _jobs(plan, progress)
+    _introduce(plan, jobs, settings)
+    todo = [job for job in jobs if not progress.is_done(job.key)]
+    if todo:
+        with ComfyUI(settings.comfyui_endpoint, progress.client_id()) as server:
+            print(f"ComfyUI {server.version()} at {server.shown_url}.", flush=True)
+            session = Session(server, progress, store, plan, settings.comfyui_delay, _say)
+            failed = _collect(session, todo, len(plan.workflow.kept_nodes))
+        _judge(failed, len(todo), progress.has_pictures([job.key for job in jobs]))
+    else:
+        print(_nothing_to_do(store))
+
+
+def _plan(settings: CollectSettings) -> Plan:
+    complaints: list[str] = []
+    plan = read_plan(settings, complaints)
+    if plan is None:
+        raise SettingsError(one_list("nothing was sent to ComfyUI, because:", complaints))
+    return plan
+
+
+def _jobs(plan: Plan, progress: Progress) -> list[Job]:
+    """The work of this run; with NEW_SEEDS the round that is not finished, or a new one."""
+    if not plan.new_seeds:
+        return plan.jobs(0)
+    return plan.jobs(progress.first_open_round(lambda number: [job.key for job in plan.jobs(number)]))
+
+
+def _introduce(plan: Plan, jobs: list[Job], settings: CollectSettings) -> None:
+    mode = f"Per-batch mode, prompts: {len(jobs)}" if plan.workflow.per_batch else "Full-workflow mode, one submission"
+    nodes = ", ".join(plan.workflow.kept_nodes[:12]) + (" ..." if len(plan.workflow.kept_nodes) > 12 else "")
+    print(f"{mode}; pictures are kept of {len(plan.workflow.kept_nodes)} of the workflow's nodes: {nodes}.")
+    if plan.face is not None:
+        print(f"The face reference goes into node {plan.workflow.face_input}.")
+    elif plan.workflow.face_input is None and settings.face_reference is not None:
+        print("FACE_REFERENCE is not used: workflow_config.json names no image_loader_node.")
+    else:
+        print("No face reference: the workflow's own picture stays.")
+
+
+def _collect(session: Session, todo: list[Job], nodes: int) -> int:
+    """Do all the work; returns how much of it failed."""
+    failed = 0
+    with tqdm(total=len(todo) * nodes, unit="picture", disable=None) as bar:
+        for number, job in enumerate(todo, start=1):
+            outcome = session.collect(job)
+            bar.total = max(bar.total, bar.n + outcome.new + outcome.known)
+            bar.update(outcome.new + outcome.known)
+            _say(f"{number}/{len(todo)} {job.label}: {_told(outcome)}")
+            for failure in outcome.failures:
+                _say(f"    {failure}")
+            failed += bool(outcome.failures)
+    return failed
+
+
+def _told(outcome: Outcome) -> str:
+    known = f", {outcome.known} there already" if outcome.known else ""
+    return f"pictures: {outcome.new} new{known}" + ("; FAILED:" if outcome.failures else "")
+
+
+def _judge(failed: int, submitted: int, something_came: bool) -> None:
+    """Raise what the exit code is made of."""
+    if failed and not something_came:
+        raise ComfyUIError("ComfyUI gave no picture; the reasons are above")
+    if failed:
+        raise SomeItemsFailed(f"{failed} of {submitted} submissions failed, as named above; run it again to try only these")
+
+
+def _nothing_to_do(store: PictureStore) -> str:
+    missing = store.missing()
+    gone = f" {missing} of its pictures were taken out of the folder since and stay out." if missing else ""
+    return f"All of this was collected before, so nothing was sent.{gone} NEW_SEEDS=1 makes another set."
+
+
+def _say(line: str) -> None:
+    """One line, above the progress bar if there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(STAGE, main))

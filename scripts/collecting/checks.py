@@ -1,0 +1,64 @@
+"""`--check`: ONE list of everything that would stop the collector, with the remedy for each."""
+
+import uuid
+from typing import Any
+
+from collecting.comfyui import ComfyUI
+from collecting.graph import described, is_link
+from collecting.plan import Plan, read_plan
+from errors import ComfyUIError, LoracatError, SettingsError, one_list
+from settings import CollectSettings
+
+
+def check(settings: CollectSettings) -> None:
+    """Verify files, mapping, prompts, face, server and the workflow's node classes and model files.
+
+    Raises SettingsError with all complaints at once, ComfyUIError when the server alone is at fault.
+    """
+    complaints: list[str] = []
+    plan = read_plan(settings, complaints)
+    of_the_files = len(complaints)
+    try:
+        with ComfyUI(settings.comfyui_endpoint, str(uuid.uuid4())) as server:
+            server.version()
+            known = server.object_info() if plan else {}
+    except LoracatError as error:
+        complaints.append(str(error))
+    else:
+        complaints += _unknown_to_the_server(plan, known) if plan else []
+    if complaints:
+        kind = SettingsError if of_the_files else ComfyUIError
+        raise kind(one_list("collecting cannot begin:", complaints))
+
+
+def _unknown_to_the_server(plan: Plan, known: dict[str, Any]) -> list[str]:
+    """Node classes that are not installed, and choices (such as model files) that the server does not offer."""
+    complaints = []
+    graph = plan.workflow.graph
+    missing = sorted({node["class_type"] for node in graph.values()} - known.keys())
+    complaints += [
+        f"ComfyUI has no node class {name}: install the custom nodes it comes from, or update ComfyUI" for name in missing
+    ]
+    for node_id, node in graph.items():
+        if node["class_type"] not in known:
+            continue
+        for name, value in node["inputs"].items():
+            choices = _choices(known[node["class_type"]], name)
+            if choices is not None and not is_link(value) and value not in choices:
+                complaints.append(
+                    f"node {described(graph, node_id)}: ComfyUI offers no {name} {value!r}: put the file there, or choose another"
+                )
+    return complaints
+
+
+def _choices(node_class: dict[str, Any], name: str) -> list | None:
+    """The values that ComfyUI offers for an input; None when it is free, or an uploaded picture."""
+    inputs = node_class.get("input") or {}
+    specification = {**(inputs.get("required") or {}), **(inputs.get("optional") or {})}.get(name)
+    if not isinstance(specification, list) or not specification:
+        return None
+    options = specification[1] if len(specification) > 1 and isinstance(specification[1], dict) else {}
+    if options.get("image_upload"):
+        return None
+    offered = specification[0] if isinstance(specification[0], list) else options.get("options")
+    return offered if isinstance(offered, list) else None
