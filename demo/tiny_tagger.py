@@ -83,27 +83,27 @@ def _model(weights: np.ndarray, bias: np.ndarray, shape: Shape) -> onnx.ModelPro
     size = [3, shape.side_px, shape.side_px] if shape.channels_first else [shape.side_px, shape.side_px, 3]
     nodes = [
         helper.make_node("Transpose", ["input"], ["pixels"], perm=[0, 2, 3, 1] if shape.channels_first else [0, 1, 2, 3]),
-        # Averages of the channels, then their spread around the average: [N, 3] each.
-        helper.make_node("ReduceMean", ["pixels"], ["mean_kept"], axes=[1, 2], keepdims=1),
-        helper.make_node("Sub", ["pixels", "mean_kept"], ["centred"]),
-        helper.make_node("Abs", ["centred"], ["away"]),
-        helper.make_node("ReduceMean", ["away"], ["spread"], axes=[1, 2], keepdims=0),
-        helper.make_node("Squeeze", ["mean_kept", "height_width"], ["mean"]),
-        # Differences of neighbouring columns: [N, 3].
+        *_average("pixels", "mean"),
+        # How far pixels are from that mean.
+        helper.make_node("Sub", ["pixels", "mean"], ["centred"]),
+        helper.make_node("Abs", ["centred"], ["distances"]),
+        *_average("distances", "spread"),
+        # How far neighbouring columns are from each other.
         helper.make_node("Slice", ["pixels", "one", "end", "columns"], ["right"]),
         helper.make_node("Slice", ["pixels", "zero", "minus_one", "columns"], ["left"]),
         helper.make_node("Sub", ["right", "left"], ["steps"]),
         helper.make_node("Abs", ["steps"], ["step_sizes"]),
-        helper.make_node("ReduceMean", ["step_sizes"], ["edges"], axes=[1, 2], keepdims=0),
-        helper.make_node("Concat", ["mean", "spread", "edges"], ["statistics"], axis=1),
-        helper.make_node("Gemm", ["statistics", "to_features", "feature_bias"], ["features_open"]),
-        helper.make_node("Tanh", ["features_open"], ["features"]),
+        *_average("step_sizes", "edges"),
+        helper.make_node("Concat", ["mean", "spread", "edges"], ["all_statistics"], axis=3),
+        helper.make_node("Flatten", ["all_statistics"], ["statistics"]),
+        helper.make_node("Gemm", ["statistics", "to_features", "feature_bias"], ["open_features"]),
+        helper.make_node("Tanh", ["open_features"], ["features"]),
         helper.make_node("Gemm", ["features", "weights", "bias"], ["logits"]),
         helper.make_node("Identity" if shape.logits else "Sigmoid", ["logits"], ["output"]),
     ]
     to_features, feature_bias = _features()
     constants = {"to_features": to_features, "feature_bias": feature_bias, "weights": weights, "bias": bias}
-    constants |= {"zero": [0], "one": [1], "minus_one": [-1], "end": [shape.side_px], "columns": [2], "height_width": [1, 2]}
+    constants |= {"zero": [0], "one": [1], "minus_one": [-1], "end": [shape.side_px], "columns": [2]}
     graph = helper.make_graph(
         nodes,
         "tiny_tagger",
@@ -114,6 +114,14 @@ def _model(weights: np.ndarray, bias: np.ndarray, shape: Shape) -> onnx.ModelPro
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def _average(name: str, result: str) -> list[onnx.NodeProto]:
+    """[N, height, width, 3] -> [N, 1, 1, 3]. One axis at a time: a float sum over all pixels would lose digits."""
+    return [
+        helper.make_node("ReduceMean", [name], [f"{result}_of_rows"], axes=[2], keepdims=1),
+        helper.make_node("ReduceMean", [f"{result}_of_rows"], [result], axes=[1], keepdims=1),
+    ]
 
 
 def _features() -> tuple[np.ndarray, np.ndarray]:

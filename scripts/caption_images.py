@@ -33,7 +33,8 @@ class Tally:
 
     captioned: int = 0
     kept: int = 0
-    gained: int = 0
+    given: int = 0
+    """Captions that existed and now have the trigger."""
     failed: int = 0
 
     def fail(self, path: Path, reason: object) -> None:
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
     captions = CaptionFiles(folder, project.trigger_word)
     keep(to_keep, captions, tally)
     if to_tag:
-        tagger = load_tagger(settings.caption_model, project.models_dir)
+        tagger = load_tagger(settings, project.models_dir)
         tag(to_tag, tagger, settings, captions, tally)
     report(tally, project.trigger_word)
 
@@ -96,13 +97,14 @@ def keep(images: list[ImageFile], captions: CaptionFiles, tally: Tally) -> None:
         except UnusableCaptionError as error:
             tally.fail(image.caption_path, error)
             continue
-        tally.gained += changed
+        tally.given += changed
         tally.kept += not changed
 
 
-def load_tagger(name: str, models_dir: Path) -> Tagger:
+def load_tagger(settings: CaptionSettings, models_dir: Path) -> Tagger:
+    name = settings.caption_model
     folder = found_folder(name, models_dir) or fetched_folder(name, models_dir)
-    return Tagger(folder / MODEL_FILE, folder / TAGS_FILE)
+    return Tagger(folder / MODEL_FILE, folder / TAGS_FILE, settings.caption_batch_size)
 
 
 def tag(images: list[ImageFile], tagger: Tagger, settings: CaptionSettings, captions: CaptionFiles, tally: Tally) -> None:
@@ -129,10 +131,10 @@ def prepared(images: Iterable[ImageFile], side_px: int, tally: Tally, bar: tqdm)
 
 
 def report(tally: Tally, trigger: str) -> None:
-    if not (tally.captioned or tally.gained or tally.failed):
+    if not (tally.captioned or tally.given or tally.failed):
         print(f"nothing to do: all {tally.kept} captions are there, with the trigger {trigger}")
         return
-    counts = f"{tally.captioned} captioned, {tally.gained} gained the trigger {trigger}, {tally.kept} kept as they were"
+    counts = f"{tally.captioned} captioned, {tally.given} given the trigger {trigger}, {tally.kept} kept as they were"
     if tally.failed:
         raise SomeItemsFailed(f"{counts}, {tally.failed} failed as said above; mend them and run again")
     print(counts)
@@ -144,7 +146,7 @@ def check(folder: DatasetFolder, settings: CaptionSettings, models_dir: Path) ->
     for question in (
         lambda: f"{len(pictures_in(folder))} pictures in {folder.images}",
         lambda: writable(folder),
-        lambda: usable_model(settings.caption_model, models_dir),
+        lambda: usable_model(settings, models_dir),
     ):
         try:
             print(question())
@@ -162,10 +164,11 @@ def writable(folder: DatasetFolder) -> str:
     return f"captions can be written to {folder.images}"
 
 
-def usable_model(name: str, models_dir: Path) -> str:
+def usable_model(settings: CaptionSettings, models_dir: Path) -> str:
+    name = settings.caption_model
     there = found_folder(name, models_dir)
     if there:
-        tagger = Tagger(there / MODEL_FILE, there / TAGS_FILE)
+        tagger = load_tagger(settings, models_dir)
         return f"the tagger in {there} loads, with {len(tagger.tags)} tags"
     size_bytes = size_on_hub(name, models_dir)
     place = nearest_existing(models_dir)

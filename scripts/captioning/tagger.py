@@ -29,14 +29,15 @@ _FETCH_AGAIN = "delete it and run again to fetch it anew, or put a whole copy th
 class Tagger:
     """A loaded model with its tags; every problem with either is a ModelError."""
 
-    def __init__(self, model: Path, tags_file: Path):
+    def __init__(self, model: Path, tags_file: Path, batch_size: int):
+        """Pictures go through the model `batch_size` at a time, or as many as a model with a fixed batch takes."""
         self.tags = read_tags(tags_file)
         self._file = model
         self._session = _session(model)
-        self._read_input()
+        self._read_input(batch_size)
         self._check_width(self._session.get_outputs()[0].shape, tags_file)
 
-    def _read_input(self) -> None:
+    def _read_input(self, batch_size: int) -> None:
         """Name, layout, size and fixed batch of the input, from the session: WD14 models differ in all of them."""
         entry = self._session.get_inputs()[0]
         batch, *sides = entry.shape if len(entry.shape) == 4 else (None, None, None, None)
@@ -49,7 +50,7 @@ class Tagger:
             )
         self.side_px = height
         self._input = entry.name
-        self._fixed_batch = batch if isinstance(batch, int) and batch > 0 else None
+        self._batch_size = batch if isinstance(batch, int) and batch > 0 else batch_size
 
     def _check_width(self, shape: list, tags_file: Path) -> None:
         """One output per row of the tags file; a size that the model leaves open is checked when it has run."""
@@ -65,9 +66,8 @@ class Tagger:
         batch = np.stack(prepared)
         if self._channels_first:
             batch = np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
-        step = self._fixed_batch or len(batch)
-        parts = [self._run(batch[start : start + step], step) for start in range(0, len(batch), step)]
-        result = np.concatenate(parts)
+        starts = range(0, len(batch), self._batch_size)
+        result = np.concatenate([self._run(batch[start : start + self._batch_size]) for start in starts])
         if result.shape != (len(batch), len(self.tags)):
             raise ModelError(
                 f"{self._file}: gives values of shape {result.shape} for {len(batch)} pictures and {len(self.tags)} tags; "
@@ -77,8 +77,9 @@ class Tagger:
             raise ModelError(f"{self._file}: gives values that are not probabilities; set CAPTION_MODEL to a WD14-style tagger")
         return result
 
-    def _run(self, part: np.ndarray, step: int) -> np.ndarray:
-        missing = step - len(part)
+    def _run(self, part: np.ndarray) -> np.ndarray:
+        """Always a full batch: other sizes take other kernels with other roundings, and tags must not depend on company."""
+        missing = self._batch_size - len(part)
         filled = np.pad(part, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else part
         try:
             return self._session.run(None, {self._input: filled})[0][: len(part)]

@@ -1,0 +1,308 @@
+"""The caption stage as a user runs it: what it writes, what it leaves alone, and how it ends."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+
+from captioning import caption_files
+from captioning.caption_files import CaptionFiles
+from dataset_folder import DatasetFolder
+from demo import tiny_tagger
+from demo.tiny_tagger import Shape
+
+
+def save(photographs, folder, **places):
+    """Save photographs under relative paths: `save(..., coffee="a.png", chelsea="3_cats/b.png")`."""
+    for name, place in places.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        photographs[name].save(folder / place)
+
+
+def state_of(folder):
+    """Relative path -> bytes and time of every file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_every_picture_gets_a_caption_with_the_trigger_first_and_a_second_run_changes_nothing(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png", coffee="b.webp", rocket="c.JPG", chelsea="3_cats/d.bmp")
+    ended = stage.run_process()
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "4 captioned, 0 given the trigger nyafyi_woman, 0 kept" in ended.stdout
+    captions = stage.captions()
+    assert list(captions) == ["3_cats/d.txt", "a.txt", "b.txt", "c.txt"]
+    for text in captions.values():
+        first, *tags = text.strip().split(", ")
+        assert first == "nyafyi_woman"
+        assert len(tags) >= 5
+        assert "nyafyi_woman" not in tags
+        assert not {"general", "sensitive", "hatsune miku"} & set(tags)
+    before = state_of(stage.images.parent)
+    assert set(before) == {f"images/{name}" for name in ("a.png", "b.webp", "c.JPG", "3_cats/d.bmp", *captions)} | {
+        ".loracat/captions.jsonl"
+    }
+    again = stage.run_process(CAPTION_MODEL="Nobody/absent")  # no model is needed when nothing is to be tagged
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "nothing to do: all 4 captions are there" in again.stdout
+    assert state_of(stage.images.parent) == before
+
+
+def test_settings_reach_the_captions(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png")
+    stage.run()
+    tags = stage.captions()["a.txt"].strip().split(", ")[1:]
+    variables = {"CAPTION_OVERWRITE": 1, "CAPTION_BATCH_SIZE": 1, "TRIGGER_WORD": "sks"}
+    stage.run(CAPTION_THRESHOLD=0.2, CAPTION_EXCLUDE_TAGS=f"{tags[0].replace(' ', '_')}, >_<", **variables)
+    more = stage.captions()["a.txt"].strip().split(", ")
+    assert more[0] == "sks"
+    assert set(tags) - {tags[0], ">_<"} < set(more)
+    assert not {tags[0], ">_<"} & set(more)
+    stage.run(CAPTION_CHARACTER_THRESHOLD=0.01, **variables)
+    assert "hatsune miku" in stage.captions()["a.txt"]
+    stage.run(CAPTION_THRESHOLD=1, **variables)
+    assert stage.captions() == {"a.txt": "sks\n"}
+
+
+def test_captions_of_the_users_keep_their_text_and_gain_the_trigger(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png", coffee="b.png", chelsea="c.png", rocket="d.png")
+    (stage.images / "a.txt").write_bytes("an astronaut, höher\r\n".encode())
+    (stage.images / "b.txt").write_text("a photo of nyafyi_woman with coffee")
+    (stage.images / "c.txt").write_bytes(b"\xef\xbb\xbfa cat")
+    (stage.images / "d.txt").write_text("")
+    ended = stage.run(CAPTION_MODEL="Nobody/absent")
+    assert "0 captioned, 3 given the trigger nyafyi_woman, 1 kept" in ended.stdout
+    assert (stage.images / "a.txt").read_bytes() == "nyafyi_woman, an astronaut, höher\r\n".encode()
+    assert stage.captions() | {"a.txt": ""} == {
+        "a.txt": "",
+        "b.txt": "a photo of nyafyi_woman with coffee",
+        "c.txt": "nyafyi_woman, a cat",
+        "d.txt": "nyafyi_woman\n",
+    }
+
+
+def test_new_trigger_replaces_the_one_that_we_wrote_and_nothing_of_the_users(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png", coffee="b.png", chelsea="c.png", rocket="d.png")
+    (stage.images / "b.txt").write_text("a cup of coffee")
+    (stage.images / "c.txt").write_text("nyafyi_woman, a cat")
+    stage.run()
+    tags = stage.captions()["a.txt"].strip().removeprefix("nyafyi_woman, ")
+    edited = stage.captions()["d.txt"].strip() + ", a thing I added"
+    (stage.images / "d.txt").write_text(edited)
+    ended = stage.run(TRIGGER_WORD="sks person")
+    assert "0 captioned, 4 given the trigger sks person, 0 kept" in ended.stdout
+    assert stage.captions() == {
+        "a.txt": f"sks person, {tags}\n",
+        "b.txt": "sks person, a cup of coffee",
+        "c.txt": "sks person, nyafyi_woman, a cat",
+        "d.txt": edited.replace("nyafyi_woman", "sks person"),
+    }
+    stage.run()
+    assert stage.captions() == {
+        "a.txt": f"nyafyi_woman, {tags}\n",
+        "b.txt": "nyafyi_woman, a cup of coffee",
+        "c.txt": "nyafyi_woman, a cat",
+        "d.txt": edited,
+    }
+
+
+def test_trigger_that_is_also_a_tag_comes_and_goes_without_a_trace(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png")
+    stage.run()
+    before = stage.captions()["a.txt"]
+    assert ", 1girl," in before
+    stage.run(TRIGGER_WORD="1girl")
+    assert stage.captions()["a.txt"] == before.replace(", 1girl,", ",").replace("nyafyi_woman", "1girl")
+    stage.run()
+    assert stage.captions()["a.txt"] == before
+
+
+def test_overwrite_tags_anew(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png", coffee="b.png")
+    stage.run()
+    before = stage.captions()
+    (stage.images / "a.txt").write_text("my own words")
+    (stage.images / "b.txt").write_bytes(b"\xff\xfe")
+    assert "2 captioned" in stage.run(CAPTION_OVERWRITE=1).stdout
+    assert stage.captions() == before
+
+
+def test_broken_pictures_are_named_and_the_others_done(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png", coffee="e.png")
+    whole = (stage.images / "e.png").read_bytes()
+    (stage.images / "b.png").write_bytes(whole[:20000])
+    (stage.images / "c.jpg").write_bytes(b"")
+    (stage.images / "d.webp").write_text("not a picture")
+    for _ in range(2):
+        ended = stage.run_process()
+        assert ended.returncode == 1
+        for name in ("b.png", "c.jpg", "d.webp"):
+            assert ended.stderr.count(f"{name}: ") == 1
+        assert "3 failed" in ended.stderr
+        assert list(stage.captions()) == ["a.txt", "e.txt"]
+    assert "2 kept" in ended.stderr
+
+
+def test_caption_that_is_not_utf8_is_named_and_left_untouched(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png", coffee="b.png", chelsea="c.png")
+    (stage.images / "a.txt").write_bytes("höher".encode("latin-1"))
+    (stage.images / "c.txt").mkdir()
+    ended = stage.run()
+    assert ended.returncode == 1
+    assert "a.txt: is not UTF-8; save it as UTF-8" in ended.stderr
+    assert "c.txt: is not a file" in ended.stderr
+    assert "1 captioned" in ended.stderr
+    assert (stage.images / "a.txt").read_bytes() == "höher".encode("latin-1")
+
+
+def test_pictures_that_would_share_a_caption_are_named_and_the_first_gets_it(stage, photographs):
+    save(photographs, stage.images, astronaut="a.jpg", coffee="a.png", chelsea="b.png")
+    for expected in ("2 captioned", "0 captioned"):
+        ended = stage.run()
+        assert ended.returncode == 1
+        assert "a.png: would share a.txt with a.jpg; rename one of the two pictures" in ended.stderr
+        assert expected in ended.stderr
+
+
+def test_names_in_any_script_are_fine(stage, photographs):
+    save(photographs, stage.images, astronaut="猫 и кот.png", coffee="a.b (1).png")
+    assert stage.run().returncode == 0
+    assert set(stage.captions()) == {"猫 и кот.txt", "a.b (1).txt"}
+    assert stage.run(TRIGGER_WORD="sks").returncode == 0
+    assert all(text.startswith("sks, ") for text in stage.captions().values())
+
+
+def test_record_that_is_damaged_costs_only_what_it_said(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png")
+    stage.run()
+    stage.record.write_bytes(stage.record.read_bytes()[:-40] + b'\n[1]\n{"other": 1}\nnull\n')
+    assert stage.run().returncode == 0
+    assert stage.run(TRIGGER_WORD="sks").returncode == 0
+    assert stage.captions()["a.txt"].startswith("sks, nyafyi_woman, ")
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "said"),
+    [
+        ({}, 3, "no pictures"),
+        ({"DATASET_DIR": "/nowhere"}, 3, "/nowhere/images: no pictures"),
+        ({"CAPTION_BATCH_SIZE": "many"}, 2, "must be a whole number"),
+        ({"CAPTION_THRESHOLD": "1.5"}, 2, "caption_threshold"),
+        ({"TRIGGER_WORD": "two, words"}, 2, "must be one tag"),
+    ],
+)
+def test_what_cannot_be_used_ends_with_its_code_and_no_traceback(stage, variables, code, said):
+    ended = stage.run_process(**variables)
+    assert ended.returncode == code
+    assert said in ended.stderr
+
+
+def test_unknown_flag_is_refused(stage):
+    assert stage.run("--bogus").returncode == 2
+
+
+@pytest.mark.parametrize("shape", [Shape(extra_outputs=1), Shape(logits=True)])
+def test_unusable_model_is_exit_5_and_no_caption_is_written(stage, photographs, tmp_path, shape):
+    save(photographs, stage.images, astronaut="a.png")
+    ended = stage.run(CAPTION_MODEL=tiny_tagger.build(tmp_path / "wrong", shape=shape))
+    assert ended.returncode == 5
+    assert stage.captions() == {}
+
+
+def test_check_says_everything_that_is_wrong_and_changes_nothing(stage, photographs, tmp_path):
+    broken = tiny_tagger.build(tmp_path / "broken")
+    (broken / "model.onnx").write_bytes(b"nothing")
+    ended = stage.run("--check", CAPTION_MODEL=broken)
+    assert ended.returncode == 3
+    assert ended.stderr.count("\n  - ") == 2
+    assert "no pictures" in ended.stderr
+    assert "no ONNX model" in ended.stderr
+    save(photographs, stage.images, astronaut="a.png")
+    before = state_of(tmp_path)
+    ended = stage.run("--check")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert state_of(tmp_path) == before
+
+
+def many(photographs, stage):
+    small = [picture.resize((300, 200)) for picture in photographs.values()]
+    for number in range(48):
+        small[number % len(small)].rotate(number, expand=True).save(stage.images / f"{number:02}.png")
+
+
+def run_until(stage, captions: int, **variables):
+    """Start the stage and return it when it has written some captions."""
+    process = stage.start(CAPTION_BATCH_SIZE=1, **variables)
+    while len(list(stage.images.glob("*.txt"))) < captions and process.poll() is None:
+        time.sleep(0.002)
+    return process
+
+
+def test_killed_run_continues_and_ends_with_the_same_captions(stage, photographs, tmp_path):
+    many(photographs, stage)
+    process = run_until(stage, captions=5)
+    process.kill()
+    process.communicate()
+    done = len(stage.captions())
+    assert 5 <= done < 48
+    ended = stage.run(CAPTION_BATCH_SIZE=1)
+    assert f"{48 - done} captioned" in ended.stdout
+    interrupted = stage.captions()
+    assert len(stage.record.read_text().splitlines()) in (48, 49)
+    shutil.rmtree(stage.record.parent)
+    for path in stage.images.glob("*.txt"):
+        path.unlink()
+    stage.run(CAPTION_BATCH_SIZE=1)
+    assert stage.captions() == interrupted
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_stops_the_stage_with_its_code(stage, photographs, signum, code):
+    many(photographs, stage)
+    process = run_until(stage, captions=2)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert len(errors.splitlines()) == 1
+    assert not [path for path in stage.images.iterdir() if path.name.startswith(".")]
+    assert [json.loads(line)["caption"] for line in stage.record.read_text().splitlines()] == list(stage.captions())
+
+
+class KilledError(BaseException):
+    """Stands for a process that ends here."""
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_a_change_of_trigger_that_is_cut_off_anywhere_ends_as_if_it_had_not_been(tmp_path, monkeypatch, moment):
+    folder = DatasetFolder(tmp_path)
+    paths = [folder.images / f"{name}.txt" for name in "abcd"]
+    folder.images.mkdir()
+    first = CaptionFiles(folder, "old")
+    for path, words in zip(paths, (["1girl"], ["new", "smile"], None, None), strict=True):
+        if words:
+            first.write(path, words)
+        else:
+            path.write_text("mine")
+            first.keep(path)
+    paths[3].write_text("old, mine and more")
+    steps = iter(range(100))
+
+    def or_killed(function):
+        def act(*arguments):
+            if next(steps) == moment:
+                raise KilledError
+            function(*arguments)
+
+        return act
+
+    second = CaptionFiles(folder, "new")
+    with monkeypatch.context() as patched:
+        patched.setattr(caption_files, "append_json_line", or_killed(caption_files.append_json_line))
+        patched.setattr(caption_files, "write_text", or_killed(caption_files.write_text))
+        with pytest.raises(KilledError):
+            list(map(second.keep, paths))
+    third = CaptionFiles(folder, "new")
+    assert [third.keep(path) for path in paths] == [number >= moment // 2 for number in range(4)]
+    assert [path.read_text() for path in paths] == ["new, 1girl\n", "new, smile\n", "new, mine", "new, mine and more"]

@@ -1,0 +1,221 @@
+"""The tagger's files are found on the disk, or fetched once and whole, or the user is told how to get them."""
+
+import contextlib
+import hashlib
+import shutil
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from captioning.model_files import FILES, found_folder
+
+NAME = "Somebody/some-tagger"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMAND = "hf download Somebody/some-tagger model.onnx selected_tags.csv --local-dir"
+
+
+def put(tiny: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(tiny, folder))
+
+
+@pytest.mark.parametrize("place", ["some-tagger", "Somebody/some-tagger"])
+def test_model_in_models_dir_is_found_without_any_network(tmp_path, tiny, monkeypatch, place):
+    monkeypatch.setattr(socket, "socket", None)
+    assert found_folder(NAME, tmp_path) is None
+    assert found_folder(NAME, tmp_path) or put(tiny, tmp_path / place) == found_folder(NAME, tmp_path)
+
+
+def test_path_to_a_folder_is_taken_as_it_is(tmp_path, tiny, monkeypatch):
+    put(tiny, tmp_path / "elsewhere" / "mine")
+    assert found_folder(str(tmp_path / "elsewhere" / "mine"), tmp_path / "models") == tmp_path / "elsewhere" / "mine"
+    assert found_folder("mine", tmp_path / "elsewhere") == tmp_path / "elsewhere" / "mine"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert found_folder("~/elsewhere/mine", tmp_path / "models") == tmp_path / "elsewhere" / "mine"
+    put(tiny, tmp_path / "models" / "other")
+    assert found_folder(str(tmp_path / "absent" / "other"), tmp_path / "models") is None
+
+
+@pytest.mark.parametrize("missing", FILES)
+def test_half_a_model_is_not_found(tmp_path, tiny, missing):
+    (put(tiny, tmp_path / "some-tagger") / missing).unlink()
+    assert found_folder(NAME, tmp_path) is None
+
+
+@pytest.mark.parametrize("network", [{"HF_HUB_OFFLINE": 1}, {"HF_HUB_OFFLINE": 0, "HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_offline_and_absent_is_exit_5_with_the_command_that_fetches_it(stage, photographs, network):
+    photographs["coffee"].save(stage.images / "a.png")
+    before = time.monotonic()
+    for flags in [(), ("--check",)]:
+        ended = stage.run_process(*flags, CAPTION_MODEL=NAME, **network)
+        assert ended.returncode == 5
+        assert f"{COMMAND} {stage.models / 'some-tagger'}" in ended.stderr
+    assert time.monotonic() - before < 10
+    assert not stage.models.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        ("/nowhere/tagger", 2, "/nowhere/tagger is not a folder"),
+        ("tagger", 5, "does not hold model.onnx and selected_tags.csv"),
+        ("a/b/c", 5, "owner/name"),
+        ("ä ö/ü?", 5, "owner/name"),
+    ],
+)
+def test_wrong_model_names_are_refused(stage, photographs, name, code, said):
+    photographs["coffee"].save(stage.images / "a.png")
+    ended = stage.run(CAPTION_MODEL=name)
+    assert ended.returncode == code
+    assert said in ended.stderr
+
+
+def test_folder_without_one_of_the_files_is_refused(stage, photographs, tiny, tmp_path):
+    photographs["coffee"].save(stage.images / "a.png")
+    (put(tiny, tmp_path / "mine") / "selected_tags.csv").unlink()
+    ended = stage.run(CAPTION_MODEL=tmp_path / "mine")
+    assert ended.returncode == 5
+    assert "has no selected_tags.csv; put it there" in ended.stderr
+
+
+def test_absent_model_is_fetched_once(stage, photographs, tiny):
+    photographs["coffee"].save(stage.images / "a.png")
+    with hub(tiny) as served:
+        checked = stage.run_process("--check", CAPTION_MODEL=NAME, HF_HUB_OFFLINE=0, HF_ENDPOINT=served.endpoint)
+        assert (checked.returncode, checked.stderr) == (0, "")
+        assert not stage.models.exists()
+        fetched = stage.run_process(CAPTION_MODEL=NAME, HF_HUB_OFFLINE=0, HF_ENDPOINT=served.endpoint)
+    assert fetched.returncode == 0, fetched.stderr
+    assert sorted(path.name for path in (stage.models / "some-tagger").iterdir()) == sorted(FILES)
+    caption = stage.captions()["a.txt"]
+    (stage.images / "a.txt").unlink()
+    assert stage.run(CAPTION_MODEL=NAME).returncode == 0  # and the network is gone
+    assert stage.captions() == {"a.txt": caption}
+
+
+def test_only_the_file_that_is_missing_is_fetched(stage, photographs, tiny):
+    photographs["coffee"].save(stage.images / "a.png")
+    (put(tiny, stage.models / "some-tagger") / "selected_tags.csv").unlink()
+    with hub(tiny) as served:
+        assert stage.run_process(CAPTION_MODEL=NAME, HF_HUB_OFFLINE=0, HF_ENDPOINT=served.endpoint).returncode == 0
+        assert not [line for line in served.requests if line.startswith("GET") and "model.onnx" in line]
+
+
+def test_transfer_that_comes_short_leaves_nothing_that_looks_whole(stage, photographs, tiny):
+    photographs["coffee"].save(stage.images / "a.png")
+    with hub(tiny, cut_short=True) as served:
+        ended = stage.run_process(CAPTION_MODEL=NAME, HF_HUB_OFFLINE=0, HF_ENDPOINT=served.endpoint)
+    assert ended.returncode == 5
+    assert COMMAND in ended.stderr
+    assert not (stage.models / "some-tagger" / "model.onnx").exists()
+
+
+def test_fetch_that_is_killed_begins_again(stage, photographs, tiny):
+    photographs["coffee"].save(stage.images / "a.png")
+    with hub(tiny, stall=True) as served:
+        process = stage.start(CAPTION_MODEL=NAME, HF_HUB_OFFLINE=0, HF_ENDPOINT=served.endpoint)
+        assert served.stalled.wait(timeout=30)
+        process.kill()
+        process.communicate()
+    assert not (stage.models / "some-tagger" / "model.onnx").exists()
+    with hub(tiny) as served:
+        ended = stage.run_process(CAPTION_MODEL=NAME, HF_HUB_OFFLINE=0, HF_ENDPOINT=served.endpoint)
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(path.name for path in (stage.models / "some-tagger").iterdir()) == sorted(FILES)
+
+
+def test_repository_that_the_hub_does_not_have_is_named(stage, photographs, tiny):
+    photographs["coffee"].save(stage.images / "a.png")
+    with hub(tiny) as served:
+        ended = stage.run_process(CAPTION_MODEL="Somebody/else", HF_HUB_OFFLINE=0, HF_ENDPOINT=served.endpoint)
+    assert ended.returncode == 5
+    assert "Somebody/else is not in" in ended.stderr
+    assert "no such repository" in ended.stderr
+
+
+class Hub(ThreadingHTTPServer):
+    """Answers as huggingface.co does for the files of one repository: small ones by a redirect within the hub, large
+    ones (`model.onnx`) by a redirect to a store elsewhere, with the content's hash and size in X-Linked-* headers."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, cut_short: bool, stall: bool):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.folder, self.cut_short, self.stall = folder, cut_short, stall
+        self.requests: list[str] = []
+        self.stalled, self.closing = threading.Event(), threading.Event()
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.server.requests.append(f"{self.command} {self.path}")
+        name = self.path.rpartition("/")[2]
+        content = (self.server.folder / name).read_bytes() if name in FILES else b""
+        if self.path == f"/{NAME}/resolve/main/{name}" and content:
+            self.redirect(name, content)
+        elif self.path in (f"/store/{name}", f"/api/resolve-cache/models/{NAME}/{COMMIT}/{name}"):
+            self.deliver(name, content)
+        else:
+            self.answer(404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+
+    def do_GET(self):
+        self.do_HEAD()
+
+    def redirect(self, name: str, content: bytes):
+        headers = {"X-Repo-Commit": COMMIT, "X-Linked-Size": len(content), "X-Linked-ETag": etag_of(name, content)}
+        if name == "model.onnx":
+            store = f"http://localhost:{self.server.server_port}/store/{name}"
+            self.answer(302, headers | {"Location": store})
+        else:
+            self.answer(307, headers | {"Location": f"/api/resolve-cache/models/{NAME}/{COMMIT}/{name}"})
+
+    def deliver(self, name: str, content: bytes):
+        headers = {"ETag": etag_of(name, content), "X-Repo-Commit": COMMIT}
+        if self.server.cut_short and name == "model.onnx":
+            content = content[: len(content) // 2]
+        self.answer(200, headers, content)
+
+    def answer(self, status: int, headers: dict, content: bytes = b""):
+        self.send_response(status)
+        for header, value in headers.items():
+            self.send_header(header, str(value))
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "HEAD" or not content:
+            return
+        if self.server.stall and self.path.endswith("model.onnx"):
+            self.wfile.write(content[: len(content) // 2])
+            self.server.stalled.set()
+            self.server.closing.wait(timeout=60)
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+    def handle(self):
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
+
+def etag_of(name: str, content: bytes) -> str:
+    return f'"{(hashlib.sha256 if name == "model.onnx" else hashlib.sha1)(content).hexdigest()}"'
+
+
+@contextlib.contextmanager
+def hub(folder: Path, cut_short: bool = False, stall: bool = False):
+    server = Hub(folder, cut_short, stall)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.closing.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()

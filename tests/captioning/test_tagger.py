@@ -1,0 +1,197 @@
+"""Pictures are prepared as the models were trained, and a model that is no tagger is refused."""
+
+import math
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from PIL import Image
+
+from captioning.tagger import Tagger, prepare, read_tags
+from demo import tiny_tagger
+from demo.tiny_tagger import Shape
+from errors import ModelError
+from pictures import open_rgb
+
+
+def tagger_of(folder, batch_size=4) -> Tagger:
+    return Tagger(folder / "model.onnx", folder / "selected_tags.csv", batch_size)
+
+
+def bicubic_reference(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Float [n, n, 3] -> [side, side, 3]: Keys' cubic with a = -0.5, widened when shrinking; along rows, then columns,
+    to whole levels after each."""
+
+    def kernel(x):
+        x = abs(x)
+        return 1.5 * x**3 - 2.5 * x**2 + 1 if x < 1 else -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
+
+    size = len(pixels)
+    scale, width = size / side, max(size / side, 1.0)
+    matrix = np.zeros((side, size))
+    for out in range(side):
+        centre = (out + 0.5) * scale
+        for at in range(max(0, math.floor(centre - 2 * width)), min(size, math.ceil(centre + 2 * width))):
+            matrix[out, at] = kernel((at + 0.5 - centre) / width)
+    matrix /= matrix.sum(axis=1, keepdims=True)
+    across = np.rint(np.clip(matrix @ pixels, 0, 255))
+    down = np.rint(np.clip(matrix @ across.swapaxes(0, 1), 0, 255))
+    return down.swapaxes(0, 1)
+
+
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea"])
+@pytest.mark.parametrize("side", [448, 100])
+def test_preparation_equals_a_plain_reference(photographs, name, side):
+    picture = photographs[name]
+    pixels = np.asarray(picture, np.float64)
+    height, width = pixels.shape[:2]
+    edge = max(height, width)
+    square = np.full((edge, edge, 3), 255.0)
+    top, left = (edge - height) // 2, (edge - width) // 2
+    square[top : top + height, left : left + width] = pixels
+    expected = bicubic_reference(square, side)[..., [2, 1, 0]]
+    prepared = prepare(picture, side)
+    assert (prepared.dtype, prepared.shape) == (np.float32, (side, side, 3))
+    assert (np.abs(prepared - expected) <= 1).all()
+    assert (prepared == expected).mean() > 0.99  # the rest are halves, which Pillow's fixed-point sums round the other way
+
+
+def test_preparation_is_blue_first_in_0_to_255_on_a_centred_white_square():
+    prepared = prepare(Image.new("RGB", (448, 224), (255, 128, 0)), 448)
+    assert (prepared[112:336] == [0, 128, 255]).all()
+    assert (prepared[:112] == 255).all()
+    assert (prepared[336:] == 255).all()
+
+
+def test_tags_are_the_same_in_every_orientation_and_encoding(tmp_path, photographs, tiny):
+    tagger, picture = tagger_of(tiny), photographs["coffee"]
+    expected = tagger.probabilities([prepare(picture, 448)])[0]
+    turned = {  # EXIF orientation -> how the file holds the picture
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    for orientation, transpose in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture.transpose(transpose).save(tmp_path / "turned.png", exif=exif)
+        assert (tagger.probabilities([prepare(open_rgb(tmp_path / "turned.png"), 448)])[0] == expected).all()
+    picture.save(tmp_path / "a.webp", lossless=True)
+    picture.save(tmp_path / "a.bmp")
+    for name in ("a.webp", "a.bmp"):
+        assert (tagger.probabilities([prepare(open_rgb(tmp_path / name), 448)])[0] == expected).all()
+
+
+def test_unusual_pictures_are_seen_as_they_look(tmp_path, photographs):
+    picture = photographs["chelsea"]
+    grey = np.asarray(picture.convert("L"))
+    transparent = picture.convert("RGBA")
+    transparent.putalpha(Image.new("L", picture.size, 0))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16bit.png")
+    picture.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    picture.quantize(256).save(tmp_path / "palette.png")
+    transparent.save(tmp_path / "alpha.png")
+    white, greys = np.full((448, 448, 3), 255.0), prepare(Image.fromarray(grey).convert("RGB"), 448)
+    for name, expected, tolerance in [
+        ("16bit.png", greys, 1),
+        ("cmyk.jpg", prepare(picture, 448), 3),
+        ("palette.png", prepare(picture, 448), 8),
+        ("alpha.png", white, 0),
+    ]:
+        assert np.abs(prepare(open_rgb(tmp_path / name), 448) - expected).mean() <= tolerance, name
+
+
+def test_different_pictures_get_different_tags(photographs, tiny):
+    tagger = tagger_of(tiny)
+    result = tagger.probabilities([prepare(picture, tagger.side_px) for picture in photographs.values()])
+    assert result.shape == (len(photographs), len(tagger.tags))
+    assert len({tuple(row > 0.35) for row in result}) == len(photographs)
+    assert all(5 <= (row > 0.35).sum() <= 21 for row in result)
+
+
+def test_tags_of_a_picture_do_not_depend_on_what_else_is_tagged(photographs, tiny):
+    tagger = tagger_of(tiny, batch_size=3)
+    prepared = [prepare(picture, 448) for picture in photographs.values()]
+    together = tagger.probabilities(prepared)
+    alone = [tagger.probabilities([one])[0] for one in prepared]
+    assert (together == alone).all()
+
+
+@pytest.mark.parametrize("shape", [Shape(batch=1), Shape(batch=3), Shape(channels_first=True), Shape(batch=1, channels_first=True)])
+def test_layout_and_batch_are_read_from_the_model(tmp_path, photographs, tiny, shape):
+    prepared = [prepare(picture, 448) for picture in photographs.values()]
+    expected = tagger_of(tiny).probabilities(prepared)
+    result = tagger_of(tiny_tagger.build(tmp_path, shape=shape)).probabilities(prepared)
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_side_is_read_from_the_model(tmp_path, photographs):
+    tagger = tagger_of(tiny_tagger.build(tmp_path, shape=Shape(side_px=224)))
+    assert tagger.side_px == 224
+    assert tagger.probabilities([prepare(photographs["coffee"], 224)]).shape == (1, len(tagger.tags))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_model_that_is_cut_off_is_refused(tmp_path, share):
+    folder = tiny_tagger.build(tmp_path)
+    whole = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ModelError, match=r"cut off or no ONNX model.*delete it and run again"):
+        tagger_of(folder)
+
+
+def test_model_that_is_something_else_is_refused(tmp_path):
+    folder = tiny_tagger.build(tmp_path)
+    (folder / "model.onnx").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ModelError, match="no ONNX model"):
+        tagger_of(folder)
+    inputs = [onnx.helper.make_tensor_value_info("tokens", onnx.TensorProto.INT64, [1, 77])]
+    outputs = [onnx.helper.make_tensor_value_info("same", onnx.TensorProto.INT64, [1, 77])]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["tokens"], ["same"])], "text", inputs, outputs)
+    onnx.save(onnx.helper.make_model(graph, ir_version=8), folder / "model.onnx")
+    with pytest.raises(ModelError, match="not float pictures"):
+        tagger_of(folder)
+
+
+def test_tags_that_do_not_fit_the_model_are_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"lists 61 tags, but model.onnx gives 63 values"):
+        tagger_of(tiny_tagger.build(tmp_path, shape=Shape(extra_outputs=2)))
+
+
+def test_tags_that_do_not_fit_a_width_the_model_leaves_open_are_refused(tmp_path, photographs):
+    folder = tiny_tagger.build(tmp_path, shape=Shape(extra_outputs=2))
+    model = onnx.load(folder / "model.onnx")
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "tags"
+    onnx.save(model, folder / "model.onnx")
+    with pytest.raises(ModelError, match="take both files from the same repository"):
+        tagger_of(folder).probabilities([prepare(photographs["coffee"], 448)])
+
+
+def test_values_that_are_no_probabilities_are_refused(tmp_path, photographs):
+    folder = tiny_tagger.build(tmp_path, shape=Shape(logits=True))
+    with pytest.raises(ModelError, match="not probabilities"):
+        tagger_of(folder).probabilities([prepare(photographs["coffee"], 448)])
+    model = onnx.load(tiny_tagger.build(tmp_path) / "model.onnx")
+    bias = next(constant for constant in model.graph.initializer if constant.name == "bias")
+    bias.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(bias), np.nan), "bias"))
+    onnx.save(model, folder / "model.onnx")
+    with pytest.raises(ModelError, match="not probabilities"):
+        tagger_of(folder).probabilities([prepare(photographs["coffee"], 448)])
+
+
+@pytest.mark.parametrize("text", ["", "tag_id,name,category,count\n", "a,b\n1,2\n", "name,category\nsmile,many\n", "<html>\n"])
+def test_tags_file_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "selected_tags.csv").write_text(text)
+    with pytest.raises(ModelError, match=r"selected_tags.csv: .*delete it and run again"):
+        read_tags(tmp_path / "selected_tags.csv")
+
+
+def test_tags_file_of_bytes_is_refused(tmp_path):
+    (tmp_path / "selected_tags.csv").write_bytes(b"\xff\xfe\x00name")
+    with pytest.raises(ModelError, match="is not a table"):
+        read_tags(tmp_path / "selected_tags.csv")
