@@ -1,0 +1,141 @@
+"""The miniature world in a folder: a tiny SDXL, a tiny tagger, a workflow with its node ids, prompts and a face.
+
+The stages meet it through environment variables alone, so it needs nothing of the user's and leaves nothing there.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset_folder import write_json
+from demo import tiny_sdxl, tiny_tagger
+from demo.standin_comfyui.pictures import scene
+from demo.standin_comfyui.server import StandIn
+from settings import REPOSITORY, CaptionSettings, CollectSettings, ProjectSettings, all_keys
+from training.config import TrainSettings
+
+RUN_SH = REPOSITORY / "scripts" / "run.sh"
+TRIGGER_WORD = "demo_person"
+PICTURE_SIZE_PX = (256, 320)
+PROMPTS = [
+    "portrait in a garden, smiling",
+    "full body, walking through a forest",
+    "close-up in a studio, looking at viewer",
+    "sitting in a room, reading a book",
+    "on a beach, wind in the hair",
+    "in a city street, from the side",
+    "at night, city lights behind",
+    "in the snow, winter coat",
+    "watching the sunset, from behind",
+    "upper body in a garden, hat",
+]
+NODE_IDS = {"image_loader_node": "1", "positive_prompt_node": "4", "seed_node": "6", "output_node": "8"}
+
+
+@dataclass(frozen=True)
+class World:
+    """A built world; `folder` holds all of it."""
+
+    folder: Path
+
+    @classmethod
+    def build(cls, folder: Path) -> "World":
+        """Make the world in `folder`, which is empty or absent. Takes seconds."""
+        world = cls(folder.resolve())
+        tiny_sdxl.build(world.models / "tiny-sdxl")
+        tiny_tagger.build(world.models / "tiny-tagger")
+        write_json(world.folder / "workflow.json", workflow())
+        write_json(world.folder / "workflow_config.json", NODE_IDS)
+        write_json(world.folder / "prompts.json", [{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(PROMPTS)])
+        scene("portrait in a studio", 1, (384, 384)).save(world.folder / "face.png")
+        return world
+
+    @property
+    def models(self) -> Path:
+        return self.folder / "models"
+
+    @property
+    def dataset(self) -> Path:
+        return self.folder / "dataset"
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "output"
+
+    @property
+    def lora(self) -> Path:
+        """The LoRA file that a whole run leaves."""
+        return self.output / "lora" / f"{TRIGGER_WORD}.safetensors"
+
+    def serve(self) -> StandIn:
+        """A ComfyUI of this world, as a context manager; its address is `url`."""
+        return StandIn(self.folder / "comfyui")
+
+    def environment(self, comfyui_url: str, **settings: object) -> dict[str, str]:
+        """What run.sh and the stages need; `settings` (lower or upper case) win over the world's own.
+
+        Settings that the user has in the environment are left out, and nothing is looked up on the network.
+        """
+        ours = {
+            "trigger_word": TRIGGER_WORD,
+            "dataset_dir": self.dataset,
+            "output_dir": self.output,
+            "models_dir": self.models,
+            "comfyui_endpoint": comfyui_url,
+            "comfyui_workflow": self.folder / "workflow.json",
+            "workflow_config": self.folder / "workflow_config.json",
+            "prompts_file": self.folder / "prompts.json",
+            "face_reference": self.folder / "face.png",
+            "comfyui_delay": 0,
+            "caption_model": "tiny-tagger",
+            "base_model": "tiny-sdxl",
+            "resolution": 128,
+            "caption_variants": 2,
+            "lora_rank": 4,
+            "lora_alpha": 4,
+            "train_batch_size": 2,
+            "num_train_epochs": 4,
+            "save_every_epochs": 2,
+            "dataloader_num_workers": 1,
+        }
+        kept = {name: value for name, value in os.environ.items() if name not in setting_names()}
+        changed = {name.upper(): str(value) for name, value in (ours | settings).items()}
+        return kept | {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | changed
+
+
+def setting_names() -> set[str]:
+    """Every environment variable that the pipeline reads."""
+    sections = (ProjectSettings, CollectSettings, CaptionSettings, TrainSettings)
+    return {key.name.upper() for section in sections for key in all_keys(section)} | {"STRICT"}
+
+
+def workflow() -> dict[str, dict]:
+    """A ComfyUI workflow in API format: the face, a prompt and a seed become one picture."""
+    width, height = PICTURE_SIZE_PX
+    return {
+        "1": _node("LoadImage", image="example.png"),
+        "2": _node("ImageScale", image=["1", 0], upscale_method="lanczos", width=width, height=height, crop="center"),
+        "3": _node("CheckpointLoaderSimple", ckpt_name="tiny_sdxl_random.safetensors"),
+        "4": _node("CLIPTextEncode", clip=["3", 1], text="what prompts.json says"),
+        "5": _node("CLIPTextEncode", clip=["3", 1], text="text, watermark"),
+        "6": _node(
+            "KSampler",
+            model=["3", 0],
+            positive=["4", 0],
+            negative=["5", 0],
+            latent_image=["9", 0],
+            seed=0,
+            steps=6,
+            cfg=7.0,
+            sampler_name="euler",
+            scheduler="normal",
+            denoise=0.9,
+        ),
+        "7": _node("VAEDecode", samples=["6", 0], vae=["3", 2]),
+        "8": _node("SaveImage", images=["7", 0], filename_prefix="demo/person"),
+        "9": _node("VAEEncode", pixels=["2", 0], vae=["3", 2]),
+    }
+
+
+def _node(class_type: str, **inputs: object) -> dict:
+    return {"class_type": class_type, "inputs": inputs}
