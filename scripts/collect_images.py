@@ -10,6 +10,7 @@ from tqdm import tqdm
 from collecting.checks import check
 from collecting.comfyui import ComfyUI
 from collecting.download import PictureStore
+from collecting.graph import literal_seeds
 from collecting.plan import Job, Plan, read_plan
 from collecting.progress import Progress
 from collecting.session import Outcome, Session
@@ -44,7 +45,7 @@ def main() -> None:
             failed = _collect(session, todo, len(plan.workflow.kept_nodes))
         _judge(failed, len(todo), progress.has_pictures([job.key for job in jobs]))
     else:
-        print(_nothing_to_do(store))
+        print(_nothing_to_do(plan, store))
 
 
 def _plan(settings: CollectSettings) -> Plan:
@@ -102,10 +103,11 @@ def _judge(failed: int, submitted: int, something_came: bool) -> None:
         raise SomeItemsFailed(f"{failed} of {submitted} submissions failed, as named above; run it again to try only these")
 
 
-def _nothing_to_do(store: PictureStore) -> str:
+def _nothing_to_do(plan: Plan, store: PictureStore) -> str:
     missing = store.missing()
-    gone = f" {missing} of its pictures were taken out of the folder since and stay out." if missing else ""
-    return f"All of this was collected before, so nothing was sent.{gone} NEW_SEEDS=1 makes another set."
+    gone = f" Of the pictures {missing} were taken out of the folder since and stay out." if missing else ""
+    more = " NEW_SEEDS=1 makes another set." if literal_seeds(plan.workflow.graph) else ""
+    return f"All of this was collected before, so nothing was sent.{gone}{more}"
 
 
 def _say(line: str) -> None:

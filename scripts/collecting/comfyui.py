@@ -8,7 +8,8 @@ ComfyUIError
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -21,6 +22,15 @@ READ_TIMEOUT_S = 60
 PATIENCE_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Pauses between the tries of a request that may be repeated."""
 _AWAY = (502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Queued:
+    """What POST /prompt answered."""
+
+    prompt_id: str
+    dropped: list[str]
+    """Why some outputs will not run, although the others do."""
 
 
 class Unanswered(ComfyUIError):
@@ -79,8 +89,8 @@ class ComfyUI:
             raise self._error(f"did not say under which name it keeps the face, but {stored}")
         return f"{subfolder}/{name}" if subfolder else name
 
-    def submit(self, graph: dict[str, Any], prompt_id: str) -> dict[str, Any]:
-        """Queue a workflow under our own id; returns the `node_errors` of outputs that the server dropped.
+    def submit(self, graph: dict[str, Any], prompt_id: str) -> Queued:
+        """Queue a workflow under our own id.
 
         Raises PromptRefused when it will not run, Unanswered when it is not known whether it will.
         """
@@ -93,7 +103,8 @@ class ComfyUI:
             raise Unanswered(str(self._refused(answer, "/prompt")))
         if answer.status_code == 400:
             raise PromptRefused("\n".join([f"ComfyUI at {self.shown_url} refuses the workflow:", *_reasons(answer)]))
-        return self._json_of(answer, "/prompt").get("node_errors") or {}
+        queued = self._json_of(answer, "/prompt")
+        return Queued(str(queued.get("prompt_id", prompt_id)), complaints_of(queued.get("node_errors")))
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
         """The history entry of a prompt that has ended; None while it waits or runs, and when it is not known."""
@@ -110,7 +121,7 @@ class ComfyUI:
         query = {"filename": filename, "subfolder": subfolder, "type": kind}
         answer = self._repeated("GET", "/view", params=query)
         if answer.status_code == 404:
-            raise PictureGone(f"ComfyUI at {self.shown_url} no longer has the file {filename!r}")
+            raise PictureGone(f"ComfyUI at {self.shown_url} no longer has the file {filename!r}: restart it, or use another seed")
         if answer.status_code != 200:
             raise self._refused(answer, "/view")
         return answer.content
@@ -212,6 +223,8 @@ def _reasons(answer: requests.Response) -> list[str]:
     try:
         content = answer.json()
     except requests.exceptions.JSONDecodeError:
+        content = None
+    if not isinstance(content, dict):
         return [f"  - it does not say why: {answer.text[:200]!r}"]
     lines = complaints_of(content.get("node_errors"))
     if not lines:
@@ -237,7 +250,8 @@ def _without_secrets(url: str) -> str:
     return urlunsplit((parts.scheme, f"{host}{port}", parts.path.rstrip("/"), "", ""))
 
 
-def _chain(error: BaseException | None) -> Any:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what it came from."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

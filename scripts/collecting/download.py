@@ -9,6 +9,7 @@ import re
 import unicodedata
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dataset_folder import DatasetFolder, append_json_line, find_images, read_js
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 _LONGEST_PREFIX = 40
+_PNG_END = b"IEND\xae\x42\x60\x82"
 
 
 class BadPicture(Exception):
@@ -41,6 +43,8 @@ def verified(content: bytes) -> Picture:
     kind = sniff_image_format(content[:12])
     if kind not in SUFFIXES:
         raise BadPicture("it is no PNG, JPEG or WebP")
+    if kind == "png" and _PNG_END not in content:
+        raise BadPicture("it is cut off")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -69,7 +73,6 @@ class PictureStore:
     def __init__(self, folder: DatasetFolder):
         self._folder = folder
         self._listed = {line["sha256"]: line for line in read_json_lines(folder.manifest) if isinstance(line.get("sha256"), str)}
-        self._unlisted = self._hashes_of_unlisted()
 
     def missing(self) -> int:
         """How many pictures of the manifest do not lie in the folder any more."""
@@ -106,7 +109,9 @@ class PictureStore:
         append_json_line(self._folder.manifest, line)
         self._listed[line["sha256"]] = line
 
-    def _hashes_of_unlisted(self) -> dict[str, Path]:
+    @cached_property
+    def _unlisted(self) -> dict[str, Path]:
+        """SHA-256 -> file, for the pictures that have no line in the manifest."""
         listed = {line.get("file") for line in self._listed.values()}
         paths = (image.path for image in find_images(self._folder.images))
         return {sha256_of(path): path for path in paths if path.relative_to(self._folder.root).as_posix() not in listed}

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from collecting.comfyui import ComfyUI, PictureGone, Unanswered, complaints_of
+from collecting.comfyui import ComfyUI, PictureGone, Unanswered
 from collecting.download import BadPicture, Picture, PictureStore, verified
 from collecting.graph import Graph, described, graph_hash, seeds_behind, text_behind
 from collecting.plan import Job, Plan
 from collecting.progress import Progress, Submission
 from errors import ComfyUIError
 
-MOST_SUBMISSIONS = 3
-"""How often one run sends the same work when the server loses it."""
+MOST_LOSSES = 3
+"""How often one run sends the same work again when the server loses it."""
 FETCH_PAUSES_S = (0.5, 1.0, 2.0)
 """Pauses between the tries of a picture that arrives broken."""
 SEED_BELOW = 2**53
@@ -64,18 +64,15 @@ class Session:
 
     def _end_of(self, job: Job, outcome: Outcome) -> tuple[Submission, dict[str, Any]]:
         """The submission that came to an end, and its history entry. What an earlier run sent is looked up first."""
-        submission = self._progress.in_flight(job.key)
-        entry = self._waited_for(submission) if submission else None
-        for _ in range(MOST_SUBMISSIONS):
-            if submission and entry:
-                return submission, entry
-            if submission:
-                self._say(f"{job.label}: ComfyUI knows nothing of prompt {submission.prompt_id}; sending it again")
+        submission = self._progress.in_flight(job.key) or self._submitted(job, outcome)
+        losses = 0
+        while (entry := self._waited_for(submission)) is None:
+            losses += 1
+            if losses > MOST_LOSSES:
+                raise ComfyUIError(f"{job.label}: ComfyUI lost it {losses} times; does it restart over it? Its terminal says why")
+            self._say(f"{job.label}: ComfyUI knows nothing of prompt {submission.prompt_id}; sending it again")
             submission = self._submitted(job, outcome)
-            entry = self._waited_for(submission)
-        if submission and entry:
-            return submission, entry
-        raise ComfyUIError(f"{job.label}: sent {MOST_SUBMISSIONS} times, and ComfyUI lost it each time; does it restart over it?")
+        return submission, entry
 
     def _submitted(self, job: Job, outcome: Outcome) -> Submission:
         """Write down what is about to be sent, then send it."""
@@ -88,12 +85,16 @@ class Session:
         self._progress.sent(job.key, submission)
         self._last_sent_s = time.monotonic()
         try:
-            dropped = complaints_of(self._server.submit(graph, submission.prompt_id))
+            queued = self._server.submit(graph, submission.prompt_id)
         except Unanswered as error:
             self._say(f"{job.label}: {error}; looking whether it arrived")
             return submission
-        if dropped:
-            outcome.failures += ["ComfyUI runs only a part of the workflow:", *dropped]
+        if queued.dropped:
+            outcome.failures += ["ComfyUI runs only a part of the workflow:", *queued.dropped]
+        if queued.prompt_id != submission.prompt_id:
+            # Old servers give ids of their own.
+            submission = Submission(queued.prompt_id, seeds)
+            self._progress.sent(job.key, submission)
         return submission
 
     def _uploaded_face(self) -> str | None:
@@ -172,7 +173,11 @@ def _pictures_in(entry: dict[str, Any], node: str) -> list[dict[str, Any]]:
     shown = (entry.get("outputs") or {}).get(node) or {}
     images = shown.get("images") if isinstance(shown, dict) else None
     records = images if isinstance(images, list) else []
-    return [record for record in records if isinstance(record, dict) and record.get("filename") and record.get("type") != "temp"]
+    return [
+        record
+        for record in records
+        if isinstance(record, dict) and isinstance(record.get("filename"), str) and record.get("type") != "temp"
+    ]
 
 
 def _failures(entry: dict[str, Any]) -> list[str]:
