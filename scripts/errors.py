@@ -80,6 +80,18 @@ def one_list(title: str, complaints: Sequence[str]) -> str:
     return "\n".join([title, *(f"  - {complaint}" for complaint in complaints)])
 
 
+def answer_all(title: str, questions: Sequence[Callable[[], str]]) -> None:
+    """`--check`: print the answer of every question; what the others raise becomes one list with the first one's exit code."""
+    complaints: list[LoracatError] = []
+    for question in questions:
+        try:
+            print(question(), flush=True)
+        except LoracatError as complaint:
+            complaints.append(complaint)
+    if complaints:
+        raise type(complaints[0])(one_list(title, [str(complaint) for complaint in complaints]))
+
+
 def stop_on_signals() -> None:
     """From here on SIGTERM and SIGINT raise `Stopped` in the main thread; a second one ends the process at once."""
 

@@ -1,0 +1,51 @@
+"""A picture file as the pixels a person sees: upright, in RGB, transparency on white."""
+
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+class BrokenPictureError(ValueError):
+    """The file is not a picture that can be used; the message says why."""
+
+
+def open_rgb(path: Path) -> Image.Image:
+    """The picture at `path`, decoded in full, turned as its EXIF orientation says, as 8-bit RGB on white.
+
+    Palette, grey, CMYK and 16-bit pictures are converted; of an animation the first frame is taken.
+    Raises BrokenPictureError for files that are no pictures, cut off, or larger than Pillow's bomb limit.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return _on_white(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise BrokenPictureError("is not a picture") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BrokenPictureError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except FileNotFoundError:
+        raise BrokenPictureError("has disappeared") from None
+    except PermissionError:
+        raise BrokenPictureError("may not be read by this user") from None
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise for damaged files
+        raise BrokenPictureError(f"cannot be decoded: {error}") from None
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _eight_bit(image).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """A 16- or 32-bit grey picture scaled to 8 bits; Pillow's own conversion would clip everything above 255."""
+    low, high = image.getextrema()
+    top = 1.0 if high <= 1 and image.mode == "F" else 255.0 if low >= 0 and high <= 255 else 65535.0
+    return image.convert("F").point(lambda value: value * (255.0 / top)).convert("L")

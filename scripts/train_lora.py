@@ -1,0 +1,37 @@
+#!/usr/bin/env python3
+"""Train a LoRA for SDXL on DATASET_DIR/images and write OUTPUT_DIR/lora/<name>.safetensors, which ComfyUI loads."""
+
+import sys
+
+from errors import exit_code_of, stop_on_signals
+from settings import ProjectSettings, read_request
+from training.config import TrainSettings
+
+STAGE = "train_lora"
+
+
+def main(argv: list[str]) -> None:
+    stop_on_signals()
+    request = read_request(STAGE, __doc__, argv, {"project": ProjectSettings, "train": TrainSettings})
+    project, train = request.sections["project"], request.sections["train"]
+    print(f"set by you: {request.overridden()}", flush=True)
+
+    from training import task  # torch and diffusers take seconds to import; a wrong setting is refused before
+
+    if request.check:
+        task.check(project, train)
+        return
+    run = task.decide(project, train)
+    saved = task.saved_state(run)
+    if saved is None and task.is_finished(run):
+        print(f"nothing to do: {run.results.lora} is finished, with exactly these settings, pictures and captions")
+        return
+    task.make_room(run, saved)
+    with task.memory_in_our_words(run):
+        data = task.encode(run)
+        modules = task.train(run, data, saved)
+    task.finish(run, modules)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(STAGE, lambda: main(sys.argv[1:])))

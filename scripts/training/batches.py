@@ -1,0 +1,102 @@
+"""The run's order -> batches of tensors, read from the caches and drawn from the seed. A pure function of both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+from training.buckets import OptimizerStep, Placement
+from training.cache import read_embedding, read_latents
+from training.draws import Draw, draw
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of B samples of one shape. Floats are fp32, except the embeddings, which have the UNet's dtype."""
+
+    mean: torch.Tensor
+    """[B, C, h, w]: mean of the VAE's posterior."""
+    log_variance: torch.Tensor
+    """[B, C, h, w]"""
+    latent_noise: torch.Tensor
+    """[B, C, h, w]"""
+    noise: torch.Tensor
+    """[B, C, h, w]"""
+    offset: torch.Tensor
+    """[B, C, 1, 1]"""
+    timesteps: torch.Tensor
+    """[B], int64"""
+    hidden: torch.Tensor
+    """[B, tokens, D]: hidden states of both text encoders."""
+    pooled: torch.Tensor
+    """[B, P]: pooled embedding of the second encoder."""
+    add_time_ids: torch.Tensor
+    """[B, 6]"""
+    weights: torch.Tensor
+    """[B]: share of each sample in the loss of the optimizer step; 0 for padding."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`."""
+        return replace(self, **{part.name: getattr(self, part.name).to(device, non_blocking=True) for part in fields(self)})
+
+    def pinned(self) -> "Batch":
+        """The same batch in page-locked memory, from which a copy to the GPU runs beside its work."""
+        return replace(self, **{part.name: getattr(self, part.name).pin_memory() for part in fields(self)})
+
+
+@dataclass(frozen=True)
+class CachedExample:
+    """Where the parts of an example lie."""
+
+    name: str
+    placement: Placement
+    latents: Path
+    captions: Path
+    variants: int
+    """How many variants `captions` holds."""
+
+
+@dataclass(frozen=True)
+class BatchReader:
+    """Makes the micro-batches of any optimizer step of the run, in any order."""
+
+    examples: Sequence[CachedExample]
+    empty_caption: Path
+    seed: int
+    caption_dropout: float
+    micro_batch: int
+    global_batch: int
+    pin: bool
+    """Page-lock the batches, for a GPU."""
+
+    def __call__(self, step: OptimizerStep) -> list[Batch]:
+        """The micro-batches of `step`, all of `micro_batch` samples; the last one is filled up with samples of weight 0."""
+        samples = [self._sample(index, step.number * self.global_batch + slot) for slot, index in enumerate(step.examples)]
+        batches = []
+        for start in range(0, len(samples), self.micro_batch):
+            real = samples[start : start + self.micro_batch]
+            padding = self.micro_batch - len(real)
+            weights = torch.tensor([1.0 / len(samples)] * len(real) + [0.0] * padding)
+            batch = Batch(*map(torch.stack, zip(*real, *real[-1:] * padding, strict=True)), weights=weights)
+            batches.append(batch.pinned() if self.pin else batch)
+        return batches
+
+    def names(self, step: OptimizerStep) -> str:
+        """The pictures of `step`, for messages."""
+        return ", ".join(sorted({self.examples[index].name for index in step.examples}))
+
+    def _sample(self, index: int, position: int) -> tuple[torch.Tensor, ...]:
+        """The parts of one sample in the order of Batch's fields."""
+        example = self.examples[index]
+        mean, log_variance = read_latents(example.latents)
+        drawn = draw(self.seed, position, tuple(mean.shape), example.variants, self.caption_dropout)
+        hidden, pooled = self._embedding(example, drawn)
+        time_ids = torch.tensor(example.placement.add_time_ids, dtype=torch.float32)
+        timestep = torch.tensor(drawn.timestep)
+        return mean, log_variance, drawn.latent_noise, drawn.noise, drawn.offset, timestep, hidden, pooled, time_ids
+
+    def _embedding(self, example: CachedExample, drawn: Draw) -> tuple[torch.Tensor, torch.Tensor]:
+        if drawn.variant is None:
+            return read_embedding(self.empty_caption, 0)
+        return read_embedding(example.captions, drawn.variant)

@@ -1,0 +1,132 @@
+"""Pictures and captions encoded once: keyed by content, written whole, read back sample by sample.
+
+The unit is one picture, or one caption with its variants, so what is in the cache never depends on what else was
+encoded that day. A key covers everything that the value depends on; a changed picture, crop, caption or encoder is
+another key. Files that cannot be read are encoded anew.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from dataset_folder import whole_file, write_json
+from errors import DataError
+from pictures import open_rgb
+from training.buckets import Placement
+from training.dataset import Example
+from training.prefetch import prefetched
+
+FORMAT = 1
+"""Part of every key: to be raised when the encoding changes."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """`OUTPUT_DIR/cache`: one file per picture and one per caption."""
+
+    folder: Path
+
+    def picture(self, example: Example, placement: Placement, vae_fingerprint: str) -> Path:
+        """Where the latents of a picture in its bucket lie."""
+        return self._path("latents", example.sha256, repr(placement), vae_fingerprint)
+
+    def caption(self, variants: Sequence[str], chunks: int, dtype: torch.dtype, encoders_fingerprint: str) -> Path:
+        """Where the embeddings of a caption's variants lie."""
+        return self._path("text", json.dumps(list(variants)), str(chunks), str(dtype), encoders_fingerprint)
+
+    def _path(self, kind: str, *parts: str) -> Path:
+        key = hashlib.sha256("\0".join((str(FORMAT), *parts)).encode()).hexdigest()
+        return self.folder / kind / f"{key}.safetensors"
+
+
+def remembered(memo: Path, name: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
+    """`compute()`, remembered in the JSON file `memo` for as long as path, size and time of change of `files` stay the same,
+    so that gigabytes of weights are hashed once and not at every start."""
+    known = {}
+    with suppress(FileNotFoundError, ValueError):
+        known = json.loads(memo.read_text(encoding="utf-8"))
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    key = json.dumps([name, *((path, about.st_size, about.st_mtime_ns) for path, about in stats)])
+    if key not in known:
+        known[key] = compute()
+        write_json(memo, known)
+    return known[key]
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a cache file is there and its header fits its size."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (FileNotFoundError, SafetensorError):
+        return False
+
+
+def encode_pictures(
+    todo: Sequence[tuple[Path, Example, Placement]],
+    encode: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    workers: int,
+) -> Iterator[Path]:
+    """Encode each picture of `todo` (cache file, example, placement) and yield the file when it is written.
+
+    `encode` takes pixels [1, 3, H, W] in -1 .. 1 (fp32, CPU) and returns mean and log-variance [1, C, h, w] of the VAE's
+    posterior. Pictures are decoded by `workers` threads ahead of it. Raises DataError naming a picture whose latents are
+    not finite.
+    """
+    pixels = prefetched(lambda item: picture_pixels(item[1], item[2]), todo, workers)
+    for (path, example, _), picture in zip(todo, pixels, strict=True):
+        mean, log_variance = (part[0].float().cpu().contiguous() for part in encode(picture[None]))
+        if not (mean.isfinite().all() and log_variance.isfinite().all()):
+            raise DataError(f"{example.name}: the VAE answers with NaN or infinity for this picture; remove it, or use another VAE")
+        with whole_file(path) as beside:
+            save_file({"mean": mean, "log_variance": log_variance}, beside)
+        yield path
+
+
+def encode_captions(
+    todo: Sequence[tuple[Path, Sequence[str]]],
+    encode: Callable[[Sequence[str]], tuple[torch.Tensor, torch.Tensor]],
+    dtype: torch.dtype,
+) -> Iterator[Path]:
+    """Encode the variants of each caption of `todo` (cache file, variants) and yield the file when it is written.
+
+    `encode` returns hidden states [variants, tokens, D] and pooled embeddings [variants, P]; they are kept as `dtype`.
+    """
+    for path, variants in todo:
+        hidden, pooled = encode(variants)
+        tensors = {"hidden": hidden.to("cpu", dtype).contiguous(), "pooled": pooled.to("cpu", dtype).contiguous()}
+        with whole_file(path) as beside:
+            save_file(tensors, beside)
+        yield path
+
+
+def picture_pixels(example: Example, placement: Placement) -> torch.Tensor:
+    """[3, H, W] fp32 in -1 .. 1: the picture scaled with Lanczos and cropped to its bucket."""
+    size = (placement.resized_width, placement.resized_height)
+    image = open_rgb(example.path)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    right, bottom = placement.left + placement.bucket.width, placement.top + placement.bucket.height
+    cropped = np.asarray(image.crop((placement.left, placement.top, right, bottom)), dtype=np.float32)
+    return torch.from_numpy(cropped).permute(2, 0, 1) / 127.5 - 1.0
+
+
+def read_latents(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance [C, h, w], fp32."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("mean"), file.get_tensor("log_variance")
+
+
+def read_embedding(path: Path, variant: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [tokens, D] and pooled embedding [P] of one variant."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_slice("hidden")[variant], file.get_slice("pooled")[variant]

@@ -1,0 +1,89 @@
+"""Folder -> examples, or ONE list of everything that is wrong with it."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset_folder import IMAGE_SUFFIXES, ImageFile, find_images, sha256_of, sniff_image_format
+from errors import DataError, one_list
+from pictures import BrokenPictureError, open_rgb
+
+MIN_SIDE_PX = 256
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture with its caption."""
+
+    path: Path
+    name: str
+    """Path relative to the folder of pictures, for messages."""
+    caption: str
+    width: int
+    """Pixels, after EXIF orientation."""
+    height: int
+    repeats: int
+    sha256: str
+    """Of the file's bytes."""
+
+
+def read_examples(folder: Path, workers: int) -> list[Example]:
+    """All pictures of `folder` (and its `N_name` folders) with their captions, decoded once to be sure, by `workers` threads.
+
+    Raises DataError with everything that is wrong with any of them.
+    """
+    images = find_images(folder)
+    if not images:
+        raise DataError(
+            f"{folder}: no pictures ({', '.join(IMAGE_SUFFIXES)}); put them there or run the collect stage, then the caption stage"
+        )
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        read = list(pool.map(lambda image: _read(image, folder), images))
+    complaints = [complaint for example, complaints in read for complaint in complaints]
+    if complaints:
+        title = f"{folder}: {len(complaints)} of the {len(images)} pictures cannot be trained on:"
+        raise DataError(one_list(title, complaints))
+    return [example for example, _ in read]
+
+
+def unused_entries(folder: Path) -> list[str]:
+    """Names of entries in `folder` that are neither pictures, captions of pictures, nor `N_name` folders with pictures."""
+    images = [image.path for image in find_images(folder)]
+    used = {image.relative_to(folder).parts[0] for image in images} | {image.with_suffix(".txt").name for image in images}
+    return sorted(entry.name for entry in folder.iterdir() if entry.name not in used and not entry.name.startswith("."))
+
+
+def _read(image: ImageFile, folder: Path) -> tuple[Example | None, list[str]]:
+    name = image.path.relative_to(folder).as_posix()
+    complaints = []
+    caption = _caption(image, name, complaints)
+    width, height = _size(image.path, name, complaints)
+    if complaints:
+        return None, complaints
+    return Example(image.path, name, caption, width, height, image.repeats, sha256_of(image.path)), []
+
+
+def _caption(image: ImageFile, name: str, complaints: list[str]) -> str:
+    try:
+        return " ".join(image.caption_path.read_text(encoding="utf-8-sig").split())
+    except FileNotFoundError:
+        complaints.append(f"{name}: has no caption {image.caption_path.name}; run the caption stage")
+    except UnicodeDecodeError:
+        complaints.append(f"{image.caption_path.name}: is not UTF-8; save it as UTF-8")
+    except OSError as error:
+        complaints.append(f"{image.caption_path.name}: {error.strerror}")
+    return ""
+
+
+def _size(path: Path, name: str, complaints: list[str]) -> tuple[int, int]:
+    try:
+        with path.open("rb") as file:
+            if sniff_image_format(file.read(12)) is None:
+                raise BrokenPictureError("is not a PNG, JPEG, WebP or BMP picture")
+        width, height = open_rgb(path).size
+    except BrokenPictureError as error:
+        complaints.append(f"{name}: {error}; replace or remove it")
+        return 0, 0
+    if min(width, height) < MIN_SIDE_PX:
+        complaints.append(f"{name}: {width}x{height} is too small; the shorter side must have at least {MIN_SIDE_PX} px")
+    return width, height

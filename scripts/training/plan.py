@@ -1,0 +1,107 @@
+"""Settings, data and base model -> what a run will do, and the fingerprint that says which run it is."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from training.buckets import OptimizerStep, Placement, place, run_order
+from training.config import TrainSettings
+from training.dataset import Example
+from training.schedule import Schedule
+
+FEW_IMAGE_STEPS = 800
+ENOUGH_IMAGE_STEPS = 2000
+AUTO_MIN_SNR_GAMMA = 5.0
+AUTO_NOISE_OFFSET = 0.0357
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a run that is decided before anything heavy is loaded."""
+
+    examples: list[Example]
+    placements: list[Placement]
+    order: list[OptimizerStep]
+    global_batch: int
+    """Samples per optimizer step."""
+    epochs: int
+    schedule: Schedule
+    min_snr_gamma: float
+    noise_offset: float
+
+    @property
+    def image_steps(self) -> int:
+        """How many pictures the whole run shows to the model, repetitions counted."""
+        return sum(len(step.examples) for step in self.order)
+
+    def announcement(self) -> str:
+        """What the run will do, in a few lines."""
+        buckets = Counter(placement.bucket for placement in self.placements)
+        shapes = ", ".join(f"{bucket} ({count})" for bucket, count in buckets.most_common(8))
+        more = f" and {len(buckets) - 8} more" if len(buckets) > 8 else ""
+        lines = [
+            f"{len(self.examples)} pictures in {len(buckets)} bucket(s): {shapes}{more}.",
+            f"{self.epochs} epochs, {len(self.order)} optimizer steps of {self.global_batch}, {self.image_steps} image-steps; "
+            f"{self.schedule.prediction_type}, min-SNR {self.min_snr_gamma or 'off'}, noise offset {self.noise_offset or 'off'}.",
+        ]
+        if self.image_steps < FEW_IMAGE_STEPS:
+            wanted = -(-ENOUGH_IMAGE_STEPS * self.epochs // self.image_steps)
+            few = f"{self.image_steps} image-steps are few: a likeness needs 2000 to 3000."
+            lines.append(f"{few} Set NUM_TRAIN_EPOCHS={wanted}, or add pictures.")
+        return "\n".join(lines)
+
+
+def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule) -> Plan:
+    """Choose buckets and the order of the run. `schedule` is the base's, with the settings already applied."""
+    data, run = train.data, train.run
+    placements = [place(e.width, e.height, data.resolution, data.bucket_step, data.bucket_max_side) for e in examples]
+    global_batch = run.train_batch_size * run.gradient_accumulation_steps
+    buckets = [placement.bucket for placement in placements]
+    order = run_order(buckets, [example.repeats for example in examples], run.num_train_epochs, global_batch, run.train_seed)
+    is_plain = schedule.prediction_type == "epsilon" and not schedule.zero_terminal_snr
+    gamma, offset = train.objective.min_snr_gamma, train.objective.noise_offset
+    return Plan(
+        examples=examples,
+        placements=placements,
+        order=order,
+        global_batch=global_batch,
+        epochs=run.num_train_epochs,
+        schedule=schedule,
+        min_snr_gamma=(AUTO_MIN_SNR_GAMMA if is_plain else 0.0) if gamma == "auto" else gamma,
+        noise_offset=(AUTO_NOISE_OFFSET if is_plain else 0.0) if offset == "auto" else offset,
+    )
+
+
+def fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base_digests: Sequence[str]) -> dict[str, Any]:
+    """Everything that decides the result of a run, by name, as JSON values: two runs with equal fingerprints are the same run."""
+    data = asdict(train.data)
+    del data["dataloader_num_workers"]
+    shown = [[example.sha256, example.caption, example.repeats] for example in plan.examples]
+    return {
+        "base model": _short_hash(list(base_digests)),
+        "data set": _short_hash(shown),
+        "pictures": len(plan.examples),
+        "trigger_word": trigger_word,
+        **data,
+        **asdict(train.lora),
+        **asdict(train.optimizer),
+        "min_snr_gamma": plan.min_snr_gamma,
+        "noise_offset": plan.noise_offset,
+        **asdict(plan.schedule),
+        "global batch": plan.global_batch,
+        "num_train_epochs": plan.epochs,
+        "train_seed": train.run.train_seed,
+        "mixed_precision": train.model.mixed_precision,
+    }
+
+
+def fingerprint_hash(values: dict[str, Any]) -> str:
+    """The fingerprint as one word, for the LoRA's metadata."""
+    return _short_hash(values)
+
+
+def _short_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,106 @@
+"""The files of a run in OUTPUT_DIR: what they are called, whether a LoRA is finished, and how an older one is kept."""
+
+import os
+import re
+import shutil
+import tomllib
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from errors import ResourceError
+from training.export import read_fingerprint
+
+LEAST_FREE_BYTES = 4 * 2**30
+"""Caches of some hundred pictures, two saved states of 1 GB, and the LoRA files."""
+
+
+def require_room(output_dir: Path) -> str:
+    """Say how much disk is free for results; raises ResourceError if that is too little or nothing can be written."""
+    place = next(parent for parent in (output_dir, *output_dir.parents) if parent.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ResourceError(f"{place}: nothing can be written there; make it writable for this user")
+    free = shutil.disk_usage(place).free
+    if free < LEAST_FREE_BYTES:
+        raise ResourceError(
+            f"{place}: only {free / 2**30:.1f} GiB are free; caches and saved states want {LEAST_FREE_BYTES / 2**30:.0f}"
+        )
+    return f"{free / 2**30:.0f} GiB are free in {place}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """Where the files of the run called `name` lie."""
+
+    output_dir: Path
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return self.output_dir / "lora"
+
+    @property
+    def lora(self) -> Path:
+        return self.folder / f"{self.name}.safetensors"
+
+    @property
+    def resolved(self) -> Path:
+        return self.folder / "training_config_resolved.toml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def state(self) -> Path:
+        return self.output_dir / "state" / self.name
+
+    @property
+    def cache(self) -> Path:
+        return self.output_dir / "cache"
+
+    @property
+    def logs(self) -> Path:
+        return self.output_dir / "logs"
+
+    def lora_after(self, epoch: int) -> Path:
+        """The LoRA as it was after `epoch` epochs."""
+        return self.folder / f"{self.name}-{epoch:06d}.safetensors"
+
+    def is_finished(self, fingerprint: str) -> bool:
+        """Whether the LoRA of exactly this run is there."""
+        return self.lora.exists() and read_fingerprint(self.lora) == fingerprint
+
+    def make_room(self) -> None:
+        """Before a new run: files of an earlier run of the same name go to `archive/`, and the two files that have no name
+        of their own are named after the LoRA they belong to."""
+        epochs = re.compile(re.escape(self.name) + r"-\d{6}\.safetensors")
+        earlier = [path for path in self._present() if path == self.lora or epochs.fullmatch(path.name)]
+        owner = self._owner_of_shared_files()
+        shared = [path for path in (self.resolved, self.metrics) if path.exists()]
+        if earlier:
+            archive = self._free_name(self.folder / "archive" / f"{self.name}-{datetime.now():%Y%m%d-%H%M%S}")
+            archive.mkdir(parents=True)
+            for path in [*earlier, *(shared if owner == self.name else ())]:
+                path.rename(archive / path.name)
+            print(f"the earlier LoRA of this name was moved to {archive}")
+        if owner != self.name:
+            for path in shared:
+                path.rename(self._free_name(path.with_name(f"{owner}.{path.name}")))
+
+    def _present(self) -> list[Path]:
+        return sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+
+    def _owner_of_shared_files(self) -> str:
+        with suppress(FileNotFoundError, tomllib.TOMLDecodeError, KeyError, UnicodeDecodeError):
+            return tomllib.loads(self.resolved.read_text(encoding="utf-8"))["train"]["saving"]["output_name"]
+        return self.name
+
+    @staticmethod
+    def _free_name(path: Path) -> Path:
+        number, free = 1, path
+        while free.exists():
+            number += 1
+            free = path.with_name(f"{path.name}-{number}")
+        return free
