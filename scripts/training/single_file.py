@@ -17,6 +17,8 @@ from training.sgm_names import PREFIXES
 from training.weights import WeightsFile, read_header
 
 HEAD_CHANNELS = 64
+TIME_IDS = 6
+"""Numbers that the UNet is told beside the pooled text: original size, crop, target size."""
 _OTHER_MODELS = (
     (r"lora[_.]|lokr_w|hada_w|dora_scale", "is a LoRA, not a base model"),
     (r"^control_model\.|^input_hint_block\.|^controlnet_", "is a ControlNet, not a base model"),
@@ -42,12 +44,27 @@ def read_file(path: Path) -> BaseModel:
     another = _another_model(file)
     if another:
         raise ModelError(f"{path}: {another}")
-    parts = {name: Part(name, {}, (file,), is_sgm=True) for name in STEMS}
+    parts = _unconfigured(file)
     complaints = [complaint for part in parts.values() for complaint in part.complaints()]
     if complaints:
         raise ModelError(one_list(f"{path}: this base model cannot be used:", complaints))
-    configured = {name: Part(name, _CONFIGURATIONS[name](parts), (file,), is_sgm=True) for name in STEMS}
+    configured = {name: Part(name, config, (file,), is_sgm=True) for name, config in configurations(file).items()}
     return BaseModel(path, configured, _schedule(file))
+
+
+def configurations(file: WeightsFile) -> dict[str, dict[str, Any]]:
+    """The configuration of each part, as diffusers and transformers read it, of a file that holds what is essential."""
+    parts = _unconfigured(file)
+    return {
+        "unet": _unet_configuration(parts["unet"], parts["text_encoder_2"]),
+        "vae": _vae_configuration(parts["vae"]),
+        "text_encoder": _clip_configuration(parts["text_encoder"], "quick_gelu"),
+        "text_encoder_2": _clip_configuration(parts["text_encoder_2"], "gelu"),
+    }
+
+
+def _unconfigured(file: WeightsFile) -> dict[str, Part]:
+    return {name: Part(name, {}, (file,), is_sgm=True) for name in STEMS}
 
 
 def _another_model(file: WeightsFile) -> str | None:
@@ -88,12 +105,11 @@ def _schedule(file: WeightsFile) -> Schedule:
     return Schedule("v_prediction" if said & {"v", "v_prediction"} else "epsilon")
 
 
-def _unet_configuration(parts: dict[str, Part]) -> dict[str, Any]:
-    unet = parts["unet"]
+def _unet_configuration(unet: Part, text_encoder_2: Part) -> dict[str, Any]:
     widths = [unet.shape("conv_in.weight", 4)[0]]
     widths += [unet.shape(f"down_blocks.{block}.resnets.0.conv2.weight", 4)[0] for block in (1, 2)]
     added = unet.shape("add_embedding.linear_1.weight", 2)[1]
-    pooled = parts["text_encoder_2"].shape("text_projection.weight", 2)[0]
+    pooled = text_encoder_2.shape("text_projection.weight", 2)[0]
     return {
         "sample_size": 128,
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
@@ -101,18 +117,16 @@ def _unet_configuration(parts: dict[str, Part]) -> dict[str, Any]:
         "block_out_channels": widths,
         "layers_per_block": 2,
         "transformer_layers_per_block": [1, 2, 10],
-        # diffusers means the number of heads.
-        "attention_head_dim": [_heads(width) for width in widths],
+        "attention_head_dim": [_heads(width) for width in widths],  # diffusers means the number of heads
         "cross_attention_dim": unet.shape("down_blocks.2.attentions.0.transformer_blocks.0.attn2.to_k.weight", 2)[1],
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
-        "addition_time_embed_dim": (added - pooled) // 6,
+        "addition_time_embed_dim": (added - pooled) // TIME_IDS,
         "projection_class_embeddings_input_dim": added,
     }
 
 
-def _vae_configuration(parts: dict[str, Part]) -> dict[str, Any]:
-    vae = parts["vae"]
+def _vae_configuration(vae: Part) -> dict[str, Any]:
     return {
         "sample_size": 1024,
         "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -125,30 +139,23 @@ def _vae_configuration(parts: dict[str, Part]) -> dict[str, Any]:
     }
 
 
-def _clip_configuration(part: Part, activation: str, projection: int) -> dict[str, Any]:
-    vocabulary, width = part.shape("text_model.embeddings.token_embedding.weight", 2)
+def _clip_configuration(clip: Part, activation: str) -> dict[str, Any]:
+    vocabulary, width = clip.shape("text_model.embeddings.token_embedding.weight", 2)
+    projection = clip.shape("text_projection.weight", 2)
+    layer = "text_model.encoder.layers.{}.mlp.fc1.weight"
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": part.shape("text_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
-        "projection_dim": projection,
-        "num_hidden_layers": _run_length(lambda layer: part.find(f"text_model.encoder.layers.{layer}.mlp.fc1.weight") is not None),
+        "intermediate_size": clip.shape(layer.format(0), 2)[0],
+        "projection_dim": projection[0] if projection else width,
+        "num_hidden_layers": _run_length(lambda number: clip.find(layer.format(number)) is not None),
         "num_attention_heads": _heads(width),
-        "max_position_embeddings": part.shape("text_model.embeddings.position_embedding.weight", 2)[0],
+        "max_position_embeddings": clip.shape("text_model.embeddings.position_embedding.weight", 2)[0],
         "hidden_act": activation,
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
         "pad_token_id": 1,
     }
-
-
-def _clip_l_configuration(parts: dict[str, Part]) -> dict[str, Any]:
-    width = parts["text_encoder"].shape("text_model.embeddings.token_embedding.weight", 2)[1]
-    return _clip_configuration(parts["text_encoder"], "quick_gelu", width)
-
-
-def _clip_g_configuration(parts: dict[str, Part]) -> dict[str, Any]:
-    return _clip_configuration(parts["text_encoder_2"], "gelu", parts["text_encoder_2"].shape("text_projection.weight", 2)[0])
 
 
 def _heads(width: int) -> int:
@@ -158,11 +165,3 @@ def _heads(width: int) -> int:
 def _run_length(holds: Callable[[int], bool]) -> int:
     """How many of the numbers 0, 1, 2 ... in a row `holds` is true for."""
     return sum(1 for _ in takewhile(holds, count()))
-
-
-_CONFIGURATIONS = {
-    "unet": _unet_configuration,
-    "vae": _vae_configuration,
-    "text_encoder": _clip_l_configuration,
-    "text_encoder_2": _clip_g_configuration,
-}

@@ -1,34 +1,76 @@
-"""Captions -> variants -> chunks of tokens -> embeddings."""
+"""Captions -> variants -> chunks of tokens -> embeddings, as ComfyUI makes them of a prompt without weights."""
 
+import hashlib
+import math
+import re
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-CHUNK = 75
-"""Tokens of text in a chunk; with its start and end there are 77."""
+CHUNK_TOKENS = 75
+"""Tokens of text in a chunk; start and end make 77."""
+_TAG_WORDS = 6
+"""A piece between commas that is longer is part of a sentence, not a tag."""
+_SENTENCE_END = re.compile(r"[^\W\d_][.!?](\s|$)")
+
+Tokenizers = tuple[CLIPTokenizer, CLIPTokenizer]
 
 
 @dataclass(frozen=True)
 class TextEncoders:
     """SDXL's two CLIP text encoders with their tokenizers."""
 
-    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
+    tokenizers: Tokenizers
     encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
 
 
+def caption_variants(caption: str, trigger: str, count: int, shuffle: bool, seed: int) -> list[str]:
+    """Up to `count` captions: the one as it is written, then its tags in other orders, all different.
+
+    A trigger that stands first stays first. The orders depend on nothing but `seed` and `caption`. Sentences have an
+    order that means something: a caption with a piece of more than six words between commas, or with a word that ends
+    in `.`, `!` or `?`, is left as it is.
+    """
+    tags = [tag for tag in (piece.strip() for piece in caption.split(",")) if tag]
+    if not shuffle or _has_sentences(caption, tags):
+        return [caption]
+    fixed = 1 if tags and (tags[0] == trigger or tags[0].startswith(f"{trigger} ")) else 0
+    orders = [tuple(tags)]
+    attempt = 0
+    while len(orders) < min(count, _distinct_orders(tags[fixed:])):
+        attempt += 1
+        order = (*tags[:fixed], *_shuffled(tags[fixed:], f"{seed}\0{attempt}\0{caption}"))
+        if order not in orders:
+            orders.append(order)
+    return [caption, *(", ".join(order) for order in orders[1:])]
+
+
+def chunks_needed(texts: list[str], tokenizers: Tokenizers, at_most: int) -> int:
+    """The chunks that the longest of `texts` fills, 1 to `at_most`."""
+    longest = max((len(token_ids(text, tokenizer)) for text in texts for tokenizer in tokenizers), default=0)
+    return min(max(1, math.ceil(longest / CHUNK_TOKENS)), at_most)
+
+
+def cut_off(text: str, tokenizers: Tokenizers, chunks: int) -> str:
+    """The end of `text` that does not fit into so many chunks, in the tokenizer's spelling; empty if all of it fits."""
+    tokenizer = tokenizers[0]
+    return tokenizer.decode(token_ids(text, tokenizer)[chunks * CHUNK_TOKENS :]).strip()
+
+
 def token_ids(text: str, tokenizer: CLIPTokenizer) -> list[int]:
-    """The tokens of `text` alone. Brackets are brackets; `\\(` is one too, as ComfyUI reads it."""
+    """The tokens of `text` without start and end. A bracket is a bracket, and `\\(` too, which is how ComfyUI writes one."""
     plain = text.replace("\\(", "(").replace("\\)", ")")
     return tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def in_chunks(tokens: list[int], tokenizer: CLIPTokenizer, chunks: int) -> torch.Tensor:
-    """int64 [chunks, 77]: start, up to 75 tokens, end, padding; what does not fit is left out."""
+    """int64 [chunks, 77]: each a start, the next 75 tokens, an end and padding; what does not fit is left out."""
     rows = []
-    for begin in range(0, chunks * CHUNK, CHUNK):
-        row = [tokenizer.bos_token_id, *tokens[begin : begin + CHUNK], tokenizer.eos_token_id]
-        rows.append(row + [tokenizer.pad_token_id] * (CHUNK + 2 - len(row)))
+    for begin in range(0, chunks * CHUNK_TOKENS, CHUNK_TOKENS):
+        row = [tokenizer.bos_token_id, *tokens[begin : begin + CHUNK_TOKENS], tokenizer.eos_token_id]
+        rows.append(row + [tokenizer.pad_token_id] * (CHUNK_TOKENS + 2 - len(row)))
     return torch.tensor(rows)
 
 
@@ -37,16 +79,30 @@ def encode(texts: list[str], text_encoders: TextEncoders, chunks: int) -> tuple[
     """Encode each text alone, so that its embedding does not depend on the others.
 
     Returns the hidden states before the last layer of both encoders side by side, [texts, 77 * chunks, 2048], and the
-    second encoder's projection of the first chunk, [texts, 1280]; both float32.
+    second encoder's projection of the first chunk, [texts, 1280]: float32, on the encoders' device.
     """
     encoded = [_encode_one(text, text_encoders, chunks) for text in texts]
     return torch.stack([hidden for hidden, _ in encoded]), torch.stack([pooled for _, pooled in encoded])
 
 
+def _has_sentences(caption: str, tags: list[str]) -> bool:
+    return bool(_SENTENCE_END.search(caption)) or any(len(tag.split()) > _TAG_WORDS for tag in tags)
+
+
+def _distinct_orders(tags: list[str]) -> int:
+    return math.factorial(len(tags)) // math.prod(math.factorial(times) for times in Counter(tags).values())
+
+
+def _shuffled(tags: list[str], key: str) -> list[str]:
+    """The tags in an order that depends on `key` only."""
+    ranks = [hashlib.sha256(f"{key}\0{position}".encode()).digest() for position in range(len(tags))]
+    return [tag for _, tag in sorted(zip(ranks, tags, strict=True))]
+
+
 def _encode_one(text: str, text_encoders: TextEncoders, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
     hidden = []
     for tokenizer, encoder in zip(text_encoders.tokenizers, text_encoders.encoders, strict=True):
-        tokens = in_chunks(token_ids(text, tokenizer), tokenizer, chunks).to(encoder.device)
-        output = encoder(tokens, output_hidden_states=True)
+        tokens = in_chunks(token_ids(text, tokenizer), tokenizer, chunks)
+        output = encoder(tokens.to(encoder.device), output_hidden_states=True)
         hidden.append(output.hidden_states[-2].flatten(0, 1).float())
     return torch.cat(hidden, dim=-1), output.text_embeds[0].float()

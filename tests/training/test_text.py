@@ -1,0 +1,146 @@
+"""Captions, their variants, chunks of tokens, and embeddings."""
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+from training.base_model import find_base
+from training.models import load_text_encoders
+from training.text import TextEncoders, caption_variants, chunks_needed, cut_off, encode, in_chunks, token_ids
+
+CAPTION = "nyafyi_woman, 1girl, smile, long hair, outdoors"
+
+
+@pytest.fixture(scope="module")
+def encoders(tiny_sdxl) -> TextEncoders:
+    return load_text_encoders(find_base(str(tiny_sdxl), tiny_sdxl), tiny_sdxl, torch.device("cpu"), torch.float32)
+
+
+def test_first_variant_is_the_caption_and_the_others_shuffle_what_follows_the_trigger():
+    variants = caption_variants(CAPTION, "nyafyi_woman", 8, True, 0)
+    assert variants[0] == CAPTION
+    assert len(set(variants)) == len(variants) == 8
+    for variant in variants:
+        tags = variant.split(", ")
+        assert tags[0] == "nyafyi_woman"
+        assert sorted(tags) == sorted(CAPTION.split(", "))
+
+
+def test_trigger_that_does_not_stand_first_is_shuffled_like_any_tag():
+    variants = caption_variants("smile, nyafyi_woman, 1girl", "nyafyi_woman", 6, True, 0)
+    assert len(variants) == 6
+    assert {variant.split(", ")[0] for variant in variants} == {"smile", "nyafyi_woman", "1girl"}
+
+
+def test_variants_depend_on_the_seed_and_the_caption_only():
+    assert caption_variants(CAPTION, "nyafyi_woman", 4, True, 3) == [
+        "nyafyi_woman, 1girl, smile, long hair, outdoors",
+        "nyafyi_woman, outdoors, 1girl, smile, long hair",
+        "nyafyi_woman, 1girl, long hair, smile, outdoors",
+        "nyafyi_woman, outdoors, smile, 1girl, long hair",
+    ]
+    assert caption_variants(CAPTION, "nyafyi_woman", 8, True, 3) != caption_variants(CAPTION, "nyafyi_woman", 8, True, 4)
+    assert caption_variants(CAPTION, "nyafyi_woman", 8, True, 3)[:4] == caption_variants(CAPTION, "nyafyi_woman", 4, True, 3)
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("nyafyi_woman", 1),
+        ("nyafyi_woman, smile", 1),
+        ("nyafyi_woman, smile, 1girl", 2),
+        ("nyafyi_woman, smile, smile, 1girl", 3),
+        ("", 1),
+        (", ,", 1),
+    ],
+)
+def test_there_are_no_more_variants_than_orders(caption, expected):
+    variants = caption_variants(caption, "nyafyi_woman", 8, True, 0)
+    assert variants[0] == caption
+    assert len(set(variants)) == len(variants) == expected
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "nyafyi_woman, a woman in a red dress walks along the beach, the sun sets",
+        "A photo of nyafyi_woman. She smiles, her hair is long, it rains.",
+        "nyafyi_woman, smile, looks at you!",
+    ],
+)
+def test_sentences_keep_their_order(caption):
+    assert caption_variants(caption, "nyafyi_woman", 8, True, 0) == [caption]
+
+
+def test_without_shuffle_there_is_one_variant():
+    assert caption_variants(CAPTION, "nyafyi_woman", 8, False, 0) == [CAPTION]
+
+
+def test_tags_that_look_like_punctuation_are_tags():
+    assert len(caption_variants("nyafyi_woman, :d, ^_^, !?, ...", "nyafyi_woman", 8, True, 0)) == 8
+
+
+def test_chunks_are_filled_to_75_tokens_and_padded_as_each_encoder_wants(encoders):
+    first, second = encoders.tokenizers
+    start, end = first.bos_token_id, first.eos_token_id
+    tokens = token_ids("a" * 80, first)
+    assert len(tokens) == 80
+    chunks = in_chunks(tokens, first, 3)
+    assert chunks.shape == (3, 77)
+    assert chunks[0].tolist() == [start, *tokens[:75], end]
+    assert chunks[1].tolist() == [start, *tokens[75:], end] + [end] * 70
+    assert chunks[2].tolist() == [start, end] + [end] * 75
+    assert in_chunks(tokens, second, 3)[2].tolist() == [start, end] + [0] * 75
+
+
+@pytest.mark.parametrize(("tokens", "chunks"), [(0, 1), (1, 1), (75, 1), (76, 2), (150, 2), (151, 3), (999, 3)])
+def test_as_many_chunks_as_the_longest_caption_needs(encoders, tokens, chunks):
+    assert chunks_needed(["a", "a" * tokens], encoders.tokenizers, at_most=3) == chunks
+
+
+def test_what_is_cut_is_told(encoders):
+    assert cut_off("a" * 75, encoders.tokenizers, 1) == ""
+    assert cut_off("smile, " * 75, encoders.tokenizers, 2) == ""
+    assert cut_off("smile, " * 38, encoders.tokenizers, 1) == ","
+
+
+def test_brackets_are_no_emphasis_and_may_be_escaped(encoders):
+    tokenizer = encoders.tokenizers[0]
+    plain = token_ids("saber (fate)", tokenizer)
+    assert token_ids(r"saber \(fate\)", tokenizer) == plain
+    assert tokenizer.decode(token_ids("(smile:1.2)", tokenizer)).replace(" ", "") == "(smile:1.2)"
+
+
+@pytest.mark.parametrize("caption", [CAPTION, "", "A photo (detailed:1.3), année 日本語"])
+def test_one_chunk_is_what_diffusers_encodes(encoders, caption):
+    pipeline = StableDiffusionXLPipeline(
+        vae=None,
+        text_encoder=encoders.encoders[0],
+        text_encoder_2=encoders.encoders[1],
+        tokenizer=encoders.tokenizers[0],
+        tokenizer_2=encoders.tokenizers[1],
+        unet=None,
+        scheduler=EulerDiscreteScheduler(),
+    )
+    theirs, _, their_pooled, _ = pipeline.encode_prompt(caption, device="cpu", do_classifier_free_guidance=False)
+    hidden, pooled = encode([caption], encoders, 1)
+    assert hidden.dtype == pooled.dtype == torch.float32
+    assert torch.equal(hidden, theirs)
+    assert torch.equal(pooled, their_pooled)
+
+
+def test_long_caption_is_its_chunks_one_after_another(encoders):
+    hidden, pooled = encode(["smile " * 80], encoders, 3)
+    assert hidden.shape == (1, 3 * 77, 96)
+    pieces, pieces_pooled = zip(*(encode([text], encoders, 1) for text in ("smile " * 75, "smile " * 5, "")), strict=True)
+    torch.testing.assert_close(hidden, torch.cat(pieces, dim=1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pooled, pieces_pooled[0], rtol=0, atol=1e-5)
+
+
+def test_embedding_does_not_depend_on_what_is_encoded_with_it(encoders):
+    texts = [CAPTION, "", "smile, " * 60]
+    together, together_pooled = encode(texts, encoders, 2)
+    for position, text in enumerate(texts):
+        alone, alone_pooled = encode([text], encoders, 2)
+        assert torch.equal(alone[0], together[position])
+        assert torch.equal(alone_pooled[0], together_pooled[position])
