@@ -152,6 +152,8 @@ def check(folder: DatasetFolder, settings: CaptionSettings, models_dir: Path) ->
             print(question())
         except LoracatError as complaint:
             complaints.append(complaint)
+        except OSError as error:
+            complaints.append(ResourceError(f"{error.filename}: {error.strerror}; make it accessible for this user"))
     if complaints:
         raise type(complaints[0])(one_list("captioning cannot run:", [str(complaint) for complaint in complaints]))
 

@@ -107,6 +107,8 @@ def read_tags(path: Path) -> list[Tag]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             tags = [Tag(row["name"], int(row["category"])) for row in csv.DictReader(file)]
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}; make it readable for this user") from None
     except (KeyError, TypeError, ValueError, csv.Error):
         raise ModelError(f"{path}: is not a table with the columns name and category; {_FETCH_AGAIN}") from None
     if not tags:

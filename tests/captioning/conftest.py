@@ -36,8 +36,14 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stage(tmp_path, tiny):
-    """A function that starts caption_images.py on `tmp_path` with variables and flags; see `Stage`."""
+    """caption_images.py on `tmp_path`; see `Stage`."""
     return Stage(tmp_path, tiny)
+
+
+@pytest.fixture
+def stage_in():
+    """The same for another workspace and tagger."""
+    return Stage
 
 
 class Stage:

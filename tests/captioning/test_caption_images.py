@@ -1,9 +1,13 @@
 """The caption stage as a user runs it: what it writes, what it leaves alone, and how it ends."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -135,8 +139,8 @@ def test_broken_pictures_are_named_and_the_others_done(stage, photographs):
     (stage.images / "b.png").write_bytes(whole[:20000])
     (stage.images / "c.jpg").write_bytes(b"")
     (stage.images / "d.webp").write_text("not a picture")
-    for _ in range(2):
-        ended = stage.run_process()
+    for run in (stage.run_process, stage.run):
+        ended = run()
         assert ended.returncode == 1
         for name in ("b.png", "c.jpg", "d.webp"):
             assert ended.stderr.count(f"{name}: ") == 1
@@ -226,9 +230,46 @@ def test_check_says_everything_that_is_wrong_and_changes_nothing(stage, photogra
     assert state_of(tmp_path) == before
 
 
+@contextlib.contextmanager
+def without_roots_rights():
+    """Within it, permissions count even if the tests run as root."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.setresuid(0, 0, 0)
+
+
+def test_read_only_folder_is_exit_6_and_check_names_it(photographs, tiny, stage_in):
+    with tempfile.TemporaryDirectory() as workspace:
+        tagger = Path(shutil.copytree(tiny, Path(workspace) / "tagger"))
+        Path(workspace).chmod(0o755)
+        tagger.chmod(0o755)
+        stage = stage_in(Path(workspace), tagger)
+        save(photographs, stage.images, astronaut="a.png")
+        assert stage.run().returncode == 0
+        (stage.images / "a.txt").unlink()
+        stage.images.chmod(0o555)
+        with without_roots_rights():
+            checked, ended = stage.run("--check"), stage.run()
+        stage.images.chmod(0o755)
+        assert (checked.returncode, ended.returncode) == (6, 6)
+        assert f"{stage.images}: captions cannot be written there" in checked.stderr
+        assert "make the folder writable" in ended.stderr
+        assert stage.captions() == {}
+        tagger.chmod(0)
+        with without_roots_rights():
+            checked = stage.run("--check")
+        assert checked.returncode == 6
+        assert f"  - {tagger}/selected_tags.csv: Permission denied" in checked.stderr
+
+
 def many(photographs, stage):
     small = [picture.resize((300, 200)) for picture in photographs.values()]
-    for number in range(48):
+    for number in range(24):
         small[number % len(small)].rotate(number, expand=True).save(stage.images / f"{number:02}.png")
 
 
@@ -246,11 +287,11 @@ def test_killed_run_continues_and_ends_with_the_same_captions(stage, photographs
     process.kill()
     process.communicate()
     done = len(stage.captions())
-    assert 5 <= done < 48
+    assert 5 <= done < 24
     ended = stage.run(CAPTION_BATCH_SIZE=1)
-    assert f"{48 - done} captioned" in ended.stdout
+    assert f"{24 - done} captioned" in ended.stdout
     interrupted = stage.captions()
-    assert len(stage.record.read_text().splitlines()) in (48, 49)
+    assert len(stage.record.read_text().splitlines()) in (24, 25)
     shutil.rmtree(stage.record.parent)
     for path in stage.images.glob("*.txt"):
         path.unlink()
