@@ -46,7 +46,7 @@ class Asked:
     body: bytes
 
     def json(self) -> Any:
-        return json.loads(self.body)
+        return json.loads(self.body.decode())
 
 
 def _json(content: Any, status: int = 200) -> Answer:
@@ -178,6 +178,8 @@ class StandIn:
         return Answer()
 
     def _prompt(self, wish: Any) -> Answer:
+        # A list or a text has no prompt in it; null is what the real server fails over.
+        wish = wish if isinstance(wish, dict) else dict.fromkeys(wish)
         number = self._number(wish)
         if "prompt" not in wish:
             error = {"type": "no_prompt", "message": "No prompt provided", "details": "No prompt provided", "extra_info": {}}
@@ -195,7 +197,7 @@ class StandIn:
         self.worker.put(number, prompt_id, prompt, extra_data, in_some_order(outputs, prompt_id))
         return _json({"prompt_id": prompt_id, "number": number, "node_errors": node_errors})
 
-    def _number(self, wish: Any) -> float:
+    def _number(self, wish: dict[str, Any]) -> float:
         """Counts every POST, refused ones too."""
         if "number" in wish:
             return float(wish["number"])
@@ -356,7 +358,7 @@ class _Handler(BaseHTTPRequestHandler):
         if answer.content_type:
             self.send_header("Content-Type", answer.content_type)
         for name, value in ({"Content-Length": str(len(answer.body))} | answer.headers).items():
-            self.send_header(name, value)
+            self.send_header(name, value.encode().decode("latin-1"))
         self.end_headers()
         if with_body:
             self.wfile.write(answer.body)

@@ -61,17 +61,20 @@ class _Complaints:
     def __init__(self, prompt: dict, folder: Path, output: str):
         self.prompt, self.folder, self.output = prompt, folder, output
         self.errors: dict[str, list] = {}
+        self._seen: dict[str, bool] = {}
 
     def look_at(self, node_id: str, below: tuple[str, ...]) -> bool:
         """Whether the node and its ancestors can run; `below` are the nodes on the way from the output."""
         if node_id in below:
             return False
-        try:
-            return self._inputs_fit(node_id, below)
-        except (KeyError, IndexError) as error:
-            extra = {"exception_type": type(error).__name__, "traceback": []}
-            self._add(self.output, "exception_during_validation", "Exception when validating node", str(error), extra)
-            return False
+        if node_id not in self._seen:
+            try:
+                self._seen[node_id] = self._inputs_fit(node_id, below)
+            except (KeyError, IndexError) as error:
+                extra = {"exception_type": type(error).__name__, "traceback": []}
+                self._add(self.output, "exception_during_validation", "Exception when validating node", str(error), extra)
+                self._seen[node_id] = False
+        return self._seen[node_id]
 
     def _inputs_fit(self, node_id: str, below: tuple[str, ...]) -> bool:
         given = self.prompt[node_id]["inputs"]
@@ -128,6 +131,7 @@ class _Complaints:
         value = self.prompt[node_id]["inputs"][name]
         if not isinstance(value, int | float):
             return
+        extra = {**extra, "received_value": value}
         if value < options.get("min", value):
             message = f"Value {value} smaller than min of {options['min']}"
             self._add(node_id, "value_smaller_than_min", message, name, extra)

@@ -1,5 +1,6 @@
 """The queue, the history and the one worker thread that takes prompts from one to the other."""
 
+import copy
 import hashlib
 import heapq
 import json
@@ -127,7 +128,8 @@ class _Run:
     """One execution of one prompt over what the last one left in the cache."""
 
     def __init__(self, folder: Path, prompt: dict, extra_pnginfo: dict | None, cache: dict):
-        self._folder, self._prompt, self._extra, self._cache = folder, prompt, extra_pnginfo, cache
+        self._folder, self._extra, self._cache = folder, extra_pnginfo, cache
+        self._prompt = copy.deepcopy(prompt)
         self.results: dict[str, tuple[tuple, dict]] = {}
         """signature of a node -> its values and what it shows."""
         self.executed: list[str] = []
@@ -205,7 +207,7 @@ class _Run:
         return self._signatures[node_id]
 
     def _mark_loaded_files(self) -> None:
-        """As the real server does, write the hash of a loaded file into the stored prompt."""
+        """As the real server does, write the hash of a loaded file into the prompt that the PNG files carry."""
         for node in self._prompt.values():
             if node["class_type"] == "LoadImage" and isinstance(node["inputs"].get("image"), str):
                 path = input_file(self._folder, node["inputs"]["image"])

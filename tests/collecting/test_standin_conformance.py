@@ -1,0 +1,281 @@
+"""The stand-in answers as ComfyUI 0.3.64 was recorded to answer: statuses, shapes, and every value that is determined."""
+
+import base64
+import io
+import json
+import re
+import time
+from typing import Any
+
+import pytest
+import requests
+from comfyui_workspace import png, recorded
+from PIL import Image
+
+VOLATILE = {"number", "timestamp", "traceback", "current_inputs", "current_outputs", "executed", "is_changed"}
+SUBSETS = {"sampler_name", "scheduler"}
+"""The stand-in knows fewer of these than ComfyUI."""
+
+
+def send(url: str, asked: dict) -> requests.Response:
+    """One recorded request, to another server."""
+    content: dict[str, Any] = {"headers": dict(asked.get("headers", {}))}
+    if "json" in asked:
+        content["json"] = asked["json"]
+    elif "text" in asked:
+        content["data"] = asked["text"].encode()
+    elif "parts" in asked:
+        content["data"] = multipart(asked["parts"])
+        content["headers"]["Content-Type"] = "multipart/form-data; boundary=frontier"
+    if "Host" in content["headers"] and "127.0.0.1" in content["headers"]["Host"]:
+        del content["headers"]["Host"]
+    if content["headers"].get("Origin", "").startswith("http://127.0.0.1"):
+        content["headers"]["Origin"] = url
+    return requests.request(asked["method"], url + asked["path"], timeout=10, **content)
+
+
+def multipart(parts: list[dict]) -> bytes:
+    body = b""
+    for part in parts:
+        kind = f"\r\nContent-Type: {part['type']}" if "type" in part else ""
+        head = f"--frontier\r\nContent-Disposition: {part['disposition']}{kind}\r\n\r\n".encode()
+        body += head + (part["value"].encode() if "value" in part else base64.b64decode(part["base64"])) + b"\r\n"
+    return body + b"--frontier--\r\n"
+
+
+def plain(value: Any, key: str = "") -> Any:
+    """A value without tooltips, and the errors of a node, which come in no fixed order, sorted."""
+    if isinstance(value, dict):
+        return {key: plain(each, key) for key, each in value.items() if key not in ("tooltip", "description", "output_tooltips")}
+    if isinstance(value, list):
+        return sorted(map(plain, value), key=lambda each: each["details"]) if key == "errors" else [plain(each) for each in value]
+    return value
+
+
+def differences(there: Any, here: Any, where: str, folder: str = "") -> list[str]:
+    """What differs between a recorded value and the stand-in's, by place."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        if there.keys() != here.keys():
+            return [f"{where}: keys {sorted(there)} became {sorted(here)}"]
+        return [
+            line for key in there if key not in VOLATILE for line in differences(there[key], here[key], f"{where}.{key}", folder)
+        ]
+    if isinstance(there, list) and isinstance(here, list):
+        if any(f".{name}[0]" in f"{where}[0]" and set(map(str, here)) <= set(map(str, there)) for name in SUBSETS):
+            return []
+        if len(there) != len(here):
+            return [f"{where}: {len(there)} items became {len(here)}"]
+        pairs = enumerate(zip(there, here, strict=True))
+        return [line for number, (one, other) in pairs for line in differences(one, other, f"{where}[{number}]", folder)]
+    if isinstance(here, str) and folder:
+        here = here.replace(folder, "<base>")
+    return [] if there == here and type(there) is type(here) else [f"{where}: {there!r} became {here!r}"]
+
+
+def compare(exchange: dict, answer: requests.Response, folder: str = "") -> list[str]:
+    name, wanted = exchange["name"], exchange["answer"]
+    if answer.status_code != wanted["status"]:
+        return [f"{name}: {wanted['status']} became {answer.status_code} {answer.text[:200]}"]
+    if wanted["content_type"] is not None and answer.headers.get("Content-Type") != wanted["content_type"]:
+        return [f"{name}: content type {wanted['content_type']} became {answer.headers.get('Content-Type')}"]
+    if "json" in wanted:
+        return differences(plain(wanted["json"]), plain(answer.json()), name, folder)
+    if "text" in wanted:
+        return [] if answer.text == wanted["text"] else [f"{name}: {wanted['text']!r} became {answer.text!r}"]
+    return [] if len(answer.content) == wanted["length"] else [f"{name}: {wanted['length']} bytes became {len(answer.content)}"]
+
+
+def wait_until_idle(url: str) -> None:
+    deadline = time.monotonic() + 20
+    while requests.get(f"{url}/prompt", timeout=10).json()["exec_info"]["queue_remaining"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def history(url: str, prompt_id: str) -> dict:
+    wait_until_idle(url)
+    return requests.get(f"{url}/history/{prompt_id}", timeout=10).json()
+
+
+def test_reading(standin):
+    found = []
+    for exchange in recorded("get.json"):
+        answer = send(standin.url, exchange["request"])
+        if exchange["name"] == "system_stats":
+            assert answer.json().keys() == exchange["answer"]["json"].keys()
+            assert answer.json()["system"].keys() == exchange["answer"]["json"]["system"].keys()
+        else:
+            found += compare(exchange, answer)
+    assert not found, "\n".join(found)
+
+
+def test_uploading(standin):
+    found = [line for exchange in recorded("upload.json") for line in compare(exchange, send(standin.url, exchange["request"]))]
+    assert not found, "\n".join(found)
+    assert {"face.png", "face (1).png", "face (2).png", "face (3).png"} <= {
+        path.name for path in (standin.folder / "input").iterdir()
+    }
+
+
+def test_submitting(standin):
+    found = []
+    for exchange in recorded("prompt.json"):
+        answer = send(standin.url, exchange["request"])
+        wanted = exchange["answer"].get("json", {})
+        asked = exchange["request"].get("json")
+        chosen = asked.get("prompt_id", "") if isinstance(asked, dict) else ""
+        if wanted.get("prompt_id") and chosen == "":
+            wanted["prompt_id"] = answer.json().get("prompt_id")
+        found += compare(exchange, answer)
+    assert not found, "\n".join(found)
+    wait_until_idle(standin.url)
+
+
+def test_numbers_count_refused_submissions_and_turn_round_for_the_front(standin):
+    prompts = {
+        exchange["name"]: exchange["request"]["json"] for exchange in recorded("prompt.json") if "json" in exchange["request"]
+    }
+    sent = [prompts[name] for name in ("ok_minimal", "bad_unknown_class", "ok_minimal", "ok_front")]
+    answers = [requests.post(f"{standin.url}/prompt", json=each, timeout=10).json() for each in sent]
+    assert [answer.get("number") for answer in answers] == [0, None, 2, -3]
+
+
+def test_viewing(standin):
+    for place in ("output/v", "temp", "input"):
+        (standin.folder / place).mkdir(exist_ok=True)
+    picture = Image.new("RGB", (32, 24), (10, 20, 30))
+    for name in ("rgb.png", "a [output].png", "50% #1 & a+b?x=y.png", "prénom 猫.png", "photo.jpg", "pic.webp"):
+        picture.save(standin.folder / "output" / "v" / name)
+    for name in ("output/root.png", "temp/t.png", "input/i.png"):
+        picture.save(standin.folder / name)
+    (standin.folder / "output" / "v" / "empty.png").touch()
+    (standin.folder / "output" / "v" / "corrupt.png").write_text("not an image")
+    (standin.folder / "secret.txt").write_text("secret")
+    found = []
+    for exchange in recorded("view.json"):
+        answer = send(standin.url, exchange["request"])
+        if answer.status_code == 200 and exchange["answer"]["length"] > 12:
+            exchange["answer"]["length"] = len(answer.content)
+        found += compare(exchange, answer)
+    assert not found, "\n".join(found)
+    head = requests.get(f"{standin.url}/view?filename=rgb.png&subfolder=v", timeout=10).headers
+    assert head["Content-Disposition"] == 'filename="rgb.png"'
+
+
+def test_a_face_and_both_modes_from_upload_to_pictures(standin):
+    exchanges = {exchange["name"]: exchange for exchange in recorded("golden.json")}
+    found = []
+    for name, exchange in exchanges.items():
+        answer = send(standin.url, exchange["request"])
+        if "history" in name:
+            prompt_id = exchange["request"]["path"].rpartition("/")[2]
+            wanted, got = exchange["answer"]["json"][prompt_id], history(standin.url, prompt_id)[prompt_id]
+            found += differences(comparable(wanted), comparable(got), name)
+            assert_pictures_are_there(standin.url, got)
+        else:
+            found += compare(exchange, answer)
+    assert not found, "\n".join(found)
+
+
+def comparable(entry: dict) -> dict:
+    """A history entry without what no two servers have in common: numbers, order of the outputs, file numbers."""
+    text = re.sub(r"_temp_[a-z]{5}_", "_temp_xxxxx_", re.sub(r"_\d{5}_\.png", "_00000_.png", json.dumps(entry)))
+    same = json.loads(text)
+    same["prompt"][0], same["prompt"][4] = 0, sorted(same["prompt"][4])
+    for key in ("outputs", "meta"):
+        same[key] = dict(sorted(same[key].items()))
+    for kind, data in same["status"]["messages"]:
+        if kind == "execution_cached":
+            data["nodes"] = []
+    return same
+
+
+def assert_pictures_are_there(url: str, entry: dict) -> None:
+    for shown in entry["outputs"].values():
+        for record in shown["images"]:
+            with Image.open(io.BytesIO(requests.get(f"{url}/view", params=record, timeout=10).content)) as picture:
+                assert picture.format == "PNG"
+                assert json.loads(picture.text["prompt"]).keys() == entry["prompt"][2].keys()
+
+
+def test_repeats_come_from_the_cache_and_name_old_files(standin):
+    for step in recorded("cache.json"):
+        if step["name"] == "seed_changed":
+            (standin.folder / "output" / "rec" / "cache_classic_00001_.png").unlink()
+        prompt_id = requests.post(f"{standin.url}/prompt", json={"prompt": step["prompt"]}, timeout=10).json()["prompt_id"]
+        entry = history(standin.url, prompt_id)[prompt_id]
+        cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+        assert (set(cached), entry["outputs"]) == (set(step["cached"]), step["outputs"]), step["name"]
+
+
+def test_free_memory_empties_the_cache(standin):
+    step = recorded("cache.json")[0]
+    for wish in ({"unload_models": True}, {"free_memory": True}):
+        requests.post(f"{standin.url}/prompt", json={"prompt": step["prompt"]}, timeout=10)
+        wait_until_idle(standin.url)
+        requests.post(f"{standin.url}/free", json=wish, timeout=10)
+    prompt_id = requests.post(f"{standin.url}/prompt", json={"prompt": step["prompt"]}, timeout=10).json()["prompt_id"]
+    assert history(standin.url, prompt_id)[prompt_id]["outputs"]["9"]["images"][0]["filename"] == "cache_classic_00002_.png"
+
+
+@pytest.fixture
+def errors():
+    return {exchange["name"]: exchange["answer"]["json"] for exchange in recorded("errors.json")}
+
+
+def test_a_failed_node_in_the_history(standin, errors):
+    (standin.folder / "input" / "broken.png").write_text("no picture")
+    (prompt_id, wanted), *_ = errors["error_loadimage"].items()
+    body = {"prompt": wanted["prompt"][2], "prompt_id": prompt_id}
+    assert requests.post(f"{standin.url}/prompt", json=body, timeout=10).status_code == 200
+    got = history(standin.url, prompt_id)[prompt_id]
+    wanted["prompt"][0] = got["prompt"][0]
+    assert not differences(wanted, got, "entry", str(standin.folder))
+
+
+def test_the_queue_and_an_interruption(standin, errors):
+    standin.worker.seconds_per_job = 5.0
+    image = {"1": {"inputs": {"width": 16, "height": 16, "batch_size": 1, "color": 7}, "class_type": "EmptyImage"}}
+    save = {"9": {"inputs": {"filename_prefix": "q", "images": ["1", 0]}, "class_type": "SaveImage"}}
+    ids = [requests.post(f"{standin.url}/prompt", json={"prompt": image | save}, timeout=10).json()["prompt_id"] for _ in range(3)]
+    queue = wait_for_running(standin.url)
+    assert queue.keys() == errors["queue_with_pending"].keys()
+    assert [type(part) for part in queue["queue_running"][0]] == [
+        type(part) for part in errors["queue_with_pending"]["queue_running"][0]
+    ]
+    assert [item[1] for item in queue["queue_running"] + sorted(queue["queue_pending"])] == ids
+    requests.post(f"{standin.url}/queue", json={"delete": ids[1:2]}, timeout=10)
+    requests.post(f"{standin.url}/interrupt", json={"prompt_id": ids[2]}, timeout=10)
+    assert history_now(standin.url, ids[0]) == {}
+    requests.post(f"{standin.url}/queue", json={"clear": True}, timeout=10)
+    requests.post(f"{standin.url}/interrupt", json={"prompt_id": ids[0]}, timeout=10)
+    got = history(standin.url, ids[0])[ids[0]]["status"]
+    (wanted,) = (entry["status"] for entry in errors["history_interrupted"].values())
+    assert [message[0] for message in got["messages"]] == [message[0] for message in wanted["messages"]]
+    assert got["messages"][-1][1].keys() == wanted["messages"][-1][1].keys()
+    assert (got["status_str"], got["completed"]) == (wanted["status_str"], wanted["completed"])
+    assert history_now(standin.url, ids[1]) == history_now(standin.url, ids[2]) == {}
+
+
+def history_now(url: str, prompt_id: str) -> dict:
+    return requests.get(f"{url}/history/{prompt_id}", timeout=10).json()
+
+
+def wait_for_running(url: str) -> dict:
+    while not (queue := requests.get(f"{url}/queue", timeout=10).json())["queue_running"]:
+        time.sleep(0.01)
+    return queue
+
+
+def test_same_seed_and_text_give_the_same_picture_and_others_another(standin):
+    batch = recorded("golden.json")[-2]["request"]["json"]["prompt"]
+    (standin.folder / "input" / "face_reference.png").write_bytes(png())
+    pixels = []
+    for seed, text in ((1, "a woman"), (2, "a woman"), (1, "a woman on a beach"), (1, "a woman")):
+        batch["3"]["inputs"]["seed"], batch["6"]["inputs"]["text"] = seed, text
+        prompt_id = requests.post(f"{standin.url}/prompt", json={"prompt": batch}, timeout=10).json()["prompt_id"]
+        record = history(standin.url, prompt_id)[prompt_id]["outputs"]["9"]["images"][0]
+        with Image.open(io.BytesIO(requests.get(f"{standin.url}/view", params=record, timeout=10).content)) as picture:
+            pixels.append(picture.tobytes())
+    assert pixels[0] == pixels[3]
+    assert len(set(pixels)) == 3
