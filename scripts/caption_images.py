@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     captions = CaptionFiles(folder, project.trigger_word)
     keep(to_keep, captions, tally)
     if to_tag:
-        tagger = load_tagger(settings, project.models_dir)
+        tagger = load_tagger(settings, project.models_dir, batch_size=min(settings.caption_batch_size, len(images)))
         tag(to_tag, tagger, settings, captions, tally)
     report(tally, project.trigger_word)
 
@@ -91,7 +91,7 @@ def sorted_out(images: list[ImageFile], overwrite: bool, tally: Tally) -> tuple[
 
 def keep(images: list[ImageFile], captions: CaptionFiles, tally: Tally) -> None:
     """Captions that exist gain a missing trigger and are else left as they are."""
-    for image in tqdm(images, desc="captions there", unit="file", disable=None):
+    for image in tqdm(images, desc="captions that exist", unit="file", disable=None):
         try:
             changed = captions.keep(image.caption_path)
         except UnusableCaptionError as error:
@@ -101,10 +101,11 @@ def keep(images: list[ImageFile], captions: CaptionFiles, tally: Tally) -> None:
         tally.kept += not changed
 
 
-def load_tagger(settings: CaptionSettings, models_dir: Path) -> Tagger:
+def load_tagger(settings: CaptionSettings, models_dir: Path, batch_size: int) -> Tagger:
+    """The tagger from its folder, fetched first if need be. `batch_size` is the same however much of the work is left."""
     name = settings.caption_model
     folder = found_folder(name, models_dir) or fetched_folder(name, models_dir)
-    return Tagger(folder / MODEL_FILE, folder / TAGS_FILE, settings.caption_batch_size)
+    return Tagger(folder / MODEL_FILE, folder / TAGS_FILE, batch_size)
 
 
 def tag(images: list[ImageFile], tagger: Tagger, settings: CaptionSettings, captions: CaptionFiles, tally: Tally) -> None:
@@ -112,7 +113,7 @@ def tag(images: list[ImageFile], tagger: Tagger, settings: CaptionSettings, capt
     choice = TagChoice(tagger.tags, settings.caption_threshold, settings.caption_character_threshold, settings.caption_exclude_tags)
     with tqdm(total=len(images), desc="tagging", unit="picture", disable=None) as bar:
         decoded = prepared(images, tagger.side_px, tally, bar)
-        while batch := list(islice(decoded, settings.caption_batch_size)):
+        while batch := list(islice(decoded, tagger.batch_size)):
             probabilities = tagger.probabilities([picture for _, picture in batch])
             for (image, _), of_image in zip(batch, probabilities, strict=True):
                 captions.write(image.caption_path, choice.words(of_image))
@@ -170,7 +171,7 @@ def usable_model(settings: CaptionSettings, models_dir: Path) -> str:
     name = settings.caption_model
     there = found_folder(name, models_dir)
     if there:
-        tagger = load_tagger(settings, models_dir)
+        tagger = load_tagger(settings, models_dir, settings.caption_batch_size)
         return f"the tagger in {there} loads, with {len(tagger.tags)} tags"
     size_bytes = size_on_hub(name, models_dir)
     place = nearest_existing(models_dir)

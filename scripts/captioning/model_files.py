@@ -17,7 +17,7 @@ TAGS_FILE = "selected_tags.csv"
 FILES = (TAGS_FILE, MODEL_FILE)
 
 _REPOSITORY_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-# What huggingface_hub raises for a hub that is away, refuses, or breaks off.
+# What huggingface_hub, and httpx2 under it, raise for a hub that is away, refuses, or breaks off.
 _FETCH_ERRORS = (OSError, httpx2.HTTPError, RuntimeError, ValueError)
 
 

@@ -30,7 +30,7 @@ class Tagger:
     """A loaded model with its tags; every problem with either is a ModelError."""
 
     def __init__(self, model: Path, tags_file: Path, batch_size: int):
-        """Pictures go through the model `batch_size` at a time, or as many as a model with a fixed batch takes."""
+        """Pictures go through the model `batch_size` at a time, unless the model has a fixed batch."""
         self.tags = read_tags(tags_file)
         self._file = model
         self._session = _session(model)
@@ -50,7 +50,7 @@ class Tagger:
             )
         self.side_px = height
         self._input = entry.name
-        self._batch_size = batch if isinstance(batch, int) and batch > 0 else batch_size
+        self.batch_size = batch if isinstance(batch, int) and batch > 0 else batch_size
 
     def _check_width(self, shape: list, tags_file: Path) -> None:
         """One output per row of the tags file; a size that the model leaves open is checked when it has run."""
@@ -66,8 +66,8 @@ class Tagger:
         batch = np.stack(prepared)
         if self._channels_first:
             batch = np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
-        starts = range(0, len(batch), self._batch_size)
-        result = np.concatenate([self._run(batch[start : start + self._batch_size]) for start in starts])
+        starts = range(0, len(batch), self.batch_size)
+        result = np.concatenate([self._run(batch[start : start + self.batch_size]) for start in starts])
         if result.shape != (len(batch), len(self.tags)):
             raise ModelError(
                 f"{self._file}: gives values of shape {result.shape} for {len(batch)} pictures and {len(self.tags)} tags; "
@@ -79,7 +79,7 @@ class Tagger:
 
     def _run(self, part: np.ndarray) -> np.ndarray:
         """Always a full batch: other sizes take other kernels with other roundings, and tags must not depend on company."""
-        missing = self._batch_size - len(part)
+        missing = self.batch_size - len(part)
         filled = np.pad(part, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else part
         try:
             return self._session.run(None, {self._input: filled})[0][: len(part)]

@@ -58,10 +58,11 @@ class Stage:
         variables |= {"HF_HOME": workspace / "hf", "HF_HUB_OFFLINE": "1"}
         self.variables = {name: str(value) for name, value in variables.items()}
 
-    def start(self, *flags: str, **variables: object) -> subprocess.Popen:
+    def start(self, *flags: str, stderr: int = subprocess.PIPE, **variables: object) -> subprocess.Popen:
         """The stage as a process of its own."""
         command = [sys.executable, str(REPOSITORY / "scripts" / "caption_images.py"), *flags]
-        return subprocess.Popen(command, env=self._environment(variables), stdout=-1, stderr=-1, text=True)
+        environment = self._environment(variables)
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
 
     def run_process(self, *flags: str, **variables: object) -> subprocess.CompletedProcess:
         """A process run to its end. Whatever happens, a user never sees a traceback."""

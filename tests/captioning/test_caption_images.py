@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import pty
 import shutil
 import signal
 import tempfile
+import termios
 import time
 from pathlib import Path
 
@@ -265,6 +267,20 @@ def test_read_only_folder_is_exit_6_and_check_names_it(photographs, tiny, stage_
             checked = stage.run("--check")
         assert checked.returncode == 6
         assert f"  - {tagger}/selected_tags.csv: Permission denied" in checked.stderr
+
+
+def test_progress_is_shown_in_a_terminal_only(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png")
+    assert stage.run().stderr == ""
+    (stage.images / "a.txt").unlink()
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    process = stage.start(stderr=end)
+    process.communicate()
+    os.close(end)
+    assert process.returncode == 0
+    assert "tagging: 100%" in os.read(terminal, 10000).decode()
+    os.close(terminal)
 
 
 def many(photographs, stage):

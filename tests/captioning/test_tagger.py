@@ -1,6 +1,7 @@
 """Pictures are prepared as the models were trained, and a model that is no tagger is refused."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -8,6 +9,7 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
+from captioning.captions import CHARACTER, GENERAL, RATING
 from captioning.tagger import Tagger, prepare, read_tags
 from demo import tiny_tagger
 from demo.tiny_tagger import Shape
@@ -112,6 +114,14 @@ def test_different_pictures_get_different_tags(photographs, tiny):
     assert result.shape == (len(photographs), len(tagger.tags))
     assert len({tuple(row > 0.35) for row in result}) == len(photographs)
     assert all(5 <= (row > 0.35).sum() <= 21 for row in result)
+
+
+def test_tiny_tagger_has_a_real_ones_mix_and_the_same_seed_gives_the_same_bytes(tmp_path, tiny):
+    tags = read_tags(tiny / "selected_tags.csv")
+    assert Counter(tag.category for tag in tags) == {GENERAL: 52, CHARACTER: 5, RATING: 4}
+    assert len({tag.name for tag in tags}) == len(tags)
+    again, other = tiny_tagger.build(tmp_path / "again"), tiny_tagger.build(tmp_path / "other", seed=1)
+    assert (again / "model.onnx").read_bytes() == (tiny / "model.onnx").read_bytes() != (other / "model.onnx").read_bytes()
 
 
 def test_tags_of_a_picture_do_not_depend_on_what_else_is_tagged(photographs, tiny):
