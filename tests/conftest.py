@@ -4,16 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from demo import tiny_sdxl as miniature
-
 
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory) -> Path:
     """A tiny SDXL as a diffusers folder. Read only: copy it before changing anything."""
-    return miniature.build(tmp_path_factory.mktemp("models") / "tiny-sdxl")
+    from demo.tiny_sdxl import build  # diffusers takes seconds to import, which most tests need not wait for
+
+    return build(tmp_path_factory.mktemp("models") / "tiny-sdxl")
 
 
 @pytest.fixture(scope="session")
 def tiny_single_file(tiny_sdxl, tmp_path_factory) -> Path:
     """The same weights as one `.safetensors`, next to no tokenizer."""
-    return miniature.write_single_file(tiny_sdxl, tmp_path_factory.mktemp("single") / "tiny-sdxl.safetensors")
+    from demo.tiny_sdxl import write_single_file
+
+    return write_single_file(tiny_sdxl, tmp_path_factory.mktemp("single") / "tiny-sdxl.safetensors")

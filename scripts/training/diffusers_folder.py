@@ -8,7 +8,7 @@ from typing import Any
 from errors import ModelError, one_list
 from training.parts import STEMS, BaseModel, Part
 from training.schedule import Schedule
-from training.weights import read_header
+from training.weights import WeightsFile, read_header
 
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 _SDXL_UNET = {
@@ -26,6 +26,9 @@ _OTHER_CONTEXTS = {768: "an SD 1.5 model", 1024: "an SD 2.x model", 1280: "the S
 def read_folder(folder: Path) -> BaseModel:
     """The base model in `folder`. Raises ModelError with everything that is wrong with it."""
     complaints: list[str] = []
+    if not (folder / "model_index.json").exists() and not (folder / "unet").exists():
+        files = ", ".join(str(file) for file in sorted(folder.glob("*.safetensors")))
+        raise ModelError(f"{folder}: is no diffusers folder{f'; set BASE_MODEL to a file in it: {files}' if files else ''}")
     index = _read_json(folder / "model_index.json", complaints)
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", complaints)
     configs = {name: _read_json(folder / name / "config.json", complaints) for name in STEMS}
@@ -69,9 +72,9 @@ def _read_json(file: Path, complaints: list[str]) -> dict[str, Any]:
 def _another_model(index: dict[str, Any], unet: dict[str, Any]) -> str | None:
     """What the folder holds instead of SDXL."""
     pipeline = index.get("_class_name", "StableDiffusionXLPipeline")
-    if unet.get("in_channels", 4) in _OTHER_INPUTS:
-        return f"{_OTHER_INPUTS[unet['in_channels']]} ({unet['in_channels']} input channels)"
-    context = unet.get("cross_attention_dim")
+    channels, context = unet.get("in_channels"), unet.get("cross_attention_dim")
+    if isinstance(channels, int) and channels in _OTHER_INPUTS:
+        return f"{_OTHER_INPUTS[channels]} ({channels} input channels)"
     if isinstance(context, int) and context in _OTHER_CONTEXTS:
         return f"{_OTHER_CONTEXTS[context]} (cross_attention_dim {context})"
     if not str(pipeline).startswith("StableDiffusionXL"):
@@ -106,7 +109,7 @@ def _schedule(scheduler: dict[str, Any]) -> Schedule:
     )
 
 
-def _weights(folder: Path, complaints: list[str]) -> tuple:
+def _weights(folder: Path, complaints: list[str]) -> tuple[WeightsFile, ...]:
     """The files with the part's weights."""
     files = []
     for path in _weight_paths(folder, complaints):
@@ -122,22 +125,25 @@ def _weights(folder: Path, complaints: list[str]) -> tuple:
 def _weight_paths(folder: Path, complaints: list[str]) -> list[Path]:
     """One file, or the shards that an index names; full precision before fp16 before other variants, one file before shards."""
     stem = STEMS[folder.name]
-    variants = {}
-    for path in sorted(folder.glob(f"{stem}.*")):
-        found = re.fullmatch(rf"{stem}(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?", path.name)
-        if found:
-            variant = (found[1] or found[3] or "").removeprefix(".")
-            variants.setdefault((("", "fp16").index(variant) if variant in ("", "fp16") else 2, variant, bool(found[2])), path)
-    if not variants:
-        pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".ckpt", ".pt", ".pth")]
+    pattern = rf"{stem}(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?"
+    found = [path for path in folder.glob(f"{stem}.*") if re.fullmatch(pattern, path.name)]
+    if not found:
+        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".ckpt", ".pt", ".pth"))
         only = f" (there is only {pickles[0]}, a pickle, which can run code when it is opened)" if pickles else ""
         complaints.append(f"{folder.name}/{stem}.safetensors is missing{only}")
         return []
-    first = variants[min(variants)]
+    first = min(found, key=_preference)
     if first.suffix == ".safetensors":
         return [first]
-    shards = _read_json(first, complaints).get("weight_map", {})
-    return [folder / Path(shard).name for shard in sorted(set(shards.values()))]
+    shards = {str(shard) for shard in _read_json(first, complaints).get("weight_map", {}).values()}
+    if not shards:
+        complaints.append(f"{folder.name}/{first.name} names no files")
+    return [folder / Path(shard).name for shard in sorted(shards)]
+
+
+def _preference(path: Path) -> tuple:
+    variant = "".join(word for word in path.name.split(".")[1:] if word not in ("safetensors", "index", "json"))
+    return variant != "", variant != "fp16", variant, path.suffix == ".json"
 
 
 def _disagreements(configs: dict[str, dict[str, Any]]) -> list[str]:

@@ -16,32 +16,36 @@ from training.parts import BaseModel, Part
 from training.sgm_names import Source
 from training.text import TextEncoders
 
+_NETWORKS = {
+    "unet": UNet2DConditionModel.from_config,
+    "vae": AutoencoderKL.from_config,
+    "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
+    "text_encoder_2": lambda config: CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config)),
+}
+_SHOWN = 5
+"""Complaints about weights that are printed; a wrong file easily gives a thousand."""
+
+
+def require_fitting(base: BaseModel) -> None:
+    """Compare every weight's name and shape with what the networks expect, without reading one. Raises ModelError."""
+    for part in base.parts.values():
+        _require_fitting(part, _shapes(_without_weights(part)))
+
 
 def load_vae(base: BaseModel, device: torch.device) -> AutoencoderKL:
     """The VAE, frozen, in float32: SDXL's overflows in float16."""
-    part = base.parts["vae"]
-    with init_empty_weights():
-        vae = AutoencoderKL.from_config(part.config)
-    return _filled(vae, part, device, torch.float32)
+    return _loaded(base.parts["vae"], device, torch.float32)
 
 
 def load_text_encoders(base: BaseModel, models_dir: Path, device: torch.device, dtype: torch.dtype) -> TextEncoders:
     """Both text encoders, frozen, with their tokenizers."""
-    encoders = []
-    for name, encoder_class in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
-        part = base.parts[name]
-        with init_empty_weights():
-            encoder = encoder_class(CLIPTextConfig.from_dict(part.config))
-        encoders.append(_filled(encoder, part, device, dtype))
-    return TextEncoders(load_tokenizers(base, models_dir), tuple(encoders))
+    first, second = (_loaded(base.parts[name], device, dtype) for name in ("text_encoder", "text_encoder_2"))
+    return TextEncoders(load_tokenizers(base, models_dir), (first, second))
 
 
 def load_unet(base: BaseModel, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
     """The UNet, frozen."""
-    part = base.parts["unet"]
-    with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(part.config)
-    return _filled(unet, part, device, dtype)
+    return _loaded(base.parts["unet"], device, dtype)
 
 
 def load_tokenizers(base: BaseModel, models_dir: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
@@ -51,24 +55,36 @@ def load_tokenizers(base: BaseModel, models_dir: Path) -> tuple[CLIPTokenizer, C
     return first, second
 
 
-def _filled(module: torch.nn.Module, part: Part, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """`module`, which has no weights yet, with those of `part`: frozen, in `dtype`, on `device`.
-
-    Raises ModelError if they do not fit.
-    """
-    expected = {name: tuple(empty.shape) for name, empty in module.state_dict().items()}
-    misfits = part.misfits(expected)
-    if misfits:
-        shown = [*misfits[:5], *([f"and {len(misfits) - 5} more"] if len(misfits) > 5 else [])]
-        raise ModelError(one_list(f"{part.files[0].path}: the weights of {part.name} do not fit SDXL:", shown))
-    loaded = {}
+def _loaded(part: Part, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The network of `part` with its weights: frozen, in `dtype`, on `device`. Raises ModelError if they do not fit."""
+    network = _without_weights(part)
+    shapes = _shapes(network)
+    _require_fitting(part, shapes)
+    weights = {}
     with ExitStack() as stack:
         opened = {file.path: stack.enter_context(safe_open(file.path, "pt", str(device))) for file in part.files}
-        for name, shape in expected.items():
+        for name, shape in shapes.items():
             file, source = part.find(name)
-            loaded[name] = _read(opened[file.path], source).reshape(shape).to(dtype)
-    module.load_state_dict(loaded, assign=True)
-    return module.to(device).requires_grad_(False).eval()
+            weights[name] = _read(opened[file.path], source).reshape(shape).to(dtype)
+    network.load_state_dict(weights, assign=True)
+    return network.to(device).requires_grad_(False).eval()
+
+
+def _without_weights(part: Part) -> torch.nn.Module:
+    """The network on the meta device; only its buffers are real."""
+    with init_empty_weights():
+        return _NETWORKS[part.name](part.config)
+
+
+def _shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
+
+
+def _require_fitting(part: Part, shapes: dict[str, tuple[int, ...]]) -> None:
+    misfits = part.misfits(shapes)
+    if misfits:
+        more = [f"and {len(misfits) - _SHOWN} more"] if len(misfits) > _SHOWN else []
+        raise ModelError(one_list(f"{part.files[0].path}: the weights of {part.name} do not fit:", [*misfits[:_SHOWN], *more]))
 
 
 def _read(opened: safe_open, source: Source) -> torch.Tensor:

@@ -25,9 +25,9 @@ _OTHER_MODELS = (
     (r"^cond_stage_model\.transformer\.", "is an SD 1.x model; LoRACat trains on SDXL base models"),
     (r"^cond_stage_model\.model\.", "is an SD 2.x model; LoRACat trains on SDXL base models"),
     (r"^conditioner\.embedders\.0\.model\.", "is the SDXL refiner; LoRACat trains on SDXL base models"),
-    (r"^edm_(mean|std|vpred)", "is an EDM model, such as Playground v2.5 or CosXL; LoRACat trains on SDXL base models"),
     (r"^(model\.diffusion_model\.)?(double_blocks|joint_blocks)\.", "is a Flux or SD 3 model; LoRACat trains on SDXL base models"),
 )
+"""What a file without all parts of SDXL may be."""
 _LONE_PARTS = (
     (r"^(down_blocks|input_blocks)\.", "a UNet"),
     (r"^encoder\.down", "a VAE"),
@@ -44,10 +44,12 @@ def read_file(path: Path) -> BaseModel:
     another = _another_model(file)
     if another:
         raise ModelError(f"{path}: {another}")
-    parts = _unconfigured(file)
-    complaints = [complaint for part in parts.values() for complaint in part.complaints()]
+    complaints = [complaint for part in _unconfigured(file).values() for complaint in part.complaints()]
     if complaints:
         raise ModelError(one_list(f"{path}: this base model cannot be used:", complaints))
+    variant = _variant_of_sdxl(file)
+    if variant:
+        raise ModelError(f"{path}: {variant}; LoRACat trains on SDXL base models")
     configured = {name: Part(name, config, (file,), is_sgm=True) for name, config in configurations(file).items()}
     return BaseModel(path, configured, _schedule(file))
 
@@ -68,27 +70,30 @@ def _unconfigured(file: WeightsFile) -> dict[str, Part]:
 
 
 def _another_model(file: WeightsFile) -> str | None:
-    """What the file holds instead of a whole SDXL base model."""
+    """What a file is that does not hold all parts of SDXL."""
+    missing = [name for name, prefix in PREFIXES.items() if not any(key.startswith(prefix) for key in file.tensors)]
+    if not missing:
+        return None
     for pattern, what in _OTHER_MODELS:
         if any(re.search(pattern, key) for key in file.tensors):
             return what
-    missing = [name for name, prefix in PREFIXES.items() if not any(key.startswith(prefix) for key in file.tensors)]
     if len(missing) == len(PREFIXES):
         lone = next((part for pattern, part in _LONE_PARTS if any(re.search(pattern, key) for key in file.tensors)), None)
         return f"holds only {lone}; use the whole checkpoint" if lone else "holds no part of an SDXL model"
-    if missing:
-        there = ", ".join(_PART_NAMES[name] for name in PREFIXES if name not in missing)
-        lacking = ", ".join(_PART_NAMES[name] for name in missing)
-        return f"holds only {there}, and no {lacking}; use the whole checkpoint"
-    return _another_unet(file)
+    there = ", ".join(_PART_NAMES[name] for name in PREFIXES if name not in missing)
+    lacking = ", ".join(_PART_NAMES[name] for name in missing)
+    return f"holds only {there}, and no {lacking}; use the whole checkpoint"
 
 
-def _another_unet(file: WeightsFile) -> str | None:
+def _variant_of_sdxl(file: WeightsFile) -> str | None:
+    """How a file with all parts differs from SDXL."""
+    if any(key.startswith(("edm_mean", "edm_std", "edm_vpred.")) for key in file.tensors):
+        return "is an EDM model, such as Playground v2.5 or CosXL"
     prefix = PREFIXES["unet"]
-    first = file.tensors.get(f"{prefix}input_blocks.0.0.weight")
-    if first and first.shape[1] != 4:
-        kind = {8: "an instruct-pix2pix model", 9: "an inpainting model"}.get(first.shape[1], "no plain SDXL model")
-        return f"is {kind} ({first.shape[1]} input channels); LoRACat trains on SDXL base models"
+    channels = file.tensors[f"{prefix}input_blocks.0.0.weight"].shape[1]
+    if channels != 4:
+        kind = {8: "an instruct-pix2pix model", 9: "an inpainting model"}.get(channels, "no plain SDXL model")
+        return f"is {kind} ({channels} input channels)"
     for place, wanted in _DEPTHS.items():
         blocks = f"{prefix}{place}.transformer_blocks"
         depth = _run_length(lambda block, blocks=blocks: f"{blocks}.{block}.norm1.weight" in file.tensors)

@@ -223,6 +223,8 @@ def test_fp16_files_and_shards_are_weights_too(folder, tiny_sdxl):
         assert_same_weights(module, ours[name])
     (folder / "unet" / shards[1]).unlink()
     assert f"unet/{shards[1]} is missing" in refusal(folder, folder)
+    change_json(folder / "unet" / "diffusion_pytorch_model.safetensors.index.json", weight_map={})
+    assert "unet/diffusion_pytorch_model.safetensors.index.json names no files" in refusal(folder, folder)
 
 
 def test_full_precision_is_taken_before_fp16(folder):
@@ -365,6 +367,13 @@ def test_files_that_are_no_safetensors(tmp_path, content, complaint):
     assert complaint in refusal(file, tmp_path)
 
 
+def test_folder_with_a_single_file_in_it(tmp_path):
+    assert "is no diffusers folder" in refusal(tmp_path, tmp_path)
+    (tmp_path / "sdxl").mkdir()
+    (tmp_path / "sdxl" / "model.safetensors").touch()
+    assert f"set BASE_MODEL to a file in it: {tmp_path}/sdxl/model.safetensors" in refusal(Path("sdxl"), tmp_path)
+
+
 def test_what_a_file_is_decides_its_content_and_not_its_name(tiny_single_file, tmp_path):
     file = shutil.copy(tiny_single_file, tmp_path / "model.ckpt")
     assert find_base(str(file), tmp_path).schedule == Schedule()
@@ -426,14 +435,15 @@ def test_files_of_other_sdxl_models(tiny_single_file, tmp_path, changes, complai
     assert complaint in refusal(Path("other"), tmp_path)
 
 
-def test_weights_that_do_not_fit_are_named_when_they_are_loaded(tiny_single_file, tmp_path):
+@pytest.mark.parametrize("use", [models.require_fitting, lambda base: models.load_unet(base, CPU, torch.float32)])
+def test_weights_that_do_not_fit_are_named_before_one_is_read(tiny_single_file, tmp_path, use):
     weights = load_file(tiny_single_file)
     del weights[f"{UNET}input_blocks.8.0.out_layers.0.bias"]
     weights[f"{UNET}output_blocks.3.0.out_layers.0.bias"] = torch.zeros(7)
     save_file(weights, tmp_path / "odd.safetensors")
     base = find_base("odd", tmp_path)
     with pytest.raises(ModelError) as caught:
-        models.load_unet(base, CPU, torch.float32)
+        use(base)
     assert "down_blocks.2.resnets.1.norm2.bias is missing" in str(caught.value)
     assert "up_blocks.1.resnets.0.norm2.bias has the shape (7,) instead of (64,)" in str(caught.value)
 
