@@ -1,6 +1,5 @@
 """Find the base model and its tokenizers, and say everything that is wrong with them; headers and JSON only."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from huggingface_hub import hf_hub_download
 
 from errors import DISK_ERRNOS, ModelError
 from settings import REPOSITORY
-from training.diffusers_folder import TOKENIZERS, has_tokenizer, read_folder
+from training.diffusers_folder import TOKENIZERS, read_folder, vocabulary_size
 from training.parts import BaseModel
 from training.single_file import read_file
 
@@ -27,6 +26,7 @@ _NEEDED = (
     "vae/diffusion_pytorch_model.safetensors",
 )
 """What training reads of the SDXL repository, 7 GB; the repository holds every format there is."""
+_ANY_NEEDED = ("model_index.json", "scheduler/*", "tokenizer*/*", "text_encoder*/*", "unet/*", "vae/*")
 _TOKENIZER_FOLDER = "sdxl-tokenizers"
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
 _FETCH_ERRORS = (OSError, httpx2.HTTPError, RuntimeError, ValueError)
@@ -55,7 +55,7 @@ def find_tokenizers(base: BaseModel, models_dir: Path) -> Path | None:
         return base.path
     words = base.parts["text_encoder"].config["vocab_size"]
     folders = sorted(child for child in models_dir.iterdir() if child.is_dir()) if models_dir.is_dir() else []
-    return next((folder for folder in folders if _fits(folder, words)), None)
+    return next((folder for folder in folders if all(vocabulary_size(folder / name) == words for name in TOKENIZERS)), None)
 
 
 def fetch_tokenizers(models_dir: Path) -> Path:
@@ -83,25 +83,10 @@ def tokenizers_missing(models_dir: Path) -> str:
     )
 
 
-def _fits(folder: Path, words: int) -> bool:
-    return all(has_tokenizer(folder / name) and _vocabulary_size(folder / name) == words for name in TOKENIZERS)
-
-
-def _vocabulary_size(folder: Path) -> int:
-    """Number of words, or 0 for a damaged file."""
-    file = folder / "vocab.json"
-    try:
-        if file.is_file():
-            return len(json.loads(file.read_text(encoding="utf-8")))
-        return len(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
-    except (ValueError, KeyError, TypeError):
-        return 0
-
-
 def _not_there(wanted: str, models_dir: Path) -> str:
     is_repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", wanted, re.ASCII) and not wanted.endswith(".safetensors")
-    repository = wanted if is_repository else SDXL
-    command = _download(repository, models_dir / repository.split("/")[1], _NEEDED)
+    repository, patterns = (wanted, _ANY_NEEDED) if is_repository and wanted != SDXL else (SDXL, _NEEDED)
+    command = _download(repository, models_dir / repository.split("/")[1], patterns)
     return (
         f"base model {wanted!r} is neither in {models_dir} nor a path. Set BASE_MODEL to a diffusers folder or a .safetensors "
         f"file, or fetch one:\n  {command}"

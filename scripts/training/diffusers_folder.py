@@ -38,7 +38,9 @@ def read_folder(folder: Path) -> BaseModel:
     parts = {name: Part(name, configs[name], _weights(folder / name, complaints), is_sgm=False) for name in STEMS}
     for part in parts.values():
         complaints += part.complaints() if part.files else []
-    complaints += [f"{name}/ lacks the tokenizer's files" for name in TOKENIZERS if not has_tokenizer(folder / name)]
+    complaints += [
+        f"{name}/: a tokenizer's files are missing or damaged" for name in TOKENIZERS if not vocabulary_size(folder / name)
+    ]
     if not complaints:
         complaints += _disagreements(configs)
     if complaints:
@@ -46,11 +48,18 @@ def read_folder(folder: Path) -> BaseModel:
     return BaseModel(folder, parts, _schedule(scheduler))
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """`folder` holds everything that CLIPTokenizer reads. The configuration is needed too: it says how to pad."""
-    vocabulary = [["tokenizer.json"], ["vocab.json", "merges.txt"]]
-    whole = any(all((folder / name).is_file() for name in names) for names in vocabulary)
-    return whole and (folder / "tokenizer_config.json").is_file()
+def vocabulary_size(folder: Path) -> int:
+    """Words of the tokenizer in `folder`; 0 if a file that CLIPTokenizer reads is missing or damaged.
+
+    Its configuration is needed too: it says how to pad.
+    """
+    try:
+        json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
+        return len(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _read_json(file: Path, complaints: list[str]) -> dict[str, Any]:

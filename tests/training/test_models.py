@@ -290,7 +290,7 @@ def test_absent_base_says_how_to_fetch_it(tmp_path):
     said = refusal(Path("stable-diffusion-xl-base-1.0"), tmp_path)
     assert f"neither in {tmp_path} nor a path" in said
     assert f"--local-dir {tmp_path}/stable-diffusion-xl-base-1.0 " in said
-    with pytest.raises(ModelError, match=f"hf download Laxhar/noobai-XL-1.1 --local-dir {tmp_path}/noobai-XL-1.1 "):
+    with pytest.raises(ModelError, match=f"hf download Laxhar/noobai-XL-1.1 --local-dir {tmp_path}/noobai-XL-1.1 .*'unet/\\*'"):
         find_base("Laxhar/noobai-XL-1.1", tmp_path)
 
 
@@ -298,6 +298,7 @@ def test_everything_wrong_with_a_folder_is_said_at_once(folder):
     (folder / "model_index.json").unlink()
     shutil.rmtree(folder / "text_encoder_2")
     (folder / "tokenizer" / "merges.txt").unlink()
+    (folder / "tokenizer_2" / "vocab.json").write_text("{")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.bin")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with (folder / "text_encoder" / "model.safetensors").open("r+b") as file:
@@ -307,7 +308,8 @@ def test_everything_wrong_with_a_folder_is_said_at_once(folder):
         "model_index.json is missing",
         "text_encoder_2/config.json is missing",
         "text_encoder_2/model.safetensors is missing",
-        "tokenizer/ lacks the tokenizer's files",
+        "tokenizer/: a tokenizer's files are missing or damaged",
+        "tokenizer_2/: a tokenizer's files are missing or damaged",
         "there is only diffusion_pytorch_model.bin, a pickle",
         "is a Git LFS pointer",
         "is damaged, it has 10000 bytes",
