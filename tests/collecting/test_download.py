@@ -1,0 +1,149 @@
+"""Bytes become a picture of the data set only when they are whole, and only once."""
+
+import io
+import struct
+import zlib
+
+import pytest
+from comfyui_workspace import png
+from PIL import Image
+
+from collecting.download import BadPicture, PictureStore, safe_prefix, verified
+from dataset_folder import DatasetFolder, append_json_line, read_json_lines
+
+
+def encoded(kind: str, **options) -> bytes:
+    content = io.BytesIO()
+    Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 50).convert("RGB").save(content, kind, **options)
+    return content.getvalue()
+
+
+def animation() -> bytes:
+    content = io.BytesIO()
+    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (0, 200)]
+    frames[0].save(content, "WEBP", save_all=True, append_images=frames[1:])
+    return content.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG that claims 60000 x 60000 pixels."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"\0")), (b"IEND", b"")]
+    framed = [struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return DatasetFolder(tmp_path / "dataset")
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("PNG", ".png"), ("JPEG", ".jpg"), ("WEBP", ".webp")])
+def test_whole_pictures_are_taken_and_named_by_their_bytes(kind, suffix):
+    picture = verified(encoded(kind))
+    assert (picture.suffix, picture.size_px) == (suffix, (40, 30))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
+def test_cut_off_pictures_are_refused(kind, share):
+    content = encoded(kind)
+    with pytest.raises(BadPicture):
+        verified(content[: int(len(content) * share)])
+
+
+def test_png_without_its_last_bytes_is_refused():
+    with pytest.raises(BadPicture, match="cut off"):
+        verified(png()[:-1])
+
+
+def test_damaged_png_is_refused():
+    content = bytearray(encoded("PNG"))
+    content[len(content) // 2] ^= 0xFF
+    with pytest.raises(BadPicture):
+        verified(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (b"not an image", "no PNG, JPEG or WebP"),
+        (b"<html>log in</html>", "no PNG, JPEG or WebP"),
+        (encoded("BMP"), "no PNG, JPEG or WebP"),
+        (encoded("GIF"), "no PNG, JPEG or WebP"),
+        (animation(), "animation"),
+        (bomb(), "pixels"),
+    ],
+)
+def test_what_is_no_still_picture_is_refused(content, words):
+    with pytest.raises(BadPicture, match=words):
+        verified(content)
+
+
+def test_picture_and_its_line_are_stored_once(folder):
+    store, picture = PictureStore(folder), verified(png())
+    line = store.line_for(picture, "smile", {"node": "9"})
+    assert store.put(picture, line) is True
+    assert store.put(picture, store.line_for(picture, "other", {"node": "10"})) is False
+    assert PictureStore(folder).put(picture, store.line_for(picture, "again", {"node": "9"})) is False
+    assert [path.name for path in folder.images.iterdir()] == [f"smile_{picture.sha256[:12]}.png"]
+    assert read_json_lines(folder.manifest) == [line]
+    assert line == {"file": f"images/smile_{picture.sha256[:12]}.png", "sha256": picture.sha256, "size_px": [24, 32], "node": "9"}
+    assert (folder.root / line["file"]).read_bytes() == png()
+
+
+def test_file_without_a_line_gets_its_line_and_no_twin(folder):
+    folder.images.mkdir(parents=True)
+    (folder.images / "killed_in_between.png").write_bytes(png())
+    store, picture = PictureStore(folder), verified(png())
+    assert store.put(picture, store.line_for(picture, "smile", {"node": "9"})) is False
+    assert [line["file"] for line in read_json_lines(folder.manifest)] == ["images/killed_in_between.png"]
+    assert [path.name for path in folder.images.iterdir()] == ["killed_in_between.png"]
+
+
+def test_picture_that_was_taken_out_stays_out(folder):
+    store, picture = PictureStore(folder), verified(png())
+    line = store.line_for(picture, "smile", {})
+    store.put(picture, line)
+    (folder.root / line["file"]).unlink()
+    again = PictureStore(folder)
+    assert again.put(picture, line) is False
+    assert again.missing() == 1
+    assert list(folder.images.iterdir()) == []
+
+
+def test_a_file_of_the_user_is_never_overwritten(folder):
+    picture = verified(png())
+    folder.images.mkdir(parents=True)
+    taken = folder.images / f"smile_{picture.sha256[:12]}.png"
+    taken.write_bytes(png((0, 0, 0)))
+    store = PictureStore(folder)
+    assert store.put(picture, store.line_for(picture, "smile", {})) is True
+    assert taken.read_bytes() == png((0, 0, 0))
+    assert len(list(folder.images.iterdir())) == 2
+
+
+def test_half_a_line_in_the_manifest_does_not_hide_the_next(folder):
+    append_json_line(folder.manifest, {"sha256": "0", "file": "images/a.png"})
+    with folder.manifest.open("a") as manifest:
+        manifest.write('{"sha256": "1", "fi')
+    store, picture = PictureStore(folder), verified(png())
+    store.put(picture, store.line_for(picture, "x", {}))
+    assert [line["sha256"] for line in read_json_lines(folder.manifest)] == ["0", picture.sha256]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("smile", "smile"),
+        ("../../etc/passwd", "etc_passwd"),
+        ("C:\\Users\\me", "C_Users_me"),
+        (".hidden", "hidden"),
+        ("a woman, smiling!", "a_woman_smiling"),
+        ("猫 photo", "猫_photo"),
+        ("\0\n/", "picture"),
+        ("x" * 300, "x" * 40),
+    ],
+)
+def test_names_are_made_safe(text, expected):
+    assert safe_prefix(text) == expected
