@@ -46,7 +46,7 @@ def find_base(base_model: str, models_dir: Path) -> BaseModel:
     try:
         return read_folder(path) if path.is_dir() else read_file(path)
     except ModelError as error:
-        raise ModelError(f"{error}\nSDXL itself:\n  {_download(SDXL, models_dir / SDXL.split('/')[1], _NEEDED)}") from None
+        raise ModelError(f"{error}\nThis fetches SDXL itself:\n  {_download(SDXL, models_dir / SDXL.split('/')[1], _NEEDED)}") from None
 
 
 def find_tokenizers(base: BaseModel, models_dir: Path) -> Path | None:
@@ -69,12 +69,12 @@ def fetch_tokenizers(models_dir: Path) -> Path:
     except _FETCH_ERRORS as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
             raise
-        raise ModelError(tokenizers_missing(models_dir)) from None
+        raise ModelError(_tokenizers_missing(models_dir)) from None
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # half files of runs that were killed
     return folder
 
 
-def tokenizers_missing(models_dir: Path) -> str:
+def _tokenizers_missing(models_dir: Path) -> str:
     """What to do when a single file has no tokenizers beside it and they cannot be fetched."""
     command = _download(SDXL, models_dir / _TOKENIZER_FOLDER, ("tokenizer*/*",))
     return (
