@@ -46,7 +46,8 @@ def find_base(base_model: str, models_dir: Path) -> BaseModel:
     try:
         return read_folder(path) if path.is_dir() else read_file(path)
     except ModelError as error:
-        raise ModelError(f"{error}\nThis fetches SDXL itself:\n  {_download(SDXL, models_dir / SDXL.split('/')[1], _NEEDED)}") from None
+        command = _download(SDXL, models_dir / SDXL.split("/")[1], _NEEDED)
+        raise ModelError(f"{error}\nThis fetches SDXL itself:\n  {command}") from None
 
 
 def find_tokenizers(base: BaseModel, models_dir: Path) -> Path | None:
