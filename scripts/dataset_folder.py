@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,13 @@ def whole_file(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs were writing into `folder`; a file that is younger than a minute may be somebody's work."""
+    for beside in folder.glob(".*.part"):
+        if beside.stat().st_mtime < time.time() - 60:
+            beside.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -15,7 +15,16 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from dataset_folder import DatasetFolder, append_json_line, find_images, read_json_lines, sha256_of, sniff_image_format, write_bytes
+from dataset_folder import (
+    DatasetFolder,
+    append_json_line,
+    find_images,
+    read_json_lines,
+    remove_leftovers,
+    sha256_of,
+    sniff_image_format,
+    write_bytes,
+)
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 _LONGEST_PREFIX = 40
@@ -72,6 +81,7 @@ class PictureStore:
 
     def __init__(self, folder: DatasetFolder):
         self._folder = folder
+        remove_leftovers(folder.images)
         self._listed = {line["sha256"]: line for line in read_json_lines(folder.manifest) if isinstance(line.get("sha256"), str)}
 
     def missing(self) -> int:

@@ -76,7 +76,7 @@ class Workspace:
 
     def pictures(self) -> dict[str, bytes]:
         folder = self.dataset / "images"
-        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())} if folder.exists() else {}
+        return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*"))}
 
     def start(self, **more: str) -> subprocess.Popen:
         """The collector as a process of its own."""

@@ -1,6 +1,7 @@
 """Bytes become a picture of the data set only when they are whole, and only once."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -121,6 +122,16 @@ def test_a_file_of_the_user_is_never_overwritten(folder):
     assert store.put(picture, store.line_for(picture, "smile", {})) is True
     assert taken.read_bytes() == png((0, 0, 0))
     assert len(list(folder.images.iterdir())) == 2
+
+
+def test_what_a_killed_run_was_writing_is_removed_but_nothing_fresh(folder):
+    folder.images.mkdir(parents=True)
+    old, fresh = folder.images / ".old.part", folder.images / ".fresh.part"
+    for path in (old, fresh):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    PictureStore(folder)
+    assert (old.exists(), fresh.exists()) == (False, True)
 
 
 def test_half_a_line_in_the_manifest_does_not_hide_the_next(folder):

@@ -1,0 +1,598 @@
+"""The whole stage against the stand-in: both modes, runs again after kills and faults, and every exit code."""
+
+import io
+import itertools
+import json
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import requests
+from comfyui_workspace import Workspace, png, workflow
+from PIL import Image
+
+from dataset_folder import read_json_lines
+from demo.standin_comfyui.server import Answer, StandIn
+
+PROMPTS = [
+    {"prompt": "a woman in a garden", "seed": 11, "name": "garden"},
+    {"prompt": "a woman at the beach, 猫", "seed": 12},
+    {"prompt": "close-up, night", "seed": 13, "name": "night"},
+]
+FIELDS = ["file", "sha256", "size_px", "prompt_id", "node", "seeds", "prompt", "workflow_sha256", "time"]
+
+
+@pytest.fixture
+def batch(space):
+    space.per_batch(PROMPTS)
+    return space
+
+
+@pytest.fixture
+def full(space):
+    space.full_workflow()
+    return space
+
+
+@pytest.fixture
+def change(standin, monkeypatch):
+    """Let `alter(request, answer)` change what the stand-in answers on `path`; None leaves it as it is."""
+
+    def install(path, alter):
+        real = standin.answer
+
+        def answer(asked):
+            given = real(asked)
+            return (alter(asked, given) or given) if asked.path == path else given
+
+        monkeypatch.setattr(standin, "answer", answer)
+
+    return install
+
+
+@pytest.fixture
+def before_submission(standin, monkeypatch):
+    """Let `act(number, request)` happen before the submission with this number, from 1, reaches the stand-in."""
+
+    def install(act):
+        real, numbers = standin.answer, itertools.count(1)
+
+        def answer(asked):
+            if (asked.method, asked.path) == ("POST", "/prompt"):
+                asked = act(next(numbers), asked) or asked
+            return real(asked)
+
+        monkeypatch.setattr(standin, "answer", answer)
+
+    return install
+
+
+def submitted(standin: StandIn) -> list[dict]:
+    return [body["prompt"] for body in standin.submitted]
+
+
+def sent_events(space) -> list[dict]:
+    return [line for line in read_json_lines(space.dataset / ".loracat" / "collect.jsonl") if line["event"] == "sent"]
+
+
+def test_per_batch_injects_text_seed_and_face_and_keeps_each_picture_with_its_line(batch, standin, collect):
+    result = collect()
+    assert (result.code, result.err) == (0, "")
+    graphs = submitted(standin)
+    assert [(graph["6"]["inputs"]["text"], graph["3"]["inputs"]["seed"]) for graph in graphs] == [
+        (entry["prompt"], entry["seed"]) for entry in PROMPTS
+    ]
+    (face,) = (path.name for path in (standin.folder / "input").iterdir())
+    assert {graph["12"]["inputs"]["image"] for graph in graphs} == {face}
+    assert all(graph["7"] == workflow("per_batch_ksampler.json")["7"] for graph in graphs)
+    lines = batch.manifest()
+    assert [list(line) for line in lines] == [FIELDS] * 3
+    assert [(line["prompt"], line["seeds"], line["node"], line["size_px"]) for line in lines] == [
+        (entry["prompt"], {"3.seed": entry["seed"]}, "9", [128, 128]) for entry in PROMPTS
+    ]
+    assert [line["prompt_id"] for line in lines] == [body["prompt_id"] for body in standin.submitted]
+    assert {f"images/{name}" for name in batch.pictures()} == {line["file"] for line in lines}
+    assert sorted(name.rpartition("_")[0] for name in batch.pictures()) == ["garden", "night", "node9"]
+    assert {path.name for path in batch.dataset.iterdir()} == {"images", "manifest.jsonl", ".loracat"}
+    assert [path.name for path in (batch.dataset / ".loracat").iterdir()] == ["collect.jsonl"]
+
+
+def test_full_workflow_is_submitted_once_and_only_pictures_with_the_prefix_are_fetched(full, standin, collect):
+    assert collect().code == 0
+    assert len(standin.submitted) == 1
+    assert [line["node"] for line in full.manifest()] == ["300", "301", "302"]
+    assert len(full.pictures()) == 3
+    assert sum(path == "/view" for _, path in standin.requests) == 3
+    for line in full.manifest():
+        with Image.open(full.dataset / line["file"]) as picture:
+            assert json.loads(picture.text["prompt"])[line["node"]]["inputs"]["filename_prefix"].endswith("Z_IMG_FINAL")
+
+
+def test_name_that_the_server_returns_goes_into_the_workflow(batch, standin, collect, change):
+    (standin.folder / "input" / "elsewhere").mkdir()
+    (standin.folder / "input" / "elsewhere" / "mine.png").write_bytes(png())
+    renamed = Answer(200, b'{"name": "mine.png", "subfolder": "elsewhere", "type": "input"}', "application/json")
+    change("/upload/image", lambda asked, given: renamed)
+    assert collect().code == 0
+    assert {graph["12"]["inputs"]["image"] for graph in submitted(standin)} == {"elsewhere/mine.png"}
+
+
+def test_without_a_face_the_picture_of_the_workflow_stays_and_one_line_says_so(full, standin, collect, monkeypatch):
+    monkeypatch.setattr("collecting.plan.DEFAULT_FACE", full.root / "none.png")
+    (standin.folder / "input" / "example.png").write_bytes(png())
+    result = collect(FACE_REFERENCE="")
+    assert result.code == 0
+    assert result.out.count("No face reference: the workflow's own picture stays.\n") == 1
+    assert submitted(standin)[0]["16"] == workflow("full_workflow_no_model.json")["16"]
+    assert ("POST", "/upload/image") not in standin.requests
+
+
+def test_face_in_the_repository_is_used_when_none_is_set(full, standin, collect, monkeypatch):
+    monkeypatch.setattr("collecting.plan.DEFAULT_FACE", Path(full.environment["FACE_REFERENCE"]))
+    assert collect(FACE_REFERENCE="").code == 0
+    assert ("POST", "/upload/image") in standin.requests
+
+
+@pytest.mark.parametrize("mode", ["batch", "full"])
+def test_finished_stage_run_again_sends_nothing_even_without_a_server(request, standin, collect, mode):
+    space = request.getfixturevalue(mode)
+    collect()
+    before, asked = space.pictures(), len(standin.requests)
+    result = collect(COMFYUI_ENDPOINT="http://127.0.0.1:9")
+    assert result.code == 0
+    assert "nothing was sent" in result.out
+    assert (space.pictures(), len(standin.requests)) == (before, asked)
+
+
+def test_new_prompt_in_the_list_is_all_that_is_sent(batch, standin, collect):
+    collect()
+    batch.per_batch([{"prompt": "new"}, *PROMPTS])
+    result = collect()
+    assert "1/1 prompt 1" in result.out
+    assert [graph["6"]["inputs"]["text"] for graph in submitted(standin)[3:]] == ["new"]
+
+
+def test_other_face_or_workflow_is_other_work(batch, standin, collect):
+    collect()
+    batch.write("FACE_REFERENCE", "face.png", png((0, 80, 160)))
+    collect()
+    graph = workflow("per_batch_ksampler.json")
+    graph["7"]["inputs"]["text"] = "another negative"
+    batch.write("COMFYUI_WORKFLOW", "workflow.json", graph)
+    collect()
+    graph["7"]["_meta"]["title"] = "only a title"
+    batch.write("COMFYUI_WORKFLOW", "workflow.json", graph)
+    assert "nothing was sent" in collect().out
+    assert len(standin.submitted) == 9
+
+
+def test_drawn_seeds_are_written_down_and_differ(batch, standin, collect):
+    batch.per_batch([{"prompt": "a woman"}, {"prompt": "a woman"}])
+    assert collect().code == 0
+    seeds = [line["seeds"]["3.seed"] for line in batch.manifest()]
+    assert seeds == [graph["3"]["inputs"]["seed"] for graph in submitted(standin)]
+    assert len(set(seeds)) == len(batch.pictures()) == 2
+
+
+def test_global_seed_wins_over_entries_and_sets_every_literal_seed(batch, standin, collect):
+    batch.write("COMFYUI_WORKFLOW", "workflow.json", workflow("every_seed_form.json"))
+    batch.write("WORKFLOW_CONFIG", "config.json", {"positive_prompt_node": "6", "seed_node": "3"})
+    assert collect(GLOBAL_SEED="77").code == 0
+    for graph in submitted(standin):
+        values = [graph["3"]["inputs"]["seed"], graph["31"]["inputs"]["noise_seed"], graph["32"]["inputs"]["noise_seed"]]
+        assert values == [77, 77, 77]
+        assert graph["37"]["inputs"]["seed"] == ["21", 0]
+        assert graph["21"]["inputs"]["value"] == 4
+    assert batch.manifest()[0]["seeds"] == {"3.seed": 77, "31.noise_seed": 77, "32.noise_seed": 77}
+
+
+def test_without_global_seed_only_the_mapped_seed_changes(batch, standin, collect):
+    batch.write("COMFYUI_WORKFLOW", "workflow.json", workflow("every_seed_form.json"))
+    batch.write("WORKFLOW_CONFIG", "config.json", {"positive_prompt_node": "6", "seed_node": "31"})
+    assert collect().code == 0
+    graph = submitted(standin)[0]
+    assert [graph["3"]["inputs"]["seed"], graph["31"]["inputs"]["noise_seed"], graph["32"]["inputs"]["noise_seed"]] == [1, 11, 3]
+
+
+def test_full_workflow_keeps_its_seeds_until_new_ones_are_asked_for(space, standin, collect):
+    space.write("COMFYUI_WORKFLOW", "workflow.json", workflow("every_seed_form.json"))
+    space.write("WORKFLOW_CONFIG", "config.json", {})
+    for variables in ({}, {}, {"NEW_SEEDS": "1"}, {"NEW_SEEDS": "1"}, {"GLOBAL_SEED": "5"}):
+        assert collect(**variables).code == 0
+    seeds = [
+        (graph["3"]["inputs"]["seed"], graph["31"]["inputs"]["noise_seed"], graph["32"]["inputs"]["noise_seed"])
+        for graph in submitted(standin)
+    ]
+    assert seeds[0] == (1, 2, 3)
+    assert seeds[3] == (5, 5, 5)
+    assert len(set(seeds[1] + seeds[2])) == 6
+    assert all(graph["37"]["inputs"]["seed"] == ["21", 0] for graph in submitted(standin))
+    assert len(space.pictures()) == 4
+
+
+def test_new_seeds_draws_new_ones_over_those_of_the_entries(batch, standin, collect):
+    assert [collect(NEW_SEEDS="1").code, collect(NEW_SEEDS="1").code] == [0, 0]
+    seeds = [graph["3"]["inputs"]["seed"] for graph in submitted(standin)]
+    assert len(set(seeds) - {11, 12, 13}) == 6
+    assert len(batch.pictures()) == 6
+
+
+def test_new_seeds_goes_on_with_the_set_that_was_stopped(batch, standin, collect, change):
+    refuse = iter([None, Answer(500, b"", None)])
+    change("/prompt", lambda asked, given: next(refuse, None) if asked.method == "POST" else None)
+    assert collect(NEW_SEEDS="1").code == 4
+    first = [event["seeds"] for event in sent_events(batch)]
+    assert collect(NEW_SEEDS="1").code == 0
+    assert len(batch.pictures()) == 3
+    assert [line["seeds"] for line in batch.manifest()][:2] == first
+
+
+def test_same_picture_twice_is_stored_once(batch, standin, collect):
+    batch.per_batch([{"prompt": "a", "seed": 1}, {"prompt": "a", "seed": 1, "name": "again"}])
+    result = collect()
+    assert result.code == 0
+    assert "again: pictures: 0 new, 1 there already" in result.out
+    assert (len(batch.pictures()), len(batch.manifest())) == (1, 1)
+
+
+def test_submissions_are_spaced(batch, collect, before_submission):
+    times = []
+    before_submission(lambda number, asked: times.append(time.monotonic()))
+    collect(COMFYUI_DELAY="0.2")
+    assert len(times) == 3
+    assert all(later - earlier >= 0.19 for earlier, later in itertools.pairwise(times))
+
+
+def test_every_wrong_file_is_in_one_list(batch, standin, collect):
+    batch.write("WORKFLOW_CONFIG", "config.json", {"positive_prompt_node": "6", "seed_node": "99"})
+    batch.write("FACE_REFERENCE", "face.png", b"no picture")
+    result = collect()
+    assert result.code == 2
+    for words in ("the workflow has no node 99", "face_reference", "no PNG, JPEG or WebP"):
+        assert words in result.err
+    assert standin.requests == []
+
+
+@pytest.mark.parametrize("key", ["COMFYUI_WORKFLOW", "WORKFLOW_CONFIG", "PROMPTS_FILE", "FACE_REFERENCE"])
+def test_path_that_is_set_and_absent_or_a_folder_is_a_wrong_setting(batch, standin, collect, key):
+    absent = collect(**{key: str(batch.root / "absent.json")})
+    folder = collect(**{key: str(batch.root)})
+    assert (absent.code, folder.code) == (2, 2)
+    assert f"{key.lower()}: there is no file" in absent.err
+    assert "cannot be read: Is a directory" in folder.err
+    assert standin.requests == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"\xff\xfe\x00", b"[1", b"9" * 5000, b"[" * 100000])
+@pytest.mark.parametrize("key", ["COMFYUI_WORKFLOW", "WORKFLOW_CONFIG", "PROMPTS_FILE"])
+def test_file_that_is_no_json_is_a_wrong_setting(batch, collect, key, content):
+    batch.write(key, "broken.json", content)
+    result = collect()
+    assert result.code == 2
+    assert key.lower().removesuffix("_file").removeprefix("comfyui_") in result.err
+
+
+def test_byte_order_mark_is_no_obstacle(batch, collect):
+    for key in ("COMFYUI_WORKFLOW", "WORKFLOW_CONFIG", "PROMPTS_FILE"):
+        path = Path(batch.environment[key])
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert collect().code == 0
+
+
+def test_page_format_is_refused_with_the_way_out(batch, collect):
+    batch.write("COMFYUI_WORKFLOW", "workflow.json", workflow("ui_format_not_api.json"))
+    result = collect()
+    assert result.code == 2
+    assert '"Save (API Format)"' in result.err
+
+
+def test_seeds_for_a_workflow_without_any_are_refused(full, collect):
+    assert "no seed that GLOBAL_SEED or NEW_SEEDS could set" in collect(GLOBAL_SEED="5").err
+
+
+def test_server_that_is_not_there_is_exit_4_at_once(batch, collect):
+    began = time.monotonic()
+    result = collect(COMFYUI_ENDPOINT="http://127.0.0.1:9")
+    assert result.code == 4
+    assert "is ComfyUI running" in result.err
+    assert time.monotonic() - began < 5
+
+
+def test_login_page_is_exit_4(batch, collect, change):
+    change("/system_stats", lambda asked, given: Answer(200, b"<html>", "text/html"))
+    assert collect().code == 4
+
+
+def test_workflow_that_the_server_refuses_is_exit_4_and_named_once(batch, standin, collect):
+    graph = workflow("per_batch_ksampler.json")
+    graph["4"]["inputs"]["ckpt_name"] = "absent.safetensors"
+    batch.write("COMFYUI_WORKFLOW", "workflow.json", graph)
+    result = collect()
+    assert result.code == 4
+    assert result.err.count("node 4 (CheckpointLoaderSimple): Value not in list: ckpt_name: 'absent.safetensors'") == 1
+    assert standin.submitted == []
+
+
+def test_output_that_the_server_drops_is_an_error_that_names_the_node(full, collect):
+    graph = workflow("full_workflow_no_model.json")
+    graph["301"]["inputs"]["images"] = ["500", 0]
+    graph["500"] = {"class_type": "LoadImage", "inputs": {"image": "absent.png"}}
+    full.write("COMFYUI_WORKFLOW", "workflow.json", graph)
+    result = collect()
+    assert result.code == 1
+    assert "node 500 (LoadImage)" in result.out
+    assert "node 301 (SaveImage) gave no picture" in result.out
+    assert [line["node"] for line in full.manifest()] == ["300", "302"]
+
+
+def test_failed_entry_is_named_the_others_are_done_and_only_it_is_tried_again(batch, standin, collect, before_submission):
+    def spoil_the_second(number, asked):
+        (face,) = (standin.folder / "input").iterdir()
+        face.write_bytes(b"no picture" if number == 2 else png())
+
+    before_submission(spoil_the_second)
+    first = collect()
+    assert first.code == 1
+    assert "2/3 prompt 2: pictures: 0 new; FAILED:\n    node 12 (LoadImage) failed: PIL.UnidentifiedImageError" in first.out
+    assert "1 of 3 submissions failed" in first.err
+    assert [line["prompt"] for line in batch.manifest()] == [PROMPTS[0]["prompt"], PROMPTS[2]["prompt"]]
+    assert collect().code == 0
+    assert submitted(standin)[3]["6"]["inputs"]["text"] == PROMPTS[1]["prompt"]
+    assert len(standin.submitted) == 4
+    assert len(batch.pictures()) == 3
+
+
+def test_nothing_came_at_all_is_exit_4(full, standin, collect, change):
+    def spoil(asked, given):
+        for path in (standin.folder / "input").iterdir():
+            path.write_text("spoilt")
+
+    change("/upload/image", spoil)
+    result = collect()
+    assert result.code == 4
+    assert "node 16 (LoadImage) failed" in result.out
+    assert full.pictures() == {}
+
+
+def test_interrupted_in_comfyui_is_named(full, standin, collect):
+    standin.worker.seconds_per_job = 5.0
+    threading.Timer(0.3, lambda: standin.worker.interrupt(None)).start()
+    result = collect()
+    assert result.code == 4
+    assert "it was interrupted in ComfyUI" in result.out
+
+
+@pytest.mark.parametrize("spoilt", [b"", b"<html>", png()[:50], png()[:-6]])
+def test_broken_picture_is_fetched_again(full, collect, change, spoilt):
+    answers = iter([spoilt, spoilt])
+    change(
+        "/view", lambda asked, given: Answer(200, content, "image/png") if (content := next(answers, None)) is not None else None
+    )
+    assert collect().code == 0
+    assert len(full.pictures()) == 3
+
+
+def test_picture_that_stays_broken_is_reported_and_never_stored(full, collect, change):
+    spoilt = Answer(200, png()[:50], "image/png")
+    change("/view", lambda asked, given: spoilt if asked.query["filename"].endswith("00002_.png") else None)
+    result = collect()
+    assert result.code == 1
+    assert "picture 1: it is cut off" in result.out
+    assert len(full.pictures()) == len(full.manifest()) == 2
+
+
+def test_file_that_was_deleted_on_the_server_is_reported(full, standin, collect, change):
+    change("/view", lambda asked, given: Answer(404))
+    result = collect()
+    assert result.code == 4
+    assert "no longer has the file" in result.out
+
+
+def test_names_from_the_server_never_reach_the_file_system(full, standin, collect, change):
+    picture = png((9, 9, 9))
+
+    def rename(asked, given):
+        content = json.loads(given.body)
+        for entry in content.values():
+            for shown in entry["outputs"].values():
+                shown["images"] = [{"filename": "../../escape.png", "subfolder": "/etc", "type": "output"}]
+        return Answer(200, json.dumps(content).encode(), given.content_type)
+
+    real = standin.answer
+    standin.answer = lambda asked: (
+        Answer(200, picture, "image/png")
+        if asked.path == "/view"
+        else rename(asked, real(asked))
+        if asked.path.startswith("/history/")
+        else real(asked)
+    )
+    assert collect().code == 0
+    (name,) = full.pictures()
+    assert name.startswith("node300_")
+    assert not list(full.root.rglob("escape*"))
+
+
+def test_answer_that_got_lost_is_looked_up_and_not_sent_again(batch, standin, collect, change):
+    lose = iter([True, False, True])
+
+    def cut(asked, given):
+        if asked.method == "POST" and next(lose, False):
+            raise ConnectionAbortedError
+        return None
+
+    change("/prompt", cut)
+    result = collect()
+    assert result.code == 0
+    assert "looking whether it arrived" in result.out
+    assert len(standin.submitted) == 3
+    assert len(batch.pictures()) == 3
+
+
+def test_prompt_that_the_server_forgot_is_sent_again_with_the_same_seed(batch, standin, collect, change):
+    batch.per_batch([{"prompt": "a woman"}])
+    standin.worker.seconds_per_job = 0.1
+    keep_busy(standin)
+    forget = iter([lambda: standin.worker.delete_pending(None)])
+    change("/prompt", lambda asked, given: next(forget, lambda: None)())
+    result = collect()
+    assert result.code == 0
+    assert "sending it again" in result.out
+    ours = standin.submitted[1:]
+    assert len(ours) == 2
+    assert ours[0]["prompt_id"] != ours[1]["prompt_id"]
+    assert ours[0]["prompt"] == ours[1]["prompt"]
+
+
+def keep_busy(standin: StandIn) -> None:
+    """Give the worker something of somebody else, so that what comes next waits in the queue."""
+    graph = {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 1}},
+        "2": {"class_type": "SaveImage", "inputs": {"filename_prefix": "else", "images": ["1", 0]}},
+    }
+    requests.post(f"{standin.url}/prompt", json={"prompt": graph}, timeout=10)
+
+
+def test_work_that_is_lost_again_and_again_is_given_up(batch, standin, collect, change):
+    change("/prompt", lambda asked, given: Answer(200, b'{"prompt_id": "nowhere", "number": 1}', "application/json"))
+    standin.worker.stop()
+    result = collect()
+    assert result.code == 4
+    assert "lost it 4 times" in result.err
+
+
+def test_server_that_gives_ids_of_its_own_is_followed(batch, standin, collect, before_submission):
+    def without_our_id(number, asked):
+        body = {key: value for key, value in asked.json().items() if key != "prompt_id"}
+        return replace(asked, body=json.dumps(body).encode())
+
+    before_submission(without_our_id)
+    assert collect().code == 0
+    assert len(standin.submitted) == len(batch.pictures()) == 3
+
+
+def test_ids_are_lower_case_uuids_and_the_client_id_stays(batch, standin, collect):
+    collect()
+    collect(NEW_SEEDS="1")
+    ids = [body["prompt_id"] for body in standin.submitted]
+    assert all(len(each) == 36 and each == each.lower() and each.count("-") == 4 for each in ids)
+    assert len(set(ids)) == 6
+    assert len({body["client_id"] for body in standin.submitted}) == 1
+
+
+def test_submission_is_on_the_disk_before_it_is_sent(batch, collect, before_submission):
+    known = []
+    before_submission(
+        lambda number, asked: known.append(asked.json()["prompt_id"] in {event["prompt_id"] for event in sent_events(batch)})
+    )
+    collect()
+    assert known == [True, True, True]
+
+
+def wait_for(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("mode", ["batch", "full"])
+@pytest.mark.parametrize("moment", ["sent", "first picture", "between two"])
+def test_killed_and_run_again_gives_the_same_set_as_without_the_kill(request, tmp_path, standin, collect, mode, moment):
+    space = request.getfixturevalue(mode)
+    standin.worker.seconds_per_job = 0.1
+    process = space.start()
+    if moment == "sent":
+        wait_for(lambda: standin.submitted)
+    elif moment == "first picture":
+        wait_for(lambda: ("GET", "/view") in standin.requests)
+    else:
+        wait_for(lambda: len(space.manifest()) >= 1)
+    process.kill()
+    process.communicate()
+    assert collect().code == 0
+    assert {f"images/{name}" for name in space.pictures()} == {line["file"] for line in space.manifest()}
+    assert len(standin.submitted) == {"batch": 3, "full": 1}[mode]
+    whole = Workspace(tmp_path / "whole", {**space.environment, "DATASET_DIR": str(tmp_path / "whole" / "dataset")})
+    assert collect(**whole.environment).code == 0
+    assert space.pictures() == whole.pictures()
+    assert len(space.manifest()) == len(whole.pictures()) == 3
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_the_state_and_the_next_run_reattaches(batch, standin, collect, number, code):
+    standin.worker.seconds_per_job = 0.4
+    process = batch.start()
+    wait_for(lambda: standin.submitted)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=5)
+    assert process.returncode == code
+    assert "run the same command again" in err
+    assert "Traceback" not in out + err
+    standin.worker.seconds_per_job = 0.0
+    assert collect().code == 0
+    assert len(standin.submitted) == len(batch.pictures()) == 3
+
+
+def test_kill_between_the_file_and_its_line_only_adds_the_line(full, standin, collect):
+    collect()
+    manifest = full.dataset / "manifest.jsonl"
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join(lines[:-1]))
+    record = full.dataset / ".loracat" / "collect.jsonl"
+    record.write_text("".join(record.read_text().splitlines(keepends=True)[:-1]))
+    views = standin.requests.count(("GET", "/view"))
+    assert collect().code == 0
+    assert manifest.read_text() == "".join(lines)
+    assert standin.requests.count(("GET", "/view")) == views
+    assert len(standin.submitted) == 1
+
+
+def test_run_as_a_program_says_plain_lines_and_no_traceback(batch):
+    process = batch.start()
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, "")
+    assert "3/3 night: pictures: 1 new" in out
+    wrong = batch.start(GLOBAL_SEED="letters", COMFYUI_DELAY="-1")
+    out, err = wrong.communicate(timeout=30)
+    assert (wrong.returncode, out) == (2, "")
+    assert "global_seed" in err
+    assert "comfyui_delay" in err
+    assert "Traceback" not in err
+
+
+def test_check_lists_everything_with_its_remedy(batch, standin, collect):
+    graph = workflow("per_batch_ksampler.json")
+    graph["50"] = {"class_type": "IPAdapterUnifiedLoader", "inputs": {}}
+    graph["4"]["inputs"]["ckpt_name"] = "absent.safetensors"
+    batch.write("COMFYUI_WORKFLOW", "workflow.json", graph)
+    result = collect("--check")
+    assert result.code == 4
+    assert "no node class IPAdapterUnifiedLoader: install the custom nodes" in result.err
+    assert "node 4 (CheckpointLoaderSimple): ComfyUI offers no ckpt_name 'absent.safetensors'" in result.err
+    batch.write("PROMPTS_FILE", "prompts.json", [{"prompt": ""}])
+    result = collect("--check", COMFYUI_ENDPOINT="http://127.0.0.1:9", FACE_REFERENCE=str(batch.root / "absent.png"))
+    assert result.code == 2
+    for words in ("prompts: entry 1", "face_reference: there is no file", "is ComfyUI running"):
+        assert words in result.err
+    assert standin.submitted == []
+    assert not batch.dataset.exists()
+
+
+def test_check_of_what_is_in_order(batch, full, standin, collect):
+    assert collect("--check").code == 0
+    assert standin.submitted == []
+
+
+def test_progress_bar_is_only_for_terminals(batch, collect, monkeypatch):
+    assert "%|" not in collect().err
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    assert collect(NEW_SEEDS="1").code == 0
+    assert "3/3" in terminal.getvalue()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
