@@ -36,7 +36,7 @@ def main() -> None:
     progress = Progress(folder.records)
     store = PictureStore(folder)
     jobs = _jobs(plan, progress)
-    _introduce(plan, jobs, settings)
+    _introduce(plan, jobs)
     todo = [job for job in jobs if not progress.is_done(job.key)]
     if todo:
         with ComfyUI(settings.comfyui_endpoint, progress.client_id()) as server:
@@ -63,14 +63,14 @@ def _jobs(plan: Plan, progress: Progress) -> list[Job]:
     return plan.jobs(progress.first_open_round(lambda number: [job.key for job in plan.jobs(number)]))
 
 
-def _introduce(plan: Plan, jobs: list[Job], settings: CollectSettings) -> None:
+def _introduce(plan: Plan, jobs: list[Job]) -> None:
     mode = f"Per-batch mode, prompts: {len(jobs)}" if plan.workflow.per_batch else "Full-workflow mode, one submission"
     nodes = ", ".join(plan.workflow.kept_nodes[:12]) + (" ..." if len(plan.workflow.kept_nodes) > 12 else "")
     print(f"{mode}; pictures are kept of {len(plan.workflow.kept_nodes)} of the workflow's nodes: {nodes}.")
     if plan.face is not None:
         print(f"The face reference goes into node {plan.workflow.face_input}.")
-    elif plan.workflow.face_input is None and settings.face_reference is not None:
-        print("FACE_REFERENCE is not used: workflow_config.json names no image_loader_node.")
+    elif plan.workflow.face_input is None:
+        print("No face goes in: workflow_config.json names no image_loader_node.")
     else:
         print("No face reference: the workflow's own picture stays.")
 
@@ -92,7 +92,7 @@ def _collect(session: Session, todo: list[Job], nodes: int) -> int:
 
 def _told(outcome: Outcome) -> str:
     known = f", {outcome.known} there already" if outcome.known else ""
-    return f"pictures: {outcome.new} new{known}" + ("; FAILED:" if outcome.failures else "")
+    return f"{outcome.new} new {'picture' if outcome.new == 1 else 'pictures'}{known}" + ("; FAILED:" if outcome.failures else "")
 
 
 def _judge(failed: int, submitted: int, something_came: bool) -> None:

@@ -190,5 +190,5 @@ def _failures(entry: dict[str, Any]) -> list[str]:
     if kind == "execution_interrupted":
         return [f"it was interrupted in ComfyUI at {where}"]
     if kind == "execution_error":
-        return [f"{where} failed: {data.get('exception_type')}: {str(data.get('exception_message')).strip()}"]
+        return [f"{where} failed: {data.get('exception_type')}: {' '.join(str(data.get('exception_message')).split())}"]
     return ["ComfyUI says that it failed, but not why"]

@@ -234,7 +234,7 @@ def test_same_picture_twice_is_stored_once(batch, standin, collect):
     batch.per_batch([{"prompt": "a", "seed": 1}, {"prompt": "a", "seed": 1, "name": "again"}])
     result = collect()
     assert result.code == 0
-    assert "again: pictures: 0 new, 1 there already" in result.out
+    assert "again: 0 new pictures, 1 there already" in result.out
     assert (len(batch.pictures()), len(batch.manifest())) == (1, 1)
 
 
@@ -336,7 +336,7 @@ def test_failed_entry_is_named_the_others_are_done_and_only_it_is_tried_again(ba
     before_submission(spoil_the_second)
     first = collect()
     assert first.code == 1
-    assert "2/3 prompt 2: pictures: 0 new; FAILED:\n    node 12 (LoadImage) failed: PIL.UnidentifiedImageError" in first.out
+    assert "2/3 prompt 2: 0 new pictures; FAILED:\n    node 12 (LoadImage) failed: PIL.UnidentifiedImageError" in first.out
     assert "1 of 3 submissions failed" in first.err
     assert [line["prompt"] for line in batch.manifest()] == [PROMPTS[0]["prompt"], PROMPTS[2]["prompt"]]
     assert collect().code == 0
@@ -554,7 +554,7 @@ def test_run_as_a_program_says_plain_lines_and_no_traceback(batch):
     process = batch.start()
     out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (0, "")
-    assert "3/3 night: pictures: 1 new" in out
+    assert "3/3 night: 1 new picture" in out
     wrong = batch.start(GLOBAL_SEED="letters", COMFYUI_DELAY="-1")
     out, err = wrong.communicate(timeout=30)
     assert (wrong.returncode, out) == (2, "")
