@@ -40,7 +40,7 @@ def main() -> None:
     todo = [job for job in jobs if not progress.is_done(job.key)]
     if todo:
         with ComfyUI(settings.comfyui_endpoint, progress.client_id()) as server:
-            print(f"ComfyUI {server.version()} at {server.shown_url}.", flush=True)
+            _say(f"ComfyUI {server.version()} at {server.shown_url}. Ctrl-C loses nothing: the same command goes on.")
             session = Session(server, progress, store, plan, settings.comfyui_delay, _say)
             failed = _collect(session, todo, len(plan.workflow.kept_nodes))
         _judge(failed, len(todo), progress.has_pictures([job.key for job in jobs]))

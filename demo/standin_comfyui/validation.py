@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from demo.standin_comfyui.nodes import NODES, input_file
+from demo.standin_comfyui.catalogue import NODES, specifications
+from demo.standin_comfyui.nodes import input_file
 
 _CONVERTERS = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
 
@@ -81,7 +82,7 @@ class _Complaints:
         node = NODES[self.prompt[node_id]["class_type"]]
         before = sum(map(len, self.errors.values()))
         fits = True
-        for name, specification in {**node.inputs, **node.optional}.items():
+        for name, specification in specifications(self.prompt[node_id]["class_type"], self.folder).items():
             if name in given:
                 fits &= self._input_fits(node_id, name, specification, below)
             elif name in node.inputs:
@@ -112,7 +113,7 @@ class _Complaints:
             return False
         source, slot = value
         received, wanted = NODES[self.prompt[source]["class_type"]].output[slot], specification[0]
-        if received != wanted:
+        if wanted not in (received, "*"):
             details = f"{name}, received_type({received}) mismatch input_type({wanted})"
             extra = {"input_name": name, "input_config": specification, "received_type": received, "linked_node": value}
             self._add(node_id, "return_type_mismatch", "Return type mismatch between linked nodes", details, extra)

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from demo.standin_comfyui.nodes import NODES, Context, file_hash, input_file
+from demo.standin_comfyui.catalogue import NODES
+from demo.standin_comfyui.nodes import Context, file_hash, input_file
 
 MOST_HISTORY_ENTRIES = 10_000
 

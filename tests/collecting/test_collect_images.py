@@ -14,8 +14,14 @@ import requests
 from comfyui_workspace import Workspace, png, workflow
 from PIL import Image
 
+from collecting.graph import InputRef, seeds_behind, text_behind
+from collecting.prompts import read_entries
+from collecting.workflow import understand
 from dataset_folder import read_json_lines
-from demo.standin_comfyui.server import Answer, StandIn
+from demo.standin_comfyui.catalogue import NODES
+from demo.standin_comfyui.server import StandIn
+from demo.standin_comfyui.wire import Answer
+from settings import REPOSITORY
 
 PROMPTS = [
     {"prompt": "a woman in a garden", "seed": 11, "name": "garden"},
@@ -584,6 +590,26 @@ def test_check_lists_everything_with_its_remedy(batch, standin, collect):
 def test_check_of_what_is_in_order(batch, full, standin, collect):
     assert collect("--check").code == 0
     assert standin.submitted == []
+
+
+def test_default_workflow_and_mapping_and_example_prompts_fit(space, standin, collect):
+    graph = json.loads((REPOSITORY / "workflow_api.json").read_text(encoding="utf-8"))
+    for node in graph.values():
+        for name, folder in NODES[node["class_type"]].listed.items():
+            place = standin.folder / folder
+            place.mkdir(parents=True, exist_ok=True)
+            (place / node["inputs"][name]).touch()
+    space.environment |= {"COMFYUI_WORKFLOW": "", "WORKFLOW_CONFIG": ""}
+    assert collect("--check").code == 0
+    config = json.loads((REPOSITORY / "config" / "workflow_config.json").read_text(encoding="utf-8"))
+    understood = understand(graph, config, [])
+    assert not understood.per_batch
+    assert understood.face_input == InputRef("16", "image")
+    assert len(understood.kept_nodes) >= 40
+    assert all(len(seeds_behind(graph, node)) == 2 and text_behind(graph, node) for node in understood.kept_nodes)
+    complaints = []
+    assert len(read_entries(json.loads((REPOSITORY / "prompts_example.json").read_text(encoding="utf-8")), complaints)) == 40
+    assert complaints == []
 
 
 def test_progress_bar_is_only_for_terminals(batch, collect, monkeypatch):

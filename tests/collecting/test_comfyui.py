@@ -6,7 +6,7 @@ import pytest
 from comfyui_workspace import png, recorded
 
 from collecting.comfyui import ComfyUI, PictureGone, PromptRefused, Unanswered
-from demo.standin_comfyui.server import Answer
+from demo.standin_comfyui.wire import Answer
 from errors import ComfyUIError, SettingsError
 
 HTML = Answer(200, b"<html>please log in</html>", "text/html")

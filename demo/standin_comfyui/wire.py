@@ -1,0 +1,131 @@
+"""The HTTP under the stand-in: requests and answers as values, multipart bodies, and the threads that carry them."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+MOST_BODY_BYTES = 100 * 1024 * 1024
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What goes back: an empty body has no content type."""
+
+    status: int = 200
+    body: bytes = b""
+    content_type: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request: the path without `/api`, the query, the headers and the body."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: Message
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body.decode())
+
+
+def json_answer(content: Any, status: int = 200) -> Answer:
+    return Answer(status, json.dumps(content).encode(), "application/json; charset=utf-8")
+
+
+def is_foreign_page(headers: Message) -> bool:
+    """An Origin that is not the loopback host it talks to: a web page of somebody else."""
+    host, origin = headers.get("Host", ""), headers.get("Origin")
+    if origin is None or host.rpartition(":")[0].strip("[]") not in _LOOPBACK:
+        return False
+    return urlsplit(origin).netloc != host
+
+
+def multipart(asked: Asked) -> dict[str, tuple[str | None, bytes]]:
+    """field -> (file name or None, content), the first of each name; {} when the body is not multipart."""
+    content_type = asked.headers.get("Content-Type", "")
+    if content_type.startswith("application/x-www-form-urlencoded"):
+        return {name: (None, values[0].encode()) for name, values in parse_qs(asked.body.decode()).items()}
+    boundary = re.search(r'boundary="?([^";]+)', content_type)
+    if not content_type.startswith("multipart/form-data") or not boundary:
+        return {}
+    parts: dict[str, tuple[str | None, bytes]] = {}
+    for piece in asked.body.split(b"--" + boundary[1].encode())[1:-1]:
+        head, _, content = piece.removeprefix(b"\r\n").partition(b"\r\n\r\n")
+        disposition = head.decode("utf-8", "surrogateescape")
+        name = re.search(r'[; ]name="((?:[^"\\]|\\.)*)"', disposition)
+        if name:
+            parts.setdefault(name[1], (_filename(disposition), content.removesuffix(b"\r\n")))
+    return parts
+
+
+def _filename(disposition: str) -> str | None:
+    """The file name in a Content-Disposition; an empty one counts as none, backslashes are escapes."""
+    encoded = re.search(r"filename\*=utf-8''([^;\r\n]+)", disposition)
+    if encoded:
+        return unquote(encoded[1])
+    plain = re.search(r'filename="((?:[^"\\]|\\.)*)"', disposition)
+    return re.sub(r"\\(.)", r"\1", plain[1]).lstrip("/") or None if plain else None
+
+
+class Listener(ThreadingHTTPServer):
+    """Serves on the loopback interface; `answer` is called in a thread per connection."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int, answer: Callable[[Asked], Answer]):
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.answer = answer
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server_version = "standin-comfyui"
+    wbufsize = -1
+    disable_nagle_algorithm = True
+    server: Listener
+
+    def do_GET(self) -> None:
+        self._serve("GET")
+
+    def do_HEAD(self) -> None:
+        self._serve("GET", with_body=False)
+
+    def do_POST(self) -> None:
+        self._serve("POST")
+
+    def _serve(self, method: str, with_body: bool = True) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        if length > MOST_BODY_BYTES:
+            text = f"Maximum request body size {MOST_BODY_BYTES} exceeded.".encode()
+            self._send(Answer(413, text, "text/plain; charset=utf-8", {"Connection": "close"}), True)
+            return
+        url = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
+        path = url.path.removeprefix("/api") if url.path.startswith("/api/") else url.path
+        asked = Asked(method, path, query, self.headers, self.rfile.read(length))
+        self._send(self.server.answer(asked), with_body)
+
+    def _send(self, answer: Answer, with_body: bool) -> None:
+        self.send_response(answer.status)
+        if answer.content_type:
+            self.send_header("Content-Type", answer.content_type)
+        for name, value in ({"Content-Length": str(len(answer.body))} | answer.headers).items():
+            self.send_header(name, value.encode().decode("latin-1"))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(answer.body)
+
+    def log_message(self, *_words: Any) -> None:
+        """Silent: who starts a stand-in sees what was asked in its `requests`."""
