@@ -7,7 +7,7 @@ import sys
 
 from tqdm import tqdm
 
-from collecting.checks import check
+from collecting.checks import check, check_folder
 from collecting.comfyui import ComfyUI
 from collecting.download import PictureStore
 from collecting.graph import literal_seeds
@@ -29,10 +29,10 @@ def main() -> None:
     )
     settings, folder = request.sections["collect"], DatasetFolder(request.sections["project"].dataset_dir)
     if request.check:
-        check(settings)
+        check(settings, folder)
         print("Collecting: everything that is needed is there.")
         return
-    plan = _plan(settings)
+    plan = _plan(settings, folder)
     progress = Progress(folder.records)
     store = PictureStore(folder)
     jobs = _jobs(plan, progress)
@@ -48,10 +48,11 @@ def main() -> None:
         print(_nothing_to_do(plan, store))
 
 
-def _plan(settings: CollectSettings) -> Plan:
+def _plan(settings: CollectSettings, folder: DatasetFolder) -> Plan:
     complaints: list[str] = []
     plan = read_plan(settings, complaints)
-    if plan is None:
+    check_folder(folder, complaints)
+    if plan is None or complaints:
         raise SettingsError(one_list("nothing was sent to ComfyUI, because:", complaints))
     return plan
 
@@ -72,7 +73,7 @@ def _introduce(plan: Plan, jobs: list[Job]) -> None:
     elif plan.workflow.face_input is None:
         print("No face goes in: workflow_config.json names no image_loader_node.")
     else:
-        print("No face reference: the workflow's own picture stays.")
+        print("No face reference (FACE_REFERENCE or face_reference.png): the workflow's own picture stays.")
 
 
 def _collect(session: Session, todo: list[Job], nodes: int) -> int:

@@ -1,22 +1,25 @@
 """`--check`: ONE list of everything that would stop the collector, with the remedy for each."""
 
+import os
 import uuid
 from typing import Any
 
 from collecting.comfyui import ComfyUI
 from collecting.graph import described, is_link
 from collecting.plan import Plan, read_plan
+from dataset_folder import DatasetFolder
 from errors import ComfyUIError, LoracatError, SettingsError, one_list
 from settings import CollectSettings
 
 
-def check(settings: CollectSettings) -> None:
-    """Verify files, mapping, prompts, face, server and the workflow's node classes and model files.
+def check(settings: CollectSettings, folder: DatasetFolder) -> None:
+    """Verify files, mapping, prompts, face, folder, server and the workflow's node classes and model files.
 
     Raises SettingsError with all complaints at once, ComfyUIError when the server alone is at fault.
     """
     complaints: list[str] = []
     plan = read_plan(settings, complaints)
+    check_folder(folder, complaints)
     of_the_files = len(complaints)
     try:
         with ComfyUI(settings.comfyui_endpoint, str(uuid.uuid4())) as server:
@@ -29,6 +32,15 @@ def check(settings: CollectSettings) -> None:
     if complaints:
         kind = SettingsError if of_the_files else ComfyUIError
         raise kind(one_list("collecting cannot begin:", complaints))
+
+
+def check_folder(folder: DatasetFolder, complaints: list[str]) -> None:
+    """Complain when pictures could not be written; makes nothing."""
+    nearest = next(place for place in (folder.images, *folder.images.parents) if place.exists())
+    if not nearest.is_dir():
+        complaints.append(f"dataset_dir: {nearest} is in the way: it is no folder; move it, or set DATASET_DIR to another place")
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        complaints.append(f"dataset_dir: {nearest} cannot be written to; make it writable for this user, or set DATASET_DIR")
 
 
 def _unknown_to_the_server(plan: Plan, known: dict[str, Any]) -> list[str]:

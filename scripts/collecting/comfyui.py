@@ -52,7 +52,7 @@ class ComfyUI:
     """
 
     def __init__(self, url: str, client_id: str, patience_s: Sequence[float] = PATIENCE_S):
-        self.shown_url = _without_secrets(url)
+        self.shown_url = without_secrets(url)
         self._base = url.rstrip("/")
         self._client_id = client_id
         self._patience_s = patience_s
@@ -131,20 +131,17 @@ class ComfyUI:
 
     def _repeated(self, method: str, path: str, **content: Any) -> requests.Response:
         """A request that does no harm when it is sent twice: again while the server is away."""
-        for pause_s in self._patience_s:
+        pauses_s = iter(self._patience_s)
+        while True:
+            pause_s = next(pauses_s, None)
             try:
                 answer = self._once(method, path, **content)
-                if answer.status_code < 500:
+                if answer.status_code < 500 or pause_s is None:
                     return answer
-            except requests.exceptions.InvalidURL as error:
-                raise self._broken(error) from None
-            except requests.RequestException:
-                pass
+            except requests.RequestException as error:
+                if pause_s is None:
+                    raise self._broken(error) from None
             time.sleep(pause_s)
-        try:
-            return self._once(method, path, **content)
-        except requests.RequestException as error:
-            raise self._broken(error) from None
 
     def _once(self, method: str, path: str, **content: Any) -> requests.Response:
         timeout = (CONNECT_TIMEOUT_S, READ_TIMEOUT_S)
@@ -173,7 +170,7 @@ class ComfyUI:
         """An answer that is not 200, in words."""
         status = answer.status_code
         if 300 <= status < 400:
-            place = _without_secrets(answer.headers.get("Location", "nowhere"))
+            place = without_secrets(answer.headers.get("Location", "nowhere"))
             return self._error(f"sends {path} on to {place}: put the final address into COMFYUI_ENDPOINT, or log in there")
         reasons = {
             401: "wants a login that it was not given",
@@ -235,7 +232,7 @@ def _reasons(answer: requests.Response) -> list[str]:
     return [f"  - {line}" for line in lines]
 
 
-def _without_secrets(url: str) -> str:
+def without_secrets(url: str) -> str:
     """`url` as it may be shown: without user, password and query. Raises SettingsError when it is none."""
     try:
         parts = urlsplit(url)
@@ -243,7 +240,7 @@ def _without_secrets(url: str) -> str:
         port = "" if parts.port is None else f":{parts.port}"
     except ValueError:
         host, port = None, ""
-    if not host:
+    if not host or " " in host:
         raise SettingsError(
             "comfyui_endpoint: not the address of a server; set COMFYUI_ENDPOINT to something like http://127.0.0.1:8188"
         )

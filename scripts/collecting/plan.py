@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from collecting.comfyui import without_secrets
 from collecting.download import BadPicture, Picture, verified
 from collecting.graph import InputRef, graph_hash, literal_seeds
 from collecting.prompts import Entry, read_entries
 from collecting.workflow import Workflow, understand
+from errors import SettingsError
 from settings import REPOSITORY, CollectSettings
 
 DEFAULT_FACE = REPOSITORY / "face_reference.png"
@@ -74,6 +76,7 @@ class Plan:
 def read_plan(settings: CollectSettings, complaints: list[str]) -> Plan | None:
     """Read and check every file that the settings name; None after everything wrong was added to `complaints`."""
     before = len(complaints)
+    _check_address(settings.comfyui_endpoint, complaints)
     graph = _read_json("comfyui_workflow", settings.comfyui_workflow, complaints)
     config = _read_json("workflow_config", settings.workflow_config, complaints)
     face = _read_face(settings.face_reference, complaints)
@@ -85,6 +88,13 @@ def read_plan(settings: CollectSettings, complaints: list[str]) -> Plan | None:
         return None
     face = face if workflow.face_input else None
     return Plan(workflow, tuple(entries), face, settings.global_seed, settings.new_seeds)
+
+
+def _check_address(endpoint: str, complaints: list[str]) -> None:
+    try:
+        without_secrets(endpoint)
+    except SettingsError as error:
+        complaints.append(str(error))
 
 
 def _entries(settings: CollectSettings, workflow: Workflow | None, complaints: list[str]) -> list[Entry]:
@@ -101,6 +111,8 @@ def _read_json(key: str, path: Path, complaints: list[str]) -> Any:
         return None
     try:
         parsed = json.loads(content.decode("utf-8-sig"))
+        # NaN and halves of UTF-16 characters are read, but cannot be sent or written down.
+        json.dumps(parsed, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         complaints.append(f"{key}: {path} is not valid JSON in UTF-8: {error}")
         return None

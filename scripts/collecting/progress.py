@@ -87,7 +87,7 @@ class Progress:
 
     def _take_in(self, line: dict[str, Any]) -> None:
         key = line.get("key", "")
-        match line["event"]:
+        match line.get("event"):
             case "client":
                 self._client_id = line["client_id"]
             case "sent":

@@ -33,6 +33,18 @@ class Outcome:
     failures: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A piece of work that came to an end on the server."""
+
+    job: Job
+    submission: Submission
+    entry: dict[str, Any]
+    """Its history entry."""
+    graph: Graph
+    """What was submitted, but for the face."""
+
+
 class Session:
     """The collector's side of the conversation with one server."""
 
@@ -52,9 +64,9 @@ class Session:
         """
         outcome = Outcome()
         submission, entry = self._end_of(job, outcome)
-        graph = self._graph(job, submission.seeds)
+        run = _Run(job, submission, entry, self._graph(job, submission.seeds))
         for node in self._plan.workflow.kept_nodes:
-            self._keep_pictures_of(node, job, submission, graph, entry, outcome)
+            self._keep_pictures_of(node, run, outcome)
         outcome.failures += _failures(entry)
         if outcome.failures:
             self._progress.failed(job.key)
@@ -119,45 +131,49 @@ class Session:
                 return self._server.history(submission.prompt_id)
             time.sleep(poll_interval_s(time.monotonic() - started_s))
 
-    def _keep_pictures_of(
-        self, node: str, job: Job, submission: Submission, graph: Graph, entry: dict[str, Any], outcome: Outcome
-    ) -> None:
-        records = _pictures_in(entry, node)
-        if not records and not _failures(entry):
-            outcome.failures.append(f"node {described(graph, node)} gave no picture")
-        about = {
-            "prompt_id": submission.prompt_id,
-            "node": node,
-            "seeds": seeds_behind(graph, node),
-            "prompt": job.prompt if job.prompt is not None else text_behind(graph, node),
-            "workflow_sha256": self._workflow_hash,
-        }
+    def _keep_pictures_of(self, node: str, run: _Run, outcome: Outcome) -> None:
+        """Fetch and store what the node saved; what was stored before is not fetched again."""
+        records = _pictures_in(run.entry, node)
+        if not records and not _failures(run.entry):
+            outcome.failures.append(f"node {described(run.graph, node)} gave no picture")
         for index, record in enumerate(records):
-            earlier = self._progress.picture(job.key, node, index)
+            earlier = self._progress.picture(run.job.key, node, index)
             if earlier is not None and self._store.holds(earlier):
                 outcome.known += 1
                 continue
             try:
-                picture = self._fetched(record)
+                is_new = self._keep(self._fetched(record), node, index, run)
             except (BadPicture, PictureGone) as error:
-                outcome.failures.append(f"node {described(graph, node)}, picture {index + 1}: {error}")
+                outcome.failures.append(f"node {described(run.graph, node)}, picture {index + 1}: {error}")
                 continue
-            about["time"] = datetime.now(UTC).isoformat(timespec="seconds")
-            line = self._store.line_for(picture, job.prefix or f"node{node}", about)
-            self._progress.storing(job.key, node, index, line)
-            if self._store.put(picture, line):
-                outcome.new += 1
-            else:
-                outcome.known += 1
+            outcome.new += is_new
+            outcome.known += not is_new
+
+    def _keep(self, picture: Picture, node: str, index: int, run: _Run) -> bool:
+        """Store a picture, its manifest line in the record first; False if its bytes were there already."""
+        about = {
+            "prompt_id": run.submission.prompt_id,
+            "node": node,
+            "seeds": seeds_behind(run.graph, node),
+            "prompt": text_behind(run.graph, node) if run.job.prompt is None else run.job.prompt,
+            "workflow_sha256": self._workflow_hash,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        line = self._store.line_for(picture, run.job.prefix or f"node{node}", about)
+        self._progress.storing(run.job.key, node, index, line)
+        return self._store.put(picture, line)
 
     def _fetched(self, record: dict[str, Any]) -> Picture:
         """A picture of the server, verified; one that arrives broken is fetched again."""
-        for pause_s in FETCH_PAUSES_S:
+        pauses_s = iter(FETCH_PAUSES_S)
+        while True:
+            pause_s = next(pauses_s, None)
             try:
                 return verified(self._view(record))
             except BadPicture:
-                time.sleep(pause_s)
-        return verified(self._view(record))
+                if pause_s is None:
+                    raise
+            time.sleep(pause_s)
 
     def _view(self, record: dict[str, Any]) -> bytes:
         return self._server.view(record["filename"], str(record.get("subfolder") or ""), str(record.get("type") or "output"))

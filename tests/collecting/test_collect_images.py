@@ -131,7 +131,7 @@ def test_without_a_face_the_picture_of_the_workflow_stays_and_one_line_says_so(f
     (standin.folder / "input" / "example.png").write_bytes(png())
     result = collect(FACE_REFERENCE="")
     assert result.code == 0
-    assert result.out.count("No face reference: the workflow's own picture stays.\n") == 1
+    assert result.out.count("the workflow's own picture stays.\n") == 1
     assert submitted(standin)[0]["16"] == workflow("full_workflow_no_model.json")["16"]
     assert ("POST", "/upload/image") not in standin.requests
 
@@ -272,7 +272,7 @@ def test_path_that_is_set_and_absent_or_a_folder_is_a_wrong_setting(batch, stand
     assert standin.requests == []
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"null", b"\xff\xfe\x00", b"[1", b"9" * 5000, b"[" * 100000])
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"\xff\xfe\x00", b"9" * 5000, b"[" * 100000, b"[NaN]", b'["\\ud83d"]'])
 @pytest.mark.parametrize("key", ["COMFYUI_WORKFLOW", "WORKFLOW_CONFIG", "PROMPTS_FILE"])
 def test_file_that_is_no_json_is_a_wrong_setting(batch, collect, key, content):
     batch.write(key, "broken.json", content)
@@ -293,6 +293,32 @@ def test_page_format_is_refused_with_the_way_out(batch, collect):
     result = collect()
     assert result.code == 2
     assert '"Save (API Format)"' in result.err
+
+
+@pytest.mark.parametrize("url", ["http://", "http://127.0.0.1:99999", "http://two words"])
+def test_endpoint_that_is_no_address_is_in_the_list_of_wrong_settings(batch, collect, url):
+    result = collect(COMFYUI_ENDPOINT=url, PROMPTS_FILE=str(batch.root / "absent.json"))
+    assert result.code == 2
+    assert "comfyui_endpoint: not the address of a server" in result.err
+    assert "prompts_file: there is no file" in result.err
+
+
+@pytest.mark.parametrize("flags", [[], ["--check"]])
+def test_file_where_the_pictures_should_go_is_a_wrong_setting(batch, standin, collect, flags):
+    batch.dataset.mkdir()
+    (batch.dataset / "images").touch()
+    result = collect(*flags)
+    assert result.code == 2
+    assert "images is in the way: it is no folder" in result.err
+    assert standin.submitted == []
+
+
+def test_record_that_somebody_spoilt_is_no_obstacle(batch, collect):
+    record = batch.dataset / ".loracat" / "collect.jsonl"
+    record.parent.mkdir(parents=True)
+    record.write_text('nonsense\n[1]\n{"a": 1}\n{"event": "sent", "ke')
+    assert collect().code == 0
+    assert "nothing was sent" in collect().out
 
 
 def test_seeds_for_a_workflow_without_any_are_refused(full, collect):
