@@ -3,6 +3,7 @@
 ComfyUIError
 |-- Unanswered      a submission was sent and no answer came: it may run or not
 |-- PromptRefused   the server will not run this workflow
+|-- CutOff          an answer ended before its end
 `-- PictureGone     /view does not give the file that the history names
 """
 
@@ -11,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 import requests
 
@@ -41,8 +42,12 @@ class PromptRefused(ComfyUIError):
     """POST /prompt answered 400."""
 
 
+class CutOff(ComfyUIError):
+    """An answer was shorter than it said, each time it was asked for."""
+
+
 class PictureGone(ComfyUIError):
-    """GET /view answered 404: the file was deleted or overwritten on the server."""
+    """GET /view will not give this one file; others it may give."""
 
 
 class ComfyUI:
@@ -51,11 +56,11 @@ class ComfyUI:
     Raises SettingsError when `url` cannot be the address of a server.
     """
 
-    def __init__(self, url: str, client_id: str, patience_s: Sequence[float] = PATIENCE_S):
+    def __init__(self, url: str, client_id: str, patience_s: Sequence[float] | None = None):
         self.shown_url = without_secrets(url)
         self._base = url.rstrip("/")
         self._client_id = client_id
-        self._patience_s = patience_s
+        self._patience_s = PATIENCE_S if patience_s is None else patience_s
         self._session = requests.Session()
 
     def __enter__(self) -> "ComfyUI":
@@ -117,11 +122,16 @@ class ComfyUI:
         return {str(item[1]) for part in ("queue_running", "queue_pending") for item in queue.get(part) or () if len(item) > 1}
 
     def view(self, filename: str, subfolder: str, kind: str) -> bytes:
-        """The bytes of a file that the history names. Raises PictureGone when it is not there any more."""
+        """The bytes of a file that the history names. Raises PictureGone when it cannot be had."""
         query = {"filename": filename, "subfolder": subfolder, "type": kind}
-        answer = self._repeated("GET", "/view", params=query)
+        try:
+            answer = self._repeated("GET", "/view", params=query)
+        except CutOff as error:
+            raise PictureGone(f"{filename!r}: {error}") from None
         if answer.status_code == 404:
             raise PictureGone(f"ComfyUI at {self.shown_url} no longer has the file {filename!r}: restart it, or use another seed")
+        if 400 <= answer.status_code < 500:
+            raise PictureGone(f"{filename!r}: {self._refused(answer, '/view')}")
         if answer.status_code != 200:
             raise self._refused(answer, "/view")
         return answer.content
@@ -170,7 +180,7 @@ class ComfyUI:
         """An answer that is not 200, in words."""
         status = answer.status_code
         if 300 <= status < 400:
-            place = without_secrets(answer.headers.get("Location", "nowhere"))
+            place = without_secrets(urljoin(answer.url, answer.headers.get("Location", "")))
             return self._error(f"sends {path} on to {place}: put the final address into COMFYUI_ENDPOINT, or log in there")
         reasons = {
             401: "wants a login that it was not given",
@@ -197,6 +207,8 @@ class ComfyUI:
             )
         if isinstance(error, requests.exceptions.SSLError):
             return self._error("does not speak TLS that can be trusted: http instead of https, or a self-signed certificate?")
+        if isinstance(error, requests.exceptions.ChunkedEncodingError):
+            return CutOff(f"ComfyUI at {self.shown_url} sends less than it announces")
         if isinstance(error, requests.exceptions.Timeout):
             return self._error(f"does not answer ({CONNECT_TIMEOUT_S} s to connect, {READ_TIMEOUT_S} s to answer)")
         return self._error(f"broke the connection ({type(causes[-1]).__name__}): did ComfyUI stop, or is this https?")

@@ -416,6 +416,18 @@ def test_picture_that_stays_broken_is_reported_and_never_stored(full, collect, c
     assert len(full.pictures()) == len(full.manifest()) == 2
 
 
+@pytest.mark.parametrize(
+    "answer", [Answer(400), Answer(200, png()[:50], "image/png", {"Content-Length": "500", "Connection": "close"})]
+)
+def test_picture_that_cannot_be_had_does_not_stop_the_others(full, collect, change, monkeypatch, answer):
+    monkeypatch.setattr("collecting.comfyui.PATIENCE_S", (0.0,))
+    change("/view", lambda asked, given: answer if asked.query["filename"].endswith("00001_.png") else None)
+    result = collect()
+    assert result.code == 1
+    assert "Z_IMG_FINAL_00001_.png" in result.out
+    assert len(full.pictures()) == len(full.manifest()) == 2
+
+
 def test_file_that_was_deleted_on_the_server_is_reported(full, standin, collect, change):
     change("/view", lambda asked, given: Answer(404))
     result = collect()
