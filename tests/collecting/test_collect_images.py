@@ -459,6 +459,19 @@ def test_names_from_the_server_never_reach_the_file_system(full, standin, collec
     assert not list(full.root.rglob("escape*"))
 
 
+def test_picture_in_the_temp_folder_of_the_server_is_none_to_keep(full, standin, collect, monkeypatch):
+    real = standin.answer
+
+    def answer(asked):
+        given = real(asked)
+        return replace(given, body=given.body.replace(b'"output"', b'"temp"')) if asked.path.startswith("/history/") else given
+
+    monkeypatch.setattr(standin, "answer", answer)
+    result = collect()
+    assert result.code == 4
+    assert "node 300 (SaveImage) gave no picture" in result.out
+
+
 def test_answer_that_got_lost_is_looked_up_and_not_sent_again(batch, standin, collect, change):
     lose = iter([True, False, True])
 
@@ -497,6 +510,19 @@ def keep_busy(standin: StandIn) -> None:
         "2": {"class_type": "SaveImage", "inputs": {"filename_prefix": "else", "images": ["1", 0]}},
     }
     requests.post(f"{standin.url}/prompt", json={"prompt": graph}, timeout=10)
+
+
+def test_prompt_that_ends_between_two_looks_is_not_taken_for_lost(full, standin, collect, change):
+    standin.worker.seconds_per_job = 0.1
+
+    def look_late(asked, given):
+        if asked.method == "GET":
+            wait_for(lambda: standin.worker.history)
+            return Answer(200, b'{"queue_running": [], "queue_pending": []}', "application/json")
+
+    change("/queue", look_late)
+    assert collect().code == 0
+    assert len(standin.submitted) == 1
 
 
 def test_work_that_is_lost_again_and_again_is_given_up(batch, standin, collect, change):
