@@ -50,7 +50,7 @@ class StandIn:
         self._numbers = 0
         self._numbers_lock = threading.Lock()
         self._http = Listener(port, self._answer_and_remember)
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), name="standin-http", daemon=True)
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), name="standin-http", daemon=True)
 
     @property
     def url(self) -> str:

@@ -180,8 +180,8 @@ class Session:
 
 
 def poll_interval_s(waited_s: float) -> float:
-    """Fast for short prompts, slow for long ones: a tenth of the time waited, between 0.05 and 2 s."""
-    return min(2.0, max(0.05, waited_s / 10))
+    """Fast for short prompts, slow for long ones: a tenth of the time waited, between 0.02 and 2 s."""
+    return min(2.0, max(0.02, waited_s / 10))
 
 
 def _pictures_in(entry: dict[str, Any], node: str) -> list[dict[str, Any]]:
