@@ -55,8 +55,9 @@ def test_preparation_equals_a_plain_reference(photographs, name, side):
     expected = bicubic_reference(square, side)[..., [2, 1, 0]]
     prepared = prepare(picture, side)
     assert (prepared.dtype, prepared.shape) == (np.float32, (side, side, 3))
-    assert (np.abs(prepared - expected) <= 1).all()
-    assert (prepared == expected).mean() > 0.99  # the rest are halves, which Pillow's fixed-point sums round the other way
+    # Halves, which Pillow's fixed-point sums round the other way: by one level in each of the two passes.
+    assert (np.abs(prepared - expected) <= 2).all()
+    assert (prepared == expected).mean() > 0.99
 
 
 def test_preparation_is_blue_first_in_0_to_255_on_a_centred_white_square():
