@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from dataset_folder import whole_file, write_json
 from errors import DataError
 from pictures import open_rgb
+from prefetch import prefetched
 from training.buckets import Placement
 from training.dataset import Example
-from training.prefetch import prefetched
 
 FORMAT = 1
 """Part of every key: to be raised when the encoding changes."""

@@ -9,6 +9,7 @@ import torch
 
 from dataset_folder import DatasetFolder, write_text
 from errors import ResourceError, SettingsError, StopRequest, answer_all
+from prefetch import prefetched
 from settings import ProjectSettings, resolved_toml
 from training import checkpoint
 from training.base_model import find_base
@@ -26,7 +27,6 @@ from training.models import load_tokenizers, load_unet
 from training.optimizer import build_optimizer, learning_rate_at
 from training.parts import BaseModel
 from training.plan import Plan, fingerprint, fingerprint_hash, make_plan
-from training.prefetch import prefetched
 from training.results import Results, require_room
 from training.schedule import alphas_cumprod
 from training.step import Objective, TrainStep

@@ -8,8 +8,8 @@ from typing import TypeVar
 Item, Made = TypeVar("Item"), TypeVar("Made")
 
 
-def prefetched(make: Callable[[Item], Made], items: Iterable[Item], workers: int) -> Iterator[Made]:
-    """`map(make, items)` with `workers` threads at most 2 x `workers` items ahead; 0 workers: no threads.
+def prefetched(make: Callable[[Item], Made], items: Iterable[Item], workers: int, ahead: int = 0) -> Iterator[Made]:
+    """`map(make, items)` with `workers` threads, `ahead` items or 2 x `workers` ahead, whichever is more; 0 workers: no threads.
 
     An exception of `make` is raised where its item's turn comes.
     """
@@ -21,7 +21,7 @@ def prefetched(make: Callable[[Item], Made], items: Iterable[Item], workers: int
     try:
         for item in items:
             waiting.append(pool.submit(make, item))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > max(ahead, 2 * workers):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
