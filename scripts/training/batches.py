@@ -69,18 +69,25 @@ class BatchReader:
     global_batch: int
     pin: bool
     """Page-lock the batches, for a GPU."""
+    process: int = 0
+    """Which of the `processes` that share each optimizer step this one is."""
+    processes: int = 1
 
     def __call__(self, step: OptimizerStep) -> list[Batch]:
-        """The micro-batches of `step`, all of `micro_batch` samples; the last one is filled up with samples of weight 0."""
-        samples = [self._sample(index, step.number * self.global_batch + slot) for slot, index in enumerate(step.examples)]
-        batches = []
-        for start in range(0, len(samples), self.micro_batch):
-            real = samples[start : start + self.micro_batch]
-            padding = self.micro_batch - len(real)
-            weights = torch.tensor([1.0 / len(samples)] * len(real) + [0.0] * padding)
-            batch = Batch(*map(torch.stack, zip(*real, *real[-1:] * padding, strict=True)), weights=weights)
-            batches.append(batch.pinned() if self.pin else batch)
-        return batches
+        """This process's micro-batches of `step`, all of `micro_batch` samples: every `processes`-th, at least one. What is
+        missing is filled up with samples of weight 0."""
+        slots = list(enumerate(step.examples))
+        parts = [slots[start : start + self.micro_batch] for start in range(0, len(slots), self.micro_batch)]
+        return [self._batch(step, part) for part in parts[self.process :: self.processes] or [[]]]
+
+    def _batch(self, step: OptimizerStep, slots: Sequence[tuple[int, int]]) -> Batch:
+        """The micro-batch of these slots and their examples. Its weights are shares of the whole step in all processes."""
+        padding = self.micro_batch - len(slots)
+        shown = [*slots, *(slots[-1:] or [(0, step.examples[0])]) * padding]
+        samples = [self._sample(index, step.number * self.global_batch + slot) for slot, index in shown]
+        weights = torch.tensor([1.0 / len(step.examples)] * len(slots) + [0.0] * padding)
+        batch = Batch(*map(torch.stack, zip(*samples, strict=True)), weights=weights)
+        return batch.pinned() if self.pin else batch
 
     def names(self, step: OptimizerStep) -> str:
         """The pictures of `step`, for messages."""

@@ -1,7 +1,7 @@
 """One training step: nothing outside knows how it is carried out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,11 @@ class StepResult:
 
 
 class TrainStep:
-    """Noise, forward, loss, backward for each micro-batch; then clipping and the optimizer. The loss is fp32."""
+    """Noise, forward, loss, backward for each micro-batch; then clipping and the optimizer. The loss is fp32.
+
+    The gradients of all LoRA weights lie in one flat fp32 buffer, the loss at its end: `all_reduce` adds it up over the
+    processes, in place, before anybody looks at it. None: there is one process.
+    """
 
     def __init__(
         self,
@@ -54,27 +58,33 @@ class TrainStep:
         wanted: Objective,
         precision: Precision,
         max_grad_norm: float,
+        all_reduce: Callable[[torch.Tensor], None] | None = None,
     ):
         self.unet = unet
         self.optimizer = optimizer
         self.wanted = wanted
         self.precision = precision
         self.max_grad_norm = max_grad_norm
-        self.parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
+        self.all_reduce = all_reduce
+        self.sums = flat_gradients([weight for group in optimizer.param_groups for weight in group["params"]])
         self.skipped = 0
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.scales_loss)
 
     def __call__(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """One optimizer step over its micro-batches. A loss or gradient that is not finite leaves the weights as they were."""
-        losses = []
+        self.sums.zero_()
+        gradients, loss_sum = self.sums[:-1], self.sums[-1]
         for batch in batches:
             loss = self.weighted_loss(batch.to(self.precision.device))
             self.scaler.scale(loss).backward()
-            losses.append(loss.detach())
+            loss_sum += loss.detach()
+        if self.all_reduce:
+            self.all_reduce(self.sums)
         self.scaler.unscale_(self.optimizer)
-        limit = self.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        loss, gradient_norm = torch.stack([torch.stack(losses).sum(), norm]).tolist()
+        norm = torch.linalg.vector_norm(gradients)
+        if self.max_grad_norm:
+            gradients *= (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        loss, gradient_norm = torch.stack([loss_sum, norm]).tolist()
         finite = math.isfinite(loss) and math.isfinite(gradient_norm)
         self.skipped = 0 if finite else self.skipped + 1
         if finite:
@@ -82,9 +92,13 @@ class TrainStep:
                 group["lr"] = learning_rate
             self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         may_skip = self.precision.scales_loss and math.isfinite(loss) and self.skipped <= MAX_SKIPPED
         return StepResult(loss, gradient_norm, diverged=not (finite or may_skip))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """The loss of `batches` as the weights are; nothing of the training changes."""
+        return sum(self.weighted_loss(batch.to(self.precision.device)).item() for batch in batches)
 
     def weighted_loss(self, batch: Batch) -> torch.Tensor:
         """Scalar: the batch's part of the loss of the optimizer step, differentiable in the LoRA weights."""
@@ -111,3 +125,12 @@ class TrainStep:
                 return_dict=False,
             )[0]
         return answer.float()
+
+
+def flat_gradients(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """[gradients of all `parameters` + 1], zeros: from now on each `grad` is a view into it; the last element is free."""
+    flat = torch.zeros(sum(weight.numel() for weight in parameters) + 1, dtype=torch.float32, device=parameters[0].device)
+    parts = flat[:-1].split([weight.numel() for weight in parameters])
+    for weight, part in zip(parameters, parts, strict=True):
+        weight.grad = part.view_as(weight)
+    return flat
