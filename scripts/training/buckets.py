@@ -57,13 +57,10 @@ def place(width: int, height: int, resolution: int, step: int, max_side: int) ->
 
 
 def _full_area_buckets(resolution: int, step: int, max_side: int) -> list[Bucket]:
-    """For every width the largest height so that the area stays within `resolution` squared."""
-    buckets = []
-    for width in range(step, max_side + 1, step):
-        height = min(resolution**2 // width // step * step, max_side)
-        if height >= step:
-            buckets.append(Bucket(width, height))
-    return buckets
+    """For every length of one side the largest other side so that the area stays within `resolution` squared. A shape
+    lying on its side is a bucket as well."""
+    sides = [(side, min(resolution**2 // side // step * step, max_side)) for side in range(step, max_side + 1, step)]
+    return sorted({Bucket(*shape) for side, other in sides if other >= step for shape in ((side, other), (other, side))})
 
 
 def _rounded_down(side: int, step: int, max_side: int) -> int:

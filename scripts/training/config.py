@@ -27,8 +27,8 @@ class DataSettings:
 
     resolution: int = setting(1024, at_least=64, at_most=4096)
     """Pixels: a bucket's area is at most `resolution` squared."""
-    bucket_step: int = setting(64, at_least=8, at_most=512)
-    """Pixels: sides of buckets are multiples of this."""
+    bucket_step: int = setting(64, at_least=8, at_most=256)
+    """Pixels: sides of buckets are multiples of this. The smallest picture that is taken has 256 px."""
     bucket_max_side: int = setting(2048, at_least=64, at_most=8192)
     """Pixels: the longest side of a bucket."""
     caption_dropout: float = setting(0.05, at_least=0, at_most=1)

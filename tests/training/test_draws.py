@@ -1,0 +1,109 @@
+"""What is random about a sample: a pure function of seed and position, with the statistics it should have."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from training.draws import TRAIN_TIMESTEPS, draw, uniform
+
+SHAPE = (4, 16, 24)
+
+
+def parts(drawn) -> tuple:
+    return drawn.timestep, drawn.variant, *(part.flatten().tolist() for part in (drawn.offset, drawn.latent_noise, drawn.noise))
+
+
+@pytest.fixture(scope="module")
+def many():
+    """The draws of a run's first 4000 samples."""
+    return [draw(0, position, SHAPE, 8, 0.05) for position in range(4000)]
+
+
+def test_a_draw_depends_on_seed_and_position_and_on_nothing_else():
+    positions = [0, 1, 2, 77, 2**40]
+    alone = {position: parts(draw(5, position, SHAPE, 8, 0.05)) for position in positions}
+    random.Random(0).shuffle(positions)
+    torch.manual_seed(1)
+    with ThreadPoolExecutor(3) as pool:
+        elsewhere = dict(
+            zip(positions, pool.map(lambda position: parts(draw(5, position, SHAPE, 8, 0.05)), positions), strict=True)
+        )
+    assert elsewhere == alone
+    assert len({repr(value) for value in alone.values()}) == len(positions)
+    assert parts(draw(6, 0, SHAPE, 8, 0.05)) != alone[0]
+
+
+def test_draws_are_the_same_on_every_machine():
+    drawn = draw(3, 12, (4, 2, 2), 8, 0.05)
+    assert (drawn.timestep, drawn.variant) == (538, 2)
+    assert drawn.noise.flatten()[:3].tolist() == pytest.approx([-0.9141335, -0.1537180, 0.0402285], abs=1e-6)
+    assert uniform(3, "a.b", (3,), 0.5).tolist() == pytest.approx([0.1040714, -0.3309504, -0.3686371], abs=1e-6)
+
+
+def test_shapes_and_types():
+    drawn = draw(0, 0, SHAPE, 8, 0.05)
+    assert drawn.noise.shape == drawn.latent_noise.shape == SHAPE
+    assert drawn.offset.shape == (4, 1, 1)
+    assert drawn.noise.dtype == drawn.latent_noise.dtype == drawn.offset.dtype == torch.float32
+
+
+def test_timesteps_are_uniform_and_every_one_comes(many):
+    drawn = torch.tensor([draw(1, position, (1, 1, 1), 1, 0).timestep for position in range(20000)])
+    assert drawn.unique().tolist() == list(range(TRAIN_TIMESTEPS))
+    counts = drawn.bincount(minlength=TRAIN_TIMESTEPS).float()
+    chi_square = ((counts - 20) ** 2 / 20).sum().item()
+    assert 999 - 5 * 2 * 999**0.5 < chi_square < 999 + 5 * 2 * 999**0.5  # variance 2 x 999: wider than five deviations
+
+
+def test_captions_are_dropped_and_varied_in_the_wanted_shares(many):
+    variants = [drawn.variant for drawn in many]
+    assert variants.count(None) / len(many) == pytest.approx(0.05, abs=0.015)
+    assert [variants.count(variant) / len(many) for variant in range(8)] == pytest.approx([0.95 / 8] * 8, abs=0.02)
+    assert all(draw(0, position, (1, 1, 1), 8, 0).variant is not None for position in range(500))
+    assert all(draw(0, position, (1, 1, 1), 8, 1).variant is None for position in range(500))
+
+
+def test_changed_dropout_leaves_everything_else_as_it_was():
+    for position in range(20):
+        kept, dropped = draw(0, position, SHAPE, 8, 0), draw(0, position, SHAPE, 8, 1)
+        assert kept.timestep == dropped.timestep
+        assert torch.equal(kept.noise, dropped.noise)
+
+
+def test_noises_are_standard_normal_and_independent(many):
+    noise, latent_noise = (torch.stack([getattr(drawn, name) for drawn in many[:400]]) for name in ("noise", "latent_noise"))
+    offset = torch.stack([drawn.offset for drawn in many])
+    for numbers, tolerance in ((noise, 0.008), (latent_noise, 0.008), (offset, 0.04)):
+        assert numbers.mean().item() == pytest.approx(0, abs=tolerance)
+        assert numbers.var().item() == pytest.approx(1, abs=2 * tolerance)
+        assert numbers.pow(4).mean().item() == pytest.approx(3, abs=10 * tolerance)
+    assert (noise * latent_noise).mean().item() == pytest.approx(0, abs=0.008)
+    assert (noise[1:] * noise[:-1]).mean().item() == pytest.approx(0, abs=0.008)
+    assert (noise[:, 1:] * noise[:, :-1]).mean().item() == pytest.approx(0, abs=0.008)
+    timesteps = torch.tensor([drawn.timestep for drawn in many], dtype=torch.float32)
+    assert torch.corrcoef(torch.stack([timesteps, offset[:, 0, 0, 0]]))[0, 1].item() == pytest.approx(0, abs=0.08)
+
+
+def test_positions_and_seeds_share_no_numbers():
+    """No three numbers in a row that one of them draws come at any place in another: their streams do not overlap."""
+    seen = set()
+    for seed, position in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2**63 - 1, 0)):
+        drawn = draw(seed, position, (4, 128, 128), 8, 0.05)
+        bits = torch.cat([drawn.latent_noise.flatten(), drawn.noise.flatten()]).view(torch.int32).tolist()
+        windows = set(zip(bits, bits[1:], bits[2:], strict=False))
+        assert len(windows) == len(bits) - 2
+        assert not windows & seen
+        seen |= windows
+
+
+def test_first_lora_weights_are_uniform_and_belong_to_their_module():
+    numbers = uniform(0, "down_blocks.1.attentions.0.proj_in", (32, 640), 0.25)
+    assert (numbers.dtype, numbers.shape) == (torch.float32, (32, 640))
+    assert -0.25 <= numbers.min() < -0.249
+    assert 0.249 < numbers.max() <= 0.25
+    assert numbers.var().item() == pytest.approx(0.25**2 / 3, rel=0.02)
+    assert torch.equal(uniform(0, "down_blocks.1.attentions.0.proj_in", (32, 640), 0.25), numbers)
+    assert not torch.equal(uniform(0, "down_blocks.1.attentions.0.proj_out", (32, 640), 0.25), numbers)
+    assert not torch.equal(uniform(1, "down_blocks.1.attentions.0.proj_in", (32, 640), 0.25), numbers)

@@ -1,0 +1,102 @@
+"""The objective against formulas written out one number at a time, in Python's own floats."""
+
+import math
+
+import pytest
+import torch
+
+from training import objective
+
+SHARES = [0.9991, 0.75, 0.2, 0.0047, 0.0]
+"""alpha_bar from the first timestep to the last one of a zero-terminal-SNR schedule, with SNRs of 1110, 3, 0.25, 0.0047 and 0."""
+
+
+@pytest.fixture
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    names = ("latents", "noise", "prediction")
+    made = {name: torch.randn(len(SHARES), 2, 3, 2, dtype=torch.float64, generator=generator) for name in names}
+    return made | {"alpha_bar": torch.tensor(SHARES, dtype=torch.float64)}
+
+
+def numbers(tensor: torch.Tensor) -> list[list[float]]:
+    return tensor.flatten(1).tolist()
+
+
+def written_out(latents, noise, prediction, prediction_type: str, gamma: float) -> list[float]:
+    """The loss of each sample from SNR = alpha_bar / (1 - alpha_bar) and the papers' formulas, limits at SNR 0 by hand."""
+    losses = []
+    for share, x, e, answer in zip(SHARES, latents, noise, prediction, strict=True):
+        signal, rest = math.sqrt(share), math.sqrt(1 - share)
+        wanted = e if prediction_type == "epsilon" else [signal * ei - rest * xi for xi, ei in zip(x, e, strict=True)]
+        loss = sum((a - w) ** 2 for a, w in zip(answer, wanted, strict=True)) / len(wanted)
+        snr = share / (1 - share)
+        if gamma and prediction_type == "epsilon":
+            loss *= min(snr, gamma) / snr if snr else 1.0
+        elif gamma:
+            loss *= min(snr, gamma) / (snr + 1)
+        losses.append(loss)
+    return losses
+
+
+def ours(tensors, prediction_type: str, gamma: float) -> torch.Tensor:
+    wanted = objective.target(tensors["latents"], tensors["noise"], tensors["alpha_bar"], prediction_type)
+    losses = objective.loss_per_sample(tensors["prediction"], wanted)
+    return losses * objective.min_snr_weight(tensors["alpha_bar"], gamma, prediction_type) if gamma else losses
+
+
+@pytest.mark.parametrize("gamma", [0, 1, 5])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_loss_of_each_sample(tensors, prediction_type, gamma):
+    expected = written_out(*(numbers(tensors[name]) for name in ("latents", "noise", "prediction")), prediction_type, gamma)
+    losses = ours(tensors, prediction_type, gamma)
+    assert losses.dtype == torch.float64
+    assert losses.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [0, 5])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_gradient_of_the_prediction(tensors, prediction_type, gamma):
+    """d loss / d prediction = weight x 2 (prediction - target) / number of values."""
+    prediction = tensors["prediction"].requires_grad_()
+    ours(tensors, prediction_type, gamma).sum().backward()
+    for share, x, e, answer, gradient in zip(
+        SHARES,
+        *(numbers(tensors[name].detach()) for name in ("latents", "noise", "prediction")),
+        numbers(prediction.grad),
+        strict=True,
+    ):
+        signal, rest, snr = math.sqrt(share), math.sqrt(1 - share), share / (1 - share)
+        is_v = prediction_type == "v_prediction"
+        wanted = [signal * ei - rest * xi for xi, ei in zip(x, e, strict=True)] if is_v else e
+        weight = min(snr, gamma) / (snr + 1 if is_v else snr or 1) if gamma and (snr or is_v) else 1.0
+        expected = [weight * 2 * (a - w) / len(wanted) for a, w in zip(answer, wanted, strict=True)]
+        assert gradient == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+def test_latents_are_drawn_from_the_posterior_and_scaled(tensors):
+    """z = (mean + sigma n) x scaling factor, sigma^2 = exp(log-variance)."""
+    mean, log_variance, noise = tensors["latents"], tensors["prediction"], tensors["noise"]
+    drawn = objective.sampled_latents(mean, log_variance, noise, 0.13025)
+    for m, lv, n, got in zip(*(part.flatten().tolist() for part in (mean, log_variance, noise, drawn)), strict=True):
+        assert got == pytest.approx((m + math.sqrt(math.exp(lv)) * n) * 0.13025, rel=1e-12)
+
+
+def test_noising_keeps_the_variance_and_ends_in_pure_noise(tensors):
+    noisy = objective.noised(tensors["latents"], tensors["noise"], tensors["alpha_bar"])
+    for share, x, e, got in zip(SHARES, *(numbers(part) for part in (tensors["latents"], tensors["noise"], noisy)), strict=True):
+        expected = [math.sqrt(share) * xi + math.sqrt(1 - share) * ei for xi, ei in zip(x, e, strict=True)]
+        assert got == pytest.approx(expected, rel=1e-12)
+    assert torch.equal(noisy[-1], tensors["noise"][-1])
+
+
+def test_v_at_the_last_timestep_of_a_zero_terminal_schedule_is_minus_the_latents(tensors):
+    wanted = objective.target(tensors["latents"], tensors["noise"], tensors["alpha_bar"], "v_prediction")
+    assert torch.equal(wanted[-1], -tensors["latents"][-1])
+
+
+def test_offset_moves_each_channel_by_its_own_number(tensors):
+    offset = torch.tensor([[1.0, -2.0]] * len(SHARES), dtype=torch.float64)[..., None, None]
+    moved = objective.offset_noise(tensors["noise"], offset, 0.0357) - tensors["noise"]
+    assert moved[:, 0].flatten().tolist() == pytest.approx([0.0357] * 6 * len(SHARES), rel=1e-9)
+    assert moved[:, 1].flatten().tolist() == pytest.approx([-0.0714] * 6 * len(SHARES), rel=1e-9)
