@@ -4,9 +4,14 @@ from pathlib import Path
 
 import pytest
 import skimage.data
+import torch
 from PIL import Image
 
 PHOTOGRAPHS = Path(skimage.data.__file__).parent
+
+
+torch.set_num_threads(1)
+"""The networks here are so small that two threads wait for each other longer than they compute, above all on a busy machine."""
 
 
 @pytest.fixture(scope="session")
