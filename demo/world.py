@@ -100,7 +100,9 @@ class World:
         }
         kept = {name: value for name, value in os.environ.items() if name not in setting_names()}
         changed = {name.upper(): str(value) for name, value in (ours | settings).items()}
-        return kept | {"HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | changed
+        # Networks this small gain nothing from threads, which wait for each other many times longer on a busy machine.
+        for_the_machine = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        return kept | for_the_machine | changed
 
 
 def setting_names() -> set[str]:

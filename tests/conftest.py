@@ -1,8 +1,12 @@
 """What the tests share: the tiny SDXL, built once."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Networks this small gain nothing from threads, which wait for each other many times longer on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
