@@ -5,20 +5,21 @@ Killed at any instant and run again it goes on where it was; run again when all 
 
 import sys
 
-from tqdm import tqdm
-
+from collecting.address import addresses
 from collecting.checks import check, check_folder
-from collecting.comfyui import ComfyUI
+from collecting.display import Display
 from collecting.download import PictureStore
+from collecting.fleet import Fleet
 from collecting.graph import literal_seeds
 from collecting.plan import Job, Plan, read_plan
 from collecting.progress import Progress
-from collecting.session import Outcome, Session
 from dataset_folder import DatasetFolder
 from errors import ComfyUIError, SettingsError, SomeItemsFailed, exit_code_of, one_list, stop_on_signals
 from settings import CollectSettings, ProjectSettings, read_request
 
 STAGE = "collect_images"
+TICK_S = 0.25
+"""How often the display is refreshed while nothing ends."""
 
 
 def main() -> None:
@@ -39,10 +40,7 @@ def main() -> None:
     _introduce(plan, jobs)
     todo = [job for job in jobs if not progress.is_done(job.key)]
     if todo:
-        with ComfyUI(settings.comfyui_endpoint, progress.client_id()) as server:
-            _say(f"ComfyUI {server.version()} at {server.shown_url}. Ctrl-C loses nothing: the same command goes on.")
-            session = Session(server, progress, store, plan, settings.comfyui_delay, _say)
-            failed = _collect(session, todo, len(plan.workflow.kept_nodes))
+        failed = _collect(settings, plan, progress, store, todo)
         _judge(failed, len(todo), progress.has_pictures([job.key for job in jobs]))
     else:
         print(_nothing_to_do(plan, store))
@@ -76,24 +74,21 @@ def _introduce(plan: Plan, jobs: list[Job]) -> None:
         print("No face reference (FACE_REFERENCE or face_reference.png): the workflow's own picture stays.")
 
 
-def _collect(session: Session, todo: list[Job], nodes: int) -> int:
+def _collect(settings: CollectSettings, plan: Plan, progress: Progress, store: PictureStore, todo: list[Job]) -> int:
     """Do all the work; returns how much of it failed."""
+    servers = addresses(settings.comfyui_endpoint, settings.comfyui_headers, settings.comfyui_ca_bundle)
+    timing_s = settings.comfyui_delay, settings.comfyui_stall_timeout
     failed = 0
-    with tqdm(total=len(todo) * nodes, unit="picture", disable=None) as bar:
-        for number, job in enumerate(todo, start=1):
-            outcome = session.collect(job)
-            bar.total = max(bar.total, bar.n + outcome.new + outcome.known)
-            bar.update(outcome.new + outcome.known)
-            _say(f"{number}/{len(todo)} {job.label}: {_told(outcome)}")
-            for failure in outcome.failures:
-                _say(f"    {failure}")
-            failed += bool(outcome.failures)
+    with Display(plan, len(todo)) as display, Fleet(servers, plan, progress, store, display.say, *timing_s) as fleet:
+        fleet.start(todo)
+        for finished in fleet.finished(len(todo), TICK_S):
+            if finished is not None:
+                display.tell(finished.job.label, finished.outcome)
+                failed += bool(finished.outcome.failures)
+            display.show(fleet.lives)
+        if settings.comfyui_free:
+            fleet.free()
     return failed
-
-
-def _told(outcome: Outcome) -> str:
-    known = f", {outcome.known} there already" if outcome.known else ""
-    return f"{outcome.new} new {'picture' if outcome.new == 1 else 'pictures'}{known}" + ("; FAILED:" if outcome.failures else "")
 
 
 def _judge(failed: int, submitted: int, something_came: bool) -> None:
@@ -109,12 +104,6 @@ def _nothing_to_do(plan: Plan, store: PictureStore) -> str:
     gone = f" Of the pictures {missing} were taken out of the folder since and stay out." if missing else ""
     more = " NEW_SEEDS=1 makes another set." if literal_seeds(plan.workflow.graph) else ""
     return f"All of this was collected before, so nothing was sent.{gone}{more}"
-
-
-def _say(line: str) -> None:
-    """One line, above the progress bar if there is one."""
-    tqdm.write(line)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ Relative paths in the file are relative to the repository, in variables and flag
 
 import argparse
 import dataclasses
+import json
 import math
 import operator
 import os
+import re
 import tomllib
 import types
 import typing
@@ -71,11 +73,21 @@ class CollectSettings:
     global_seed: int | None = setting(None, at_least=0, at_most=2**64 - 1)
     new_seeds: bool = setting(False)
     comfyui_delay: float = setting(2.0, at_least=0)
-    """Seconds between submissions."""
+    """Seconds between submissions while others of ours wait."""
+    comfyui_headers: str = setting("", secret=True)
+    """A JSON object of HTTP headers."""
+    comfyui_ca_bundle: Path | None = setting(None)
+    """None: the certificate authorities that are usually trusted."""
+    comfyui_stall_timeout: float = setting(3600.0, above=0)
+    """Seconds without a sign of work."""
+    comfyui_free: bool = setting(True)
 
     def contradictions(self) -> Iterator[str]:
-        if not self.comfyui_endpoint.startswith(("http://", "https://")):
-            yield f"comfyui_endpoint: {self.comfyui_endpoint!r} must begin with http:// or https://"
+        endpoints = [each.strip() for each in self.comfyui_endpoint.split(",")]
+        if not all(each.startswith(("http://", "https://")) for each in endpoints if each):
+            yield f"comfyui_endpoint: {without_logins(self.comfyui_endpoint)!r} must begin with http:// or https://"
+        if self.comfyui_headers and not _is_object_of_texts(self.comfyui_headers):
+            yield 'comfyui_headers: must be a JSON object of texts such as {"Authorization": "Bearer ..."}'
         if self.new_seeds and self.global_seed is not None:
             yield "new_seeds and global_seed contradict each other: unset one of them"
 
@@ -108,7 +120,7 @@ class Request:
         lines = []
         for section in self.sections.values():
             for name, value, secret in _flat_values(section):
-                shown = ("set" if value else "not set") if secret else _as_toml(value)
+                shown = ("set" if value else "not set") if secret else without_logins(_as_toml(value))
                 lines.append(f"{name} = {shown!r}  ({self.sources[name]})")
         return "\n".join(lines)
 
@@ -345,6 +357,20 @@ def _section_as_toml(section: Any) -> dict[str, Any]:
         elif not key.metadata["secret"]:
             table[key.name] = _as_toml(value)
     return table
+
+
+def without_logins(value: Any) -> Any:
+    """A value as it may be shown: `user:password@` in an address becomes `***@`."""
+    return re.sub(r"//[^/\s]*@", "//***@", value) if isinstance(value, str) else value
+
+
+def _is_object_of_texts(text: str) -> bool:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    texts = [*content, *content.values()] if isinstance(content, dict) else [None]
+    return all(isinstance(each, str) and each.isprintable() and each.isascii() for each in texts)
 
 
 def _as_toml(value: Any) -> Any:

@@ -4,11 +4,12 @@ import os
 import uuid
 from typing import Any
 
+from collecting.address import Address, addresses
 from collecting.comfyui import ComfyUI
 from collecting.graph import described, is_link
 from collecting.plan import Plan, read_plan
 from dataset_folder import DatasetFolder
-from errors import ComfyUIError, LoracatError, SettingsError, one_list
+from errors import ComfyUIError, SettingsError, one_list
 from settings import CollectSettings
 
 
@@ -22,16 +23,23 @@ def check(settings: CollectSettings, folder: DatasetFolder) -> None:
     check_folder(folder, complaints)
     of_the_files = len(complaints)
     try:
-        with ComfyUI(settings.comfyui_endpoint, str(uuid.uuid4())) as server:
-            server.version()
-            known = server.object_info() if plan else {}
-    except LoracatError as error:
-        complaints.append(str(error))
-    else:
-        complaints += _unknown_to_the_server(plan, known) if plan else []
+        for address in addresses(settings.comfyui_endpoint, settings.comfyui_headers, settings.comfyui_ca_bundle):
+            _check_server(address, plan, complaints)
+    except SettingsError:
+        assert complaints, "read_plan complains about such an address"
     if complaints:
         kind = SettingsError if of_the_files else ComfyUIError
         raise kind(one_list("collecting cannot begin:", complaints))
+
+
+def _check_server(address: Address, plan: Plan | None, complaints: list[str]) -> None:
+    """Complain when there is no ComfyUI, or one that cannot run the workflow."""
+    try:
+        with ComfyUI(address, str(uuid.uuid4())) as server:
+            server.version()
+            complaints += _unknown_to_the_server(plan, server.object_info()) if plan else []
+    except ComfyUIError as error:
+        complaints.append(str(error))
 
 
 def check_folder(folder: DatasetFolder, complaints: list[str]) -> None:

@@ -1,28 +1,24 @@
-"""HTTP client of one ComfyUI server. Every failure is a ComfyUIError of one clear line.
+"""The routes of one ComfyUI server that LoRACat uses. Every failure is a ComfyUIError of one clear line.
 
 ComfyUIError
 |-- Unanswered      a submission was sent and no answer came: it may run or not
 |-- PromptRefused   the server will not run this workflow
-|-- CutOff          an answer ended before its end
 `-- PictureGone     /view does not give the file that the history names
 """
 
-import socket
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+from urllib.parse import quote
 
-import requests
+from collecting.address import Address
+from collecting.transport import BEHIND_A_PROXY, Away, CutOff, Reply, TooLarge, Transport
+from errors import ComfyUIError
 
-from errors import ComfyUIError, SettingsError
-
-CONNECT_TIMEOUT_S = 10
-READ_TIMEOUT_S = 60
-PATIENCE_S = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Pauses between the tries of a request that may be repeated."""
-_AWAY = (502, 503, 504)
+MOST_DETAILS = 300
+"""Characters of a validation error that are shown: a list of choices may hold thousands of files."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,14 @@ class Queued:
     """Why some outputs will not run, although the others do."""
 
 
+@dataclass(frozen=True)
+class Queue:
+    """The ids of the prompts that run, and of those that wait, everybody's."""
+
+    running: frozenset[str]
+    waiting: frozenset[str]
+
+
 class Unanswered(ComfyUIError):
     """POST /prompt went out and no answer came back."""
 
@@ -42,42 +46,39 @@ class PromptRefused(ComfyUIError):
     """POST /prompt answered 400."""
 
 
-class CutOff(ComfyUIError):
-    """An answer was shorter than it said, each time it was asked for."""
-
-
 class PictureGone(ComfyUIError):
     """GET /view will not give this one file; others it may give."""
 
 
 class ComfyUI:
-    """One server. Use as a context manager; `client_id` goes with every submission.
+    """One server. Use as a context manager; `client_id` goes with every submission. Not for two threads at once.
 
-    Raises SettingsError when `url` cannot be the address of a server.
+    `patience_s` are the pauses between the tries of one request, `pause` how they are waited for.
     """
 
-    def __init__(self, url: str, client_id: str, patience_s: Sequence[float] | None = None):
-        self.shown_url = without_secrets(url)
-        self._base = url.rstrip("/")
+    def __init__(
+        self,
+        address: Address,
+        client_id: str,
+        patience_s: Sequence[float] | None = None,
+        pause: Callable[[float], Any] = time.sleep,
+    ):
+        self.url = address.url
         self._client_id = client_id
-        self._patience_s = PATIENCE_S if patience_s is None else patience_s
-        self._session = requests.Session()
+        self._http = Transport(address, patience_s, pause)
 
     def __enter__(self) -> "ComfyUI":
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._session.close()
+        self._http.close()
 
     def version(self) -> str:
         """The server's version. Tried only once: raises ComfyUIError when there is no ComfyUI at this address."""
-        try:
-            stats = self._json_of(self._once("GET", "/system_stats"), "/system_stats")
-        except requests.RequestException as error:
-            raise self._broken(error) from None
+        stats = self._http.json_of(self._http.once("GET", "/system_stats"), "/system_stats")
         system = stats.get("system")
         if not isinstance(system, dict):
-            raise self._error("is no ComfyUI: /system_stats says nothing about a system")
+            raise self._http.error("is no ComfyUI: /system_stats says nothing about a system")
         return str(system.get("comfyui_version", "of unknown version"))
 
     def object_info(self) -> dict[str, Any]:
@@ -87,11 +88,11 @@ class ComfyUI:
     def upload(self, name: str, content: bytes) -> str:
         """Upload a picture; returns the name under which a LoadImage node finds it, which may be another one."""
         files = {"image": (name, content, "application/octet-stream")}
-        answer = self._repeated("POST", "/upload/image", files=files, data={"type": "input"})
-        stored = self._json_of(answer, "/upload/image")
+        reply = self._http.repeated("POST", "/upload/image", files=files, data={"type": "input"})
+        stored = self._http.json_of(reply, "/upload/image")
         name, subfolder = stored.get("name"), stored.get("subfolder", "")
         if not isinstance(name, str) or not isinstance(subfolder, str) or not name:
-            raise self._error(f"did not say under which name it keeps the face, but {stored}")
+            raise self._http.error(f"did not say under which name it keeps the face, but {stored}")
         return f"{subfolder}/{name}" if subfolder else name
 
     def submit(self, graph: dict[str, Any], prompt_id: str) -> Queued:
@@ -101,14 +102,16 @@ class ComfyUI:
         """
         body = {"prompt": graph, "client_id": self._client_id, "prompt_id": prompt_id}
         try:
-            answer = self._once("POST", "/prompt", json=body)
-        except requests.RequestException as error:
-            raise Unanswered(str(self._broken(error))) from None
-        if answer.status_code in _AWAY:
-            raise Unanswered(str(self._refused(answer, "/prompt")))
-        if answer.status_code == 400:
-            raise PromptRefused("\n".join([f"ComfyUI at {self.shown_url} refuses the workflow:", *_reasons(answer)]))
-        queued = self._json_of(answer, "/prompt")
+            reply = self._http.once("POST", "/prompt", json=body)
+        except Away as error:
+            raise Unanswered(str(error)) from None
+        if reply.status in BEHIND_A_PROXY:
+            raise Unanswered(str(self._http.refused(reply, "/prompt")))
+        if reply.status == 400:
+            raise PromptRefused("\n".join([f"ComfyUI at {self.url} refuses the workflow:", *_reasons(reply)]))
+        if reply.status >= 500:
+            raise ComfyUIError(str(self._http.refused(reply, "/prompt")))
+        queued = self._http.json_of(reply, "/prompt")
         return Queued(str(queued.get("prompt_id", prompt_id)), complaints_of(queued.get("node_errors")))
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
@@ -116,125 +119,83 @@ class ComfyUI:
         entry = self._get_json(f"/history/{quote(prompt_id, safe='')}").get(prompt_id)
         return entry if isinstance(entry, dict) else None
 
-    def queued_ids(self) -> set[str]:
-        """The ids of all prompts that run or wait."""
+    def queue(self) -> Queue:
+        """Who runs and who waits. Its answer holds every workflow in the queue whole, so ask it seldom."""
         queue = self._get_json("/queue")
-        return {str(item[1]) for part in ("queue_running", "queue_pending") for item in queue.get(part) or () if len(item) > 1}
+        return Queue(_ids(queue.get("queue_running")), _ids(queue.get("queue_pending")))
+
+    def knows(self, prompt_id: str) -> bool:
+        """Whether a prompt waits, runs or has ended here."""
+        return (
+            self.history(prompt_id) is not None
+            or prompt_id in (queue := self.queue()).running | queue.waiting
+            # It may have ended between the two looks.
+            or self.history(prompt_id) is not None
+        )
+
+    def withdraw(self, prompt_ids: list[str]) -> None:
+        """Take prompts out of the queue; one that runs already is left alone."""
+        self._did(self._http.once("POST", "/queue", json={"delete": prompt_ids}), "/queue")
+
+    def free(self) -> None:
+        """Let the server give its models' memory back."""
+        self._did(self._http.once("POST", "/free", json={"unload_models": True, "free_memory": True}), "/free")
 
     def view(self, filename: str, subfolder: str, kind: str) -> bytes:
         """The bytes of a file that the history names. Raises PictureGone when it cannot be had."""
         query = {"filename": filename, "subfolder": subfolder, "type": kind}
         try:
-            answer = self._repeated("GET", "/view", params=query)
-        except CutOff as error:
+            reply = self._http.repeated("GET", "/view", params=query)
+        except (CutOff, TooLarge) as error:
             raise PictureGone(f"{filename!r}: {error}") from None
-        if answer.status_code == 404:
-            raise PictureGone(f"ComfyUI at {self.shown_url} no longer has the file {filename!r}: restart it, or use another seed")
-        if 400 <= answer.status_code < 500:
-            raise PictureGone(f"{filename!r}: {self._refused(answer, '/view')}")
-        if answer.status_code != 200:
-            raise self._refused(answer, "/view")
-        return answer.content
+        if reply.status == 404:
+            raise PictureGone(f"ComfyUI at {self.url} no longer has the file {filename!r}")
+        if 400 <= reply.status < 500:
+            raise PictureGone(f"{filename!r}: {self._http.refused(reply, '/view')}")
+        if reply.status != 200:
+            raise self._http.refused(reply, "/view")
+        return reply.body
 
     def _get_json(self, path: str) -> dict[str, Any]:
-        return self._json_of(self._repeated("GET", path), path)
+        return self._http.json_of(self._http.repeated("GET", path), path)
 
-    def _repeated(self, method: str, path: str, **content: Any) -> requests.Response:
-        """A request that does no harm when it is sent twice: again while the server is away."""
-        pauses_s = iter(self._patience_s)
-        while True:
-            pause_s = next(pauses_s, None)
-            try:
-                answer = self._once(method, path, **content)
-                if answer.status_code < 500 or pause_s is None:
-                    return answer
-            except requests.RequestException as error:
-                if pause_s is None:
-                    raise self._broken(error) from None
-            time.sleep(pause_s)
+    def _did(self, reply: Reply, path: str) -> None:
+        """These routes answer 200 with nothing."""
+        if reply.status != 200:
+            raise self._http.refused(reply, path)
 
-    def _once(self, method: str, path: str, **content: Any) -> requests.Response:
-        timeout = (CONNECT_TIMEOUT_S, READ_TIMEOUT_S)
-        # A redirected POST would arrive as a GET, or hand the upload to a login page.
-        return self._session.request(method, self._base + path, timeout=timeout, allow_redirects=method == "GET", **content)
 
-    def _json_of(self, answer: requests.Response, path: str) -> dict[str, Any]:
-        """The JSON object in an answer; anything else is not ComfyUI talking."""
-        if answer.status_code != 200:
-            raise self._refused(answer, path)
-        content_type = answer.headers.get("Content-Type", "nothing")
-        if "json" not in content_type:
-            raise self._error(
-                f"answers {path} with {content_type.partition(';')[0]} instead of JSON:"
-                " is this ComfyUI's own address, or does a login page stand in front of it?"
-            )
-        try:
-            content = answer.json()
-        except requests.exceptions.JSONDecodeError as error:
-            raise self._error(f"answers {path} with broken JSON ({error})") from None
-        if not isinstance(content, dict):
-            raise self._error(f"answers {path} with a {type(content).__name__} where ComfyUI gives an object")
-        return content
-
-    def _refused(self, answer: requests.Response, path: str) -> ComfyUIError:
-        """An answer that is not 200, in words."""
-        status = answer.status_code
-        if 300 <= status < 400:
-            place = without_secrets(urljoin(answer.url, answer.headers.get("Location", "")))
-            return self._error(f"sends {path} on to {place}: put the final address into COMFYUI_ENDPOINT, or log in there")
-        reasons = {
-            401: "wants a login that it was not given",
-            403: "forbids it: does a proxy or a login stand in front of it?",
-            404: "does not know it: is this ComfyUI's own address?",
-            413: "finds it too large: raise the body limit of the proxy, or --max-upload-size",
-            500: "failed over it: the terminal in which ComfyUI runs says why",
-            **dict.fromkeys(_AWAY, "is away behind its proxy: is ComfyUI running?"),
-        }
-        return self._error(f"answers {path} with {status}: it {reasons.get(status, 'did not expect it')}")
-
-    def _broken(self, error: requests.RequestException) -> ComfyUIError:
-        """A connection that failed, in words."""
-        causes = list(_chain(error))
-        if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
-            return self._error(
-                "refuses the connection: is ComfyUI running, and is COMFYUI_ENDPOINT its address?"
-                " From inside a container ComfyUI must be started with --listen 0.0.0.0"
-            )
-        if any(isinstance(cause, socket.gaierror) for cause in causes):
-            return self._error(
-                "cannot be found, the host name is not known here: set COMFYUI_ENDPOINT,"
-                " outside of a container for example to http://127.0.0.1:8188"
-            )
-        if isinstance(error, requests.exceptions.SSLError):
-            return self._error("does not speak TLS that can be trusted: http instead of https, or a self-signed certificate?")
-        if isinstance(error, requests.exceptions.ChunkedEncodingError):
-            return CutOff(f"ComfyUI at {self.shown_url} sends less than it announces")
-        if isinstance(error, requests.exceptions.Timeout):
-            return self._error(f"does not answer ({CONNECT_TIMEOUT_S} s to connect, {READ_TIMEOUT_S} s to answer)")
-        return self._error(f"broke the connection ({type(causes[-1]).__name__}): did ComfyUI stop, or is this https?")
-
-    def _error(self, what: str) -> ComfyUIError:
-        return ComfyUIError(f"ComfyUI at {self.shown_url} {what}")
+def _ids(items: Any) -> frozenset[str]:
+    """The ids in one part of /queue, whose items are lists of five or more."""
+    listed = items if isinstance(items, list) else []
+    return frozenset(str(item[1]) for item in listed if isinstance(item, list) and len(item) > 1)
 
 
 def complaints_of(node_errors: Any) -> list[str]:
-    """The `node_errors` of an answer, one line per complaint: node, class, what is wrong."""
+    """The `node_errors` of an answer, one line per complaint: node, class, input, what the server wanted."""
     lines = []
     for node_id, node in node_errors.items() if isinstance(node_errors, dict) else ():
         for error in node.get("errors") or ():
-            details = f": {error['details']}" if error.get("details") else ""
-            lines.append(f"node {node_id} ({node.get('class_type')}): {error.get('message')}{details}")
+            lines.append(f"node {node_id} ({node.get('class_type')}): {_complaint(error)}")
     return lines
 
 
-def _reasons(answer: requests.Response) -> list[str]:
+def _complaint(error: dict[str, Any]) -> str:
+    """One validation error; where the details are empty, the input is named by what comes with it."""
+    extra = error.get("extra_info") or {}
+    details = str(error.get("details") or extra.get("input_name") or "")
+    details = details if len(details) <= MOST_DETAILS else f"{details[:MOST_DETAILS]} ..."
+    return f"{error.get('message')}: {details}" if details else str(error.get("message"))
+
+
+def _reasons(reply: Reply) -> list[str]:
     """Why POST /prompt answered 400; the reason is in node_errors, or else in the error itself."""
     try:
-        content = answer.json()
-    except requests.exceptions.JSONDecodeError:
+        content = json.loads(reply.body)
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        return [f"  - it does not say why: {answer.text[:200]!r}"]
+        return [f"  - it does not say why: {reply.body[:200].decode(errors='replace')!r}"]
     lines = complaints_of(content.get("node_errors"))
     if not lines:
         error = content.get("error") or {}
@@ -242,25 +203,3 @@ def _reasons(answer: requests.Response) -> list[str]:
             " ".join(str(error[key]) for key in ("message", "details") if error.get(key)) if isinstance(error, dict) else str(error)
         ]
     return [f"  - {line}" for line in lines]
-
-
-def without_secrets(url: str) -> str:
-    """`url` as it may be shown: without user, password and query. Raises SettingsError when it is none."""
-    try:
-        parts = urlsplit(url)
-        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-        port = "" if parts.port is None else f":{parts.port}"
-    except ValueError:
-        host, port = None, ""
-    if not host or " " in host:
-        raise SettingsError(
-            "comfyui_endpoint: not the address of a server; set COMFYUI_ENDPOINT to something like http://127.0.0.1:8188"
-        )
-    return urlunsplit((parts.scheme, f"{host}{port}", parts.path.rstrip("/"), "", ""))
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and what it came from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collecting.comfyui import without_secrets
+from collecting.address import addresses
 from collecting.download import BadPicture, Picture, verified
 from collecting.graph import InputRef, graph_hash, literal_seeds
 from collecting.prompts import Entry, read_entries
@@ -76,7 +76,7 @@ class Plan:
 def read_plan(settings: CollectSettings, complaints: list[str]) -> Plan | None:
     """Read and check every file that the settings name; None after everything wrong was added to `complaints`."""
     before = len(complaints)
-    _check_address(settings.comfyui_endpoint, complaints)
+    _check_address(settings, complaints)
     graph = _read_json("comfyui_workflow", settings.comfyui_workflow, complaints)
     config = _read_json("workflow_config", settings.workflow_config, complaints)
     face = _read_face(settings.face_reference, complaints)
@@ -90,11 +90,13 @@ def read_plan(settings: CollectSettings, complaints: list[str]) -> Plan | None:
     return Plan(workflow, tuple(entries), face, settings.global_seed, settings.new_seeds)
 
 
-def _check_address(endpoint: str, complaints: list[str]) -> None:
+def _check_address(settings: CollectSettings, complaints: list[str]) -> None:
     try:
-        without_secrets(endpoint)
+        addresses(settings.comfyui_endpoint, settings.comfyui_headers)
     except SettingsError as error:
         complaints.append(str(error))
+    if settings.comfyui_ca_bundle is not None:
+        _read("comfyui_ca_bundle", settings.comfyui_ca_bundle, complaints)
 
 
 def _entries(settings: CollectSettings, workflow: Workflow | None, complaints: list[str]) -> list[Entry]:

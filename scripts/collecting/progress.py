@@ -6,6 +6,7 @@ prompt ids that may be waiting on the server and the seeds that were drawn. Line
 with its manifest line) · `done` and `failed` (nothing more will come of this work).
 """
 
+import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Submission:
 
 
 class Progress:
-    """The record of one data set folder; `key` is the hash that identifies a piece of work."""
+    """The record of one data set folder; `key` is the hash that identifies a piece of work. Threads may share it."""
 
     def __init__(self, folder: Path):
         self._path = folder / FILE_NAME
@@ -37,6 +38,7 @@ class Progress:
         self._done: set[str] = set()
         self._pictures: dict[tuple[str, str, int], dict[str, Any]] = {}
         self._client_id: str | None = None
+        self._lock = threading.Lock()
         for line in read_json_lines(self._path):
             self._take_in(line)
 
@@ -82,8 +84,9 @@ class Progress:
         self._write({"event": "failed", "key": key})
 
     def _write(self, line: dict[str, Any]) -> None:
-        append_json_line(self._path, line)
-        self._take_in(line)
+        with self._lock:
+            append_json_line(self._path, line)
+            self._take_in(line)
 
     def _take_in(self, line: dict[str, Any]) -> None:
         key = line.get("key", "")

@@ -37,7 +37,8 @@ def space(tmp_path: Path, standin: StandIn) -> Workspace:
 def collect(space: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Result]:
     """Run the collector in this process: `collect("--check", GLOBAL_SEED="5")`."""
     monkeypatch.setattr("collect_images.stop_on_signals", lambda: None)
-    monkeypatch.setattr("collecting.session.FETCH_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("collecting.fetch.FETCH_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("collecting.station.LOOK_AT_ALL_EVERY_S", 0.1)
 
     def run(*flags: str, **variables: str) -> Result:
         for name, value in {**space.environment, **variables}.items():

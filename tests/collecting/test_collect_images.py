@@ -244,12 +244,25 @@ def test_same_picture_twice_is_stored_once(batch, standin, collect):
     assert (len(batch.pictures()), len(batch.manifest())) == (1, 1)
 
 
-def test_submissions_are_spaced(batch, collect, before_submission):
-    times = []
-    before_submission(lambda number, asked: times.append(time.monotonic()))
-    collect(COMFYUI_DELAY="0.2")
-    assert len(times) == 3
-    assert all(later - earlier >= 0.19 for earlier, later in itertools.pairwise(times))
+def test_delay_spaces_submissions_only_while_others_of_ours_wait(batch, standin, collect, before_submission):
+    """The second waits behind the first; the third goes out when the second runs, whatever the delay is."""
+    standin.worker.seconds_per_job = 1.2
+    waiting = []
+    before_submission(lambda number, asked: waiting.append(len(standin.worker.queue()["queue_pending"])))
+    began = time.monotonic()
+    assert collect(COMFYUI_DELAY="60").code == 0
+    assert time.monotonic() - began < 30
+    assert waiting == [0, 0, 0]
+
+
+def test_delay_counts_while_others_of_ours_wait(batch, standin, collect, before_submission):
+    """Prompts of 0.6 s: one that waits is work for less than a second, two are enough."""
+    batch.per_batch([{"prompt": f"number {number}"} for number in range(6)])
+    standin.worker.seconds_per_job = 0.6
+    most = []
+    before_submission(lambda number, asked: most.append(len(standin.worker.queue()["queue_pending"])))
+    assert collect(COMFYUI_DELAY="60").code == 0
+    assert max(most) == 1
 
 
 def test_every_wrong_file_is_in_one_list(batch, standin, collect):
@@ -420,7 +433,7 @@ def test_picture_that_stays_broken_is_reported_and_never_stored(full, collect, c
     "answer", [Answer(400), Answer(200, png()[:50], "image/png", {"Content-Length": "500", "Connection": "close"})]
 )
 def test_picture_that_cannot_be_had_does_not_stop_the_others(full, collect, change, monkeypatch, answer):
-    monkeypatch.setattr("collecting.comfyui.PATIENCE_S", (0.0,))
+    monkeypatch.setattr("collecting.transport.PATIENCE_S", (0.0,))
     change("/view", lambda asked, given: answer if asked.query["filename"].endswith("00001_.png") else None)
     result = collect()
     assert result.code == 1
@@ -530,7 +543,7 @@ def test_work_that_is_lost_again_and_again_is_given_up(batch, standin, collect, 
     standin.worker.stop()
     result = collect()
     assert result.code == 4
-    assert "lost it 4 times" in result.err
+    assert "lost it 4 times" in result.out
 
 
 def test_server_that_gives_ids_of_its_own_is_followed(batch, standin, collect, before_submission):
@@ -601,9 +614,13 @@ def test_signal_saves_the_state_and_the_next_run_reattaches(batch, standin, coll
     assert process.returncode == code
     assert "run the same command again" in err
     assert "Traceback" not in out + err
+    assert not standin.worker.queue()["queue_pending"]
+    assert len(standin.worker.queue()["queue_running"]) == 1
+    sent = len(standin.submitted)
     standin.worker.seconds_per_job = 0.0
     assert collect().code == 0
-    assert len(standin.submitted) == len(batch.pictures()) == 3
+    assert len({body["prompt"]["6"]["inputs"]["text"] for body in standin.submitted}) == len(batch.pictures()) == 3
+    assert len(standin.submitted) == 2 + sent
 
 
 def test_kill_between_the_file_and_its_line_only_adds_the_line(full, standin, collect):

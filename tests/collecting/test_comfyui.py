@@ -5,6 +5,7 @@ import socket
 import pytest
 from comfyui_workspace import png, recorded
 
+from collecting.address import Address, addresses
 from collecting.comfyui import ComfyUI, PictureGone, PromptRefused, Unanswered
 from demo.standin_comfyui.wire import Answer
 from errors import ComfyUIError, SettingsError
@@ -14,7 +15,7 @@ HTML = Answer(200, b"<html>please log in</html>", "text/html")
 
 @pytest.fixture
 def client(standin):
-    with ComfyUI(standin.url, "client", (0.0, 0.0)) as client:
+    with ComfyUI(Address(standin.url), "client", (0.0, 0.0)) as client:
         yield client
 
 
@@ -52,7 +53,7 @@ def test_submission_carries_our_ids_and_no_origin(client, answers):
 
 def test_address_may_have_a_path(standin, answers):
     asked = answers(Answer(200, b'{"system": {"comfyui_version": "1"}}', "application/json"))
-    with ComfyUI(f"{standin.url}/some/path/", "client") as client:
+    with ComfyUI(*addresses(f"{standin.url}/some/path/"), "client") as client:
         assert client.version() == "1"
     assert asked[0].path == "/some/path/system_stats"
 
@@ -70,9 +71,9 @@ def test_history_is_none_until_there_is_an_entry(standin, client):
     assert client.history("0b5c") is None
     standin.worker.seconds_per_job = 0.2
     client.submit(graph, "0b5c")
-    assert client.queued_ids() == {"0b5c"}
+    assert client.queue().running | client.queue().waiting == {"0b5c"}
     assert client.history("0b5c") is None
-    while client.queued_ids():
+    while client.queue().running:
         pass
     assert client.history("0b5c")["status"]["status_str"] == "success"
 
@@ -106,7 +107,7 @@ def test_connection_refused_asks_the_two_right_questions():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with ComfyUI(f"http://127.0.0.1:{port}", "client") as client, pytest.raises(ComfyUIError) as failed:
+    with ComfyUI(Address(f"http://127.0.0.1:{port}"), "client") as client, pytest.raises(ComfyUIError) as failed:
         client.version()
     assert "is ComfyUI running" in str(failed.value)
     assert "--listen 0.0.0.0" in str(failed.value)
@@ -118,7 +119,7 @@ def test_unknown_host_is_said(monkeypatch):
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with (
-        ComfyUI("http://host.docker.internal:8188", "client") as client,
+        ComfyUI(Address("http://host.docker.internal:8188"), "client") as client,
         pytest.raises(ComfyUIError, match="host name is not known"),
     ):
         client.version()
@@ -135,7 +136,7 @@ def test_login_page_is_not_taken_for_json(client, answers, answer):
 def test_json_that_is_no_object_is_an_error_of_one_line(client, answers, body):
     answers(Answer(200, body, "application/json"))
     with pytest.raises(ComfyUIError) as failed:
-        client.queued_ids()
+        client.queue()
     assert "\n" not in str(failed.value)
 
 
@@ -198,7 +199,7 @@ def test_file_that_is_gone_is_told_from_a_server_that_is(client):
 
 
 def test_password_in_the_address_is_in_no_message():
-    with ComfyUI("http://me:hush@127.0.0.1:9/deep", "client") as client, pytest.raises(ComfyUIError) as failed:
+    with ComfyUI(*addresses("http://me:hush@127.0.0.1:9/deep"), "client") as client, pytest.raises(ComfyUIError) as failed:
         client.version()
     assert "hush" not in str(failed.value)
     assert "http://127.0.0.1:9/deep" in str(failed.value)
@@ -207,4 +208,4 @@ def test_password_in_the_address_is_in_no_message():
 @pytest.mark.parametrize("url", ["http://", "http://:8188", "http://[::1", "http://host:port", "http://host:99999"])
 def test_what_is_no_address_is_a_wrong_setting(url):
     with pytest.raises(SettingsError, match="COMFYUI_ENDPOINT"):
-        ComfyUI(url, "client")
+        addresses(url)
