@@ -46,6 +46,11 @@ class DatasetFolder:
         """What the stages write down for themselves."""
         return self.root / RECORD_FOLDER
 
+    @property
+    def audit(self) -> Path:
+        """What the caption stage found to be wrong with pictures; training leaves those out if it is told to."""
+        return self.records / "audit.json"
+
 
 @dataclass(frozen=True)
 class ImageFile:
@@ -63,6 +68,11 @@ class ImageFile:
 def caption_path(image: Path) -> Path:
     """Where the caption of `image` lies."""
     return image.with_suffix(CAPTION_SUFFIX)
+
+
+def name_in(folder: Path, path: Path) -> str:
+    """What the records call a file in `folder`: its relative path; bytes of a name that are not UTF-8 become escapes."""
+    return os.fsencode(path.relative_to(folder)).decode("utf-8", "backslashreplace")
 
 
 def find_images(folder: Path) -> list[ImageFile]:
@@ -132,7 +142,17 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Write `content` as readable JSON to `path`: whole, or not at all."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, _as_json(content))
+
+
+def update_json(path: Path, content: object) -> None:
+    """The same, but a file that says so already is left alone: a stage that is done changes nothing."""
+    if not (path.is_file() and path.read_bytes() == _as_json(content).encode("utf-8")):
+        write_json(path, content)
+
+
+def _as_json(content: object) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def sha256_of(path: Path) -> str:

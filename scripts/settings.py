@@ -97,11 +97,29 @@ class CaptionSettings:
     """`[caption]`: the WD14 tagger and what becomes of its tags."""
 
     caption_model: str = setting("SmilingWolf/wd-swinv2-tagger-v3")
+    caption_provider: Literal["auto", "cpu", "cuda"] = setting("auto")
+    caption_bf16: bool = setting(False)
     caption_batch_size: int = setting(8, at_least=1, at_most=1024)
-    caption_threshold: float = setting(0.35, above=0, at_most=1)
-    caption_character_threshold: float = setting(0.85, above=0, at_most=1)
+    caption_threshold: float | Literal["auto", "mcut"] = setting(0.35, above=0, at_most=1)
+    caption_character_tags: bool = setting(False)
+    caption_character_threshold: float | Literal["mcut"] = setting(0.85, above=0, at_most=1)
+    caption_rating_tags: bool = setting(False)
     caption_exclude_tags: tuple[str, ...] = setting(())
+    """In any spelling; `*` stands for anything."""
+    caption_replace_tags: tuple[str, ...] = setting(())
+    """Pairs `a=b`."""
+    caption_always_first: tuple[str, ...] = setting(())
+    caption_append: tuple[str, ...] = setting(())
+    caption_max_tags: int = setting(0, at_least=0)
+    """0 is no limit."""
+    caption_prune_traits: float = setting(0.0, at_least=0, at_most=1)
+    """Share of the pictures; 0 is off."""
     caption_overwrite: bool = setting(False)
+
+    def contradictions(self) -> Iterator[str]:
+        for pair in self.caption_replace_tags:
+            if not re.fullmatch(r"\s*\S.*=\s*\S.*", pair):
+                yield f"caption_replace_tags: {pair!r} must be old=new"
 
 
 @dataclass(frozen=True)
@@ -114,6 +132,8 @@ class Request:
     """One filled section per table, by the table's name."""
     sources: dict[str, str]
     """Where each key's value came from: `default`, the file's name, `environment` or `--set`."""
+    asked: frozenset[str] = frozenset()
+    """The stage's own flags that were given."""
 
     def described(self) -> str:
         """One line per key: its value and where it came from; secrets are not shown."""
@@ -130,8 +150,10 @@ class Request:
         return ", ".join(shown) or "nothing"
 
 
-def read_request(stage: str, description: str, argv: list[str], sections: dict[str, type]) -> Request:
-    """Parse the flags and fill `sections` (table name -> section class).
+def read_request(
+    stage: str, description: str, argv: list[str], sections: dict[str, type], flags: typing.Mapping[str, str] | None = None
+) -> Request:
+    """Parse the flags and fill `sections` (table name -> section class). `flags` are the stage's own: name -> help.
 
     Raises SettingsError with every complaint at once. `--help` and `--settings` print and end the program.
     """
@@ -140,13 +162,15 @@ def read_request(stage: str, description: str, argv: list[str], sections: dict[s
     parser.add_argument("--settings", action="store_true", help="print every setting and where it came from, and exit")
     parser.add_argument("--config", type=Path, default=SETTINGS_FILE, metavar="FILE", help="another settings file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set one key; wins over everything")
+    for name, text in (flags or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.error = _refuse_flags
-    flags = parser.parse_args(argv)
-    request = resolve(flags.config, os.environ, flags.set, sections, check=flags.check)
-    if flags.settings:
+    given = parser.parse_args(argv)
+    request = resolve(given.config, os.environ, given.set, sections, check=given.check)
+    if given.settings:
         print(request.described())
         raise SystemExit(0)
-    return request
+    return dataclasses.replace(request, asked=frozenset(name for name in flags or {} if vars(given)[name]))
 
 
 def _refuse_flags(message: str) -> None:

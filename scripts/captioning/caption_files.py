@@ -1,14 +1,15 @@
 """The captions on the disk, and the record of what we wrote into them: `dataset/.loracat/captions.jsonl`.
 
-A line goes into the record before its caption is written, so a run that is killed between the two knows both texts.
+A line goes into the record before its caption is written and holds both texts, the earlier and the new one. So a run that
+is killed between the two loses nothing, and every run can be undone.
 """
 
-import os
+import base64
 from dataclasses import dataclass
 from pathlib import Path
 
 from captioning.captions import caption_text, with_trigger
-from dataset_folder import DatasetFolder, append_json_line, read_json_lines, write_text
+from dataset_folder import DatasetFolder, append_json_line, name_in, read_json_lines, write_bytes
 
 
 class UnusableCaptionError(ValueError):
@@ -16,73 +17,141 @@ class UnusableCaptionError(ValueError):
 
 
 @dataclass(frozen=True)
-class Written:
-    """What we wrote into one caption so far."""
+class Change:
+    """A line of the record: what one run did to one caption."""
 
-    triggers: tuple[str, ...] = ()
-    """Every trigger that we put in front of it."""
-    words: tuple[str, ...] | None = None
-    """The words of a caption that we made; None for a caption of the user's that only gained a trigger."""
+    run: int
+    caption: str
+    """Path relative to the folder of pictures."""
+    trigger: str
+    made: bool
+    """True for a caption of the trigger and tags; False for a caption of the user's that gained the trigger."""
+    before: bytes | None
+    """The file's content; None if there was none."""
+    after: bytes
 
-    def is_ours(self, text: str) -> bool:
-        """Whether `text` is word for word what we wrote. A caption that the user edited since is the user's."""
-        return self.words is not None and text.strip() in {caption_text(trigger, self.words) for trigger in self.triggers}
+
+@dataclass(frozen=True)
+class Undone:
+    """What `undo` did."""
+
+    run: int
+    """The run that was undone; 0 if there was none."""
+    put_back: int
+    edited: list[str]
+    """Captions that somebody changed since: they stay."""
+    earlier: int
+    """How many runs can be undone after this one."""
 
 
 class CaptionFiles:
-    """The captions of a data set under one trigger word."""
+    """The captions of a data set under one trigger word, in one run of the stage."""
 
     def __init__(self, folder: DatasetFolder, trigger: str):
         self._folder = folder.images
         self._record = folder.records / "captions.jsonl"
         self._trigger = trigger
-        self._written: dict[str, Written] = {}
+        self._changes: dict[str, list[Change]] = {}
+        self._runs: set[int] = set()
+        self._undone: set[int] = set()
         for line in read_json_lines(self._record):
-            if "caption" in line and "trigger" in line:
-                self._remember(line)
+            self._remember(line)
+        self._run = max(self._runs, default=0) + 1
 
-    def write(self, caption: Path, words: list[str]) -> None:
-        """Make `caption` of the trigger and `words`, whatever it was before."""
-        self._note(caption, words)
-        write_text(caption, caption_text(self._trigger, words) + "\n")
+    def is_ours(self, caption: Path) -> bool:
+        """Whether `caption` holds word for word what we made once. One that the user edited since is the user's."""
+        made = {change.after.strip() for change in self._changes.get(self._name(caption), ()) if change.made}
+        return bool(made) and _content_of(caption).strip() in made
+
+    def write(self, caption: Path, words: list[str]) -> bool:
+        """Make `caption` of the trigger and `words`, whatever it was before; returns whether it had to change."""
+        return self._change(caption, (caption_text(self._trigger, words) + "\n").encode("utf-8"), made=True)
 
     def keep(self, caption: Path) -> bool:
-        """See to it that the existing `caption` has the trigger; returns whether it had to change.
+        """See to it that the existing `caption` of the user's has the trigger; returns whether it had to change.
 
         Raises UnusableCaptionError, and leaves the file as it is, when it is not UTF-8 text.
         """
-        text = _text_of(caption)
-        written = self._written.get(self._name(caption), Written())
-        if written.is_ours(text):
-            words, renewed = list(written.words), caption_text(self._trigger, written.words) + "\n"
-        else:
-            words, renewed = None, with_trigger(text, self._trigger, written.triggers)
-        changed = renewed.strip() != text.strip()
-        if changed:
-            self._note(caption, words)
-            write_text(caption, renewed)
-        return changed
+        text = text_of(caption)
+        earlier = {change.trigger for change in self._changes.get(self._name(caption), ())}
+        renewed = with_trigger(text, self._trigger, earlier)
+        return renewed.strip() != text.strip() and self._change(caption, renewed.encode("utf-8"), made=False)
 
-    def _note(self, caption: Path, words: list[str] | None) -> None:
-        line = {"caption": self._name(caption), "trigger": self._trigger} | ({} if words is None else {"words": words})
+    def undo(self) -> Undone:
+        """Put back what the captions were before the last run that changed any, and is not undone yet."""
+        runs = sorted(self._runs - self._undone)
+        if not runs:
+            return Undone(0, 0, [], 0)
+        edited, put_back = [], 0
+        changes = [change for of_caption in self._changes.values() for change in of_caption if change.run == runs[-1]]
+        for change in reversed(changes):
+            caption = self._folder / change.caption
+            content = _content_of(caption) if caption.is_file() else None
+            if content == change.after:
+                _restore(caption, change.before)
+                put_back += 1
+            elif content != change.before:
+                edited.append(change.caption)
+        append_json_line(self._record, {"undone": runs[-1]})
+        self._undone.add(runs[-1])
+        return Undone(runs[-1], put_back, sorted(edited), len(runs) - 1)
+
+    def _change(self, caption: Path, after: bytes, made: bool) -> bool:
+        before = _content_of(caption) if caption.is_file() else None
+        if before == after:
+            return False
+        line = {"run": self._run, "caption": self._name(caption), "trigger": self._trigger, "made": made}
+        line |= _as_json("before", before) | _as_json("after", after)
         append_json_line(self._record, line)
         self._remember(line)
+        write_bytes(caption, after)
+        return True
 
     def _remember(self, line: dict) -> None:
-        name, words = line["caption"], line.get("words")
-        triggers = dict.fromkeys((*self._written.get(name, Written()).triggers, line["trigger"]))
-        self._written[name] = Written(tuple(triggers), None if words is None else tuple(words))
+        """Take in a line of the record; what is none of ours is passed over."""
+        if isinstance(line.get("undone"), int):
+            self._undone.add(line["undone"])
+        if {"run", "caption", "trigger", "made"} <= line.keys():
+            before, after = _from_json("before", line), _from_json("after", line)
+            change = Change(line["run"], line["caption"], line["trigger"], line["made"], before, after or b"")
+            self._changes.setdefault(change.caption, []).append(change)
+            self._runs.add(change.run)
 
     def _name(self, caption: Path) -> str:
-        """The caption's key in the record; a name that is not UTF-8 gets escapes."""
-        return os.fsencode(caption.relative_to(self._folder)).decode("utf-8", "backslashreplace")
+        return name_in(self._folder, caption)
 
 
-def _text_of(caption: Path) -> str:
-    """The caption without the byte order mark that some editors put in front."""
+def text_of(caption: Path) -> str:
+    """The caption without the byte order mark that some editors put in front. Raises UnusableCaptionError."""
     try:
-        return caption.read_bytes().decode("utf-8-sig")
+        return _content_of(caption).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UnusableCaptionError("is not UTF-8; save it as UTF-8") from None
+
+
+def _content_of(caption: Path) -> bytes:
+    try:
+        return caption.read_bytes()
     except PermissionError:
         raise UnusableCaptionError("may not be read by this user; change its permissions") from None
+
+
+def _restore(caption: Path, content: bytes | None) -> None:
+    if content is None:
+        caption.unlink()
+    else:
+        write_bytes(caption, content)
+
+
+def _as_json(key: str, content: bytes | None) -> dict[str, str | None]:
+    """A file's content as an entry of a line: as text if it is UTF-8, so that a person can read the record."""
+    try:
+        return {key: None if content is None else content.decode("utf-8")}
+    except UnicodeDecodeError:
+        return {f"{key}_base64": base64.b64encode(content).decode("ascii")}
+
+
+def _from_json(key: str, line: dict) -> bytes | None:
+    if f"{key}_base64" in line:
+        return base64.b64decode(line[f"{key}_base64"])
+    return None if line.get(key) is None else line[key].encode("utf-8")

@@ -1,10 +1,8 @@
-"""Probabilities and a tagger's tags -> caption text; a trigger word -> into a caption that exists. Pure."""
+"""Tags, words and the text of a caption; a trigger word -> into a caption that exists. Pure."""
 
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 GENERAL, CHARACTER, RATING = 0, 4, 9
 
@@ -24,34 +22,24 @@ class Tag:
     """GENERAL, CHARACTER or RATING; other categories never become words of a caption."""
 
 
-class TagChoice:
-    """Which of a tagger's tags become words of a caption: made once, asked for every picture."""
-
-    def __init__(self, tags: Sequence[Tag], threshold: float, character_threshold: float, exclude: Collection[str]):
-        """`exclude` may be written with underscores or spaces and in any case. Ratings are always left out."""
-        excluded = {_comparable(tag) for tag in exclude}
-        least = {GENERAL: threshold, CHARACTER: character_threshold}
-        self._words = [spoken(tag.name) for tag in tags]
-        self._least = np.array(
-            [np.inf if _comparable(tag.name) in excluded else least.get(tag.category, np.inf) for tag in tags],
-            dtype=np.float32,
-        )
-
-    def words(self, probabilities: np.ndarray) -> list[str]:
-        """`probabilities` [tags] of one picture -> the words of its caption, the surest first, equals in the tagger's order."""
-        kept = np.flatnonzero(probabilities >= self._least)
-        surest_first = kept[np.argsort(-probabilities[kept], kind="stable")]
-        return list(dict.fromkeys(self._words[index] for index in surest_first))
-
-
 def spoken(tag: str) -> str:
     """A tag as captions write it: with spaces, unless it is a face."""
     return tag if tag in KAOMOJI else tag.replace("_", " ")
 
 
+def comparable(tag: str) -> str:
+    """The same for every spelling of a tag: with underscores or spaces, in any case."""
+    return tag.replace("_", " ").strip().casefold()
+
+
 def caption_text(trigger: str, words: Sequence[str]) -> str:
     """The trigger first, then the words; a word that equals the trigger is not repeated."""
-    return ", ".join([trigger, *(word for word in words if _comparable(word) != _comparable(trigger))])
+    return ", ".join([trigger, *(word for word in words if comparable(word) != comparable(trigger))])
+
+
+def words_of(text: str) -> list[str]:
+    """The pieces between the commas of a caption, the trigger among them."""
+    return [word for word in (" ".join(piece.split()) for piece in text.split(",")) if word]
 
 
 def with_trigger(text: str, trigger: str, earlier: Collection[str] = ()) -> str:
@@ -75,7 +63,3 @@ def _stands_in(trigger: str, text: str) -> bool:
     """Whether the trigger stands in the text as a whole word. In any case: SDXL's text encoders do not tell A from a."""
     words = r"\s+".join(re.escape(word) for word in trigger.split())
     return re.search(rf"(?<![\w-]){words}(?![\w-])", text, re.IGNORECASE) is not None
-
-
-def _comparable(tag: str) -> str:
-    return tag.replace("_", " ").strip().casefold()

@@ -1,39 +1,26 @@
 """A WD14-style ONNX tagger: pictures -> the probability of each of its tags."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 from PIL import Image
 
-from captioning.captions import Tag
+from captioning.session import ORT_ERRORS, one_line, open_session, runs_on
+from captioning.tags_file import FETCH_AGAIN, read_tags
 from errors import ModelError
-
-_ORT_ERRORS = (
-    ort_errors.Fail,
-    ort_errors.InvalidArgument,
-    ort_errors.InvalidGraph,
-    ort_errors.InvalidProtobuf,
-    ort_errors.NoModel,
-    ort_errors.NoSuchFile,
-    ort_errors.NotImplemented,
-    ort_errors.RuntimeException,
-)
-_ONLY_FATAL = 4
-_FETCH_AGAIN = "delete it and run again to fetch it anew, or put a whole copy there"
 
 
 class Tagger:
     """A loaded model with its tags; every problem with either is a ModelError."""
 
-    def __init__(self, model: Path, tags_file: Path, batch_size: int):
-        """Pictures go through the model `batch_size` at a time, unless the model has a fixed batch."""
+    def __init__(self, model: Path, tags_file: Path, batch_size: int, provider: str = "cpu", bf16: bool = False, threads=None):
+        """Pictures go through the model `batch_size` at a time, unless the model has a fixed batch; for the rest see
+        `session.open_session`."""
         self.tags = read_tags(tags_file)
         self._file = model
-        self._session = _session(model)
+        self._session = open_session(model, provider, bf16, threads)
+        self.runs_on = runs_on(self._session)
         self._read_input(batch_size)
         self._check_width(self._session.get_outputs()[0].shape, tags_file)
 
@@ -83,9 +70,9 @@ class Tagger:
         filled = np.pad(part, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else part
         try:
             return self._session.run(None, {self._input: filled})[0][: len(part)]
-        except _ORT_ERRORS as error:
+        except ORT_ERRORS as error:
             raise ModelError(
-                f"{self._file}: stopped with {_one_line(error)}; lower CAPTION_BATCH_SIZE if memory is short, else {_FETCH_AGAIN}"
+                f"{self._file}: stopped with {one_line(error)}; lower CAPTION_BATCH_SIZE if memory is short, else {FETCH_AGAIN}"
             ) from None
 
 
@@ -99,32 +86,4 @@ def prepare(picture: Image.Image, side_px: int) -> np.ndarray:
     square.paste(picture, ((edge - picture.width) // 2, (edge - picture.height) // 2))
     if edge != side_px:
         square = square.resize((side_px, side_px), Image.Resampling.BICUBIC)
-    return np.asarray(square, dtype=np.float32)[:, :, ::-1]
-
-
-def read_tags(path: Path) -> list[Tag]:
-    """The rows of a `selected_tags.csv`; raises ModelError when it is none."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            tags = [Tag(row["name"], int(row["category"])) for row in csv.DictReader(file)]
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}; make it readable for this user") from None
-    except (KeyError, TypeError, ValueError, csv.Error):
-        raise ModelError(f"{path}: is not a table with the columns name and category; {_FETCH_AGAIN}") from None
-    if not tags:
-        raise ModelError(f"{path}: lists no tags; {_FETCH_AGAIN}")
-    return tags
-
-
-def _session(model: Path) -> onnxruntime.InferenceSession:
-    """On the CPU, with ONNX Runtime's default of one thread per physical core."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ONLY_FATAL  # errors are raised, and said in our words
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except _ORT_ERRORS as error:
-        raise ModelError(f"{model}: is cut off or no ONNX model ({_one_line(error)}); {_FETCH_AGAIN}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return np.asarray(square)[:, :, ::-1].astype(np.float32)

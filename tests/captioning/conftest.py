@@ -89,6 +89,14 @@ class Stage:
         mine = {name: value for name, value in os.environ.items() if not name.startswith(("CAPTION_", "HF_", "TRIGGER"))}
         return mine | self.variables | {name: str(value) for name, value in variables.items()}
 
+    def stored(self) -> list[Path]:
+        """The files that hold the probabilities of one picture each."""
+        return sorted(self.record.parent.glob("tags/*/*.npy"))
+
+    def captions_as_bytes(self) -> dict[str, bytes]:
+        """Relative path -> content of all captions."""
+        return {path.relative_to(self.images).as_posix(): path.read_bytes() for path in self.images.rglob("*.txt")}
+
     def captions(self) -> dict[str, str]:
         """Relative path -> text of all captions."""
         found = sorted(self.images.rglob("*.txt"))

@@ -1,7 +1,6 @@
 """The caption stage as a user runs it: what it writes, what it leaves alone, and how it ends."""
 
 import contextlib
-import json
 import os
 import pty
 import shutil
@@ -33,9 +32,10 @@ def state_of(folder):
     return {path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
-def test_every_picture_gets_a_caption_with_the_trigger_first_and_a_second_run_changes_nothing(stage, photographs):
+def test_every_picture_gets_a_caption_with_the_trigger_first_and_a_second_run_changes_nothing(stage, photographs, tiny, tmp_path):
+    tagger = Path(shutil.copytree(tiny, tmp_path / "tagger"))
     save(photographs, stage.images, astronaut="a.png", coffee="b.webp", rocket="c.JPG", chelsea="3_cats/d.bmp")
-    ended = stage.run_process()
+    ended = stage.run_process(CAPTION_MODEL=tagger)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "4 captioned, 0 given the trigger nyafyi_woman, 0 kept" in ended.stdout
     captions = stage.captions()
@@ -47,10 +47,13 @@ def test_every_picture_gets_a_caption_with_the_trigger_first_and_a_second_run_ch
         assert "nyafyi_woman" not in tags
         assert not {"general", "sensitive", "hatsune miku"} & set(tags)
     before = state_of(stage.images.parent)
-    assert set(before) == {f"images/{name}" for name in ("a.png", "b.webp", "c.JPG", "3_cats/d.bmp", *captions)} | {
-        ".loracat/captions.jsonl"
+    assert {name for name in before if "/tags/" not in name} == {
+        *(f"images/{name}" for name in ("a.png", "b.webp", "c.JPG", "3_cats/d.bmp", *captions)),
+        *(f".loracat/{name}" for name in ("captions.jsonl", "pictures.json", "audit.json", "traits.json")),
     }
-    again = stage.run_process(CAPTION_MODEL="Nobody/absent")  # no model is needed when nothing is to be tagged
+    assert len(stage.stored()) == 4
+    tagger.rename(tmp_path / "gone")  # no model is needed when nothing is to be tagged
+    again = stage.run_process(CAPTION_MODEL=tagger)
     assert (again.returncode, again.stderr) == (0, "")
     assert "nothing to do: all 4 captions are there" in again.stdout
     assert state_of(stage.images.parent) == before
@@ -66,7 +69,7 @@ def test_settings_reach_the_captions(stage, photographs):
     assert more[0] == "sks"
     assert set(tags) - {tags[0], ">_<"} < set(more)
     assert not {tags[0], ">_<"} & set(more)
-    stage.run(CAPTION_CHARACTER_THRESHOLD=0.01, **variables)
+    stage.run(CAPTION_CHARACTER_TAGS=1, CAPTION_CHARACTER_THRESHOLD=0.01, **variables)
     assert "hatsune miku" in stage.captions()["a.txt"]
     stage.run(CAPTION_THRESHOLD=1, **variables)
     assert stage.captions() == {"a.txt": "sks\n"}
@@ -98,7 +101,7 @@ def test_new_trigger_replaces_the_one_that_we_wrote_and_nothing_of_the_users(sta
     edited = stage.captions()["d.txt"].strip() + ", a thing I added"
     (stage.images / "d.txt").write_text(edited)
     ended = stage.run(TRIGGER_WORD="sks person")
-    assert "0 captioned, 4 given the trigger sks person, 0 kept" in ended.stdout
+    assert "1 captioned, 3 given the trigger sks person, 0 kept" in ended.stdout
     assert stage.captions() == {
         "a.txt": f"sks person, {tags}\n",
         "b.txt": "sks person, a cup of coffee",
@@ -272,6 +275,7 @@ def test_read_only_folder_is_exit_6_and_check_names_it(photographs, tiny, stage_
 def test_progress_is_shown_in_a_terminal_only(stage, photographs):
     save(photographs, stage.images, astronaut="a.png")
     assert stage.run().stderr == ""
+    shutil.rmtree(stage.record.parent)
     (stage.images / "a.txt").unlink()
     terminal, end = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))
@@ -289,25 +293,25 @@ def many(photographs, stage):
         small[number % len(small)].rotate(number, expand=True).save(stage.images / f"{number:02}.png")
 
 
-def run_until(stage, captions: int, **variables):
-    """Start the stage and return it when it has written some captions."""
+def run_until(stage, stored: int, **variables):
+    """Start the stage and return it when it has stored the tags of so many pictures."""
     process = stage.start(CAPTION_BATCH_SIZE=1, **variables)
-    while len(list(stage.images.glob("*.txt"))) < captions and process.poll() is None:
+    while len(stage.stored()) < stored and process.poll() is None:
         time.sleep(0.002)
     return process
 
 
-def test_killed_run_continues_and_ends_with_the_same_captions(stage, photographs, tmp_path):
+def test_killed_run_continues_and_ends_with_the_same_captions(stage, photographs):
     many(photographs, stage)
-    process = run_until(stage, captions=5)
+    process = run_until(stage, stored=5)
     process.kill()
     process.communicate()
-    done = len(stage.captions())
+    done = len(stage.stored())
     assert 5 <= done < 24
     ended = stage.run(CAPTION_BATCH_SIZE=1)
-    assert f"{24 - done} captioned" in ended.stdout
+    assert f"{24 - done} pictures to tag" in ended.stdout
+    assert "24 captioned" in ended.stdout
     interrupted = stage.captions()
-    assert len(stage.record.read_text().splitlines()) in (24, 25)
     shutil.rmtree(stage.record.parent)
     for path in stage.images.glob("*.txt"):
         path.unlink()
@@ -318,35 +322,24 @@ def test_killed_run_continues_and_ends_with_the_same_captions(stage, photographs
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_stops_the_stage_with_its_code(stage, photographs, signum, code):
     many(photographs, stage)
-    process = run_until(stage, captions=2)
+    process = run_until(stage, stored=2)
     process.send_signal(signum)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == code
     assert len(errors.splitlines()) == 1
-    assert not [path for path in stage.images.iterdir() if path.name.startswith(".")]
-    assert [json.loads(line)["caption"] for line in stage.record.read_text().splitlines()] == list(stage.captions())
+    assert not [path for path in stage.images.parent.rglob(".*.part")]
 
 
 class KilledError(BaseException):
     """Stands for a process that ends here."""
 
 
-@pytest.mark.parametrize("moment", range(8))
-def test_a_change_of_trigger_that_is_cut_off_anywhere_ends_as_if_it_had_not_been(tmp_path, monkeypatch, moment):
-    folder = DatasetFolder(tmp_path)
-    paths = [folder.images / f"{name}.txt" for name in "abcd"]
-    folder.images.mkdir()
-    first = CaptionFiles(folder, "old")
-    for path, words in zip(paths, (["1girl"], ["new", "smile"], None, None), strict=True):
-        if words:
-            first.write(path, words)
-        else:
-            path.write_text("mine")
-            first.keep(path)
-    paths[3].write_text("old, mine and more")
-    steps = iter(range(100))
+@contextlib.contextmanager
+def dying_at(moment: int):
+    """Within it, the stage dies before the step `moment` of all that it writes: lines of the record, and captions."""
+    steps = iter(range(1000))
 
-    def or_killed(function):
+    def or_dies(function):
         def act(*arguments):
             if next(steps) == moment:
                 raise KilledError
@@ -354,12 +347,81 @@ def test_a_change_of_trigger_that_is_cut_off_anywhere_ends_as_if_it_had_not_been
 
         return act
 
-    second = CaptionFiles(folder, "new")
-    with monkeypatch.context() as patched:
-        patched.setattr(caption_files, "append_json_line", or_killed(caption_files.append_json_line))
-        patched.setattr(caption_files, "write_text", or_killed(caption_files.write_text))
-        with pytest.raises(KilledError):
-            list(map(second.keep, paths))
-    third = CaptionFiles(folder, "new")
-    assert [third.keep(path) for path in paths] == [number >= moment // 2 for number in range(4)]
-    assert [path.read_text() for path in paths] == ["new, 1girl\n", "new, smile\n", "new, mine", "new, mine and more"]
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("append_json_line", "write_bytes"):
+            patched.setattr(caption_files, name, or_dies(getattr(caption_files, name)))
+        yield
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_a_change_of_trigger_that_is_cut_off_anywhere_ends_as_if_it_had_not_been(tmp_path, moment):
+    folder = DatasetFolder(tmp_path)
+    made, kept = [folder.images / f"{name}.txt" for name in "ab"], [folder.images / f"{name}.txt" for name in "cd"]
+    words = [["1girl"], ["new", "smile"]]
+    folder.images.mkdir()
+
+    def run(trigger) -> list[bool]:
+        captions = CaptionFiles(folder, trigger)
+        assert all(captions.is_ours(path) for path in made if path.exists())
+        return [captions.write(path, of_path) for path, of_path in zip(made, words, strict=True)] + [
+            captions.keep(path) for path in kept
+        ]
+
+    for path in kept:
+        path.write_text("mine")
+    run("old")
+    kept[1].write_text("old, mine and more")
+    with dying_at(moment), pytest.raises(KilledError):
+        run("new")
+    assert run("new") == [number >= moment // 2 for number in range(4)]
+    assert [path.read_text() for path in (*made, *kept)] == ["new, 1girl\n", "new, smile\n", "new, mine", "new, mine and more"]
+
+
+@pytest.mark.parametrize("moment", range(9))
+def test_undo_that_is_cut_off_anywhere_is_undone_all_the_same(tmp_path, moment):
+    folder = DatasetFolder(tmp_path)
+    paths = [folder.images / f"{name}.txt" for name in "abcd"]
+    folder.images.mkdir()
+    texts = [b"mine", b"h\xf6her", None, "\ufeffh\u00f6her\r\n".encode()]
+    for path, text in zip(paths, texts, strict=True):
+        if text is not None:
+            path.write_bytes(text)
+    first = CaptionFiles(folder, "sks")
+    for path in paths:
+        first.write(path, ["1girl"])
+    with dying_at(moment):
+        try:
+            CaptionFiles(folder, "sks").undo()
+        except KilledError:
+            CaptionFiles(folder, "sks").undo()
+    assert [path.read_bytes() if path.exists() else None for path in paths] == texts
+    assert CaptionFiles(folder, "sks").undo().run == 0
+
+
+def test_undo_goes_back_run_by_run_and_leaves_what_was_edited_since(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png", coffee="b.png", chelsea="c.png")
+    (stage.images / "b.txt").write_text("my coffee")
+    (stage.images / "c.txt").write_bytes("höher".encode("latin-1"))
+    stage.run()
+    first = stage.captions_as_bytes()
+    stage.run(CAPTION_OVERWRITE=1, TRIGGER_WORD="sks")
+    (stage.images / "a.txt").write_text("edited")
+    assert stage.captions()["c.txt"].startswith("sks, ")
+    ended = stage.run("--undo")
+    assert ended.returncode == 0
+    assert "2 captions are what they were before run 2; 1 earlier runs can be undone" in ended.stdout
+    assert "edited since and left alone: a.txt" in ended.stdout
+    assert stage.captions_as_bytes() == first | {"a.txt": b"edited"}
+    assert "edited since and left alone: a.txt" in stage.run("--undo").stdout
+    assert stage.captions_as_bytes() == {"a.txt": b"edited", "b.txt": b"my coffee", "c.txt": "höher".encode("latin-1")}
+    assert "nothing to undo" in stage.run("--undo").stdout
+
+
+def test_undo_of_the_first_run_leaves_nothing_of_it_and_the_next_run_makes_it_again(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png", coffee="3_b/b.png")
+    stage.run()
+    before = stage.captions()
+    assert "2 captions are what they were" in stage.run("--undo").stdout
+    assert stage.captions() == {}
+    assert "2 captioned" in stage.run().stdout
+    assert stage.captions() == before

@@ -10,7 +10,8 @@ from onnx import numpy_helper
 from PIL import Image
 
 from captioning.captions import CHARACTER, GENERAL, RATING
-from captioning.tagger import Tagger, prepare, read_tags
+from captioning.tagger import Tagger, prepare
+from captioning.tags_file import read_tags
 from demo import tiny_tagger
 from demo.tiny_tagger import Shape
 from errors import ModelError

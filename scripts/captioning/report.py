@@ -1,0 +1,61 @@
+"""The table at the end: what the captions of the data set say."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from captioning.caption_files import UnusableCaptionError, text_of
+from captioning.captions import comparable, words_of
+from captioning.tokens import ClipTokens
+from dataset_folder import DatasetFolder, ImageFile, name_in
+
+FEW_TAGS = 3
+"""A picture that is described with fewer tags teaches the trigger word all that is in it."""
+CHUNK_TOKENS = 75
+"""Tokens of text that one pass of CLIP's text encoders reads."""
+_TAGS_SHOWN, _NAMES_SHOWN = 20, 5
+
+
+def table(captions: Mapping[str, str], trigger: str, chunks: int, tokens: ClipTokens | None) -> str:
+    """`captions` (name -> text) in a few lines: tags by frequency, captions that training cuts off, captions of few tags.
+
+    Training reads at most `chunks` chunks of CLIP's tokens; without `tokens` nothing is said about length.
+    """
+    of_each = {
+        name: [word for word in words_of(text) if comparable(word) != comparable(trigger)] for name, text in captions.items()
+    }
+    frequency = Counter(word for words in of_each.values() for word in dict.fromkeys(words))
+    lines = [f"tags by frequency, in {len(captions)} captions with {len(frequency)} different tags:"]
+    lines += _frequent(frequency, len(captions))
+    few = [name for name, words in of_each.items() if len(words) < FEW_TAGS]
+    if few:
+        lines.append(f"{len(few)} captions have fewer than {FEW_TAGS} tags: {_some(few)}")
+    most = chunks * CHUNK_TOKENS
+    if tokens is None:
+        lines.append("lengths in tokens are not counted: no model in MODELS_DIR has a tokenizer")
+    elif long := [name for name, text in captions.items() if tokens.count(text) > most]:
+        lines.append(f"{len(long)} captions are longer than the {most} tokens that training reads: {_some(long)}")
+        lines.append("  their ends are cut off; set CAPTION_MAX_TAGS, or raise CAPTION_CHUNKS")
+    return "\n".join(lines)
+
+
+def texts(images: Sequence[ImageFile], folder: DatasetFolder) -> dict[str, str]:
+    """Name -> text of every caption that is there and can be read."""
+    found = {}
+    for image in images:
+        with contextlib.suppress(UnusableCaptionError, FileNotFoundError, IsADirectoryError):
+            found[name_in(folder.images, image.caption_path)] = text_of(image.caption_path)
+    return found
+
+
+def _frequent(frequency: Counter[str], captions: int) -> Iterator[str]:
+    for word, count in frequency.most_common(_TAGS_SHOWN):
+        yield f"  {word:30} {count:5}  {count / captions:4.0%}"
+    rest = len(frequency) - _TAGS_SHOWN
+    if rest > 0:
+        yield f"  and {rest} more"
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,82 @@
+"""Every picture's probabilities, kept: `dataset/.loracat/tags/<model>/<SHA-256 of the picture>.npy`.
+
+Thresholds, pruning and replacing are applied to what is stored, so changing them costs no inference. A model is known by
+the content of its two files; its folder here holds its list of tags, so that the model itself need not even be there.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from captioning.captions import Tag
+from captioning.known_pictures import stamp_of
+from captioning.model_files import MODEL_FILE, TAGS_FILE
+from captioning.tags_file import read_tags
+from dataset_folder import sha256_of, update_json, whole_file
+
+_ABOUT = "model.json"
+
+
+class TagStore:
+    """The stored probabilities of one model."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self.tags: list[Tag] = read_tags(folder / TAGS_FILE)
+
+    def read(self, sha256: str) -> np.ndarray | None:
+        """The probabilities of a picture, float32 [tags]; None if they are not there, or damaged."""
+        try:
+            probabilities = np.load(self._file(sha256), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        fits = probabilities.dtype == np.float32 and probabilities.shape == (len(self.tags),)
+        return probabilities if fits else None
+
+    def put(self, sha256: str, probabilities: np.ndarray) -> None:
+        """Keep the `probabilities` [tags] of a picture."""
+        with whole_file(self._file(sha256)) as beside, beside.open("wb") as file:
+            np.save(file, probabilities)
+
+    def _file(self, sha256: str) -> Path:
+        return self._folder / f"{sha256}.npy"
+
+
+def store_of_model(root: Path, name: str, model_folder: Path, bf16: bool) -> TagStore:
+    """The store in `root` for the model `name`, whose files lie in `model_folder`; made if there is none.
+
+    The content of both files decides; they are read through only if their sizes or times are not remembered.
+    """
+    files = (model_folder / MODEL_FILE, model_folder / TAGS_FILE)
+    about = {"name": name, "bf16": bf16, "stamps": [list(stamp_of(file)) for file in files]}
+    folder = next((folder for folder, said in _stores(root) if said == about), None)
+    if folder is None:
+        read_tags(files[1])  # a file that is none is refused where it lies
+        digests = "\n".join([*map(sha256_of, files), str(bf16)])
+        folder = root / hashlib.sha256(digests.encode()).hexdigest()[:16]
+        with whole_file(folder / TAGS_FILE) as beside:
+            shutil.copyfile(files[1], beside)
+        update_json(folder / _ABOUT, about)
+    return TagStore(folder)
+
+
+def store_by_name(root: Path, name: str, bf16: bool) -> TagStore | None:
+    """The newest store in `root` for a model of that name, whose files may be gone; None if there is none."""
+    folders = [folder for folder, said in _stores(root) if said["name"] == name and said["bf16"] == bf16]
+    newest = max(folders, key=lambda folder: (folder / _ABOUT).stat().st_mtime_ns, default=None)
+    return None if newest is None else TagStore(newest)
+
+
+def _stores(root: Path) -> Iterator[tuple[Path, dict]]:
+    """Every complete store and what it says about its model."""
+    for about in sorted(root.glob(f"*/{_ABOUT}")):
+        try:
+            said = json.loads(about.read_bytes())
+        except ValueError:
+            continue
+        if isinstance(said, dict) and {"name", "bf16", "stamps"} <= said.keys():
+            yield about.parent, said

@@ -1,0 +1,44 @@
+"""How many of CLIP's tokens a caption has: what training can use is limited. Needs no torch, only a vocabulary."""
+
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+FOLDER = "tokenizer"
+_PIECES = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+
+
+class ClipTokens:
+    """CLIP's tokenizer, from a folder `tokenizer` of the base model."""
+
+    def __init__(self, folder: Path):
+        whole = folder / "tokenizer.json"
+        self._tokenizer = Tokenizer.from_file(str(whole)) if whole.is_file() else _of_vocabulary(folder)
+
+    def count(self, text: str) -> int:
+        """The tokens of `text`, start and end not counted."""
+        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def find_tokens(models_dir: Path, base_model: str) -> ClipTokens | None:
+    """The tokenizer of `base_model`, or of any other model in `models_dir`: all SDXL models share one. None if there is none."""
+    others = sorted(models_dir.iterdir()) if models_dir.is_dir() else []
+    for model in (models_dir / base_model, Path(base_model).expanduser(), *others):
+        folder = model / FOLDER
+        if (folder / "tokenizer.json").is_file() or ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+            return ClipTokens(folder)
+    return None
+
+
+def _of_vocabulary(folder: Path) -> Tokenizer:
+    """CLIP's byte pair encoding: lower case, words that end in `</w>`, digits one by one."""
+    model = models.BPE.from_file(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), end_of_word_suffix="</w>", unk_token="<|endoftext|>"
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    pieces = pre_tokenizers.Split(_PIECES, behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return tokenizer

@@ -1,0 +1,132 @@
+"""Which tags describe the person, and which of those nearly every picture has: they belong to the trigger word. Pure.
+
+A trait that stands in every caption is learned as its tag's, and the trigger word alone does not bring it back. Left out
+of the captions, the trait has no other name than the trigger. What a person can change between two pictures stays in the
+captions: clothing, jewellery, hair ornaments, make-up, expression, gaze, pose, background, light, framing.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from captioning.captions import Tag, comparable, words_of
+from captioning.tag_choice import matching
+
+# Each word in capitals below stands for all of these in turn, `*` for anything.
+WORDS = {
+    "COLOUR": """
+        aqua, black, blonde, blue, brown, green, grey, orange, pink, purple, red, silver, white, yellow, amber, golden,
+        hazel, light blue, light brown, light green, light purple, dark blue, dark brown, dark green, dark red,
+        dark grey, platinum blonde, strawberry blonde, multicolored, two-tone, gradient, rainbow
+    """,
+    "LENGTH": "short, medium, long, very short, very long, absurdly long",
+    "SIDE": "high, low, side, short, long, front, folded, split",
+    "ANIMAL": """
+        animal, bat, bear, bird, cat, cow, deer, demon, dog, dragon, fox, goat, horse, lion, monkey, mouse, pig, rabbit,
+        raccoon, sheep, squirrel, tiger, wolf
+    """,
+    "SIZE": "flat, small, medium, large, huge, gigantic",
+    "SEX": "female, male, woman, man, girl, boy",
+}
+
+TRAITS = {
+    "hair colour": "COLOUR hair, split-color hair, streaked hair, colored inner hair, colored tips, roots (hair)",
+    "hair length": "LENGTH hair, big hair, bald, bald SEX, buzz cut",
+    "hair style": """
+        curly hair, wavy hair, straight hair, messy hair, spiked hair, drill hair, antenna hair, flipped hair,
+        parted hair, thick hair, slicked back hair, hair slicked back, undone hair, pixie cut, bob cut, bowl cut,
+        hime cut, wolf cut, undercut, mullet, mohawk, afro, dreadlocks, cornrows, topknot, updo, half updo, hair up,
+        hair down, hair pulled back, bangs, blunt bangs, parted bangs, swept bangs, crossed bangs, asymmetrical bangs,
+        choppy bangs, curtained hair, widow's peak, ponytail, SIDE ponytail, twintails, SIDE twintails, tri tails,
+        quad tails, one side up, two side up, ahoge, huge ahoge, braid, single braid, twin braids, side braid,
+        side braids, french braid, crown braid, multiple braids, low-braided long hair, braided bun, braided ponytail,
+        braided bangs, hair bun, single hair bun, double bun, cone hair bun, single side bun, hair rings, sidelocks,
+        asymmetrical sidelocks, drill sidelocks, twin drills, ringlets, hair intakes, hair flaps, hair between eyes,
+        hair over one eye, hair over eyes, asymmetrical hair
+    """,
+    "eyes": """
+        COLOUR eyes, heterochromia, tareme, tsurime, sanpaku, slit pupils, COLOUR pupils, symbol-shaped pupils,
+        star-shaped pupils, cross-shaped pupils, no pupils, ringed eyes, COLOUR sclera, colored sclera, eyelashes,
+        long eyelashes, COLOUR eyelashes, colored eyelashes, bags under eyes, third eye
+    """,
+    "face": """
+        thick eyebrows, short eyebrows, forked eyebrows, COLOUR eyebrows, thick lips, full lips, big nose, pointy nose,
+        freckles, body freckles, dimples, wrinkled skin, facial mark, forehead mark, cheek mark, whisker markings, mole,
+        mole above *, mole under *, mole on *, multiple moles, scar, scar on *, scar across *, burn scar, fang, fangs,
+        skin fang, sharp teeth, buck teeth
+    """,
+    "facial hair": """
+        facial hair, beard, full beard, long beard, thick beard, mustache, thick mustache, goatee, stubble, sideburns,
+        long sideburns, thick sideburns, COLOUR beard, COLOUR mustache
+    """,
+    "skin": """
+        COLOUR skin, dark skin, pale skin, tan, very dark skin, colored skin, dark-skinned SEX, tattoo, *tattoo, albino,
+        vitiligo
+    """,
+    "body": """
+        breasts, SIZE breasts, flat chest, pectorals, large pectorals, muscular, muscular SEX, abs, toned, toned SEX,
+        biceps, thick thighs, thick arms, wide hips, narrow waist, broad shoulders, curvy, plump, fat, fat SEX, slim,
+        skinny, petite, tall, tall SEX, short SEX, giant, giantess, chest hair, arm hair, leg hair, armpit hair
+    """,
+    "age and sex": """
+        1girl, 1boy, 1other, SEX, SEX focus, mature SEX, old, old SEX, young SEX, adult, teenage, child, male child,
+        female child, aged down, aged up, androgynous, bishounen, otoko no ko, loli, shota
+    """,
+    "not human": """
+        ANIMAL ears, ANIMAL ear fluff, pointy ears, long pointy ears, elf, ANIMAL girl, ANIMAL boy, tail, ANIMAL tail,
+        multiple tails, horns, single horn, ANIMAL horns, wings, ANIMAL wings, feathered wings, low wings, head wings,
+        halo, monster girl, monster boy, robot, android, extra ears, extra eyes, extra arms
+    """,
+}
+
+WORTH_SUGGESTING = 0.8
+"""The share from which a trait is suggested for pruning while the setting is off."""
+ENOUGH_PICTURES = 8
+"""With fewer pictures, a share says too little to suggest anything."""
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """The person's traits in a data set: tag index -> share of the pictures that have it, the most frequent first."""
+
+    pictures: int
+    least: float
+    """The share from which a trait is pruned; 0 is off."""
+    pruned: dict[int, float]
+    kept: dict[int, float]
+
+    def by_kind(self) -> list[tuple[str, dict[int, float]]]:
+        """For the record."""
+        return [("pruned", self.pruned), ("kept", self.kept)]
+
+    def suggested(self) -> dict[int, float]:
+        """The traits that pruning would leave out, were it on."""
+        if self.least or self.pictures < ENOUGH_PICTURES:
+            return {}
+        return {index: share for index, share in self.kept.items() if share >= WORTH_SUGGESTING}
+
+
+def pruning_of(tags: Sequence[Tag], chosen: Sequence[Collection[int]], least: float) -> Pruning:
+    """`chosen` are the tags (as indices) of every picture; traits in at least the share `least` of them are pruned."""
+    of_person = described([tag.name for tag in tags])
+    traits = {index for index, tag in enumerate(tags) if comparable(tag.name) in of_person}
+    counts = Counter(index for of_picture in chosen for index in of_picture if index in traits)
+    shares = {index: count / len(chosen) for index, count in counts.most_common()}
+    pruned = {index: share for index, share in shares.items() if least and share >= least}
+    return Pruning(len(chosen), least, pruned, {index: share for index, share in shares.items() if index not in pruned})
+
+
+def described(names: Collection[str]) -> dict[str, str]:
+    """Those of the tags `names` that describe the person, in comparable spelling -> the aspect in TRAITS."""
+    known = {comparable(name) for name in names}
+    return {name: aspect for aspect, listed in TRAITS.items() for name in matching(known, _spelt_out(listed))}
+
+
+def _spelt_out(listed: str) -> list[str]:
+    """The entries of a list in TRAITS with every word in capitals replaced by all that it stands for."""
+    spelt = []
+    for entry in words_of(listed):
+        choices = [words_of(WORDS[word]) if word in WORDS else [word] for word in entry.split()]
+        spelt += [" ".join(words) for words in product(*choices)]
+    return spelt
