@@ -39,6 +39,8 @@ class DataSettings:
     caption_chunks: int = setting(3, at_least=1, at_most=8)
     """Chunks of 75 tokens that a caption may fill at most."""
     dataloader_num_workers: int = setting(4, at_least=0, at_most=64)
+    skip_flagged: bool = setting(False)
+    """Leave out the pictures that the caption stage's audit flagged."""
 
     def contradictions(self) -> Iterator[str]:
         if self.resolution % self.bucket_step or self.bucket_step % 8:

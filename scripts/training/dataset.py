@@ -1,10 +1,12 @@
 """Folder -> examples, or ONE list of everything that is wrong with it."""
 
+import json
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset_folder import IMAGE_SUFFIXES, ImageFile, find_images, sha256_of, sniff_image_format
+from dataset_folder import IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in, sha256_of, sniff_image_format
 from errors import DataError, one_list
 from pictures import BrokenPictureError, open_rgb
 
@@ -27,12 +29,31 @@ class Example:
     """Of the file's bytes."""
 
 
-def read_examples(folder: Path, workers: int) -> list[Example]:
-    """All pictures of `folder` (and its `N_name` folders) with their captions, decoded once to be sure, by `workers` threads.
+def flagged_pictures(dataset: DatasetFolder) -> dict[str, str]:
+    """Name -> flaws of the pictures that the caption stage's audit flagged, unless another picture took the name since.
+
+    Raises DataError if there is no audit.
+    """
+    try:
+        flagged = json.loads(dataset.audit.read_bytes())["flagged"]
+        flaws = {name: ", ".join(found["flaws"]) for name, found in flagged.items()}
+        digests = {name: found["sha256"] for name, found in flagged.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"SKIP_FLAGGED: {dataset.audit} is missing or damaged; run the caption stage first") from None
+    names = {name_in(dataset.images, image.path): image.path for image in find_images(dataset.images)}
+    return {name: flaws[name] for name in names if name in flaws and digests[name] in ("", sha256_of(names[name]))}
+
+
+def read_examples(folder: Path, workers: int, left_out: Collection[str] = ()) -> list[Example]:
+    """All pictures of `folder` (and its `N_name` folders) but those named in `left_out`, with their captions, decoded once
+    to be sure, by `workers` threads.
 
     Raises DataError with everything that is wrong with any of them.
     """
-    images = find_images(folder)
+    found = find_images(folder)
+    images = [image for image in found if name_in(folder, image.path) not in left_out]
+    if found and not images:
+        raise DataError(f"{folder}: all {len(found)} pictures are flagged; replace some, or set SKIP_FLAGGED=0")
     if not images:
         raise DataError(
             f"{folder}: no pictures ({', '.join(IMAGE_SUFFIXES)}); put them there or run the collect stage, then the caption stage"

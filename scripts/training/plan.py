@@ -78,7 +78,7 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule)
 def fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base_digests: Sequence[str]) -> dict[str, Any]:
     """Everything that decides the result of a run, by name, as JSON values: two runs with equal fingerprints are the same run."""
     data = asdict(train.data)
-    del data["dataloader_num_workers"]
+    del data["dataloader_num_workers"], data["skip_flagged"]
     shown = [[example.sha256, example.caption, example.repeats] for example in plan.examples]
     return {
         "base model": _short_hash(list(base_digests)),

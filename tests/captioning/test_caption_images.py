@@ -327,7 +327,7 @@ def test_signal_stops_the_stage_with_its_code(stage, photographs, signum, code):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == code
     assert len(errors.splitlines()) == 1
-    assert not [path for path in stage.images.parent.rglob(".*.part")]
+    assert not list(stage.images.parent.rglob(".*.part"))
 
 
 class KilledError(BaseException):

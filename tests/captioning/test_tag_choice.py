@@ -105,5 +105,5 @@ def test_known_points():
     assert known_point("/models/wd-eva02-large-tagger-v3/") == 0.5296
     assert known_point("deepghs/idolsankaku-eva02-large-tagger-v1") == 0.4985
     assert all(0 < point < 1 for point in KNOWN_POINTS.values())
-    with pytest.raises(SettingsError, match="auto knows no point for Somebody/tagger.*set a number"):
+    with pytest.raises(SettingsError, match=r"auto knows no point for Somebody/tagger.*set a number"):
         known_point("Somebody/tagger")

@@ -6,25 +6,27 @@ from captioning.captions import GENERAL, Tag
 from captioning.traits import TRAITS, WORDS, described, pruning_of
 
 OF_THE_PERSON = """
-long_hair very_long_hair short_hair medium_hair black_hair light_brown_hair blonde_hair platinum_blonde_hair multicolored_hair
-two-tone_hair streaked_hair gradient_hair colored_inner_hair curly_hair wavy_hair spiked_hair bangs blunt_bangs parted_bangs swept_bangs
-ponytail high_ponytail side_ponytail twintails low_twintails short_twintails braid single_braid twin_braids french_braid hair_bun
-double_bun single_hair_bun bob_cut hime_cut ahoge sidelocks hair_between_eyes hair_over_one_eye drill_hair hair_intakes one_side_up
-two_side_up bald blue_eyes brown_eyes green_eyes red_eyes aqua_eyes heterochromia slit_pupils symbol-shaped_pupils eyelashes
-thick_eyebrows freckles mole mole_under_eye mole_under_mouth mole_on_breast scar scar_on_face scar_across_eye facial_mark fang
-facial_hair beard stubble mustache goatee sideburns dark_skin dark-skinned_female dark-skinned_male pale_skin tan colored_skin blue_skin
-tattoo arm_tattoo breasts large_breasts medium_breasts small_breasts flat_chest huge_breasts muscular muscular_male abs toned
-thick_thighs wide_hips curvy plump petite tall_female 1girl 1boy male_focus mature_female old_man child aged_down animal_ears cat_ears
-pointy_ears tail cat_tail horns wings halo cat_girl
+long_hair very_long_hair short_hair medium_hair black_hair light_brown_hair blonde_hair platinum_blonde_hair
+multicolored_hair two-tone_hair streaked_hair gradient_hair colored_inner_hair curly_hair wavy_hair spiked_hair bangs
+blunt_bangs parted_bangs swept_bangs ponytail high_ponytail side_ponytail twintails low_twintails short_twintails braid
+single_braid twin_braids french_braid hair_bun double_bun single_hair_bun bob_cut hime_cut ahoge sidelocks
+hair_between_eyes hair_over_one_eye drill_hair hair_intakes one_side_up two_side_up bald blue_eyes brown_eyes green_eyes
+red_eyes aqua_eyes heterochromia slit_pupils symbol-shaped_pupils eyelashes thick_eyebrows freckles mole mole_under_eye
+mole_under_mouth mole_on_breast scar scar_on_face scar_across_eye facial_mark fang facial_hair beard stubble mustache
+goatee sideburns dark_skin dark-skinned_female dark-skinned_male pale_skin tan colored_skin blue_skin tattoo arm_tattoo
+breasts large_breasts medium_breasts small_breasts flat_chest huge_breasts muscular muscular_male abs toned thick_thighs
+wide_hips curvy plump petite tall_female 1girl 1boy male_focus mature_female old_man child aged_down animal_ears
+cat_ears pointy_ears tail cat_tail horns wings halo cat_girl
 """.split()  # noqa: SIM905
 CAN_CHANGE = """
-solo 2girls multiple_girls smile open_mouth closed_mouth closed_eyes half-closed_eyes one_eye_closed blush looking_at_viewer
-looking_back tears expressionless v-shaped_eyebrows parted_lips tongue_out teeth sitting standing holding lying kneeling arms_up
-hand_on_hip hand_in_own_hair adjusting_hair hair_ornament hair_ribbon hair_bow hairband hairclip hair_flower hair_scrunchie hair_tubes
-floating_hair wet_hair hat dress shirt school_uniform bikini gloves long_sleeves skirt thighhighs glasses earrings necklace jewelry
-makeup lipstick nail_polish piercing eyepatch fake_animal_ears cat_ear_headphones collarbone cleavage navel bare_shoulders thighs
-midriff upper_body full_body portrait close-up cowboy_shot from_side from_behind profile outdoors indoors white_background
-simple_background blurry_background sky beach night tree realistic photorealistic depth_of_field sweat wet red_bow black_dress
+solo 2girls multiple_girls smile open_mouth closed_mouth closed_eyes half-closed_eyes one_eye_closed blush
+looking_at_viewer looking_back tears expressionless v-shaped_eyebrows parted_lips tongue_out teeth sitting standing
+holding lying kneeling arms_up hand_on_hip hand_in_own_hair adjusting_hair hair_ornament hair_ribbon hair_bow hairband
+hairclip hair_flower hair_scrunchie hair_tubes floating_hair wet_hair hat dress shirt school_uniform bikini gloves
+long_sleeves skirt thighhighs glasses earrings necklace jewelry makeup lipstick nail_polish piercing eyepatch
+fake_animal_ears cat_ear_headphones collarbone cleavage navel bare_shoulders thighs midriff upper_body full_body
+portrait close-up cowboy_shot from_side from_behind profile outdoors indoors white_background simple_background
+blurry_background sky beach night tree realistic photorealistic depth_of_field sweat wet red_bow black_dress
 brown_footwear white_gloves blue_sky red_rose cat dog tail_ornament horn_ornament wing_collar eyes_visible_through_hair
 mature_content animal_print black_bow grey_background pink_lips
 """.split()  # noqa: SIM905
