@@ -53,7 +53,7 @@ def test_offline_and_absent_is_exit_5_with_the_command_that_fetches_it(stage, ph
         ended = stage.run_process(*flags, CAPTION_MODEL=NAME, **network)
         assert ended.returncode == 5
         assert f"{COMMAND} {stage.models / 'some-tagger'}" in ended.stderr
-    assert time.monotonic() - before < 10
+    assert time.monotonic() - before < 40  # it asks once; huggingface_hub itself would go on asking for minutes
     assert not stage.models.exists()
 
 
