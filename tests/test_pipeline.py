@@ -1,0 +1,204 @@
+"""scripts/run.sh on the miniature world, as a user runs it: the exact files it leaves, and how it refuses what is wrong."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from collecting.prompts import read_entries
+from collecting.workflow import understand
+from dataset_folder import read_json_lines, sha256_of
+from demo.__main__ import emptied
+from demo.standin_comfyui.pictures import scene
+from demo.standin_comfyui.server import StandIn
+from demo.world import PROMPTS, RUN_SH, TRIGGER_WORD, World
+from settings import REPOSITORY
+from training.export import COMFYUI_MODULES
+
+PICTURES = len(PROMPTS)
+QUICK = {"num_train_epochs": 2, "save_every_epochs": 1, "train_batch_size": 5, "resolution": 64, "caption_variants": 1}
+SHIPPED = ("workflow_api.json", "config/workflow_config.json", "prompts_example.json")
+WORKFLOWS = REPOSITORY / "tests" / "data" / "comfyui" / "workflows"
+
+LEFT_IN_DATASET = {
+    "images/node8_<hash>.png": PICTURES,
+    "images/node8_<hash>.txt": PICTURES,
+    "manifest.jsonl": 1,
+    ".loracat/collect.jsonl": 1,
+    ".loracat/captions.jsonl": 1,
+}
+LEFT_IN_OUTPUT = {
+    "cache/digests.json": 1,
+    "cache/latents/<hash>.safetensors": PICTURES,
+    "cache/text/<hash>.safetensors": PICTURES + 1,  # and the empty caption
+    f"lora/{TRIGGER_WORD}.safetensors": 1,
+    f"lora/{TRIGGER_WORD}-000001.safetensors": 1,
+    "lora/metrics.jsonl": 1,
+    "lora/training_config_resolved.toml": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return World.build(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def comfyui(world):
+    with world.serve() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def finished(world, comfyui) -> World:
+    """The world after one whole run."""
+    done = run(world, comfyui)
+    assert done.returncode == 0, done.stderr
+    return world
+
+
+def run(world: World, comfyui: StandIn, *flags: str, **settings: object) -> subprocess.CompletedProcess:
+    environment = world.environment(comfyui.url, **{"PYTHON": sys.executable, **QUICK, **settings})
+    return subprocess.run([RUN_SH, *flags], env=environment, capture_output=True, text=True, cwd="/")
+
+
+def left_in(folder: Path) -> dict[str, int]:
+    """How many files of each name there are in `folder`, hashes in names left out."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+    return Counter(re.sub(r"[0-9a-f]{12,}", "<hash>", name) for name in names)
+
+
+def snapshot(*folders: Path) -> dict[Path, tuple[int, bytes]]:
+    """When each file was written, and what is in it."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_run_leaves_exactly_these_files(finished):
+    assert left_in(finished.dataset) == LEFT_IN_DATASET
+    assert left_in(finished.output) == LEFT_IN_OUTPUT
+
+
+def test_every_picture_has_its_manifest_line_and_a_caption_with_the_trigger_first(finished):
+    lines = read_json_lines(finished.dataset / "manifest.jsonl")
+    assert sorted(line["prompt"] for line in lines) == sorted(PROMPTS)
+    for line in lines:
+        picture = finished.dataset / line["file"]
+        assert sha256_of(picture) == line["sha256"]
+        tags = picture.with_suffix(".txt").read_text(encoding="utf-8").strip().split(", ")
+        assert tags[0] == TRIGGER_WORD
+        assert len(tags) > 1
+        assert TRIGGER_WORD not in tags[1:]
+
+
+def test_lora_holds_the_three_tensors_of_every_module_that_comfyui_takes(finished):
+    with COMFYUI_MODULES.open(encoding="utf-8", newline="") as file:
+        known = {row["kohya_module"] for row in csv.DictReader(file)}
+    with safe_open(finished.lora, framework="numpy") as lora:
+        tensors, about = Counter(key.partition(".")[0] for key in lora.keys()), lora.metadata()  # noqa: SIM118 (not a dict)
+    assert len(tensors) == 722
+    assert tensors.keys() <= known
+    assert set(tensors.values()) == {3}
+    assert about["modelspec.trigger_phrase"] == TRIGGER_WORD
+    assert about["ss_num_train_images"] == str(PICTURES)
+
+
+def test_second_run_asks_for_nothing_and_changes_nothing(finished, comfyui):
+    before, asked = snapshot(finished.dataset, finished.output), len(comfyui.requests)
+    done = run(finished, comfyui)
+    assert done.returncode == 0
+    assert "nothing was sent" in done.stdout
+    assert done.stdout.count("nothing to do") == 2
+    assert snapshot(finished.dataset, finished.output) == before
+    assert comfyui.requests[asked:] == []
+
+
+def test_check_of_a_world_in_order_returns_0_and_changes_nothing(finished, comfyui):
+    before = snapshot(finished.dataset, finished.output)
+    done = run(finished, comfyui, "--check")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert snapshot(finished.dataset, finished.output) == before
+
+
+def test_check_names_everything_that_is_wrong_with_every_stage(finished, comfyui, tmp_path):
+    wrong = {
+        "comfyui_workflow": tmp_path / "no-workflow.json",
+        "face_reference": tmp_path / "no-face.png",
+        "caption_model": "no-tagger",
+        "base_model": "no-base-model",
+    }
+    done = run(finished, comfyui, "--check", **wrong)
+    assert done.returncode == 2
+    for word in ("no-workflow.json", "no-face.png", "no-tagger", "no-base-model"):
+        assert word in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def written(folder: Path, content: object) -> Path:
+    path = folder / "written.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def one_picture(folder: Path) -> Path:
+    """A data set of one picture, as the user's own."""
+    (folder / "images").mkdir()
+    scene("portrait", 1, (300, 300)).save(folder / "images" / "one.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flag", "settings", "code", "said"),
+    [
+        ("--collect", lambda _: {"comfyui_workflow": "/nowhere/workflow.json"}, 2, "/nowhere/workflow.json"),
+        ("--collect", lambda _: {"comfyui_workflow": WORKFLOWS / "ui_format_not_api.json"}, 2, "Save (API Format)"),
+        ("--collect", lambda _: {"workflow_config": REPOSITORY / "config" / "workflow_config.json"}, 2, "image_loader_node"),
+        ("--collect", lambda tmp: {"workflow_config": written(tmp, {"seed_node": "6"})}, 2, "positive_prompt_node is missing"),
+        ("--collect", lambda tmp: {"prompts_file": written(tmp, [])}, 2, "prompts"),
+        ("--collect", lambda tmp: {"prompts_file": written(tmp, [{"prompt": " "}])}, 2, "entry 1"),
+        ("--collect", lambda _: {"comfyui_endpoint": "127.0.0.1:8188"}, 2, "http://"),
+        ("--collect", lambda tmp: {"comfyui_endpoint": "http://127.0.0.1:9", "dataset_dir": tmp}, 4, "127.0.0.1:9"),
+        ("--collect", lambda _: {"face_reference": RUN_SH}, 2, "face_reference"),
+        ("--caption", lambda tmp: {"dataset_dir": tmp}, 3, "no pictures"),
+        ("--caption", lambda tmp: {"dataset_dir": one_picture(tmp), "caption_model": "Some/tagger"}, 5, "hf download Some/tagger"),
+        ("--train", lambda _: {"base_model": "/nowhere/model"}, 5, "/nowhere/model"),
+        ("--train", lambda _: {"output_name": "a/b"}, 2, "output_name"),
+        (None, lambda _: {"global_seed": "lucky", "lora_rank": "big"}, 2, "'lucky' must be a whole number"),
+        (None, lambda _: {"lora_rank": "0"}, 2, "lora_rank"),
+        ("--tarin", lambda _: {}, 2, "--tarin"),
+    ],
+)
+def test_wrong_input_ends_with_its_exit_code_and_one_message(world, comfyui, tmp_path, flag, settings, code, said):
+    done = run(world, comfyui, *([flag] if flag else []), **settings(tmp_path))
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith(("collect_images: ", "caption_images: ", "train_lora: ", "run.sh: "))
+
+
+def test_shipped_workflow_mapping_and_prompts_are_understood_by_the_collector():
+    complaints: list[str] = []
+    read = {name: json.loads((REPOSITORY / name).read_text(encoding="utf-8")) for name in SHIPPED}
+    workflow = understand(read["workflow_api.json"], read["config/workflow_config.json"], complaints)
+    entries = read_entries(read["prompts_example.json"], complaints)
+    assert complaints == []
+    assert len(workflow.kept_nodes) >= 40
+    assert not workflow.per_batch
+    assert len(entries) == 40
+
+
+def test_demo_wipes_no_folder_that_is_not_its_own(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(SystemExit, match="not a demo's"):
+        emptied(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+    emptied(tmp_path / "workspace")
+    (tmp_path / "workspace" / "old.txt").touch()
+    assert [path.name for path in emptied(tmp_path / "workspace").iterdir()] == [".made-by-loracat-demo"]
