@@ -7,7 +7,7 @@ whose record and tensors fit each other counts; a damaged one is passed over wit
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from dataset_folder import sha256_of, whole_file, write_json
 from errors import SettingsError, one_list
-from training.lora import LoraModule
 
 KEPT_STATES = 2
 _RECORD = re.compile(r"step-(\d{9})\.json")
@@ -45,7 +44,7 @@ class Saved:
 
 def save(
     folder: Path,
-    modules: Sequence[LoraModule],
+    weights: torch.nn.Parameter,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     next_step: int,
@@ -53,19 +52,19 @@ def save(
     fingerprint: dict[str, Any],
 ) -> None:
     """Write the state into `folder`: the tensors, then the record; older states than the last KEPT_STATES are removed after."""
-    weights = folder / f"step-{next_step:09d}.safetensors"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state_tensors(modules, optimizer)}
-    with whole_file(weights) as beside:
+    file = folder / f"step-{next_step:09d}.safetensors"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state_tensors(weights, optimizer)}
+    with whole_file(file) as beside:
         save_file(tensors, beside)
     record = {
         "next_step": next_step,
         "loss_average": loss_average,
         "scaler": scaler.state_dict(),
         "fingerprint": fingerprint,
-        "tensors": weights.name,
-        "sha256": sha256_of(weights),
+        "tensors": file.name,
+        "sha256": sha256_of(file),
     }
-    write_json(weights.with_suffix(".json"), record)
+    write_json(file.with_suffix(".json"), record)
     for old in _records(folder)[KEPT_STATES:]:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
@@ -95,11 +94,11 @@ def refuse_changes(saved: Saved, fingerprint: dict[str, Any], folder: Path) -> N
         raise SettingsError(one_list(title, [*changes, remedy]))
 
 
-def restore(saved: Saved, modules: Sequence[LoraModule], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+def restore(saved: Saved, weights: torch.nn.Parameter, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     """Bring the LoRA weights, the optimizer and the loss scaling to where `saved` left them."""
     tensors = load_file(saved.folder / saved.tensors)
     with torch.no_grad():
-        for name, tensor in _state_tensors(modules, optimizer):
+        for name, tensor in _state_tensors(weights, optimizer):
             tensor.copy_(tensors[name])
     if saved.scaler:
         scaler.load_state_dict(saved.scaler)
@@ -128,10 +127,7 @@ def _records(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
-def _state_tensors(modules: Sequence[LoraModule], optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the state under its name."""
-    for module in modules:
-        for part, parameter in (("down", module.down), ("up", module.up)):
-            yield f"{module.name}.{part}", parameter
-            for name, tensor in optimizer.state[parameter].items():
-                yield f"{module.name}.{part}.{name}", tensor
+def _state_tensors(weights: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the state under its name: the flat LoRA weights and the optimizer's moments."""
+    yield "weights", weights
+    yield from optimizer.state[weights].items()

@@ -1,7 +1,6 @@
 """The optimizer, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -9,25 +8,25 @@ import torch
 from training.config import OptimizerSettings
 
 
-def build_optimizer(parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over `parameters`, all fp32.
+def build_optimizer(weights: torch.nn.Parameter, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the flat fp32 `weights`; on CUDA it can be captured.
 
     Its moments are there from the start, zero, so that a saved state always has the same tensors.
     """
     optimizer = torch.optim.AdamW(
-        list(parameters),
+        [weights],
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_epsilon,
         weight_decay=settings.weight_decay,
         fused=True,
+        capturable=weights.device.type == "cuda",
     )
-    for parameter in optimizer.param_groups[0]["params"]:
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+    optimizer.state[weights] = {
+        "step": torch.zeros((), dtype=torch.float32, device=weights.device),
+        "exp_avg": torch.zeros_like(weights),
+        "exp_avg_sq": torch.zeros_like(weights),
+    }
     return optimizer
 
 

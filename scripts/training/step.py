@@ -1,16 +1,20 @@
-"""One training step: nothing outside knows how it is carried out."""
+"""One training step: nothing outside knows how it is carried out.
 
-import math
+On a GPU the first step of each shape runs eagerly; the second is captured as a CUDA graph, which later steps replay with
+one launch. All three run the same kernels.
+"""
+
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft.helpers import disable_input_dtype_casting
 
 from training import objective
 from training.batches import Batch
+from training.capture import Capturer
 from training.device import Precision
+from training.lora import LoraWeights
 from training.schedule import PredictionType
 
 MAX_SKIPPED = 20
@@ -41,63 +45,104 @@ class StepResult:
     gradient_norm: float
     """Of all LoRA weights together, before clipping."""
     diverged: bool
-    """Loss or gradient is not finite; the weights are those of the step before."""
+    """Loss or gradient is not finite; the weights are those of the step before, and no later step moves them."""
 
 
 class TrainStep:
     """Noise, forward, loss, backward for each micro-batch; then clipping and the optimizer. The loss is fp32.
 
-    The gradients of all LoRA weights lie in one flat fp32 buffer, the loss at its end: `all_reduce` adds it up over the
-    processes, in place, before anybody looks at it. None: there is one process.
+    `all_reduce` adds the gradients and the loss, one flat buffer, up over the processes, in place, before anybody looks
+    at them. None: there is one process.
     """
 
     def __init__(
         self,
         unet: UNet2DConditionModel,
+        weights: LoraWeights,
         optimizer: torch.optim.Optimizer,
         wanted: Objective,
         precision: Precision,
         max_grad_norm: float,
         all_reduce: Callable[[torch.Tensor], None] | None = None,
+        *,
+        captures: bool = True,
     ):
         self.unet = unet
+        self.weights = weights
         self.optimizer = optimizer
         self.wanted = wanted
         self.precision = precision
         self.max_grad_norm = max_grad_norm
         self.all_reduce = all_reduce
-        self.sums = flat_gradients([weight for group in optimizer.param_groups for weight in group["params"]])
         self.skipped = 0
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.scales_loss)
+        self.learning_rate = torch.zeros((), device=precision.device)
+        self.halted = torch.zeros((), device=precision.device)
+        """1 from the first loss or gradient on that is not finite."""
+        can_capture = captures and precision.device.type == "cuda" and not precision.scales_loss
+        self.capturer = Capturer(self._step, precision.device) if can_capture else None
 
     def __call__(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """One optimizer step over its micro-batches. A loss or gradient that is not finite leaves the weights as they were."""
-        self.sums.zero_()
-        gradients, loss_sum = self.sums[:-1], self.sums[-1]
+        """One optimizer step over its micro-batches, to its end."""
+        return self.begin(batches, learning_rate)()
+
+    def begin(self, batches: Sequence[Batch], learning_rate: float) -> Callable[[], StepResult]:
+        """Begin one optimizer step over its micro-batches; the call of what is returned waits for its end.
+
+        A loss or gradient that is not finite leaves the weights as they were, and so do all steps after it.
+        """
+        self.learning_rate.fill_(learning_rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        run = self.capturer or self._eager
+        return self._reader(run(batches))
+
+    def _eager(self, batches: Sequence[Batch]) -> torch.Tensor:
+        return self._step([batch.to(self.precision.device) for batch in batches])
+
+    def _step(self, batches: Sequence[Batch]) -> torch.Tensor:
+        """The whole step; [3] fp32: loss, gradient norm, whether it diverged."""
+        sums, gradient, loss_sum = self.weights.sums, self.weights.sums[:-1], self.weights.sums[-1]
+        self.weights.refresh()
+        sums.zero_()
         for batch in batches:
-            loss = self.weighted_loss(batch.to(self.precision.device))
+            loss = self.weighted_loss(batch)
             self.scaler.scale(loss).backward()
             loss_sum += loss.detach()
         if self.all_reduce:
-            self.all_reduce(self.sums)
+            self.all_reduce(sums)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.linalg.vector_norm(gradients)
+        norm = torch.linalg.vector_norm(gradient)
+        is_broken = (~(norm.isfinite() & loss_sum.isfinite())).float()
         if self.max_grad_norm:
-            gradients *= (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        loss, gradient_norm = torch.stack([loss_sum, norm]).tolist()
-        finite = math.isfinite(loss) and math.isfinite(gradient_norm)
-        self.skipped = 0 if finite else self.skipped + 1
-        if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
-            self.scaler.step(self.optimizer)
+            gradient *= (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        if not self.precision.scales_loss:
+            self.halted.copy_(torch.maximum(self.halted, is_broken))
+            self.optimizer.found_inf = self.halted  # the fused optimizer then changes nothing
+        self.scaler.step(self.optimizer)
         self.scaler.update()
-        may_skip = self.precision.scales_loss and math.isfinite(loss) and self.skipped <= MAX_SKIPPED
-        return StepResult(loss, gradient_norm, diverged=not (finite or may_skip))
+        return torch.stack([loss_sum, norm, is_broken])
+
+    def _reader(self, numbers: torch.Tensor) -> Callable[[], StepResult]:
+        """Send `numbers` to the CPU behind the step, and wait for them when they are asked for."""
+        is_cuda = numbers.device.type == "cuda"
+        host = torch.empty(3, pin_memory=True).copy_(numbers, non_blocking=True) if is_cuda else numbers
+        arrived = torch.cuda.current_stream().record_event() if is_cuda else None
+
+        def read() -> StepResult:
+            if arrived:
+                arrived.synchronize()
+            loss, norm, is_broken = host.tolist()
+            self.skipped = self.skipped + 1 if is_broken else 0
+            may_skip = self.precision.scales_loss and self.skipped <= MAX_SKIPPED
+            return StepResult(loss, norm, diverged=bool(is_broken) and not may_skip)
+
+        return read
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """The loss of `batches` as the weights are; nothing of the training changes."""
+        self.weights.refresh()
         return sum(self.weighted_loss(batch.to(self.precision.device)).item() for batch in batches)
 
     def weighted_loss(self, batch: Batch) -> torch.Tensor:
@@ -114,23 +159,11 @@ class TrainStep:
         return (losses * batch.weights).sum()
 
     def predict(self, noisy: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[B, C, h, w] fp32: the UNet's answer, computed in the precision of the run."""
-        # PEFT would cast the input of a fp32 LoRA to fp32 before autocast casts it back.
-        with self.precision.autocast(), disable_input_dtype_casting(self.unet):
-            answer = self.unet(
-                noisy.to(self.precision.dtype),
-                batch.timesteps,
-                encoder_hidden_states=batch.hidden,
-                added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.add_time_ids},
-                return_dict=False,
-            )[0]
-        return answer.float()
-
-
-def flat_gradients(parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-    """[gradients of all `parameters` + 1], zeros: from now on each `grad` is a view into it; the last element is free."""
-    flat = torch.zeros(sum(weight.numel() for weight in parameters) + 1, dtype=torch.float32, device=parameters[0].device)
-    parts = flat[:-1].split([weight.numel() for weight in parameters])
-    for weight, part in zip(parameters, parts, strict=True):
-        weight.grad = part.view_as(weight)
-    return flat
+        """[B, C, h, w] fp32: the UNet's answer, computed in its own dtype."""
+        return self.unet(
+            noisy.to(self.precision.dtype).contiguous(memory_format=torch.channels_last),
+            batch.timesteps,
+            encoder_hidden_states=batch.hidden,
+            added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.add_time_ids},
+            return_dict=False,
+        )[0].float()

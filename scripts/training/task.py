@@ -20,8 +20,9 @@ from training.dataset import Example, read_examples, unused_entries
 from training.device import Precision, choose_precision, describe, wants_checkpointing
 from training.encode import EncodedData, Encoding, base_digest, encode_data
 from training.export import Description, write_lora
+from training.fast_unet import checkpoint_everything, fast_ops, quicken
 from training.loop import Run, run_steps
-from training.lora import LoraModule, inject, trainable_parameters
+from training.lora import LoraModule, LoraWeights, inject
 from training.metrics import open_metrics
 from training.models import load_tokenizers, load_unet
 from training.optimizer import build_optimizer, learning_rate_at
@@ -147,20 +148,23 @@ def train(task: Task, encoded: EncodedData, saved: checkpoint.Saved | None) -> l
     """Load the UNet, put the LoRA into it, and take every step that is left."""
     settings, plan, results, precision = task.settings, task.plan, task.results, task.precision
     unet = load_unet(task.base, precision.device, precision.dtype)
+    lora = inject(unet, settings.lora, settings.run.train_seed)
+    quicken(unet, lora.stacks, fast_ops(precision.device))
     if settings.model.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    modules = inject(unet, settings.lora, settings.run.train_seed)
-    optimizer = build_optimizer(trainable_parameters(modules), settings.optimizer)
-    take_step = TrainStep(unet, optimizer, objective_of(task), precision, settings.optimizer.max_grad_norm)
+        checkpoint_everything(unet)
+    optimizer = build_optimizer(lora.weights, settings.optimizer)
+    take_step = TrainStep(unet, lora, optimizer, objective_of(task), precision, settings.optimizer.max_grad_norm)
     if saved:
-        checkpoint.restore(saved, modules, optimizer, take_step.scaler)
+        checkpoint.restore(saved, lora.weights, optimizer, take_step.scaler)
     run, reader = run_of(task, saved), reader_of(task, encoded)
     batches = prefetched(reader, plan.order[run.first_step :], settings.data.dataloader_num_workers)
-    stop, saver = StopRequest(), Saver(task, modules, take_step)
-    print(f"{len(modules)} modules of rank {settings.lora.lora_rank}; {len(plan.order) - run.first_step} steps to go", flush=True)
+    stop, saver = StopRequest(), Saver(task, lora, take_step)
+    print(
+        f"{len(lora.modules)} modules of rank {settings.lora.lora_rank}; {len(plan.order) - run.first_step} steps to go", flush=True
+    )
     with open_metrics(settings.logging, results.name, results.metrics, results.logs, run.first_step) as metrics:
         run_steps(run, take_step, batches, reader.names, saver, metrics, stop)
-    return modules
+    return lora.modules
 
 
 def objective_of(task: Task) -> Objective:
@@ -206,17 +210,17 @@ class Saver:
     """Writes what the loop asks for."""
 
     task: Task
-    modules: list[LoraModule]
+    lora: LoraWeights
     step: TrainStep
 
     def state(self, next_step: int, loss_average: float) -> None:
         """Everything needed to continue at `next_step`."""
         folder, values = self.task.results.state, self.task.fingerprint
-        checkpoint.save(folder, self.modules, self.step.optimizer, self.step.scaler, next_step, loss_average, values)
+        checkpoint.save(folder, self.lora.weights, self.step.optimizer, self.step.scaler, next_step, loss_average, values)
 
     def lora(self, epochs: int) -> None:
         """The LoRA as it is after `epochs` epochs."""
-        write_lora(self.task.results.lora_after(epochs), self.modules, description_of(self.task, epochs))
+        write_lora(self.task.results.lora_after(epochs), self.lora.modules, description_of(self.task, epochs))
 
 
 def description_of(task: Task, epochs: int) -> Description:

@@ -46,7 +46,7 @@ def test_adamw_is_what_its_paper_says():
     """Loshchilov & Hutter 2019, Algorithm 2, number by number, with every setting in its place."""
     settings = OptimizerSettings(learning_rate=0.01, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-3)
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer = build_optimizer([weight], settings)
+    optimizer = build_optimizer(weight, settings)
     ours, first, second = [1.0, -2.0], [0.0, 0.0], [0.0, 0.0]
     for step, gradient in enumerate(([0.5, -1.0], [2.0, 0.25], [-0.125, 0.0]), start=1):
         weight.grad = torch.tensor(gradient)

@@ -11,10 +11,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from training import plain_ops
 from training.batches import Batch
 from training.config import LoraSettings, OptimizerSettings
 from training.device import Precision
-from training.lora import inject, trainable_parameters
+from training.fast_unet import quicken
+from training.lora import ADAPTER, LoraWeights, inject
 from training.optimizer import build_optimizer
 from training.schedule import Schedule, alphas_cumprod
 from training.step import Objective, TrainStep
@@ -46,16 +48,15 @@ def plain_unet() -> UNet2DConditionModel:
 
 @pytest.fixture
 def lora_unet(plain_unet):
-    """`lora_unet()`: the UNet with a LoRA in it, and the LoRA's modules. `up` is random, so that every weight has a gradient."""
+    """`lora_unet()`: the UNet with a LoRA in it, and the LoRA. `up` is random, so that every weight has a gradient."""
 
     def make():
         unet = copy.deepcopy(plain_unet)
-        modules = inject(unet, LoraSettings(lora_rank=4, lora_alpha=2.0), seed=7)
+        lora = inject(unet, LoraSettings(lora_rank=4, lora_alpha=2.0), seed=7)
         generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for module in modules:
-                module.up.copy_(0.1 * torch.randn(module.up.shape, generator=generator))
-        return unet, modules
+        for module in lora.modules:
+            module.up.copy_(0.1 * torch.randn(module.up.shape, generator=generator))
+        return unet, lora
 
     return make
 
@@ -80,25 +81,29 @@ def part_of(batch: Batch, first: int, last: int) -> Batch:
     return replace(batch, **{part.name: getattr(batch, part.name)[first:last] for part in fields(batch)})
 
 
-def stepper(unet, optimizer, schedule=PLAIN, gamma=5.0, offset=0.0357, max_grad_norm=0.0) -> TrainStep:
+def stepper(unet, lora, optimizer, schedule=PLAIN, gamma=5.0, offset=0.0357, max_grad_norm=0.0) -> TrainStep:
+    quicken(unet, lora.stacks, plain_ops)
     wanted = Objective(schedule.prediction_type, alphas_cumprod(schedule).float(), gamma, offset, SCALING)
-    return TrainStep(unet, optimizer, wanted, Precision(torch.device("cpu"), torch.float32), max_grad_norm)
+    return TrainStep(unet, lora, optimizer, wanted, Precision(torch.device("cpu"), torch.float32), max_grad_norm)
+
+
+def in_a_row(lora: LoraWeights) -> torch.Tensor:
+    """A copy of all weights, module by module."""
+    return torch.cat([part.flatten() for module in lora.modules for part in (module.down, module.up)])
 
 
 def observed(lora_unet, batches, **wanted) -> tuple[float, torch.Tensor, float]:
     """Loss, gradient of all LoRA weights in one row, and reported norm of one step."""
-    unet, modules = lora_unet()
-    weights = trainable_parameters(modules)
-    before = [weight.detach().clone() for weight in weights]
-    result = stepper(unet, torch.optim.SGD(weights, lr=1.0), **wanted)(batches, learning_rate=1.0)
+    unet, lora = lora_unet()
+    before = in_a_row(lora)
+    result = stepper(unet, lora, torch.optim.SGD([lora.weights], lr=1.0, fused=True), **wanted)(batches, learning_rate=1.0)
     assert not result.diverged
-    moved = torch.cat([(old - new.detach()).flatten() for old, new in zip(before, weights, strict=True)])
-    return result.loss, moved, result.gradient_norm
+    return result.loss, before - in_a_row(lora), result.gradient_norm
 
 
 def reference(lora_unet, batch: Batch, schedule: Schedule, gamma: float, offset: float) -> tuple[float, torch.Tensor]:
     """The same loss and gradient, written out in float64: only the UNet itself is a function of somebody else."""
-    unet, modules = lora_unet()
+    unet, lora = lora_unet()  # as PEFT made it
     unet.double()
     root = [math.sqrt(0.00085) + (math.sqrt(0.012) - math.sqrt(0.00085)) * t / 999 for t in range(1000)]
     shares = torch.tensor([1 - r * r for r in root], dtype=torch.float64).cumprod(0)
@@ -129,7 +134,9 @@ def reference(lora_unet, batch: Batch, schedule: Schedule, gamma: float, offset:
             weight = min(snr, gamma) / snr
         total = total + weight * ((answer - wanted) ** 2).mean() / len(batch.timesteps)
     total.backward()
-    return total.item(), torch.cat([weight.grad.flatten() for weight in trainable_parameters(modules)])
+    layers = [unet.get_submodule(module.name) for module in lora.modules]
+    gradients = [part[ADAPTER].weight.grad.flatten() for layer in layers for part in (layer.lora_A, layer.lora_B)]
+    return total.item(), torch.cat(gradients)
 
 
 @pytest.mark.parametrize(
@@ -199,44 +206,40 @@ def test_gradient_longer_than_the_limit_is_scaled_down_and_its_own_length_report
 
 def test_rate_of_the_step_is_the_one_that_it_is_given(lora_unet):
     """AdamW's first step moves every weight with a gradient by the rate."""
-    unet, modules = lora_unet()
-    weights = trainable_parameters(modules)
-    before = copy.deepcopy([weight.detach() for weight in weights])
-    optimizer = build_optimizer(weights, OptimizerSettings(learning_rate=1.0, weight_decay=0.0, adam_epsilon=1e-20))
-    stepper(unet, optimizer)([batch_of([300])], learning_rate=1e-3)
-    moved = torch.cat([(old - new.detach()).flatten() for old, new in zip(before, weights, strict=True)]).abs()
+    unet, lora = lora_unet()
+    before = in_a_row(lora)
+    optimizer = build_optimizer(lora.weights, OptimizerSettings(learning_rate=1.0, weight_decay=0.0, adam_epsilon=1e-20))
+    stepper(unet, lora, optimizer)([batch_of([300])], learning_rate=1e-3)
+    moved = (before - in_a_row(lora)).abs()
     assert moved.max().item() == pytest.approx(1e-3, rel=1e-2)
     assert moved.median().item() == pytest.approx(1e-3, rel=1e-2)
 
 
 @pytest.mark.parametrize("broken", ["mean", "hidden"])
-def test_loss_that_is_not_finite_leaves_the_weights_and_moments_as_they_were(lora_unet, broken):
-    unet, modules = lora_unet()
-    weights = trainable_parameters(modules)
-    optimizer = build_optimizer(weights, OptimizerSettings())
-    step = stepper(unet, optimizer, max_grad_norm=1.0)
+def test_loss_that_is_not_finite_leaves_weights_and_moments_as_they_were_and_nothing_moves_them_after(lora_unet, broken):
+    """The result of a step is read when the next one may have begun already: that one must change nothing either."""
+    unet, lora = lora_unet()
+    optimizer = build_optimizer(lora.weights, OptimizerSettings())
+    step = stepper(unet, lora, optimizer, max_grad_norm=1.0)
     good, bad = batch_of([300]), batch_of([300])
     getattr(bad, broken)[0, 0] = float("nan")
     assert not step([good], 1e-3).diverged
-    before = copy.deepcopy([weight.detach() for weight in weights])
-    moments = copy.deepcopy(optimizer.state_dict()["state"])
-    result = step([good, bad], 1e-3)
-    assert result.diverged
-    assert math.isnan(result.loss)
-    assert all(torch.equal(old, new) for old, new in zip(before, weights, strict=True))
-    for number, state in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(state[name], moments[number][name]) for name in state)
-    again = step([good], 1e-3)
-    assert not again.diverged
-    assert math.isfinite(again.loss)
+    before, moments = in_a_row(lora), copy.deepcopy(optimizer.state_dict()["state"][0])
+    result, following = step.begin([good, bad], 1e-3), step.begin([good], 1e-3)
+    assert result().diverged
+    assert math.isnan(result().loss)
+    assert math.isfinite(following().loss)
+    assert torch.equal(in_a_row(lora), before)
+    assert all(torch.equal(tensor, moments[name]) for name, tensor in optimizer.state_dict()["state"][0].items())
 
 
 def test_frozen_weights_stay_and_lora_weights_are_fp32(lora_unet):
-    unet, modules = lora_unet()
-    weights = trainable_parameters(modules)
-    assert {weight.dtype for weight in weights} == {torch.float32}
-    trainable = {id(weight) for weight in weights}
-    frozen = {name: weight.detach().clone() for name, weight in unet.named_parameters() if id(weight) not in trainable}
-    stepper(unet, build_optimizer(weights, OptimizerSettings()))([batch_of([300])], 1e-2)
-    assert len(frozen) > len(weights)
+    unet, lora = lora_unet()
+    step = stepper(unet, lora, build_optimizer(lora.weights, OptimizerSettings()))
+    assert lora.weights.dtype == torch.float32
+    frozen = {name: weight.detach().clone() for name, weight in unet.named_parameters() if ".lora_" not in name}
+    before = in_a_row(lora)
+    step([batch_of([300])], 1e-2)
+    assert len(frozen) > len(lora.modules)
     assert all(torch.equal(weight, frozen[name]) for name, weight in unet.named_parameters() if name in frozen)
+    assert not torch.equal(in_a_row(lora), before)
