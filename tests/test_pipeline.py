@@ -32,6 +32,12 @@ LEFT_IN_DATASET = {
     "manifest.jsonl": 1,
     ".loracat/collect.jsonl": 1,
     ".loracat/captions.jsonl": 1,
+    ".loracat/pictures.json": 1,
+    ".loracat/audit.json": 1,
+    ".loracat/traits.json": 1,
+    ".loracat/tags/<hash>/model.json": 1,
+    ".loracat/tags/<hash>/selected_tags.csv": 1,
+    ".loracat/tags/<hash>/<hash>.npy": PICTURES,
 }
 LEFT_IN_OUTPUT = {
     "cache/digests.json": 1,
