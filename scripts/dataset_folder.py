@@ -83,10 +83,15 @@ def find_images(folder: Path) -> list[ImageFile]:
     """
     found = [ImageFile(path, 1) for path in _image_files(folder)]
     for child in folder.iterdir() if folder.is_dir() else ():
-        match = _REPEATS_FOLDER.fullmatch(child.name)
-        if match and child.is_dir() and int(match[1]) > 0:
-            found += [ImageFile(path, int(match[1])) for path in _image_files(child)]
+        if repeats := repeats_of(child):
+            found += [ImageFile(path, repeats) for path in _image_files(child)]
     return sorted(found, key=lambda image: image.path.relative_to(folder).as_posix())
+
+
+def repeats_of(folder: Path) -> int | None:
+    """N of a folder `N_name`, None for every other entry."""
+    match = _REPEATS_FOLDER.fullmatch(folder.name)
+    return int(match[1]) if match and folder.is_dir() else None
 
 
 def _image_files(folder: Path) -> Iterator[Path]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from captioning.known_pictures import KnownPicture
 from captioning.look import HASH_SIDE, Look
-from dataset_folder import CAPTION_SUFFIX, IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in, update_json
+from dataset_folder import CAPTION_SUFFIX, IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in, repeats_of, update_json
 
 LEAST_SHARE_OF_AREA = 0.9
 """Of resolution²: SDXL's own sizes go down to 0.91 of it, 640x1536; a smaller picture is trained in less detail."""
@@ -84,7 +84,7 @@ def _flaws(picture: KnownPicture, resolution: int) -> Iterator[tuple[str, str]]:
 def near_duplicates(pictures: Sequence[KnownPicture]) -> dict[str, str]:
     """Name -> name of the better picture that it looks like: the largest of a group stays, the first among equals."""
     seen = sorted((picture for picture in pictures if picture.look), key=lambda picture: -_area(picture.look))
-    hashes = np.array([_bits(picture.look) for picture in seen], dtype=np.uint64).reshape(len(seen), -1)
+    hashes = np.array([_bits(picture.look) for picture in seen], dtype=np.uint64).reshape(len(seen), HASH_SIDE * HASH_SIDE // 64)
     like: dict[str, str] = {}
     for index, picture in enumerate(seen):
         if picture.name in like:
@@ -148,7 +148,7 @@ def _others(folder: Path, images: Sequence[ImageFile]) -> Iterator[tuple[str, st
             yield name_in(folder, path), "a link to nothing"
         elif is_named_so and path.is_dir():
             yield name_in(folder, path), "a folder"
-        elif path.is_dir() and path not in walked and find_images(path):
+        elif path.is_dir() and path not in walked and repeats_of(path) != 0 and find_images(path):
             yield name_in(folder, path), "a folder with pictures; call it N_name for N repeats to use it"
 
 

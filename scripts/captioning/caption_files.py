@@ -83,10 +83,11 @@ class CaptionFiles:
         if not runs:
             return Undone(0, 0, [], 0)
         edited, put_back = [], 0
+        there = {self._name(path): path for path in self._folder.rglob("*") if path.is_file()}
         changes = [change for of_caption in self._changes.values() for change in of_caption if change.run == runs[-1]]
         for change in reversed(changes):
-            caption = self._folder / change.caption
-            content = _content_of(caption) if caption.is_file() else None
+            caption = there.get(change.caption, self._folder / change.caption)
+            content = _content_of(caption) if change.caption in there else None
             if content == change.after:
                 _restore(caption, change.before)
                 put_back += 1

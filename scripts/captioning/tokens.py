@@ -41,4 +41,5 @@ def _of_vocabulary(folder: Path) -> Tokenizer:
     )
     pieces = pre_tokenizers.Split(_PIECES, behavior="removed", invert=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
     return tokenizer

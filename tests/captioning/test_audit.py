@@ -1,0 +1,219 @@
+"""Flaws of real photographs are found, sound ones are left in peace, and training can leave out what was flagged."""
+
+import io
+import json
+import random
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageFilter
+
+from captioning import known_pictures
+from captioning.audit import audit_of, near_duplicates, table, write
+from captioning.known_pictures import KnownPicture, look_at_all
+from captioning.look import Look, blur, look_at
+from dataset_folder import DatasetFolder, find_images, sha256_of
+from errors import DataError
+from pictures import BrokenPictureError
+from training.dataset import flagged_pictures, read_examples
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "images").mkdir()
+    return DatasetFolder(tmp_path)
+
+
+def audited(folder, resolution=256):
+    images = find_images(folder.images)
+    return audit_of(folder, images, look_at_all(folder, images, workers=2), resolution)
+
+
+def flaws(folder, resolution=256):
+    return {name: sorted(found) for name, found in audited(folder, resolution).flagged.items()}
+
+
+def test_sound_photographs_are_not_flagged(folder, photographs):
+    for name, picture in photographs.items():
+        picture.save(folder.images / f"{name}.png")
+    assert flaws(folder) == {}
+    assert "nothing found wrong with any of the 4" in table(audited(folder))
+
+
+@pytest.mark.parametrize(
+    ("size", "resolution", "is_small"),
+    [
+        ((1024, 1024), 1024, False),
+        ((640, 1536), 1024, False),
+        ((832, 1216), 1024, False),
+        ((900, 900), 1024, True),
+        ((256, 256), 256, False),
+    ],
+)
+def test_too_small_for_the_training_is_by_area(folder, photographs, size, resolution, is_small):
+    photographs["coffee"].resize(size).save(folder.images / "a.png")
+    assert flaws(folder, resolution) == ({"a.png": ["too small"]} if is_small else {})
+
+
+def test_blurred_pictures_are_found_and_a_blurred_background_is_none(folder, photographs):
+    for name, picture in photographs.items():
+        large = picture.resize((1024, 1024 * picture.height // picture.width))
+        blurred = large.filter(ImageFilter.GaussianBlur(8))
+        blurred.save(folder.images / f"{name} blurred.png")
+        with_subject = blurred.copy()
+        box = (large.width // 3, large.height // 3, large.width * 2 // 3, large.height)
+        with_subject.paste(large.crop(box), box)
+        with_subject.save(folder.images / f"{name} portrait.png")
+    found = flaws(folder)
+    assert {name for name, kinds in found.items() if "blurred" in kinds} == {f"{name} blurred.png" for name in photographs}
+
+
+def test_motion_blur_is_blur(photographs):
+    levels = np.asarray(photographs["coffee"].convert("L"), np.float32)
+    moved = sum(np.roll(levels, shift, axis=1) for shift in range(12)) / 12
+    assert blur(levels) < 0.3
+    assert blur(moved) > 0.45
+    assert blur(moved.T.copy()) == pytest.approx(blur(moved), abs=0.05)
+
+
+def test_even_and_tiny_surfaces_are_not_blurred():
+    assert blur(np.full((400, 300), 128, np.float32)) == 0
+    assert blur(np.zeros((1, 500), np.float32)) == 0
+
+
+def test_nearly_black_and_nearly_white(folder, photographs):
+    photographs["coffee"].point(lambda value: value // 16).save(folder.images / "dark.png")
+    photographs["coffee"].point(lambda value: 245 + value // 32).save(folder.images / "white.png")
+    Image.new("RGB", (300, 300)).save(folder.images / "black.png")
+    photographs["coffee"].point(lambda value: value // 3).save(folder.images / "night.png")
+    found = {name: set(kinds) - {"near-duplicate"} for name, kinds in flaws(folder).items()}
+    assert {name: kinds for name, kinds in found.items() if kinds} == {
+        "dark.png": {"nearly black"},
+        "white.png": {"nearly white"},
+        "black.png": {"nearly black"},
+    }
+
+
+def test_near_duplicates_are_found_and_the_largest_one_stays(folder, photographs):
+    picture = photographs["astronaut"]
+    picture.resize((300, 300)).save(folder.images / "a small.png")
+    picture.save(folder.images / "b.png")
+    picture.save(folder.images / "c again.png")
+    picture.save(folder.images / "d.jpg", quality=40)
+    ImageEnhance.Brightness(picture).enhance(1.15).save(folder.images / "e bright.webp")
+    picture.rotate(90).save(folder.images / "f turned.png")
+    for name in ("coffee", "chelsea", "rocket"):
+        photographs[name].save(folder.images / f"{name}.png")
+    audit = audited(folder)
+    assert {name: found["near-duplicate"] for name, found in audit.flagged.items()} == dict.fromkeys(
+        ("a small.png", "c again.png", "d.jpg", "e bright.webp"), "looks like b.png"
+    )
+
+
+def test_a_thousand_pictures_are_compared_in_no_time():
+    draw = random.Random(0)
+    look = {"width": 512, "height": 512, "animated": False, "blur": 0.1, "dark": 0, "bright": 255}
+    pictures = [KnownPicture(f"{i}", (), f"{i}", Look(**look, hash=f"{draw.getrandbits(256):064x}")) for i in range(1000)]
+    twin = KnownPicture("twin", (), "twin", Look(**look, hash=f"{int(pictures[5].look.hash, 16) ^ 0xFF:064x}"))
+    assert near_duplicates([*pictures, twin]) == {"twin": "5"}
+
+
+def test_captions_without_a_picture(folder, photographs):
+    photographs["coffee"].save(folder.images / "a.png")
+    for name in ("a.txt", "b.txt", ".hidden.txt"):
+        (folder.images / name).write_text("x")
+    audit = audited(folder)
+    assert audit.captions_without_picture == ("b.txt",)
+    assert "caption without a picture     1  b.txt" in table(audit)
+
+
+def test_audit_is_written_once_and_names_what_it_looked_at(folder, photographs):
+    photographs["coffee"].save(folder.images / "a.png")
+    (folder.images / "b.png").write_bytes(b"")
+    write(audited(folder), folder)
+    written, when = json.loads(folder.audit.read_text()), folder.audit.stat().st_mtime_ns
+    assert written["flagged"] == {"b.png": {"sha256": sha256_of(folder.images / "b.png"), "flaws": {"unreadable": "is empty"}}}
+    assert (written["pictures"], written["resolution"]) == (2, 256)
+    write(audited(folder), folder)
+    assert folder.audit.stat().st_mtime_ns == when
+
+
+def test_long_lists_are_cut_in_the_table_only(folder):
+    for number in range(7):
+        (folder.images / f"{number}.png").write_bytes(b"")
+    assert "3.png (is empty) and 3 more" in table(audited(folder))
+    assert len(audited(folder).flagged) == 7
+
+
+def test_only_new_and_changed_pictures_are_looked_at(folder, photographs, monkeypatch):
+    looked = []
+    monkeypatch.setattr(known_pictures, "look_at", lambda path: looked.append(path.name) or look_at(path))
+    for name in "abc":
+        photographs["coffee"].save(folder.images / f"{name}.png")
+    images = find_images(folder.images)
+    first = look_at_all(folder, images, workers=1)
+    assert looked == ["a.png", "b.png", "c.png"]
+    assert look_at_all(folder, images, workers=1) == first
+    photographs["rocket"].save(folder.images / "b.png")
+    (folder.images / "c.png").unlink()
+    second = look_at_all(folder, find_images(folder.images), workers=1)
+    assert looked == ["a.png", "b.png", "c.png", "b.png"]
+    assert [picture.name for picture in second.values()] == ["a.png", "b.png"]
+    assert second[folder.images / "b.png"].sha256 == sha256_of(folder.images / "b.png")
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"[]", b'{"format": 1, "pictures": [{"name": 3}]}', b'{"format": 99, "pictures": []}', b"\xff"]
+)
+def test_damaged_record_costs_a_second_look(folder, photographs, damage):
+    photographs["coffee"].save(folder.images / "a.png")
+    images = find_images(folder.images)
+    first = look_at_all(folder, images, workers=1)
+    (folder.records / "pictures.json").write_bytes(damage)
+    assert look_at_all(folder, images, workers=1) == first
+
+
+def test_picture_that_is_none_has_no_look(tmp_path):
+    (tmp_path / "a.png").write_text("no")
+    with pytest.raises(BrokenPictureError, match="is not a PNG, JPEG, WebP or BMP picture"):
+        look_at(tmp_path / "a.png")
+    with pytest.raises(BrokenPictureError, match="cannot be read: No such file"):
+        look_at(tmp_path / "b.png")
+
+
+def test_training_leaves_flagged_pictures_out_and_no_others(folder, photographs):
+    photographs["coffee"].save(folder.images / "a.png")
+    photographs["coffee"].resize((270, 180)).save(folder.images / "b.png")
+    (folder.images / "c.png").write_bytes(b"")
+    for name in "abc":
+        (folder.images / f"{name}.txt").write_text("sks")
+    write(audited(folder, resolution=256), folder)
+    flagged = flagged_pictures(folder)
+    assert flagged == {"b.png": "too small, near-duplicate", "c.png": "unreadable"}
+    assert [example.name for example in read_examples(folder.images, 1, flagged)] == ["a.png"]
+    photographs["rocket"].save(folder.images / "b.png")  # another picture, of which the audit says nothing
+    assert set(flagged_pictures(folder)) == {"c.png"}
+    with pytest.raises(DataError, match=r"c.png: is not a PNG"):
+        read_examples(folder.images, 1)
+
+
+def test_training_without_anything_left_or_without_an_audit_is_refused(folder):
+    (folder.images / "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match="run the caption stage first"):
+        flagged_pictures(folder)
+    write(audited(folder), folder)
+    with pytest.raises(DataError, match="all 1 pictures are flagged"):
+        read_examples(folder.images, 1, flagged_pictures(folder))
+    folder.audit.write_text('{"flagged": []}')
+    with pytest.raises(DataError, match="missing or damaged"):
+        flagged_pictures(folder)
+
+
+def test_hash_is_the_same_for_a_picture_in_memory_and_on_disk(tmp_path, photographs):
+    """Formats without loss give the same look."""
+    for suffix in ("png", "bmp"):
+        photographs["chelsea"].save(tmp_path / f"a.{suffix}")
+    stream = io.BytesIO()
+    photographs["chelsea"].save(stream, "WEBP", lossless=True)
+    (tmp_path / "a.webp").write_bytes(stream.getvalue())
+    assert look_at(tmp_path / "a.png") == look_at(tmp_path / "a.bmp") == look_at(tmp_path / "a.webp")

@@ -1,0 +1,231 @@
+"""What the tagger said is stored: other settings cost no inference, and nothing stale or damaged is believed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from captioning import tagging
+from captioning.captions import GENERAL
+from captioning.inference import effect_on_tags, inferred
+from captioning.tag_choice import TagChoice
+from captioning.tag_store import store_by_name, store_of_model
+from captioning.tagger import Tagger, prepare
+from dataset_folder import sha256_of
+from demo import tiny_tagger
+from pictures import BrokenPictureError
+from settings import CaptionSettings
+
+
+@pytest.fixture
+def pictures(stage, photographs):
+    """The stage with a data set of twelve pictures, all different."""
+    small = [picture.resize((300, 200)) for picture in photographs.values()]
+    for number in range(12):
+        small[number % 4].rotate(number).save(stage.images / f"{number:02}.png")
+    return stage
+
+
+@pytest.fixture
+def once(pictures, tiny, tmp_path):
+    """The same captioned, and the model is gone."""
+    pictures.variables["CAPTION_MODEL"] = str(shutil.copytree(tiny, tmp_path / "wd-vit-tagger-v3"))
+    assert pictures.run().returncode == 0
+    shutil.rmtree(tmp_path / "wd-vit-tagger-v3")
+    return pictures
+
+
+def tags_of(stage) -> dict[str, list[str]]:
+    return {name: text.strip().split(", ")[1:] for name, text in stage.captions().items()}
+
+
+def test_other_thresholds_and_choices_cost_no_inference(once):
+    usual = tags_of(once)
+    assert once.run(CAPTION_THRESHOLD=0.6).returncode == 0
+    fewer = tags_of(once)
+    assert all(set(fewer[name]) <= set(usual[name]) for name in usual)
+    assert fewer != usual
+    ended = once.run(CAPTION_THRESHOLD="auto")
+    assert "caption_threshold auto is 0.2614" in ended.stdout
+    assert sum(map(len, tags_of(once).values())) > sum(map(len, usual.values()))
+    assert once.run(CAPTION_THRESHOLD="mcut", CAPTION_MAX_TAGS=3, CAPTION_APPEND="photo").returncode == 0
+    assert all(len(tags) <= 4 and tags[-1] == "photo" for tags in tags_of(once).values())
+    assert "12 captioned" in once.run().stdout
+    assert tags_of(once) == usual
+
+
+def test_every_setting_of_the_choice_reaches_the_captions(once):
+    variables = {"CAPTION_REPLACE_TAGS": "still_life=a still life, smile=a smile", "CAPTION_ALWAYS_FIRST": "a smile"}
+    variables |= {"CAPTION_EXCLUDE_TAGS": "*background, nonsense", "CAPTION_RATING_TAGS": "1"}
+    ended = once.run(**variables)
+    assert "this model has no such tags: nonsense" in ended.stdout
+    for tags in tags_of(once).values():
+        assert not [tag for tag in tags if tag.endswith("background") or tag in ("smile", "still life")]
+        assert tags[-1] in tiny_tagger.RATINGS
+        assert "a smile" not in tags[1:]
+
+
+def test_traits_are_pruned_for_the_whole_data_set_and_written_down(once):
+    usual = tags_of(once)
+    shares = {tag: sum(tag in tags for tags in usual.values()) / 12 for tags in usual.values() for tag in tags}
+    traits = {
+        tag: share for tag, share in shares.items() if tag in ("1girl", "long hair", "freckles") or tag.endswith((" eyes", " hair"))
+    }
+    least = sorted(traits.values())[len(traits) // 2]
+    ended = once.run(CAPTION_PRUNE_TRAITS=least)
+    pruned = {tag for tag, share in traits.items() if share >= least}
+    assert pruned
+    for name, tags in tags_of(once).items():
+        assert tags == [tag for tag in usual[name] if tag not in pruned]
+    record = json.loads((once.record.parent / "traits.json").read_text())
+    assert set(record["pruned"]) == pruned
+    assert set(record["kept"]) == set(traits) - pruned
+    assert record["pictures"] == 12
+    assert all(f"{tag} {traits[tag]:.0%}" in ended.stdout for tag in pruned)
+    once.run()
+    assert tags_of(once) == usual
+
+
+def test_traits_worth_pruning_are_suggested(once):
+    assert "CAPTION_PRUNE_TRAITS=0.8" not in once.run(CAPTION_THRESHOLD=0.9).stdout
+    suggested = once.run(CAPTION_THRESHOLD=0.01).stdout
+    assert "the person's traits in nearly all pictures" in suggested
+    assert "CAPTION_PRUNE_TRAITS=0.8 leaves them out" in suggested
+
+
+def test_captions_of_the_users_are_not_counted_and_not_changed(once):
+    (once.images / "00.txt").write_text("my words")
+    once.run(CAPTION_THRESHOLD=0.6)
+    assert once.captions()["00.txt"] == "nyafyi_woman, my words"
+    assert json.loads((once.record.parent / "traits.json").read_text())["pictures"] == 11
+
+
+def test_unknown_point_is_refused_before_anything_begins(pictures):
+    ended = pictures.run(CAPTION_THRESHOLD="auto", CAPTION_MODEL="Somebody/some-tagger")
+    assert ended.returncode == 2
+    assert "auto knows no point for Somebody/some-tagger" in ended.stderr
+    assert not pictures.record.parent.exists()
+
+
+def test_replacement_that_is_none_is_refused(pictures):
+    ended = pictures.run(CAPTION_REPLACE_TAGS="a=b, c, =d")
+    assert ended.returncode == 2
+    assert "caption_replace_tags: 'c' must be old=new" in ended.stderr
+    assert "'=d'" in ended.stderr
+
+
+def test_cuda_that_is_not_installed_is_refused(pictures):
+    ended = pictures.run(CAPTION_PROVIDER="cuda")
+    assert ended.returncode == 2
+    assert "caption_provider: cuda needs the package onnxruntime-gpu" in ended.stderr
+    assert "on the CPU" in pictures.run(CAPTION_PROVIDER="auto").stdout
+
+
+def test_another_picture_of_the_same_name_and_a_damaged_store_are_tagged_anew(pictures, photographs):
+    pictures.run()
+    before = pictures.captions()
+    old = sha256_of(pictures.images / "00.png")
+    photographs["rocket"].save(pictures.images / "00.png")
+    damaged = pictures.stored()[:3]
+    damaged[0].write_bytes(damaged[0].read_bytes()[:100])
+    damaged[1].write_bytes(b"")
+    np.save(damaged[2], np.zeros(3, np.float32))
+    ended = pictures.run()
+    tagged = len({damaged_one.stem for damaged_one in damaged} - {old}) + 1
+    assert f"{tagged} pictures to tag" in ended.stdout
+    after = pictures.captions()
+    assert after["00.txt"] != before["00.txt"]
+    assert {name: text for name, text in after.items() if name != "00.txt"} == {
+        name: text for name, text in before.items() if name != "00.txt"
+    }
+
+
+def test_another_model_is_asked_anew_and_the_first_one_is_remembered(pictures, tmp_path):
+    pictures.run()
+    first = pictures.captions()
+    other = tiny_tagger.build(tmp_path / "other", seed=7)
+    assert "12 pictures to tag" in pictures.run(CAPTION_MODEL=other).stdout
+    assert pictures.captions() != first
+    assert "to tag" not in pictures.run().stdout
+    assert pictures.captions() == first
+
+
+def test_a_model_is_its_content_not_its_place(tmp_path, tiny):
+    root = tmp_path / "tags"
+    first = Path(shutil.copytree(tiny, tmp_path / "a"))
+    store = store_of_model(root, "a", first, bf16=False)
+    store.put("ab", np.arange(len(store.tags), dtype=np.float32))
+    moved = first.rename(tmp_path / "b")
+    again = store_of_model(root, "b", moved, bf16=False)
+    assert (again.read("ab") == store.read("ab")).all()
+    assert store_of_model(root, "b", moved, bf16=True).read("ab") is None
+    assert store_of_model(root, "c", tiny_tagger.build(tmp_path / "c", seed=3), bf16=False).read("ab") is None
+    assert store_by_name(root, "b", bf16=False).read("ab") is not None
+    assert store_by_name(root, "nobody", bf16=False) is None
+    assert store.read("cd") is None
+
+
+def test_damaged_note_about_a_model_is_made_anew(tmp_path, tiny):
+    root = tmp_path / "tags"
+    store = store_of_model(root, "a", tiny, bf16=False)
+    store.put("ab", np.zeros(len(store.tags), np.float32))
+    (note,) = root.glob("*/model.json")
+    note.write_bytes(note.read_bytes()[:20])
+    assert store_by_name(root, "a", bf16=False) is None
+    assert store_of_model(root, "a", tiny, bf16=False).read("ab") is not None
+
+
+def test_batches_are_full_whatever_is_broken_and_every_picture_has_its_own_tags(tmp_path, photographs, tiny, monkeypatch):
+    tagger = Tagger(tiny / "model.onnx", tiny / "selected_tags.csv", batch_size=3)
+    paths = []
+    for number, name in enumerate(["coffee", "", "chelsea", "", "", "rocket", "astronaut", "coffee", "", "rocket", "chelsea"]):
+        paths.append(tmp_path / f"{number}.png")
+        if name:
+            photographs[name].rotate(number).save(paths[-1])
+        else:
+            paths[-1].write_bytes(b"broken")
+    batches = []
+    run = tagger.probabilities
+    monkeypatch.setattr(tagger, "probabilities", lambda prepared: batches.append(len(prepared)) or run(prepared))
+    results = dict(inferred(paths, tagger, workers=2))
+    assert batches == [3, 3, 1]
+    assert set(results) == set(paths)
+    for path in paths:
+        if path.read_bytes() == b"broken":
+            assert isinstance(results[path], BrokenPictureError)
+    expected = run([prepare(photographs["rocket"].rotate(5), tagger.side_px)])[0]
+    assert (results[paths[5]] == expected).all()
+
+
+def test_effect_of_rounding_is_told_in_tags(tiny):
+    tagger = Tagger(tiny / "model.onnx", tiny / "selected_tags.csv", batch_size=1)
+    general = [index for index, tag in enumerate(tagger.tags) if tag.category == GENERAL]
+    exact = np.zeros((2, len(tagger.tags)), np.float32)
+    exact[0, general[:4]] = 0.4, 0.36, 0.34, 0.9
+    rounded = exact.copy()
+    rounded[0, general[1:3]] = 0.345, 0.352
+    choice = TagChoice(tagger.tags, CaptionSettings())
+    assert effect_on_tags(exact, rounded, choice) == (
+        "bfloat16 changes 2 of 3 tags of the first 2 pictures; probabilities move by at most 0.0150"
+    )
+
+
+def test_bf16_is_a_model_of_its_own_on_arm_and_nothing_elsewhere(pictures, monkeypatch):
+    pictures.run()
+    monkeypatch.setattr(tagging, "is_arm", lambda: False)
+    assert "to tag" not in pictures.run(CAPTION_BF16=1).stdout
+    monkeypatch.setattr(tagging, "is_arm", lambda: True)
+    said = pictures.run(CAPTION_BF16=1).stdout
+    assert "bfloat16 changes 0 of " in said
+    assert "12 pictures to tag" in said
+
+
+def test_store_keeps_exactly_what_the_model_said(pictures, tiny, photographs):
+    pictures.run()
+    store = store_by_name(pictures.record.parent / "tags", str(tiny), bf16=False)
+    tagger = Tagger(tiny / "model.onnx", tiny / "selected_tags.csv", batch_size=8)
+    expected = tagger.probabilities([prepare(photographs["astronaut"].resize((300, 200)), 448)])[0]
+    assert (store.read(sha256_of(pictures.images / "00.png")) == expected).all()
+    assert [tag.name for tag in store.tags] == [tag.name for tag in tagger.tags]
