@@ -1,4 +1,4 @@
-"""A tiny SDXL with random weights: the real architecture and file layout, small widths.
+"""SDXL with random weights: the real architecture and file layout, in small widths or in its own.
 
 `build` writes a diffusers folder, `write_single_file` the same weights as one checkpoint in the original (sgm) layout.
 Every tensor is random, norms and biases too, so that a weight in the wrong place cannot go unnoticed.
@@ -7,6 +7,7 @@ Every tensor is random, norms and biases too, so that a weight in the wrong plac
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,19 +19,55 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from training.parts import STEMS, name_in_files
 from training.sgm_names import sgm_source
 
-HIDDEN_1, HIDDEN_2 = 32, 64
-"""Widths of the two text encoders."""
+
+@dataclass(frozen=True)
+class Size:
+    """What sets one SDXL apart from another: all widths are in channels, text encoders are (width, layers, heads, projection)."""
+
+    unet: tuple[int, int, int] = (32, 64, 32)
+    heads: tuple[int, int, int] = (1, 1, 1)
+    time_ids: int = 8
+    """Channels of each number that the UNet is told beside the pooled text."""
+    vae: tuple[int, int, int, int] = (32, 32, 32, 32)
+    clip_l: tuple[int, int, int, int] = (32, 2, 1, 32)
+    clip_g: tuple[int, int, int, int] = (64, 3, 1, 64)
+    words: int = 0
+    """Rows of the token embeddings; at least those of the vocabulary, which is small always."""
+
+
+TINY = Size()
+FULL = Size(
+    unet=(320, 640, 1280),
+    heads=(5, 10, 20),
+    time_ids=256,
+    vae=(128, 256, 512, 512),
+    clip_l=(768, 12, 12, 768),
+    clip_g=(1280, 32, 20, 1280),
+    words=49408,
+)
+"""Stability AI's SDXL 1.0: 2.57 billion weights in the UNet, 7 GB in all."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = ("a n", "i n", "e r", "an d</w>", "r e", "1 g", "i r", "1g ir", "1gir l</w>", "s m", "i l", "sm il", "smil e</w>")
 """Enough to make some words one token and leave others in pieces."""
 
 
-def build(folder: Path, *, prediction_type: str = "epsilon", zero_terminal_snr: bool = False, seed: int = 0) -> Path:
-    """Write the tiny model to `folder` in diffusers' layout, fp16 weights (about 17 MB), and return `folder`."""
-    generator = torch.Generator().manual_seed(seed)
+def build(
+    folder: Path,
+    *,
+    prediction_type: str = "epsilon",
+    zero_terminal_snr: bool = False,
+    seed: int = 0,
+    size: Size = TINY,
+    device: str = "cpu",
+) -> Path:
+    """Write the model to `folder` in diffusers' layout, fp16 weights (tiny: about 17 MB), and return `folder`.
+
+    The weights are drawn on `device`; other devices draw other weights.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
     vocabulary = _vocabulary()
-    for name, module in _modules(len(vocabulary)).items():
-        weights = {name_in_files(name, key): _random(key, empty, generator) for key, empty in module.state_dict().items()}
+    for name, module in _modules(size, max(size.words, len(vocabulary))).items():
+        weights = {name_in_files(name, key): _random(key, empty, generator).cpu() for key, empty in module.state_dict().items()}
         (folder / name).mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / name / f"{STEMS[name]}.safetensors", metadata={"format": "pt"})
         module.config.architectures = [type(module).__name__]
@@ -61,26 +98,27 @@ def write_single_file(folder: Path, file: Path, *, v_pred: bool = False, ztsnr: 
     return file
 
 
-def _modules(vocabulary_size: int) -> dict[str, torch.nn.Module]:
+def _modules(size: Size, words: int) -> dict[str, torch.nn.Module]:
     """The four networks on the meta device."""
+    pooled = size.clip_g[3]
     with init_empty_weights():
         unet = UNet2DConditionModel(
             sample_size=16,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(32, 64, 32),
+            block_out_channels=size.unet,
             transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(1, 1, 1),
-            cross_attention_dim=HIDDEN_1 + HIDDEN_2,
+            attention_head_dim=size.heads,
+            cross_attention_dim=size.clip_l[0] + size.clip_g[0],
             use_linear_projection=True,
             addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=HIDDEN_2 + 6 * 8,
+            addition_time_embed_dim=size.time_ids,
+            projection_class_embeddings_input_dim=pooled + 6 * size.time_ids,
         )
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(32, 32, 32, 32),
+            block_out_channels=size.vae,
             layers_per_block=2,
             latent_channels=4,
             scaling_factor=0.13025,
@@ -88,19 +126,19 @@ def _modules(vocabulary_size: int) -> dict[str, torch.nn.Module]:
         return {
             "unet": unet,
             "vae": vae,
-            "text_encoder": CLIPTextModel(_clip_config(HIDDEN_1, 2, "quick_gelu", vocabulary_size)),
-            "text_encoder_2": CLIPTextModelWithProjection(_clip_config(HIDDEN_2, 3, "gelu", vocabulary_size)),
+            "text_encoder": CLIPTextModel(_clip_config(*size.clip_l, "quick_gelu", words)),
+            "text_encoder_2": CLIPTextModelWithProjection(_clip_config(*size.clip_g, "gelu", words)),
         }
 
 
-def _clip_config(hidden: int, layers: int, activation: str, vocabulary_size: int) -> CLIPTextConfig:
+def _clip_config(hidden: int, layers: int, heads: int, projection: int, activation: str, words: int) -> CLIPTextConfig:
     return CLIPTextConfig(
-        vocab_size=vocabulary_size,
+        vocab_size=words,
         hidden_size=hidden,
         intermediate_size=4 * hidden,
-        projection_dim=hidden,
+        projection_dim=projection,
         num_hidden_layers=layers,
-        num_attention_heads=1,
+        num_attention_heads=heads,
         max_position_embeddings=77,
         hidden_act=activation,
         pad_token_id=1,
@@ -111,7 +149,7 @@ def _clip_config(hidden: int, layers: int, activation: str, vocabulary_size: int
 
 def _random(name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Weights that keep the signal's size; norms near one, biases near zero."""
-    noise = torch.randn(like.shape, generator=generator)
+    noise = torch.randn(like.shape, generator=generator, device=generator.device)
     if name.endswith("bias"):
         return (0.02 * noise).half()
     if like.ndim == 1:

@@ -249,6 +249,8 @@ def finish(task: Task, modules: list[LoraModule]) -> None:
     path = task.results.lora
     write_lora(path, modules, description_of(task, task.plan.epochs))
     checkpoint.remove(task.results.state)
+    if task.precision.device.type == "cuda":
+        print(f"peak GPU memory {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
     size = path.stat().st_size / 2**20
     print(f"{path}: {size:.1f} MiB, {len(modules)} modules, all known to ComfyUI; copy it to ComfyUI's models/loras")
 

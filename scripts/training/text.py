@@ -76,13 +76,17 @@ def in_chunks(tokens: list[int], tokenizer: CLIPTokenizer, chunks: int) -> torch
 
 @torch.no_grad()
 def encode(texts: list[str], text_encoders: TextEncoders, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode each text alone, so that its embedding does not depend on the others.
+    """Encode the texts as one batch.
 
     Returns the hidden states before the last layer of both encoders side by side, [texts, 77 * chunks, 2048], and the
     second encoder's projection of the first chunk, [texts, 1280]: float32, on the encoders' device.
     """
-    encoded = [_encode_one(text, text_encoders, chunks) for text in texts]
-    return torch.stack([hidden for hidden, _ in encoded]), torch.stack([pooled for _, pooled in encoded])
+    hidden = []
+    for tokenizer, encoder in zip(text_encoders.tokenizers, text_encoders.encoders, strict=True):
+        tokens = torch.cat([in_chunks(token_ids(text, tokenizer), tokenizer, chunks) for text in texts])
+        output = encoder(tokens.to(encoder.device), output_hidden_states=True)
+        hidden.append(output.hidden_states[-2].unflatten(0, (len(texts), chunks)).flatten(1, 2).float())
+    return torch.cat(hidden, dim=-1), output.text_embeds.unflatten(0, (len(texts), chunks))[:, 0].float()
 
 
 def _has_sentences(caption: str, tags: list[str]) -> bool:
@@ -97,12 +101,3 @@ def _shuffled(tags: list[str], key: str) -> list[str]:
     """The tags in an order that depends on `key` only."""
     ranks = [hashlib.sha256(f"{key}\0{position}".encode()).digest() for position in range(len(tags))]
     return [tag for _, tag in sorted(zip(ranks, tags, strict=True))]
-
-
-def _encode_one(text: str, text_encoders: TextEncoders, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden = []
-    for tokenizer, encoder in zip(text_encoders.tokenizers, text_encoders.encoders, strict=True):
-        tokens = in_chunks(token_ids(text, tokenizer), tokenizer, chunks)
-        output = encoder(tokens.to(encoder.device), output_hidden_states=True)
-        hidden.append(output.hidden_states[-2].flatten(0, 1).float())
-    return torch.cat(hidden, dim=-1), output.text_embeds[0].float()

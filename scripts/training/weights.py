@@ -5,6 +5,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,17 +71,23 @@ def read_header(path: Path) -> WeightsFile:
 
 
 def digest(files: Iterable[tuple[WeightsFile, Iterable[str]]]) -> str:
-    """SHA-256 over the names, types, shapes and bytes of these tensors of these files."""
+    """SHA-256 over the names, types, shapes and SHA-256s of these tensors of these files; as many at once as there are cores."""
+    tensors = [(name, file.path, file.tensors[name]) for file, names in files for name in sorted(names)]
     total = hashlib.sha256()
-    for file, names in files:
-        with file.path.open("rb") as opened:
-            for name in sorted(names):
-                tensor = file.tensors[name]
-                total.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-                opened.seek(tensor.begin)
-                for begin in range(tensor.begin, tensor.end, _READ_BYTES):
-                    total.update(opened.read(min(_READ_BYTES, tensor.end - begin)))
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda item: _hash(item[1], item[2]), tensors)
+        for (name, _, tensor), found in zip(tensors, hashes, strict=True):
+            total.update(f"{name} {tensor.dtype} {tensor.shape} {found}\n".encode())
     return total.hexdigest()
+
+
+def _hash(path: Path, tensor: Tensor) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as opened:
+        opened.seek(tensor.begin)
+        for begin in range(tensor.begin, tensor.end, _READ_BYTES):
+            found.update(opened.read(min(_READ_BYTES, tensor.end - begin)))
+    return found.hexdigest()
 
 
 def _tensor(entry: dict, data_start: int) -> Tensor:

@@ -142,5 +142,5 @@ def test_embedding_does_not_depend_on_what_is_encoded_with_it(encoders):
     together, together_pooled = encode(texts, encoders, 2)
     for position, text in enumerate(texts):
         alone, alone_pooled = encode([text], encoders, 2)
-        assert torch.equal(alone[0], together[position])
-        assert torch.equal(alone_pooled[0], together_pooled[position])
+        torch.testing.assert_close(alone[0], together[position], rtol=1e-4, atol=1e-5)  # the size of a batch moves roundings
+        torch.testing.assert_close(alone_pooled[0], together_pooled[position], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,178 @@
+"""`python -m benchmarks.train`: how fast a LoRA is trained on this GPU, measured as a user meets it. Needs CUDA.
+
+Builds a full-size SDXL with random weights and pictures of its own in a folder (15 GB), runs `scripts/train_lora.py` on
+them at two lengths each, and takes time per step and fixed cost from the difference.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from demo import tiny_sdxl
+from demo.world import setting_names
+from settings import REPOSITORY
+
+ONE_BUCKET = ((1024, 1024),)
+SIX_BUCKETS = ((1024, 1024), (896, 1152), (1152, 896), (832, 1216), (1216, 832), (768, 1344))
+STEP_TFLOP_PER_PICTURE = 14.7
+"""Forward and backward of the UNet at 1024 x 1024 with the LoRA's gradients, counted from the layers' sizes."""
+TAGS = "1girl, smile, brown hair, blue eyes, outdoors, tree, standing, upper body, looking at viewer, white shirt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of train_lora.py."""
+
+    name: str
+    pictures: str
+    """Folder of the data set."""
+    epochs: int
+    steps: int
+    settings: dict[str, object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/loracat-benchmark"), help="where everything is built")
+    parser.add_argument("--only", default="", help="regular expression: only the measurements whose names match")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs an NVIDIA GPU")
+    build(options.folder)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matrix products at {matmul_tflops():.0f} TFLOP/s (bf16)\n")
+    torch.cuda.empty_cache()
+    wanted = re.compile(options.only)
+    for name, pictures, batch, settings in MEASUREMENTS:
+        if wanted.search(name):
+            print(measured(options.folder, name, pictures, batch, settings), flush=True)
+    for name, fresh in (("job, first run on this machine", True), ("job, kernels compiled before", False)):
+        if wanted.search(name):
+            if fresh:
+                forget_kernels(options.folder)
+            print(whole_job(options.folder, name), flush=True)
+
+
+MEASUREMENTS = (
+    ("batch 4", "one", 4, {}),
+    ("batch 1", "one", 1, {}),
+    ("batch 4, checkpointing", "one", 4, {"gradient_checkpointing": "true"}),
+    ("batch 4, six buckets", "six", 4, {}),
+)
+"""Name, pictures, batch size, further settings. Checkpointing is off where nothing else is said."""
+
+
+def build(folder: Path) -> None:
+    """The base model and the two data sets, unless they are there."""
+    if (folder / "complete").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    started = time.monotonic()
+    tiny_sdxl.build(folder / "models" / "random-sdxl", size=tiny_sdxl.FULL, device="cuda")
+    torch.cuda.empty_cache()
+    for name, sizes, count in (("one", ONE_BUCKET, 32), ("six", SIX_BUCKETS, 48)):
+        images = folder / name / "images"
+        images.mkdir(parents=True)
+        for number in range(count):
+            picture(sizes[number % len(sizes)], number).save(images / f"{number:02d}.png")
+            (images / f"{number:02d}.txt").write_text(f"trigger, {TAGS}, number {number}", encoding="utf-8")
+    (folder / "complete").touch()
+    print(f"built in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def picture(size: tuple[int, int], seed: int) -> Image.Image:
+    """Soft colours with some grain."""
+    generator = torch.Generator().manual_seed(seed)
+    soft = torch.rand(1, 3, 8, 8, generator=generator)
+    pixels = torch.nn.functional.interpolate(soft, size=size[::-1], mode="bicubic", align_corners=False)
+    pixels = pixels + 0.02 * torch.randn(pixels.shape, generator=generator)
+    return Image.fromarray((pixels[0].clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
+
+
+def matmul_tflops() -> float:
+    """What a large bf16 matrix product reaches on this card."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(20):
+        a @ b
+    end.record()
+    torch.cuda.synchronize()
+    return 20 * 2 * 8192**3 / (begin.elapsed_time(end) / 1e3) / 1e12
+
+
+def run(folder: Path, job: Job) -> tuple[float, str]:
+    """Run train_lora.py from scratch; seconds from start to end, and what it printed, each line with its time."""
+    output = folder / "output"
+    shutil.rmtree(output, ignore_errors=True)
+    kept = {name: value for name, value in os.environ.items() if name not in setting_names()}
+    ours = {
+        "trigger_word": "trigger",
+        "dataset_dir": folder / job.pictures,
+        "output_dir": output,
+        "models_dir": folder / "models",
+        "base_model": "random-sdxl",
+        "num_train_epochs": job.epochs,
+        "save_every_epochs": 0,
+        "gradient_checkpointing": "false",
+        "validation_fraction": 0,
+    }
+    changed = {name.upper(): str(value) for name, value in (ours | job.settings).items() if name.upper() in setting_names()}
+    command = [sys.executable, REPOSITORY / "scripts" / "train_lora.py"]
+    started, lines = time.monotonic(), []
+    process = subprocess.Popen(command, env=kept | changed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        lines.append(f"{time.monotonic() - started:7.1f} s  {line.rstrip()}")
+    code = process.wait()
+    log = "\n".join(lines)
+    (folder / f"{re.sub('[^a-z0-9]+', '-', job.name)}.log").write_text(log, encoding="utf-8")
+    if code:
+        sys.exit(f"{job.name}: train_lora.py ended with exit code {code}\n{log}")
+    return time.monotonic() - started, log
+
+
+def measured(folder: Path, name: str, pictures: str, batch: int, settings: dict[str, object]) -> str:
+    """One line of the table, from two runs of different length."""
+    count = {"one": 32, "six": 48}[pictures]
+    per_epoch = count // batch
+    short, long = 24 * 4 // batch // per_epoch + 1, 104 * 4 // batch // per_epoch + 1
+    seconds, logs = [], []
+    for epochs in (short, long):
+        job = Job(f"{name}, {epochs} epochs", pictures, epochs, epochs * per_epoch, {"train_batch_size": batch} | settings)
+        took, log = run(folder, job)
+        seconds.append(took)
+        logs.append(log)
+    step_s = (seconds[1] - seconds[0]) / ((long - short) * per_epoch)
+    fixed_s = [took - epochs * per_epoch * step_s for took, epochs in zip(seconds, (short, long), strict=True)]
+    peak = re.findall(r"peak GPU memory ([\d.]+) GiB", logs[1])
+    return (
+        f"{name:28s} step {1e3 * step_s:6.1f} ms  {batch / step_s:6.2f} pictures/s  "
+        f"{batch * STEP_TFLOP_PER_PICTURE / step_s:5.0f} TFLOP/s  fixed {fixed_s[0]:5.1f} s  peak {peak[0] if peak else '?'} GiB"
+    )
+
+
+def whole_job(folder: Path, name: str) -> str:
+    """32 pictures, 20 epochs, batch 4, as the settings' defaults have it."""
+    took, log = run(folder, Job(name, "one", 20, 160, {"train_batch_size": 4, "gradient_checkpointing": "auto"}))
+    return f"{name:32s} {took:6.1f} s\n{log}"
+
+
+def forget_kernels(folder: Path) -> None:
+    """Remove what Triton and the driver have compiled before, as on a new machine."""
+    for cache in (os.environ.get("TRITON_CACHE_DIR"), Path.home() / ".triton" / "cache", Path.home() / ".nv" / "ComputeCache"):
+        if cache:
+            shutil.rmtree(cache, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
