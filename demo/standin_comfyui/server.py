@@ -29,11 +29,12 @@ class StandIn:
     """One server over `folder`, which gets input/, output/, temp/ and models/. Use as a context manager, or `start` and `stop`.
 
     Loaders offer the files in models/, whatever is in them; checkpoints/ has two from the beginning.
-    `seconds_per_job` is how long a prompt takes that is not wholly cached. `requests` lists what was asked, in order.
+    It listens on `host` only. `seconds_per_job` is how long a prompt takes that is not wholly cached. `requests` lists what
+    was asked, in order.
     A test that wants another answer to a request replaces `answer`.
     """
 
-    def __init__(self, folder: Path, *, seconds_per_job: float = 0.0, port: int = 0):
+    def __init__(self, folder: Path, *, seconds_per_job: float = 0.0, host: str = "127.0.0.1", port: int = 0):
         self.folder = folder.resolve()
         for kind in _KINDS:
             (self.folder / kind).mkdir(parents=True, exist_ok=True)
@@ -49,12 +50,13 @@ class StandIn:
         """The body of every accepted POST /prompt."""
         self._numbers = 0
         self._numbers_lock = threading.Lock()
-        self._http = Listener(port, self._answer_and_remember)
+        self._http = Listener(host, port, self._answer_and_remember)
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), name="standin-http", daemon=True)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}"
+        host, port = self._http.server_address[:2]
+        return f"http://{host}:{port}"
 
     def start(self) -> "StandIn":
         self.worker.start()

@@ -77,12 +77,12 @@ def _filename(disposition: str) -> str | None:
 
 
 class Listener(ThreadingHTTPServer):
-    """Serves on the loopback interface; `answer` is called in a thread per connection."""
+    """Serves at `host` and `port` (0: a free one); `answer` is called in a thread per connection."""
 
     daemon_threads = True
 
-    def __init__(self, port: int, answer: Callable[[Asked], Answer]):
-        super().__init__(("127.0.0.1", port), _Handler)
+    def __init__(self, host: str, port: int, answer: Callable[[Asked], Answer]):
+        super().__init__((host, port), _Handler)
         self.answer = answer
 
     def handle_error(self, request: Any, client_address: Any) -> None:

@@ -1,0 +1,150 @@
+"""A container that is stopped or killed in each stage, and what a terminal and a file get to see of it."""
+
+import os
+import pty
+import subprocess
+import threading
+import time
+import uuid
+
+import pytest
+from container_clone import OWNER, docker
+from PIL import Image
+
+pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
+
+GRACE_S = 120
+"""As docker-compose.yml gives it."""
+
+
+def wait_for(condition, what: str) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline, f"this did not come: {what}"
+        time.sleep(0.05)
+
+
+class Running:
+    """A run in the background whose output is read as it comes."""
+
+    def __init__(self, clone, *flags: str, **variables: str):
+        self.name = f"loracat-test-{uuid.uuid4().hex[:8]}"
+        self.process = clone.start(*flags, name=self.name, **variables)
+        self.output = ""
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.output += line
+
+    def ended(self) -> int:
+        code = self.process.wait(timeout=GRACE_S)
+        self._reader.join()
+        self.process.stdout.close()
+        return code
+
+
+def many_pictures(clone, count: int) -> None:
+    """Pictures that take the tagger some seconds."""
+    folder = clone.folder / "dataset" / "images"
+    for number in range(count):
+        Image.effect_noise((1600, 1600), 40 + number).convert("RGB").save(folder / f"{number:03}.png", compress_level=1)
+    clone.give_to(OWNER, "dataset")
+
+
+# stage -> (variables that make it long, the files it leaves one by one)
+STAGES = {
+    "collect": ({}, "dataset/images/*.png"),
+    "caption": ({"CAPTION_BATCH_SIZE": "1"}, "dataset/images/*.txt"),
+    "train": ({"NUM_TRAIN_EPOCHS": "60", "SAVE_EVERY_EPOCHS": "5"}, "output/lora/*-0*.safetensors"),
+}
+
+
+def begun(clone, comfyui, stage: str) -> Running:
+    """The stage in the middle of its work."""
+    variables, leaves = STAGES[stage]
+    if stage == "collect":
+        comfyui.worker.seconds_per_job = 1.0
+    if stage == "caption":
+        many_pictures(clone, 60)
+    if stage == "train":
+        ready = clone.run("--collect", "--caption")
+        assert ready.returncode == 0, ready.stdout
+    running = Running(clone, f"--{stage}", **variables)
+    wait_for(lambda: len(list(clone.folder.glob(leaves))) >= 2 or running.process.poll() is not None, leaves)
+    assert running.process.poll() is None, running.output
+    return running
+
+
+def finished(clone, stage: str) -> str:
+    """The same command again, to its end."""
+    done = clone.run(f"--{stage}", **STAGES[stage][0])
+    assert done.returncode == 0, done.stdout
+    assert clone.owners() == {OWNER}
+    return done.stdout
+
+
+def is_whole(clone, stage: str) -> bool:
+    images = clone.folder / "dataset" / "images"
+    pictures, captions = list(images.glob("*.png")), list(images.glob("*.txt"))
+    lines = (clone.folder / "dataset" / "manifest.jsonl").read_text().splitlines() if stage != "caption" else []
+    return {
+        "collect": len(pictures) == len(lines) == 10,
+        "caption": len(captions) == len(pictures) == 60,
+        "train": clone.lora.exists(),
+    }[stage]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_docker_stop_ends_a_stage_with_143_and_it_continues(clone, comfyui, stage):
+    running = begun(clone, comfyui, stage)
+    users = {line.split()[0] for line in docker("top", running.name, "-eo", "uid,args").splitlines() if "/app/scripts" in line}
+    assert users == {str(OWNER)}
+    began = time.monotonic()
+    docker("stop", "--time", str(GRACE_S), running.name)
+    assert running.ended() == 143
+    assert time.monotonic() - began < GRACE_S
+    assert "stopped by SIGTERM" in running.output
+    assert "Traceback" not in running.output
+    assert not is_whole(clone, stage)
+    if stage == "train":
+        assert list((clone.folder / "output" / "state").glob("*/*"))
+    told = finished(clone, stage)
+    assert is_whole(clone, stage)
+    assert stage != "train" or "continuing at step" in told
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_stage_continues(clone, comfyui, stage):
+    running = begun(clone, comfyui, stage)
+    docker("kill", running.name)
+    assert running.ended() == 137
+    finished(clone, stage)
+    assert is_whole(clone, stage)
+
+
+def test_piped_log_has_whole_lines_only(clone):
+    log = clone.run("--collect", "--caption").stdout
+    assert "\r" not in log
+    assert "\x1b" not in log
+    assert "caption_images begins." in log.splitlines()
+
+
+def test_terminal_shows_progress(clone):
+    assert clone.run("--collect").returncode == 0
+    how = clone.compose("run", "--rm", "loracat-cpu", "--caption")
+    screen, end = pty.openpty()
+    process = subprocess.Popen(**{**how, "stdin": end, "stdout": end, "stderr": end})
+    os.close(end)
+    seen = b""
+    while True:
+        try:
+            seen += os.read(screen, 65536)
+        except OSError:  # the terminal's other end is closed
+            break
+    os.close(screen)
+    assert process.wait() == 0
+    assert b"tagging" in seen
+    assert b"10/10" in seen
+    assert b"caption_images ended with exit code 0" in seen
