@@ -14,8 +14,9 @@ fi
 cache=${OUTPUT_DIR:-/app/output}/cache
 export USER=loracat HOME=$cache/home HF_HOME=$cache/huggingface MPLCONFIGDIR=$cache/matplotlib
 export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor
-if ! mkdir -p "$HOME" "$HF_HOME" "$MPLCONFIGDIR" "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR"; then
-    echo "loracat: user $EUID cannot write to ${cache%/cache}: give it the same owner as $dataset" >&2
+if ! mkdir -p "$HOME" "$HF_HOME" "$MPLCONFIGDIR" "$TRITON_CACHE_DIR" "$TORCHINDUCTOR_CACHE_DIR" 2>/dev/null; then
+    folder=${cache%/cache}
+    echo "loracat: user $EUID cannot write to $folder: on the host, sudo chown -R $EUID:$(id -g) ${folder#/app/}" >&2
     exit 6
 fi
 

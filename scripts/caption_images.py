@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     project, settings, train = request.sections["project"], without_auto(request.sections["caption"]), request.sections["train"]
     folder = DatasetFolder(project.dataset_dir)
     if request.check:
-        check(folder, settings, project.models_dir)
+        check(folder, settings, project.models_dir, is_ahead=request.is_ahead)
         return
     captions, tally = CaptionFiles(folder, project.trigger_word), Tally()
     if "undo" in request.asked:

@@ -85,11 +85,13 @@ run_stage() {
     if [[ $stopped_by ]] && ((code <= 1)); then code=$((128 + $(kill -l "$stopped_by"))); fi
 }
 
-# run_all FLAG: run every wanted stage with FLAG and exit with the first code that is not 0, if there is one.
+# run_all FLAG [LATER]: run every wanted stage with FLAG (all but the first with LATER) and exit with the first code that is
+# not 0, if there is one.
 run_all() {
-    local first=0
+    local first=0 flag=$1
     for stage in "${stages[@]}"; do
-        run_stage "$stage" "$1"
+        run_stage "$stage" "$flag"
+        flag=${2:-$flag}
         ((first)) || first=$code
         [[ ! $stopped_by ]] || exit "$code"
     done
@@ -97,7 +99,7 @@ run_all() {
 }
 
 if [[ $check ]]; then
-    run_all --check
+    run_all --check --check=ahead # what a stage brings need not be there before it
     exit 0
 fi
 run_all --settings >/dev/null # a wrong setting of a later stage must not come up hours later

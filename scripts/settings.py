@@ -128,6 +128,8 @@ class Request:
 
     check: bool
     """Only verify what the stage needs."""
+    is_ahead: bool
+    """Stages before this one are still to run: what they bring need not be there for `check`."""
     sections: dict[str, Any]
     """One filled section per table, by the table's name."""
     sources: dict[str, str]
@@ -157,8 +159,14 @@ def read_request(
 
     Raises SettingsError with every complaint at once. `--help` and `--settings` print and end the program.
     """
-    parser = argparse.ArgumentParser(prog=f"{stage}.py", description=description, exit_on_error=False)
-    parser.add_argument("--check", action="store_true", help="verify everything the stage needs, print one list, and exit")
+    parser = argparse.ArgumentParser(prog=f"{stage}.py", description=description)
+    parser.add_argument(
+        "--check",
+        nargs="?",
+        const="now",
+        choices=("now", "ahead"),
+        help="verify everything the stage needs, print one list, and exit; ahead: earlier stages still bring pictures and captions",
+    )
     parser.add_argument("--settings", action="store_true", help="print every setting and where it came from, and exit")
     parser.add_argument("--config", type=Path, default=SETTINGS_FILE, metavar="FILE", help="another settings file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set one key; wins over everything")
@@ -178,7 +186,7 @@ def _refuse_flags(message: str) -> None:
 
 
 def resolve(
-    file: Path, environment: typing.Mapping[str, str], flags: list[str], sections: dict[str, type], *, check: bool = False
+    file: Path, environment: typing.Mapping[str, str], flags: list[str], sections: dict[str, type], *, check: str | None = None
 ) -> Request:
     """Fill `sections` from the TOML `file`, then `environment`, then `flags` (`KEY=VALUE`).
 
@@ -196,7 +204,7 @@ def resolve(
     complaints += [f"--set {key}: unknown key" for key in from_flags]
     if complaints:
         raise SettingsError(one_list("these settings cannot be used:", complaints))
-    return Request(check=check, sections=filled, sources=sources)
+    return Request(check=check is not None, is_ahead=check == "ahead", sections=filled, sources=sources)
 
 
 def all_keys(section: type) -> Iterator[dataclasses.Field]:

@@ -16,10 +16,10 @@ def main(argv: list[str]) -> None:
     project, train = request.sections["project"], request.sections["train"]
     print(f"set by you: {request.overridden()}", flush=True)
 
-    from training import task  # torch and diffusers take seconds to import; a wrong setting is refused before
+    from training import doctor, task  # torch and diffusers take seconds to import; a wrong setting is refused before
 
     if request.check:
-        task.check(project, train)
+        doctor.check(project, train, is_ahead=request.is_ahead)
         return
     run = task.decide(project, train)
     saved = task.saved_state(run)

@@ -11,10 +11,11 @@ from errors import DataError, ResourceError, answer_all
 from settings import CaptionSettings
 
 
-def check(folder: DatasetFolder, settings: CaptionSettings, models_dir: Path) -> None:
-    """Print what is there; raise one list of what is not, with the exit code of the first entry."""
+def check(folder: DatasetFolder, settings: CaptionSettings, models_dir: Path, *, is_ahead: bool) -> None:
+    """Print what is there; raise one list of what is not, with the exit code of the first entry. `is_ahead`: the pictures
+    may be yet to come."""
     questions: list[Callable[[], str]] = [
-        lambda: f"{len(pictures_in(folder))} pictures in {folder.images}",
+        lambda: f"{len(find_images(folder.images) if is_ahead else pictures_in(folder))} pictures in {folder.images}",
         lambda: _writable(folder),
         lambda: _usable_model(settings, models_dir),
     ]

@@ -66,8 +66,12 @@ def wants_checkpointing(setting: bool | Literal["auto"], batch_pixels: int, prec
     micro-batch of `batch_pixels` pixels."""
     if setting != "auto":
         return setting
-    needed = _STEP_BYTES + _ACTIVATION_BYTES_PER_PIXEL * batch_pixels
-    return needed + _RESERVE_BYTES > available_bytes(precision.device)
+    return step_bytes(batch_pixels) + _RESERVE_BYTES > available_bytes(precision.device)
+
+
+def step_bytes(batch_pixels: int) -> int:
+    """About what a step takes that keeps the activations of `batch_pixels` pixels."""
+    return _STEP_BYTES + _ACTIVATION_BYTES_PER_PIXEL * batch_pixels
 
 
 _STEP_BYTES = 8 * GIB

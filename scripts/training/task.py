@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dataset_folder import DatasetFolder, write_text
-from errors import ResourceError, SettingsError, StopRequest, answer_all
+from errors import ResourceError, SettingsError, StopRequest
 from prefetch import prefetched
 from settings import ProjectSettings, resolved_toml
 from training import checkpoint
@@ -24,7 +24,7 @@ from training.fast_unet import checkpoint_everything, fast_ops, quicken
 from training.loop import Run, run_steps
 from training.lora import LoraModule, LoraWeights, inject
 from training.metrics import open_metrics
-from training.models import load_tokenizers, load_unet
+from training.models import load_unet
 from training.optimizer import build_optimizer, learning_rate_at
 from training.parts import BaseModel
 from training.plan import Plan, fingerprint, fingerprint_hash, make_plan
@@ -46,23 +46,6 @@ class Task:
     results: Results
     cache: Cache
     fingerprint: dict[str, Any]
-
-
-def check(project: ProjectSettings, settings: TrainSettings) -> None:
-    """Look at everything that training needs, without training."""
-
-    def base_model() -> str:
-        base = find_base(settings.model.base_model, project.models_dir)
-        load_tokenizers(base, project.models_dir)
-        return f"base model {base.path}, {base.schedule.prediction_type}"
-
-    def pictures() -> str:
-        return f"{len(read_pictures(project, settings))} pictures with captions in {project.dataset_dir}"
-
-    def device() -> str:
-        return f"training would run on {describe(choose_precision(settings.model.mixed_precision))}"
-
-    answer_all("training cannot run:", [base_model, pictures, device, lambda: require_room(project.output_dir)])
 
 
 def decide(project: ProjectSettings, settings: TrainSettings) -> Task:

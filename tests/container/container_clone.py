@@ -62,7 +62,9 @@ class Clone:
         }
 
     def build(self, base: str = BASE_IMAGE, **variables: str) -> subprocess.CompletedProcess:
-        return subprocess.run(**self.compose("build", "loracat-cpu", BASE_IMAGE=base, **variables), timeout=PATIENCE_S)
+        return subprocess.run(
+            **self.compose("build", "--force-rm", "loracat-cpu", BASE_IMAGE=base, **variables), timeout=PATIENCE_S
+        )
 
     def run(self, *flags: str, options: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess:
         """`docker compose run loracat-cpu`, to its end; both streams, without Compose's own words, are in `stdout`."""

@@ -61,8 +61,7 @@ def test_missing_files_are_no_folders(clone):
 
 
 def test_face_that_is_missing_leaves_the_workflows_own_picture(clone, comfyui):
-    (clone.folder / "face_reference.png").unlink()
-    (comfyui.folder / "input" / "example.png").write_bytes((clone.folder.parent / "face.png").read_bytes())
+    (clone.folder / "face_reference.png").rename(comfyui.folder / "input" / "example.png")
     collected = clone.run("--collect")
     assert collected.returncode == 0, collected.stdout
     assert "the workflow's own picture stays" in collected.stdout
