@@ -19,6 +19,8 @@ OTHER_IMAGE = f"{IMAGE}-other"
 OTHER_BASE = f"{IMAGE}-base"
 NAMED_IMAGES = "services:\n  loracat:\n    image: ${TEST_IMAGE}\n  loracat-cpu:\n    image: ${TEST_IMAGE}\n"
 """A second Compose file: the image called `loracat` stays the user's."""
+ONE_THREAD = ("-e", "OMP_NUM_THREADS=1")
+"""Tiny networks gain nothing by more, and lose much on a machine that has other work."""
 COMPOSE_SAYS = ("Creating ", "Building ", " Container ", " Network ", " Image ")
 MOUNTED = ("dataset", "output", "models")
 
@@ -68,13 +70,14 @@ class Clone:
 
     def run(self, *flags: str, options: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess:
         """`docker compose run loracat-cpu`, to its end; both streams, without Compose's own words, are in `stdout`."""
-        done = subprocess.run(**self.compose("run", "--rm", *options, "loracat-cpu", *flags, **variables), timeout=PATIENCE_S)
+        how = self.compose("run", "--rm", *ONE_THREAD, *options, "loracat-cpu", *flags, **variables)
+        done = subprocess.run(**how, timeout=PATIENCE_S)
         done.stdout = "".join(line for line in done.stdout.splitlines(keepends=True) if not line.startswith(COMPOSE_SAYS))
         return done
 
     def start(self, *flags: str, name: str, **variables: str) -> subprocess.Popen:
         """The same, in the background, in a container called `name`."""
-        return subprocess.Popen(**self.compose("run", "--rm", "--name", name, "loracat-cpu", *flags, **variables))
+        return subprocess.Popen(**self.compose("run", "--rm", *ONE_THREAD, "--name", name, "loracat-cpu", *flags, **variables))
 
     def give_to(self, owner: int, *names: str) -> None:
         """Let `owner` own these files and folders of the clone (none: all of it) and what is in them."""

@@ -8,7 +8,7 @@ import time
 import uuid
 
 import pytest
-from container_clone import OWNER, docker
+from container_clone import ONE_THREAD, OWNER, docker
 from PIL import Image
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
@@ -133,7 +133,7 @@ def test_piped_log_has_whole_lines_only(clone):
 
 def test_terminal_shows_progress(clone):
     assert clone.run("--collect").returncode == 0
-    how = clone.compose("run", "--rm", "loracat-cpu", "--caption")
+    how = clone.compose("run", "--rm", *ONE_THREAD, "loracat-cpu", "--caption")
     screen, end = pty.openpty()
     process = subprocess.Popen(**{**how, "stdin": end, "stdout": end, "stderr": end})
     os.close(end)
