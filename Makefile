@@ -2,12 +2,18 @@
 # make test    every test
 # make check   style of the Python and shell files
 # make clean   remove what these made
+# make container-test BASE_IMAGE=nvcr.io/nvidia/pytorch:26.01-py3
+#              build the image on that base and run the miniature world in it; needs Docker with Compose
+# make arm64-wheels
+#              ask the package index whether every requirement can be had for the container on ARM64
+# make arm64-test
+#              install the requirements and train the demo's LoRA in an emulated ARM64 Debian; needs root
 PYTHON ?= python3
 VENV := .venv
 SHELL_FILES := $(wildcard scripts/*.sh container/*.sh .ci/run)
 
 .NOTPARALLEL:
-.PHONY: demo test check clean
+.PHONY: demo test check clean container-test arm64-wheels arm64-test
 
 demo: $(VENV)/complete
 	$(VENV)/bin/python -m demo
@@ -19,6 +25,16 @@ check: $(VENV)/complete
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/shellcheck $(SHELL_FILES)
+
+container-test: $(VENV)/complete
+	@[ -n "$(BASE_IMAGE)" ] || { echo "Which base? make container-test BASE_IMAGE=nvcr.io/nvidia/pytorch:26.01-py3" >&2; exit 2; }
+	BASE_IMAGE="$(BASE_IMAGE)" $(VENV)/bin/python -m pytest tests/container -m container -v
+
+arm64-wheels: $(VENV)/complete
+	$(VENV)/bin/python -m pytest tests/container -m package_index
+
+arm64-test:
+	container/arm64_test.sh
 
 clean:
 	rm -rf $(VENV) demo/workspace .pytest_cache .ruff_cache
