@@ -26,4 +26,6 @@ if [[ -x $ptxas ]]; then
     export TRITON_PTXAS_PATH=$ptxas TRITON_PTXAS_BLACKWELL_PATH=$ptxas
 fi
 
+# `hf download ...`: weights arrive as everything else does, owned by the same user.
+[[ ${1:-} != hf ]] || exec "$@"
 exec bash /app/scripts/run.sh "$@"

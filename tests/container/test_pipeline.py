@@ -122,6 +122,14 @@ def test_doctor_names_everything_that_is_wrong_with_its_remedy(clone, comfyui):
     assert len(checked.stdout.splitlines()) <= A_SCREEN, checked.stdout
 
 
+def test_hub_command_runs_as_the_same_user(clone):
+    refused = clone.run("hf", "download", "nobody/nothing", "--local-dir", "models/nothing", options=("-e", "HF_HUB_OFFLINE=1"))
+    assert refused.returncode != 0
+    assert "nothing" in refused.stdout
+    assert clone.run("hf", "version").returncode == 0
+    assert clone.owners() == {OWNER}
+
+
 def test_image_runs_without_a_clone(image):
     assert "Usage: run.sh" in docker("run", "--rm", IMAGE, "--help")
     assert "no pictures" in docker("run", "--rm", IMAGE, "--caption", check=False)
