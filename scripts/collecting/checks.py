@@ -14,12 +14,15 @@ from settings import CollectSettings
 
 
 def check(settings: CollectSettings, folder: DatasetFolder) -> None:
-    """Verify files, mapping, prompts, face, folder, server and the workflow's node classes and model files.
+    """Verify files, mapping, prompts, face, folder, server and the workflow's node classes and model files; say what is there.
 
     Raises SettingsError with all complaints at once, ComfyUIError when the server alone is at fault.
     """
     complaints: list[str] = []
     plan = read_plan(settings, complaints)
+    if plan:
+        kept, nodes = len(plan.workflow.kept_nodes), len(plan.workflow.graph)
+        print(f"{settings.comfyui_workflow}: {nodes} nodes, pictures are kept of {kept} of them", flush=True)
     check_folder(folder, complaints)
     of_the_files = len(complaints)
     try:
@@ -36,8 +39,14 @@ def _check_server(address: Address, plan: Plan | None, complaints: list[str]) ->
     """Complain when there is no ComfyUI, or one that cannot run the workflow."""
     try:
         with ComfyUI(address, str(uuid.uuid4())) as server:
-            server.version()
-            complaints += _unknown_to_the_server(plan, server.object_info()) if plan else []
+            version = server.version()
+            unknown = _unknown_to_the_server(plan, server.object_info()) if plan else []
+            if not unknown:
+                print(
+                    f"ComfyUI {version} at {server.shown_url} answers, {'and knows every node and file of the workflow' if plan else 'but there is no workflow to ask about'}",
+                    flush=True,
+                )
+            complaints += unknown
     except ComfyUIError as error:
         complaints.append(str(error))
 
