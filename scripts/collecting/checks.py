@@ -41,11 +41,8 @@ def _check_server(address: Address, plan: Plan | None, complaints: list[str]) ->
         with ComfyUI(address, str(uuid.uuid4())) as server:
             version = server.version()
             unknown = _unknown_to_the_server(plan, server.object_info()) if plan else []
-            if not unknown:
-                print(
-                    f"ComfyUI {version} at {server.shown_url} answers, {'and knows every node and file of the workflow' if plan else 'but there is no workflow to ask about'}",
-                    flush=True,
-                )
+            if plan and not unknown:
+                print(f"ComfyUI {version} at {address.url} has every node and file that the workflow names", flush=True)
             complaints += unknown
     except ComfyUIError as error:
         complaints.append(str(error))
