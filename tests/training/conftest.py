@@ -1,11 +1,24 @@
-"""What the training tests share: real photographs, the tiny UNet with a LoRA, and the stage as a user runs it."""
+"""What the training tests share: real photographs, and the train stage as a user runs it."""
 
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import skimage.data
 import torch
 from PIL import Image
+
+import train_lora
+from demo.world import setting_names
+from errors import exit_code_of
+from settings import REPOSITORY
 
 PHOTOGRAPHS = Path(skimage.data.__file__).parent
 
@@ -19,3 +32,106 @@ def photographs() -> dict[str, Image.Image]:
     """Photographs that ship with scikit-image, by name: astronaut 512x512, coffee 600x400, chelsea 451x300, rocket 640x427."""
     names = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
     return {Path(name).stem: Image.open(PHOTOGRAPHS / name).convert("RGB") for name in names}
+
+
+@pytest.fixture
+def stage(tmp_path, tiny_sdxl, photographs):
+    """train_lora.py on `tmp_path`; see `Stage`."""
+    return Stage(tmp_path, tiny_sdxl, photographs)
+
+
+class Stage:
+    """train_lora.py on a workspace of its own, with settings for a run of seconds."""
+
+    def __init__(self, workspace: Path, base: Path, photographs: dict[str, Image.Image]):
+        self.dataset, self.output, self.models = (workspace / name for name in ("dataset", "output", "models"))
+        self.images, self.lora = self.dataset / "images", self.output / "lora" / "sks.safetensors"
+        self.photographs = photographs
+        for folder in (self.images, self.models):
+            folder.mkdir(parents=True)
+        self.variables = {
+            "DATASET_DIR": self.dataset,
+            "OUTPUT_DIR": self.output,
+            "MODELS_DIR": self.models,
+            "BASE_MODEL": base,
+            "TRIGGER_WORD": "sks",
+            "RESOLUTION": 64,
+            "CAPTION_VARIANTS": 2,
+            "LORA_RANK": 2,
+            "LORA_ALPHA": 2,
+            "TRAIN_BATCH_SIZE": 2,
+            "NUM_TRAIN_EPOCHS": 2,
+            "DATALOADER_NUM_WORKERS": 1,
+            "HF_HUB_OFFLINE": 1,
+            "OMP_NUM_THREADS": 1,
+        }
+
+    def add(self, photograph: str, place: str = "", caption: str | None = "sks, photo, outdoors", **how: object) -> Path:
+        """Save a photograph with its caption in the data set, as `how` Pillow is told to; where it lies."""
+        path = self.images / (place or f"{photograph}.png")
+        path.parent.mkdir(exist_ok=True)
+        self.photographs[photograph].save(path, **how)
+        if caption is not None:
+            path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+        return path
+
+    def start(self, *flags: str, **variables: object) -> subprocess.Popen:
+        """The stage as a process of its own."""
+        command = [sys.executable, str(REPOSITORY / "scripts" / "train_lora.py"), *flags]
+        environment = self._environment(variables)
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+    def run(self, *flags: str, **variables: object) -> subprocess.CompletedProcess:
+        """The stage within this process, which saves seconds of imports. Whatever happens, a user never sees a traceback."""
+        handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+        output, errors = io.StringIO(), io.StringIO()
+        environment = mock.patch.dict(os.environ, self._environment(variables), clear=True)
+        try:
+            with environment, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+                code = exit_code_of(train_lora.STAGE, lambda: train_lora.main(list(flags)))
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+        assert "Traceback" not in errors.getvalue()
+        return subprocess.CompletedProcess(flags, code, output.getvalue(), errors.getvalue())
+
+    def trained(self, **variables: object) -> str:
+        """A run that must succeed and say nothing on standard error; its output."""
+        ended = self.run(**variables)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        return ended.stdout
+
+    def files(self) -> dict[str, bytes]:
+        """Relative path -> bytes of every file in the output folder."""
+        found = sorted(path for path in self.output.rglob("*") if path.is_file())
+        return {path.relative_to(self.output).as_posix(): path.read_bytes() for path in found}
+
+    def _environment(self, variables: dict[str, object]) -> dict[str, str]:
+        users = {name: value for name, value in os.environ.items() if name not in setting_names()}
+        return users | {name: str(value) for name, value in (self.variables | variables).items()}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that is done. Read only."""
+
+    stage: Stage
+    variables: dict[str, object]
+    """What it was run with beside the stage's own settings."""
+    output: str
+    """What it printed."""
+    files: dict[str, bytes]
+    """What it left in the output folder."""
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, tiny_sdxl, photographs) -> Finished:
+    """Four photographs, one of each format, one of them twice per epoch; two epochs at a rate that shows."""
+    stage = Stage(tmp_path_factory.mktemp("finished"), tiny_sdxl, photographs)
+    stage.add("astronaut", caption="sks, woman, smile, orange suit")
+    stage.add("coffee", "coffee.jpg", caption="sks, cup, table")
+    stage.add("chelsea", "chelsea.webp", caption="sks, cat, close-up")
+    stage.add("rocket", "3_rockets/rocket.bmp", caption="sks, rocket, night")
+    variables = {"LEARNING_RATE": 0.01, "SAVE_EVERY_EPOCHS": 1}
+    return Finished(stage, variables, stage.trained(**variables), stage.files())

@@ -1,0 +1,283 @@
+"""The train stage as a user runs it on a tiny SDXL: what it writes, how it continues, and how it ends."""
+
+import json
+import shutil
+import sys
+import time
+import tomllib
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from demo import tiny_sdxl as miniature
+from settings import SETTINGS_FILE
+
+TIMES = ("ss_training_finished_at", "modelspec.date")
+
+
+def metadata(path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def tensors(path) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
+
+
+def untimed(path) -> tuple[dict[str, bytes], dict[str, str]]:
+    """All that a LoRA file holds but the moment at which it was written."""
+    return tensors(path), {name: value for name, value in metadata(path).items() if name not in TIMES}
+
+
+def steps_in(stage) -> list[dict]:
+    lines = (stage.output / "lora" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_whole_run_leaves_exactly_these_files(finished):
+    stage, files = finished.stage, finished.files
+    kinds = [name.rsplit("/", 1)[0] if name.startswith("cache/") else name for name in files]
+    assert sorted(kinds) == sorted(
+        [
+            "cache",
+            *["cache/latents"] * 4,
+            *["cache/text"] * 5,
+            "lora/metrics.jsonl",
+            "lora/sks-000001.safetensors",
+            "lora/sks.safetensors",
+            "lora/training_config_resolved.toml",
+        ]
+    )
+    assert not list(stage.output.glob("state/*"))
+    assert sorted(path.name for path in stage.models.iterdir()) == []
+
+
+def test_the_start_says_what_the_run_will_do(finished):
+    said = finished.output.splitlines()
+    assert "no NVIDIA GPU: mixed_precision bf16 becomes no" in said
+    assert sum("mixed_precision" in line for line in said) == 1
+    assert any(line.startswith("4 pictures in 1 bucket(s): 64x64 (4).") for line in said)
+    assert any(
+        line.startswith("2 epochs, 6 optimizer steps of 2, 12 image-steps; epsilon, min-SNR 5.0, noise offset 0.0357")
+        for line in said
+    )
+    few = next(line for line in said if "are few" in line)
+    assert few == "12 image-steps are few: a likeness needs 2000 to 3000. Set NUM_TRAIN_EPOCHS=334, or add pictures."
+    assert said[-1].startswith(f"{finished.stage.lora}: ")
+    assert "722 modules, all known to ComfyUI" in said[-1]
+
+
+def test_every_step_has_its_line_in_the_metrics(finished):
+    steps = steps_in(finished.stage)
+    assert [line["step"] for line in steps] == list(range(6))
+    assert [line["epoch"] for line in steps] == [0, 0, 0, 1, 1, 1]
+    assert [line["lr"] for line in steps] == [0.01] * 6  # 5 % of six steps are one: the first has the peak
+    assert all(line["loss"] > 0 and line["gradient_norm"] > 0 for line in steps)
+
+
+def test_resolved_settings_have_every_auto_decided_and_every_setting_in_it(finished):
+    resolved = tomllib.loads(finished.files["lora/training_config_resolved.toml"].decode())
+    shipped = tomllib.loads(SETTINGS_FILE.read_text(encoding="utf-8"))
+    assert {table: set(keys) for table, keys in resolved["train"].items()} == {
+        table: set(keys) for table, keys in shipped["train"].items()
+    }
+    train = resolved["train"]
+    assert train["model"] | {"base_model": ""} == {
+        "base_model": "",
+        "prediction_type": "epsilon",
+        "zero_terminal_snr": False,
+        "mixed_precision": "no",
+        "gradient_checkpointing": False,
+    }
+    assert (train["objective"]["min_snr_gamma"], train["objective"]["noise_offset"]) == (5.0, 0.0357)
+    assert (train["saving"]["output_name"], train["lora"]["lora_rank"]) == ("sks", 2)
+    assert "auto" not in finished.files["lora/training_config_resolved.toml"].decode()
+
+
+def test_a_finished_run_is_not_trained_again(finished):
+    stage = finished.stage
+    before = {path: path.stat().st_mtime_ns for path in stage.output.rglob("*")}
+    said = stage.trained(**finished.variables)
+    assert said.splitlines()[-1].startswith(f"nothing to do: {stage.lora} is finished")
+    assert {path: path.stat().st_mtime_ns for path in stage.output.rglob("*")} == before
+
+
+def test_a_run_that_is_killed_ends_with_the_same_lora(finished, stage):
+    """The last saved state counts: the same command continues there, and no other."""
+    shutil.copytree(finished.stage.dataset, stage.dataset, dirs_exist_ok=True)
+    every_step = finished.variables | {"SAVE_STATE_EVERY_MINUTES": 1e-6}
+    process = stage.start(**every_step)
+    wait_for_step(stage, process, 3)
+    process.kill()
+    process.communicate()
+    assert not stage.lora.exists()
+    refused = stage.run(**every_step | {"LEARNING_RATE": 0.02, "NUM_TRAIN_EPOCHS": 1})
+    assert refused.returncode == 2
+    for words in ("learning_rate: 0.01 then, 0.02 now", "num_train_epochs: 2 then, 1 now", "FRESH=1"):
+        assert words in refused.stderr
+    said = stage.trained(**every_step)
+    assert "continuing at step" in said
+    assert untimed(stage.lora) == untimed(finished.stage.lora)
+    assert stage.files().keys() == finished.files.keys()
+    assert [(line["step"], line["loss"]) for line in steps_in(stage)] == [
+        (line["step"], line["loss"]) for line in steps_in(finished.stage)
+    ]
+
+
+def wait_for_step(stage, process, step: int) -> None:
+    metrics = stage.output / "lora" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not metrics.exists() or f'"step": {step}' not in metrics.read_text(encoding="utf-8"):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def test_new_settings_archive_the_lora_that_is_there(finished, stage):
+    shutil.copytree(finished.stage.dataset, stage.dataset, dirs_exist_ok=True)
+    shutil.copytree(finished.stage.output, stage.output)
+    said = stage.trained(**finished.variables | {"LORA_RANK": 3, "NUM_TRAIN_EPOCHS": 1})
+    (archive,) = (stage.output / "lora" / "archive").iterdir()
+    assert f"moved to {archive}" in said
+    kept = {path.name: path.read_bytes() for path in archive.iterdir()}
+    assert kept == {name.removeprefix("lora/"): content for name, content in finished.files.items() if name.startswith("lora/")}
+    left = {path.name for path in (stage.output / "lora").iterdir()}
+    assert left == {"archive", "sks.safetensors", "metrics.jsonl", "training_config_resolved.toml"}
+    assert metadata(stage.lora)["ss_network_dim"] == "3"
+    assert "pictures: 0 encoded, 4 in the cache" in said
+    assert "captions: 0 encoded, 5 in the cache" in said
+
+
+def test_another_name_leaves_the_first_lora_where_it_is(finished, stage):
+    shutil.copytree(finished.stage.dataset, stage.dataset, dirs_exist_ok=True)
+    shutil.copytree(finished.stage.output, stage.output)
+    stage.trained(**finished.variables | {"OUTPUT_NAME": "other", "NUM_TRAIN_EPOCHS": 1, "LORA_TARGETS": "attention"})
+    files = stage.files()
+    for name in ("sks.safetensors", "sks-000001.safetensors"):
+        assert files[f"lora/{name}"] == finished.files[f"lora/{name}"]
+    for name in ("metrics.jsonl", "training_config_resolved.toml"):
+        assert files[f"lora/sks.{name}"] == finished.files[f"lora/{name}"]
+    with safe_open(stage.output / "lora" / "other.safetensors", framework="pt") as file:
+        assert len(file.keys()) == 3 * 560
+
+
+def test_a_single_file_trains_the_same_lora_as_its_folder_with_any_number_of_workers(finished, stage, tiny_single_file, tiny_sdxl):
+    shutil.copytree(finished.stage.dataset, stage.dataset, dirs_exist_ok=True)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(tiny_sdxl / name, stage.models / "any-sdxl" / name)
+    shutil.copy(tiny_single_file, stage.models / "one-file.safetensors")
+    stage.trained(**finished.variables | {"BASE_MODEL": "one-file", "DATALOADER_NUM_WORKERS": 0})
+    assert tensors(stage.lora) == tensors(finished.stage.lora)
+    assert metadata(stage.lora)["ss_sd_model_name"] == "one-file"
+
+
+def test_a_v_prediction_base_with_zero_terminal_snr(stage, tiny_sdxl):
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(tiny_sdxl / name, stage.models / "any-sdxl" / name)
+    miniature.write_single_file(tiny_sdxl, stage.models / "v.safetensors", v_pred=True, ztsnr=True)
+    stage.add("astronaut")
+    stage.add("coffee")
+    said = stage.trained(BASE_MODEL="v.safetensors", NUM_TRAIN_EPOCHS=1)
+    assert "v_prediction, min-SNR off, noise offset off." in said
+    about = metadata(stage.lora)
+    assert (about["modelspec.prediction_type"], about["ss_v_parameterization"]) == ("v", "True")
+    resolved = tomllib.loads((stage.output / "lora" / "training_config_resolved.toml").read_text())["train"]
+    assert resolved["model"]["zero_terminal_snr"] is True
+    assert (resolved["objective"]["min_snr_gamma"], resolved["objective"]["noise_offset"]) == (0.0, 0.0)
+
+
+def test_tensorboard_is_told_when_it_is_wanted_and_nobody_else(stage, monkeypatch):
+    stage.add("astronaut")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    stage.trained(TENSORBOARD=1, NUM_TRAIN_EPOCHS=2, TRAIN_BATCH_SIZE=1, LORA_TARGETS="attention", WANDB_API_KEY="")
+    (events,) = stage.output.glob("logs/**/events.out.tfevents.*")
+    assert scalars(events)["loss"] == pytest.approx([line["loss"] for line in steps_in(stage)], rel=1e-6)
+    assert "wandb" not in sys.modules
+
+
+def scalars(events) -> dict[str, list[float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(events)).Reload()
+    return {tag: [event.value for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+def test_weights_that_explode_end_the_run_with_step_and_pictures(stage):
+    stage.add("astronaut")
+    stage.add("coffee")
+    ended = stage.run(LEARNING_RATE=1, LR_WARMUP=0, MAX_GRAD_NORM=0, NUM_TRAIN_EPOCHS=30, LORA_ALPHA=1e20)
+    assert ended.returncode == 2
+    assert "astronaut.png, coffee.png" in ended.stderr
+    assert "step " in ended.stderr
+    assert "FRESH=1" in ended.stderr
+    assert not stage.lora.exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "words"),
+    [
+        ({"LORA_RANK": "thirty-two"}, 2, ("lora_rank (environment): 'thirty-two' must be a whole number",)),
+        ({"LEARNING_RATE": "0"}, 2, ("learning_rate (environment): '0' must be above 0",)),
+        ({"MIXED_PRECISION": "fp8", "TRAIN_BATCH_SIZE": "x"}, 2, ("mixed_precision", "train_batch_size")),
+        ({"RESOLUTION": 1000}, 2, ("resolution must be a multiple of bucket_step",)),
+        ({"BUCKET_MAX_SIDE": 64, "RESOLUTION": 128}, 2, ("bucket_max_side must not be smaller than resolution",)),
+        ({"OUTPUT_NAME": "../mine"}, 2, ("output_name", "plain file name")),
+        ({"TRIGGER_WORD": "a/b"}, 2, ("output_name", "OUTPUT_NAME")),
+        ({"BASE_MODEL": "no-such-model"}, 5, ("'no-such-model' is neither in", "hf download")),
+    ],
+)
+def test_wrong_settings(stage, variables, code, words):
+    stage.add("astronaut")
+    ended = stage.run(**variables)
+    assert ended.returncode == code
+    assert ended.stderr.startswith("train_lora: ")
+    for word in words:
+        assert word in ended.stderr
+    assert not stage.output.exists() or not list(stage.output.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("flags", [["--epochs", "3"], ["--set", "lora_rang=3"], ["--config", "/no/such.toml"]])
+def test_wrong_flags(stage, flags):
+    ended = stage.run(*flags)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("train_lora: ")
+
+
+def test_a_base_that_is_no_sdxl(stage, tmp_path):
+    stage.add("astronaut")
+    (tmp_path / "old.ckpt").write_bytes(b"PK\x03\x04" + bytes(100))
+    (tmp_path / "empty").mkdir()
+    for base, word in ((tmp_path / "old.ckpt", "pickle"), (tmp_path / "empty", "model_index.json")):
+        ended = stage.run(BASE_MODEL=base)
+        assert ended.returncode == 5
+        assert word in ended.stderr
+
+
+def test_no_pictures_at_all(stage):
+    ended = stage.run()
+    assert ended.returncode == 3
+    assert f"{stage.images}: no pictures" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_place_where_nothing_can_be_written(stage, tmp_path):
+    stage.add("astronaut")
+    (tmp_path / "file").touch()
+    ended = stage.run(OUTPUT_DIR=tmp_path / "file")
+    assert ended.returncode == 6
+    assert f"{tmp_path / 'file'}: nothing can be written there" in ended.stderr
+
+
+def test_check_looks_at_everything_and_says_all_that_is_wrong(stage):
+    stage.add("astronaut")
+    good = stage.run("--check")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "1 pictures with captions" in good.stdout
+    assert not stage.output.exists()
+    stage.add("coffee", caption=None)
+    bad = stage.run("--check", BASE_MODEL="nowhere")
+    assert bad.returncode == 5
+    assert "'nowhere' is neither in" in bad.stderr
+    assert "coffee.png: has no caption coffee.txt" in bad.stderr
+    assert not stage.output.exists()
