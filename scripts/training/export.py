@@ -20,7 +20,8 @@ from training.lora import LoraModule
 
 COMFYUI_MODULES = Path(__file__).with_name("comfyui_sdxl_modules.csv")
 """Every module name that ComfyUI's SDXL loader takes, with the layer's sizes in full-size SDXL."""
-_BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d)\.attentions\.([0-2])\.(.+)")
+"""A fourth attention module would get the name of the next block's first one."""
 _MID_BLOCK = "mid_block.attentions.0."
 
 

@@ -193,17 +193,17 @@ class Saver:
     """Writes what the loop asks for."""
 
     task: Task
-    lora: LoraWeights
+    weights: LoraWeights
     step: TrainStep
 
     def state(self, next_step: int, loss_average: float) -> None:
         """Everything needed to continue at `next_step`."""
         folder, values = self.task.results.state, self.task.fingerprint
-        checkpoint.save(folder, self.lora.weights, self.step.optimizer, self.step.scaler, next_step, loss_average, values)
+        checkpoint.save(folder, self.weights.weights, self.step.optimizer, self.step.scaler, next_step, loss_average, values)
 
     def lora(self, epochs: int) -> None:
         """The LoRA as it is after `epochs` epochs."""
-        write_lora(self.task.results.lora_after(epochs), self.lora.modules, description_of(self.task, epochs))
+        write_lora(self.task.results.lora_after(epochs), self.weights.modules, description_of(self.task, epochs))
 
 
 def description_of(task: Task, epochs: int) -> Description:

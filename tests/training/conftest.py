@@ -12,7 +12,6 @@ from unittest import mock
 
 import pytest
 import skimage.data
-import torch
 from PIL import Image
 
 import train_lora
@@ -21,10 +20,6 @@ from errors import exit_code_of
 from settings import REPOSITORY
 
 PHOTOGRAPHS = Path(skimage.data.__file__).parent
-
-
-torch.set_num_threads(1)
-"""The networks here are so small that two threads wait for each other longer than they compute, above all on a busy machine."""
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +58,6 @@ class Stage:
             "NUM_TRAIN_EPOCHS": 2,
             "DATALOADER_NUM_WORKERS": 1,
             "HF_HUB_OFFLINE": 1,
-            "OMP_NUM_THREADS": 1,
         }
 
     def add(self, photograph: str, place: str = "", caption: str | None = "sks, photo, outdoors", **how: object) -> Path:

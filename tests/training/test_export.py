@@ -1,0 +1,225 @@
+"""The LoRA file: what a program that loads it computes, what its keys and header say, and what never leaves the program."""
+
+import hashlib
+import json
+import struct
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from errors import ModelError
+from training import export
+from training.base_model import find_base
+from training.export import Description, kohya_name, verify, write_lora
+from training.lora import LoraModule
+from training.models import load_unet
+
+ABOUT = Description(
+    name="mia",
+    trigger_word="sks",
+    rank=2,
+    alpha=1.0,
+    base_name="sdxl-base",
+    prediction_type="epsilon",
+    resolution=1024,
+    captions=["sks, smile, tree", "sks, smile", "sks, año"],
+    images=3,
+    epochs=4,
+    steps=12,
+    batch_size=2,
+    learning_rate=1e-4,
+    seed=3,
+    fingerprint="abc123",
+)
+NAMES = (
+    "down_blocks.1.attentions.0.proj_in",
+    "mid_block.attentions.0.transformer_blocks.9.attn2.to_out.0",
+    "up_blocks.0.attentions.2.transformer_blocks.3.ff.net.0.proj",
+)
+
+
+def module(name: str, seed: int = 0, rank: int = 2) -> LoraModule:
+    generator = torch.Generator().manual_seed(seed)
+    down, up = torch.randn(rank, 6, generator=generator), torch.randn(5, rank, generator=generator)
+    return LoraModule(name, torch.nn.Parameter(down), torch.nn.Parameter(up))
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A LoRA file of three modules."""
+    modules = [module(name, seed) for seed, name in enumerate(NAMES)]
+    write_lora(tmp_path / "mia.safetensors", modules, ABOUT)
+    return tmp_path / "mia.safetensors", modules
+
+
+def metadata(path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def test_keys_shapes_and_types_are_kohyas(written):
+    path, modules = written
+    tensors = load_file(path)
+    names = (
+        "lora_unet_input_blocks_4_1_proj_in",
+        "lora_unet_middle_block_1_transformer_blocks_9_attn2_to_out_0",
+        "lora_unet_output_blocks_2_1_transformer_blocks_3_ff_net_0_proj",
+    )
+    assert set(tensors) == {f"{name}.{part}" for name in names for part in ("lora_down.weight", "lora_up.weight", "alpha")}
+    for name, lora in zip(names, modules, strict=True):
+        assert torch.equal(tensors[f"{name}.lora_down.weight"], lora.down.half())
+        assert torch.equal(tensors[f"{name}.lora_up.weight"], lora.up.half())
+        assert tensors[f"{name}.alpha"].shape == ()
+        assert tensors[f"{name}.alpha"].item() == 1.0
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+
+
+def test_header_says_what_programs_look_for(written):
+    about = metadata(written[0])
+    expected = {
+        "ss_v2": "False",
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "2",
+        "ss_network_alpha": "1.0",
+        "ss_network_args": "{}",
+        "ss_output_name": "mia",
+        "ss_sd_model_name": "sdxl-base",
+        "ss_resolution": "(1024, 1024)",
+        "ss_num_train_images": "3",
+        "ss_num_epochs": "4",
+        "ss_steps": "12",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.title": "mia",
+        "modelspec.resolution": "1024x1024",
+        "modelspec.prediction_type": "epsilon",
+        "modelspec.trigger_phrase": "sks",
+        "loracat_fingerprint": "abc123",
+    }
+    assert expected.items() <= about.items()
+    assert all(isinstance(value, str) for value in about.values())
+    assert {"modelspec.implementation", "modelspec.date"} <= about.keys()
+    assert json.loads(about["ss_tag_frequency"]) == {"dataset": {"sks": 3, "smile": 2, "tree": 1, "año": 1}}
+    assert "ss_v_parameterization" not in about
+
+
+def test_v_prediction_is_in_the_header(tmp_path):
+    write_lora(tmp_path / "v.safetensors", [module(NAMES[0])], replace(ABOUT, prediction_type="v_prediction"))
+    about = metadata(tmp_path / "v.safetensors")
+    assert (about["modelspec.prediction_type"], about["ss_v_parameterization"]) == ("v", "True")
+
+
+def test_hash_is_of_the_bytes_behind_the_header(written):
+    content = written[0].read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    digest = hashlib.sha256(content[8 + length :]).hexdigest()
+    about = metadata(written[0])
+    assert about["sshs_model_hash"] == digest
+    assert about["modelspec.hash_sha256"] == f"0x{digest}"
+
+
+def test_header_tells_nothing_about_the_users_folders(finished):
+    said = metadata(finished.stage.lora)
+    assert not [value for value in said.values() if str(finished.stage.dataset.parent) in value or "rockets" in value]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "down_blocks.0.attentions.0.proj_in",  # SDXL's first block has no attention
+        "up_blocks.0.attentions.3.proj_in",
+        "down_blocks.1.attentions.0.transformer_blocks.2.attn1.to_q",  # two blocks there
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_qkv",
+        "mid_block.attentions.1.proj_in",
+        "down_blocks.1.resnets.0.time_emb_proj",
+        "time_embedding.linear_1",
+    ],
+)
+def test_a_module_that_comfyui_would_ignore_fails_the_run(tmp_path, name):
+    with pytest.raises(ModelError, match="ComfyUI") as refused:
+        write_lora(tmp_path / "lora.safetensors", [module(NAMES[0]), module(name)], ABOUT)
+    assert refused.value.exit_code == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layer_that_comfyui_does_not_know_fails_the_whole_stage(stage, monkeypatch):
+    """From main to exit code: no LoRA, one complaint for each module."""
+    known = export.comfyui_modules() - {"lora_unet_middle_block_1_proj_in"}
+    monkeypatch.setattr(export, "comfyui_modules", lambda: known)
+    stage.add("astronaut")
+    ended = stage.run(NUM_TRAIN_EPOCHS=1)
+    assert ended.returncode == 5
+    assert "lora_unet_middle_block_1_proj_in: ComfyUI has no such module and would ignore it" in ended.stderr
+    assert not stage.lora.exists()
+
+
+def test_values_that_fp16_cannot_hold_are_no_lora(tmp_path):
+    broken = module(NAMES[0])
+    with torch.no_grad():
+        broken.up[0, 0] = 1e6
+    with pytest.raises(ModelError, match="values that fp16 cannot"):
+        write_lora(tmp_path / "lora.safetensors", [broken], ABOUT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_reads_back_differently_is_refused(written, tmp_path):
+    tensors = load_file(written[0])
+    name = f"{kohya_name(NAMES[0])}.lora_up.weight"
+    changed, lacking = dict(tensors), dict(tensors)
+    changed[name] = tensors[name] + 1
+    del lacking[f"{kohya_name(NAMES[1])}.alpha"]
+    for number, (other, words) in enumerate(((changed, f"{name}: read back differently"), (lacking, "alpha: is missing"))):
+        save_file(other, tmp_path / f"{number}.safetensors")
+        with pytest.raises(ModelError, match=words):
+            verify(tmp_path / f"{number}.safetensors", tensors)
+    verify(written[0], tensors)
+
+
+def merged_by_hand(unet: UNet2DConditionModel, lora) -> UNet2DConditionModel:
+    """W + alpha / rank x up @ down in each of the UNet's linear layers that the file names."""
+    tensors = {name: tensor.float() for name, tensor in load_file(lora).items()}
+    by_name = {
+        kohya_name(name): name
+        for name, layer in unet.named_modules()
+        if isinstance(layer, torch.nn.Linear) and ".attentions." in name
+    }
+    weights = unet.state_dict()
+    for name in {key.split(".")[0] for key in tensors}:
+        up, down, alpha = (tensors[f"{name}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
+        weights[f"{by_name[name]}.weight"] += alpha / down.shape[0] * up @ down
+    return unet
+
+
+def picture(pipeline: StableDiffusionXLPipeline) -> torch.Tensor:
+    """The latents of a picture that always begins with the same noise."""
+    generator = torch.Generator().manual_seed(0)
+    how = {"num_inference_steps": 3, "height": 64, "width": 64, "output_type": "latent", "generator": generator}
+    return pipeline("sks, woman", **how).images
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' scheduler and NumPy 2
+def test_lora_changes_the_picture_of_a_pipeline_as_if_it_was_merged_by_hand(finished, tiny_sdxl, tmp_path):
+    """Trained with alpha 2 and rank 2, and once more with another alpha: the scale must be in the file."""
+    unet = load_unet(find_base(str(tiny_sdxl), tmp_path), torch.device("cpu"), torch.float32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    plain = picture(pipeline)
+    half = {name: tensor / 4 if name.endswith("alpha") else tensor for name, tensor in load_file(finished.stage.lora).items()}
+    save_file(half, tmp_path / "half.safetensors")
+    for lora in (finished.stage.lora, tmp_path / "half.safetensors"):
+        pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+        loaded = picture(pipeline)
+        pipeline.unload_lora_weights()
+        weights = {name: weight.clone() for name, weight in unet.state_dict().items()}
+        plain_unet, pipeline.unet = pipeline.unet, merged_by_hand(unet, lora)
+        merged = picture(pipeline)
+        pipeline.unet = plain_unet
+        unet.load_state_dict(weights)
+        assert (loaded - plain).norm() > 0.02 * plain.norm()
+        assert (loaded - merged).norm() < 0.01 * (loaded - plain).norm()
+    assert torch.equal(picture(pipeline), plain)
