@@ -1,6 +1,8 @@
 # make demo    the whole pipeline on a miniature world: no GPU, no Docker, no models
 # make test    every test
 # make check   style of the Python and shell files
+# make kill-test
+#              kill programs at many instants and run them again; takes minutes
 # make clean   remove what these made
 # make container-test BASE_IMAGE=nvcr.io/nvidia/pytorch:26.01-py3
 #              build the image on that base and run the miniature world in it; needs Docker with Compose
@@ -13,13 +15,16 @@ VENV := .venv
 SHELL_FILES := $(wildcard scripts/*.sh container/*.sh .ci/run)
 
 .NOTPARALLEL:
-.PHONY: demo test check clean container-test arm64-wheels arm64-test
+.PHONY: demo test kill-test check clean container-test arm64-wheels arm64-test
 
 demo: $(VENV)/complete
 	$(VENV)/bin/python -m demo
 
 test: $(VENV)/complete
 	$(VENV)/bin/python -m pytest
+
+kill-test: $(VENV)/complete
+	$(VENV)/bin/python -m pytest -m kill
 
 check: $(VENV)/complete
 	$(VENV)/bin/ruff check .

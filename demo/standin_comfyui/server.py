@@ -5,15 +5,20 @@ import mimetypes
 import os
 import re
 import threading
+import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from demo.standin_comfyui import faults
 from demo.standin_comfyui.catalogue import CHECKPOINTS, NODES, object_info
+from demo.standin_comfyui.faults import Fault
+from demo.standin_comfyui.sockets import Listeners, Socket
 from demo.standin_comfyui.validation import Refused, validate
 from demo.standin_comfyui.wire import MOST_BODY_BYTES, Answer, Asked, Listener, is_foreign_page, json_answer, multipart
-from demo.standin_comfyui.worker import Worker, in_some_order
+from demo.standin_comfyui.worker import Interrupted, Worker, in_some_order
 
 VERSION = "0.3.64"
 _KINDS = ("input", "output", "temp")
@@ -31,10 +36,19 @@ class StandIn:
     Loaders offer the files in models/, whatever is in them; checkpoints/ has two from the beginning.
     It listens on `host` only. `seconds_per_job` is how long a prompt takes that is not wholly cached. `requests` lists what
     was asked, in order.
-    A test that wants another answer to a request replaces `answer`.
+    `fault` lets something go wrong by its name in `faults`; a test that wants yet another answer replaces `answer`.
+    `wanted_headers` and `base_path` are what a proxy in front insists on, `certificate` is a PEM file with key for https.
     """
 
-    def __init__(self, folder: Path, *, seconds_per_job: float = 0.0, host: str = "127.0.0.1", port: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        seconds_per_job: float = 0.0,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        certificate: Path | None = None,
+    ):
         self.folder = folder.resolve()
         for kind in _KINDS:
             (self.folder / kind).mkdir(parents=True, exist_ok=True)
@@ -44,21 +58,29 @@ class StandIn:
             checkpoint = self.folder / "models" / "checkpoints" / name
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.touch()
-        self.worker = Worker(self.folder, seconds_per_job)
+        self.seconds_per_job = seconds_per_job
+        self.wanted_headers: dict[str, str] = {}
+        self.base_path = ""
+        self.heard: list[dict[str, str]] = []
+        """The headers of every request, in order."""
+        self._faults: list[Fault] = []
+        self.listeners = Listeners()
+        self.worker = self._new_worker()
         self.requests: list[tuple[str, str]] = []
         self.submitted: list[dict] = []
         """The body of every accepted POST /prompt."""
         self._numbers = 0
         self._numbers_lock = threading.Lock()
-        self._http = Listener(host, port, self._answer_and_remember)
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), name="standin-http", daemon=True)
+        self._host, self._port, self._certificate = host, port, certificate
 
     @property
     def url(self) -> str:
-        host, port = self._http.server_address[:2]
-        return f"http://{host}:{port}"
+        return f"http{'s' if self._certificate else ''}://{self._host}:{self._port}"
 
     def start(self) -> "StandIn":
+        self._http = Listener(self._host, self._port, self._answer_and_remember, self._listen, self._certificate)
+        self._port = self._http.server_address[1]
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), name="standin-http", daemon=True)
         self.worker.start()
         self._thread.start()
         return self
@@ -66,7 +88,23 @@ class StandIn:
     def stop(self) -> None:
         self._http.shutdown()
         self._http.server_close()
+        self._http.drop_connections()
         self.worker.stop()
+
+    def restart(self) -> None:
+        """Begin anew at the same address after `stop`: queue, history, cache and numbers are forgotten, input/ and output/ stay."""
+        self._numbers = 0
+        self.worker = self._new_worker()
+        self.start()
+
+    def fault(self, name: str, on: str | None = None, times: int | None = None) -> None:
+        """Let something go wrong from now on: `faults` says what there is, and what `on` means."""
+        if name not in faults.KINDS:
+            raise KeyError(f"no such fault: {name}")
+        self._faults.append(Fault(name, on, times))
+
+    def _new_worker(self) -> Worker:
+        return Worker(self.folder, self.seconds_per_job, self.listeners.tell, self._at_node, self._at_end)
 
     def __enter__(self) -> "StandIn":
         return self.start()
@@ -75,8 +113,47 @@ class StandIn:
         self.stop()
 
     def _answer_and_remember(self, asked: Asked) -> Answer:
+        self.heard.append(dict(asked.headers))
+        if any(asked.headers.get(name) != value for name, value in self.wanted_headers.items()):
+            return Answer(401, b"<html>401 Authorization Required</html>", "text/html")
+        if not asked.path.startswith(f"{self.base_path}/"):
+            return Answer(302, b"", None, {"Location": "/login"})
+        asked = replace(asked, path=asked.path.removeprefix(self.base_path))
         self.requests.append((asked.method, asked.path))
+        for fault in self._faults:
+            method, path, answer = faults.REQUESTS.get(fault.name, ("none", "", None))
+            if method in ("", asked.method) and asked.path.startswith(fault.on or path) and fault.happens():
+                return answer(asked, self.answer)
         return self.answer(asked)
+
+    def _at_node(self, node_id: str) -> None:
+        for fault in self._faults:
+            if fault.name in faults.NODES and fault.on in (None, node_id) and fault.happens():
+                raise (faults.NODES[fault.name] or Interrupted)("this node fails on purpose")
+
+    def _at_end(self, entry: dict) -> None:
+        for fault in self._faults:
+            if fault.name in faults.ENTRIES and fault.happens():
+                faults.ENTRIES[fault.name](entry)
+
+    def _spoils(self, name: str) -> bool:
+        return any(fault.name == name and fault.happens() for fault in self._faults)
+
+    def _listen(self, asked: Asked, opened: Socket) -> None:
+        """One websocket, until it is closed."""
+        client_id = asked.query.get("clientId") or uuid.uuid4().hex
+        self.listeners.add(client_id, opened, self._remaining(), self.worker.node)
+        if self._spoils("websocket_cut"):
+            opened.cut()
+        if self._spoils("websocket_noise"):
+            for noise in (b"\x00\x00\x00\x01\xff\xd8", b"\xff\xd8"):
+                opened.send_raw(noise, binary=True)
+            for noise in (b"{", b"[1]", b'{"type": 5, "data": null}', b'{"type": "progress", "data": {"value": "x", "max": []}}'):
+                opened.send_raw(noise, binary=False)
+        if self._spoils("websocket_silent"):
+            self.listeners.remove(client_id)
+        opened.read_until_closed()
+        self.listeners.remove(client_id)
 
     def answer(self, asked: Asked) -> Answer:
         """The answer to one request; what ComfyUI crashes on is a 500 here too."""
@@ -97,7 +174,8 @@ class StandIn:
             ("GET", "/features"): lambda: json_answer({"supports_preview_metadata": True, "max_upload_size": MOST_BODY_BYTES}),
             ("GET", "/object_info"): lambda: self._object_info(None),
             ("GET", "/prompt"): lambda: json_answer({"exec_info": {"queue_remaining": self._remaining()}}),
-            ("GET", "/queue"): lambda: json_answer(self.worker.queue()),
+            ("GET", "/queue"): self._queue,
+            ("GET", "/ws"): lambda: Answer(101 if "Sec-WebSocket-Key" in asked.headers else 400),
             ("GET", "/history"): lambda: self._history(asked.query),
             ("GET", "/view"): lambda: self._view(asked.query),
             ("POST", "/prompt"): lambda: self._prompt(asked.json()),
@@ -111,7 +189,7 @@ class StandIn:
             return routes[asked.method, asked.path]()
         last = unquote(asked.path.rpartition("/")[2])
         if asked.method == "GET" and re.fullmatch("/history/[^/]+", asked.path):
-            return json_answer({last: self.worker.history[last]} if last in self.worker.history else {})
+            return self._history_of(last)
         if asked.method == "GET" and re.fullmatch("/object_info/[^/]+", asked.path):
             return self._object_info(last)
         return Answer(404)
@@ -131,6 +209,20 @@ class StandIn:
         if start < 0:
             start = 0 if most is None else max(0, len(entries) - most)
         return json_answer(dict(entries[start:] if most is None else entries[start : start + max(0, most)]))
+
+    def _history_of(self, prompt_id: str) -> Answer:
+        if prompt_id in self.worker.history and self._spoils("evicted"):
+            del self.worker.history[prompt_id]
+        if self._spoils("forgotten"):
+            self.worker.delete_pending(None)
+            self.worker.history.clear()
+        return json_answer({prompt_id: self.worker.history[prompt_id]} if prompt_id in self.worker.history else {})
+
+    def _queue(self) -> Answer:
+        if self._spoils("ends_between_two_looks"):
+            while self._remaining():
+                time.sleep(0.005)
+        return json_answer(self.worker.queue())
 
     def _edit_history(self, wish: dict) -> Answer:
         if wish.get("clear"):

@@ -1,13 +1,20 @@
 """The HTTP under the stand-in: requests and answers as values, multipart bodies, and the threads that carry them."""
 
+import contextlib
 import json
 import re
+import socket
+import ssl
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from demo.standin_comfyui.sockets import Socket, accepted_key
 
 MOST_BODY_BYTES = 100 * 1024 * 1024
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -77,13 +84,42 @@ def _filename(disposition: str) -> str | None:
 
 
 class Listener(ThreadingHTTPServer):
-    """Serves at `host` and `port` (0: a free one); `answer` is called in a thread per connection."""
+    """Serves at `host` and `port` (0: a free one); `answer` is called in a thread per connection, `listen` with a websocket.
+
+    An `answer` that raises ConnectionAbortedError resets the connection.
+    """
 
     daemon_threads = True
 
-    def __init__(self, host: str, port: int, answer: Callable[[Asked], Answer]):
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        answer: Callable[[Asked], Answer],
+        listen: Callable[[Asked, Socket], None],
+        certificate: Path | None = None,
+    ):
         super().__init__((host, port), _Handler)
-        self.answer = answer
+        self.answer, self.listen = answer, listen
+        self._connections: set[socket.socket] = set()
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.socket = context.wrap_socket(self.socket, server_side=True)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def drop_connections(self) -> None:
+        """End what is open, as the end of a process does."""
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is no news."""
@@ -115,7 +151,25 @@ class _Handler(BaseHTTPRequestHandler):
         query = {name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
         path = url.path.removeprefix("/api") if url.path.startswith("/api/") else url.path
         asked = Asked(method, path, query, self.headers, self.rfile.read(length))
-        self._send(self.server.answer(asked), with_body)
+        try:
+            answer = self.server.answer(asked)
+        except ConnectionAbortedError:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            raise
+        if answer.status == 101:
+            self._open_socket(asked)
+        else:
+            self._send(answer, with_body)
+
+    def _open_socket(self, asked: Asked) -> None:
+        self.send_response(101)
+        self.send_header("Upgrade", "websocket")
+        self.send_header("Connection", "Upgrade")
+        self.send_header("Sec-WebSocket-Accept", accepted_key(asked.headers["Sec-WebSocket-Key"]))
+        self.end_headers()
+        self.wfile.flush()
+        self.close_connection = True
+        self.server.listen(asked, Socket(self.connection, self.rfile))
 
     def _send(self, answer: Answer, with_body: bool) -> None:
         self.send_response(answer.status)

@@ -8,10 +8,11 @@ import random
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from demo.standin_comfyui import faults
 from demo.standin_comfyui.catalogue import NODES
 from demo.standin_comfyui.nodes import Context, file_hash, input_file
 
@@ -23,10 +24,22 @@ class Interrupted(Exception):
 
 
 class Worker:
-    """Runs queued prompts, the smallest number first. All state is in memory, as ComfyUI's is."""
+    """Runs queued prompts, the smallest number first. All state is in memory, as ComfyUI's is.
 
-    def __init__(self, folder: Path, seconds_per_job: float):
+    `tell` (client id, kind, data) hears what the websocket says; `at_node` is called before a node runs, and what it raises
+    the node raises; `at_end` may change a history entry before it is stored.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        seconds_per_job: float,
+        tell: Callable[[str | None, str, dict], None] = lambda *_: None,
+        at_node: Callable[[str], None] = lambda _: None,
+        at_end: Callable[[dict], None] = lambda _: None,
+    ):
         self.folder = folder
+        self._tell, self._at_node, self._at_end = tell, at_node, at_end
         self.seconds_per_job = seconds_per_job
         """How long a prompt takes of which not everything is cached."""
         self.history: dict[str, dict] = {}
@@ -36,7 +49,9 @@ class Worker:
         self._pending: list[list] = []
         self._changed = threading.Condition()
         self._interrupt = threading.Event()
-        self._stopping = False
+        self._stopping = self._dead = False
+        self.node: str | None = None
+        """The node that runs."""
         self._cache: dict[str, tuple[tuple, dict]] = {}
         self._thread = threading.Thread(target=self._work, name="standin-worker", daemon=True)
 
@@ -55,6 +70,9 @@ class Worker:
     def put(self, number: float, prompt_id: str, prompt: dict, extra_data: dict, outputs: list[str]) -> None:
         with self._changed:
             heapq.heappush(self._pending, [number, prompt_id, prompt, extra_data, outputs])
+        for _ in range(2):
+            self.tell_status()
+        with self._changed:
             self._changed.notify()
 
     def queue(self) -> dict[str, list]:
@@ -77,59 +95,125 @@ class Worker:
     def drop_cache(self) -> None:
         self._cache.clear()
 
+    def die(self) -> None:
+        """End the thread as a bug does that kills it: nobody is told, and what waits goes on waiting."""
+        with self._changed:
+            self._dead = True
+            self._changed.notify()
+        self._thread.join()
+
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._pending or self._stopping)
-                if self._stopping:
+                self._changed.wait_for(lambda: self._pending or self._stopping or self._dead)
+                if self._stopping or self._dead:
                     return
                 self.running = heapq.heappop(self._pending)
                 self._interrupt.clear()
-            entry = self._run(*self.running)
+            try:
+                entry = self._run(*self.running)
+            except SystemExit:
+                return  # the thread is gone, and what it ran stays "running" for ever
             with self._changed:
                 if len(self.history) > MOST_HISTORY_ENTRIES:
                     del self.history[next(iter(self.history))]
                 self.history[self.running[1]] = entry
-                self.running = None
+                client_id, prompt_id, self.running, self.node = self.running[3].get("client_id"), self.running[1], None, None
+            self.tell_status()
+            self._tell(client_id, "executing", {"node": None, "prompt_id": prompt_id})
+
+    def tell_status(self) -> None:
+        with self._changed:
+            remaining = len(self._pending) + (self.running is not None)
+        self._tell(None, "status", {"status": {"exec_info": {"queue_remaining": remaining}}})
 
     def _run(self, number: float, prompt_id: str, prompt: dict, extra_data: dict, outputs: list[str]) -> dict:
         """Execute one prompt; returns its history entry."""
-        messages = [_message("execution_start", prompt_id)]
-        run = _Run(self.folder, prompt, extra_data.get("extra_pnginfo"), self._cache)
+        watch = _Watch(self, prompt_id, extra_data.get("client_id"), self._tell)
+        watch.event("execution_start")
+        run = _Run(self.folder, prompt, extra_data.get("extra_pnginfo"), self._cache, watch)
         cached = run.cached_nodes(outputs)
-        messages.append(_message("execution_cached", prompt_id, nodes=cached))
+        watch.event("execution_cached", nodes=cached)
         status = "success"
+        to_run = len(set(run.reachable(outputs)) - set(cached))
+        watch.seconds_per_node = self.seconds_per_job / max(1, to_run)
+        self.executed_jobs += bool(to_run)
         try:
-            if set(run.reachable(outputs)) - set(cached):
-                self.executed_jobs += 1
-                self._take_time()
             for output in outputs:
                 run.execute(output)
-            messages.append(_message("execution_success", prompt_id))
+            watch.event("execution_success")
         except Interrupted:
             status = "error"
-            messages.append(_message("execution_interrupted", prompt_id, **run.where()))
+            watch.event("execution_interrupted", **run.where())
         except Exception as error:
             status = "error"
-            messages.append(_message("execution_error", prompt_id, **run.where(), **_described(error, run)))
+            watch.event("execution_error", **run.where(), **_described(error, run))
         self._cache = run.results
-        return {
+        entry = {
             "prompt": [number, prompt_id, prompt, extra_data, outputs],
             "outputs": run.shown(),
-            "status": {"status_str": status, "completed": status == "success", "messages": messages},
+            "status": {"status_str": status, "completed": status == "success", "messages": watch.messages},
             "meta": {node_id: _meta(node_id) for node_id in run.shown()},
         }
+        self._at_end(entry)
+        return entry
 
-    def _take_time(self) -> None:
-        if self._interrupt.wait(self.seconds_per_job):
+    def take_time(self, seconds: float) -> None:
+        """Let time pass in a node; raises Interrupted."""
+        if self._interrupt.wait(seconds):
             raise Interrupted
+
+    def before(self, node_id: str) -> None:
+        """A node is about to run: raises what it shall fail with."""
+        self._at_node(node_id)
+        self.take_time(0)
+
+
+class _Watch:
+    """What is told of one prompt while it runs, to the history and to the websocket of its owner."""
+
+    def __init__(self, worker: Worker, prompt_id: str, client_id: str | None, tell: Callable[[str | None, str, dict], None]):
+        self._worker, self._prompt_id, self._client_id, self._tell = worker, prompt_id, client_id, tell
+        self.messages: list[list] = []
+        self.seconds_per_node = 0.0
+        self._states: dict[str, dict[str, Any]] = {}
+
+    def event(self, kind: str, **data: Any) -> None:
+        """What the history keeps as well."""
+        self.messages.append([kind, {"prompt_id": self._prompt_id, **data, "timestamp": int(time.time() * 1000)}])
+        self._tell(self._client_id, *self.messages[-1])
+
+    def runs(self, node_id: str, steps: int) -> None:
+        """A node begins; its time passes in equal steps."""
+        self._worker.node = node_id
+        self._state(node_id, 0.0, 1.0, "running")
+        self._tell(self._client_id, "executing", {"node": node_id, "display_node": node_id, "prompt_id": self._prompt_id})
+        self._worker.before(node_id)
+        for step in range(1, steps + 1):
+            self._worker.take_time(self.seconds_per_node / steps)
+            if steps > 1:
+                self._state(node_id, step, steps, "running")
+                progress = {"value": step, "max": steps, "prompt_id": self._prompt_id, "node": node_id}
+                self._tell(self._client_id, "progress", progress)
+
+    def ends(self, node_id: str, shown: dict[str, Any]) -> None:
+        if shown:
+            about = {"node": node_id, "display_node": node_id, "output": shown, "prompt_id": self._prompt_id}
+            self._tell(self._client_id, "executed", about)
+        most = self._states.get(node_id, {"max": 1})["max"]
+        self._state(node_id, most, most, "finished")
+
+    def _state(self, node_id: str, value: float, most: float, state: str) -> None:
+        about = {"value": value, "max": most, "state": state, "node_id": node_id, "prompt_id": self._prompt_id}
+        self._states[node_id] = about | {"display_node_id": node_id, "parent_node_id": None, "real_node_id": node_id}
+        self._tell(self._client_id, "progress_state", {"prompt_id": self._prompt_id, "nodes": dict(self._states)})
 
 
 class _Run:
     """One execution of one prompt over what the last one left in the cache."""
 
-    def __init__(self, folder: Path, prompt: dict, extra_pnginfo: dict | None, cache: dict):
-        self._folder, self._extra, self._cache = folder, extra_pnginfo, cache
+    def __init__(self, folder: Path, prompt: dict, extra_pnginfo: dict | None, cache: dict, watch: _Watch):
+        self._folder, self._extra, self._cache, self._watch = folder, extra_pnginfo, cache, watch
         self._prompt = copy.deepcopy(prompt)
         self.results: dict[str, tuple[tuple, dict]] = {}
         """signature of a node -> its values and what it shows."""
@@ -165,6 +249,8 @@ class _Run:
         if known is None:
             known = self._compute(node_id)
             self.executed.append(node_id)
+        if signature not in self._cache or known[1]:
+            self._watch.ends(node_id, known[1])
         self._done[node_id] = self.results[signature] = known
         return known[0]
 
@@ -186,6 +272,7 @@ class _Run:
             value = given[name]
             inputs[name] = self.execute(value[0])[value[1]] if isinstance(value, list) else value
         self._node = node_id
+        self._watch.runs(node_id, given["steps"] if isinstance(given.get("steps"), int) else 1)
         context = Context(self._folder, self._prompt, self._extra)
         return node.run(context, **inputs), context.shown
 
@@ -220,15 +307,12 @@ def in_some_order(outputs: list[str], prompt_id: str) -> list[str]:
     return random.Random(prompt_id).sample(outputs, len(outputs))
 
 
-def _message(kind: str, prompt_id: str, **data: Any) -> list:
-    return [kind, {"prompt_id": prompt_id, **data, "timestamp": int(time.time() * 1000)}]
-
-
 def _described(error: Exception, run: _Run) -> dict[str, Any]:
     kind = type(error)
+    is_plain = kind.__module__ in ("builtins", faults.__name__)
     return {
         "exception_message": f"{error}\n",
-        "exception_type": kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}",
+        "exception_type": kind.__name__ if is_plain else f"{kind.__module__}.{kind.__name__}",
         "traceback": traceback.format_tb(error.__traceback__),
         "current_inputs": {},
         "current_outputs": list(run.executed),

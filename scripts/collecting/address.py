@@ -28,7 +28,7 @@ class Address:
 def addresses(endpoint: str, headers: str | None = None, ca_bundle: Path | None = None) -> list[Address]:
     """The servers in `endpoint`, which commas separate; `headers` is a JSON object. Raises SettingsError."""
     ours = json.loads(headers) if headers else {}
-    urls = dict.fromkeys(each.strip() for each in endpoint.split(",") if each.strip())
+    urls = dict.fromkeys(each.strip().rstrip("/") for each in endpoint.split(",") if each.strip())
     if not urls:
         raise SettingsError(f"comfyui_endpoint: names no server; {_REMEDY}")
     return [_address(url, ours, ca_bundle) for url in urls]

@@ -1,7 +1,6 @@
 """One server at work: it is fed before it can fall idle, what ends is seen soon, and a second thread fetches the pictures."""
 
 import contextlib
-import math
 import queue
 import secrets
 import threading
@@ -17,15 +16,10 @@ from collecting.fetch import Ended, Fetched, Fetcher, Outcome, graph_of
 from collecting.history import seconds_of, typical_s
 from collecting.plan import Job, Plan
 from collecting.progress import Progress, Submission
+from collecting.rhythm import poll_interval_s, wants_more
 from collecting.transport import Away
 from errors import ComfyUIError
 
-MOST_WAITING = 4
-"""Entries of ours that wait behind the running one; a stop leaves no more than these."""
-WORK_AHEAD_S = 2.0
-"""So much work waits, in at most MOST_WAITING entries: a poll that comes late does not let the worker fall idle."""
-FEED_AT_ONCE_S = 1.0
-"""A worker with less than this waiting is about to fall idle: COMFYUI_DELAY does not hold it up."""
 AWAY_S = 300.0
 """How long a server that was there before may be away; a restart with many custom nodes takes minutes."""
 LOOK_AT_ALL_EVERY_S = 1.0
@@ -230,14 +224,8 @@ class Station:
             self._send(job)
 
     def _wants_more(self) -> bool:
-        """Enough work waits that the worker never falls idle, and no more; the delay counts only while some does."""
-        waiting = len(self._flights) - 1
-        typical = typical_s(self._durations_s)
-        if waiting < 1:
-            return True
-        if typical is None or waiting >= min(MOST_WAITING, math.ceil(WORK_AHEAD_S / max(typical, 0.001))):
-            return False
-        return waiting * typical < FEED_AT_ONCE_S or time.monotonic() >= self._last_sent_s + self._delay_s
+        since_last_s = time.monotonic() - self._last_sent_s
+        return wants_more(len(self._flights) - 1, typical_s(self._durations_s), since_last_s, self._delay_s)
 
     def _send(self, job: Job) -> None:
         """Write down what is about to be sent, then send it."""
@@ -331,11 +319,3 @@ class Station:
         self._board.leave(self)
         self._give_all_back()
         self._tell(GaveUp(error))
-
-
-def poll_interval_s(typical_duration_s: float | None, waited_s: float) -> float:
-    """Fast for short prompts, slow for long ones: an eighth of what one takes, between 0.05 and 2 s.
-
-    Before the first has ended, and for one that takes longer than the others, what it took so far counts.
-    """
-    return min(2.0, max(0.05, max(typical_duration_s or 0.0, waited_s) / 8))

@@ -1,0 +1,194 @@
+"""Everything that a ComfyUI, or what stands in front of it, was seen doing wrong, by name.
+
+`standin.fault("picture_cut_off", times=2)` lets the next two requests that it concerns go wrong; without `times` all do.
+`on` narrows it: to requests whose path begins with it, or to the node with that id.
+"""
+
+import functools
+import io
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+
+from demo.standin_comfyui.wire import Answer, Asked, json_answer
+
+Really = Callable[[Asked], Answer]
+"""What the server would answer without the fault."""
+
+
+@dataclass
+class Fault:
+    """One fault that was asked for: it concerns requests, history entries or nodes, by what `KINDS` says of its name."""
+
+    name: str
+    on: str | None = None
+    left: int | None = None
+    """How often it still happens; None is always."""
+
+    def happens(self) -> bool:
+        """Whether it happens this time too."""
+        if self.left is None:
+            return True
+        self.left -= 1
+        return self.left >= 0
+
+
+class NodeFails(Exception):
+    """Raised in a node; a subclass is named as the exception that the history shall name."""
+
+
+class OutOfMemoryError(NodeFails):
+    """As torch calls it."""
+
+
+def _answer(status: int, body: bytes = b"", content_type: str | None = "text/html", **headers: str) -> Callable:
+    return lambda asked, really: Answer(status, body, content_type, headers)
+
+
+def _altered(change: Callable[[Answer], Answer]) -> Callable:
+    return lambda asked, really: change(really(asked))
+
+
+def _with_body(change: Callable[[bytes], bytes]) -> Callable:
+    return _altered(lambda answer: replace(answer, body=change(answer.body)))
+
+
+def _reset(asked: Asked, really: Really) -> Answer:
+    raise ConnectionAbortedError
+
+
+def _answer_lost(asked: Asked, really: Really) -> Answer:
+    really(asked)
+    raise ConnectionAbortedError
+
+
+def _slow(asked: Asked, really: Really) -> Answer:
+    time.sleep(1.0)
+    return really(asked)
+
+
+def _own_ids(asked: Asked, really: Really) -> Answer:
+    body = {key: value for key, value in asked.json().items() if key != "prompt_id"}
+    return really(replace(asked, body=json.dumps(body).encode()))
+
+
+def _prompt_lost(asked: Asked, really: Really) -> Answer:
+    return json_answer({"prompt_id": asked.json()["prompt_id"], "number": 0, "node_errors": {}})
+
+
+def _half(answer: Answer) -> Answer:
+    """Half of the body, and a head that promises all of it."""
+    length = str(len(answer.body))
+    return replace(answer, body=answer.body[: len(answer.body) // 2], headers={"Content-Length": length, "Connection": "close"})
+
+
+def _short(answer: Answer) -> Answer:
+    """All of the body, and a head that promises only half of it."""
+    return replace(answer, headers={"Content-Length": str(len(answer.body) // 2), "Connection": "close"})
+
+
+@functools.cache
+def _png(size: tuple[int, int]) -> bytes:
+    content = io.BytesIO()
+    Image.new("1", size).save(content, "PNG")
+    return content.getvalue()
+
+
+_LOGIN = b"<html><form>Please log in</form></html>"
+_BAD_GATEWAY = b"<html><center><h1>502 Bad Gateway</h1></center></html>"
+
+REQUESTS: dict[str, tuple[str, str, Callable[[Asked, Really], Answer]]] = {
+    # In front of ComfyUI, or its HTTP layer; a method and a path of their own only where it can happen nowhere else.
+    "reset": ("", "/", _reset),
+    "slow": ("", "/", _slow),
+    "server_error": ("", "/", _answer(500, b"500 Internal Server Error", "text/plain")),
+    "away_502": ("", "/", _answer(502, _BAD_GATEWAY)),
+    "away_503": ("", "/", _answer(503)),
+    "away_504": ("", "/", _answer(504)),
+    "login_page": ("", "/", _answer(200, _LOGIN)),
+    "login_redirect": ("", "/", _answer(302, b"", None, Location="/login?next=%2F")),
+    "unauthorized": ("", "/", _answer(401, _LOGIN)),
+    "forbidden": ("", "/", _answer(403, b"", None)),
+    "too_large": ("", "/", _answer(413, b"<html>413 Request Entity Too Large</html>")),
+    "broken_json": ("GET", "/history/", _answer(200, b'{"outputs": {', "application/json")),
+    "json_list": ("GET", "/history/", _answer(200, b"[]", "application/json")),
+    "cut_off": ("GET", "/", _altered(_half)),
+    "wrong_length": ("GET", "/", _altered(_short)),
+    "endless": ("GET", "/", _with_body(lambda body: bytes(3_000_000))),
+    # POST /prompt
+    "answer_lost": ("POST", "/prompt", _answer_lost),
+    "prompt_lost": ("POST", "/prompt", _prompt_lost),
+    "own_ids": ("POST", "/prompt", _own_ids),
+    # GET /view
+    "picture_empty": ("GET", "/view", _altered(lambda answer: replace(answer, body=b""))),
+    "picture_of_html": ("GET", "/view", _altered(lambda answer: replace(answer, body=_LOGIN))),
+    "picture_cut_off": ("GET", "/view", _altered(lambda answer: replace(answer, body=answer.body[:-9]))),
+    "picture_corrupt": (
+        "GET",
+        "/view",
+        _altered(lambda answer: replace(answer, body=answer.body[:60] + bytes(40) + answer.body[100:])),
+    ),
+    "picture_bomb": ("GET", "/view", _altered(lambda answer: replace(answer, body=_png((9500, 9500))))),
+    "picture_gone": ("GET", "/view", _answer(404, b"", None)),
+    # /ws
+    "no_websocket": ("GET", "/ws", _answer(404, b"", None)),
+}
+"""name -> method ("" is any), beginning of the path, and what is answered."""
+
+
+def _renamed(record: dict[str, Any]) -> dict[str, Any]:
+    return {"filename": "../../escape.png", "subfolder": "/etc/../..", "type": "output", "secret": "../x"}
+
+
+def _shown(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[dict[str, Any]], None]:
+    """An entry in which what each node shows is changed."""
+
+    def alter(entry: dict[str, Any]) -> None:
+        entry["outputs"] = {node: change(shown) for node, shown in entry["outputs"].items()}
+
+    return alter
+
+
+def _each_record(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[dict[str, Any]], None]:
+    return _shown(lambda shown: shown | {"images": [change(record) for record in shown.get("images", ())]})
+
+
+def _no_output_when_cached(entry: dict[str, Any]) -> None:
+    cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+    entry["outputs"] = {node: shown for node, shown in entry["outputs"].items() if node not in cached}
+
+
+ENTRIES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "outputs_animated": _shown(lambda shown: shown | {"animated": [True]}),
+    "outputs_webm": _each_record(lambda record: record | {"filename": "clip_00001_.webm"}),
+    "outputs_temp": _each_record(lambda record: record | {"type": "temp"}),
+    "outputs_latents": _shown(lambda shown: {"latents": [{"filename": "a.latent", "subfolder": "", "type": "output"}]}),
+    "outputs_text": _shown(lambda shown: shown | {"text": ["hello"]}),
+    "outputs_bare": _each_record(lambda record: {key: value for key, value in record.items() if value and key != "type"}),
+    "outputs_hostile": _each_record(_renamed),
+    "outputs_nonsense": _shown(lambda shown: {"images": [None, 7, {"filename": 5}, {}], "text": None}),
+    "outputs_empty": _shown(lambda shown: {"images": []}),
+    "cached_outputs_missing": _no_output_when_cached,
+    "status_missing": lambda entry: entry.pop("status"),
+}
+"""name -> what it does to a history entry before it is stored."""
+
+NODES: dict[str, type[Exception] | None] = {
+    "node_fails": NodeFails,
+    "out_of_memory": OutOfMemoryError,
+    "interrupted": None,
+    "worker_exits": SystemExit,
+}
+"""name -> what is raised in the node `on`; None interrupts the prompt. SystemExit ends the worker thread while HTTP lives."""
+
+HISTORY = ("evicted", "forgotten", "ends_between_two_looks")
+"""The history loses an entry before it is read; the server forgets all, as a restart makes it; two looks miss the end."""
+
+SOCKETS = ("websocket_cut", "websocket_noise", "websocket_silent")
+"""The socket ends after its first message; says what nobody understands; says nothing of prompts."""
+
+KINDS = {*REQUESTS, *ENTRIES, *NODES, *HISTORY, *SOCKETS}

@@ -1,0 +1,117 @@
+"""What is seen of a run that takes long: the node, its step, the pictures so far and the time left."""
+
+import threading
+import time
+
+import pytest
+import requests
+from comfyui_workspace import png, recorded, workflow
+
+from collecting.address import Address
+from collecting.display import Display
+from collecting.fetch import Outcome
+from collecting.live import Live, Moment
+from collecting.plan import Plan
+from collecting.workflow import understand
+
+
+@pytest.fixture
+def live(standin, monkeypatch):
+    """A listener at the stand-in, in a thread of its own."""
+    monkeypatch.setattr("collecting.live.FIRST_PAUSE_S", 0.02)
+    stopping = threading.Event()
+    listener = Live(Address(standin.url), "client", stopping)
+    thread = threading.Thread(target=listener.listen, daemon=True)
+    thread.start()
+    yield listener
+    stopping.set()
+    standin.listeners.all() and standin.listeners.all()[0].cut()
+    thread.join(5)
+
+
+def seen(live: Live, standin, seconds=5.0) -> list[Moment]:
+    """Every moment of one run, as often as it is looked at."""
+    wait_for(standin.listeners.all)
+    graph = recorded("golden.json")[-2]["request"]["json"]["prompt"]
+    graph["3"]["inputs"]["steps"] = 5
+    (standin.folder / "input" / "face_reference.png").write_bytes(png())
+    requests.post(f"{standin.url}/prompt", json={"prompt": graph, "client_id": "client"}, timeout=10)
+    moments, deadline = [], time.monotonic() + seconds
+    while not (standin.worker.history and live.moment is None and moments):
+        assert time.monotonic() < deadline
+        if live.moment is not None and live.moment not in moments:
+            moments.append(live.moment)
+        time.sleep(0.002)
+    return moments
+
+
+def wait_for(condition, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_node_step_and_saved_pictures_are_seen(standin, live):
+    standin.worker.seconds_per_job = 0.7
+    moments = seen(live, standin)
+    steps = [(moment.step, moment.steps) for moment in moments if moment.node == "3" and moment.steps]
+    assert steps[-1] == (5, 5)
+    assert len(set(steps)) >= 4
+    assert moments[-1].saved_by(("9",)) == 1 or moments[-1].node == "9"
+    assert {"4", "6", "7"} <= moments[-1].nodes_done
+
+
+def test_socket_that_breaks_is_opened_again(standin, live):
+    wait_for(standin.listeners.all)
+    standin.listeners.all()[0].cut()
+    wait_for(lambda: standin.requests.count(("GET", "/ws")) >= 2)
+    standin.worker.seconds_per_job = 0.5
+    assert [moment for moment in seen(live, standin) if moment.node == "3"]
+
+
+def test_silent_socket_is_opened_again(standin, monkeypatch):
+    monkeypatch.setattr("collecting.live.SILENCE_S", 0.1)
+    stopping = threading.Event()
+    thread = threading.Thread(target=Live(Address(standin.url), "client", stopping).listen, daemon=True)
+    thread.start()
+    wait_for(lambda: standin.requests.count(("GET", "/ws")) >= 3)
+    stopping.set()
+    thread.join(5)
+
+
+@pytest.fixture
+def plan():
+    graph, config = workflow("full_workflow_no_model.json"), workflow("full_workflow_no_model.config.json")
+    return Plan(understand(graph, config, []), (), None, None, False)
+
+
+def test_without_a_terminal_what_runs_is_a_line_now_and_then(plan, capsys, monkeypatch):
+    listener = Live(Address("http://host"), "client", threading.Event())
+    now_s = [1000.0]
+    monkeypatch.setattr("collecting.display.time.monotonic", lambda: now_s[0])
+    with Display(plan, 1) as display:
+        display.show([listener])
+        now_s[0] += 61
+        listener.moment = Moment("id", "301", 3, 12, frozenset({"16", "20"}), frozenset({("300", 1), ("60", 5)}))
+        display.show([listener])
+        display.show([listener])
+        display.tell("the workflow", Outcome(new=3, notes=["a word"], failures=["a reason"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("1/3 pictures, node 301 (SaveImage) step 3/12, ")
+    assert lines[0].endswith(" left")
+    assert lines[1:] == ["1/1 the workflow: 3 new pictures; FAILED:", "    a word", "    a reason"]
+
+
+def test_time_left_comes_from_the_share_that_is_done(plan, capsys, monkeypatch):
+    listener = Live(Address("http://host"), "client", threading.Event())
+    now_s = [0.0]
+    monkeypatch.setattr("collecting.display.time.monotonic", lambda: now_s[0])
+    nodes = list(plan.workflow.graph)
+    with Display(plan, 1) as display:
+        now_s[0] = 600.0
+        half = frozenset(nodes[: len(nodes) // 2])
+        listener.moment = Moment("id", nodes[-1], len(nodes) % 2, 2, half)
+        display.show([listener])
+    assert capsys.readouterr().out.rstrip().endswith("10:00 left")
