@@ -62,7 +62,8 @@ def read_examples(folder: Path, workers: int, left_out: Collection[str] = ()) ->
         read = list(pool.map(lambda image: _read(image, folder), images))
     complaints = [complaint for example, complaints in read for complaint in complaints]
     if complaints:
-        title = f"{folder}: {len(complaints)} of the {len(images)} pictures cannot be trained on:"
+        bad = sum(example is None for example, _ in read)
+        title = f"{folder}: {bad} of the {len(images)} pictures cannot be trained on:"
         raise DataError(one_list(title, complaints))
     return [example for example, _ in read]
 
@@ -90,9 +91,9 @@ def _caption(image: ImageFile, name: str, complaints: list[str]) -> str:
     except FileNotFoundError:
         complaints.append(f"{name}: has no caption {image.caption_path.name}; run the caption stage")
     except UnicodeDecodeError:
-        complaints.append(f"{image.caption_path.name}: is not UTF-8; save it as UTF-8")
+        complaints.append(f"{name}: its caption {image.caption_path.name} is not UTF-8; save it as UTF-8")
     except OSError as error:
-        complaints.append(f"{image.caption_path.name}: {error.strerror}")
+        complaints.append(f"{name}: its caption {image.caption_path.name}: {error.strerror}")
     return ""
 
 

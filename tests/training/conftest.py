@@ -41,7 +41,7 @@ class Stage:
     def __init__(self, workspace: Path, base: Path, photographs: dict[str, Image.Image]):
         self.dataset, self.output, self.models = (workspace / name for name in ("dataset", "output", "models"))
         self.images, self.lora = self.dataset / "images", self.output / "lora" / "sks.safetensors"
-        self.photographs = photographs
+        self.photographs, self.base = photographs, base
         for folder in (self.images, self.models):
             folder.mkdir(parents=True)
         self.variables = {

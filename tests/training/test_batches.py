@@ -1,0 +1,125 @@
+"""Batches of a run: read from caches and drawn from the seed, the same however the run is cut into pieces."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from training.batches import Batch, BatchReader, CachedExample
+from training.buckets import place, run_order
+from training.draws import draw
+
+SEED = 21
+DROPOUT = 0.3
+SIZES = [(300, 300), (300, 300), (300, 300), (500, 260), (500, 260)]
+
+
+@pytest.fixture
+def reader_of(tmp_path):
+    """`reader_of(micro_batch, global_batch)`: a reader of five cached pictures of two shapes, two of them with two variants."""
+    examples = []
+    for index, size in enumerate(SIZES):
+        placement = place(*size, resolution=128, step=64, max_side=256)
+        shape = (4, placement.bucket.height // 8, placement.bucket.width // 8)
+        generator = torch.Generator().manual_seed(index)
+        parts = {name: torch.randn(shape, generator=generator) for name in ("mean", "log_variance")}
+        variants = 1 + index % 2
+        save_file(parts, tmp_path / f"{index}.latents")
+        text = {
+            "hidden": torch.randn(variants, 77, 6, generator=generator),
+            "pooled": torch.randn(variants, 3, generator=generator),
+        }
+        save_file(text, tmp_path / f"{index}.text")
+        examples.append(
+            CachedExample(f"{index}.png", placement, tmp_path / f"{index}.latents", tmp_path / f"{index}.text", variants)
+        )
+    save_file({"hidden": torch.full((1, 77, 6), 9.0), "pooled": torch.full((1, 3), 9.0)}, tmp_path / "empty.text")
+
+    def make(micro_batch: int = 2, global_batch: int = 4) -> BatchReader:
+        return BatchReader(examples, tmp_path / "empty.text", SEED, DROPOUT, micro_batch, global_batch, pin=False)
+
+    return make
+
+
+def order_of(reader: BatchReader, epochs: int = 6):
+    buckets = [example.placement.bucket for example in reader.examples]
+    return run_order(buckets, [1] * len(buckets), epochs, reader.global_batch, SEED)
+
+
+def same(first: Batch, second: Batch) -> bool:
+    return all(torch.equal(getattr(first, part.name), getattr(second, part.name)) for part in fields(Batch))
+
+
+def test_a_run_in_two_halves_is_the_whole_run(reader_of):
+    reader = reader_of()
+    order = order_of(reader)
+    whole = [reader(step) for step in order]
+    half = len(order) // 2
+    first, second = reader_of(), reader_of()
+    rest = [second(step) for step in order[half:]]  # begun by another process that never saw the first half
+    halves = [first(step) for step in order[:half]] + rest
+    assert len(halves) == len(whole)
+    assert all(same(*pair) for ours, theirs in zip(halves, whole, strict=True) for pair in zip(ours, theirs, strict=True))
+
+
+def test_a_sample_is_what_cache_and_draw_say(reader_of):
+    reader = reader_of(micro_batch=4)
+    dropped = 0
+    for step in order_of(reader):
+        (batch,) = reader(step)
+        for slot, index in enumerate(step.examples):
+            example = reader.examples[index]
+            drawn = draw(SEED, step.number * 4 + slot, tuple(batch.mean.shape[1:]), example.variants, DROPOUT)
+            generator = torch.Generator().manual_seed(index)
+            mean, log_variance = (torch.randn(batch.mean.shape[1:], generator=generator) for _ in range(2))
+            hidden = torch.randn(example.variants, 77, 6, generator=generator)
+            pooled = torch.randn(example.variants, 3, generator=generator)
+            assert torch.equal(batch.mean[slot], mean)
+            assert torch.equal(batch.log_variance[slot], log_variance)
+            for name in ("latent_noise", "noise", "offset"):
+                assert torch.equal(getattr(batch, name)[slot], getattr(drawn, name))
+            assert batch.timesteps[slot] == drawn.timestep
+            if drawn.variant is None:
+                assert (batch.hidden[slot] == 9).all()
+                assert (batch.pooled[slot] == 9).all()
+                dropped += 1
+            else:
+                assert torch.equal(batch.hidden[slot], hidden[drawn.variant])
+                assert torch.equal(batch.pooled[slot], pooled[drawn.variant])
+            assert batch.add_time_ids[slot].tolist() == list(example.placement.add_time_ids)
+    assert dropped > 2
+    assert batch.timesteps.dtype == torch.int64
+    assert batch.add_time_ids.dtype == torch.float32
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_micro_batches_are_the_same_samples_whatever_their_size(reader_of, micro_batch):
+    reader, whole = reader_of(micro_batch), reader_of(4)
+    for step in order_of(reader):
+        batches, (expected,) = reader(step), whole(step)
+        real = len(step.examples)
+        for part in fields(Batch):
+            joined = torch.cat([getattr(batch, part.name) for batch in batches])[:real]
+            assert torch.equal(joined, getattr(expected, part.name)[:real])
+
+
+def test_padding_has_weight_zero_and_the_real_samples_share_the_step(reader_of):
+    reader = reader_of()
+    short = 0
+    for step in order_of(reader, epochs=5):
+        batches = reader(step)
+        weights = torch.cat([batch.weights for batch in batches])
+        real = len(step.examples)
+        assert {batch.mean.shape[0] for batch in batches} == {2}
+        assert len(batches) == -(-real // 2)
+        assert weights[:real].tolist() == pytest.approx([1 / real] * real)
+        assert weights[real:].tolist() == [0.0] * (len(weights) - real)
+        short += real % 2
+    assert short
+
+
+def test_names_of_a_step_are_its_pictures_once_each(reader_of):
+    reader = reader_of()
+    for step in order_of(reader):
+        assert reader.names(step) == ", ".join(sorted({f"{index}.png" for index in step.examples}))

@@ -1,0 +1,222 @@
+"""Real photographs through buckets into the cache: exact pixels, and values that depend on nothing but their own key."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from errors import DataError
+from training import cache
+from training.base_model import find_base
+from training.buckets import place
+from training.cache import Cache, encode_captions, encode_pictures, is_whole, picture_pixels, read_embedding, read_latents
+from training.config import TrainSettings
+from training.dataset import read_examples
+from training.encode import Encoding, encode_data
+from training.plan import make_plan
+from training.schedule import Schedule
+
+CPU = torch.device("cpu")
+
+
+def placed(example):
+    return place(example.width, example.height, resolution=128, step=8, max_side=256)
+
+
+@pytest.fixture
+def examples(stage):
+    """Four photographs of four shapes and formats: a square, a wide one, a tall one, one with transparency."""
+    stage.add("astronaut", "astronaut.png", "sks, woman")
+    stage.add("coffee", "coffee.webp", "sks, cup", lossless=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: the cat lies on its side in the file
+    stage.add("chelsea", "chelsea.jpg", "sks, cat", exif=exif, quality=95)
+    rocket = stage.photographs["rocket"].copy()
+    fade = np.tile(np.linspace(0, 255, rocket.width).astype(np.uint8), (rocket.height, 1))
+    rocket.putalpha(Image.fromarray(fade))
+    rocket.save(stage.images / "rocket.png")
+    (stage.images / "rocket.txt").write_text("sks, rocket")
+    return {example.path.stem: example for example in read_examples(stage.images, workers=0)}
+
+
+def as_picture(pixels: torch.Tensor) -> Image.Image:
+    return Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy())
+
+
+def test_pixels_are_the_picture_scaled_and_cropped_to_its_bucket(stage, examples):
+    expected = {
+        "astronaut": stage.photographs["astronaut"].resize((128, 128), Image.Resampling.LANCZOS),
+        "coffee": stage.photographs["coffee"].resize((156, 104), Image.Resampling.LANCZOS).crop((2, 0, 154, 104)),
+    }
+    for name, wanted in expected.items():
+        placement = placed(examples[name])
+        pixels = picture_pixels(examples[name], placement)
+        assert pixels.dtype == torch.float32
+        assert pixels.shape == (3, placement.bucket.height, placement.bucket.width)
+        assert (np.asarray(as_picture(pixels)) == np.asarray(wanted)).all()
+        assert pixels.min() >= -1
+        assert pixels.max() <= 1
+
+
+def test_orientation_is_applied_before_the_bucket_is_chosen(stage, examples):
+    cat = examples["chelsea"]
+    placement = placed(cat)
+    assert (cat.width, cat.height) == (300, 451)
+    assert placement.bucket.height > placement.bucket.width
+    upright = Image.open(cat.path).convert("RGB").transpose(Image.Transpose.ROTATE_270)
+    resized = upright.resize((placement.resized_width, placement.resized_height), Image.Resampling.LANCZOS)
+    right, bottom = placement.left + placement.bucket.width, placement.top + placement.bucket.height
+    wanted = resized.crop((placement.left, placement.top, right, bottom))
+    assert (np.asarray(as_picture(picture_pixels(cat, placement))) == np.asarray(wanted)).all()
+
+
+def test_transparency_lies_on_white(examples):
+    pixels = picture_pixels(examples["rocket"], placed(examples["rocket"]))
+    assert pixels[..., 0].min() > 0.94  # nearly transparent at the left edge
+    assert pixels[..., -1].mean() < 0.5
+
+
+def encoding(stage, folder) -> Encoding:
+    return Encoding(find_base(str(stage.base), stage.models), stage.base.parent, Cache(stage.output / folder), CPU, torch.float32)
+
+
+def plan_of(examples):
+    plain = TrainSettings()
+    settings = replace(
+        plain, data=replace(plain.data, resolution=128, bucket_step=8, bucket_max_side=256, dataloader_num_workers=1)
+    )
+    return make_plan(examples, settings, Schedule()), settings.data
+
+
+def encoded(stage, folder, examples):
+    """All of `examples` in a cache of its own: the data, and file name -> bytes."""
+    plan, settings = plan_of(examples)
+    data = encode_data(encoding(stage, folder), plan, settings, "sks", seed=0)
+    files = {path.name: path.read_bytes() for path in (stage.output / folder).glob("*/*.safetensors")}
+    return data, files
+
+
+def test_latents_are_the_posterior_of_the_vae(stage, examples):
+    data, _ = encoded(stage, "cache", [examples["coffee"]])
+    vae = AutoencoderKL.from_pretrained(stage.base / "vae", dtype=torch.float32)
+    with torch.no_grad():
+        wanted = vae.encode(picture_pixels(examples["coffee"], placed(examples["coffee"]))[None]).latent_dist
+    mean, log_variance = read_latents(data.examples[0].latents)
+    assert mean.dtype == log_variance.dtype == torch.float32
+    torch.testing.assert_close(mean, wanted.mean[0])
+    torch.testing.assert_close(log_variance, wanted.logvar[0])
+
+
+def test_what_is_in_the_cache_does_not_depend_on_what_else_was_encoded(stage, examples):
+    """Each picture alone, all in order, all in another order: the same files with the same bytes."""
+    everything = list(examples.values())
+    _, together = encoded(stage, "together", everything)
+    assert len(together) == 4 + 5  # latents; captions and the empty one
+    _, backwards = encoded(stage, "backwards", everything[::-1])
+    assert backwards == together
+    for example in everything[:2]:
+        _, alone = encoded(stage, f"alone-{example.name}", [example])
+        assert len(alone) == 1 + 2
+        assert alone.items() <= together.items()
+
+
+def test_damaged_files_are_encoded_anew_and_whole_ones_left_alone(stage, examples, capsys):
+    everything = list(examples.values())
+    _, before = encoded(stage, "cache", everything)
+    latents, text = (sorted((stage.output / "cache" / kind).glob("*")) for kind in ("latents", "text"))
+    latents[0].write_bytes(before[latents[0].name][:-100])
+    latents[1].write_bytes(b"")
+    latents[2].unlink()
+    text[0].write_bytes(bytes(1000))
+    whole = {path: path.stat().st_mtime_ns for path in (latents[3], *text[1:])}
+    capsys.readouterr()
+    _, after = encoded(stage, "cache", everything)
+    said = capsys.readouterr().out
+    assert "pictures: 3 encoded, 1 in the cache" in said
+    assert "captions: 1 encoded, 4 in the cache" in said
+    assert after == before
+    assert {path: path.stat().st_mtime_ns for path in whole} == whole
+
+
+def test_two_names_for_the_same_picture_share_a_file(stage, examples):
+    copy = replace(examples["coffee"], name="copy.webp", path=examples["coffee"].path)
+    data, files = encoded(stage, "cache", [examples["coffee"], copy])
+    assert data.examples[0].latents == data.examples[1].latents
+    assert len(files) == 1 + 2
+
+
+def test_whatever_a_picture_depends_on_is_in_its_key(examples):
+    example, store = examples["coffee"], Cache(examples["coffee"].path.parent)
+    placement = placed(example)
+    keys = [
+        store.picture(example, placement, "vae"),
+        store.picture(replace(example, sha256="another"), placement, "vae"),
+        store.picture(example, replace(placement, left=placement.left + 1), "vae"),
+        store.picture(example, place(600, 400, 192, 8, 256), "vae"),
+        store.picture(example, placement, "another vae"),
+    ]
+    assert len(set(keys)) == len(keys)
+    renamed = replace(example, path=example.path.with_name("x.png"), name="x.png", caption="", repeats=9)
+    assert store.picture(renamed, placement, "vae") == keys[0]
+
+
+def test_whatever_a_caption_depends_on_is_in_its_key(tmp_path):
+    store = Cache(tmp_path)
+    variants = (("sks, a", "a, sks"), ("sks, a",), ("a, sks", "sks, a"), ("sks, b", "b, sks"))
+    keys = [
+        store.caption(*key)
+        for key in itertools.product(variants, (1, 2), (torch.float32, torch.bfloat16), ("encoders", "other encoders"))
+    ]
+    assert len(set(keys)) == len(keys) == 32
+
+
+def test_another_format_of_the_cache_is_another_key(tmp_path, monkeypatch):
+    first = Cache(tmp_path).caption(["sks"], 1, torch.float32, "encoders")
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
+    assert Cache(tmp_path).caption(["sks"], 1, torch.float32, "encoders") != first
+
+
+def test_latents_that_are_not_finite_name_their_picture(stage, examples):
+    def broken(pixels):
+        return torch.full((1, 4, 2, 2), float("nan")), torch.zeros(1, 4, 2, 2)
+
+    path = stage.output / "latents.safetensors"
+    with pytest.raises(DataError, match=r"coffee\.webp: the VAE answers with NaN") as refused:
+        list(encode_pictures([(path, examples["coffee"], placed(examples["coffee"]))], broken, workers=1))
+    assert refused.value.exit_code == 3
+    assert not is_whole(path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_are_read_back_one_variant_at_a_time(tmp_path, dtype):
+    hidden, pooled = torch.randn(3, 77, 8), torch.randn(3, 5)
+    path = tmp_path / "caption.safetensors"
+    assert not is_whole(path)
+    assert list(encode_captions([(path, ["a", "b", "c"])], lambda texts: (hidden, pooled), dtype)) == [path]
+    assert is_whole(path)
+    for variant in range(3):
+        ours = read_embedding(path, variant)
+        assert torch.equal(ours[0], hidden[variant].to(dtype))
+        assert torch.equal(ours[1], pooled[variant].to(dtype))
+
+
+def test_a_digest_is_remembered_until_its_file_changes(tmp_path):
+    memo, weights, computed = tmp_path / "digests.json", tmp_path / "weights", []
+
+    def digest() -> str:
+        computed.append(weights.read_text())
+        return weights.read_text()
+
+    weights.write_text("one")
+    assert [cache.remembered(memo, "vae", [weights], digest) for _ in range(2)] == ["one", "one"]
+    weights.write_text("second")
+    assert cache.remembered(memo, "vae", [weights], digest) == "second"
+    assert cache.remembered(memo, "unet", [weights], digest) == "second"
+    memo.write_text("{ half a")
+    assert cache.remembered(memo, "vae", [weights], digest) == "second"
+    assert computed == ["one", "second", "second", "second"]

@@ -1,0 +1,142 @@
+"""Real photographs become examples, or one list of everything that is wrong with them."""
+
+import hashlib
+
+import pytest
+from PIL import Image
+
+from errors import DataError
+from training.dataset import read_examples, unused_entries
+
+ORIENTATION = 0x0112
+
+
+def oriented(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ORIENTATION] = value
+    return exif
+
+
+def test_every_format_and_n_name_folder(stage):
+    stage.add("astronaut", "b.png", "sks, astronaut")
+    stage.add("coffee", "A.JPG", "sks, coffee")
+    stage.add("chelsea", "3_cats/c.webp", "sks, cat")
+    stage.add("rocket", "d.bmp", "sks, rocket")
+    stage.add("rocket", "12_more rockets/e.jpeg", "sks, rocket, day")
+    stage.add("coffee", "0_laid_aside/f.png", None)
+    stage.add("coffee", "elsewhere/g.png", None)
+    stage.add("coffee", ".hidden.png", None)
+    examples = read_examples(stage.images, workers=2)
+    assert [(e.name, e.caption, e.width, e.height, e.repeats) for e in examples] == [
+        ("12_more rockets/e.jpeg", "sks, rocket, day", 640, 427, 12),
+        ("3_cats/c.webp", "sks, cat", 451, 300, 3),
+        ("A.JPG", "sks, coffee", 600, 400, 1),
+        ("b.png", "sks, astronaut", 512, 512, 1),
+        ("d.bmp", "sks, rocket", 640, 427, 1),
+    ]
+    for example in examples:
+        assert example.sha256 == hashlib.sha256(example.path.read_bytes()).hexdigest()
+    assert read_examples(stage.images, workers=0) == examples
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(1, (451, 300)), (3, (451, 300)), (6, (300, 451)), (8, (300, 451))])
+def test_size_is_that_of_the_upright_picture(stage, orientation, size):
+    stage.add("chelsea", "cat.jpg", exif=oriented(orientation))
+    (example,) = read_examples(stage.images, workers=0)
+    assert (example.width, example.height) == size
+
+
+@pytest.mark.parametrize(
+    ("content", "caption"),
+    [
+        (b"sks, smile", "sks, smile"),
+        (b"\xef\xbb\xbfsks, smile\r\n", "sks, smile"),
+        ("sks, niña,\n 年\n".encode(), "sks, niña, 年"),
+        (b"", ""),
+    ],
+)
+def test_caption_is_its_text_in_one_line(stage, content, caption):
+    stage.add("coffee").with_suffix(".txt").write_bytes(content)
+    assert read_examples(stage.images, workers=0)[0].caption == caption
+
+
+def test_magic_bytes_say_what_a_picture_is_and_not_its_name(stage):
+    stage.add("coffee", "really-a-jpeg.png", format="JPEG")
+    assert len(read_examples(stage.images, workers=0)) == 1
+
+
+def damage(stage) -> int:
+    """Fill the data set with one good picture and one of everything that can be wrong; how many are bad."""
+    stage.add("astronaut", "good.png")
+    stage.add("astronaut", "no_caption.png", caption=None)
+    stage.add("coffee", "latin1.jpg").with_suffix(".txt").write_bytes("sks, niña".encode("latin-1"))
+    stage.add("coffee", "3_photos/utf16.jpg").with_suffix(".txt").write_bytes("sks".encode("utf-16"))
+    cut = stage.add("rocket", "cut_off.png")
+    cut.write_bytes(cut.read_bytes()[:20000])
+    stage.add("rocket", "text.png").write_text("this is no picture")
+    stage.add("rocket", "empty.webp").write_bytes(b"")
+    stage.add("rocket", "animation.png", format="GIF")
+    stage.photographs["astronaut"].resize((255, 400)).save(stage.images / "small.png")
+    (stage.images / "small.txt").write_text("sks")
+    both = stage.add("chelsea", "5_cats/both.png", caption=None)
+    both.write_bytes(both.read_bytes()[:5000])
+    return 9
+
+
+COMPLAINTS = (
+    "no_caption.png: has no caption no_caption.txt; run the caption stage",
+    "latin1.jpg: its caption latin1.txt is not UTF-8; save it as UTF-8",
+    "3_photos/utf16.jpg: its caption utf16.txt is not UTF-8; save it as UTF-8",
+    "cut_off.png: cannot be decoded: ",
+    "text.png: is not a PNG, JPEG, WebP or BMP picture; replace or remove it",
+    "empty.webp: is not a PNG, JPEG, WebP or BMP picture; replace or remove it",
+    "animation.png: is not a PNG, JPEG, WebP or BMP picture; replace or remove it",
+    "small.png: 255x400 is too small; the shorter side must have at least 256 px",
+    "5_cats/both.png: has no caption both.txt; run the caption stage",
+    "5_cats/both.png: cannot be decoded: ",
+)
+
+
+def test_everything_wrong_is_one_list(stage):
+    bad = damage(stage)
+    with pytest.raises(DataError) as refused:
+        read_examples(stage.images, workers=2)
+    title, *lines = str(refused.value).splitlines()
+    assert title == f"{stage.images}: {bad} of the 10 pictures cannot be trained on:"
+    assert len(lines) == len(COMPLAINTS)
+    for complaint in COMPLAINTS:
+        assert any(line.startswith(f"  - {complaint}") for line in lines), complaint
+
+
+def test_the_stage_ends_with_that_list_and_writes_nothing(stage):
+    damage(stage)
+    ended = stage.run()
+    assert ended.returncode == 3
+    assert ended.stderr.startswith(f"train_lora: {stage.images}: 9 of the 10 pictures cannot be trained on:\n")
+    assert all(complaint in ended.stderr for complaint in COMPLAINTS)
+    assert not stage.output.exists()
+
+
+def test_pictures_of_256_px_are_taken(stage):
+    stage.photographs["astronaut"].resize((256, 256)).save(stage.images / "a.png")
+    (stage.images / "a.txt").write_text("sks")
+    assert len(read_examples(stage.images, workers=0)) == 1
+
+
+def test_a_folder_that_is_absent_or_empty_says_what_to_do(stage):
+    for folder in (stage.images, stage.images / "absent"):
+        with pytest.raises(DataError, match=r"no pictures .* run the collect stage") as refused:
+            read_examples(folder, workers=0)
+        assert refused.value.exit_code == 3
+
+
+def test_what_lies_among_the_pictures_and_is_not_used_is_named(stage):
+    stage.add("coffee", "cup.png")
+    stage.add("coffee", "2_cups/cup.png")
+    stage.add("coffee", "holiday/cup.png")
+    (stage.images / "cup.gif").write_bytes(b"GIF89a")
+    (stage.images / "notes.txt").write_text("notes")
+    (stage.images / ".DS_Store").touch()
+    assert unused_entries(stage.images) == ["cup.gif", "holiday", "notes.txt"]
+    said = stage.run(BASE_MODEL=stage.base, OUTPUT_DIR=stage.images / "notes.txt").stdout
+    assert "not used, because neither picture, caption of one, nor N_name folder: cup.gif, holiday, notes.txt" in said
