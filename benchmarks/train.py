@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from demo import tiny_sdxl
-from demo.world import setting_names
-from settings import REPOSITORY
+from settings import REPOSITORY, ProjectSettings, all_keys
+from training.config import TrainSettings
 
 ONE_BUCKET = ((1024, 1024),)
 SIX_BUCKETS = ((1024, 1024), (896, 1152), (1152, 896), (832, 1216), (1216, 832), (768, 1344))
@@ -115,7 +115,8 @@ def run(folder: Path, job: Job) -> tuple[float, str]:
     """Run train_lora.py from scratch; seconds from start to end, and what it printed, each line with its time."""
     output = folder / "output"
     shutil.rmtree(output, ignore_errors=True)
-    kept = {name: value for name, value in os.environ.items() if name not in setting_names()}
+    names = {key.name.upper() for section in (ProjectSettings, TrainSettings) for key in all_keys(section)}
+    kept = {name: value for name, value in os.environ.items() if name not in names}
     ours = {
         "trigger_word": "trigger",
         "dataset_dir": folder / job.pictures,
@@ -127,7 +128,7 @@ def run(folder: Path, job: Job) -> tuple[float, str]:
         "gradient_checkpointing": "false",
         "validation_fraction": 0,
     }
-    changed = {name.upper(): str(value) for name, value in (ours | job.settings).items() if name.upper() in setting_names()}
+    changed = {name.upper(): str(value) for name, value in (ours | job.settings).items() if name.upper() in names}
     command = [sys.executable, REPOSITORY / "scripts" / "train_lora.py"]
     started, lines = time.monotonic(), []
     process = subprocess.Popen(command, env=kept | changed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

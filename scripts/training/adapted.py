@@ -134,7 +134,11 @@ class _FrozenConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return torch.nn.grad.conv2d_input(ctx.shape, ctx.weight, dy, ctx.stride, ctx.padding), None, None, None
+        never_read = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+        dx, _, _ = torch.ops.aten.convolution_backward(
+            dy, never_read, ctx.weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, False, False)
+        )
+        return dx, None, None, None
 
 
 def frozen_conv(x: torch.Tensor, conv: torch.nn.Conv2d) -> torch.Tensor:
