@@ -16,7 +16,7 @@ from training.base_model import find_base
 from training.batches import BatchReader
 from training.cache import Cache
 from training.config import TrainSettings
-from training.dataset import Example, read_examples, unused_entries
+from training.dataset import Example, flagged_pictures, read_examples, unused_entries
 from training.device import Precision, choose_precision, describe, wants_checkpointing
 from training.encode import EncodedData, Encoding, base_digest, encode_data
 from training.export import Description, write_lora
@@ -68,8 +68,12 @@ def decide(project: ProjectSettings, settings: TrainSettings) -> Task:
 
 def read_pictures(project: ProjectSettings, settings: TrainSettings) -> list[Example]:
     """The examples of the data set; what lies among them and is none is named."""
-    folder = DatasetFolder(project.dataset_dir).images
-    examples = read_examples(folder, settings.data.dataloader_num_workers)
+    dataset = DatasetFolder(project.dataset_dir)
+    folder = dataset.images
+    flagged = flagged_pictures(dataset) if settings.data.skip_flagged else {}
+    if flagged:
+        print(f"left out, because flagged: {', '.join(f'{name} ({flaws})' for name, flaws in flagged.items())}")
+    examples = read_examples(folder, settings.data.dataloader_num_workers, flagged)
     unused = unused_entries(folder)
     if unused:
         print(f"not used, because neither picture, caption of one, nor N_name folder: {', '.join(unused)}")
