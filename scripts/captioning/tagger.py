@@ -64,12 +64,16 @@ class Tagger:
             raise ModelError(f"{self._file}: gives values that are not probabilities; set CAPTION_MODEL to a WD14-style tagger")
         return result
 
+    def session_run(self, batch: np.ndarray) -> np.ndarray:
+        """One full batch, in the model's layout, through the model and nothing else."""
+        return self._session.run(None, {self._input: batch})[0]
+
     def _run(self, part: np.ndarray) -> np.ndarray:
         """Always a full batch: other sizes take other kernels with other roundings, and tags must not depend on company."""
         missing = self.batch_size - len(part)
         filled = np.pad(part, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else part
         try:
-            return self._session.run(None, {self._input: filled})[0][: len(part)]
+            return self.session_run(filled)[: len(part)]
         except ORT_ERRORS as error:
             raise ModelError(
                 f"{self._file}: stopped with {one_line(error)}; lower CAPTION_BATCH_SIZE if memory is short, else {FETCH_AGAIN}"

@@ -33,7 +33,8 @@ def tagged(
         tagger = load_tagger(model_folder, settings, batch_size=min(settings.caption_batch_size, len(pictures)))
         if _uses_bf16(settings):
             _say_effect_of_bf16(model_folder, tagger, missing, settings)
-        _infer(missing, tagger, store, pictures, stored, tally)
+        print(f"{len(missing)} pictures to tag on the {tagger.runs_on}, {tagger.batch_size} at a time", flush=True)
+        stored |= infer({path: pictures[path] for path in missing}, tagger, store, tally, preparing_workers())
     return store, {path: probabilities for path, probabilities in stored.items() if probabilities is not None}
 
 
@@ -56,15 +57,12 @@ def _store(
     return store_of_model(root, name, folder, bf16), folder
 
 
-def _infer(
-    missing: Sequence[Path],
-    tagger: Tagger,
-    store: TagStore,
-    pictures: dict[Path, KnownPicture],
-    stored: dict[Path, np.ndarray | None],
-    tally: Tally,
-) -> None:
-    """Fill `stored` with what is missing; each result goes to the disk while the next ones are computed."""
+def infer(
+    pictures: dict[Path, KnownPicture], tagger: Tagger, store: TagStore, tally: Tally, workers: int
+) -> dict[Path, np.ndarray]:
+    """The probabilities of every picture that decodes. `workers` threads prepare the next batches, and each result goes to
+    the disk, while the model works."""
+    found = {}
 
     def kept(result: tuple[Path, np.ndarray | BrokenPictureError]) -> tuple[Path, np.ndarray | BrokenPictureError]:
         path, probabilities = result
@@ -72,14 +70,14 @@ def _infer(
             store.put(pictures[path].sha256, probabilities)
         return result
 
-    print(f"{len(missing)} pictures to tag on the {tagger.runs_on}, {tagger.batch_size} at a time", flush=True)
-    with tqdm(total=len(missing), desc="tagging", unit="picture", disable=None) as bar:
-        for path, probabilities in prefetched(kept, inferred(missing, tagger, preparing_workers()), workers=1):
+    with tqdm(total=len(pictures), desc="tagging", unit="picture", disable=None) as bar:
+        for path, probabilities in prefetched(kept, inferred(list(pictures), tagger, workers), workers=1):
             if isinstance(probabilities, BrokenPictureError):
                 tally.fail(path, f"{probabilities}; replace or remove it")
             else:
-                stored[path] = probabilities
+                found[path] = probabilities
             bar.update()
+    return found
 
 
 def _uses_bf16(settings: CaptionSettings) -> bool:

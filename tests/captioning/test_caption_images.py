@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import dataset_folder
 from captioning import caption_files
 from captioning.caption_files import CaptionFiles
 from dataset_folder import DatasetFolder
@@ -425,3 +426,50 @@ def test_undo_of_the_first_run_leaves_nothing_of_it_and_the_next_run_makes_it_ag
     assert stage.captions() == {}
     assert "2 captioned" in stage.run().stdout
     assert stage.captions() == before
+
+
+@pytest.fixture
+def uninterrupted(stage, photographs):
+    """A data set of every kind of caption, and what a run that nobody disturbs makes of it."""
+    save(photographs, stage.images, astronaut="a.png", coffee="b.png", chelsea="c.png", rocket="2_d/d.png")
+    (stage.images / "b.txt").write_text("my coffee")
+    (stage.images / "c.txt").write_text("my nyafyi_woman")
+    workspace = shutil.copytree(stage.images.parent, stage.images.parent.with_name("before"))
+    stage.run()
+    ended = stage.captions_as_bytes()
+    shutil.rmtree(stage.images.parent)
+    shutil.copytree(workspace, stage.images.parent)
+    return stage, ended
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("moment", range(13))
+def test_death_at_any_file_that_is_written_and_a_second_run_give_the_same_captions(uninterrupted, moment, after):
+    """`moment` counts the files that take their name and the lines of the record, whatever they are."""
+    stage, expected = uninterrupted
+    steps, died = iter(range(1000)), []
+
+    def or_dies(function):
+        def act(*arguments, **options):
+            this = next(steps) == moment
+            if not this or after:
+                function(*arguments, **options)
+            if this:
+                died.append(moment)
+                raise KilledError
+
+        return act
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dataset_folder.os, "replace", or_dies(os.replace))
+        patched.setattr(caption_files, "append_json_line", or_dies(caption_files.append_json_line))
+        with contextlib.suppress(KilledError):
+            stage.run()
+    assert died == [moment]
+    assert stage.captions().get("c.txt") == "my nyafyi_woman"
+    assert stage.captions().get("b.txt") in ("my coffee", "nyafyi_woman, my coffee")
+    assert stage.run().returncode == 0
+    assert stage.captions_as_bytes() == expected
+    while "nothing to undo" not in stage.run("--undo").stdout:
+        pass
+    assert stage.captions() == {"b.txt": "my coffee", "c.txt": "my nyafyi_woman"}

@@ -68,6 +68,22 @@ def test_preparation_is_blue_first_in_0_to_255_on_a_centred_white_square():
     assert (prepared[336:] == 255).all()
 
 
+def test_preparation_is_bit_equal_to_the_convention_of_the_models(tmp_path, photographs):
+    """A turned picture with transparency, step by step in Pillow as the models' authors describe it."""
+    turned = photographs["chelsea"].convert("RGBA")
+    turned.putalpha(Image.linear_gradient("L").resize(turned.size))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "a.png", exif=exif)
+    upright = turned.transpose(Image.Transpose.ROTATE_270)
+    opaque = Image.alpha_composite(Image.new("RGBA", upright.size, (255, 255, 255, 255)), upright).convert("RGB")
+    side = max(opaque.size)
+    square = Image.new("RGB", (side, side), (255, 255, 255))
+    square.paste(opaque, ((side - opaque.width) // 2, (side - opaque.height) // 2))
+    expected = np.asarray(square.resize((448, 448), Image.Resampling.BICUBIC), np.float32)[:, :, ::-1]
+    assert (prepare(open_rgb(tmp_path / "a.png"), 448) == expected).all()
+
+
 def test_tags_are_the_same_in_every_orientation_and_encoding(tmp_path, photographs, tiny):
     tagger, picture = tagger_of(tiny), photographs["coffee"].resize((300, 200))
     expected = tagger.probabilities([prepare(picture, 448)])[0]

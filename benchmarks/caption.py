@@ -1,0 +1,129 @@
+"""`python -m benchmarks.caption`: how much of decoding and preparing pictures captioning hides behind inference. CPU only.
+
+Builds two taggers with random weights and pictures of 1024 x 1024 px in a folder, and compares three things on this
+machine: ONNX Runtime alone in a loop over ready tensors, decoding and preparing alone on one thread, and captioning as
+scripts/caption_images.py does it, from the files to the stored probabilities. Ratios mean something; times only here.
+"""
+
+import argparse
+import shutil
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+from PIL import Image
+
+import demo  # noqa: F401  for the path to the rooms of scripts/
+from benchmarks import random_vit
+from captioning.cores import preparing_workers
+from captioning.known_pictures import KnownPicture, look_at_all
+from captioning.tag_store import store_of_model
+from captioning.tagger import Tagger, prepare
+from captioning.tagging import infer
+from captioning.tally import Tally
+from dataset_folder import DatasetFolder, find_images
+from pictures import open_rgb
+
+SIDE_PX = 1024
+BATCH = 8
+PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png")
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds for all pictures, once each."""
+
+    bare: float
+    preparing: float
+    captioning: float
+
+    @property
+    def share_of_bare(self) -> float:
+        return self.bare / self.captioning
+
+    @property
+    def hidden(self) -> float:
+        """Share of the preparation that costs no time."""
+        return 1 - (self.captioning - self.bare) / self.preparing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.caption", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/loracat-benchmark-caption"), help="where everything is built")
+    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=None, help="inference threads; otherwise what captioning would take")
+    parser.add_argument("--workers", type=int, default=preparing_workers(), help="threads that prepare pictures")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=("large", "small"), default=None)
+    options = parser.parse_args()
+    dataset = DatasetFolder(options.folder / "dataset")
+    draw(dataset.images, options.pictures)
+    images = find_images(dataset.images)[: options.pictures]
+    begin = time.perf_counter()
+    known = look_at_all(dataset, images, options.workers)
+    print(
+        f"looking at {len(images)} pictures for the audit: {time.perf_counter() - begin:.1f} s (0 if it was done before)",
+        flush=True,
+    )
+    print("\n| model | pictures | bare, s/picture | preparing, s/picture | captioning, s/picture | of bare speed | hidden |")
+    print("|---|---|---|---|---|---|---|")
+    for name, size in (("large", random_vit.LARGE), ("small", random_vit.SMALL)):
+        if options.only in (None, name):
+            model = random_vit.build(options.folder / name, size)
+            tagger = Tagger(model / "model.onnx", model / "selected_tags.csv", BATCH, "cpu", threads=options.threads)
+            rounds = [measured(tagger, model, dataset, known, options.workers) for _ in range(options.rounds)]
+            print(row(name, rounds, len(images)), flush=True)
+
+
+def measured(tagger: Tagger, model: Path, dataset: DatasetFolder, known: dict[Path, KnownPicture], workers: int) -> Times:
+    """One round: the three one after the other, so that they meet the same machine."""
+    paths = list(known)
+    ready = [prepare(open_rgb(path), tagger.side_px) for path in paths[:BATCH]]
+    tensor = np.stack(ready)
+    run = tagger.session_run
+    run(tensor)
+
+    begin = time.perf_counter()
+    for _ in range(0, len(paths), BATCH):
+        run(tensor)
+    bare = time.perf_counter() - begin
+
+    begin = time.perf_counter()
+    for path in paths:
+        prepare(open_rgb(path), tagger.side_px)
+    preparing = time.perf_counter() - begin
+
+    shutil.rmtree(dataset.records / "tags", ignore_errors=True)
+    store = store_of_model(dataset.records / "tags", str(model), model, bf16=False)
+    begin = time.perf_counter()
+    found = infer(known, tagger, store, Tally(), workers)
+    captioning = time.perf_counter() - begin
+    assert len(found) == len(paths)
+    return Times(bare, preparing, captioning)
+
+
+def row(name: str, rounds: list[Times], pictures: int) -> str:
+    bare, preparing, captioning = (
+        statistics.median(getattr(times, part) for times in rounds) / pictures for part in ("bare", "preparing", "captioning")
+    )
+    of_bare = statistics.median(times.share_of_bare for times in rounds)
+    hidden = statistics.median(times.hidden for times in rounds)
+    return f"| {name} | {pictures} | {bare:.4f} | {preparing:.4f} | {captioning:.4f} | {of_bare:.1%} | {hidden:.0%} |"
+
+
+def draw(folder: Path, count: int) -> None:
+    """Photographs, each turned and cropped in its own way, as the PNG files that ComfyUI would write."""
+    folder.mkdir(parents=True, exist_ok=True)
+    photographs = [Image.open(Path(skimage.data.__file__).parent / name).convert("RGB") for name in PHOTOGRAPHS]
+    for number in range(count):
+        path = folder / f"{number:04}.png"
+        if not path.exists():
+            turned = photographs[number % len(photographs)].rotate(number // len(photographs), Image.Resampling.BICUBIC)
+            turned.resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC).save(path, compress_level=4)
+
+
+if __name__ == "__main__":
+    main()
