@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Train a LoRA for SDXL on DATASET_DIR/images and write OUTPUT_DIR/lora/<name>.safetensors, which ComfyUI loads."""
 
 import sys
