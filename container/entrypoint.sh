@@ -3,6 +3,11 @@
 # Started with `user:` or `--user` it stays who it is.
 set -euo pipefail
 
+if ((EUID != 0)) && [[ ! -r /app/scripts/run.sh ]]; then
+    echo "loracat: user $EUID may not read the folder that is /app here: on the host, chmod -R a+rX it, or take its owner" >&2
+    exit 2
+fi
+
 dataset=${DATASET_DIR:-/app/dataset}
 [[ -d $dataset ]] || dataset=/app/dataset
 owner=$(stat --format %u "$dataset")

@@ -50,7 +50,9 @@ def image(template) -> Iterator[str]:
 @pytest.fixture
 def copy(template, tmp_path) -> Path:
     """A copy of the clone's files."""
-    return shutil.copytree(template, tmp_path / "loracat")
+    folder = shutil.copytree(template, tmp_path / "loracat")
+    folder.chmod(0o755)  # as git makes it; pytest's folders are closed to others
+    return folder
 
 
 @pytest.fixture

@@ -79,6 +79,11 @@ def test_settings_of_the_file_hold_without_a_rebuild(clone):
 
 @only_root
 def test_user_option_decides_who_owns_the_files(clone):
+    clone.folder.chmod(0o700)
+    refused = clone.run("--collect", options=("--user", "4321:4321"))
+    assert refused.returncode == 2
+    assert "user 4321 may not read" in refused.stdout
+    clone.folder.chmod(0o755)
     clone.give_to(4321, *MOUNTED)
     ran = clone.run("--collect", "--caption", options=("--user", "4321:4321"))
     assert ran.returncode == 0, ran.stdout
@@ -120,6 +125,26 @@ def test_doctor_names_everything_that_is_wrong_with_its_remedy(clone, comfyui):
     for words in ("--listen 0.0.0.0", "absent", "no pictures"):
         assert words in checked.stdout
     assert len(checked.stdout.splitlines()) <= A_SCREEN, checked.stdout
+
+
+def test_caches_and_compiler_are_where_they_last(clone, tmp_path):
+    """What the stages see of the environment: caches in the mounted folder, and the base's ptxas if it has one."""
+    (clone.folder / "scripts" / "run.sh").write_text("env\n", encoding="utf-8")
+    ptxas = tmp_path / "ptxas"
+    ptxas.touch(mode=0o755)
+    seen = clone.run(options=("-v", f"{ptxas}:/usr/local/cuda/bin/ptxas:ro"), WANDB_API_KEY="").stdout.splitlines()
+    for name, place in {
+        "HOME": "home",
+        "HF_HOME": "huggingface",
+        "MPLCONFIGDIR": "matplotlib",
+        "TRITON_CACHE_DIR": "triton",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    }.items():
+        assert f"{name}=/app/output/cache/{place}" in seen
+        assert (clone.folder / "output" / "cache" / place).stat().st_uid == OWNER
+    assert "TRITON_PTXAS_PATH=/usr/local/cuda/bin/ptxas" in seen
+    assert "TRITON_PTXAS_BLACKWELL_PATH=/usr/local/cuda/bin/ptxas" in seen
+    assert "WANDB_API_KEY=" in seen
 
 
 def test_hub_command_runs_as_the_same_user(clone):

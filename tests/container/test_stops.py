@@ -102,7 +102,7 @@ def test_docker_stop_ends_a_stage_with_143_and_it_continues(clone, comfyui, stag
     users = {line.split()[0] for line in docker("top", running.name, "-eo", "uid,args").splitlines() if "/app/scripts" in line}
     assert users == {str(OWNER)}
     began = time.monotonic()
-    docker("stop", "--time", str(GRACE_S), running.name)
+    docker("stop", running.name)
     assert running.ended() == 143
     assert time.monotonic() - began < GRACE_S
     assert "stopped by SIGTERM" in running.output
