@@ -56,7 +56,7 @@ def many_pictures(clone, count: int) -> None:
 # stage -> (variables that make it long, the files it leaves one by one)
 STAGES = {
     "collect": ({}, "dataset/images/*.png"),
-    "caption": ({"CAPTION_BATCH_SIZE": "1"}, "dataset/images/*.txt"),
+    "caption": ({"CAPTION_BATCH_SIZE": "1"}, "dataset/.loracat/tags/*/*.npy"),
     "train": ({"NUM_TRAIN_EPOCHS": "60", "SAVE_EVERY_EPOCHS": "5"}, "output/lora/*-0*.safetensors"),
 }
 
