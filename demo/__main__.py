@@ -9,9 +9,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from demo.world import RUN_SH, World
-
-WORKSPACE = Path(__file__).resolve().parent / "workspace"
+REPOSITORY = Path(__file__).resolve().parent.parent
+WORKSPACE = REPOSITORY / "demo" / "workspace"
 MARK = ".made-by-loracat-demo"
 """Stands in every workspace: a folder without it is somebody else's and is never wiped."""
 
@@ -19,7 +18,12 @@ MARK = ".made-by-loracat-demo"
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     parser.add_argument("--workspace", type=Path, default=WORKSPACE, help="folder that is wiped and filled anew")
-    world = World.build(emptied(parser.parse_args().workspace))
+    workspace = emptied(parser.parse_args().workspace)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the preparations at once
+
+    from demo.world import World  # diffusers takes seconds to import
+
+    world = World.build(workspace)
     print(f"A miniature world is in {world.folder}. What follows is scripts/run.sh on it.\n", flush=True)
     with world.serve() as comfyui:
         code = run_pipeline(world.environment(comfyui.url, PYTHON=sys.executable))
@@ -42,7 +46,7 @@ def emptied(workspace: Path) -> Path:
 def run_pipeline(environment: dict[str, str]) -> int:
     """run.sh's exit code. Ctrl-C reaches run.sh from the terminal and SIGTERM is passed on: it ends, then we do."""
     signal.signal(signal.SIGINT, lambda *_: None)
-    pipeline = subprocess.Popen([RUN_SH], env=environment)
+    pipeline = subprocess.Popen([REPOSITORY / "scripts" / "run.sh"], env=environment)
     signal.signal(signal.SIGTERM, lambda *_: pipeline.terminate())
     return pipeline.wait()
 
