@@ -7,6 +7,7 @@ LoracatError
 |-- ComfyUIError           4   ComfyUI unreachable, or nothing came of it
 |-- ModelError             5   model files missing or unusable
 |-- ResourceError          6   no memory or no disk
+|-- MemoryShort           75   stopped by the memory guard; the state is saved
 `-- Stopped          130/143   stopped by a signal; the state is saved
 
 Rooms raise these; each script's main runs under `exit_code_of`, which catches them once and prints one line.
@@ -22,6 +23,8 @@ from collections.abc import Callable, Sequence
 EXIT_DONE = 0
 EXIT_BUG = 70
 
+MEMORY_SIGNAL = signal.SIGUSR1
+"""What the memory guard sends to its own process."""
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -67,6 +70,15 @@ class ResourceError(LoracatError):
     exit_code = 6
 
 
+class MemoryShort(LoracatError):
+    """The machine's memory ran short while training; the state is saved."""
+
+    exit_code = 75
+
+    def __init__(self):
+        super().__init__("stopped by the memory guard; close other programs, then run the same command again to continue")
+
+
 class Stopped(LoracatError):
     """A signal asked the stage to stop."""
 
@@ -92,32 +104,45 @@ def answer_all(title: str, questions: Sequence[Callable[[], str]]) -> None:
         raise type(complaints[0])(one_list(title, [str(complaint) for complaint in complaints]))
 
 
+def reason_for(signum: int) -> LoracatError:
+    """Why a stage stops that this signal asked to."""
+    return MemoryShort() if signum == MEMORY_SIGNAL else Stopped(signum)
+
+
 def stop_on_signals() -> None:
-    """From here on SIGTERM and SIGINT raise `Stopped` in the main thread; a second one ends the process at once."""
+    """From here on SIGTERM and SIGINT raise `Stopped` in the main thread, and MEMORY_SIGNAL `MemoryShort`; a second one
+    ends the process at once."""
 
-    def stop(signum, _frame):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        raise Stopped(signum)
+    def stop(signum):
+        raise reason_for(signum)
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    _on_first_signal(stop)
+
+
+def _on_first_signal(act: Callable[[int], None]) -> None:
+    signals = (signal.SIGTERM, signal.SIGINT, MEMORY_SIGNAL)
+
+    def handle(signum, _frame):
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN if each == MEMORY_SIGNAL else signal.SIG_DFL)
+        act(signum)
+
+    for each in signals:
+        signal.signal(each, handle)
 
 
 class StopRequest:
-    """From its making on SIGTERM and SIGINT only set `signum`, for a loop that ends between two items; a second one ends
-    the process at once."""
+    """From its making on these signals only set `signum`, for a loop that ends between two items; a second one ends the
+    process at once."""
 
-    signum: int | None = None
+    signum: int = 0
+    """0: nobody asked."""
 
     def __init__(self):
-        def note(signum, _frame):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        def note(signum):
             self.signum = signum
 
-        signal.signal(signal.SIGTERM, note)
-        signal.signal(signal.SIGINT, note)
+        _on_first_signal(note)
 
 
 def exit_code_of(stage: str, main: Callable[[], None]) -> int:

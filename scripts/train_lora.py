@@ -16,20 +16,21 @@ def main(argv: list[str]) -> None:
     print(f"set by you: {request.overridden()}", flush=True)
 
     from training import doctor, task  # torch and diffusers take seconds to import; a wrong setting is refused before
+    from training.results import only_run_in
 
     if request.check:
         doctor.check(project, train, is_ahead=request.is_ahead)
         return
-    run = task.decide(project, train)
-    saved = task.saved_state(run)
-    if saved is None and task.is_finished(run):
-        print(f"nothing to do: {run.results.lora} is finished, with exactly these settings, pictures and captions")
-        return
-    task.make_room(run, saved)
-    with task.memory_in_our_words(run):
-        data = task.encode(run)
-        modules = task.train(run, data, saved)
-    task.finish(run, modules)
+    with only_run_in(project.output_dir):
+        run = task.decide(project, train)
+        if run.is_finished:
+            print(f"nothing to do: {run.results.lora} is finished, with exactly these settings, pictures and captions")
+            return
+        task.make_room(run)
+        with task.memory_in_our_words(run):
+            data = task.encode(run)
+            modules, progress = task.train(run, data)
+        task.finish(run, modules, progress)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,9 @@ LEFT_IN_OUTPUT = {
     f"lora/{TRIGGER_WORD}-000001.safetensors": 1,
     "lora/metrics.jsonl": 1,
     "lora/training_config_resolved.toml": 1,
+    "state/.lock": 1,
+    f"state/{TRIGGER_WORD}/step-000000004.json": 1,  # from which the run could be lengthened
+    f"state/{TRIGGER_WORD}/step-000000004.safetensors": 1,
 }
 
 

@@ -1,6 +1,6 @@
 """The run's order -> batches of tensors, read from the caches and drawn from the seed. A pure function of both."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -82,11 +82,9 @@ class BatchReader:
 
     def _batch(self, step: OptimizerStep, slots: Sequence[tuple[int, int]]) -> Batch:
         """The micro-batch of these slots and their examples. Its weights are shares of the whole step in all processes."""
-        padding = self.micro_batch - len(slots)
-        shown = [*slots, *(slots[-1:] or [(0, step.examples[0])]) * padding]
-        samples = [self._sample(index, step.number * self.global_batch + slot) for slot, index in shown]
-        weights = torch.tensor([1.0 / len(step.examples)] * len(slots) + [0.0] * padding)
-        batch = Batch(*map(torch.stack, zip(*samples, strict=True)), weights=weights)
+        weights = [1.0 / len(step.examples)] * len(slots) or [0.0]
+        samples = [self._sample(index, step.number * self.global_batch + slot) for slot, index in slots or [(0, step.examples[0])]]
+        batch = batch_of(samples, weights, self.micro_batch)
         return batch.pinned() if self.pin else batch
 
     def names(self, step: OptimizerStep) -> str:
@@ -94,16 +92,29 @@ class BatchReader:
         return ", ".join(sorted({self.examples[index].name for index in step.examples}))
 
     def _sample(self, index: int, position: int) -> tuple[torch.Tensor, ...]:
-        """The parts of one sample in the order of Batch's fields."""
         example = self.examples[index]
-        mean, log_variance = read_latents(example.latents)
-        drawn = draw(self.seed, position, tuple(mean.shape), example.variants, self.caption_dropout)
-        hidden, pooled = self._embedding(example, drawn)
-        time_ids = torch.tensor(example.placement.add_time_ids, dtype=torch.float32)
-        timestep = torch.tensor(drawn.timestep)
-        return mean, log_variance, drawn.latent_noise, drawn.noise, drawn.offset, timestep, hidden, pooled, time_ids
 
-    def _embedding(self, example: CachedExample, drawn: Draw) -> tuple[torch.Tensor, torch.Tensor]:
-        if drawn.variant is None:
-            return read_embedding(self.empty_caption, 0)
-        return read_embedding(example.captions, drawn.variant)
+        def drawn(shape: tuple[int, int, int]) -> Draw:
+            return draw(self.seed, position, shape, example.variants, self.caption_dropout)
+
+        return read_sample(example, drawn, self.empty_caption)
+
+
+def read_sample(
+    example: CachedExample, drawn_for: Callable[[tuple[int, int, int]], Draw], empty_caption: Path
+) -> tuple[torch.Tensor, ...]:
+    """The parts of one sample in the order of Batch's fields, but for its weight; `drawn_for` gets the latents' shape."""
+    mean, log_variance = read_latents(example.latents)
+    drawn = drawn_for(tuple(mean.shape))
+    captions, variant = (empty_caption, 0) if drawn.variant is None else (example.captions, drawn.variant)
+    hidden, pooled = read_embedding(captions, variant)
+    time_ids = torch.tensor(example.placement.add_time_ids, dtype=torch.float32)
+    timestep = torch.tensor(drawn.timestep)
+    return mean, log_variance, drawn.latent_noise, drawn.noise, drawn.offset, timestep, hidden, pooled, time_ids
+
+
+def batch_of(samples: Sequence[tuple[torch.Tensor, ...]], weights: Sequence[float], size: int) -> Batch:
+    """The batch of `size` samples that begins with `samples`; the rest is filled up with the last one at weight 0."""
+    padding = size - len(samples)
+    parts = map(torch.stack, zip(*samples, *[samples[-1]] * padding, strict=True))
+    return Batch(*parts, weights=torch.tensor([*weights, *[0.0] * padding]))

@@ -85,22 +85,22 @@ def run_order(buckets: Sequence[Bucket], repeats: Sequence[int], epochs: int, gl
 
     Each bucket's pictures form one stream over all epochs, shuffled anew in each; the stream is cut into global batches,
     so leftovers of an epoch wait for the next one and only a bucket's very last batch can be short. Within an epoch the
-    batches of all buckets are shuffled together.
+    batches of all buckets are shuffled together. The short ones end the run, so that a run of more epochs begins with
+    the same full ones.
     """
     members = defaultdict(list)
     for index, bucket in enumerate(buckets):
         members[bucket] += [index] * repeats[index]
-    ready = []
+    by_epoch, short = defaultdict(list), []
     for bucket, indices in sorted(members.items()):
         stream = [(epoch, index) for epoch in range(epochs) for index in _shuffled(indices, seed, "pictures", bucket, epoch)]
         for start in range(0, len(stream), global_batch):
             batch = stream[start : start + global_batch]
-            ready.append((batch[-1][0], bucket, tuple(index for _, index in batch)))
-    by_epoch = defaultdict(list)
-    for epoch, bucket, examples in ready:
-        by_epoch[epoch].append((bucket, examples))
-    in_order = [(epoch, *step) for epoch in sorted(by_epoch) for step in _shuffled(by_epoch[epoch], seed, "batches", epoch)]
-    return [OptimizerStep(number, *step) for number, step in enumerate(in_order)]
+            step = (bucket, tuple(index for _, index in batch))
+            (by_epoch[batch[-1][0]] if len(batch) == global_batch else short).append(step)
+    full = [(epoch, *step) for epoch in sorted(by_epoch) for step in _shuffled(by_epoch[epoch], seed, "batches", epoch)]
+    leftovers = [(epochs - 1, *step) for step in _shuffled(short, seed, "leftovers")]
+    return [OptimizerStep(number, *step) for number, step in enumerate(full + leftovers)]
 
 
 def _shuffled(items: list, *key: object) -> list:

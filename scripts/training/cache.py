@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from dataset_folder import whole_file, write_json
+from dataset_folder import write_json
 from errors import DataError
 from pictures import open_rgb
 from prefetch import prefetched
 from training.buckets import Placement
 from training.dataset import Example
+from training.tensor_files import write_tensors
 
 FORMAT = 1
 """Part of every key: to be raised when the encoding changes."""
@@ -87,8 +87,7 @@ def encode_pictures(
         mean, log_variance = (part[0].float().cpu().contiguous() for part in encode(picture[None]))
         if not (mean.isfinite().all() and log_variance.isfinite().all()):
             raise DataError(f"{example.name}: the VAE answers with NaN or infinity for this picture; remove it, or use another VAE")
-        with whole_file(path) as beside:
-            save_file({"mean": mean, "log_variance": log_variance}, beside)
+        write_tensors(path, {"mean": mean, "log_variance": log_variance})
         yield path
 
 
@@ -104,8 +103,7 @@ def encode_captions(
     for path, variants in todo:
         hidden, pooled = encode(variants)
         tensors = {"hidden": hidden.to("cpu", dtype).contiguous(), "pooled": pooled.to("cpu", dtype).contiguous()}
-        with whole_file(path) as beside:
-            save_file(tensors, beside)
+        write_tensors(path, tensors)
         yield path
 
 

@@ -1,97 +1,146 @@
 """Everything needed to continue exactly: LoRA weights, optimizer moments, position in the run. safetensors and JSON only.
 
-A state is two files: the tensors, and then the record that points to them and holds their checksum. The newest state
-whose record and tensors fit each other counts; a damaged one is passed over with a line.
+A state is two files: the tensors, and then the record that points to them and holds the checksums of both. The newest
+state whose record and tensors fit each other counts, by the number of its step; a damaged one is named and passed over.
 """
 
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from dataset_folder import sha256_of, whole_file, write_json
-from errors import SettingsError, one_list
+from dataset_folder import sha256_of, write_json
+from training.progress import Progress
+from training.tensor_files import write_tensors
 
-KEPT_STATES = 2
 _RECORD = re.compile(r"step-(\d{9})\.json")
+_OURS = re.compile(r"step-\d{9}\.(json|safetensors)|\..*\.part|\.tmp.*")
+"""Names of our files in the folder; the last two are what a save leaves that was killed."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which run a state belongs to."""
+
+    fingerprint: dict[str, Any]
+    """Everything that decides the result: settings, data, base."""
+    circumstances: dict[str, Any]
+    """What may be different when the run continues: saving, workers, processes."""
+    common_steps: int
+    """How many of its steps a run of more epochs begins with as well."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A saved state: what its record says."""
+    """A saved state: what its record says, and the folder where it lies."""
 
-    next_step: int
-    """The optimizer step that comes next."""
-    loss_average: float | None
-    """The running average of the loss that the progress bar shows."""
+    progress: Progress
     scaler: dict[str, Any]
     """State of fp16's loss scaling; {} when off."""
-    fingerprint: dict[str, Any]
-    """Everything that decides the result: settings, data, base."""
+    identity: Identity
     tensors: str
     """Name of the tensors' file, beside the record."""
     sha256: str
     """Of that file."""
     folder: Path
-    """Where both lie; not part of the record."""
 
 
-def save(
-    folder: Path,
-    weights: torch.nn.Parameter,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    next_step: int,
-    loss_average: float | None,
-    fingerprint: dict[str, Any],
-) -> None:
-    """Write the state into `folder`: the tensors, then the record; older states than the last KEPT_STATES are removed after."""
-    file = folder / f"step-{next_step:09d}.safetensors"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state_tensors(weights, optimizer)}
-    with whole_file(file) as beside:
-        save_file(tensors, beside)
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of the state as it was at one moment; training goes on without changing it."""
+
+    tensors: dict[str, torch.Tensor]
+    progress: Progress
+    scaler: dict[str, Any]
+
+
+def snapshot(
+    weights: torch.nn.Parameter, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, progress: Progress
+) -> Snapshot:
+    """Copy the state to the CPU's memory."""
+    tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _state_tensors(weights, optimizer)}
+    return Snapshot(tensors, progress, scaler.state_dict())
+
+
+def write(folder: Path, state: Snapshot, identity: Identity, keep: int) -> None:
+    """Write `state` into `folder`: the tensors, then the record. After that, what is older than the last `keep` states is
+    removed, except the one from which a run of more epochs can go on."""
+    file = folder / f"step-{state.progress.next_step:09d}.safetensors"
+    write_tensors(file, state.tensors)
     record = {
-        "next_step": next_step,
-        "loss_average": loss_average,
-        "scaler": scaler.state_dict(),
-        "fingerprint": fingerprint,
+        "progress": asdict(state.progress),
+        "scaler": state.scaler,
+        "identity": asdict(identity),
         "tensors": file.name,
         "sha256": sha256_of(file),
     }
-    write_json(file.with_suffix(".json"), record)
-    for old in _records(folder)[KEPT_STATES:]:
-        old.unlink()
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
+    write_json(file.with_suffix(".json"), {**record, "record_sha256": _checksum(record)})
+    until = [path for path in _records(folder) if path.stem <= file.stem]  # what lies beyond was damaged, or is another's
+    _remove_others(folder, [path.stem for path in until[:keep]] + [f"step-{identity.common_steps:09d}"])
 
 
-def newest(folder: Path) -> Saved | None:
-    """The newest valid state in `folder`; None if there is none."""
+class StateWriter:
+    """Writes snapshots beside the training, one after the other. What the disk refuses comes up at the next call."""
+
+    def __init__(self, folder: Path, identity: Identity, keep: int):
+        self._arguments = (identity, keep)
+        self._folder = folder
+        self._pool = ThreadPoolExecutor(1, "state")
+        self._writing: Future | None = None
+
+    def begin(self, state: Snapshot) -> None:
+        """Write `state`; returns at once, unless the one before is still being written."""
+        self.wait()
+        self._writing = self._pool.submit(write, self._folder, state, *self._arguments)
+
+    def check(self) -> None:
+        """Raise what the last save has met, if it is over."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until what was begun is on the disk."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> "StateWriter":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self._pool.shutdown(wait=True)
+        if kind is None:
+            self.wait()
+
+
+def newest(folder: Path, at_most: int | None = None) -> Saved | None:
+    """The newest valid state in `folder`, None if there is none; with `at_most`, among those of no later step."""
     for path in _records(folder):
+        if at_most is not None and int(_RECORD.fullmatch(path.name)[1]) > at_most:
+            continue
         try:
-            saved = Saved(**json.loads(path.read_text(encoding="utf-8")), folder=folder)
-            if sha256_of(folder / saved.tensors) == saved.sha256:
-                return saved
-        except (FileNotFoundError, ValueError, TypeError):
-            pass  # said below
-        print(f"the saved state {path} is damaged and passed over")
+            return _read(path)
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            print(f"the saved state {path} is damaged and passed over", flush=True)
     return None
 
 
-def refuse_changes(saved: Saved, fingerprint: dict[str, Any], folder: Path) -> None:
-    """Raise SettingsError if the run that `saved` belongs to is another one than `fingerprint` describes."""
-    before, now = saved.fingerprint, json.loads(json.dumps(fingerprint))
-    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    if keys:
-        changes = [f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in keys]
-        title = f"{folder} holds a run, unfinished at step {saved.next_step}, that began differently:"
-        remedy = "set it back to continue that run, or set FRESH=1 to lay it aside and begin anew"
-        raise SettingsError(one_list(title, [*changes, remedy]))
+def _read(path: Path) -> Saved:
+    """The state whose record is `path`; raises ValueError, TypeError, KeyError or FileNotFoundError if it is damaged."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    checksum = record.pop("record_sha256")
+    if checksum != _checksum(record) or record["sha256"] != sha256_of(path.with_name(record["tensors"])):
+        raise ValueError("the checksum differs")
+    progress, identity = Progress.from_json(record.pop("progress")), Identity(**record.pop("identity"))
+    return Saved(progress=progress, identity=identity, folder=path.parent, **record)
 
 
 def restore(saved: Saved, weights: torch.nn.Parameter, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
@@ -104,8 +153,15 @@ def restore(saved: Saved, weights: torch.nn.Parameter, optimizer: torch.optim.Op
         scaler.load_state_dict(saved.scaler)
 
 
+def keep_one(folder: Path, at_most: int) -> None:
+    """After the LoRA is written: of all states only the newest of no later step than `at_most` is kept, from which the run
+    can be lengthened."""
+    kept = next((path.stem for path in _records(folder) if int(_RECORD.fullmatch(path.name)[1]) <= at_most), None)
+    _remove_others(folder, [kept] if kept else [])
+
+
 def remove(folder: Path) -> None:
-    """Delete the states of a run whose LoRA is written."""
+    """Delete the states of a run whose LoRA is written, and which another one follows."""
     if folder.is_dir():
         shutil.rmtree(folder)
 
@@ -125,6 +181,17 @@ def _records(folder: Path) -> list[Path]:
     """The records in `folder`, newest first, by the number of their step."""
     found = [path for path in folder.iterdir() if _RECORD.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def _remove_others(folder: Path, kept_stems: Sequence[str]) -> None:
+    """Remove every file of ours in `folder` but those of the kept states; a record goes before its tensors."""
+    for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+        if _OURS.fullmatch(path.name) and path.stem not in kept_stems:
+            path.unlink()
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _state_tensors(weights: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:

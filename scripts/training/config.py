@@ -93,6 +93,19 @@ class RunSettings:
     gradient_accumulation_steps: int = setting(1, at_least=1, at_most=4096)
     num_train_epochs: int = setting(20, at_least=1, at_most=100000)
     train_seed: int = setting(0, at_least=0, at_most=2**63 - 1)
+    deterministic: bool = setting(False)
+    """Only algorithms that give the same bits each time on the same GPU."""
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """`[train.validation]`: the loss on pictures that training does not see."""
+
+    validation_fraction: float | Literal["auto"] = setting("auto", at_least=0, at_most=0.5)
+    """Share of the pictures held out; "auto": none of less than 40, else 5 %, at least 2."""
+    validate_every_epochs: int = setting(2, at_least=1)
+    early_stop_patience: int = setting(0, at_least=0)
+    """Validations in a row without a lower smoothed loss after which the run ends; 0: off."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,7 @@ class SavingSettings:
     save_every_epochs: int = setting(5, at_least=0)
     """0: only the last one."""
     save_state_every_minutes: float = setting(10.0, above=0)
+    keep_last_states: int = setting(2, at_least=1, at_most=100)
     fresh: bool = setting(False)
     """Begin anew and lay the saved state aside."""
 
@@ -131,5 +145,6 @@ class TrainSettings:
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
     saving: SavingSettings = field(default_factory=SavingSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)

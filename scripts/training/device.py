@@ -1,6 +1,7 @@
 """Which device, which precision, and whether memory allows to keep all activations."""
 
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,6 +41,18 @@ def choose_precision(mixed_precision: Literal["bf16", "fp16", "no"]) -> Precisio
     if torch.cuda.is_available():
         return Precision(torch.device("cuda"), _DTYPES[mixed_precision])
     return Precision(torch.device("cpu"), torch.float32)
+
+
+def make_deterministic() -> None:
+    """From here on the GPU uses only algorithms that give the same bits each time; what has none is an error.
+
+    cuBLAS reads its workspace's size from the environment when it is first used. cuDNN's attention has no such backward.
+    """
+    os.putenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def describe(precision: Precision) -> str:

@@ -22,6 +22,7 @@ class EncodedData:
     """Where everything lies that training reads."""
 
     examples: list[CachedExample]
+    held_out: list[CachedExample]
     empty_caption: Path
 
 
@@ -40,7 +41,7 @@ class Encoding:
     def pictures(self, plan: Plan, workers: int) -> list[Path]:
         """Encode the pictures that the cache does not hold; where the latents of each lie."""
         digest = base_digest(self.base, self.cache, "vae")
-        items = list(zip(plan.examples, plan.placements, strict=True))
+        items = list(zip(plan.all_examples, plan.all_placements, strict=True))
         paths = [self.cache.picture(example, placement, digest) for example, placement in items]
         missing = {path: (path, *item) for path, item in zip(paths, items, strict=True) if not is_whole(path)}
         if missing:
@@ -81,20 +82,22 @@ def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_
     """Encode every picture and every caption of `plan` that is not in the cache yet. What a caption loses is said."""
     latents = encoding.pictures(plan, settings.dataloader_num_workers)
     count, shuffle = settings.caption_variants, settings.caption_shuffle
-    variants = [caption_variants(example.caption, trigger_word, count, shuffle, seed) for example in plan.examples]
+    examples = plan.all_examples
+    variants = [caption_variants(example.caption, trigger_word, count, shuffle, seed) for example in examples]
     tokenizers = load_tokenizers(encoding.base, encoding.models_dir)
-    chunks = chunks_needed([example.caption for example in plan.examples], tokenizers, settings.caption_chunks)
-    for example in plan.examples:
+    chunks = chunks_needed([example.caption for example in examples], tokenizers, settings.caption_chunks)
+    for example in examples:
         if cut := cut_off(example.caption, tokenizers, chunks):
             print(f"{example.name}: its caption is longer than {75 * chunks} tokens; training does not see: {cut}")
     *captions, empty = encoding.captions([*variants, [""]], chunks)
     cached = [
         CachedExample(example.name, placement, latent, caption, len(texts))
         for example, placement, latent, caption, texts in zip(
-            plan.examples, plan.placements, latents, captions, variants, strict=True
+            examples, plan.all_placements, latents, captions, variants, strict=True
         )
     ]
-    return EncodedData(cached, empty)
+    trained = len(plan.examples)
+    return EncodedData(cached[:trained], cached[trained:], empty)
 
 
 def base_digest(base: BaseModel, cache: Cache, part: str) -> str:

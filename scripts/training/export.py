@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 
 from dataset_folder import whole_file
 from errors import ModelError, one_list
 from training.lora import LoraModule
+from training.tensor_files import fill
 
 COMFYUI_MODULES = Path(__file__).with_name("comfyui_sdxl_modules.csv")
 """Every module name that ComfyUI's SDXL loader takes, with the layer's sizes in full-size SDXL."""
@@ -53,7 +54,7 @@ def write_lora(path: Path, modules: Sequence[LoraModule], about: Description) ->
     tensors = kohya_tensors(modules, about.alpha)
     metadata = _metadata(about, _sha256_of_data(save(tensors)))
     with whole_file(path) as beside:
-        save_file(tensors, beside, metadata)
+        fill(beside, tensors, metadata)
         verify(beside, tensors)
 
 

@@ -8,18 +8,25 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from errors import SettingsError, Stopped, StopRequest
+from errors import LoracatError, SettingsError
 from training.batches import Batch
 from training.buckets import OptimizerStep
 from training.metrics import Tracker
+from training.progress import Progress, since_best, smoothed
 from training.step import StepResult
 
 
 class Saver(Protocol):
     """Who writes what the loop asks for."""
 
-    def state(self, next_step: int, loss_average: float) -> None:
-        """Everything needed to continue at `next_step`."""
+    def state(self, progress: Progress) -> None:
+        """Begin to write everything needed to continue from `progress`; training may go on."""
+
+    def check(self) -> None:
+        """Raise what the last save has met, if it is over."""
+
+    def wait(self) -> None:
+        """Wait until what was begun is on the disk."""
 
     def lora(self, epochs: int) -> None:
         """The LoRA as it is after `epochs` epochs."""
@@ -27,20 +34,42 @@ class Saver(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """The steps of a run and where it begins."""
+    """The steps of a run, where it begins, and when what is due."""
 
     order: list[OptimizerStep]
-    first_step: int
-    loss_average: float | None
+    begins: Progress
     epochs: int
+    common_steps: int
+    """A state is saved here: the last one that a run of more epochs has, too."""
     save_every_epochs: int
     save_state_every_s: float
+    validate_every_epochs: int
+    early_stop_patience: int
+    """Validations without a lower smoothed loss after which the run ends; 0: never."""
     learning_rate_at: Callable[[int], float]
+
+    @property
+    def todo(self) -> list[OptimizerStep]:
+        """The steps that are left."""
+        return self.order[self.begins.next_step :]
 
     def saves_lora_between(self, before: int, after: int) -> bool:
         """Whether a LoRA file is due when `after` epochs are done and `before` were; the end of the run has its own."""
         every = self.save_every_epochs
         return every > 0 and before // every < after // every and after < self.epochs
+
+    def validates_between(self, before: int, after: int) -> bool:
+        """Whether the held-out loss is due when `after` epochs are done and `before` were: always for a LoRA that is kept."""
+        every = self.validate_every_epochs
+        return before // every < after // every or after == self.epochs or self.saves_lora_between(before, after)
+
+    def ends_early(self, progress: Progress) -> bool:
+        """Whether the held-out loss says that more steps would not make the LoRA better."""
+        return 0 < self.early_stop_patience <= since_best(progress.validations)
+
+    def epochs_done(self, next_step: int) -> int:
+        """How many epochs are over before `next_step`."""
+        return self.epochs if next_step == len(self.order) else self.order[next_step].epoch
 
 
 def run_steps(
@@ -48,55 +77,74 @@ def run_steps(
     take_step: Callable[[list[Batch], float], StepResult],
     batches: Iterable[list[Batch]],
     names: Callable[[OptimizerStep], str],
+    held_out_loss: Callable[[], float] | None,
     saver: Saver,
     metrics: Tracker,
-    stop: StopRequest,
-) -> None:
-    """Take the steps of `run` from its first one on; `batches` yields their micro-batches in the same order.
+    stop_asked: Callable[[], LoracatError | None],
+) -> Progress:
+    """Take the steps of `run` that are left; `batches` yields their micro-batches in the same order. Returns how far it came.
 
-    Raises Stopped, after the state is saved, when a signal came; SettingsError when loss or gradient is no longer finite.
+    Raises what `stop_asked` answers, after the state is saved; SettingsError when loss or gradient is no longer finite.
     """
-    todo = run.order[run.first_step :]
-    average, saved_at = run.loss_average, time.monotonic()
+    progress, saved_at = run.begins, time.monotonic()
     images = sum(len(step.examples) for step in run.order)
-    done = images - sum(len(step.examples) for step in todo)
+    done = images - sum(len(step.examples) for step in run.todo)
     with tqdm(total=images, initial=done, unit="img", desc="train", disable=None, dynamic_ncols=True) as bar:
-        for step, micro_batches in zip(todo, batches, strict=True):
+        for step, micro_batches in zip(run.todo, batches, strict=True):
+            if run.ends_early(progress):
+                break
             rate = run.learning_rate_at(step.number)
             result = take_step(micro_batches, rate)
             if result.diverged:
-                raise _divergence(step, result, names)
-            average = result.loss if average is None else 0.98 * average + 0.02 * result.loss
-            report = {"epoch": step.epoch, "loss": result.loss, "loss_average": average, "lr": rate}
+                raise _divergence(step, result, names, progress, saver)
+            progress = progress.after(step.number, result.loss)
+            report = {"epoch": step.epoch, "loss": result.loss, "loss_average": progress.loss_average, "lr": rate}
             metrics.log({**report, "gradient_norm": result.gradient_norm}, step.number)
-            bar.set_postfix_str(f"epoch {step.epoch + 1}/{run.epochs} loss {average:.4f} lr {rate:.2e}", refresh=False)
+            bar.set_postfix_str(
+                f"epoch {step.epoch + 1}/{run.epochs} loss {progress.loss_average:.4f} lr {rate:.2e}", refresh=False
+            )
             bar.update(len(step.examples))
-            epochs_done = _epochs_done(run, step)
-            if epochs_done > step.epoch:
-                bar.write(_epoch_line(run, step, epochs_done, average, rate), file=sys.stdout)
-                if run.saves_lora_between(step.epoch, epochs_done):
-                    saver.lora(epochs_done)
-            due = time.monotonic() - saved_at > run.save_state_every_s or step is run.order[-1]
-            if due or stop.signum is not None:
-                saver.state(step.number + 1, average)
+            if run.epochs_done(progress.next_step) > step.epoch:
+                progress, line = _end_of_epoch(run, step, progress, held_out_loss, saver, metrics)
+                bar.write(f"{line}  lr {rate:.2e}", file=sys.stdout)
+            saver.check()
+            reason = stop_asked()
+            due = time.monotonic() - saved_at > run.save_state_every_s or progress.next_step == run.common_steps
+            if due or reason or run.ends_early(progress):
+                saver.state(progress)
                 saved_at = time.monotonic()
-            if stop.signum is not None:
-                raise Stopped(stop.signum)
+            if reason:
+                saver.wait()
+                raise reason
+    saver.wait()
+    return progress
 
 
-def _divergence(step: OptimizerStep, result: StepResult, names: Callable[[OptimizerStep], str]) -> SettingsError:
+def _end_of_epoch(
+    run: Run, step: OptimizerStep, progress: Progress, held_out_loss: Callable[[], float] | None, saver: Saver, metrics: Tracker
+) -> tuple[Progress, str]:
+    """Validate and save the LoRA if it is time; the progress after it, and the line that says how the epoch went."""
+    epochs_done = run.epochs_done(progress.next_step)
+    line = f"epoch {epochs_done:>4}/{run.epochs}  step {step.number + 1:>6}/{len(run.order)}  loss {progress.loss_average:.4f}"
+    if held_out_loss and run.validates_between(step.epoch, epochs_done):
+        loss = held_out_loss()
+        progress = progress.validated(epochs_done, loss)
+        average = smoothed(progress.validations)[-1].loss
+        metrics.log({"epoch": step.epoch, "validation_loss": loss, "validation_loss_smoothed": average}, step.number)
+        line += f"  held-out {loss:.4f} (smoothed {average:.4f})"
+    if run.saves_lora_between(step.epoch, epochs_done):
+        saver.lora(epochs_done)
+    return progress, line
+
+
+def _divergence(
+    step: OptimizerStep, result: StepResult, names: Callable[[OptimizerStep], str], progress: Progress, saver: Saver
+) -> SettingsError:
+    """Save the state as it was before the step, and say what happened in it."""
+    saver.state(progress)
+    saver.wait()
     return SettingsError(
         f"step {step.number}: the loss is {result.loss}, the gradient {result.gradient_norm} (pictures: {names(step)}). "
-        "No weight was changed by it. Lower LEARNING_RATE, or set MIXED_PRECISION=bf16, and start again with FRESH=1"
+        f"No weight was changed by it; the state before it is saved. Lower LEARNING_RATE, or set MIXED_PRECISION=bf16, "
+        "and start again with FRESH=1"
     )
-
-
-def _epochs_done(run: Run, step: OptimizerStep) -> int:
-    """How many epochs are over after `step`."""
-    following = step.number + 1
-    return run.epochs if following == len(run.order) else run.order[following].epoch
-
-
-def _epoch_line(run: Run, step: OptimizerStep, epochs_done: int, average: float, rate: float) -> str:
-    steps = f"step {step.number + 1:>6}/{len(run.order)}"
-    return f"epoch {epochs_done:>4}/{run.epochs}  {steps}  loss {average:.4f}  lr {rate:.2e}"

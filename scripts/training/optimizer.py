@@ -30,12 +30,16 @@ def build_optimizer(weights: torch.nn.Parameter, settings: OptimizerSettings) ->
     return optimizer
 
 
+def steps_of_warmup(share: float, total_steps: int) -> int:
+    """Optimizer steps over which the rate rises: the `share` of all, rounded up."""
+    return math.ceil(share * total_steps)
+
+
 def learning_rate_at(
-    step: int, total_steps: int, peak: float, scheduler: Literal["constant", "linear", "cosine"], warmup: float
+    step: int, total_steps: int, peak: float, scheduler: Literal["constant", "linear", "cosine"], warmup_steps: int
 ) -> float:
-    """The rate of optimizer step `step` (0 .. total_steps - 1): a linear rise over the first `warmup` share of the steps
-    to `peak`, then constant, or falling to 0 after the last step on a line or half a cosine."""
-    warmup_steps = math.ceil(warmup * total_steps)
+    """The rate of optimizer step `step` (0 .. total_steps - 1): a linear rise over the first `warmup_steps` to `peak`,
+    then constant, or falling to 0 after the last step on a line or half a cosine."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,12 +11,15 @@ from typing import Any
 from training.buckets import OptimizerStep, Placement, place, run_order
 from training.config import TrainSettings
 from training.dataset import Example
+from training.held_out import held_out
+from training.optimizer import steps_of_warmup
 from training.schedule import Schedule
 
 FEW_IMAGE_STEPS = 800
 ENOUGH_IMAGE_STEPS = 2000
 AUTO_MIN_SNR_GAMMA = 5.0
 AUTO_NOISE_OFFSET = 0.0357
+WARMUP_STEPS = "steps of warm-up"
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,11 @@ class Plan:
     """Everything about a run that is decided before anything heavy is loaded."""
 
     examples: list[Example]
+    """What is trained on."""
     placements: list[Placement]
+    held_out: list[Example]
+    """What only the held-out loss sees."""
+    held_out_placements: list[Placement]
     order: list[OptimizerStep]
     global_batch: int
     """Samples per optimizer step."""
@@ -31,6 +39,27 @@ class Plan:
     schedule: Schedule
     min_snr_gamma: float
     noise_offset: float
+    warmup_steps: int
+    """Optimizer steps over which the learning rate rises. A run that is lengthened keeps those it began with."""
+
+    @property
+    def held_out_share(self) -> float:
+        """The fraction that holds out as many, rounded down so that it does not hold out one more."""
+        return math.floor(1e6 * len(self.held_out) / len(self.all_examples)) / 1e6
+
+    @property
+    def all_examples(self) -> list[Example]:
+        """What is trained on, then what is held out."""
+        return [*self.examples, *self.held_out]
+
+    @property
+    def all_placements(self) -> list[Placement]:
+        return [*self.placements, *self.held_out_placements]
+
+    @property
+    def common_steps(self) -> int:
+        """How many steps a run of more epochs begins with as well: those before the short batches that end this one."""
+        return next((step.number for step in self.order if len(step.examples) < self.global_batch), len(self.order))
 
     @property
     def image_steps(self) -> int:
@@ -47,6 +76,8 @@ class Plan:
             f"{self.epochs} epochs, {len(self.order)} optimizer steps of {self.global_batch}, {self.image_steps} image-steps; "
             f"{self.schedule.prediction_type}, min-SNR {self.min_snr_gamma or 'off'}, noise offset {self.noise_offset or 'off'}.",
         ]
+        if self.held_out:
+            lines.append(f"held out, to see when the LoRA is best: {', '.join(example.name for example in self.held_out)}.")
         if self.image_steps < FEW_IMAGE_STEPS:
             wanted = -(-ENOUGH_IMAGE_STEPS * self.epochs // self.image_steps)
             few = f"{self.image_steps} image-steps are few: a likeness needs 2000 to 3000."
@@ -57,21 +88,28 @@ class Plan:
 def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule) -> Plan:
     """Choose buckets and the order of the run. `schedule` is the base's, with the settings already applied."""
     data, run = train.data, train.run
-    placements = [place(e.width, e.height, data.resolution, data.bucket_step, data.bucket_max_side) for e in examples]
+    out = held_out(examples, train.validation.validation_fraction)
+    kept, apart = ([e for index, e in enumerate(examples) if (index in out) is wanted] for wanted in (False, True))
+    placements, placed_apart = (
+        [place(e.width, e.height, data.resolution, data.bucket_step, data.bucket_max_side) for e in some] for some in (kept, apart)
+    )
     global_batch = run.train_batch_size * run.gradient_accumulation_steps
     buckets = [placement.bucket for placement in placements]
-    order = run_order(buckets, [example.repeats for example in examples], run.num_train_epochs, global_batch, run.train_seed)
+    order = run_order(buckets, [example.repeats for example in kept], run.num_train_epochs, global_batch, run.train_seed)
     is_plain = schedule.prediction_type == "epsilon" and not schedule.zero_terminal_snr
     gamma, offset = train.objective.min_snr_gamma, train.objective.noise_offset
     return Plan(
-        examples=examples,
+        examples=kept,
         placements=placements,
+        held_out=apart,
+        held_out_placements=placed_apart,
         order=order,
         global_batch=global_batch,
         epochs=run.num_train_epochs,
         schedule=schedule,
         min_snr_gamma=(AUTO_MIN_SNR_GAMMA if is_plain else 0.0) if gamma == "auto" else gamma,
         noise_offset=(AUTO_NOISE_OFFSET if is_plain else 0.0) if offset == "auto" else offset,
+        warmup_steps=steps_of_warmup(train.optimizer.lr_warmup, len(order)),
     )
 
 
@@ -80,10 +118,13 @@ def fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base_digest
     data = asdict(train.data)
     del data["dataloader_num_workers"], data["skip_flagged"]
     shown = [[example.sha256, example.caption, example.repeats] for example in plan.examples]
+    apart = [[example.sha256, example.caption] for example in plan.held_out]
     return {
         "base model": _short_hash(list(base_digests)),
         "data set": _short_hash(shown),
         "pictures": len(plan.examples),
+        "held-out pictures": _short_hash(apart),
+        "early_stop_patience": train.validation.early_stop_patience,
         "trigger_word": trigger_word,
         **data,
         **asdict(train.lora),
@@ -93,8 +134,23 @@ def fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base_digest
         **asdict(plan.schedule),
         "global batch": plan.global_batch,
         "num_train_epochs": plan.epochs,
+        WARMUP_STEPS: plan.warmup_steps,
         "train_seed": train.run.train_seed,
         "mixed_precision": train.model.mixed_precision,
+    }
+
+
+def circumstances(train: TrainSettings) -> dict[str, Any]:
+    """What may be different each time a run goes on: it changes how fast, and what is written, but no weight."""
+    run, saving = asdict(train.run), asdict(train.saving)
+    return {
+        **{key: run[key] for key in ("train_batch_size", "gradient_accumulation_steps", "deterministic")},
+        **{key: saving[key] for key in ("save_every_epochs", "save_state_every_minutes", "keep_last_states")},
+        "gradient_checkpointing": train.model.gradient_checkpointing,
+        "validate_every_epochs": train.validation.validate_every_epochs,
+        "dataloader_num_workers": train.data.dataloader_num_workers,
+        "tensorboard": train.logging.tensorboard,
+        "wandb_project": train.logging.wandb_project,
     }
 
 

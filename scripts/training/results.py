@@ -1,15 +1,17 @@
 """The files of a run in OUTPUT_DIR: what they are called, whether a LoRA is finished, and how an older one is kept."""
 
+import fcntl
 import os
 import re
 import shutil
 import tomllib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from errors import ResourceError
+from errors import ResourceError, SettingsError
 from training.export import read_fingerprint
 
 LEAST_FREE_BYTES = 4 * 2**30
@@ -29,6 +31,21 @@ def require_room(output_dir: Path) -> str:
     return f"{free / 2**30:.0f} GiB are free in {place}"
 
 
+@contextmanager
+def only_run_in(output_dir: Path) -> Iterator[None]:
+    """Keep other runs out of `output_dir`; the system lets go of it however the process ends. Raises SettingsError if
+    another run is there, ResourceError if nothing can be written."""
+    require_room(output_dir)
+    folder = output_dir / "state"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(f"another run is training into {output_dir}: wait for it, or set OUTPUT_DIR") from None
+        yield
+
+
 @dataclass(frozen=True)
 class Results:
     """Where the files of the run called `name` lie."""
@@ -43,6 +60,11 @@ class Results:
     @property
     def lora(self) -> Path:
         return self.folder / f"{self.name}.safetensors"
+
+    @property
+    def best(self) -> Path:
+        """The saved LoRA with the lowest held-out loss."""
+        return self.folder / f"{self.name}-best.safetensors"
 
     @property
     def resolved(self) -> Path:
@@ -72,22 +94,31 @@ class Results:
         """Whether the LoRA of exactly this run is there."""
         return self.lora.exists() and read_fingerprint(self.lora) == fingerprint
 
+    def archive_lora(self) -> None:
+        """Before a finished run is lengthened: the LoRA it ended with, and its best one, go to `archive/`."""
+        ends = [path for path in (self.best, self.lora) if path.exists()]
+        if ends:
+            self._to_archive(ends)
+
     def make_room(self) -> None:
         """Before a new run: files of an earlier run of the same name go to `archive/`, and the two files that have no name
         of their own are named after the LoRA they belong to."""
         epochs = re.compile(re.escape(self.name) + r"-\d{6}\.safetensors")
-        earlier = [path for path in self._present() if path == self.lora or epochs.fullmatch(path.name)]
+        earlier = [path for path in self._present() if path in (self.lora, self.best) or epochs.fullmatch(path.name)]
         owner = self._owner_of_shared_files()
         shared = [path for path in (self.resolved, self.metrics) if path.exists()]
         if earlier:
-            archive = self._free_name(self.folder / "archive" / f"{self.name}-{datetime.now():%Y%m%d-%H%M%S}")
-            archive.mkdir(parents=True)
-            for path in [*earlier, *(shared if owner == self.name else ())]:
-                path.rename(archive / path.name)
-            print(f"the earlier LoRA of this name was moved to {archive}")
+            self._to_archive([*earlier, *(shared if owner == self.name else ())])
         if owner != self.name:
             for path in shared:
                 path.rename(self._free_name(path.with_name(f"{owner}.{path.name}")))
+
+    def _to_archive(self, paths: list[Path]) -> None:
+        archive = self._free_name(self.folder / "archive" / f"{self.name}-{datetime.now():%Y%m%d-%H%M%S}")
+        archive.mkdir(parents=True)
+        for path in paths:
+            path.rename(archive / path.name)
+        print(f"the earlier LoRA of this name was moved to {archive}")
 
     def _present(self) -> list[Path]:
         return sorted(self.folder.iterdir()) if self.folder.is_dir() else []

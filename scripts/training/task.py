@@ -1,23 +1,25 @@
 """A training run from settings to file: what `train_lora.py` calls, in the order in which it calls it."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from dataset_folder import DatasetFolder, write_text
-from errors import ResourceError, SettingsError, StopRequest
+from dataset_folder import DatasetFolder, whole_file, write_text
+from errors import LoracatError, ResourceError, SettingsError, StopRequest, reason_for
 from prefetch import prefetched
 from settings import ProjectSettings, resolved_toml
 from training import checkpoint
 from training.base_model import find_base
 from training.batches import BatchReader
 from training.cache import Cache
+from training.checkpoint import Identity, Saved, StateWriter
 from training.config import TrainSettings
+from training.continuation import continued, kept_warmup
 from training.dataset import Example, flagged_pictures, read_examples, unused_entries
-from training.device import Precision, choose_precision, describe, wants_checkpointing
+from training.device import Precision, choose_precision, describe, make_deterministic, wants_checkpointing
 from training.encode import EncodedData, Encoding, base_digest, encode_data
 from training.export import Description, write_lora
 from training.fast_unet import checkpoint_everything, fast_ops, quicken
@@ -27,10 +29,12 @@ from training.metrics import open_metrics
 from training.models import load_unet
 from training.optimizer import build_optimizer, learning_rate_at
 from training.parts import BaseModel
-from training.plan import Plan, fingerprint, fingerprint_hash, make_plan
-from training.results import Results, require_room
+from training.plan import Plan, circumstances, fingerprint, fingerprint_hash, make_plan
+from training.progress import Progress, smoothed
+from training.results import Results
 from training.schedule import alphas_cumprod
 from training.step import Objective, TrainStep
+from training.validation import Validator
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,11 @@ class Task:
     precision: Precision
     results: Results
     cache: Cache
-    fingerprint: dict[str, Any]
+    identity: Identity
+    saved: Saved | None
+    """The state from which the run goes on."""
+    is_finished: bool
+    """The LoRA of exactly this run is there already."""
 
 
 def decide(project: ProjectSettings, settings: TrainSettings) -> Task:
@@ -57,13 +65,33 @@ def decide(project: ProjectSettings, settings: TrainSettings) -> Task:
     )
     precision = choose_precision(settings.model.mixed_precision)
     results = Results(project.output_dir, settings.saving.output_name or project.trigger_word)
-    require_room(project.output_dir)
     settings = resolved(settings, plan, precision, results.name)
     cache = Cache(results.cache)
     digests = [base_digest(base, cache, part) for part in base.parts]
     print(plan.announcement(), flush=True)
     values = fingerprint(plan, settings, project.trigger_word, digests)
-    return Task(project, settings, base, plan, precision, results, cache, values)
+    saved = None if settings.saving.fresh else checkpoint.newest(results.state)
+    if saved:
+        plan = replace(plan, warmup_steps=kept_warmup(saved, values))
+        values = fingerprint(plan, settings, project.trigger_word, digests)
+    identity = Identity(values, circumstances(settings), plan.common_steps)
+    is_finished = not settings.saving.fresh and results.is_finished(fingerprint_hash(values))
+    if saved and not is_finished:
+        saved = continuing(results, saved, identity)
+    return Task(project, settings, base, plan, precision, results, cache, identity, saved, is_finished)
+
+
+def continuing(results: Results, saved: Saved, identity: Identity) -> Saved | None:
+    """The state from which the run goes on; None if it is a new one. Raises SettingsError if an unfinished run lies there
+    that began differently."""
+    try:
+        saved = continued(results.state, saved, identity)
+    except SettingsError:
+        if results.is_finished(fingerprint_hash(saved.identity.fingerprint)):
+            return None
+        raise
+    print(f"continuing at step {saved.progress.next_step}", flush=True)
+    return saved
 
 
 def read_pictures(project: ProjectSettings, settings: TrainSettings) -> list[Example]:
@@ -96,32 +124,23 @@ def resolved(settings: TrainSettings, plan: Plan, precision: Precision, name: st
         print(f"no NVIDIA GPU: mixed_precision {settings.model.mixed_precision} becomes {precision.name}")
     print(f"training on {describe(precision)}, gradient checkpointing {'on' if checkpointing else 'off'}", flush=True)
     objective = replace(settings.objective, min_snr_gamma=plan.min_snr_gamma, noise_offset=plan.noise_offset)
+    validation = replace(settings.validation, validation_fraction=plan.held_out_share)
     saving = replace(settings.saving, output_name=name)
     for complaint in saving.contradictions():
         raise SettingsError(f"{complaint}; set OUTPUT_NAME")
-    return replace(settings, model=model, objective=objective, saving=saving)
+    return replace(settings, model=model, objective=objective, validation=validation, saving=saving)
 
 
-def saved_state(task: Task) -> checkpoint.Saved | None:
-    """The unfinished run of this name, if there is one; raises SettingsError if it is another run than this."""
-    folder = task.results.state
-    saved = None if task.settings.saving.fresh else checkpoint.newest(folder)
-    if saved is not None:
-        checkpoint.refuse_changes(saved, task.fingerprint, folder)
-        print(f"continuing at step {saved.next_step} of {len(task.plan.order)}", flush=True)
-    return saved
-
-
-def is_finished(task: Task) -> bool:
-    """Whether the LoRA of exactly this run is there already, and nobody asks for a fresh one."""
-    return not task.settings.saving.fresh and task.results.is_finished(fingerprint_hash(task.fingerprint))
-
-
-def make_room(task: Task, saved: checkpoint.Saved | None) -> None:
+def make_room(task: Task) -> None:
     """Lay aside what earlier runs left, unless this one continues, and write down the settings in force."""
-    if saved is None:
+    if task.saved is None:
+        earlier = checkpoint.newest(task.results.state)
+        if earlier and task.results.is_finished(fingerprint_hash(earlier.identity.fingerprint)):
+            checkpoint.remove(task.results.state)
         checkpoint.lay_aside(task.results.state)
         task.results.make_room()
+    else:
+        task.results.archive_lora()
     write_text(task.results.resolved, resolved_toml({"project": task.project, "train": task.settings}))
 
 
@@ -131,9 +150,11 @@ def encode(task: Task) -> EncodedData:
     return encode_data(encoding, task.plan, task.settings.data, task.project.trigger_word, task.settings.run.train_seed)
 
 
-def train(task: Task, encoded: EncodedData, saved: checkpoint.Saved | None) -> list[LoraModule]:
-    """Load the UNet, put the LoRA into it, and take every step that is left."""
-    settings, plan, results, precision = task.settings, task.plan, task.results, task.precision
+def train(task: Task, encoded: EncodedData) -> tuple[list[LoraModule], Progress]:
+    """Load the UNet, put the LoRA into it, and take every step that is left. Returns the modules and how far it came."""
+    settings, results, precision = task.settings, task.results, task.precision
+    if settings.run.deterministic:
+        make_deterministic()
     unet = load_unet(task.base, precision.device, precision.dtype)
     lora = inject(unet, settings.lora, settings.run.train_seed)
     quicken(unet, lora.stacks, fast_ops(precision.device))
@@ -141,17 +162,24 @@ def train(task: Task, encoded: EncodedData, saved: checkpoint.Saved | None) -> l
         checkpoint_everything(unet)
     optimizer = build_optimizer(lora.weights, settings.optimizer)
     take_step = TrainStep(unet, lora, optimizer, objective_of(task), precision, settings.optimizer.max_grad_norm)
-    if saved:
-        checkpoint.restore(saved, lora.weights, optimizer, take_step.scaler)
-    run, reader = run_of(task, saved), reader_of(task, encoded)
-    batches = prefetched(reader, plan.order[run.first_step :], settings.data.dataloader_num_workers)
-    stop, saver = StopRequest(), Saver(task, lora, take_step)
-    print(
-        f"{len(lora.modules)} modules of rank {settings.lora.lora_rank}; {len(plan.order) - run.first_step} steps to go", flush=True
-    )
-    with open_metrics(settings.logging, results.name, results.metrics, results.logs, run.first_step) as metrics:
-        run_steps(run, take_step, batches, reader.names, saver, metrics, stop)
-    return lora.modules
+    if task.saved:
+        checkpoint.restore(task.saved, lora.weights, optimizer, take_step.scaler)
+    run, reader = run_of(task), reader_of(task, encoded)
+    batches = prefetched(reader, run.todo, settings.data.dataloader_num_workers)
+    stop = StopRequest()
+    print(f"{len(lora.modules)} modules of rank {settings.lora.lora_rank}; {len(run.todo)} steps to go", flush=True)
+    with (
+        open_metrics(settings.logging, results.name, results.metrics, results.logs, run.begins.next_step) as metrics,
+        StateWriter(results.state, task.identity, settings.saving.keep_last_states) as states,
+    ):
+        saver = Saver(task, lora, take_step, states)
+        validator = validator_of(task, encoded, take_step)
+
+        def stop_asked() -> LoracatError | None:
+            return reason_for(stop.signum) if stop.signum else None
+
+        progress = run_steps(run, take_step, batches, reader.names, validator, saver, metrics, stop_asked)
+    return lora.modules, progress
 
 
 def objective_of(task: Task) -> Objective:
@@ -164,18 +192,20 @@ def objective_of(task: Task) -> Objective:
     )
 
 
-def run_of(task: Task, saved: checkpoint.Saved | None) -> Run:
+def run_of(task: Task) -> Run:
     """The steps that are left, and when to write what."""
-    optimizer, saving, steps = task.settings.optimizer, task.settings.saving, len(task.plan.order)
+    optimizer, saving, plan = task.settings.optimizer, task.settings.saving, task.plan
     return Run(
-        order=task.plan.order,
-        first_step=saved.next_step if saved else 0,
-        loss_average=saved.loss_average if saved else None,
-        epochs=task.plan.epochs,
+        order=plan.order,
+        begins=task.saved.progress if task.saved else Progress(),
+        epochs=plan.epochs,
+        common_steps=plan.common_steps,
+        validate_every_epochs=task.settings.validation.validate_every_epochs,
+        early_stop_patience=task.settings.validation.early_stop_patience,
         save_every_epochs=saving.save_every_epochs,
         save_state_every_s=saving.save_state_every_minutes * 60,
         learning_rate_at=lambda step: learning_rate_at(
-            step, steps, optimizer.learning_rate, optimizer.lr_scheduler, optimizer.lr_warmup
+            step, len(plan.order), optimizer.learning_rate, optimizer.lr_scheduler, plan.warmup_steps
         ),
     )
 
@@ -192,22 +222,43 @@ def reader_of(task: Task, encoded: EncodedData) -> BatchReader:
     )
 
 
+def validator_of(task: Task, encoded: EncodedData, take_step: TrainStep) -> Validator | None:
+    """Measures the held-out loss; None if no picture is held out."""
+    if not encoded.held_out:
+        return None
+    return Validator(
+        examples=encoded.held_out,
+        empty_caption=encoded.empty_caption,
+        seed=task.settings.run.train_seed,
+        micro_batch=task.settings.run.train_batch_size,
+        evaluate=take_step.evaluate,
+    )
+
+
 @dataclass(frozen=True)
 class Saver:
     """Writes what the loop asks for."""
 
     task: Task
-    weights: LoraWeights
+    trained: LoraWeights
     step: TrainStep
+    states: StateWriter
 
-    def state(self, next_step: int, loss_average: float) -> None:
-        """Everything needed to continue at `next_step`."""
-        folder, values = self.task.results.state, self.task.fingerprint
-        checkpoint.save(folder, self.weights.weights, self.step.optimizer, self.step.scaler, next_step, loss_average, values)
+    def state(self, progress: Progress) -> None:
+        """Begin to write everything needed to continue from `progress`."""
+        self.states.begin(checkpoint.snapshot(self.trained.weights, self.step.optimizer, self.step.scaler, progress))
+
+    def check(self) -> None:
+        """Raise what the last save has met, if it is over."""
+        self.states.check()
+
+    def wait(self) -> None:
+        """Wait until what was begun is on the disk."""
+        self.states.wait()
 
     def lora(self, epochs: int) -> None:
         """The LoRA as it is after `epochs` epochs."""
-        write_lora(self.task.results.lora_after(epochs), self.weights.modules, description_of(self.task, epochs))
+        write_lora(self.task.results.lora_after(epochs), self.trained.modules, description_of(self.task, epochs))
 
 
 def description_of(task: Task, epochs: int) -> Description:
@@ -227,19 +278,39 @@ def description_of(task: Task, epochs: int) -> Description:
         batch_size=settings.run.train_batch_size,
         learning_rate=settings.optimizer.learning_rate,
         seed=settings.run.train_seed,
-        fingerprint=fingerprint_hash(task.fingerprint),
+        fingerprint=fingerprint_hash(task.identity.fingerprint),
     )
 
 
-def finish(task: Task, modules: list[LoraModule]) -> None:
-    """Write the LoRA; when it is there, read back and proved, the saved state has done its duty."""
-    path = task.results.lora
-    write_lora(path, modules, description_of(task, task.plan.epochs))
-    checkpoint.remove(task.results.state)
+def finish(task: Task, modules: list[LoraModule], progress: Progress) -> None:
+    """Write the LoRA; when it is there, read back and proved, of the saved states only the one stays from which the run
+    can be lengthened."""
+    path, run = task.results.lora, run_of(task)
+    epochs = run.epochs_done(progress.next_step)
+    if progress.next_step < len(run.order):
+        patience = run.early_stop_patience
+        print(f"ended early after {epochs} epochs: {patience} validations in a row did not lower the held-out loss")
+    description = description_of(task, epochs)
+    if progress.validations:
+        write_best(task.results, modules, progress, description)
+    write_lora(path, modules, description)
+    checkpoint.keep_one(task.results.state, task.plan.common_steps)
     if task.precision.device.type == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
     size = path.stat().st_size / 2**20
     print(f"{path}: {size:.1f} MiB, {len(modules)} modules, all known to ComfyUI; copy it to ComfyUI's models/loras")
+
+
+def write_best(results: Results, modules: list[LoraModule], progress: Progress, last: Description) -> None:
+    """Name the LoRA with the lowest smoothed held-out loss among those that were saved, and write it once more."""
+    scored = [one for one in smoothed(progress.validations) if results.lora_after(one.epochs).exists() or one.epochs == last.epochs]
+    best = min(scored, key=lambda one: one.loss)
+    if best.epochs == last.epochs:
+        write_lora(results.best, modules, last)
+    else:
+        with whole_file(results.best) as beside:
+            shutil.copyfile(results.lora_after(best.epochs), beside)
+    print(f"the lowest held-out loss (smoothed {best.loss:.4f}) is that after {best.epochs} epochs: {results.best}")
 
 
 @contextlib.contextmanager

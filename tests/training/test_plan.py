@@ -40,8 +40,33 @@ def test_few_image_steps_are_said_with_what_to_set():
 
 def test_from_800_image_steps_on_nothing_is_to_be_set():
     assert "are few" in plan_of(39).announcement()
-    assert "are few" not in plan_of(40).announcement()
-    assert plan_of(40).image_steps == 800
+    plan = plan_of(40, validation={"validation_fraction": 0.0})
+    assert "are few" not in plan.announcement()
+    assert plan.image_steps == 800
+
+
+@pytest.mark.parametrize(
+    ("pictures", "fraction", "count"),
+    [
+        (39, "auto", 0),
+        (40, "auto", 2),
+        (41, "auto", 3),
+        (150, "auto", 8),
+        (10, 0.1, 1),
+        (10, 0.11, 2),
+        (3, 0.5, 2),
+        (1, 0.5, 0),
+        (9, 0.0, 0),
+    ],
+)
+def test_pictures_are_held_out_and_not_trained_on(pictures, fraction, count):
+    plan = plan_of(pictures, validation={"validation_fraction": fraction})
+    assert len(plan.held_out) == len(plan.held_out_placements) == count
+    assert len(plan.examples) == len(plan.placements) == pictures - count
+    assert {e.name for e in plan.all_examples} == {f"{number}.png" for number in range(pictures)}
+    again = plan_of(pictures, validation={"validation_fraction": plan.held_out_share})
+    assert [e.name for e in again.held_out] == [e.name for e in plan.held_out]
+    assert ("held out" in plan.announcement()) == (count > 0)
 
 
 def test_repeats_count_as_image_steps():

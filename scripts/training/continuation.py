@@ -1,0 +1,46 @@
+"""What changed between stop and resume decides whether, and from where, a run continues."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from errors import SettingsError, one_list
+from training import checkpoint
+from training.checkpoint import Identity, Saved
+from training.plan import WARMUP_STEPS
+
+EPOCHS, EARLY_STOP = "num_train_epochs", "early_stop_patience"
+
+
+def kept_warmup(saved: Saved, fingerprint: Mapping[str, Any]) -> int:
+    """The warm-up of a run that may be lengthened: the one it began with, whatever the number of its epochs is now."""
+    before = saved.identity.fingerprint
+    same = all(before.get(key) == fingerprint[key] for key in ("lr_scheduler", "lr_warmup"))
+    return before[WARMUP_STEPS] if same and before["lr_scheduler"] == "constant" else fingerprint[WARMUP_STEPS]
+
+
+def continued(folder: Path, saved: Saved, now: Identity) -> Saved:
+    """The state in `folder` from which the run `now` goes on: `saved`, or an older one that both lengths of the run share.
+
+    Raises SettingsError if the run that `saved` belongs to is another one than `now`.
+    """
+    before = saved.identity
+    changes = _changes(before.fingerprint, now.fingerprint)
+    taken = {EPOCHS, EARLY_STOP} if now.fingerprint["lr_scheduler"] == "constant" else {EARLY_STOP}
+    shared = saved
+    if EPOCHS in changes:  # their steps differ from where the shorter one of the two ends
+        shared = checkpoint.newest(folder, at_most=min(before.common_steps, now.common_steps))
+    if not changes.keys() <= taken or shared is None:
+        title = f"{folder} holds a run, stopped at step {saved.progress.next_step}, that began differently:"
+        remedy = "set it back to continue that run, or set FRESH=1 to lay it aside and begin anew"
+        raise SettingsError(one_list(title, [*changes.values(), remedy]))
+    changes |= _changes(before.circumstances, now.circumstances)
+    for change in changes.values():
+        print(f"changed and taken: {change}", flush=True)
+    return shared
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What is different, by name, in words."""
+    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    return {key: f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in keys}

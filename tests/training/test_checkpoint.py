@@ -1,0 +1,201 @@
+"""Saved states: exact, found by number, passed over when damaged, removed when two newer ones are whole."""
+
+import json
+import os
+import subprocess
+import threading
+
+import pytest
+import torch
+
+from errors import DISK_ERRNOS
+from training import checkpoint
+from training.checkpoint import Identity, StateWriter
+from training.config import OptimizerSettings
+from training.optimizer import build_optimizer
+from training.progress import Progress
+
+IDENTITY = Identity(fingerprint={"rank": 2}, circumstances={"workers": 4}, common_steps=7)
+
+
+class Training:
+    """Flat weights with their optimizer; `step` changes every number of them."""
+
+    def __init__(self, seed: int = 0):
+        torch.manual_seed(seed)
+        self.weights = torch.nn.Parameter(torch.randn(3000))
+        self.optimizer = build_optimizer(self.weights, OptimizerSettings())
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.taken = 0
+
+    def step(self) -> None:
+        self.weights.grad = torch.randn_like(self.weights)
+        self.optimizer.step()
+        self.taken += 1
+
+    def snapshot(self) -> checkpoint.Snapshot:
+        return checkpoint.snapshot(self.weights, self.optimizer, self.scaler, Progress(self.taken, 1 / 3))
+
+    def numbers(self) -> dict[str, bytes]:
+        return {name: tensor.numpy().tobytes() for name, tensor in self.snapshot().tensors.items()}
+
+    def restored(self, saved: checkpoint.Saved) -> "Training":
+        checkpoint.restore(saved, self.weights, self.optimizer, self.scaler)
+        return self
+
+
+@pytest.fixture
+def training():
+    return Training()
+
+
+@pytest.fixture
+def two_states(tmp_path, training):
+    """The folder of a run with the states after 1 and 2 steps, and the numbers of both."""
+    numbers = {}
+    for step in (1, 2):
+        training.step()
+        checkpoint.write(tmp_path, training.snapshot(), IDENTITY, keep=2)
+        numbers[step] = training.numbers()
+    return tmp_path, numbers
+
+
+def test_state_is_restored_to_the_last_bit(two_states):
+    folder, numbers = two_states
+    saved = checkpoint.newest(folder)
+    assert (saved.progress, saved.identity) == (Progress(2, 1 / 3), IDENTITY)
+    assert Training(seed=1).restored(saved).numbers() == numbers[2]
+
+
+def test_training_that_goes_on_does_not_change_what_is_being_written(tmp_path, training):
+    training.step()
+    numbers = training.numbers()
+    with StateWriter(tmp_path, IDENTITY, keep=2) as writer:
+        writer.begin(training.snapshot())
+        training.step()
+    assert Training(seed=1).restored(checkpoint.newest(tmp_path)).numbers() == numbers
+
+
+def flip(path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "tensors cut off": lambda record, tensors: os.truncate(tensors, tensors.stat().st_size - 1),
+    "tensors empty": lambda record, tensors: os.truncate(tensors, 0),
+    "one bit of the tensors": lambda record, tensors: flip(tensors, -5),
+    "tensors missing": lambda record, tensors: tensors.unlink(),
+    "record cut off": lambda record, tensors: os.truncate(record, record.stat().st_size // 2),
+    "record empty": lambda record, tensors: os.truncate(record, 0),
+    "one digit of the record": lambda record, tensors: record.write_text(record.read_text().replace('"rank": 2', '"rank": 3')),
+    "record of zeros": lambda record, tensors: record.write_bytes(bytes(record.stat().st_size)),
+    "record is JSON of something else": lambda record, tensors: record.write_text("[1, 2]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_state_is_named_and_the_one_before_it_counts(two_states, capsys, damage):
+    folder, numbers = two_states
+    record = folder / "step-000000002.json"
+    DAMAGES[damage](record, record.with_suffix(".safetensors"))
+    saved = checkpoint.newest(folder)
+    assert saved.progress.next_step == 1
+    assert capsys.readouterr().out == f"the saved state {record} is damaged and passed over\n"
+    continued = Training(seed=1).restored(saved)
+    assert continued.numbers() == numbers[1]
+    continued.taken = 1
+    continued.step()
+    checkpoint.write(folder, continued.snapshot(), IDENTITY, keep=2)
+    assert checkpoint.newest(folder).progress.next_step == 2
+    assert sorted(path.name for path in folder.glob("*.json")) == ["step-000000001.json", "step-000000002.json"]
+
+
+def test_half_a_save_is_no_state_and_goes_with_the_next_one(two_states, training):
+    """Killed before the record was renamed, and before the tensors were."""
+    folder, _ = two_states
+    (folder / "step-000000003.safetensors").write_bytes(b"whole, but without its record")
+    (folder / ".abc.part").write_bytes(b"half")
+    (folder / ".tmpabc").write_bytes(b"half")
+    assert checkpoint.newest(folder).progress.next_step == 2
+    for _ in range(2):
+        training.step()
+    checkpoint.write(folder, training.snapshot(), IDENTITY, keep=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000000004.json", "step-000000004.safetensors"]
+
+
+def test_newest_goes_by_number_and_not_by_time(two_states):
+    folder, _ = two_states
+    for path in folder.glob("step-000000001.*"):
+        os.utime(path, (2e9, 2e9))
+    assert checkpoint.newest(folder).progress.next_step == 2
+    assert checkpoint.newest(folder, at_most=1).progress.next_step == 1
+    assert checkpoint.newest(folder, at_most=0) is None
+    assert checkpoint.newest(folder / "nowhere") is None
+
+
+def test_the_last_states_are_kept_and_the_one_that_a_longer_run_shares(tmp_path, training):
+    for _ in range(10):
+        training.step()
+        checkpoint.write(tmp_path, training.snapshot(), IDENTITY, keep=2)
+    assert sorted(path.stem for path in tmp_path.glob("*.json")) == ["step-000000007", "step-000000009", "step-000000010"]
+    checkpoint.keep_one(tmp_path, at_most=IDENTITY.common_steps)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000007.json", "step-000000007.safetensors"]
+
+
+def test_damaged_states_of_later_steps_do_not_push_out_valid_ones(two_states):
+    """Two valid states are kept, although damaged ones have higher numbers."""
+    folder, _ = two_states
+    for step in (8, 9):
+        (folder / f"step-{step:09d}.json").write_text("{}")
+    training = Training()
+    training.taken = 3
+    checkpoint.write(folder, training.snapshot(), IDENTITY, keep=2)
+    assert sorted(path.stem for path in folder.glob("*.json")) == ["step-000000002", "step-000000003"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB; mounting one needs privileges that not every machine gives."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk_keeps_the_last_valid_state(small_disk, training):
+    training.step()
+    numbers = training.numbers()
+    with StateWriter(small_disk, IDENTITY, keep=2) as writer:
+        writer.begin(training.snapshot())
+        writer.wait()
+        training.step()
+        writer.begin(training.snapshot())
+        with pytest.raises(OSError, match="No space left") as full:
+            writer.wait()
+    assert full.value.errno in DISK_ERRNOS
+    assert Training(seed=1).restored(checkpoint.newest(small_disk)).numbers() == numbers
+    assert sorted(path.name for path in small_disk.iterdir()) == ["step-000000001.json", "step-000000001.safetensors"]
+
+
+def test_writer_says_what_the_disk_refused_as_soon_as_it_is_asked(tmp_path, training):
+    (tmp_path / "file").touch()
+    with StateWriter(tmp_path / "file" / "state", IDENTITY, keep=2) as writer:
+        writer.begin(training.snapshot())
+        (thread,) = [thread for thread in threading.enumerate() if thread.name.startswith("state")]
+        while thread.is_alive() and not writer._writing.done():
+            thread.join(0.01)
+        with pytest.raises(NotADirectoryError):
+            writer.check()
+        writer.check()
+
+
+def test_record_is_readable_json(two_states):
+    folder, _ = two_states
+    record = json.loads((folder / "step-000000002.json").read_text())
+    assert record["progress"]["next_step"] == 2
+    assert record["identity"]["fingerprint"] == {"rank": 2}

@@ -1,0 +1,122 @@
+"""What may change while a run is stopped, and what may not."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from errors import SettingsError
+from training import checkpoint
+from training.buckets import Bucket, run_order
+from training.checkpoint import Identity, Snapshot
+from training.config import TrainSettings
+from training.continuation import continued, kept_warmup
+from training.plan import WARMUP_STEPS, circumstances
+from training.progress import Progress
+
+BEGAN = {
+    "lr_scheduler": "constant",
+    "lr_warmup": 0.05,
+    WARMUP_STEPS: 5,
+    "num_train_epochs": 10,
+    "lora_rank": 32,
+    "early_stop_patience": 0,
+}
+
+
+def saved(folder, step: int = 60, common_steps: int = 95, **fingerprint: object) -> checkpoint.Saved:
+    identity = Identity({**BEGAN, **fingerprint}, {"dataloader_num_workers": 4}, common_steps)
+    state = Snapshot({"weight": torch.zeros(1)}, Progress(step, 0.5), {})
+    checkpoint.write(folder, state, identity, keep=2)
+    return checkpoint.newest(folder)
+
+
+def now(common_steps: int = 95, workers: int = 4, **fingerprint: object) -> Identity:
+    return Identity({**BEGAN, **fingerprint}, {"dataloader_num_workers": workers}, common_steps)
+
+
+def test_the_same_run_goes_on_without_a_word(tmp_path, capsys):
+    before = saved(tmp_path)
+    assert continued(tmp_path, before, now()) == before
+    assert capsys.readouterr().out == ""
+
+
+def test_workers_and_more_epochs_are_taken_with_a_line(tmp_path, capsys):
+    before = saved(tmp_path)
+    assert continued(tmp_path, before, now(common_steps=190, workers=2, num_train_epochs=20)) == before
+    said = capsys.readouterr().out
+    assert "changed and taken: num_train_epochs: 10 then, 20 now" in said
+    assert "changed and taken: dataloader_num_workers: 4 then, 2 now" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora_rank": 16}, ["lora_rank: 32 then, 16 now"]),
+        ({"lora_rank": 16, "num_train_epochs": 20}, ["lora_rank: 32 then, 16 now", "num_train_epochs: 10 then, 20 now"]),
+        ({"lr_scheduler": "cosine"}, ["lr_scheduler: 'constant' then, 'cosine' now"]),
+        ({"num_train_epochs": 3, "common": 29}, ["num_train_epochs: 10 then, 3 now"]),
+    ],
+)
+def test_what_changes_the_result_is_refused_with_both_ways_on(tmp_path, changes, words):
+    before = saved(tmp_path)
+    common = changes.pop("common", 95)
+    with pytest.raises(SettingsError) as refused:
+        continued(tmp_path, before, now(common, **changes))
+    for word in [*words, "set it back", "FRESH=1", "stopped at step 60"]:
+        assert word in str(refused.value)
+
+
+def test_a_falling_rate_cannot_be_lengthened(tmp_path):
+    before = saved(tmp_path, lr_scheduler="cosine")
+    with pytest.raises(SettingsError, match="num_train_epochs: 10 then, 20 now"):
+        continued(tmp_path, before, now(common_steps=190, lr_scheduler="cosine", num_train_epochs=20))
+
+
+def test_a_longer_run_goes_on_from_before_the_short_batches_that_ended_the_shorter_one(tmp_path):
+    saved(tmp_path, step=95)
+    before = saved(tmp_path, step=97)
+    assert continued(tmp_path, before, now(common_steps=190, num_train_epochs=20)).progress.next_step == 95
+
+
+def test_a_longer_run_keeps_its_warm_up_and_one_that_falls_does_not(tmp_path):
+    assert kept_warmup(saved(tmp_path), {**BEGAN, "num_train_epochs": 20, WARMUP_STEPS: 10}) == 5
+    assert kept_warmup(saved(tmp_path), {**BEGAN, "lr_warmup": 0.1, WARMUP_STEPS: 10}) == 10
+    falling = saved(tmp_path, lr_scheduler="cosine")
+    assert kept_warmup(falling, {**BEGAN, "lr_scheduler": "cosine", WARMUP_STEPS: 10}) == 10
+
+
+def test_a_longer_run_begins_with_the_full_batches_of_a_shorter_one():
+    shapes = [Bucket(64, 64)] * 5 + [Bucket(64, 128)] * 3 + [Bucket(128, 64)]
+    repeats = [1, 1, 2, 1, 1, 1, 1, 1, 1]
+    longest = run_order(shapes, repeats, 12, 4, seed=3)
+    for epochs in range(1, 12):
+        order = run_order(shapes, repeats, epochs, 4, seed=3)
+        full = [step for step in order if len(step.examples) == 4]
+        assert order[: len(full)] == full == longest[: len(full)]
+        assert sum(len(step.examples) for step in order) == 10 * epochs
+        assert [step.epoch for step in order] == sorted(step.epoch for step in order)
+
+
+def test_only_these_settings_may_change():
+    """A setting that decides the result must not slip in here."""
+    assert set(circumstances(TrainSettings())) == {
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "deterministic",
+        "save_every_epochs",
+        "save_state_every_minutes",
+        "keep_last_states",
+        "gradient_checkpointing",
+        "validate_every_epochs",
+        "dataloader_num_workers",
+        "tensorboard",
+        "wandb_project",
+    }
+
+
+def test_progress_survives_json():
+    progress = Progress().after(0, 0.5).after(1, 0.25).validated(1, 0.75).validated(2, 0.125)
+    assert Progress.from_json(asdict(progress)) == progress
+    assert progress.loss_average == 0.98 * 0.5 + 0.02 * 0.25
+    assert replace(progress, validations=()).next_step == 2
