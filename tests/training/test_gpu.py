@@ -1,0 +1,243 @@
+"""On a GPU: the step's kernels, its capture, and what it learns, against PEFT's own layers under autocast.
+
+These tests are skipped where there is no GPU. benchmarks/README.md says when and on which card they ran last.
+"""
+
+import copy
+
+import pytest
+import torch
+from peft.helpers import disable_input_dtype_casting
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from demo import tiny_sdxl
+from training import objective, plain_ops
+from training.base_model import find_base
+from training.batches import Batch
+from training.config import LoraSettings, OptimizerSettings
+from training.device import Precision
+from training.fast_unet import checkpoint_everything, fast_ops, quicken
+from training.lora import ADAPTER, LoraWeights, inject
+from training.models import load_unet
+from training.optimizer import build_optimizer
+from training.schedule import Schedule, alphas_cumprod
+from training.step import Objective, TrainStep
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+MEDIUM = tiny_sdxl.Size(unet=(64, 128, 256), heads=(1, 2, 4), clip_l=(64, 2, 1, 64), clip_g=(128, 2, 2, 128))
+STEPS, RATE = 50, 1e-3
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tiny_sdxl.build(tmp_path_factory.mktemp("models") / "medium", size=MEDIUM)
+    return find_base(str(folder), folder.parent)
+
+
+def fresh(base, dtype: torch.dtype) -> tuple[torch.nn.Module, LoraWeights]:
+    unet = load_unet(base, torch.device("cuda"), dtype)
+    return unet, inject(unet, LoraSettings(lora_rank=8, lora_alpha=8.0), seed=3)
+
+
+def batch_of(seed: int, size: int = 4, height: int = 32, width: int = 32) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(size, *shape, generator=generator)
+
+    latents = {name: normal(4, height, width) for name in ("latent_noise", "noise")}
+    return Batch(
+        mean=5 * normal(4, height, width),
+        log_variance=0.1 * normal(4, height, width) - 10,
+        **latents,
+        offset=normal(4, 1, 1),
+        timesteps=torch.randint(0, 1000, (size,), generator=generator),
+        hidden=normal(77, 192).bfloat16(),
+        pooled=normal(128).bfloat16(),
+        add_time_ids=torch.tensor([[256.0, 256, 0, 0, 8.0 * height, 8.0 * width]] * size),
+        weights=torch.full((size,), 1 / size),
+    ).pinned()
+
+
+def goal() -> Objective:
+    return Objective("epsilon", alphas_cumprod(Schedule()).float().cuda(), 5.0, 0.0357, 0.13025)
+
+
+def trained(
+    base, *, captures: bool, recomputes: bool = False, micro_batches: int = 1
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and learned changes of 50 steps of ours."""
+    unet, lora = fresh(base, torch.bfloat16)
+    quicken(unet, lora.stacks, fast_ops(torch.device("cuda")))
+    if recomputes:
+        checkpoint_everything(unet)
+    optimizer = build_optimizer(lora.weights, OptimizerSettings())
+    precision = Precision(torch.device("cuda"), torch.bfloat16)
+    step = TrainStep(unet, lora, optimizer, goal(), precision, 1.0, captures=captures)
+    losses = []
+    for number in range(STEPS):
+        whole = batch_of(number % 10)
+        size = len(whole.weights) // micro_batches
+        parts = [part_of(whole, first, first + size) for first in range(0, len(whole.weights), size)]
+        losses.append(step(parts, RATE).loss)
+    return losses, {module.name: (module.up @ module.down).cpu() for module in lora.modules}
+
+
+def part_of(batch: Batch, first: int, last: int) -> Batch:
+    return Batch(**{name: tensor[first:last] for name, tensor in vars(batch).items()})
+
+
+def trained_by_peft(base, backend: SDPBackend) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same with PEFT's layers, fp32 LoRA weights under bf16 autocast, and torch's AdamW on each of them."""
+    unet, lora = fresh(base, torch.bfloat16)
+    weights = []
+    for module in lora.modules:
+        layer = unet.get_submodule(module.name)
+        for part, start in ((layer.lora_A, module.down), (layer.lora_B, module.up)):
+            part[ADAPTER].weight = torch.nn.Parameter(start.clone())
+            weights.append(part[ADAPTER].weight)
+    optimizer, wanted, losses = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.01), goal(), []
+    for number in range(STEPS):
+        batch = batch_of(number % 10).to(torch.device("cuda"))
+        latents = objective.sampled_latents(batch.mean, batch.log_variance, batch.latent_noise, wanted.latent_scaling)
+        noise = objective.offset_noise(batch.noise, batch.offset, wanted.noise_offset)
+        share = wanted.alphas_cumprod[batch.timesteps]
+        with torch.autocast("cuda", torch.bfloat16), disable_input_dtype_casting(unet), sdpa_kernel([backend]):
+            answer = unet(
+                objective.noised(latents, noise, share).bfloat16(),
+                batch.timesteps,
+                encoder_hidden_states=batch.hidden,
+                added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.add_time_ids},
+            ).sample
+        loss = objective.loss_per_sample(answer.float(), noise) * objective.min_snr_weight(share, 5.0, "epsilon")
+        (loss * batch.weights).sum().backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((loss.detach() * batch.weights).sum().item())
+    layers = {module.name: unet.get_submodule(module.name) for module in lora.modules}
+    return losses, {n: (la.lora_B[ADAPTER].weight @ la.lora_A[ADAPTER].weight).detach().cpu() for n, la in layers.items()}
+
+
+def agreement(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Cosine of all learned changes together, and the ratio of their lengths."""
+    a, b = (torch.cat([change.flatten().double() for change in learned.values()]) for learned in (one, other))
+    return torch.nn.functional.cosine_similarity(a, b, dim=0).item(), (a.norm() / b.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def references(base):
+    """PEFT's training twice, with two attention kernels: what bf16 roundings alone make of 50 steps."""
+    return trained_by_peft(base, SDPBackend.FLASH_ATTENTION), trained_by_peft(base, SDPBackend.EFFICIENT_ATTENTION)
+
+
+@pytest.mark.parametrize("how", [{"captures": False}, {"captures": True}, {"captures": True, "recomputes": True}], ids=str)
+def test_fifty_steps_learn_what_peft_learns(base, references, how):
+    """AdamW divides by the size of a gradient, so roundings of small gradients become whole steps: two runs of PEFT differ, too.
+
+    Ours may be as far from one of them as they are from each other, with half as much again for the third kernel in play.
+    """
+    (losses, learned), (other_losses, other) = references
+    cosine, length = agreement(learned, other)
+    ours_losses, ours = trained(base, **how)
+    our_cosine, our_length = agreement(ours, learned)
+    print(f"PEFT and PEFT: cosine {cosine:.5f}, length {length:.5f}; ours and PEFT: {our_cosine:.5f}, {our_length:.5f}")
+    assert 1 - our_cosine <= 1.5 * (1 - cosine) + 1e-4
+    assert abs(our_length - 1) <= 1.5 * abs(length - 1) + 5e-3
+    apart = max(abs(a - b) / a for a, b in zip(losses, other_losses, strict=True))
+    assert max(abs(a - b) / a for a, b in zip(losses, ours_losses, strict=True)) <= 1.5 * apart + 2e-3
+
+
+def test_captured_steps_are_the_eager_ones_bit_for_bit(base):
+    losses, learned = trained(base, captures=False)
+    captured_losses, captured = trained(base, captures=True)
+    assert losses == captured_losses
+    assert all(torch.equal(learned[name], captured[name]) for name in learned)
+
+
+def test_accumulated_steps_are_those_of_the_whole_batch(base):
+    losses, learned = trained(base, captures=True)
+    halves_losses, halves = trained(base, captures=True, micro_batches=2)
+    cosine, length = agreement(halves, learned)
+    assert cosine > 0.99
+    assert length == pytest.approx(1, abs=1e-2)
+    assert halves_losses[:3] == pytest.approx(losses[:3], rel=2e-3)
+
+
+def test_shapes_may_come_in_any_order(base):
+    """Graphs of several buckets share one memory pool."""
+    unet, lora = fresh(base, torch.bfloat16)
+    quicken(unet, lora.stacks, fast_ops(torch.device("cuda")))
+    optimizer = build_optimizer(lora.weights, OptimizerSettings())
+    precision = Precision(torch.device("cuda"), torch.bfloat16)
+    captured = TrainStep(unet, lora, optimizer, goal(), precision, 1.0)
+    shapes = [(32, 32), (24, 40), (40, 24)]
+    order = [0, 0, 1, 1, 2, 2, 0, 2, 1, 0, 1, 2, 2, 0, 1]
+    losses = [captured([batch_of(i, 4, *shapes[shape])], RATE).loss for i, shape in enumerate(order)]
+    unet, lora = fresh(base, torch.bfloat16)
+    quicken(unet, lora.stacks, fast_ops(torch.device("cuda")))
+    eager = TrainStep(unet, lora, build_optimizer(lora.weights, OptimizerSettings()), goal(), precision, 1.0, captures=False)
+    assert losses == [eager([batch_of(i, 4, *shapes[shape])], RATE).loss for i, shape in enumerate(order)]
+
+
+def test_broken_step_changes_nothing_in_a_graph(base):
+    unet, lora = fresh(base, torch.bfloat16)
+    quicken(unet, lora.stacks, fast_ops(torch.device("cuda")))
+    step = TrainStep(
+        unet, lora, build_optimizer(lora.weights, OptimizerSettings()), goal(), Precision(torch.device("cuda"), torch.bfloat16), 1.0
+    )
+    for number in range(3):
+        step([batch_of(number)], RATE)
+    before = lora.weights.detach().clone()
+    bad = copy.deepcopy(batch_of(4))
+    bad.mean[0, 0, 0, 0] = float("nan")
+    first, second = step.begin([bad], RATE), step.begin([batch_of(5)], RATE)
+    assert first().diverged
+    assert second().loss > 0
+    assert torch.equal(lora.weights, before)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("with_plus", [True, False])
+def test_group_norm_kernels(silu, with_plus):
+    from training import triton_ops
+
+    norm = randomised(torch.nn.GroupNorm(32, 320, eps=1e-5))
+    results = []
+    for ops in (plain_ops, triton_ops):
+        generator = torch.Generator("cuda").manual_seed(1)
+        x = torch.randn(2, 320, 40, 24, device="cuda", generator=generator) + 1
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_(True)
+        plus = torch.randn(2, 320, device="cuda", generator=generator) if with_plus else None
+        same, normed = ops.group_norm(x, plus, norm, silu=silu)
+        upstream = torch.randn(2, 2, 320, 40, 24, device="cuda", generator=generator)
+        (same * upstream[0] + normed * upstream[1]).sum().backward()
+        results.append((normed.detach(), x.grad))
+    for plain, ours in zip(*results, strict=True):
+        assert (ours - plain).norm() < 1e-5 * plain.norm()
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_layer_norm_and_geglu_kernels(adds):
+    from training import triton_ops
+
+    norm = randomised(torch.nn.LayerNorm(640))
+    results = []
+    for ops in (plain_ops, triton_ops):
+        generator = torch.Generator("cuda").manual_seed(1)
+        x, y = (torch.randn(2, 37, 640, device="cuda", generator=generator).requires_grad_(True) for _ in range(2))
+        total, normed = ops.add_layer_norm(x, y if adds else None, norm)
+        activated = ops.geglu(total + normed)
+        (activated * torch.randn(2, 37, 320, device="cuda", generator=generator)).sum().backward()
+        results.append((total.detach(), normed.detach(), activated.detach(), x.grad, *([y.grad] if adds else [])))
+    for plain, ours in zip(*results, strict=True):
+        assert (ours - plain).norm() < 1e-5 * plain.norm()
+
+
+def randomised(norm: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(norm.weight.shape, generator=generator))
+        norm.bias.copy_(torch.randn(norm.bias.shape, generator=generator))
+    return norm.cuda().requires_grad_(False)
