@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import requests
+import websocket
 from comfyui_workspace import png, recorded
 from PIL import Image
 
@@ -216,6 +217,41 @@ def test_free_memory_empties_the_cache(standin):
         requests.post(f"{standin.url}/free", json=wish, timeout=10)
     prompt_id = requests.post(f"{standin.url}/prompt", json={"prompt": step["prompt"]}, timeout=10).json()["prompt_id"]
     assert history(standin.url, prompt_id)[prompt_id]["outputs"]["9"]["images"][0]["filename"] == "cache_classic_00002_.png"
+
+
+def test_websocket_says_what_it_says_in_the_same_order(standin):
+    (standin.folder / "input" / "broken.png").write_text("no picture")
+    exchanges = recorded("websocket.json")
+    before = json.loads(json.dumps(exchanges[0]["prompt"]))
+    before["6"]["inputs"]["text"], before["3"]["inputs"]["seed"] = "another", 1
+    requests.post(f"{standin.url}/prompt", json={"prompt": before}, timeout=10)
+    wait_until_idle(standin.url)
+    for exchange in exchanges:
+        listener = websocket.create_connection(f"ws{standin.url[4:]}/ws?clientId=owner", timeout=10, suppress_origin=True)
+        messages = [json.loads(listener.recv())]
+        body = {"prompt": exchange["prompt"], "client_id": "owner"}
+        assert requests.post(f"{standin.url}/prompt", json=body, timeout=10).status_code == 200
+        while messages[-1]["type"] != "executing" or messages[-1]["data"]["node"] is not None:
+            messages.append(json.loads(listener.recv()))
+        listener.close()
+        assert list(map(trimmed, messages)) == [in_our_words(message) for message in exchange["messages"]], exchange["name"]
+
+
+def trimmed(message: dict) -> dict:
+    """A message as websocket.json holds it."""
+    kind, data = message["type"], message["data"]
+    about: dict[str, Any] = {"type": kind, "keys": sorted(key for key in data if key != "timestamp")}
+    if kind == "progress_state":
+        about["about"] = {node: [state["state"], state["value"], state["max"]] for node, state in data["nodes"].items()}
+    elif kind in ("executing", "executed", "progress"):
+        about["about"] = [data.get("node"), data.get("value"), data.get("max")]
+    elif kind == "execution_cached":
+        about["about"] = sorted(data["nodes"])
+    return about
+
+
+def in_our_words(message: dict) -> dict:
+    return {key: message[key] for key in ("type", "keys", "about") if key in message}
 
 
 @pytest.fixture
