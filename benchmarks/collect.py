@@ -1,4 +1,4 @@
-"""How busy the collector keeps a ComfyUI: `python benchmarks/collect.py [--url http://127.0.0.1:8188]`.
+"""`python -m benchmarks.collect [--url http://127.0.0.1:8188]`: how busy the collector keeps a ComfyUI.
 
 Without `--url` a stand-in is started. Prompts of a wanted length are made with nodes that need no model (a chain of
 ImageBlur, or one node of a class that waits, `--sleep-node`), and are new to the server each time. All times are the
@@ -17,14 +17,13 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, median
 
 import requests
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from demo.standin_comfyui.server import StandIn  # noqa: E402 (the line above makes it importable)
-from demo.world import setting_names  # noqa: E402
+from demo.standin_comfyui.server import StandIn
+from demo.world import setting_names
+from settings import REPOSITORY
 
 POLL_S = 2.0
 BLURS_TO_TRY = 8
@@ -47,8 +46,8 @@ class Times:
         gaps_s = [later[0] - earlier[1] for earlier, later in zip(self.spans, self.spans[1:], strict=False)]
         whole_s = self.spans[-1][1] - self.spans[0][0]
         busy = 100 * sum(end - start for start, end in self.spans) / whole_s
-        mean_ms, worst_ms = 1000 * sum(gaps_s) / len(gaps_s), 1000 * max(gaps_s)
-        return f"| {way} | {len(self.spans)} | {run_s:.2f} | {mean_ms:.0f} | {worst_ms:.0f} | {busy:.1f} % |"
+        gaps_ms = [1000 * statistic(gaps_s) for statistic in (median, mean, max)]
+        return f"| {way} | {len(self.spans)} | {run_s:.2f} | " + " | ".join(f"{gap:.0f}" for gap in gaps_ms) + f" | {busy:.1f} % |"
 
 
 def main() -> None:
@@ -59,7 +58,7 @@ def main() -> None:
     parser.add_argument("--sleep-node", metavar="CLASS", help="a class of the server with the inputs image and seconds")
     flags = parser.parse_args()
     cases = ((flags.prompts, flags.seconds),) if flags.prompts else CASES
-    print("| way | prompts | seconds each | mean gap, ms | longest gap, ms | busy |\n|---|---|---|---|---|---|")
+    print("| way | prompts | seconds each | median gap, ms | mean | longest | busy |\n|---|---|---|---|---|---|---|")
     for prompts, seconds in cases:
         with tempfile.TemporaryDirectory() as folder:
             if flags.url:

@@ -67,7 +67,7 @@ def _answer_lost(asked: Asked, really: Really) -> Answer:
 
 
 def _slow(asked: Asked, really: Really) -> Answer:
-    time.sleep(1.0)
+    time.sleep(0.5)
     return really(asked)
 
 

@@ -14,7 +14,7 @@ from collecting.fetch import Fetcher
 from collecting.live import Live
 from collecting.plan import Job, Plan
 from collecting.progress import Progress
-from collecting.station import Finished, GaveUp, Said, Station
+from collecting.station import Finished, GaveUp, Said, Station, forgotten
 from errors import ComfyUIError, one_list
 
 LEAVING_S = 3.0
@@ -44,6 +44,8 @@ class Fleet:
 
     def __exit__(self, *_exception: object) -> None:
         self._stopping.set()
+        for station in self._stations:
+            station.wake()
         for thread in self._threads:
             thread.join(LEAVING_S)
         for station in self._stations:
@@ -143,7 +145,7 @@ class Fleet:
         submission = self.progress.in_flight(job.key)
         if submission is None or any(station.adopt(job, submission) for station in self._stations):
             return submission is not None
-        self.say(f"{job.label}: ComfyUI knows nothing of prompt {submission.prompt_id}; sending it again")
+        self.say(f"{job.label}: {forgotten(', '.join(station.url for station in self._stations), submission)}")
         return False
 
     def _start(self, work: Callable[[], None]) -> threading.Thread:

@@ -4,6 +4,7 @@ For the display, and as a sign that the server is alive. Nothing is decided by i
 """
 
 import json
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Live:
             try:
                 self._listen_once()
                 pause_s = FIRST_PAUSE_S
-            except (websocket.WebSocketException, OSError, ValueError):
+            except (websocket.WebSocketException, OSError, ValueError, RecursionError):
                 self._stopping.wait(pause_s)
                 pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
 
@@ -125,4 +126,4 @@ def _with(nodes: frozenset[str], node: str | None) -> frozenset[str]:
 
 
 def _number(value: Any) -> int:
-    return int(value) if isinstance(value, int | float) else 0
+    return int(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else 0

@@ -24,6 +24,8 @@ AWAY_S = 300.0
 """How long a server that was there before may be away; a restart with many custom nodes takes minutes."""
 LOOK_AT_ALL_EVERY_S = 1.0
 """At least so long passes between two looks at the whole queue, whose answer may be large."""
+DOUBT_S = 5.0
+"""A submission without an answer, unknown for so long, has not arrived; sooner it may be on its way through a proxy."""
 IDLE_WORKER_S = 60.0
 """A queue in which things wait and nothing runs for so long has lost its worker."""
 MOST_LOSSES = 3
@@ -39,6 +41,8 @@ class Flight:
     job: Job
     submission: Submission
     dropped: tuple[str, ...] = ()
+    doubtful_until_s: float = 0.0
+    """Until then, by time.monotonic(), it may still arrive although nobody knows it: its answer was lost."""
     fetches: int = 0
     """How often its pictures could not be fetched because the server went away."""
 
@@ -94,7 +98,7 @@ class Station:
         self._durations_s: list[float] = []
         self._face_name: str | None = None
         self._fetched: Fetched = {}
-        self._ended: queue.SimpleQueue[tuple[Flight, dict[str, Any]]] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[tuple[Flight, dict[str, Any]] | None] = queue.SimpleQueue()
         self._returned: queue.SimpleQueue[Flight] = queue.SimpleQueue()
         self._last_sent_s = float("-inf")
         self._turn_since_s = self._last_sign_s = time.monotonic()
@@ -117,6 +121,10 @@ class Station:
         """The prompt ids whose end was not seen."""
         return [flight.submission.prompt_id for flight in list(self._flights)]
 
+    def wake(self) -> None:
+        """Let the second thread see that everything is stopped."""
+        self._ended.put(None)
+
     def work(self) -> None:
         """The first thread: until everything is stopped, or this server is given up."""
         self._board.join(self)
@@ -133,11 +141,8 @@ class Station:
 
     def fetch(self) -> None:
         """The second thread: the pictures of what has ended."""
-        while not self._stopping.is_set():
-            try:
-                flight, entry = self._ended.get(timeout=0.1)
-            except queue.Empty:
-                continue
+        while (item := self._ended.get()) is not None and not self._stopping.is_set():
+            flight, entry = item
             ended = Ended(flight.job, flight.submission, entry, flight.dropped)
             try:
                 outcome = self._fetcher.outcome_of(ended, self._picture_server, self._fetched)
@@ -180,30 +185,32 @@ class Station:
     def _look_at_all(self) -> None:
         """Find what ended out of its turn, what the server lost, and a worker that is dead."""
         seen = self._server.queue()
-        for turn, flight in enumerate(list(self._flights)):
-            prompt_id = flight.submission.prompt_id
-            if prompt_id in seen.running | seen.waiting:
-                continue
+        lost = []
+        for flight in [each for each in self._flights if each.submission.prompt_id not in seen.running | seen.waiting]:
             # It may have ended between the two looks.
-            entry = self._server.history(prompt_id)
+            entry = self._server.history(flight.submission.prompt_id)
             if entry is not None:
                 self._note_end(flight, entry)
-            else:
-                self._note_loss(flight, its_turn=turn == 0)
+            elif time.monotonic() >= flight.doubtful_until_s:
+                lost.append(flight)
+        self._send_again(lost)
         self._watch_the_worker(seen)
         self._next_look_s = time.monotonic() + max(LOOK_AT_ALL_EVERY_S, 5 * self._pause_s())
 
-    def _note_loss(self, flight: Flight, its_turn: bool) -> None:
-        self._flights.remove(flight)
+    def _send_again(self, lost: list[Flight]) -> None:
+        """What the server forgot goes back to the board; only for the one whose turn it was it may have been its own fault."""
+        if not lost:
+            return
         self._fetched.clear()
         self._face_name = None
-        losses = self._board.lost(flight.job) if its_turn else 0
-        if losses > MOST_LOSSES:
-            self._fail(flight.job, f"ComfyUI lost it {losses} times; does it restart over it? Its terminal says why")
-            return
-        prompt_id = flight.submission.prompt_id
-        self._tell(Said(f"{flight.job.label}: ComfyUI at {self.url} knows nothing of prompt {prompt_id}; sending it again"))
-        self._board.give_back([flight.job])
+        if lost[0] is self._flights[0] and self._board.lost(lost[0].job) > MOST_LOSSES:
+            culprit = lost.pop(0)
+            self._flights.remove(culprit)
+            self._fail(culprit.job, f"ComfyUI lost it {MOST_LOSSES + 1} times; does it restart over it? Its terminal says why")
+        for flight in lost:
+            self._flights.remove(flight)
+            self._tell(Said(f"{flight.job.label}: {forgotten(self.url, flight.submission)}"))
+        self._board.give_back([flight.job for flight in lost])
 
     def _watch_the_worker(self, seen: Queue) -> None:
         """Raises ComfyUIError when nothing has moved for too long: HTTP goes on answering when the worker is dead."""
@@ -247,7 +254,7 @@ class Station:
             queued = self._server.submit(graph, flight.submission.prompt_id)
         except Unanswered as error:
             self._tell(Said(f"{job.label}: {error}; looking whether it arrived"))
-            self._next_look_s = 0.0
+            self._next_look_s, flight.doubtful_until_s = 0.0, time.monotonic() + DOUBT_S
             return
         flight.dropped = tuple(queued.dropped)
         if queued.prompt_id != flight.submission.prompt_id:
@@ -293,10 +300,11 @@ class Station:
         """Whether the server is back; what was given away is not to run here as well."""
         try:
             self._server.version()
-            if self._given_away:
-                self._server.withdraw(self._given_away)
         except ComfyUIError:
             return False
+        if self._given_away:
+            with contextlib.suppress(ComfyUIError):
+                self._server.withdraw(self._given_away)
         self._given_away.clear()
         return True
 
@@ -319,3 +327,8 @@ class Station:
         self._board.leave(self)
         self._give_all_back()
         self._tell(GaveUp(error))
+
+
+def forgotten(url: str, submission: Submission) -> str:
+    """What the log says of a submission that nobody knows any more."""
+    return f"ComfyUI at {url} knows nothing of prompt {submission.prompt_id}; sending it again"

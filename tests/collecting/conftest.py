@@ -39,6 +39,7 @@ def collect(space: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr("collect_images.stop_on_signals", lambda: None)
     monkeypatch.setattr("collecting.fetch.FETCH_PAUSES_S", (0.0, 0.0))
     monkeypatch.setattr("collecting.station.LOOK_AT_ALL_EVERY_S", 0.1)
+    monkeypatch.setattr("collecting.station.poll_interval_s", lambda typical_s, waited_s: 0.01)
 
     def run(*flags: str, **variables: str) -> Result:
         for name, value in {**space.environment, **variables}.items():

@@ -364,19 +364,15 @@ def test_output_that_the_server_drops_is_an_error_that_names_the_node(full, coll
     assert [line["node"] for line in full.manifest()] == ["300", "302"]
 
 
-def test_failed_entry_is_named_the_others_are_done_and_only_it_is_tried_again(batch, standin, collect, before_submission):
-    def spoil_the_second(number, asked):
-        (face,) = (standin.folder / "input").iterdir()
-        face.write_bytes(b"no picture" if number == 2 else png())
-
-    before_submission(spoil_the_second)
+def test_failed_entry_is_named_the_others_are_done_and_only_it_is_tried_again(batch, standin, collect):
+    standin.fault("node_fails", on="3", times=1)
     first = collect()
     assert first.code == 1
-    assert "2/3 prompt 2: 0 new pictures; FAILED:\n    node 12 (LoadImage) failed: PIL.UnidentifiedImageError" in first.out
+    assert "1/3 garden: 0 new pictures; FAILED:\n    node 3 (KSampler) failed: NodeFails" in first.out
     assert "1 of 3 submissions failed" in first.err
-    assert [line["prompt"] for line in batch.manifest()] == [PROMPTS[0]["prompt"], PROMPTS[2]["prompt"]]
+    assert [line["prompt"] for line in batch.manifest()] == [PROMPTS[1]["prompt"], PROMPTS[2]["prompt"]]
     assert collect().code == 0
-    assert submitted(standin)[3]["6"]["inputs"]["text"] == PROMPTS[1]["prompt"]
+    assert submitted(standin)[3]["6"]["inputs"]["text"] == PROMPTS[0]["prompt"]
     assert len(standin.submitted) == 4
     assert len(batch.pictures()) == 3
 
