@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from accelerate.tracking import TensorBoardTracker, WandBTracker
-
 from dataset_folder import read_json_lines, write_text
+from errors import SettingsError
 from training.config import LoggingSettings
 
 
@@ -38,22 +37,43 @@ class MetricsFile:
         self._file.close()
 
 
-class AccelerateTracker:
-    """One of accelerate's trackers."""
+class TensorBoard:
+    """Event files in `folder`. A run that continues drops the steps that it is about to repeat."""
 
-    def __init__(self, tracker: TensorBoardTracker | WandBTracker):
-        self._tracker = tracker
-        self._tracker.start()
+    def __init__(self, folder: Path, next_step: int):
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import, and most runs want none
+
+        self._writer = SummaryWriter(folder, purge_step=next_step)
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        self._tracker.log(values, step=step)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
 
     def finish(self) -> None:
-        self._tracker.finish()
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, which reads WANDB_API_KEY itself. Raises SettingsError if it does not let us in."""
+
+    def __init__(self, project: str, name: str, folder: Path):
+        import wandb  # takes seconds to import, and most runs want none
+
+        try:
+            self._run = wandb.init(project=project, name=name, dir=folder)
+        except wandb.errors.Error as error:
+            reason = str(error).partition("\n")[0]
+            raise SettingsError(f"Weights & Biases: {reason}; mend WANDB_API_KEY, or leave it empty to train without") from None
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self._run.log(values, step=step)
+
+    def finish(self) -> None:
+        self._run.finish()
 
 
 class Everybody:
-    """Tells each of several trackers; with none of them it is the null tracker."""
+    """Tells each of several trackers."""
 
     def __init__(self, trackers: Sequence[Tracker]):
         self._trackers = trackers
@@ -62,24 +82,24 @@ class Everybody:
         for tracker in self._trackers:
             tracker.log(values, step)
 
-    def finish(self) -> None:
-        for tracker in self._trackers:
-            tracker.finish()
-
 
 @contextlib.contextmanager
-def open_metrics(settings: LoggingSettings, name: str, metrics_file: Path, logs_folder: Path, next_step: int) -> Iterator[Tracker]:
+def open_metrics(
+    settings: LoggingSettings, name: str, metrics_file: Path, logs_folder: Path, next_step: int
+) -> Iterator[Everybody]:
     """The trackers that `settings` ask for, closed at the end: the file always; W&B only when a key is set, so that it
     never stops to ask for one."""
-    trackers: list[Tracker] = [MetricsFile(metrics_file, next_step)]
-    if settings.tensorboard or settings.wandb_api_key:
-        logs_folder.mkdir(parents=True, exist_ok=True)
-    if settings.tensorboard:
-        trackers.append(AccelerateTracker(TensorBoardTracker(name, logging_dir=logs_folder)))
-    if settings.wandb_api_key:
-        trackers.append(AccelerateTracker(WandBTracker(settings.wandb_project, name=name, dir=str(logs_folder))))
-    everybody = Everybody(trackers)
-    try:
-        yield everybody
-    finally:
-        everybody.finish()
+    with contextlib.ExitStack() as opened:
+        trackers: list[Tracker] = []
+
+        def add(tracker: Tracker) -> None:
+            trackers.append(tracker)
+            opened.callback(tracker.finish)
+
+        add(MetricsFile(metrics_file, next_step))
+        if settings.tensorboard:
+            add(TensorBoard(logs_folder / name, next_step))
+        if settings.wandb_api_key:
+            logs_folder.mkdir(parents=True, exist_ok=True)
+            add(WeightsAndBiases(settings.wandb_project, name, logs_folder))
+        yield Everybody(trackers)
