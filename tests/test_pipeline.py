@@ -177,7 +177,6 @@ def one_picture(folder: Path) -> Path:
         ("--collect", lambda _: {"face_reference": RUN_SH}, 2, "face_reference"),
         ("--caption", lambda tmp: {"dataset_dir": tmp}, 3, "no pictures"),
         ("--caption", lambda tmp: {"dataset_dir": one_picture(tmp), "caption_model": "Some/tagger"}, 5, "hf download Some/tagger"),
-        ("--train", lambda _: {"base_model": "/nowhere/model"}, 5, "/nowhere/model"),
         ("--train", lambda _: {"output_name": "a/b"}, 2, "output_name"),
         (None, lambda _: {"global_seed": "lucky", "lora_rank": "big"}, 2, "'lucky' must be a whole number"),
         (None, lambda _: {"lora_rank": "0"}, 2, "lora_rank"),
