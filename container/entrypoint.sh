@@ -31,6 +31,6 @@ if [[ -x $ptxas ]]; then
     export TRITON_PTXAS_PATH=$ptxas TRITON_PTXAS_BLACKWELL_PATH=$ptxas
 fi
 
-# `hf download ...`: weights arrive as everything else does, owned by the same user.
-[[ ${1:-} != hf ]] || exec "$@"
+# `hf download ...`: weights arrive as everything else does, owned by the same user. `python3 scripts/...`: a stage alone.
+[[ ${1:-} != hf && ${1:-} != python3 ]] || exec "$@"
 exec bash /app/scripts/run.sh "$@"

@@ -6,7 +6,7 @@ from typing import Any
 
 from collecting.address import Address, addresses
 from collecting.comfyui import ComfyUI
-from collecting.graph import described, is_link
+from collecting.graph import InputRef, described, is_link
 from collecting.plan import Plan, read_plan
 from dataset_folder import DatasetFolder
 from errors import ComfyUIError, SettingsError, one_list
@@ -58,7 +58,7 @@ def check_folder(folder: DatasetFolder, complaints: list[str]) -> None:
 
 
 def _unknown_to_the_server(plan: Plan, known: dict[str, Any]) -> list[str]:
-    """Node classes that are not installed, and choices (such as model files) that the server does not offer."""
+    """Node classes that are not installed, and choices (such as model files and pictures) that the server does not offer."""
     complaints = []
     graph = plan.workflow.graph
     missing = sorted({node["class_type"] for node in graph.values()} - known.keys())
@@ -69,22 +69,28 @@ def _unknown_to_the_server(plan: Plan, known: dict[str, Any]) -> list[str]:
         if node["class_type"] not in known:
             continue
         for name, value in node["inputs"].items():
-            choices = _choices(known[node["class_type"]], name)
-            if choices is not None and not is_link(value) and value not in choices:
-                complaints.append(
-                    f"node {described(graph, node_id)}: ComfyUI offers no {name} {value!r}: put the file there, or choose another"
-                )
+            choices, are_pictures = _choices(known[node["class_type"]], name)
+            is_face = InputRef(node_id, name) == plan.workflow.face_input
+            if choices is None or is_link(value) or value in choices or (is_face and plan.face):
+                continue
+            if are_pictures and _lies_in_a_folder(value):  # ComfyUI finds it there, but lists only what lies at the top
+                continue
+            remedy = "give a face: face_reference.png, or FACE_REFERENCE" if is_face else "put the file there, or choose another"
+            complaints.append(f"node {described(graph, node_id)}: ComfyUI offers no {name} {value!r}: {remedy}")
     return complaints
 
 
-def _choices(node_class: dict[str, Any], name: str) -> list | None:
-    """The values that ComfyUI offers for an input; None when it is free, or an uploaded picture."""
+def _choices(node_class: dict[str, Any], name: str) -> tuple[list | None, bool]:
+    """The values that ComfyUI offers for an input, None when it is free; and whether they are uploaded pictures."""
     inputs = node_class.get("input") or {}
     specification = {**(inputs.get("required") or {}), **(inputs.get("optional") or {})}.get(name)
     if not isinstance(specification, list) or not specification:
-        return None
+        return None, False
     options = specification[1] if len(specification) > 1 and isinstance(specification[1], dict) else {}
-    if options.get("image_upload"):
-        return None
     offered = specification[0] if isinstance(specification[0], list) else options.get("options")
-    return offered if isinstance(offered, list) else None
+    return offered if isinstance(offered, list) else None, bool(options.get("image_upload"))
+
+
+def _lies_in_a_folder(picture: Any) -> bool:
+    """`folder/a.png`, or `a.png [output]`."""
+    return isinstance(picture, str) and ("/" in picture or picture.endswith("]"))

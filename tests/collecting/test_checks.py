@@ -1,0 +1,41 @@
+"""`--check` on pictures that a workflow names: they have to be on the server, unless a face takes their place."""
+
+import pytest
+from comfyui_workspace import png, workflow
+
+
+@pytest.fixture
+def full(space):
+    space.full_workflow()
+    return space
+
+
+@pytest.fixture
+def without_face(full, monkeypatch, tmp_path):
+    monkeypatch.setattr("collecting.plan.DEFAULT_FACE", tmp_path / "no face here.png")
+    full.environment["FACE_REFERENCE"] = ""
+    return full
+
+
+def test_picture_of_the_mapped_node_must_be_there_when_no_face_goes_in(without_face, standin, collect):
+    result = collect("--check")
+    assert result.code == 4
+    assert "ComfyUI offers no image" in result.err
+    assert "FACE_REFERENCE" in result.err
+    (standin.folder / "input" / named_picture()).write_bytes(png())
+    assert collect("--check").code == 0
+
+
+@pytest.mark.parametrize(("picture", "code"), [("pose.png", 4), ("poses/pose.png", 0), ("pose.png [output]", 0)])
+def test_other_pictures_must_be_there_unless_the_server_does_not_list_them(full, standin, collect, picture, code):
+    graph = workflow("full_workflow_no_model.json")
+    graph["500"] = {"class_type": "LoadImage", "inputs": {"image": picture}}
+    full.write("COMFYUI_WORKFLOW", "workflow.json", graph)
+    result = collect("--check")
+    assert result.code == code
+    assert ("node 500 (LoadImage): ComfyUI offers no image 'pose.png': put the file there" in result.err) == (code == 4)
+
+
+def named_picture() -> str:
+    node = workflow("full_workflow_no_model.config.json")["image_loader_node"]
+    return workflow("full_workflow_no_model.json")[node]["inputs"]["image"]
