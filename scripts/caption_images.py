@@ -20,9 +20,9 @@ from captioning.tagging import tagged
 from captioning.tally import STAGE, Tally
 from captioning.thresholds import known_point
 from captioning.tokens import find_tokens
-from captioning.traits import WORTH_SUGGESTING, Pruning, pruning_of
+from captioning.traits import pruning_of
 from dataset_folder import DatasetFolder, ImageFile, caption_path, update_json
-from errors import exit_code_of, stop_on_signals
+from errors import DataError, exit_code_of, stop_on_signals
 from settings import CaptionSettings, ProjectSettings, read_request
 from training.config import TrainSettings
 
@@ -64,7 +64,10 @@ def without_auto(settings: CaptionSettings) -> CaptionSettings:
 
 
 def undo(captions: CaptionFiles) -> None:
-    undone = captions.undo()
+    try:
+        undone = captions.undo()
+    except UnusableCaptionError as error:
+        raise DataError(f"a caption {error}, then undo again") from None
     if not undone.run:
         print("nothing to undo: no run has changed a caption, or all of them are undone")
         return
@@ -131,32 +134,18 @@ def make(
     folder = DatasetFolder(project.dataset_dir)
     store, probabilities = tagged(whole, settings, project.models_dir, folder.records, tally)
     choice = TagChoice(store.tags, settings)
-    pruning = pruning_of(
-        store.tags, [choice.chosen(of_picture) for of_picture in probabilities.values()], settings.caption_prune_traits
-    )
-    report_choice(choice, pruning, folder)
+    chosen = [choice.chosen(of_picture) for of_picture in probabilities.values()]
+    pruning = pruning_of(store.tags, chosen, settings.caption_prune_traits)
+    update_json(folder.records / "traits.json", report.traits(choice, pruning))
+    print(report.choice(choice, pruning), end="", flush=True)
     for path, of_picture in probabilities.items():
-        changed = captions.write(caption_path(path), choice.words(of_picture, pruning.pruned))
+        try:
+            changed = captions.write(caption_path(path), choice.words(of_picture, pruning.pruned))
+        except UnusableCaptionError as error:
+            tally.fail(caption_path(path), error)
+            continue
         tally.captioned += changed
         tally.kept += not changed
-
-
-def report_choice(choice: TagChoice, pruning: Pruning, folder: DatasetFolder) -> None:
-    """What the settings leave out, printed and written to `dataset/.loracat/traits.json`."""
-    if unknown := choice.without_effect():
-        print(f"this model has no such tags: {', '.join(unknown)}")
-    if pruning.least:
-        print(f"left out, because at least {pruning.least:.0%} of the pictures have it: {_shares(choice, pruning.pruned)}")
-        print(f"the person's traits that stay: {_shares(choice, pruning.kept)}")
-    elif suggested := pruning.suggested():
-        print(f"the person's traits in nearly all pictures: {_shares(choice, suggested)}")
-        print(f"  CAPTION_PRUNE_TRAITS={WORTH_SUGGESTING} leaves them out of the captions, so that the trigger word learns them")
-    traits = {kind: {choice.word(index): round(share, 4) for index, share in shares.items()} for kind, shares in pruning.by_kind()}
-    update_json(folder.records / "traits.json", {"pictures": pruning.pictures, "caption_prune_traits": pruning.least} | traits)
-
-
-def _shares(choice: TagChoice, shares: dict[int, float]) -> str:
-    return ", ".join(f"{choice.word(index)} {share:.0%}" for index, share in shares.items()) or "none"
 
 
 if __name__ == "__main__":

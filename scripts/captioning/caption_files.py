@@ -5,6 +5,7 @@ is killed between the two loses nothing, and every run can be undone.
 """
 
 import base64
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,10 +62,15 @@ class CaptionFiles:
     def is_ours(self, caption: Path) -> bool:
         """Whether `caption` holds word for word what we made once. One that the user edited since is the user's."""
         made = {change.after.strip() for change in self._changes.get(self._name(caption), ()) if change.made}
-        return bool(made) and _content_of(caption).strip() in made
+        with contextlib.suppress(UnusableCaptionError):
+            return bool(made) and _content_of(caption).strip() in made
+        return False
 
     def write(self, caption: Path, words: list[str]) -> bool:
-        """Make `caption` of the trigger and `words`, whatever it was before; returns whether it had to change."""
+        """Make `caption` of the trigger and `words`, whatever it was before; returns whether it had to change.
+
+        Raises UnusableCaptionError for a caption that may not be read: what it was could not be put back.
+        """
         return self._change(caption, (caption_text(self._trigger, words) + "\n").encode("utf-8"), made=True)
 
     def keep(self, caption: Path) -> bool:
@@ -78,7 +84,10 @@ class CaptionFiles:
         return renewed.strip() != text.strip() and self._change(caption, renewed.encode("utf-8"), made=False)
 
     def undo(self) -> Undone:
-        """Put back what the captions were before the last run that changed any, and is not undone yet."""
+        """Put back what the captions were before the last run that changed any, and is not undone yet.
+
+        Raises UnusableCaptionError if a caption may not be read; undoing can be repeated then.
+        """
         runs = sorted(self._runs - self._undone)
         if not runs:
             return Undone(0, 0, [], 0)

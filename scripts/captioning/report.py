@@ -1,4 +1,4 @@
-"""The table at the end: what the captions of the data set say."""
+"""What is said about the choice of tags, and the table at the end: what the captions of the data set say."""
 
 import contextlib
 from collections import Counter
@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from captioning.caption_files import UnusableCaptionError, text_of
 from captioning.captions import comparable, words_of
+from captioning.tag_choice import TagChoice
 from captioning.tokens import ClipTokens
+from captioning.traits import WORTH_SUGGESTING, Pruning
 from dataset_folder import DatasetFolder, ImageFile, name_in
 
 FEW_TAGS = 3
@@ -14,6 +16,30 @@ FEW_TAGS = 3
 CHUNK_TOKENS = 75
 """Tokens of text that one pass of CLIP's text encoders reads."""
 _TAGS_SHOWN, _NAMES_SHOWN = 20, 5
+
+
+def choice(choice: TagChoice, pruning: Pruning) -> str:
+    """Lines about entries that no tag answers to, and about the person's traits: left out, kept, or worth leaving out."""
+    lines = []
+    if unknown := choice.without_effect():
+        lines.append(f"this model has no such tags: {', '.join(unknown)}")
+    if pruning.least:
+        lines.append(f"left out, because at least {pruning.least:.0%} of the pictures have it: {_shares(choice, pruning.pruned)}")
+        lines.append(f"the person's traits that stay: {_shares(choice, pruning.kept)}")
+    elif suggested := pruning.suggested():
+        lines.append(f"the person's traits in nearly all pictures: {_shares(choice, suggested)}")
+        lines.append(
+            f"  CAPTION_PRUNE_TRAITS={WORTH_SUGGESTING} leaves them out of the captions, so that the trigger word learns them"
+        )
+    return "".join(f"{line}\n" for line in lines)
+
+
+def traits(choice: TagChoice, pruning: Pruning) -> dict:
+    """The same about traits for the record `traits.json`: share of the pictures by tag."""
+    pruned, kept = (
+        {choice.word(index): round(share, 4) for index, share in shares.items()} for shares in (pruning.pruned, pruning.kept)
+    )
+    return {"pictures": pruning.pictures, "caption_prune_traits": pruning.least, "pruned": pruned, "kept": kept}
 
 
 def table(captions: Mapping[str, str], trigger: str, chunks: int, tokens: ClipTokens | None) -> str:
@@ -54,6 +80,10 @@ def _frequent(frequency: Counter[str], captions: int) -> Iterator[str]:
     rest = len(frequency) - _TAGS_SHOWN
     if rest > 0:
         yield f"  and {rest} more"
+
+
+def _shares(choice: TagChoice, shares: Mapping[int, float]) -> str:
+    return ", ".join(f"{choice.word(index)} {share:.0%}" for index, share in shares.items()) or "none"
 
 
 def _some(names: list[str]) -> str:

@@ -96,10 +96,6 @@ class Pruning:
     pruned: dict[int, float]
     kept: dict[int, float]
 
-    def by_kind(self) -> list[tuple[str, dict[int, float]]]:
-        """For the record."""
-        return [("pruned", self.pruned), ("kept", self.kept)]
-
     def suggested(self) -> dict[int, float]:
         """The traits that pruning would leave out, were it on."""
         if self.least or self.pictures < ENOUGH_PICTURES:

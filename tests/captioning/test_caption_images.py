@@ -273,6 +273,34 @@ def test_read_only_folder_is_exit_6_and_check_names_it(photographs, tiny, stage_
         assert f"  - {tagger}/selected_tags.csv: Permission denied" in checked.stderr
 
 
+def test_captions_that_may_not_be_read_are_named_and_left_alone(photographs, tiny, stage_in):
+    with tempfile.TemporaryDirectory() as workspace:
+        Path(workspace).chmod(0o777)
+        tagger = Path(shutil.copytree(tiny, Path(workspace) / "tagger"))
+        tagger.chmod(0o755)
+        with without_roots_rights():
+            stage = stage_in(Path(workspace), tagger)
+            save(photographs, stage.images, astronaut="a.png", coffee="b.png")
+            (stage.images / "b.txt").write_text("mine")
+            assert stage.run().returncode == 0
+            before = stage.captions()
+            for path in stage.images.glob("*.txt"):
+                path.chmod(0)
+            for variables in ({}, {"CAPTION_OVERWRITE": 1, "TRIGGER_WORD": "sks"}):
+                ended = stage.run(**variables)
+                assert ended.returncode == 1
+                for name in ("a.txt", "b.txt"):
+                    assert f"{name}: may not be read by this user; change its permissions" in ended.stderr
+            undone = stage.run("--undo")
+            assert undone.returncode == 3
+            assert "a caption may not be read by this user; change its permissions, then undo again" in undone.stderr
+            for path in stage.images.glob("*.txt"):
+                path.chmod(0o644)
+            assert stage.captions() == before
+            stage.run("--undo")
+            assert stage.captions() == {"b.txt": "mine"}
+
+
 def test_progress_is_shown_in_a_terminal_only(stage, photographs):
     save(photographs, stage.images, astronaut="a.png")
     assert stage.run().stderr == ""
@@ -442,21 +470,18 @@ def uninterrupted(stage, photographs):
     return stage, ended
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("moment", range(13))
-def test_death_at_any_file_that_is_written_and_a_second_run_give_the_same_captions(uninterrupted, moment, after):
+def test_death_before_any_file_that_is_written_and_a_second_run_give_the_same_captions(uninterrupted, moment):
     """`moment` counts the files that take their name and the lines of the record, whatever they are."""
     stage, expected = uninterrupted
     steps, died = iter(range(1000)), []
 
     def or_dies(function):
         def act(*arguments, **options):
-            this = next(steps) == moment
-            if not this or after:
-                function(*arguments, **options)
-            if this:
+            if next(steps) == moment:
                 died.append(moment)
                 raise KilledError
+            function(*arguments, **options)
 
         return act
 
