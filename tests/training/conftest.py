@@ -35,6 +35,13 @@ def stage(tmp_path, tiny_sdxl, photographs):
     return Stage(tmp_path, tiny_sdxl, photographs)
 
 
+class Terminal(io.StringIO):
+    """Text that is written to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 class Stage:
     """train_lora.py on a workspace of its own, with settings for a run of seconds."""
 
@@ -76,10 +83,13 @@ class Stage:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, env=environment, text=True, **pipes)
 
-    def run(self, *flags: str, **variables: object) -> subprocess.CompletedProcess:
-        """The stage within this process, which saves seconds of imports. Whatever happens, a user never sees a traceback."""
+    def run(self, *flags: str, terminal: bool = False, **variables: object) -> subprocess.CompletedProcess:
+        """The stage within this process, which saves seconds of imports. Whatever happens, a user never sees a traceback.
+
+        In a `terminal` there are progress bars on standard error.
+        """
         handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
-        output, errors = io.StringIO(), io.StringIO()
+        output, errors = io.StringIO(), Terminal() if terminal else io.StringIO()
         environment = mock.patch.dict(os.environ, self._environment(variables), clear=True)
         try:
             with environment, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):

@@ -5,8 +5,9 @@ import hashlib
 import pytest
 from PIL import Image
 
+from dataset_folder import DatasetFolder, sha256_of, write_json
 from errors import DataError
-from training.dataset import read_examples, unused_entries
+from training.dataset import flagged_pictures, read_examples, unused_entries
 
 ORIENTATION = 0x0112
 
@@ -114,7 +115,7 @@ def test_the_stage_ends_with_that_list_and_writes_nothing(stage):
     assert ended.returncode == 3
     assert ended.stderr.startswith(f"train_lora: {stage.images}: 9 of the 10 pictures cannot be trained on:\n")
     assert all(complaint in ended.stderr for complaint in COMPLAINTS)
-    assert not stage.output.exists()
+    assert set(stage.files()) <= {"state/.lock"}
 
 
 def test_pictures_of_256_px_are_taken(stage):
@@ -138,5 +139,32 @@ def test_what_lies_among_the_pictures_and_is_not_used_is_named(stage):
     (stage.images / "notes.txt").write_text("notes")
     (stage.images / ".DS_Store").touch()
     assert unused_entries(stage.images) == ["cup.gif", "holiday", "notes.txt"]
-    said = stage.run(BASE_MODEL=stage.base, OUTPUT_DIR=stage.images / "notes.txt").stdout
+    said = stage.run("--check").stdout
     assert "not used, because neither picture, caption of one, nor N_name folder: cup.gif, holiday, notes.txt" in said
+
+
+def flag(stage, **digests: str) -> None:
+    """An audit that finds fault with these pictures, as the caption stage writes it."""
+    found = {f"{name}.png": {"flaws": {"blurred": "1.2", "small": "300x200"}, "sha256": digest} for name, digest in digests.items()}
+    write_json(DatasetFolder(stage.dataset).audit, {"flagged": found})
+
+
+def test_flagged_pictures_are_left_out_when_that_is_wanted_and_they_are_still_the_same(stage):
+    paths = {name: stage.add(name) for name in ("astronaut", "coffee", "chelsea")}
+    flag(stage, coffee=sha256_of(paths["coffee"]), chelsea="of a picture that was there before", gone="0")
+    assert flagged_pictures(DatasetFolder(stage.dataset)) == {"coffee.png": "blurred, small"}
+    said = stage.run("--check", SKIP_FLAGGED=1).stdout
+    assert "left out, because flagged: coffee.png (blurred, small)" in said
+    assert [example.name for example in read_examples(stage.images, 0, {"coffee.png"})] == ["astronaut.png", "chelsea.png"]
+    assert "left out" not in stage.run("--check").stdout
+
+
+def test_pictures_that_are_all_flagged_or_were_never_looked_at(stage):
+    path = stage.add("coffee")
+    never = stage.run(SKIP_FLAGGED=1)
+    assert never.returncode == 3
+    assert "audit.json is missing or damaged; run the caption stage first" in never.stderr
+    flag(stage, coffee=sha256_of(path))
+    nothing_left = stage.run(SKIP_FLAGGED=1)
+    assert nothing_left.returncode == 3
+    assert "all 1 pictures are flagged; replace some, or set SKIP_FLAGGED=0" in nothing_left.stderr

@@ -1,6 +1,7 @@
 """The train stage as a user runs it on a tiny SDXL: what it writes, how it continues, and how it ends."""
 
 import json
+import re
 import shutil
 import time
 import tomllib
@@ -175,14 +176,20 @@ def test_a_single_file_trains_the_same_lora_as_its_folder_with_any_number_of_wor
     assert metadata(stage.lora)["ss_sd_model_name"] == "one-file"
 
 
-def test_a_v_prediction_base_with_zero_terminal_snr(stage, tiny_sdxl):
+def test_a_v_prediction_base_with_zero_terminal_snr_in_a_terminal(stage, tiny_sdxl):
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(tiny_sdxl / name, stage.models / "any-sdxl" / name)
     miniature.write_single_file(tiny_sdxl, stage.models / "v.safetensors", v_pred=True, ztsnr=True)
     stage.add("astronaut")
     stage.add("coffee")
-    said = stage.trained(BASE_MODEL="v.safetensors", NUM_TRAIN_EPOCHS=1)
-    assert "v_prediction, min-SNR off, noise offset off." in said
+    ended = stage.run(BASE_MODEL="v.safetensors", NUM_TRAIN_EPOCHS=1, terminal=True)
+    assert ended.returncode == 0
+    assert "v_prediction, min-SNR off, noise offset off." in ended.stdout
+    shown = ended.stderr.replace("\r", "\n").splitlines()
+    for bar in ("encode pictures: 100%", "encode captions: 100%", "train: 100%"):
+        assert any(line.startswith(bar) for line in shown)
+    last = next(line for line in reversed(shown) if line.startswith("train: 100%"))
+    assert re.search(r"2/2 \[\d\d:\d\d<\d\d:\d\d, .*img.*, epoch 1/1 loss \d+\.\d{4} lr 1\.00e-04\]", last), last
     about = metadata(stage.lora)
     assert (about["modelspec.prediction_type"], about["ss_v_parameterization"]) == ("v", "True")
     resolved = tomllib.loads((stage.output / "lora" / "training_config_resolved.toml").read_text())["train"]
