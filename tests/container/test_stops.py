@@ -61,20 +61,28 @@ STAGES = {
 }
 
 
-def begun(clone, comfyui, stage: str) -> Running:
-    """The stage in the middle of its work."""
-    variables, leaves = STAGES[stage]
-    if stage == "collect":
-        comfyui.worker.seconds_per_job = 1.0
-    if stage == "caption":
-        many_pictures(clone, 60)
-    if stage == "train":
-        ready = clone.run("--collect", "--caption")
-        assert ready.returncode == 0, ready.stdout
-    running = Running(clone, f"--{stage}", **variables)
-    wait_for(lambda: len(list(clone.folder.glob(leaves))) >= 2 or running.process.poll() is not None, leaves)
-    assert running.process.poll() is None, running.output
-    return running
+@pytest.fixture
+def begun(clone, comfyui):
+    """`begun(stage)`: that stage in the middle of its work; gone when the test is."""
+    started = []
+
+    def begin(stage: str) -> Running:
+        variables, leaves = STAGES[stage]
+        if stage == "collect":
+            comfyui.worker.seconds_per_job = 1.0
+        if stage == "caption":
+            many_pictures(clone, 60)
+        if stage == "train":
+            ready = clone.run("--collect", "--caption")
+            assert ready.returncode == 0, ready.stdout
+        running = Running(clone, f"--{stage}", **variables)
+        started.append(running.name)
+        wait_for(lambda: len(list(clone.folder.glob(leaves))) >= 2 or running.process.poll() is not None, leaves)
+        assert running.process.poll() is None, running.output
+        return running
+
+    yield begin
+    docker("rm", "--force", *started, check=False)
 
 
 def finished(clone, stage: str) -> str:
@@ -97,9 +105,10 @@ def is_whole(clone, stage: str) -> bool:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_docker_stop_ends_a_stage_with_143_and_it_continues(clone, comfyui, stage):
-    running = begun(clone, comfyui, stage)
-    users = {line.split()[0] for line in docker("top", running.name, "-eo", "uid,args").splitlines() if "/app/scripts" in line}
+def test_docker_stop_ends_a_stage_with_143_and_it_continues(clone, begun, stage):
+    running = begun(stage)
+    processes = docker("top", running.name, "-eo", "pid,uid,args").splitlines()
+    users = {line.split()[1] for line in processes if "/app/scripts" in line}
     assert users == {str(OWNER)}
     began = time.monotonic()
     docker("stop", running.name)
@@ -116,8 +125,8 @@ def test_docker_stop_ends_a_stage_with_143_and_it_continues(clone, comfyui, stag
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_stage_continues(clone, comfyui, stage):
-    running = begun(clone, comfyui, stage)
+def test_killed_stage_continues(clone, begun, stage):
+    running = begun(stage)
     docker("kill", running.name)
     assert running.ended() == 137
     finished(clone, stage)
