@@ -15,7 +15,10 @@ def main(argv: list[str]) -> None:
     project, train = request.sections["project"], request.sections["train"]
     print(f"set by you: {request.overridden()}", flush=True)
 
-    from training import doctor, task  # torch and diffusers take seconds to import; a wrong setting is refused before
+    from training.device import wake_gpu  # torch and diffusers take seconds to import; a wrong setting is refused before
+
+    wake_gpu()
+    from training import doctor, task
     from training.results import only_run_in
 
     if request.check:
@@ -27,9 +30,9 @@ def main(argv: list[str]) -> None:
             print(f"nothing to do: {run.results.lora} is finished, with exactly these settings, pictures and captions")
             return
         task.make_room(run)
-        with task.memory_in_our_words(run):
+        with task.memory_in_our_words(run), task.coming_unet(run) as unet:
             data = task.encode(run)
-            modules, progress = task.train(run, data)
+            modules, progress = task.train(run, data, unet())
         task.finish(run, modules, progress)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,6 +54,16 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def wake_gpu() -> None:
+    """Begin to create the GPU's context in a thread: it takes a second or two in which other modules can be imported."""
+
+    def create() -> None:
+        if torch.cuda.is_available():
+            torch.empty(1, device="cuda")
+
+    threading.Thread(target=create, daemon=True).start()
 
 
 def describe(precision: Precision) -> str:

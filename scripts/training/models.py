@@ -4,7 +4,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -71,9 +70,16 @@ def _loaded(part: Part, device: torch.device, dtype: torch.dtype) -> torch.nn.Mo
 
 
 def _without_weights(part: Part) -> torch.nn.Module:
-    """The network on the meta device; only its buffers are real."""
-    with init_empty_weights():
-        return _NETWORKS[part.name](part.config)
+    """The network on the meta device; only buffers that no file holds are real.
+
+    Nothing global is patched: another part may be made in another thread at the same time.
+    """
+    with torch.device("meta"):
+        network = _NETWORKS[part.name](part.config)
+    for module in network.modules():
+        if "position_ids" in module._buffers:
+            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
+    return network
 
 
 def _shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:

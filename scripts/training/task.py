@@ -2,10 +2,12 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from dataset_folder import DatasetFolder, whole_file, write_text
 from errors import LoracatError, ResourceError, SettingsError, StopRequest, reason_for
@@ -150,12 +152,26 @@ def encode(task: Task) -> EncodedData:
     return encode_data(encoding, task.plan, task.settings.data, task.project.trigger_word, task.settings.run.train_seed)
 
 
-def train(task: Task, encoded: EncodedData) -> tuple[list[LoraModule], Progress]:
-    """Load the UNet, put the LoRA into it, and take every step that is left. Returns the modules and how far it came."""
+@contextlib.contextmanager
+def coming_unet(task: Task) -> Iterator[Callable[[], UNet2DConditionModel]]:
+    """A function that returns the UNet. It is read beside the encoding if there is memory for both, which is so where
+    activations need not be recomputed."""
+
+    def load() -> UNet2DConditionModel:
+        return load_unet(task.base, task.precision.device, task.precision.dtype)
+
+    if task.precision.device.type == "cpu" or task.settings.model.gradient_checkpointing:
+        yield load
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            yield pool.submit(load).result
+
+
+def train(task: Task, encoded: EncodedData, unet: UNet2DConditionModel) -> tuple[list[LoraModule], Progress]:
+    """Put the LoRA into the UNet, and take every step that is left. Returns the modules and how far it came."""
     settings, results, precision = task.settings, task.results, task.precision
     if settings.run.deterministic:
         make_deterministic()
-    unet = load_unet(task.base, precision.device, precision.dtype)
     lora = inject(unet, settings.lora, settings.run.train_seed)
     quicken(unet, lora.stacks, fast_ops(precision.device))
     if settings.model.gradient_checkpointing:
