@@ -5,6 +5,7 @@ import contextlib
 import signal
 from pathlib import Path
 
+from demo.standin_comfyui.faults import KINDS
 from demo.standin_comfyui.server import StandIn
 
 
@@ -13,9 +14,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where input/, output/ and temp/ are")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--seconds-per-job", type=float, default=0.0, help="how long a prompt takes")
+    parser.add_argument("--fault", action="append", default=[], choices=sorted(KINDS), help="what goes wrong; may be repeated")
     flags = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with StandIn(flags.folder, seconds_per_job=flags.seconds_per_job, port=flags.port) as standin:
+        for name in flags.fault:
+            standin.fault(name)
         print(standin.url, flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()

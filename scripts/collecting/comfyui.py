@@ -175,14 +175,18 @@ def complaints_of(node_errors: Any) -> list[str]:
     """The `node_errors` of an answer, one line per complaint: node, class, input, what the server wanted."""
     lines = []
     for node_id, node in node_errors.items() if isinstance(node_errors, dict) else ():
-        for error in node.get("errors") or ():
-            lines.append(f"node {node_id} ({node.get('class_type')}): {_complaint(error)}")
+        node = node if isinstance(node, dict) else {}
+        errors = node.get("errors") if isinstance(node.get("errors"), list) else []
+        named = f"node {node_id} ({node.get('class_type')})"
+        lines += [f"{named}: {_complaint(error)}" for error in errors] or [f"{named}: the server does not say what is wrong"]
     return lines
 
 
-def _complaint(error: dict[str, Any]) -> str:
+def _complaint(error: Any) -> str:
     """One validation error; where the details are empty, the input is named by what comes with it."""
-    extra = error.get("extra_info") or {}
+    if not isinstance(error, dict):
+        return str(error)
+    extra = error.get("extra_info") if isinstance(error.get("extra_info"), dict) else {}
     details = str(error.get("details") or extra.get("input_name") or "")
     details = details if len(details) <= MOST_DETAILS else f"{details[:MOST_DETAILS]} ..."
     return f"{error.get('message')}: {details}" if details else str(error.get("message"))

@@ -20,7 +20,7 @@ class Display:
     def __init__(self, plan: Plan, total: int):
         self._plan, self._total = plan, total
         self._nodes = plan.workflow.kept_nodes
-        self._done = self._kept = 0
+        self._done = self._kept = self._made = 0
         self._started_s = self._last_line_s = time.monotonic()
         self._bar = tqdm(
             total=total * len(self._nodes), unit="picture", disable=None, bar_format="{percentage:3.0f}%|{bar}| {desc}"
@@ -41,6 +41,7 @@ class Display:
         """What came of one piece of work."""
         self._done += 1
         self._kept += outcome.new + outcome.known
+        self._made = self._kept
         self.say(f"{self._done}/{self._total} {label}: {_told(outcome)}")
         for note in outcome.notes + outcome.failures:
             self.say(f"    {note}")
@@ -48,7 +49,8 @@ class Display:
     def show(self, lives: list[Live]) -> None:
         """What runs now."""
         moments = [moment for live in lives if (moment := live.moment) is not None]
-        made = self._kept + sum(moment.saved_by(self._nodes) for moment in moments)
+        # Between the end of a prompt and its outcome nobody speaks of its pictures.
+        made = self._made = max(self._made, self._kept + sum(moment.saved_by(self._nodes) for moment in moments))
         share = (self._done + sum(map(self._share, moments))) / self._total
         words = [f"{made}/{max(self._bar.total or 0, made)} pictures", *map(self._running, moments)]
         words += [self._time_left(share)] if 0 < share < 1 else []

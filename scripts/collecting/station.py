@@ -118,8 +118,8 @@ class Station:
         return True
 
     def unfinished(self) -> list[str]:
-        """The prompt ids whose end was not seen."""
-        return [flight.submission.prompt_id for flight in list(self._flights)]
+        """The prompt ids whose end was not seen here, those that others took over included."""
+        return self._given_away + [flight.submission.prompt_id for flight in self._flights]
 
     def wake(self) -> None:
         """Let the second thread see that everything is stopped."""

@@ -10,6 +10,7 @@ from comfyui_workspace import Workspace, workflow
 from dataset_folder import read_json_lines
 from demo.standin_comfyui import faults
 from demo.standin_comfyui.server import StandIn
+from demo.standin_comfyui.wire import json_answer
 
 PROMPTS = [{"prompt": f"a woman in picture {number}", "seed": number} for number in range(3)]
 
@@ -256,6 +257,27 @@ def test_long_prompt_that_shows_steps_on_the_websocket_is_no_stall(batch, standi
     standin.worker.seconds_per_job = 1.0
     batch.per_batch(PROMPTS[:1])
     assert collect(COMFYUI_STALL_TIMEOUT="0.5").code == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/system_stats", 200), ("/prompt", 200), ("/prompt", 400), ("/queue", 200), ("/history/", 200), ("/upload/image", 200)],
+)
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"error": 5, "node_errors": [1]},
+        {"error": None, "node_errors": {"3": 7, "4": {"errors": 5}, "5": {"errors": [5, None, {"extra_info": 1}]}}},
+        {"system": [], "name": {}, "prompt_id": [], "queue_running": {"a": 1}, "queue_pending": [5, [], [1], [1, {}]]},
+    ],
+)
+def test_json_that_makes_no_sense_is_no_bug_of_ours(full, standin, collect, monkeypatch, path, status, body):
+    monkeypatch.setattr("collecting.station.AWAY_S", 0.1)
+    real = standin.answer
+    monkeypatch.setattr(standin, "answer", lambda asked: json_answer(body, status) if asked.path.startswith(path) else real(asked))
+    result = collect(COMFYUI_STALL_TIMEOUT="0.3")
+    assert result.code in (0, 1, 4)
+    assert "Traceback" not in result.err
 
 
 # What a node shows besides pictures is skipped with a word.

@@ -104,6 +104,18 @@ def test_without_a_terminal_what_runs_is_a_line_now_and_then(plan, capsys, monke
     assert lines[1:] == ["1/1 the workflow: 3 new pictures; FAILED:", "    a word", "    a reason"]
 
 
+def test_pictures_that_were_seen_are_not_taken_back_before_the_outcome_is_known(plan, capsys, monkeypatch):
+    monkeypatch.setattr("collecting.display.LINE_EVERY_S", 0.0)
+    listener, other = (Live(Address("http://host"), "client", threading.Event()) for _ in range(2))
+    other.moment = Moment("another", "16")
+    with Display(plan, 1) as display:
+        listener.moment = Moment("id", "301", pictures=frozenset({("300", 1), ("301", 1)}))
+        display.show([listener, other])
+        listener.moment = None
+        display.show([listener, other])
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == ["2/3 pictures", "2/3 pictures"]
+
+
 def test_time_left_comes_from_the_share_that_is_done(plan, capsys, monkeypatch):
     listener = Live(Address("http://host"), "client", threading.Event())
     now_s = [0.0]
