@@ -1,6 +1,7 @@
 """Everything that a ComfyUI, or what stands in front of it, was seen doing wrong, by name.
 
-`standin.fault("picture_cut_off", times=2)` lets the next two requests that it concerns go wrong; without `times` all do.
+`standin.fault("picture_cut_off", times=2)` lets the next two requests that it concerns go wrong; without `times` all do, and
+`after` leaves so many alone first.
 `on` narrows it: to requests whose path begins with it, or to the node with that id.
 """
 
@@ -28,9 +29,14 @@ class Fault:
     on: str | None = None
     left: int | None = None
     """How often it still happens; None is always."""
+    after: int = 0
+    """How often it does not happen before."""
 
     def happens(self) -> bool:
         """Whether it happens this time too."""
+        self.after -= 1
+        if self.after >= 0:
+            return False
         if self.left is None:
             return True
         self.left -= 1

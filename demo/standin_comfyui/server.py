@@ -63,7 +63,7 @@ class StandIn:
         self.base_path = ""
         self.heard: list[dict[str, str]] = []
         """The headers of every request, in order."""
-        self._faults: list[Fault] = []
+        self.faults: list[Fault] = []
         self.listeners = Listeners()
         self.worker = self._new_worker()
         self.requests: list[tuple[str, str]] = []
@@ -97,11 +97,11 @@ class StandIn:
         self.worker = self._new_worker()
         self.start()
 
-    def fault(self, name: str, on: str | None = None, times: int | None = None) -> None:
-        """Let something go wrong from now on: `faults` says what there is, and what `on` means."""
+    def fault(self, name: str, on: str | None = None, times: int | None = None, after: int = 0) -> None:
+        """Let something go wrong: `faults` says what there is, and what the rest means."""
         if name not in faults.KINDS:
             raise KeyError(f"no such fault: {name}")
-        self._faults.append(Fault(name, on, times))
+        self.faults.append(Fault(name, on, times, after))
 
     def _new_worker(self) -> Worker:
         return Worker(self.folder, self.seconds_per_job, self.listeners.tell, self._at_node, self._at_end)
@@ -120,24 +120,24 @@ class StandIn:
             return Answer(302, b"", None, {"Location": "/login"})
         asked = replace(asked, path=asked.path.removeprefix(self.base_path))
         self.requests.append((asked.method, asked.path))
-        for fault in self._faults:
+        for fault in self.faults:
             method, path, answer = faults.REQUESTS.get(fault.name, ("none", "", None))
             if method in ("", asked.method) and asked.path.startswith(fault.on or path) and fault.happens():
                 return answer(asked, self.answer)
         return self.answer(asked)
 
     def _at_node(self, node_id: str) -> None:
-        for fault in self._faults:
+        for fault in self.faults:
             if fault.name in faults.NODES and fault.on in (None, node_id) and fault.happens():
                 raise (faults.NODES[fault.name] or Interrupted)("this node fails on purpose")
 
     def _at_end(self, entry: dict) -> None:
-        for fault in self._faults:
+        for fault in self.faults:
             if fault.name in faults.ENTRIES and fault.happens():
                 faults.ENTRIES[fault.name](entry)
 
     def _spoils(self, name: str) -> bool:
-        return any(fault.name == name and fault.happens() for fault in self._faults)
+        return any(fault.name == name and fault.happens() for fault in self.faults)
 
     def _listen(self, asked: Asked, opened: Socket) -> None:
         """One websocket, until it is closed."""

@@ -10,11 +10,12 @@ from collecting.address import Address
 from collecting.board import Board
 from collecting.comfyui import ComfyUI
 from collecting.download import PictureStore
+from collecting.events import Finished, GaveUp, Said
 from collecting.fetch import Fetcher
 from collecting.live import Live
 from collecting.plan import Job, Plan
 from collecting.progress import Progress
-from collecting.station import Finished, GaveUp, Said, Station, forgotten
+from collecting.station import Station, forgotten
 from errors import ComfyUIError, one_list
 
 LEAVING_S = 3.0
@@ -48,8 +49,8 @@ class Fleet:
             station.wake()
         for thread in self._threads:
             thread.join(LEAVING_S)
-        for station in self._stations:
-            self._withdraw(station)
+        for live, station in self._pairs():
+            self._withdraw(live.address, station)
 
     def start(self, jobs: list[Job]) -> None:
         """See who is there, take over what earlier runs sent, and set to work.
@@ -95,8 +96,10 @@ class Fleet:
 
     def free(self) -> None:
         """Let every server give its memory back, unless somebody else's prompts are in its queue."""
-        for address in (live.address for live in self.lives):
-            with self._client(address, ()) as server:
+        for live, station in self._pairs():
+            if station.is_away or station.is_over:
+                continue
+            with self._client(live.address, ()) as server:
                 try:
                     queued = server.queue()
                     if queued.running | queued.waiting:
@@ -160,14 +163,16 @@ class Fleet:
         except BaseException as error:
             self._events.put(error)
 
-    def _withdraw(self, station: Station) -> None:
+    def _withdraw(self, address: Address, station: Station) -> None:
         waiting = station.unfinished()
-        if not waiting:
+        if not waiting or station.is_away:
             return
-        address = next(live.address for live in self.lives if live.address.url == station.url)
         with self._client(address, ()) as server:
             try:
                 server.withdraw(waiting)
                 self.say(f"What waits of ours at {server.url} was taken out of its queue; what runs there goes on.")
             except ComfyUIError as error:
                 self.say(f"What waits of ours stays in the queue: {error}")
+
+    def _pairs(self) -> Iterator[tuple[Live, Station]]:
+        return zip(self.lives, self._stations, strict=True)

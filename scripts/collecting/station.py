@@ -7,11 +7,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from collecting.board import Board
 from collecting.comfyui import ComfyUI, Queue, Unanswered
+from collecting.events import Finished, Flight, GaveUp, Said
 from collecting.fetch import Ended, Fetched, Fetcher, Outcome, graph_of
 from collecting.history import seconds_of, typical_s
 from collecting.plan import Job, Plan
@@ -32,41 +32,6 @@ MOST_LOSSES = 3
 """How often the same work is sent again when servers lose it while it is its turn."""
 SEED_BELOW = 2**53
 """Drawn seeds stay below this: the numbers that ComfyUI's web page shows exactly."""
-
-
-@dataclass
-class Flight:
-    """A submission whose end was not seen yet."""
-
-    job: Job
-    submission: Submission
-    dropped: tuple[str, ...] = ()
-    doubtful_until_s: float = 0.0
-    """Until then, by time.monotonic(), it may still arrive although nobody knows it: its answer was lost."""
-    fetches: int = 0
-    """How often its pictures could not be fetched because the server went away."""
-
-
-@dataclass(frozen=True)
-class Said:
-    """A line for the log."""
-
-    line: str
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A piece of work that is done or failed."""
-
-    job: Job
-    outcome: Outcome
-
-
-@dataclass(frozen=True)
-class GaveUp:
-    """A station whose server will not do any more work."""
-
-    error: ComfyUIError
 
 
 class Station:
@@ -93,6 +58,10 @@ class Station:
         self._board, self._plan, self._progress, self._fetcher = board, plan, progress, fetcher
         self._tell, self._stopping = tell, stopping
         self._delay_s, self._stall_timeout_s, self._life_sign_s = delay_s, stall_timeout_s, life_sign_s
+        self.is_away = False
+        """Whether the server went away and is waited for."""
+        self.is_over = False
+        """Whether it was given up."""
         self._flights: list[Flight] = []
         self._given_away: list[str] = []
         self._durations_s: list[float] = []
@@ -104,7 +73,6 @@ class Station:
         self._turn_since_s = self._last_sign_s = time.monotonic()
         self._next_look_s = 0.0
         self._seen: Queue | None = None
-        self._is_over = False
 
     @property
     def url(self) -> str:
@@ -160,7 +128,7 @@ class Station:
             self._fail(flight.job, str(error))
             return
         self._returned.put(flight)
-        if self._is_over:
+        if self.is_over:
             self._give_all_back()
 
     def _fail(self, job: Job, why: str) -> None:
@@ -276,6 +244,7 @@ class Station:
 
     def _came_back(self, error: Away) -> bool:
         """Wait for a server that went away; who is at work elsewhere gets its entries at once."""
+        self.is_away = True
         gives_away = self._board.leave(self)
         if gives_away:
             self._give_all_back()
@@ -293,6 +262,7 @@ class Station:
                 self._board.join(self)
                 self._next_look_s, self._turn_since_s = 0.0, time.monotonic()
                 self._last_sign_s = time.monotonic()
+                self.is_away = False
                 return True
         return False
 
@@ -323,7 +293,7 @@ class Station:
     def _give_up(self, error: ComfyUIError) -> None:
         if self._stopping.is_set():
             return
-        self._is_over = True
+        self.is_over = True
         self._board.leave(self)
         self._give_all_back()
         self._tell(GaveUp(error))

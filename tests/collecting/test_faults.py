@@ -247,7 +247,7 @@ def test_worker_that_is_dead_while_http_lives_is_given_up(batch, standin, collec
     assert "COMFYUI_STALL_TIMEOUT" in result.err
     assert time.monotonic() - began < 10
     standin.stop()
-    standin._faults.clear()
+    standin.faults.clear()
     standin.restart()
     assert collect().code == 0
     assert_complete(batch)
@@ -383,7 +383,17 @@ def test_server_that_dies_gives_its_entries_to_the_others(both, standin, other, 
     other.restart()
     assert result.code == 0
     assert "Its work goes to the others" in result.out
+    assert result.out.count(other.url) == 2
     assert_complete(both, 8)
+
+
+def test_what_a_server_took_before_it_refused_is_taken_out_of_its_queue(batch, standin, collect):
+    standin.worker.seconds_per_job = 0.5
+    standin.fault("too_large", "/prompt", after=2)
+    result = collect()
+    assert result.code == 4
+    assert "taken out of its queue" in result.out
+    assert standin.worker.queue()["queue_pending"] == []
 
 
 @pytest.mark.parametrize("name", ["worker_exits", "login_page"])
