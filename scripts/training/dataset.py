@@ -29,17 +29,21 @@ class Example:
     """Of the file's bytes."""
 
 
-def flagged_pictures(dataset: DatasetFolder) -> dict[str, str]:
+def flagged_pictures(dataset: DatasetFolder, resolution: int) -> dict[str, str]:
     """Name -> flaws of the pictures that the caption stage's audit flagged, unless another picture took the name since.
 
-    Raises DataError if there is no audit.
+    Raises DataError if there is no audit for a training at `resolution` px.
     """
     try:
-        flagged = json.loads(dataset.audit.read_bytes())["flagged"]
+        audit = json.loads(dataset.audit.read_bytes())
+        made_for, flagged = audit["resolution"], audit["flagged"]
         flaws = {name: ", ".join(found["flaws"]) for name, found in flagged.items()}
         digests = {name: found["sha256"] for name, found in flagged.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"SKIP_FLAGGED: {dataset.audit} is missing or damaged; run the caption stage first") from None
+    if made_for != resolution:
+        again = f"run the caption stage again with RESOLUTION={resolution}"
+        raise DataError(f"SKIP_FLAGGED: {dataset.audit} was made for {made_for} px; {again}")
     names = {name_in(dataset.images, image.path): image.path for image in find_images(dataset.images)}
     return {name: flaws[name] for name in names if name in flaws and digests[name] in ("", sha256_of(names[name]))}
 

@@ -100,7 +100,7 @@ def read_pictures(project: ProjectSettings, settings: TrainSettings) -> list[Exa
     """The examples of the data set; what lies among them and is none is named."""
     dataset = DatasetFolder(project.dataset_dir)
     folder = dataset.images
-    flagged = flagged_pictures(dataset) if settings.data.skip_flagged else {}
+    flagged = flagged_pictures(dataset, settings.data.resolution) if settings.data.skip_flagged else {}
     if flagged:
         print(f"left out, because flagged: {', '.join(f'{name} ({flaws})' for name, flaws in flagged.items())}")
     examples = read_examples(folder, settings.data.dataloader_num_workers, flagged)

@@ -57,8 +57,8 @@ def test_too_small_for_the_training_is_by_area(folder, photographs, size, resolu
 
 def test_blurred_pictures_are_found_and_a_blurred_background_is_none(folder, photographs):
     for name, picture in photographs.items():
-        large = picture.resize((1024, 1024 * picture.height // picture.width))
-        blurred = large.filter(ImageFilter.GaussianBlur(8))
+        large = picture.resize((512, 512 * picture.height // picture.width))
+        blurred = large.filter(ImageFilter.GaussianBlur(4))
         blurred.save(folder.images / f"{name} blurred.png")
         with_subject = blurred.copy()
         box = (large.width // 3, large.height // 3, large.width * 2 // 3, large.height)
@@ -188,11 +188,11 @@ def test_training_leaves_flagged_pictures_out_and_no_others(folder, photographs)
     for name in "abc":
         (folder.images / f"{name}.txt").write_text("sks")
     write(audited(folder, resolution=256), folder)
-    flagged = flagged_pictures(folder)
+    flagged = flagged_pictures(folder, resolution=256)
     assert flagged == {"b.png": "too small, near-duplicate", "c.png": "unreadable"}
     assert [example.name for example in read_examples(folder.images, 1, flagged)] == ["a.png"]
     photographs["rocket"].save(folder.images / "b.png")  # another picture, of which the audit says nothing
-    assert set(flagged_pictures(folder)) == {"c.png"}
+    assert set(flagged_pictures(folder, resolution=256)) == {"c.png"}
     with pytest.raises(DataError, match=r"c.png: is not a PNG"):
         read_examples(folder.images, 1)
 
@@ -200,13 +200,15 @@ def test_training_leaves_flagged_pictures_out_and_no_others(folder, photographs)
 def test_training_without_anything_left_or_without_an_audit_is_refused(folder):
     (folder.images / "a.png").write_bytes(b"")
     with pytest.raises(DataError, match="run the caption stage first"):
-        flagged_pictures(folder)
+        flagged_pictures(folder, resolution=256)
     write(audited(folder), folder)
     with pytest.raises(DataError, match="all 1 pictures are flagged"):
-        read_examples(folder.images, 1, flagged_pictures(folder))
-    folder.audit.write_text('{"flagged": []}')
+        read_examples(folder.images, 1, flagged_pictures(folder, resolution=256))
+    with pytest.raises(DataError, match="was made for 256 px; run the caption stage again with RESOLUTION=512"):
+        flagged_pictures(folder, resolution=512)
+    folder.audit.write_text('{"resolution": 256, "flagged": []}')
     with pytest.raises(DataError, match="missing or damaged"):
-        flagged_pictures(folder)
+        flagged_pictures(folder, resolution=256)
 
 
 def test_hash_is_the_same_for_a_picture_in_memory_and_on_disk(tmp_path, photographs):
