@@ -31,7 +31,9 @@ class TagChoice:
         self._excluded = np.array([name in excluded for name in names], dtype=bool)
         replaced = {comparable(old): new for old, new in map(split_replacement, settings.caption_replace_tags)}
         self._words = [replaced.get(name, spoken(tag.name)) for name, tag in zip(names, tags, strict=True)]
-        self._first = {comparable(word): rank for rank, word in enumerate(settings.caption_always_first)}
+        first = [comparable(word) for word in settings.caption_always_first]
+        self._rank = {word: first.index(comparable(word)) for word in self._words if comparable(word) in first}
+        self._behind = len(first)
         self._settings = settings
 
     def chosen(self, probabilities: np.ndarray) -> list[int]:
@@ -44,7 +46,7 @@ class TagChoice:
         """The words of a picture's caption: its tags without `pruned`, the always-first ones leading, at most
         `caption_max_tags` of them; then the rating and what is appended, if they are asked for."""
         words = list(dict.fromkeys(self._words[index] for index in self.chosen(probabilities) if index not in pruned))
-        words.sort(key=lambda word: self._first.get(comparable(word), len(self._first)))
+        words.sort(key=lambda word: self._rank.get(word, self._behind))
         words = words[: self._settings.caption_max_tags or None]
         return list(dict.fromkeys([*words, *self._rating(probabilities), *self._settings.caption_append]))
 

@@ -71,7 +71,12 @@ def test_replaced_tags():
 
 def test_always_first_append_and_max():
     probabilities = [0, 0, 1, 0.9, 0.8, 0, 0, 0.7]
-    assert words(probabilities, always_first=("smile", "frown", "Brown_Hair")) == ["smile", "brown hair", "1girl", ">_<"]
+    assert words(probabilities, always_first=("frown", "smile", "frown too", "Brown_Hair")) == [
+        "smile",
+        "brown hair",
+        "1girl",
+        ">_<",
+    ]
     assert words(probabilities, max_tags=2) == ["1girl", "brown hair"]
     assert words(probabilities, max_tags=2, always_first=("smile",), append=("photo", "1girl")) == ["smile", "1girl", "photo"]
     assert words([0] * 8, append=("photo",)) == ["photo"]
