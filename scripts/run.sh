@@ -47,10 +47,10 @@ export PYTHONUNBUFFERED=1 # one log, in the order in which things happen
 
 # A stage has a process group of its own. Ctrl-C in a terminal then reaches this script alone, which passes it on once:
 # a second signal would end the stage at once, without saving. Ctrl-Z has to be passed on for the same reason.
-running="" undelivered="" stopped_by="" signals=0
+running="" undelivered="" stopped_by="" signals=0 instead=""
 deliver() {
     [[ $running && $undelivered ]] || return 0
-    kill -s "$undelivered" "$running" 2>/dev/null || true
+    kill -s "${instead:-$undelivered}" "$running" 2>/dev/null || true
     undelivered=""
 }
 # shellcheck disable=SC2317,SC2329 # the traps call it
@@ -82,7 +82,7 @@ run_stage() {
         wait "$running" || code=$?
     done
     running=""
-    if [[ $stopped_by ]] && ((code <= 1)); then code=$((128 + $(kill -l "$stopped_by"))); fi
+    if [[ $stopped_by ]] && ((code <= 1 || code == 143)); then code=$((128 + $(kill -l "$stopped_by"))); fi
 }
 
 # run_all FLAG [LATER]: run every wanted stage with FLAG (all but the first with LATER) and exit with the first code that is
@@ -102,7 +102,9 @@ if [[ $check ]]; then
     run_all --check --check=ahead # what a stage brings need not be there before it
     exit 0
 fi
+instead=TERM                  # to SIGINT Python answers with a traceback while it imports, and here is nothing to save
 run_all --settings >/dev/null # a wrong setting of a later stage must not come up hours later
+instead=""
 
 result=0
 for stage in "${stages[@]}"; do

@@ -229,6 +229,18 @@ def test_signal_is_passed_on_once_and_waited_for(house, signum, code, to_the_gro
     assert house.stages_run() == ["collect_images", "caption_images"]
 
 
+def test_ctrl_c_while_the_settings_are_looked_at_ends_without_a_traceback(house):
+    """A Python that still imports its libraries has no handler of ours."""
+    importing = "import time; from pathlib import Path; Path(__file__).with_name('marks').write_text('imports'); time.sleep(300)"
+    (house.scripts / "caption_images.py").write_text(importing, encoding="utf-8")
+    command = [house.scripts / "run.sh", "--caption", "--train"]
+    with subprocess.Popen(command, env=house.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+        house.wait_for_mark("imports")
+        run.send_signal(signal.SIGINT)
+        output = run.communicate(timeout=PATIENCE_S)[0]
+    assert (run.returncode, output) == (130, b"")
+
+
 def test_second_signal_ends_the_stage_at_once(house):
     house.let("train_lora", "wait for ever")
     with started(house, "--train", stdout=subprocess.PIPE) as run:
