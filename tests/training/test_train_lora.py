@@ -267,7 +267,7 @@ def test_check_looks_at_everything_and_says_all_that_is_wrong(stage):
     stage.add("astronaut")
     good = stage.run("--check")
     assert (good.returncode, good.stderr) == (0, "")
-    assert "1 pictures with captions" in good.stdout
+    assert "1 pictures in 1 bucket" in good.stdout
     assert not stage.output.exists()
     stage.add("coffee", caption=None)
     bad = stage.run("--check", BASE_MODEL="nowhere")
