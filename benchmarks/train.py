@@ -51,14 +51,13 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matrix products at {matmul_tflops():.0f} TFLOP/s (bf16)\n")
     torch.cuda.empty_cache()
     wanted = re.compile(options.only)
+    forget_kernels()
+    for name in ("job, first run on this machine", "job, kernels compiled before"):
+        if wanted.search(name):
+            print(whole_job(options.folder, name), flush=True)
     for name, pictures, batch, settings in MEASUREMENTS:
         if wanted.search(name):
             print(measured(options.folder, name, pictures, batch, settings), flush=True)
-    for name, fresh in (("job, first run on this machine", True), ("job, kernels compiled before", False)):
-        if wanted.search(name):
-            if fresh:
-                forget_kernels(options.folder)
-            print(whole_job(options.folder, name), flush=True)
 
 
 MEASUREMENTS = (
@@ -168,7 +167,7 @@ def whole_job(folder: Path, name: str) -> str:
     return f"{name:32s} {took:6.1f} s\n{log}"
 
 
-def forget_kernels(folder: Path) -> None:
+def forget_kernels() -> None:
     """Remove what Triton and the driver have compiled before, as on a new machine."""
     for cache in (os.environ.get("TRITON_CACHE_DIR"), Path.home() / ".triton" / "cache", Path.home() / ".nv" / "ComputeCache"):
         if cache:
