@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,16 @@ def test_repository_names_no_place_outside_itself():
     outside = re.compile(rb"(?<![\w.])/(work|mnt|Users)/\w|(?<![\w./])/home/\w+/\w|\.\./\.\./\.\.")
     speaking = [name for name in tracked.split("\0") if name and outside.search((REPOSITORY / name).read_bytes())]
     assert [name for name in speaking if name != "tests/test_layers.py"] == []
+
+
+def test_libraries_that_the_program_imports_are_pinned():
+    """What came as another package's dependency may be gone with its next version."""
+    requirements = (REPOSITORY / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in requirements if not line.startswith("#")}
+    of_the_base = {"torch", "triton", "numpy"}
+    imported = (
+        {top(name) for imports in IMPORTS.values() for name in imports} - sys.stdlib_module_names - {top(room) for room in ROOMS}
+    )
+    packages = {module: packages_distributions().get(module, [module]) for module in imported - of_the_base}
+    missing = {module for module, names in packages.items() if not {name.lower().replace("_", "-") for name in names} & pinned}
+    assert missing == set()
