@@ -110,6 +110,9 @@ def _size(path: Path, name: str, complaints: list[str]) -> tuple[int, int]:
     except BrokenPictureError as error:
         complaints.append(f"{name}: {error}; replace or remove it")
         return 0, 0
+    except OSError as error:
+        complaints.append(f"{name}: cannot be read: {error.strerror}")
+        return 0, 0
     if min(width, height) < MIN_SIDE_PX:
         complaints.append(f"{name}: {width}x{height} is too small; the shorter side must have at least {MIN_SIDE_PX} px")
     return width, height

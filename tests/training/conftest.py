@@ -137,5 +137,5 @@ def finished(tmp_path_factory, tiny_sdxl, photographs) -> Finished:
     stage.add("coffee", "coffee.jpg", caption="sks, cup, table")
     stage.add("chelsea", "chelsea.webp", caption="sks, cat, close-up")
     stage.add("rocket", "3_rockets/rocket.bmp", caption="sks, rocket, night")
-    variables = {"LEARNING_RATE": 0.01, "SAVE_EVERY_EPOCHS": 1}
+    variables = {"LEARNING_RATE": 0.01, "SAVE_EVERY_EPOCHS": 1, "LORA_ALPHA": 1}
     return Finished(stage, variables, stage.trained(**variables), stage.files())

@@ -1,6 +1,8 @@
 """Real photographs become examples, or one list of everything that is wrong with them."""
 
+import errno
 import hashlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -116,6 +118,23 @@ def test_the_stage_ends_with_that_list_and_writes_nothing(stage):
     assert ended.stderr.startswith(f"train_lora: {stage.images}: 9 of the 10 pictures cannot be trained on:\n")
     assert all(complaint in ended.stderr for complaint in COMPLAINTS)
     assert set(stage.files()) <= {"state/.lock"}
+
+
+def test_a_picture_that_may_not_be_read_is_in_the_list_and_no_matter_of_the_disk(stage, monkeypatch):
+    stage.add("coffee", "mine.png")
+    stage.add("chelsea", "no_caption.png", caption=None)
+    plain_open = Path.open
+
+    def open_some(path, *how, **more):
+        if path.name == "mine.png":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return plain_open(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", open_some)  # nothing is forbidden to root
+    ended = stage.run()
+    assert ended.returncode == 3
+    assert "mine.png: cannot be read: Permission denied" in ended.stderr
+    assert "no_caption.png: has no caption" in ended.stderr
 
 
 def test_pictures_of_256_px_are_taken(stage):

@@ -198,28 +198,21 @@ def merged_by_hand(unet: UNet2DConditionModel, lora) -> UNet2DConditionModel:
 def picture(pipeline: StableDiffusionXLPipeline) -> torch.Tensor:
     """The latents of a picture that always begins with the same noise."""
     generator = torch.Generator().manual_seed(0)
-    how = {"num_inference_steps": 3, "height": 64, "width": 64, "output_type": "latent", "generator": generator}
+    how = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent", "generator": generator}
     return pipeline("sks, woman", **how).images
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' scheduler and NumPy 2
 def test_lora_changes_the_picture_of_a_pipeline_as_if_it_was_merged_by_hand(finished, tiny_sdxl, tmp_path):
-    """Trained with alpha 2 and rank 2, and once more with another alpha: the scale must be in the file."""
+    """The file was trained with alpha 1 and rank 2: half of up @ down."""
     unet = load_unet(find_base(str(tiny_sdxl), tmp_path), torch.device("cpu"), torch.float32)
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
+    lora = finished.stage.lora
     plain = picture(pipeline)
-    half = {name: tensor / 4 if name.endswith("alpha") else tensor for name, tensor in load_file(finished.stage.lora).items()}
-    save_file(half, tmp_path / "half.safetensors")
-    for lora in (finished.stage.lora, tmp_path / "half.safetensors"):
-        pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
-        loaded = picture(pipeline)
-        pipeline.unload_lora_weights()
-        weights = {name: weight.clone() for name, weight in unet.state_dict().items()}
-        plain_unet, pipeline.unet = pipeline.unet, merged_by_hand(unet, lora)
-        merged = picture(pipeline)
-        pipeline.unet = plain_unet
-        unet.load_state_dict(weights)
-        assert (loaded - plain).norm() > 0.02 * plain.norm()
-        assert (loaded - merged).norm() < 0.01 * (loaded - plain).norm()
-    assert torch.equal(picture(pipeline), plain)
+    pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+    loaded = picture(pipeline)
+    pipeline.unet = merged_by_hand(unet, lora)
+    merged = picture(pipeline)
+    assert (loaded - plain).norm() > 0.02 * plain.norm()
+    assert (loaded - merged).norm() < 0.01 * (loaded - plain).norm()
