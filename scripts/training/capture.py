@@ -64,7 +64,8 @@ class _Graph:
     def __init__(self, step: Step, batches: Sequence[Batch], pool: tuple):
         self._inputs = [Batch(**{part.name: getattr(batch, part.name).clone() for part in fields(batch)}) for batch in batches]
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Other threads go on reading batches into pinned memory, which a capture in the usual mode would not survive.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._output = step(self._inputs)
 
     def replay(self, batches: Sequence[Batch]) -> torch.Tensor:
