@@ -1,39 +1,52 @@
 """Train a LoRA for SDXL on DATASET_DIR/images and write OUTPUT_DIR/lora/<name>.safetensors, which ComfyUI loads."""
 
 import sys
+from contextlib import nullcontext
 
 from errors import exit_code_of, stop_on_signals
-from settings import ProjectSettings, read_request
+from settings import CollectSettings, ProjectSettings, read_request
 from training.config import TrainSettings
+from training.distributed import launch, place, wants_launcher
 
 STAGE = "train_lora"
+SECTIONS = {"project": ProjectSettings, "collect": CollectSettings, "train": TrainSettings}
+"""Of [collect] only ComfyUI's address counts, for what a user can do when it holds the memory."""
 
 
 def main(argv: list[str]) -> None:
     stop_on_signals()
-    request = read_request(STAGE, __doc__, argv, {"project": ProjectSettings, "train": TrainSettings})
+    request = read_request(STAGE, __doc__, argv, SECTIONS)
     project, train = request.sections["project"], request.sections["train"]
-    print(f"set by you: {request.overridden()}", flush=True)
+    if wants_launcher(train.processes) and not request.check:
+        sys.exit(launch([sys.executable, __file__, *argv], train.processes))
+    if place().index == 0:
+        print(f"set by you: {request.overridden()}", flush=True)
 
     from training.device import wake_gpu  # torch and diffusers take seconds to import; a wrong setting is refused before
 
-    wake_gpu()
+    wake_gpu(place().gpu)
     from training import doctor, task
+    from training.memory import watched
+    from training.processes import joined
     from training.results import only_run_in
 
     if request.check:
         doctor.check(project, train, is_ahead=request.is_ahead)
         return
-    with only_run_in(project.output_dir):
-        run = task.decide(project, train)
+    with joined(place()) as processes, only_run_in(project.output_dir) if processes.is_first else nullcontext():
+        run = task.decide_together(processes, project, train, request.sections["collect"].comfyui_endpoint)
         if run.is_finished:
+            task.tidy(run)
             print(f"nothing to do: {run.results.lora} is finished, with exactly these settings, pictures and captions")
             return
-        task.make_room(run)
-        with task.memory_in_our_words(run), task.coming_unet(run) as unet:
+        if processes.is_first:
+            task.make_room(run)
+        task.prepare_device(run)
+        with task.memory_in_our_words(run), watched(run.floors) as guard, task.coming_unet(run) as unet:
             data = task.encode(run)
-            modules, progress = task.train(run, data, unet())
-        task.finish(run, modules, progress)
+            modules, progress = task.train(run, data, unet(), guard)
+        if processes.is_first:
+            task.finish(run, modules, progress)
 
 
 if __name__ == "__main__":

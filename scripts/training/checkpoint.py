@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,6 +149,19 @@ def restore(saved: Saved, weights: torch.nn.Parameter, optimizer: torch.optim.Op
     with torch.no_grad():
         for name, tensor in _state_tensors(weights, optimizer):
             tensor.copy_(tensors[name])
+    if saved.scaler:
+        scaler.load_state_dict(saved.scaler)
+
+
+def share(
+    saved: Saved,
+    copy: Callable[[Iterable[torch.Tensor]], None],
+    weights: torch.nn.Parameter,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    """Bring every process to where the first one is, by `copy`: on another machine the files are not there."""
+    copy(tensor.detach() for _, tensor in _state_tensors(weights, optimizer))
     if saved.scaler:
         scaler.load_state_dict(saved.scaler)
 

@@ -95,6 +95,30 @@ class RunSettings:
     train_seed: int = setting(0, at_least=0, at_most=2**63 - 1)
     deterministic: bool = setting(False)
     """Only algorithms that give the same bits each time on the same GPU."""
+    memory_floor_gib: float | Literal["auto"] = setting("auto", at_least=0, at_most=4096)
+    """GiB of memory below which the run saves its state and ends; 0: no guard; "auto": a sixteenth of the memory where CPU
+    and GPU share it and on a CPU, none elsewhere."""
+
+
+@dataclass(frozen=True)
+class ProcessSettings:
+    """`[train.processes]`: one process per GPU, on one machine or several."""
+
+    num_processes: int = setting(1, at_least=1, at_most=64)
+    """On each machine."""
+    num_machines: int = setting(1, at_least=1, at_most=64)
+    machine_rank: int = setting(0, at_least=0, at_most=63)
+    """Which of the machines this is; 0 decides and writes."""
+    main_process_ip: str = setting("127.0.0.1")
+    """Address of machine 0."""
+    main_process_port: int = setting(0, at_least=0, at_most=65535)
+    """0: any free port, which only one machine can do."""
+
+    def contradictions(self) -> Iterator[str]:
+        if self.machine_rank >= self.num_machines:
+            yield "machine_rank must be below num_machines"
+        if self.num_machines > 1 and (self.main_process_port == 0 or self.main_process_ip == "127.0.0.1"):
+            yield "several machines need main_process_ip and main_process_port, the same on each"
 
 
 @dataclass(frozen=True)
@@ -145,6 +169,7 @@ class TrainSettings:
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    processes: ProcessSettings = field(default_factory=ProcessSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     saving: SavingSettings = field(default_factory=SavingSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)

@@ -1,13 +1,15 @@
 """What changed between stop and resume decides whether, and from where, a run continues."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from errors import SettingsError, one_list
 from training import checkpoint
 from training.checkpoint import Identity, Saved
-from training.plan import WARMUP_STEPS
+from training.config import RunSettings
+from training.plan import GLOBAL_BATCH, WARMUP_STEPS
 
 EPOCHS, EARLY_STOP = "num_train_epochs", "early_stop_patience"
 
@@ -38,6 +40,23 @@ def continued(folder: Path, saved: Saved, now: Identity) -> Saved:
     for change in changes.values():
         print(f"changed and taken: {change}", flush=True)
     return shared
+
+
+def shared_by(run: RunSettings, processes: int, saved: Saved | None) -> RunSettings:
+    """`run` with the accumulation by which `processes` take steps of the size that the saved run has, if their number has
+    changed since. Raises SettingsError if that does not divide, with what would fit."""
+    if saved is None or processes == saved.identity.circumstances["processes"]:
+        return run
+    wanted = saved.identity.fingerprint[GLOBAL_BATCH]
+    accumulation, rest = divmod(wanted, run.train_batch_size * processes)
+    if rest == 0 and accumulation:
+        return replace(run, gradient_accumulation_steps=accumulation)
+    fitting = [str(batch) for batch in range(1, wanted + 1) if wanted % (batch * processes) == 0]
+    remedy = f"set TRAIN_BATCH_SIZE to {' or '.join(fitting)}" if fitting else "set NUM_PROCESSES to a divisor of it"
+    raise SettingsError(
+        f"the saved run has {wanted} pictures per step; {processes} processes with batch size {run.train_batch_size} cannot take "
+        f"such steps: {remedy}, or set FRESH=1 to lay it aside and begin anew"
+    )
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

@@ -1,13 +1,16 @@
-"""Which device, which precision, and whether memory allows to keep all activations."""
+"""Which device, which precision, and how much memory a step takes there."""
 
 import contextlib
+import math
 import os
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
+
+from training.memory import KERNEL
+from training.parts import Part
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 GIB = 2**30
@@ -37,10 +40,10 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def choose_precision(mixed_precision: Literal["bf16", "fp16", "no"]) -> Precision:
-    """The first NVIDIA GPU in `mixed_precision`, else the CPU in fp32."""
+def choose_precision(mixed_precision: Literal["bf16", "fp16", "no"], gpu: int | None = None) -> Precision:
+    """The NVIDIA GPU of that number, or the first one, in `mixed_precision`; without one the CPU in fp32."""
     if torch.cuda.is_available():
-        return Precision(torch.device("cuda"), _DTYPES[mixed_precision])
+        return Precision(torch.device("cuda", gpu), _DTYPES[mixed_precision])
     return Precision(torch.device("cpu"), torch.float32)
 
 
@@ -56,12 +59,12 @@ def make_deterministic() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def wake_gpu() -> None:
+def wake_gpu(gpu: int | None) -> None:
     """Begin to create the GPU's context in a thread: it takes a second or two in which other modules can be imported."""
 
     def create() -> None:
         if torch.cuda.is_available():
-            torch.empty(1, device="cuda")
+            torch.empty(1, device=torch.device("cuda", gpu))
 
     threading.Thread(target=create, daemon=True).start()
 
@@ -72,34 +75,59 @@ def describe(precision: Precision) -> str:
     return f"{name} in {str(precision.dtype).removeprefix('torch.')}"
 
 
+def shares_memory(device: torch.device) -> bool:
+    """Whether `device` computes in the machine's own memory: a CPU, or a GPU without memory of its own."""
+    return device.type == "cpu" or bool(torch.cuda.get_device_properties(device).is_integrated)
+
+
 def available_bytes(device: torch.device) -> int:
     """Memory that a program may still take on `device`.
 
     Where GPU and CPU share memory, the driver counts the page cache as used; the kernel's MemAvailable does not.
     """
-    if device.type == "cuda" and not torch.cuda.get_device_properties(device).is_integrated:
-        return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return KERNEL.read().available if shares_memory(device) else torch.cuda.mem_get_info(device)[0]
 
 
-def wants_checkpointing(setting: bool | Literal["auto"], batch_pixels: int, precision: Precision) -> bool:
-    """Whether activations are recomputed instead of kept. "auto": yes, unless the free memory clearly holds them for a
-    micro-batch of `batch_pixels` pixels."""
-    if setting != "auto":
-        return setting
-    return step_bytes(batch_pixels) + _RESERVE_BYTES > available_bytes(precision.device)
+def limit_gpu_memory(device: torch.device, bytes_left: int) -> None:
+    """On a GPU that shares the machine's memory: let torch take so many bytes and no more, so that it says "out of memory"
+    before the machine freezes."""
+    if device.type == "cuda" and shares_memory(device):
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, bytes_left / total), device)
 
 
-def step_bytes(batch_pixels: int) -> int:
-    """About what a step takes that keeps the activations of `batch_pixels` pixels."""
-    return _STEP_BYTES + _ACTIVATION_BYTES_PER_PIXEL * batch_pixels
+@dataclass(frozen=True)
+class StepMemory:
+    """About what a step takes, in bytes: a part that is always there, and one per pixel of the micro-batch."""
+
+    fixed: int
+    per_pixel: int
+    per_pixel_checkpointed: int
+
+    def needed(self, batch_pixels: int, *, checkpointing: bool) -> int:
+        """For a micro-batch of so many pixels, with activations recomputed or kept."""
+        return self.fixed + batch_pixels * (self.per_pixel_checkpointed if checkpointing else self.per_pixel)
 
 
-_STEP_BYTES = 8 * GIB
-"""UNet in bf16, LoRA weights with gradients and moments at rank 32, workspaces."""
+def step_memory(unet: Part, rank: int, precision: Precision) -> StepMemory:
+    """From the sizes of the UNet's weights: they themselves; LoRA weights, gradients and two moments in fp32 and a working
+    copy; workspaces; and activations, which grow with the UNet's width."""
+    shapes = {name: tensor.shape for name, tensor in unet.tensors.items()}
+    itemsize = precision.dtype.itemsize
+    linears = [shape for name, shape in shapes.items() if "transformer_blocks" in name and len(shape) == 2]
+    lora = rank * sum(sum(shape) for shape in linears) * (16 + itemsize)
+    weights = itemsize * sum(math.prod(shape) for shape in shapes.values())
+    workspaces = _GPU_WORKSPACE_BYTES if precision.device.type == "cuda" else _CPU_WORKSPACE_BYTES
+    scale = itemsize / 2 * unet.config["block_out_channels"][0] / _SDXL_WIDTH
+    kept, recomputed = (int(scale * per_pixel) for per_pixel in (_ACTIVATION_BYTES_PER_PIXEL, _CHECKPOINTED_BYTES_PER_PIXEL))
+    return StepMemory(weights + lora + workspaces, kept, recomputed)
+
+
+_SDXL_WIDTH = 320
 _ACTIVATION_BYTES_PER_PIXEL = 12 * 1024
-"""Measured peak without checkpointing, per pixel of the micro-batch."""
-_RESERVE_BYTES = 8 * GIB
+"""Measured peak of SDXL in bf16 without checkpointing, per pixel of the micro-batch."""
+_CHECKPOINTED_BYTES_PER_PIXEL = 2 * 1024
+_GPU_WORKSPACE_BYTES = GIB * 3 // 2
+_CPU_WORKSPACE_BYTES = GIB // 4
+GPU_RESERVE_BYTES = 8 * GIB
+"""Of a GPU's own memory, when "auto" decides whether activations are kept."""

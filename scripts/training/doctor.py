@@ -11,7 +11,7 @@ from errors import ResourceError, answer_all
 from settings import ProjectSettings
 from training.base_model import find_base
 from training.config import TrainSettings
-from training.device import GIB, available_bytes, choose_precision, step_bytes, wants_checkpointing
+from training.device import GIB, available_bytes, choose_precision, step_memory
 from training.models import load_tokenizers
 from training.parts import BaseModel
 from training.plan import Plan, make_plan
@@ -45,7 +45,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, is_ahead: bool) 
             return f"{len(examples)} pictures with captions in {project.dataset_dir}"
         schedule = found[0].schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
         plan = make_plan(examples, settings, schedule)
-        return "\n".join([plan.announcement(), *memory_needed(plan, settings)])
+        return "\n".join([plan.announcement(), *memory_needed(plan, settings, found[0])])
 
     answer_all("training cannot run:", [processor, memory, lambda: require_room(project.output_dir), base_model, run])
 
@@ -59,16 +59,17 @@ def pictures_to_come(project: ProjectSettings) -> str:
     return f"{len(images)} pictures so far, {without} without a caption: what a run takes is known when they are there"
 
 
-def memory_needed(plan: Plan, settings: TrainSettings) -> list[str]:
+def memory_needed(plan: Plan, settings: TrainSettings, base: BaseModel) -> list[str]:
     """What a step takes of a GPU's memory, in one line; nothing on a CPU."""
     precision = choose_precision(settings.model.mixed_precision)
     if precision.device.type == "cpu":
         return []
     batch = settings.run.train_batch_size
-    batch_pixels = batch * max(placement.bucket.width * placement.bucket.height for placement in plan.placements)
-    switch = "on" if wants_checkpointing(settings.model.gradient_checkpointing, batch_pixels, precision) else "off"
-    kept = f"{step_bytes(batch_pixels) / GIB:.0f} GiB if it keeps its activations"
-    return [f"A step of batch size {batch} takes {kept}; gradient checkpointing will be {switch}."]
+    size, pixels = step_memory(base.parts["unet"], settings.lora.lora_rank, precision), batch * plan.largest_picture_px
+    kept, recomputed = (f"{size.needed(pixels, checkpointing=switch) / GIB:.0f} GiB" for switch in (False, True))
+    return [
+        f"A step of batch size {batch} takes about {kept} if it keeps its activations, {recomputed} with gradient checkpointing."
+    ]
 
 
 def processor() -> str:

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from training.config import DataSettings
 from training.models import load_text_encoders, load_tokenizers, load_vae
 from training.parts import BaseModel
 from training.plan import Plan
+from training.processes import Processes
 from training.text import caption_variants, chunks_needed, cut_off, encode
 
 
@@ -37,6 +38,8 @@ class Encoding:
     device: torch.device
     dtype: torch.dtype
     """Of the embeddings as they are kept; they are computed in fp32."""
+    processes: Processes = field(default_factory=Processes)
+    """Share the work: each process of a machine encodes a part of what this machine lacks."""
 
     def pictures(self, plan: Plan, workers: int) -> list[Path]:
         """Encode the pictures that the cache does not hold; where the latents of each lie."""
@@ -44,7 +47,7 @@ class Encoding:
         items = list(zip(plan.all_examples, plan.all_placements, strict=True))
         paths = [self.cache.picture(example, placement, digest) for example, placement in items]
         missing = {path: (path, *item) for path, item in zip(paths, items, strict=True) if not is_whole(path)}
-        if missing:
+        if own := self._share_of(missing):
             vae = load_vae(self.base, self.device)
 
             def posterior(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,9 +55,10 @@ class Encoding:
                     distribution = vae.encode(pixels.to(self.device)).latent_dist
                 return distribution.mean, distribution.logvar
 
-            _exhaust(encode_pictures(list(missing.values()), posterior, workers), "encode pictures", len(missing))
+            _exhaust(encode_pictures(own, posterior, workers), "encode pictures", len(own))
             del vae, posterior
             self._free()
+        self.processes.wait_for_all()
         print(f"pictures: {len(missing)} encoded, {len(set(paths)) - len(missing)} in the cache", flush=True)
         return paths
 
@@ -63,14 +67,20 @@ class Encoding:
         digest = "".join(base_digest(self.base, self.cache, part) for part in ("text_encoder", "text_encoder_2"))
         paths = [self.cache.caption(variants, chunks, self.dtype, digest) for variants in captions]
         missing = {path: (path, variants) for path, variants in zip(paths, captions, strict=True) if not is_whole(path)}
-        if missing:
+        if own := self._share_of(missing):
             encoders = load_text_encoders(self.base, self.models_dir, self.device, torch.float32)
-            encoded = encode_captions(list(missing.values()), lambda texts: encode(texts, encoders, chunks), self.dtype)
-            _exhaust(encoded, "encode captions", len(missing))
+            encoded = encode_captions(own, lambda texts: encode(texts, encoders, chunks), self.dtype)
+            _exhaust(encoded, "encode captions", len(own))
             del encoders, encoded
             self._free()
+        self.processes.wait_for_all()
         print(f"captions: {len(missing)} encoded, {len(set(paths)) - len(missing)} in the cache, {chunks} x 75 tokens", flush=True)
         return paths
+
+    def _share_of(self, missing: dict[Path, tuple]) -> list[tuple]:
+        """What this process encodes; nobody begins before all know what is missing."""
+        self.processes.wait_for_all()
+        return list(self.processes.share(list(missing.values())))
 
     def _free(self) -> None:
         gc.collect()

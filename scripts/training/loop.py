@@ -72,9 +72,19 @@ class Run:
         return self.epochs if next_step == len(self.order) else self.order[next_step].epoch
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A step that may still be going on."""
+
+    step: OptimizerStep
+    rate: float
+    read: Callable[[], StepResult]
+    """Waits for its end."""
+
+
 def run_steps(
     run: Run,
-    take_step: Callable[[list[Batch], float], StepResult],
+    begin: Callable[[list[Batch], float], Callable[[], StepResult]],
     batches: Iterable[list[Batch]],
     names: Callable[[OptimizerStep], str],
     held_out_loss: Callable[[], float] | None,
@@ -84,9 +94,10 @@ def run_steps(
 ) -> Progress:
     """Take the steps of `run` that are left; `batches` yields their micro-batches in the same order. Returns how far it came.
 
-    Raises what `stop_asked` answers, after the state is saved; SettingsError when loss or gradient is no longer finite.
+    A step's result is read while the next one is going on, except where something is saved or measured after it. Raises
+    what `stop_asked` answers, after the state is saved; SettingsError when loss or gradient is no longer finite.
     """
-    progress, saved_at = run.begins, time.monotonic()
+    progress, saved_at, before = run.begins, time.monotonic(), None
     images = sum(len(step.examples) for step in run.order)
     done = images - sum(len(step.examples) for step in run.todo)
     with tqdm(total=images, initial=done, unit="img", desc="train", disable=None, dynamic_ncols=True) as bar:
@@ -94,29 +105,49 @@ def run_steps(
             if run.ends_early(progress):
                 break
             rate = run.learning_rate_at(step.number)
-            result = take_step(micro_batches, rate)
-            if result.diverged:
-                raise _divergence(step, result, names, progress, saver)
-            progress = progress.after(step.number, result.loss)
-            report = {"epoch": step.epoch, "loss": result.loss, "loss_average": progress.loss_average, "lr": rate}
-            metrics.log({**report, "gradient_norm": result.gradient_norm}, step.number)
-            bar.set_postfix_str(
-                f"epoch {step.epoch + 1}/{run.epochs} loss {progress.loss_average:.4f} lr {rate:.2e}", refresh=False
-            )
-            bar.update(len(step.examples))
-            if run.epochs_done(progress.next_step) > step.epoch:
-                progress, line = _end_of_epoch(run, step, progress, held_out_loss, saver, metrics)
-                bar.write(f"{line}  lr {rate:.2e}", file=sys.stdout)
+            begun = Begun(step, rate, begin(micro_batches, rate))
+            if before:
+                progress = _settled(run, before, progress, names, saver, metrics, bar)
+            before = begun
             saver.check()
             reason = stop_asked()
-            due = time.monotonic() - saved_at > run.save_state_every_s or progress.next_step == run.common_steps
-            if due or reason or run.ends_early(progress):
+            due = time.monotonic() - saved_at > run.save_state_every_s or step.number + 1 == run.common_steps
+            ends_epoch = run.epochs_done(step.number + 1) > step.epoch
+            if not (reason or due or ends_epoch):
+                continue
+            progress, before = _settled(run, begun, progress, names, saver, metrics, bar), None
+            if ends_epoch:
+                progress, line = _end_of_epoch(run, step, progress, held_out_loss, saver, metrics)
+                bar.write(f"{line}  lr {rate:.2e}", file=sys.stdout)
+            if reason or due or run.ends_early(progress):
                 saver.state(progress)
                 saved_at = time.monotonic()
             if reason:
                 saver.wait()
                 raise reason
     saver.wait()
+    return progress
+
+
+def _settled(
+    run: Run,
+    begun: Begun,
+    progress: Progress,
+    names: Callable[[OptimizerStep], str],
+    saver: Saver,
+    metrics: Tracker,
+    bar: tqdm,
+) -> Progress:
+    """Wait for the end of a step and report it; what `progress` becomes with it."""
+    step, result = begun.step, begun.read()
+    if result.diverged:
+        raise _divergence(step, result, names, progress, saver)
+    progress = progress.after(step.number, result.loss)
+    report = {"epoch": step.epoch, "loss": result.loss, "loss_average": progress.loss_average, "lr": begun.rate}
+    metrics.log({**report, "gradient_norm": result.gradient_norm}, step.number)
+    described = f"epoch {step.epoch + 1}/{run.epochs} loss {progress.loss_average:.4f} lr {begun.rate:.2e}"
+    bar.set_postfix_str(described, refresh=False)
+    bar.update(len(step.examples))
     return progress
 
 

@@ -19,7 +19,7 @@ FEW_IMAGE_STEPS = 800
 ENOUGH_IMAGE_STEPS = 2000
 AUTO_MIN_SNR_GAMMA = 5.0
 AUTO_NOISE_OFFSET = 0.0357
-WARMUP_STEPS = "steps of warm-up"
+WARMUP_STEPS, GLOBAL_BATCH = "steps of warm-up", "global batch"
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class Plan:
         return next((step.number for step in self.order if len(step.examples) < self.global_batch), len(self.order))
 
     @property
+    def largest_picture_px(self) -> int:
+        """Pixels of the largest bucket."""
+        return max(placement.bucket.width * placement.bucket.height for placement in self.all_placements)
+
+    @property
     def image_steps(self) -> int:
         """How many pictures the whole run shows to the model, repetitions counted."""
         return sum(len(step.examples) for step in self.order)
@@ -85,15 +90,16 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule) -> Plan:
-    """Choose buckets and the order of the run. `schedule` is the base's, with the settings already applied."""
+def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule, processes: int = 1) -> Plan:
+    """Choose buckets and the order of the run, whose steps `processes` share. `schedule` is the base's, with the settings
+    already applied."""
     data, run = train.data, train.run
     out = held_out(examples, train.validation.validation_fraction)
     kept, apart = ([e for index, e in enumerate(examples) if (index in out) is wanted] for wanted in (False, True))
     placements, placed_apart = (
         [place(e.width, e.height, data.resolution, data.bucket_step, data.bucket_max_side) for e in some] for some in (kept, apart)
     )
-    global_batch = run.train_batch_size * run.gradient_accumulation_steps
+    global_batch = run.train_batch_size * run.gradient_accumulation_steps * processes
     buckets = [placement.bucket for placement in placements]
     order = run_order(buckets, [example.repeats for example in kept], run.num_train_epochs, global_batch, run.train_seed)
     is_plain = schedule.prediction_type == "epsilon" and not schedule.zero_terminal_snr
@@ -132,7 +138,7 @@ def fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base_digest
         "min_snr_gamma": plan.min_snr_gamma,
         "noise_offset": plan.noise_offset,
         **asdict(plan.schedule),
-        "global batch": plan.global_batch,
+        GLOBAL_BATCH: plan.global_batch,
         "num_train_epochs": plan.epochs,
         WARMUP_STEPS: plan.warmup_steps,
         "train_seed": train.run.train_seed,
@@ -140,12 +146,13 @@ def fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base_digest
     }
 
 
-def circumstances(train: TrainSettings) -> dict[str, Any]:
+def circumstances(train: TrainSettings, processes: int = 1) -> dict[str, Any]:
     """What may be different each time a run goes on: it changes how fast, and what is written, but no weight."""
     run, saving = asdict(train.run), asdict(train.saving)
     return {
-        **{key: run[key] for key in ("train_batch_size", "gradient_accumulation_steps", "deterministic")},
+        **{key: run[key] for key in ("train_batch_size", "gradient_accumulation_steps", "deterministic", "memory_floor_gib")},
         **{key: saving[key] for key in ("save_every_epochs", "save_state_every_minutes", "keep_last_states")},
+        "processes": processes,
         "gradient_checkpointing": train.model.gradient_checkpointing,
         "validate_every_epochs": train.validation.validate_every_epochs,
         "dataloader_num_workers": train.data.dataloader_num_workers,

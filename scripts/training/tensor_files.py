@@ -17,6 +17,12 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
         fill(beside, tensors, metadata)
 
 
+def remove_all_leftovers(folder: Path) -> None:
+    """Remove the half files in `folder`, ours and safetensors' own; nobody may be writing there."""
+    for path in [*folder.glob(".*.part"), *folder.glob(".tmp*")]:
+        path.unlink(missing_ok=True)
+
+
 def fill(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write `tensors` into the `file` that exists.
 

@@ -103,7 +103,9 @@ def test_only_these_settings_may_change():
     assert set(circumstances(TrainSettings())) == {
         "train_batch_size",
         "gradient_accumulation_steps",
+        "processes",
         "deterministic",
+        "memory_floor_gib",
         "save_every_epochs",
         "save_state_every_minutes",
         "keep_last_states",

@@ -1,0 +1,40 @@
+"""Runs of the train stage as processes that need not import torch each time: this program imports once and forks.
+
+It reads one JSON object per line, {"variables": ..., "log": ...}, answers with the process id of the run, and with its
+wait status when it has ended.
+"""
+
+import json
+import os
+import sys
+
+import torch
+
+import train_lora
+from errors import exit_code_of
+from training import doctor, task  # noqa: F401 - what main would import
+
+torch.set_num_threads(1)
+
+
+def run(variables: dict[str, str], log: str) -> int:
+    """Be the stage, from here to its end."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.environ.update(variables)
+    return exit_code_of(train_lora.STAGE, lambda: train_lora.main([]))
+
+
+for line in sys.stdin:
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            code = run(**json.loads(line))
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)

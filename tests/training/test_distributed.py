@@ -1,0 +1,153 @@
+"""Two processes, real ones: the same losses as one, signals, exit codes and deaths, through run.sh."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from errors import ResourceError, SettingsError
+from settings import REPOSITORY
+from training import distributed
+from training.checkpoint import Identity, Saved
+from training.config import ProcessSettings, RunSettings
+from training.continuation import shared_by
+from training.plan import GLOBAL_BATCH
+from training.progress import Progress
+
+RUN_SH = REPOSITORY / "scripts" / "run.sh"
+PAIR = {"NUM_PROCESSES": 2, "TRAIN_BATCH_SIZE": 1, "LORA_TARGETS": "attention", "PYTHON": sys.executable}
+
+
+@pytest.fixture
+def pictures(stage):
+    """Five pictures of one shape: a step of two is left with one in the end."""
+    for number, name in enumerate(("astronaut", "coffee", "chelsea", "rocket", "astronaut")):
+        stage.add(name, f"{number}.png", caption=f"sks, photo {number}")
+    return stage
+
+
+def through_run_sh(stage, **variables) -> subprocess.Popen:
+    environment = stage._environment(PAIR | variables)
+    return subprocess.Popen([RUN_SH, "--train"], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def losses(stage) -> list[float]:
+    lines = (stage.output / "lora" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+
+def wait_for_steps(stage, process: subprocess.Popen, count: int) -> None:
+    metrics = stage.output / "lora" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_bytes().splitlines()) >= count):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def children_of(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def test_a_pair_that_is_stopped_goes_on_alone_and_loses_nothing(pictures):
+    """The pair is stopped by SIGTERM; one process with twice the accumulation ends the run. The losses are those of one
+    process that nobody stopped."""
+    long = {"NUM_TRAIN_EPOCHS": 6, "LEARNING_RATE": 0.001, "SAVE_EVERY_EPOCHS": 0}
+    pair = through_run_sh(pictures, **long)
+    wait_for_steps(pictures, pair, 3)
+    pair.terminate()
+    _, said = pair.communicate()
+    assert pair.returncode == 143
+    assert said == "train_lora: stopped by SIGTERM; run the same command again to continue\n"
+    took = len(losses(pictures))
+    assert 3 <= took < 15
+    alone = PAIR | long | {"NUM_PROCESSES": 1}
+    output = pictures.trained(**alone)
+    assert f"continuing at step {took}" in output
+    assert "changed and taken: gradient_accumulation_steps: 1 then, 2 now" in output
+    together = losses(pictures)
+    pictures.trained(**alone | {"GRADIENT_ACCUMULATION_STEPS": 2, "OUTPUT_DIR": pictures.output.with_name("alone")})
+    pictures.output = pictures.output.with_name("alone")
+    assert together == pytest.approx(losses(pictures), rel=1e-4)
+    assert len(together) == 15
+
+
+def test_a_process_that_dies_ends_the_other_and_leaves_a_valid_state(pictures):
+    pair = through_run_sh(pictures, NUM_TRAIN_EPOCHS=10000, SAVE_EVERY_EPOCHS=0, SAVE_STATE_EVERY_MINUTES=1e-6)
+    wait_for_steps(pictures, pair, 2)
+    (launcher,) = children_of(pair.pid)
+    processes = children_of(launcher)
+    os.kill(processes[1], signal.SIGKILL)
+    begin = time.monotonic()
+    _, said = pair.communicate(timeout=60)
+    assert time.monotonic() - begin < 60
+    assert pair.returncode == 6
+    assert "process 2 of 2 on this machine was ended by SIGKILL" in said
+    assert "Traceback" not in said
+    assert not [process for process in processes if Path(f"/proc/{process}").exists()]
+    again = pictures.run(**PAIR | {"NUM_PROCESSES": 1, "TRAIN_BATCH_SIZE": 2, "LORA_RANK": 3})
+    assert "began differently" in again.stderr  # the state is valid: it was read
+
+
+def test_exit_codes_and_messages_come_through(stage):
+    none = through_run_sh(stage)
+    _, said = none.communicate()
+    assert none.returncode == 3
+    assert (
+        said == f"train_lora: {stage.images}: no pictures (.png, .jpg, .jpeg, .webp, .bmp); put them there or run the collect "
+        "stage, then the caption stage\n"
+    )
+
+
+def saved(folder, global_batch: int, processes: int) -> Saved:
+    return Saved(Progress(), {}, Identity({GLOBAL_BATCH: global_batch}, {"processes": processes}, 9), "", "", folder)
+
+
+def test_another_number_of_processes_takes_the_same_steps_or_is_told_what_fits(tmp_path):
+    run = RunSettings(train_batch_size=4, gradient_accumulation_steps=3)
+    assert shared_by(run, 2, None) == run
+    assert shared_by(run, 2, saved(tmp_path, 16, 2)) == run
+    assert shared_by(run, 2, saved(tmp_path, 16, 1)).gradient_accumulation_steps == 2
+    assert shared_by(run, 1, saved(tmp_path, 16, 4)).gradient_accumulation_steps == 4
+    with pytest.raises(SettingsError, match="set TRAIN_BATCH_SIZE to 1 or 2"):
+        shared_by(run, 8, saved(tmp_path, 16, 1))
+    with pytest.raises(SettingsError, match="set NUM_PROCESSES to a divisor"):
+        shared_by(run, 3, saved(tmp_path, 16, 1))
+
+
+def test_place_is_what_any_launcher_says(monkeypatch):
+    assert distributed.place() == distributed.Place()
+    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": 1234}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert distributed.place() == distributed.Place(3, 4, 1, 2, "10.0.0.1", 1234)
+    assert not distributed.wants_launcher(ProcessSettings(num_processes=2))
+
+
+@pytest.mark.parametrize(
+    ("programs", "code"),
+    [
+        (["sys.exit(0)", "sys.exit(0)"], 0),
+        (["time.sleep(60)", "sys.exit(3)"], 3),
+        (["sys.exit(6)", "time.sleep(0.3); sys.exit(5)"], 5),
+        (["time.sleep(60)", "os.kill(os.getpid(), signal.SIGKILL)"], "ended by SIGKILL"),
+        (["signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)", "sys.exit(75)"], 75),
+    ],
+)
+def test_launcher_ends_with_the_code_of_the_cause(programs, code, monkeypatch):
+    monkeypatch.setattr(distributed, "GRACE_S", 0.5)
+    monkeypatch.setattr(distributed, "SIGTERM_S", 0.5)
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    program = f"import os, signal, sys, time\nexec({programs!r}[int(os.environ['RANK'])])"
+    try:
+        if isinstance(code, str):
+            with pytest.raises(ResourceError, match=code):
+                distributed.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2))
+        else:
+            assert distributed.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2)) == code
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)

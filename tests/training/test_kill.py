@@ -1,0 +1,169 @@
+"""SIGKILL at any instant, also inside a save and while the caches fill: the run that follows ends as if nothing had been.
+
+`make test` kills a few times, `make kill-test` at least sixty times, and a pair of processes, too.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from settings import REPOSITORY
+
+TIMES = ("ss_training_finished_at", "modelspec.date")
+VARIABLES = {
+    "LEARNING_RATE": 0.01,
+    "NUM_TRAIN_EPOCHS": 4,
+    "SAVE_EVERY_EPOCHS": 2,
+    "SAVE_STATE_EVERY_MINUTES": 1e-6,
+    "VALIDATION_FRACTION": 0.3,
+    "LORA_TARGETS": "attention",
+}
+
+
+class Forks:
+    """A program that forks runs; see forked_stage.py."""
+
+    def __init__(self, log: Path):
+        self.log = log
+        environment = os.environ | {"PYTHONPATH": f"{REPOSITORY / 'scripts'}", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, Path(__file__).with_name("forked_stage.py")]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.program = subprocess.Popen(command, env=environment, text=True, bufsize=1, **pipes)
+
+    def start(self, variables: dict[str, str]) -> int:
+        """Start a run; its process id."""
+        self.program.stdin.write(json.dumps({"variables": variables, "log": str(self.log)}) + "\n")
+        return int(self.program.stdout.readline())
+
+    def ended(self) -> int:
+        """Wait for the run that was started; its exit code, negative for a signal."""
+        return os.waitstatus_to_exitcode(int(self.program.stdout.readline()))
+
+    def close(self) -> None:
+        self.program.stdin.close()
+        self.program.wait()
+        self.program.stdout.close()
+
+
+@pytest.fixture
+def forks(tmp_path):
+    made = Forks(tmp_path / "log")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def victim(stage):
+    """A data set whose runs are killed."""
+    stage.add("astronaut", caption="sks, woman, smile, orange suit")
+    stage.add("coffee", "coffee.jpg", caption="sks, cup, table")
+    stage.add("chelsea", "chelsea.webp", caption="sks, cat, close-up")
+    stage.add("rocket", "3_rockets/rocket.bmp", caption="sks, rocket, night")
+    return stage
+
+
+def left_by(stage) -> dict[str, object]:
+    """What counts of the files of a finished run: LoRA files and metrics, the dates in them aside."""
+    found = {}
+    for path in sorted((stage.output / "lora").glob("*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            header = {name: value for name, value in file.metadata().items() if name not in TIMES}
+            found[path.name] = header, {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+    found["metrics"] = (stage.output / "lora" / "metrics.jsonl").read_bytes()
+    return found
+
+
+def being_written(folder: Path) -> bool:
+    """Whether a file in `folder` is half written at this moment."""
+    return any(path.name.startswith(".") and path.name != ".lock" for path in folder.rglob("*")) if folder.is_dir() else False
+
+
+def moment(stage, kind: str, chance: random.Random, whole_run_s: float):
+    """A function that says whether the moment has come at which a run is to be killed."""
+    begin, after = time.monotonic(), chance.uniform(0, whole_run_s)
+    folder = {"save": stage.output / "state", "cache": stage.output / "cache", "lora": stage.output / "lora"}.get(kind)
+    skipped = chance.randrange(4)
+    seen = False
+
+    def has_come() -> bool:
+        nonlocal skipped, seen
+        if folder is None:
+            return time.monotonic() - begin > after
+        now = being_written(folder)
+        skipped -= seen and not now
+        seen = now
+        return now and skipped <= 0
+
+    return has_come
+
+
+def killed_until_done(stage, forks, kills: int, chance: random.Random, expected: dict, whole_run_s: float) -> dict[str, int]:
+    """Start runs and kill them until `kills` of them were killed; whatever ends is compared with `expected`. Returns how
+    often each kind of moment was hit, and how many runs came to their end."""
+    hits = dict.fromkeys(("any", "save", "cache", "lora", "ended"), 0)
+    while sum(hits.values()) - hits["ended"] < kills or hits["ended"] == 0:
+        last = sum(hits.values()) - hits["ended"] >= kills
+        kind = chance.choice(("any", "any", "save", "save", "cache", "lora"))
+        process = forks.start({name: str(value) for name, value in (stage.variables | VARIABLES).items()})
+        has_come = moment(stage, kind, chance, whole_run_s)
+        while os.path.exists(f"/proc/{process}/fd") and not is_zombie(process):
+            if not last and has_come():
+                os.kill(process, signal.SIGKILL)
+                break
+            time.sleep(0.0005)
+        code = forks.ended()
+        if code == -signal.SIGKILL:
+            hits[kind] += 1
+            continue
+        assert code == 0, forks.log.read_text()
+        assert left_by(stage) == expected
+        assert not being_written(stage.output / "state")
+        hits["ended"] += 1
+        for folder in chance.choice(([""], ["lora", "state"])):
+            shutil.rmtree(stage.output / folder)
+    return hits
+
+
+def is_zombie(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def uninterrupted(stage, forks) -> tuple[dict, float]:
+    """What a run leaves that nobody kills, and how long it takes; its output folder is emptied again."""
+    begin = time.monotonic()
+    forks.start({name: str(value) for name, value in (stage.variables | VARIABLES).items()})
+    assert forks.ended() == 0, forks.log.read_text()
+    took = time.monotonic() - begin
+    expected = left_by(stage)
+    assert {"sks.safetensors", "sks-best.safetensors", "sks-000002.safetensors"} <= expected.keys()
+    shutil.rmtree(stage.output)
+    return expected, took
+
+
+def test_a_few_kills(victim, forks):
+    expected, took = uninterrupted(victim, forks)
+    killed_until_done(victim, forks, 5, random.Random(), expected, took)
+
+
+@pytest.mark.kill
+@pytest.mark.timeout(7200)
+def test_sixty_kills(victim, forks, capsys):
+    seed = int(time.time())
+    expected, took = uninterrupted(victim, forks)
+    hits = killed_until_done(victim, forks, 60, random.Random(seed), expected, took)
+    with capsys.disabled():
+        print(f"\nseed {seed}: killed {hits}, a whole run takes {took:.1f} s")
+    assert hits["save"] >= 5
+    assert hits["cache"] >= 1

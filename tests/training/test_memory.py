@@ -1,0 +1,231 @@
+"""The memory guard: what it reads, what it decides, and a real shortage of memory with the floor scaled to it."""
+
+import contextlib
+import http.server
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from errors import ResourceError
+from training.config import TrainSettings
+from training.device import StepMemory
+from training.fitting import fitted, fitting_batch, what_fits
+from training.memory import GIB, KERNEL, Floors, Memory, MemoryFiles, Watch, comfyui_hint, floors, largest_other_process
+from training.plan import circumstances
+
+SPARK = Floors(8 * GIB, 128 * GIB)
+MEMINFO = """MemTotal:       {total} kB
+MemFree:          1234 kB
+MemAvailable:   {available} kB
+Buffers:           100 kB
+HugePages_Total:       0
+"""
+PRESSURE = "some avg10=99.00 avg60=1.00 avg300=0.00 total=1\nfull avg10={full} avg60=0.00 avg300=0.00 total=2\n"
+
+
+class FakeKernel:
+    """Files as those of /proc, with figures that a test sets."""
+
+    def __init__(self, folder):
+        self.files = MemoryFiles(folder / "meminfo", folder / "memory")
+
+    def says(self, available_gib: float, full: str = "0.00") -> MemoryFiles:
+        self.files.meminfo.write_text(MEMINFO.format(total=128 * 2**20, available=int(available_gib * 2**20)), encoding="ascii")
+        self.files.pressure.write_text(PRESSURE.format(full=full), encoding="ascii")
+        return self.files
+
+
+@pytest.fixture
+def kernel(tmp_path):
+    return FakeKernel(tmp_path)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The signals that the guard sends."""
+    sent = []
+    monkeypatch.setattr("training.memory.os.kill", lambda process, signum: sent.append((process, signum)))
+    return sent
+
+
+def test_figures_come_from_meminfo_and_pressure(kernel):
+    assert kernel.says(20.5, "3.25").read() == Memory(128 * GIB, int(20.5 * GIB), 3.25)
+    kernel.files.pressure.unlink()
+    assert kernel.files.read().pressure == 0.0
+
+
+def test_this_machine_says_what_it_has():
+    memory = KERNEL.read()
+    assert 0 < memory.available <= memory.total
+
+
+def test_floors_of_a_spark_are_16_12_and_8_gib():
+    limits = floors("auto", 128 * GIB, is_shared=True)
+    assert (limits.reserve, limits.warn, limits.stop, limits.emergency) == (16 * GIB, 12 * GIB, 8 * GIB, 2 * GIB)
+    assert floors("auto", 128 * GIB, is_shared=False) is None
+    assert floors(0.0, 128 * GIB, is_shared=True) is None
+    assert floors(3.0, 128 * GIB, is_shared=False) == Floors(3 * GIB, 128 * GIB)
+
+
+def test_caches_first_then_the_end_after_two_looks(kernel, asked, capsys):
+    watch = Watch(SPARK, kernel.says(13))
+    watch.look()
+    assert (watch.wants_empty_caches, asked) == (False, [])
+    kernel.says(11)
+    watch.look()
+    assert watch.wants_empty_caches
+    kernel.says(7)
+    watch.look()
+    kernel.says(9)
+    watch.look()
+    kernel.says(7)
+    watch.look()
+    assert asked == []
+    watch.look()
+    assert asked == [(os.getpid(), signal.SIGUSR1)]
+    watch.look()
+    assert len(asked) == 1
+    assert "7.0 GiB of memory are available" in capsys.readouterr().err
+
+
+def test_pressure_ends_the_run_although_memory_seems_free(kernel, asked):
+    watch = Watch(SPARK, kernel.says(50, full="10.01"))
+    watch.look()
+    watch.look()
+    assert len(asked) == 1
+
+
+def test_no_time_is_lost_when_nearly_nothing_is_left(kernel, monkeypatch, asked):
+    codes = []
+    monkeypatch.setattr("training.memory.os._exit", codes.append)
+    Watch(SPARK, kernel.says(1.9)).look()
+    assert codes == [75]
+
+
+SIZE = StepMemory(fixed=10 * GIB, per_pixel=1024, per_pixel_checkpointed=256)
+MEGAPIXELS = 4 * 2**20
+"""4 GiB per picture, 1 GiB with checkpointing."""
+
+
+def with_run(batch: int, accumulation: int = 1, checkpointing="auto") -> TrainSettings:
+    from dataclasses import replace
+
+    plain = TrainSettings()
+    run = replace(plain.run, train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    return replace(plain, run=run, model=replace(plain.model, gradient_checkpointing=checkpointing))
+
+
+def decided(settings: TrainSettings, available_gib: int) -> tuple[int, int, bool]:
+    settings = fitted(settings, SIZE, MEGAPIXELS, available_gib * GIB, SPARK, lambda: "; hint")
+    return settings.run.train_batch_size, settings.run.gradient_accumulation_steps, settings.model.gradient_checkpointing
+
+
+def test_batch_becomes_what_fits_and_accumulation_makes_up_for_it(capsys):
+    assert decided(with_run(4), 42) == (4, 1, False)
+    assert capsys.readouterr().out == ""
+    assert decided(with_run(4), 41) == (4, 1, True)
+    assert decided(with_run(6), 31) == (3, 2, True)
+    said = capsys.readouterr().out
+    assert said.startswith("batch size 6 needs about 16.0 GiB of memory; 31.0 GiB are available, of which 16.0 stay in reserve")
+    assert said.endswith(": it is 3 now\n")
+    assert decided(with_run(5, 3), 30) == (3, 5, True)
+    assert decided(with_run(4, checkpointing=False), 31) == (1, 4, False)
+
+
+def test_what_does_not_fit_at_all_is_refused_with_every_figure():
+    with pytest.raises(ResourceError) as refused:
+        decided(with_run(4), 26)
+    for words in ("11.0 GiB of memory at batch size 1", "26.0 GiB are available", "16.0 stay in reserve", "; hint", "(process "):
+        assert words in str(refused.value)
+
+
+def test_full_gpu_is_answered_with_what_fits():
+    assert what_fits(with_run(4, checkpointing=False), SIZE, MEGAPIXELS, 14 * GIB) == "set GRADIENT_CHECKPOINTING=true"
+    answer = what_fits(with_run(8, checkpointing=True), SIZE, MEGAPIXELS, 14 * GIB)
+    assert answer == "set GRADIENT_CHECKPOINTING=true TRAIN_BATCH_SIZE=4 GRADIENT_ACCUMULATION_STEPS=2, which fits"
+    assert "lower RESOLUTION" in what_fits(with_run(8, checkpointing=True), SIZE, MEGAPIXELS, 9 * GIB)
+    assert fitting_batch(7, 8, lambda batch: batch, 100) == 4
+
+
+def test_another_batch_in_the_same_step_may_change_between_stop_and_resume():
+    assert {"train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"} <= circumstances(TrainSettings()).keys()
+
+
+HOG = """
+import sys, time
+held = []
+for _ in range(int(sys.argv[1])):
+    held.append(bytes(range(256)) * 2**17)
+    time.sleep(0.02)
+print("holding", flush=True)
+time.sleep(600)
+"""
+
+
+@contextlib.contextmanager
+def hogging(pieces: int):
+    """Another program that takes so many pieces of 32 MiB, and has them when the block begins."""
+    hog = subprocess.Popen([sys.executable, "-c", HOG, str(pieces)], stdout=subprocess.PIPE)
+    try:
+        assert hog.stdout.readline() == b"holding\n"
+        yield
+    finally:
+        hog.kill()
+        hog.communicate()
+
+
+def test_largest_process_is_the_largest_but_this_one():
+    with hogging(pieces=32):
+        name, size = largest_other_process()
+    assert size >= GIB
+    assert "(process " in name
+
+
+class ComfyUI(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/system_stats" else 404)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_comfyui_is_named_if_it_answers(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ComfyUI) as server:
+        threading.Thread(target=server.serve_forever).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert f"{address}/free" in comfyui_hint(address + "/")
+        server.shutdown()
+    assert comfyui_hint(address) == ""
+
+
+def test_a_real_shortage_ends_the_run_with_75_and_the_next_one_goes_on(stage):
+    """The floor lies so high that a program that takes a few GiB gets below it."""
+    stage.add("astronaut")
+    stage.add("coffee")
+    memory = KERNEL.read()
+    floor = (memory.available - memory.total // 16) / GIB - 1.5
+    long = {"NUM_TRAIN_EPOCHS": 100000, "SAVE_EVERY_EPOCHS": 0, "LORA_TARGETS": "attention", "MEMORY_FLOOR_GIB": floor}
+    run = stage.start(**long)
+    metrics = stage.output / "lora" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    with hogging(int((KERNEL.read().available / GIB - floor) * 32) + 16):
+        _, said = run.communicate(timeout=120)
+    assert run.returncode == 75, said
+    assert "memory guard: " in said
+    assert "stopped by the memory guard" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    again = stage.start(**long | {"MEMORY_FLOOR_GIB": 0})
+    lines = list(itertools.takewhile(lambda line: "steps to go" not in line, again.stdout))
+    again.kill()
+    _, said = again.communicate()
+    assert "continuing at step" in "".join(lines), said
