@@ -4,6 +4,8 @@ These tests are skipped where there is no GPU. benchmarks/README.md says when an
 """
 
 import copy
+import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,12 +33,11 @@ STEPS, RATE = 50, 1e-3
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder = tiny_sdxl.build(tmp_path_factory.mktemp("models") / "medium", size=MEDIUM)
-    return find_base(str(folder), folder.parent)
+    return tiny_sdxl.build(tmp_path_factory.mktemp("models") / "medium", size=MEDIUM)
 
 
-def fresh(base, dtype: torch.dtype) -> tuple[torch.nn.Module, LoraWeights]:
-    unet = load_unet(base, torch.device("cuda"), dtype)
+def fresh(base: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, LoraWeights]:
+    unet = load_unet(find_base(str(base), base.parent), torch.device("cuda"), dtype)
     return unet, inject(unet, LoraSettings(lora_rank=8, lora_alpha=8.0), seed=3)
 
 
@@ -64,8 +65,9 @@ def goal() -> Objective:
     return Objective("epsilon", alphas_cumprod(Schedule()).float().cuda(), 5.0, 0.0357, 0.13025)
 
 
+@functools.cache
 def trained(
-    base, *, captures: bool, recomputes: bool = False, micro_batches: int = 1
+    base: Path, *, captures: bool, recomputes: bool = False, micro_batches: int = 1
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and learned changes of 50 steps of ours."""
     unet, lora = fresh(base, torch.bfloat16)
