@@ -11,9 +11,9 @@ need qemu-aarch64-static qemu-user-static
 ((EUID == 0)) || { echo "arm64_test.sh: only root can do this: sudo make arm64-test" >&2 && exit 2; }
 
 place=$(mktemp -d "${1:-/var/tmp}/loracat-arm64.XXXXXX")
-root=$place/root formats=/proc/sys/fs/binfmt_misc registered="" mounted=""
+root=$place/root formats=/proc/sys/fs/binfmt_misc registered="" mounted=()
 clean_up() {
-    [[ ! $mounted ]] || umount "$root/proc"
+    for ((n = ${#mounted[@]} - 1; n >= 0; n--)); do umount "${mounted[n]}"; done
     [[ ! $registered ]] || echo -1 >"$formats/qemu-aarch64"
     rm -rf --one-file-system "$place"
 }
@@ -32,8 +32,20 @@ debootstrap --arch arm64 --variant=minbase --include=ca-certificates,make,python
 rm -f "$root"/usr/lib/python3*/EXTERNALLY-MANAGED
 cp -L /etc/resolv.conf "$root/etc/resolv.conf"
 cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
-mount --bind /proc "$root/proc"
-mounted=yes
+bind() {
+    mount --bind "$1" "$2"
+    mounted+=("$2")
+    mount --make-private "$2"
+}
+bind /proc "$root/proc"
+bind /sys "$root/sys"
+# torch asks these two which processor it has, and stops when an ARM64 program finds an x86-64 there: a Cortex-A76 takes its place.
+for cpu in 0 1; do
+    printf '%s\t: %s\n' processor $cpu BogoMIPS 100.00 Features 'fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid' \
+        'CPU implementer' 0x41 'CPU architecture' 8 'CPU variant' 0x0 'CPU part' 0xd0b 'CPU revision' 1
+    echo
+done >"$place/cpuinfo"
+bind "$place/cpuinfo" "$root/proc/cpuinfo"
 in_root() {
     chroot "$root" env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 OMP_NUM_THREADS=1 \
         PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CERT=/etc/ssl/certs/ca-certificates.crt "$@"
