@@ -3,6 +3,7 @@
 import os
 import pty
 import subprocess
+import termios
 import threading
 import time
 import uuid
@@ -144,6 +145,7 @@ def test_terminal_shows_progress(clone):
     assert clone.run("--collect").returncode == 0
     how = clone.compose("run", "--rm", *ONE_THREAD, "loracat-cpu", "--caption")
     screen, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 120))
     process = subprocess.Popen(**{**how, "stdin": end, "stdout": end, "stderr": end})
     os.close(end)
     seen = b""
