@@ -16,6 +16,7 @@ from typing import Literal
 import requests
 
 from errors import MEMORY_SIGNAL
+from settings import without_logins
 
 GIB = 2**30
 FULL_PRESSURE = 10.0
@@ -101,12 +102,15 @@ def largest_other_process() -> tuple[str, int]:
     return max(sizes.items(), key=lambda item: item[1], default=("none", 0))
 
 
-def comfyui_hint(address: str) -> str:
-    """How ComfyUI gives its models' memory back, if it answers at `address`; else nothing."""
-    with suppress(requests.RequestException):
-        if requests.get(f"{address.rstrip('/')}/system_stats", timeout=2).ok:
-            body = """'{"unload_models": true, "free_memory": true}'"""
-            return f"; ComfyUI unloads its models on: curl -H 'Content-Type: application/json' -d {body} {address.rstrip('/')}/free"
+def comfyui_hint(addresses: str) -> str:
+    """How the first ComfyUI among `addresses`, separated by commas, that answers gives its memory back; else nothing."""
+    body = """'{"unload_models": true, "free_memory": true}'"""
+    for address in addresses.split(","):
+        server = address.strip().rstrip("/")
+        with suppress(requests.RequestException):
+            if requests.get(f"{server}/system_stats", timeout=2).ok:
+                shown = without_logins(server)
+                return f"; ComfyUI unloads its models on: curl -H 'Content-Type: application/json' -d {body} {shown}/free"
     return ""
 
 

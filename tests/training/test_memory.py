@@ -202,6 +202,9 @@ def test_comfyui_is_named_if_it_answers(monkeypatch):
         threading.Thread(target=server.serve_forever).start()
         address = f"http://127.0.0.1:{server.server_port}"
         assert f"{address}/free" in comfyui_hint(address + "/")
+        with_login = comfyui_hint("http://127.0.0.1:9, " + address.replace("//", "//me:secret@"))
+        assert "/free" in with_login
+        assert "secret" not in with_login
         server.shutdown()
     assert comfyui_hint(address) == ""
 
