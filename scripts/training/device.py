@@ -43,7 +43,7 @@ class Precision:
 def choose_precision(mixed_precision: Literal["bf16", "fp16", "no"], gpu: int | None = None) -> Precision:
     """The NVIDIA GPU of that number, or the first one, in `mixed_precision`; without one the CPU in fp32."""
     if torch.cuda.is_available():
-        return Precision(torch.device("cuda", gpu), _DTYPES[mixed_precision])
+        return Precision(gpu_device(gpu), _DTYPES[mixed_precision])
     return Precision(torch.device("cpu"), torch.float32)
 
 
@@ -59,12 +59,17 @@ def make_deterministic() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def gpu_device(gpu: int | None) -> torch.device:
+    """The GPU of that number; None: the current one."""
+    return torch.device("cuda") if gpu is None else torch.device("cuda", gpu)
+
+
 def wake_gpu(gpu: int | None) -> None:
     """Begin to create the GPU's context in a thread: it takes a second or two in which other modules can be imported."""
 
     def create() -> None:
         if torch.cuda.is_available():
-            torch.empty(1, device=torch.device("cuda", gpu))
+            torch.empty(1, device=gpu_device(gpu))
 
     threading.Thread(target=create, daemon=True).start()
 
@@ -93,7 +98,8 @@ def limit_gpu_memory(device: torch.device, bytes_left: int) -> None:
     before the machine freezes."""
     if device.type == "cuda" and shares_memory(device):
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, bytes_left / total), device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_per_process_memory_fraction(min(1.0, bytes_left / total), index)
 
 
 @dataclass(frozen=True)
