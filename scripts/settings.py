@@ -86,7 +86,7 @@ class CollectSettings:
         endpoints = [each.strip() for each in self.comfyui_endpoint.split(",")]
         if not all(each.startswith(("http://", "https://")) for each in endpoints if each):
             yield f"comfyui_endpoint: {without_logins(self.comfyui_endpoint)!r} must begin with http:// or https://"
-        if self.comfyui_headers and not _is_object_of_texts(self.comfyui_headers):
+        if self.comfyui_headers and not _are_headers(self.comfyui_headers):
             yield 'comfyui_headers: must be a JSON object of texts such as {"Authorization": "Bearer ..."}'
         if self.new_seeds and self.global_seed is not None:
             yield "new_seeds and global_seed contradict each other: unset one of them"
@@ -396,13 +396,18 @@ def without_logins(value: Any) -> Any:
     return re.sub(r"//[^/\s]*@", "//***@", value) if isinstance(value, str) else value
 
 
-def _is_object_of_texts(text: str) -> bool:
+def _are_headers(text: str) -> bool:
+    """Whether `text` is a JSON object of HTTP headers that can be sent (RFC 9110, 5.1 and 5.5)."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    texts = [*content, *content.values()] if isinstance(content, dict) else [None]
-    return all(isinstance(each, str) and each.isprintable() and each.isascii() for each in texts)
+    pairs = content.items() if isinstance(content, dict) else [("", None)]
+    return all(re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) and _is_header_value(value) for name, value in pairs)
+
+
+def _is_header_value(value: Any) -> bool:
+    return isinstance(value, str) and value.isascii() and value.isprintable() and value == value.strip()
 
 
 def _as_toml(value: Any) -> Any:

@@ -115,6 +115,8 @@ REQUESTS: dict[str, tuple[str, str, Callable[[Asked, Really], Answer]]] = {
     "away_502": ("", "/", _answer(502, _BAD_GATEWAY)),
     "away_503": ("", "/", _answer(503)),
     "away_504": ("", "/", _answer(504)),
+    "away_524": ("", "/", _answer(524, b"error code: 524")),
+    "busy_429": ("", "/", _answer(429, b"Too Many Requests")),
     "login_page": ("", "/", _answer(200, _LOGIN)),
     "login_redirect": ("", "/", _answer(302, b"", None, Location="/login?next=%2F")),
     "unauthorized": ("", "/", _answer(401, _LOGIN)),

@@ -26,8 +26,8 @@ BODY_TIMEOUT_S = 600
 MOST_BODY_BYTES = 256 * 2**20
 PATIENCE_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Pauses between the tries of a request that may be repeated."""
-BEHIND_A_PROXY = (502, 503, 504)
-"""What a proxy answers when ComfyUI behind it does not."""
+BEHIND_A_PROXY = (408, 429, 502, 503, 504, *range(520, 528))
+"""What a proxy answers when ComfyUI behind it does not, or when it asks for patience; above 520 it is Cloudflare."""
 
 
 class Away(ComfyUIError):
@@ -81,7 +81,7 @@ class Transport:
             pause_s = next(pauses_s, None)
             try:
                 reply = self.once(method, path, **content)
-                if reply.status < 500 or pause_s is None:
+                if not _ails(reply) or pause_s is None:
                     return reply
             except Away:
                 if pause_s is None:
@@ -139,9 +139,9 @@ class Transport:
             404: "does not know it: is this ComfyUI's own address?",
             413: "finds it too large: raise the body limit of the proxy, or --max-upload-size",
             500: "failed over it: the terminal in which ComfyUI runs says why",
-            **dict.fromkeys(BEHIND_A_PROXY, "is away behind its proxy: is ComfyUI running?"),
+            **dict.fromkeys(BEHIND_A_PROXY, "is away behind its proxy, or the proxy asks for patience: is ComfyUI running?"),
         }
-        kind = Away if status >= 500 else ComfyUIError
+        kind = Away if _ails(reply) else ComfyUIError
         return kind(f"{self._named} answers {path} with {status}: it {reasons.get(status, 'did not expect it')}")
 
     def _broken(self, error: requests.RequestException) -> ComfyUIError:
@@ -174,6 +174,11 @@ class Transport:
     @property
     def _named(self) -> str:
         return f"ComfyUI at {self.address.url}"
+
+
+def _ails(reply: Reply) -> bool:
+    """Whether the same request may be answered better later."""
+    return reply.status >= 500 or reply.status in BEHIND_A_PROXY
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -62,7 +62,7 @@ def wait_for(condition, seconds=10.0):
 # What passes: the collector asks again and nothing is lost, sent twice or stored twice.
 
 PASSING = [
-    *[(name, "/history/") for name in ("reset", "server_error", "away_502", "away_503", "away_504", "cut_off")],
+    *[(name, "/history/") for name in ("reset", "server_error", "away_502", "away_503", "away_504", "busy_429", "cut_off")],
     *[(name, "/view") for name in ("reset", "server_error", "away_502", "cut_off", "wrong_length")],
     *[(name, "/view") for name in ("picture_empty", "picture_of_html", "picture_cut_off", "picture_corrupt")],
     *[(name, "/upload") for name in ("reset", "server_error", "away_503")],
@@ -79,7 +79,7 @@ def test_fault_that_passes_costs_nothing(batch, standin, collect, name, on):
     assert prompts_sent(standin) == [entry["prompt"] for entry in PROMPTS]
 
 
-@pytest.mark.parametrize("name", ["answer_lost", "reset", "away_502", "away_504", "prompt_lost", "own_ids"])
+@pytest.mark.parametrize("name", ["answer_lost", "reset", "away_502", "away_504", "away_524", "busy_429", "prompt_lost", "own_ids"])
 def test_submission_that_went_wrong_is_looked_up_and_sent_again_only_if_it_is_lost(batch, standin, collect, name):
     standin.fault(name, "/prompt", times=2)
     result = collect()
@@ -383,7 +383,8 @@ def test_server_that_dies_gives_its_entries_to_the_others(both, standin, other, 
     other.restart()
     assert result.code == 0
     assert "Its work goes to the others" in result.out
-    assert result.out.count(other.url) == 2
+    assert "could not be freed" not in result.out
+    assert "stays in the queue" not in result.out
     assert_complete(both, 8)
 
 

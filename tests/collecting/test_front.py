@@ -95,7 +95,20 @@ def test_certificate_file_that_is_not_there_is_a_wrong_setting(batch, collect):
     assert "comfyui_ca_bundle: there is no file" in result.err
 
 
-@pytest.mark.parametrize("headers", ["Bearer hush", "[]", '{"a": 1}', '{"a": "b\\nc"}', '{"a": "\\u732b"}', "[" * 100000])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        "Bearer hush",
+        "[]",
+        '{"a": 1}',
+        '{"a": "b\\nc"}',
+        '{"a": "\\u732b"}',
+        '{"a b": "c"}',
+        '{"": "c"}',
+        '{"a": " b"}',
+        "[" * 100000,
+    ],
+)
 def test_headers_that_cannot_be_sent_are_a_wrong_setting_and_not_shown(batch, collect, headers):
     result = collect(COMFYUI_HEADERS=headers)
     assert result.code == 2
