@@ -3,6 +3,7 @@
 # make check   style of the Python and shell files
 # make kill-test
 #              kill programs at many instants and run them again; takes minutes
+# make bench   speed of training on this machine's NVIDIA GPU
 # make clean   remove what these made
 # make container-test BASE_IMAGE=nvcr.io/nvidia/pytorch:26.01-py3
 #              build the image on that base and run the miniature world in it; needs Docker with Compose
@@ -15,13 +16,16 @@ VENV := .venv
 SHELL_FILES := $(wildcard scripts/*.sh container/*.sh .ci/run)
 
 .NOTPARALLEL:
-.PHONY: demo test kill-test check clean container-test arm64-wheels arm64-test
+.PHONY: demo test bench kill-test check clean container-test arm64-wheels arm64-test
 
 demo: $(VENV)/complete
 	$(VENV)/bin/python -m demo
 
 test: $(VENV)/complete
 	$(VENV)/bin/python -m pytest
+
+bench: $(VENV)/complete
+	PYTHONPATH=scripts $(VENV)/bin/python -m benchmarks.train
 
 kill-test: $(VENV)/complete
 	$(VENV)/bin/python -m pytest -m kill
