@@ -165,13 +165,13 @@ def test_what_lies_among_the_pictures_and_is_not_used_is_named(stage):
 def flag(stage, **digests: str) -> None:
     """An audit that finds fault with these pictures, as the caption stage writes it."""
     found = {f"{name}.png": {"flaws": {"blurred": "1.2", "small": "300x200"}, "sha256": digest} for name, digest in digests.items()}
-    write_json(DatasetFolder(stage.dataset).audit, {"flagged": found})
+    write_json(DatasetFolder(stage.dataset).audit, {"resolution": 64, "flagged": found})
 
 
 def test_flagged_pictures_are_left_out_when_that_is_wanted_and_they_are_still_the_same(stage):
     paths = {name: stage.add(name) for name in ("astronaut", "coffee", "chelsea")}
     flag(stage, coffee=sha256_of(paths["coffee"]), chelsea="of a picture that was there before", gone="0")
-    assert flagged_pictures(DatasetFolder(stage.dataset)) == {"coffee.png": "blurred, small"}
+    assert flagged_pictures(DatasetFolder(stage.dataset), 64) == {"coffee.png": "blurred, small"}
     said = stage.run("--check", SKIP_FLAGGED=1).stdout
     assert "left out, because flagged: coffee.png (blurred, small)" in said
     assert [example.name for example in read_examples(stage.images, 0, {"coffee.png"})] == ["astronaut.png", "chelsea.png"]
@@ -184,6 +184,9 @@ def test_pictures_that_are_all_flagged_or_were_never_looked_at(stage):
     assert never.returncode == 3
     assert "audit.json is missing or damaged; run the caption stage first" in never.stderr
     flag(stage, coffee=sha256_of(path))
+    of_another = stage.run(SKIP_FLAGGED=1, RESOLUTION=128)
+    assert of_another.returncode == 3
+    assert "was made for 64 px; run the caption stage again with RESOLUTION=128" in of_another.stderr
     nothing_left = stage.run(SKIP_FLAGGED=1)
     assert nothing_left.returncode == 3
     assert "all 1 pictures are flagged; replace some, or set SKIP_FLAGGED=0" in nothing_left.stderr
