@@ -180,8 +180,9 @@ def remove(folder: Path) -> None:
 
 
 def lay_aside(folder: Path) -> None:
-    """Move the states in `folder`, if there are any, to the first free `<folder>-old-N`."""
-    if not folder.exists():
+    """Move the states in `folder`, if there are any, to the first free `<folder>-old-N`; half of a first one is removed."""
+    if not _records(folder):
+        remove(folder)
         return
     number = 1
     while (aside := folder.with_name(f"{folder.name}-old-{number}")).exists():

@@ -125,6 +125,19 @@ def test_half_a_save_is_no_state_and_goes_with_the_next_one(two_states, training
     assert sorted(path.name for path in folder.iterdir()) == ["step-000000004.json", "step-000000004.safetensors"]
 
 
+def test_half_of_a_first_save_is_not_laid_aside(tmp_path, training, capsys):
+    folder = tmp_path / "state"
+    folder.mkdir()
+    (folder / ".tmpabc").write_bytes(b"half")
+    checkpoint.lay_aside(folder)
+    assert list(tmp_path.iterdir()) == []
+    training.step()
+    checkpoint.write(folder, training.snapshot(), IDENTITY, keep=2)
+    checkpoint.lay_aside(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["state-old-1"]
+    assert "laid aside in" in capsys.readouterr().out
+
+
 def test_newest_goes_by_number_and_not_by_time(two_states):
     folder, _ = two_states
     for path in folder.glob("step-000000001.*"):
