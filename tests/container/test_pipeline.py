@@ -122,7 +122,7 @@ def test_doctor_names_everything_that_is_wrong_with_its_remedy(clone, comfyui):
     comfyui.stop = lambda: None
     checked = clone.run("--check", BASE_MODEL="absent", CAPTION_MODEL="absent")
     assert checked.returncode == 4, checked.stdout
-    for words in ("--listen 0.0.0.0", "absent", "no pictures"):
+    for words in ("--listen 0.0.0.0", "base model 'absent'", "0 pictures so far"):
         assert words in checked.stdout
     assert len(checked.stdout.splitlines()) <= A_SCREEN, checked.stdout
 
