@@ -8,8 +8,8 @@ import pytest
 
 from settings import REPOSITORY
 
-OF_THE_BASE = ["torch==2.10.0", "numpy==2.1.0"]
-"""What NVIDIA's image has, as far as the package index has it too."""
+OF_THE_BASE = ["numpy==2.1.0"]
+"""NVIDIA's image has this one from the package index; its torch is NVIDIA's own, and the newest one stands in for it."""
 GLIBC_MINORS = range(17, 40)
 """Ubuntu 24.04 has glibc 2.39; a wheel says the oldest glibc that it runs with."""
 
