@@ -1,6 +1,6 @@
 """SIGKILL at any instant, also inside a save and while the caches fill: the run that follows ends as if nothing had been.
 
-`make test` kills a few times, `make kill-test` at least sixty times, and a pair of processes, too.
+`make test` kills a few times, `make kill-test` at least sixty times.
 """
 
 import json
