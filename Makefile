@@ -22,7 +22,7 @@ demo: $(VENV)/complete
 	$(VENV)/bin/python -m demo
 
 test: $(VENV)/complete
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 bench: $(VENV)/complete
 	PYTHONPATH=scripts $(VENV)/bin/python -m benchmarks.train

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     from training.device import wake_gpu  # torch and diffusers take seconds to import; a wrong setting is refused before
 
     wake_gpu(place().gpu)
-    from training import doctor, task
+    from training import carry_out, doctor, task
     from training.memory import watched
     from training.processes import joined
     from training.results import only_run_in
@@ -42,11 +42,11 @@ def main(argv: list[str]) -> None:
         if processes.is_first:
             task.make_room(run)
         task.prepare_device(run)
-        with task.memory_in_our_words(run), watched(run.floors) as guard, task.coming_unet(run) as unet:
-            data = task.encode(run)
-            modules, progress = task.train(run, data, unet(), guard)
+        with task.memory_in_our_words(run), watched(run.floors) as guard, carry_out.coming_unet(run) as unet:
+            data = carry_out.encode(run)
+            modules, progress = carry_out.train(run, data, unet(), guard)
         if processes.is_first:
-            task.finish(run, modules, progress)
+            carry_out.finish(run, modules, progress)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 
 import train_lora
 from errors import exit_code_of
-from training import doctor, task  # noqa: F401 - what main would import
+from training import carry_out, doctor, task  # noqa: F401 - what main would import
 
 torch.set_num_threads(1)
 
