@@ -78,6 +78,7 @@ def test_with_a_key_the_steps_reach_weights_and_biases(told, tmp_path, wandb, mo
     key = "0123456789" * 4
     monkeypatch.setenv("WANDB_API_KEY", key)
     assert len(told([0, 1], wandb_api_key=key, wandb_project="faces")) == 2
+    wandb.teardown()  # its service may still be writing when the run is finished
     (record,) = (tmp_path / "logs" / "wandb").glob("offline-run-*/run-*.wandb")
     content = record.read_bytes()
     assert b"faces" in content
