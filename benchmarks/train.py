@@ -36,7 +36,6 @@ class Job:
     pictures: str
     """Folder of the data set."""
     epochs: int
-    steps: int
     settings: dict[str, object]
 
 
@@ -148,7 +147,7 @@ def measured(folder: Path, name: str, pictures: str, batch: int, settings: dict[
     short, long = 24 * 4 // batch // per_epoch + 1, 104 * 4 // batch // per_epoch + 1
     seconds, logs = [], []
     for epochs in (short, long):
-        job = Job(f"{name}, {epochs} epochs", pictures, epochs, epochs * per_epoch, {"train_batch_size": batch} | settings)
+        job = Job(f"{name}, {epochs} epochs", pictures, epochs, {"train_batch_size": batch} | settings)
         took, log = run(folder, job)
         seconds.append(took)
         logs.append(log)
@@ -163,7 +162,7 @@ def measured(folder: Path, name: str, pictures: str, batch: int, settings: dict[
 
 def whole_job(folder: Path, name: str) -> str:
     """32 pictures, 20 epochs, batch 4, as the settings' defaults have it."""
-    took, log = run(folder, Job(name, "one", 20, 160, {"train_batch_size": 4, "gradient_checkpointing": "auto"}))
+    took, log = run(folder, Job(name, "one", 20, {"train_batch_size": 4, "gradient_checkpointing": "auto"}))
     return f"{name:32s} {took:6.1f} s\n{log}"
 
 

@@ -1,6 +1,5 @@
 """Which device, which precision, and how much memory a step takes there."""
 
-import contextlib
 import math
 import os
 import threading
@@ -32,12 +31,6 @@ class Precision:
     def scales_loss(self) -> bool:
         """fp16's range is too small for gradients: the loss is scaled up and they are scaled down again."""
         return self.dtype == torch.float16
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """The context of the forward pass."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
 
 
 def choose_precision(mixed_precision: Literal["bf16", "fp16", "no"], gpu: int | None = None) -> Precision:

@@ -56,6 +56,14 @@ def wait_for(condition) -> None:
         time.sleep(0.002)
 
 
+def ends_with(space, pictures) -> None:
+    """Run to the end, without a complaint; exactly these pictures are there then."""
+    process = space.start()
+    out, err = process.communicate(timeout=LONGEST_WAIT_S)
+    assert (process.returncode, err) == (0, ""), out
+    assert space.pictures() == pictures
+
+
 def kill_once(folder: Path, mode: str, wanted: tuple[dict[str, bytes], float], share: float) -> None:
     """Kill after `share` of the time that a whole run talks to the server, then run to the end."""
     pictures, whole_s = wanted
@@ -66,10 +74,7 @@ def kill_once(folder: Path, mode: str, wanted: tuple[dict[str, bytes], float], s
         time.sleep(share * whole_s)
         process.kill()
         process.communicate()
-        process = space.start()
-        out, err = process.communicate(timeout=LONGEST_WAIT_S)
-        assert (process.returncode, err) == (0, ""), out
-        assert space.pictures() == pictures
+        ends_with(space, pictures)
         assert sorted(line["file"] for line in space.manifest()) == sorted(f"images/{name}" for name in pictures)
         assert server.worker.executed_jobs == (len(PROMPTS) if mode == "batch" else 1)
 
@@ -101,8 +106,5 @@ def test_killed_again_and_again(tmp_path, undisturbed, number):
             time.sleep(draws.random() * whole_s / 3)
             process.kill()
             process.communicate()
-        process = space.start()
-        out, err = process.communicate(timeout=LONGEST_WAIT_S)
-        assert (process.returncode, err) == (0, ""), out
-        assert space.pictures() == pictures
+        ends_with(space, pictures)
         assert server.worker.executed_jobs == len(PROMPTS)
