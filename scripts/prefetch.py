@@ -1,8 +1,9 @@
-"""Threads that work a few items ahead of a loop; the order of the items is kept."""
+"""Threads that work ahead of whoever needs the result."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 Item, Made = TypeVar("Item"), TypeVar("Made")
@@ -27,3 +28,13 @@ def prefetched(make: Callable[[Item], Made], items: Iterable[Item], workers: int
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def coming(make: Callable[[], Made], *, begins_now: bool) -> Iterator[Callable[[], Made]]:
+    """A function that returns what `make` makes: in a thread that begins now, or when it is called."""
+    if not begins_now:
+        yield make
+        return
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(make).result

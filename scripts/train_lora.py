@@ -23,8 +23,10 @@ def main(argv: list[str]) -> None:
         print(f"set by you: {request.overridden()}", flush=True)
 
     from training.device import wake_gpu  # torch and diffusers take seconds to import; a wrong setting is refused before
+    from training.quick_imports import import_quickly
 
     wake_gpu(place().gpu)
+    import_quickly("training.networks")
     from training import carry_out, doctor, task
     from training.memory import watched
     from training.processes import joined
@@ -42,11 +44,11 @@ def main(argv: list[str]) -> None:
         if processes.is_first:
             task.make_room(run)
         task.prepare_device(run)
-        with task.memory_in_our_words(run), watched(run.floors) as guard, carry_out.coming_unet(run) as unet:
+        with task.memory_in_our_words(run), watched(run.room.floors) as guard, carry_out.coming_unet(run) as unet:
             data = carry_out.encode(run)
-            modules, progress = carry_out.train(run, data, unet(), guard)
+            modules = carry_out.train(run, data, unet(), guard)
         if processes.is_first:
-            carry_out.finish(run, modules, progress)
+            carry_out.finish(run, modules)
 
 
 if __name__ == "__main__":

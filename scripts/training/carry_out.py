@@ -4,14 +4,14 @@ import contextlib
 import gc
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from dataset_folder import whole_file
 from errors import LoracatError, StopRequest, reason_for
-from prefetch import prefetched
+from prefetch import coming, prefetched
 from training import checkpoint
 from training.batches import BatchReader
 from training.checkpoint import StateWriter
@@ -23,7 +23,8 @@ from training.lora import LoraModule, LoraWeights, inject
 from training.memory import Watch
 from training.metrics import Everybody, Tracker, open_metrics
 from training.models import load_unet
-from training.optimizer import build_optimizer, learning_rate_at
+from training.networks import UNet2DConditionModel
+from training.optimizer import AdamW, learning_rate_at
 from training.progress import Progress, smoothed
 from training.results import Results
 from training.saving import Onlooker, Saver, description_of
@@ -33,36 +34,33 @@ from training.task import Task
 from training.validation import Validator
 
 
+def has_room(task: Task) -> bool:
+    """Whether the GPU's memory holds encoders and UNet together, which is so where activations need not be recomputed."""
+    return task.precision.device.type != "cpu" and not task.settings.model.gradient_checkpointing
+
+
 def encode(task: Task) -> EncodedData:
     """Everything that does not change during training, computed once."""
     device, dtype = task.precision.device, task.precision.dtype
-    encoding = Encoding(task.base, task.project.models_dir, task.cache, device, dtype, task.processes)
+    models_dir, at_once = task.project.models_dir, has_room(task)
+    encoding = Encoding(task.base, models_dir, task.cache, device, dtype, task.processes, at_once)
     return encode_data(encoding, task.plan, task.settings.data, task.project.trigger_word, task.settings.run.train_seed)
 
 
-@contextlib.contextmanager
-def coming_unet(task: Task) -> Iterator[Callable[[], UNet2DConditionModel]]:
-    """A function that returns the UNet. It is read beside the encoding if there is memory for both, which is so where
-    activations need not be recomputed."""
-
-    def load() -> UNet2DConditionModel:
-        return load_unet(task.base, task.precision.device, task.precision.dtype)
-
-    if task.precision.device.type == "cpu" or task.settings.model.gradient_checkpointing:
-        yield load
-    else:
-        with ThreadPoolExecutor(1) as pool:
-            yield pool.submit(load).result
+def coming_unet(task: Task) -> AbstractContextManager[Callable[[], UNet2DConditionModel]]:
+    """A function that returns the UNet. It is read beside the encoding if there is memory for both."""
+    read = partial(load_unet, task.base, task.precision.device, task.precision.dtype)
+    return coming(read, begins_now=has_room(task))
 
 
-def train(task: Task, encoded: EncodedData, unet: UNet2DConditionModel, guard: Watch | None) -> tuple[list[LoraModule], Progress]:
-    """Put the LoRA into the UNet, and take every step that is left. Returns the modules and how far it came."""
+def train(task: Task, encoded: EncodedData, unet: UNet2DConditionModel, guard: Watch | None) -> int:
+    """Put the LoRA into the UNet, take every step that is left, and write the LoRA. Returns how many modules it has."""
     settings, precision, processes = task.settings, task.precision, task.processes
     lora = inject(unet, settings.lora, settings.run.train_seed)
     quicken(unet, lora.stacks, fast_ops(precision.device))
     if settings.model.gradient_checkpointing:
         checkpoint_everything(unet)
-    optimizer = build_optimizer(lora.weights, settings.optimizer)
+    optimizer = AdamW(lora.weights, settings.optimizer)
     take_step = TrainStep(
         unet, lora, optimizer, objective_of(task), precision, settings.optimizer.max_grad_norm, processes.all_reduce
     )
@@ -86,7 +84,9 @@ def train(task: Task, encoded: EncodedData, unet: UNet2DConditionModel, guard: W
             return reason_for(signum) if signum else None
 
         progress = run_steps(run, take_step.begin, batches, reader.names, validator, saver, metrics, stop_asked)
-    return lora.modules, progress
+        if processes.is_first:
+            write_results(task, lora.modules, progress)  # while the last state is still on its way to the disk
+    return len(lora.modules)
 
 
 @contextlib.contextmanager
@@ -161,10 +161,9 @@ def validator_of(task: Task, encoded: EncodedData, take_step: TrainStep) -> Call
     return lambda: task.processes.total(own_part())
 
 
-def finish(task: Task, modules: list[LoraModule], progress: Progress) -> None:
-    """Write the LoRA; when it is there, read back and proved, of the saved states only the one stays from which the run
-    can be lengthened."""
-    path, run = task.results.lora, run_of(task)
+def write_results(task: Task, modules: list[LoraModule], progress: Progress) -> None:
+    """Write the LoRA, and the one with the lowest held-out loss beside it; both are read back and proved."""
+    run = run_of(task)
     epochs = run.epochs_done(progress.next_step)
     if progress.next_step < len(run.order):
         patience = run.early_stop_patience
@@ -172,12 +171,17 @@ def finish(task: Task, modules: list[LoraModule], progress: Progress) -> None:
     description = description_of(task, epochs)
     if progress.validations:
         write_best(task.results, modules, progress, description)
-    write_lora(path, modules, description)
+    write_lora(task.results.lora, modules, description)
+
+
+def finish(task: Task, modules: int) -> None:
+    """When LoRA and states are on the disk: only the state stays from which the run can be lengthened."""
     checkpoint.keep_one(task.results.state, task.plan.common_steps)
     if task.precision.device.type == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
+    path = task.results.lora
     size = path.stat().st_size / 2**20
-    print(f"{path}: {size:.1f} MiB, {len(modules)} modules, all known to ComfyUI; copy it to ComfyUI's models/loras")
+    print(f"{path}: {size:.1f} MiB, {modules} modules, all known to ComfyUI; copy it to ComfyUI's models/loras")
 
 
 def write_best(results: Results, modules: list[LoraModule], progress: Progress, last: Description) -> None:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from dataset_folder import sha256_of, write_json
+from training.optimizer import AdamW
 from training.progress import Progress
 from training.tensor_files import write_tensors
 
@@ -62,9 +63,7 @@ class Snapshot:
     scaler: dict[str, Any]
 
 
-def snapshot(
-    weights: torch.nn.Parameter, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, progress: Progress
-) -> Snapshot:
+def snapshot(weights: torch.nn.Parameter, optimizer: AdamW, scaler: torch.amp.GradScaler, progress: Progress) -> Snapshot:
     """Copy the state to the CPU's memory."""
     tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _state_tensors(weights, optimizer)}
     return Snapshot(tensors, progress, scaler.state_dict())
@@ -143,7 +142,7 @@ def _read(path: Path) -> Saved:
     return Saved(progress=progress, identity=identity, folder=path.parent, **record)
 
 
-def restore(saved: Saved, weights: torch.nn.Parameter, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+def restore(saved: Saved, weights: torch.nn.Parameter, optimizer: AdamW, scaler: torch.amp.GradScaler) -> None:
     """Bring the LoRA weights, the optimizer and the loss scaling to where `saved` left them."""
     tensors = load_file(saved.folder / saved.tensors)
     with torch.no_grad():
@@ -157,7 +156,7 @@ def share(
     saved: Saved,
     copy: Callable[[Iterable[torch.Tensor]], None],
     weights: torch.nn.Parameter,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     scaler: torch.amp.GradScaler,
 ) -> None:
     """Bring every process to where the first one is, by `copy`: on another machine the files are not there."""
@@ -208,7 +207,7 @@ def _checksum(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _state_tensors(weights: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+def _state_tensors(weights: torch.nn.Parameter, optimizer: AdamW) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the state under its name: the flat LoRA weights and the optimizer's moments."""
     yield "weights", weights
-    yield from optimizer.state[weights].items()
+    yield from optimizer.state.items()

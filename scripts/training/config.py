@@ -89,7 +89,8 @@ class OptimizerSettings:
 class RunSettings:
     """`[train.run]`: how long, and how much at once."""
 
-    train_batch_size: int = setting(4, at_least=1, at_most=4096)
+    train_batch_size: int | Literal["auto"] = setting(4, at_least=1, at_most=4096)
+    """Pictures at once; "auto": as many as fit into the memory, or as the saved run can take."""
     gradient_accumulation_steps: int = setting(1, at_least=1, at_most=4096)
     num_train_epochs: int = setting(20, at_least=1, at_most=100000)
     train_seed: int = setting(0, at_least=0, at_most=2**63 - 1)

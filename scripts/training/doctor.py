@@ -11,10 +11,11 @@ from errors import ResourceError, answer_all
 from settings import ProjectSettings
 from training.base_model import find_base
 from training.config import TrainSettings
-from training.device import GIB, available_bytes, choose_precision, step_memory
+from training.device import GIB, available_bytes, choose_precision
+from training.fitting import Room, room_for, with_batch
 from training.models import load_tokenizers
 from training.parts import BaseModel
-from training.plan import Plan, make_plan
+from training.plan import make_plan
 from training.results import require_room
 from training.task import read_pictures
 
@@ -44,8 +45,13 @@ def check(project: ProjectSettings, settings: TrainSettings, *, is_ahead: bool) 
         if not found:
             return f"{len(examples)} pictures with captions in {project.dataset_dir}"
         schedule = found[0].schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
-        plan = make_plan(examples, settings, schedule)
-        return "\n".join([plan.announcement(), *memory_needed(plan, settings, found[0])])
+        precision = choose_precision(settings.model.mixed_precision)
+        room = room_for(found[0], examples, settings, precision, processes=1)
+        with_number = with_batch(settings, room, len(examples))
+        lines = [make_plan(examples, with_number, schedule).announcement()]
+        if precision.device.type == "cuda":
+            lines.append(memory_needed(with_number.run.train_batch_size, room))
+        return "\n".join(lines)
 
     answer_all("training cannot run:", [processor, memory, lambda: require_room(project.output_dir), base_model, run])
 
@@ -59,17 +65,10 @@ def pictures_to_come(project: ProjectSettings) -> str:
     return f"{len(images)} pictures so far, {without} without a caption: what a run takes is known when they are there"
 
 
-def memory_needed(plan: Plan, settings: TrainSettings, base: BaseModel) -> list[str]:
-    """What a step takes of a GPU's memory, in one line; nothing on a CPU."""
-    precision = choose_precision(settings.model.mixed_precision)
-    if precision.device.type == "cpu":
-        return []
-    batch = settings.run.train_batch_size
-    size, pixels = step_memory(base.parts["unet"], settings.lora.lora_rank, precision), batch * plan.largest_picture_px
-    kept, recomputed = (f"{size.needed(pixels, checkpointing=switch) / GIB:.0f} GiB" for switch in (False, True))
-    return [
-        f"A step of batch size {batch} takes about {kept} if it keeps its activations, {recomputed} with gradient checkpointing."
-    ]
+def memory_needed(batch: int, room: Room) -> str:
+    """What a step takes of a GPU's memory, in one line."""
+    kept, recomputed = (f"{room.needed(batch, checkpointing=switch) / GIB:.0f} GiB" for switch in (False, True))
+    return f"A step of batch size {batch} takes about {kept} if it keeps its activations, {recomputed} with gradient checkpointing."
 
 
 def processor() -> str:

@@ -1,13 +1,14 @@
 """Fill the caches: what is missing is encoded, and the encoders are freed again."""
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from prefetch import coming
 from training.batches import CachedExample
 from training.cache import Cache, encode_captions, encode_pictures, is_whole, remembered
 from training.config import DataSettings
@@ -15,7 +16,7 @@ from training.models import load_text_encoders, load_tokenizers, load_vae
 from training.parts import BaseModel
 from training.plan import Plan
 from training.processes import Processes
-from training.text import caption_variants, chunks_needed, cut_off, encode
+from training.text import TextEncoders, caption_variants, chunks_needed, cut_off, encode
 
 
 @dataclass(frozen=True)
@@ -40,70 +41,96 @@ class Encoding:
     """Of the embeddings as they are kept; they are computed in fp32."""
     processes: Processes = field(default_factory=Processes)
     """Share the work: each process of a machine encodes a part of what this machine lacks."""
+    at_once: bool = False
+    """Whether there is memory for all encoders together; they are then read while pictures are encoded."""
 
-    def pictures(self, plan: Plan, workers: int) -> list[Path]:
-        """Encode the pictures that the cache does not hold; where the latents of each lie."""
+    def wanted_pictures(self, plan: Plan) -> "Wanted":
+        """Where the latents of each picture of `plan` lie."""
         digest = base_digest(self.base, self.cache, "vae")
         items = list(zip(plan.all_examples, plan.all_placements, strict=True))
-        paths = [self.cache.picture(example, placement, digest) for example, placement in items]
-        missing = {path: (path, *item) for path, item in zip(paths, items, strict=True) if not is_whole(path)}
-        if own := self._share_of(missing):
-            vae = load_vae(self.base, self.device)
+        return Wanted.of([(self.cache.picture(example, placement, digest), example, placement) for example, placement in items])
 
-            def posterior(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                with torch.no_grad():
-                    distribution = vae.encode(pixels.to(self.device)).latent_dist
-                return distribution.mean, distribution.logvar
-
-            _exhaust(encode_pictures(own, posterior, workers), "encode pictures", len(own))
-            del vae, posterior
-            self._free()
-        self.processes.wait_for_all()
-        print(f"pictures: {len(missing)} encoded, {len(set(paths)) - len(missing)} in the cache", flush=True)
-        return paths
-
-    def captions(self, captions: Sequence[list[str]], chunks: int) -> list[Path]:
-        """Encode the captions, each a list of variants, that the cache does not hold; where the embeddings of each lie."""
+    def wanted_captions(self, captions: Sequence[list[str]], chunks: int) -> "Wanted":
+        """Where the embeddings of each caption lie; a caption is a list of variants."""
         digest = "".join(base_digest(self.base, self.cache, part) for part in ("text_encoder", "text_encoder_2"))
-        paths = [self.cache.caption(variants, chunks, self.dtype, digest) for variants in captions]
-        missing = {path: (path, variants) for path, variants in zip(paths, captions, strict=True) if not is_whole(path)}
-        if own := self._share_of(missing):
-            encoders = load_text_encoders(self.base, self.models_dir, self.device, torch.float32)
-            encoded = encode_captions(own, lambda texts: encode(texts, encoders, chunks), self.dtype)
-            _exhaust(encoded, "encode captions", len(own))
-            del encoders, encoded
-            self._free()
-        self.processes.wait_for_all()
-        print(f"captions: {len(missing)} encoded, {len(set(paths)) - len(missing)} in the cache, {chunks} x 75 tokens", flush=True)
-        return paths
+        return Wanted.of([(self.cache.caption(variants, chunks, self.dtype, digest), variants) for variants in captions])
 
-    def _share_of(self, missing: dict[Path, tuple]) -> list[tuple]:
-        """What this process encodes; nobody begins before all know what is missing."""
-        self.processes.wait_for_all()
-        return list(self.processes.share(list(missing.values())))
+    def encode_pictures(self, wanted: "Wanted", workers: int, bar: tqdm) -> None:
+        """Encode this process's share of the pictures that are missing."""
+        if not (own := self.processes.share(wanted.missing)):
+            return
+        vae = load_vae(self.base, self.device)
 
-    def _free(self) -> None:
+        def posterior(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.no_grad():
+                distribution = vae.encode(pixels.to(self.device)).latent_dist
+            return distribution.mean, distribution.logvar
+
+        for _ in encode_pictures(own, posterior, workers):
+            bar.update()
+
+    def text_encoders(self) -> TextEncoders:
+        """Both text encoders, to be freed after use."""
+        return load_text_encoders(self.base, self.models_dir, self.device, torch.float32)
+
+    def encode_captions(self, wanted: "Wanted", encoders: Callable[[], TextEncoders], chunks: int, bar: tqdm) -> None:
+        """Encode this process's share of the captions that are missing."""
+        if own := self.processes.share(wanted.missing):
+            ours = encoders()
+            for _ in encode_captions(own, lambda texts: encode(texts, ours, chunks), self.dtype):
+                bar.update()
+
+    def free(self) -> None:
+        """Give back the memory of encoders that are done."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Files of the cache that training reads."""
+
+    paths: list[Path]
+    """Of each picture or caption; equal ones share a file."""
+    missing: list[tuple]
+    """What has to be encoded: the file, and what goes into it."""
+
+    @classmethod
+    def of(cls, items: Sequence[tuple]) -> "Wanted":
+        missing = {item[0]: item for item in items if not is_whole(item[0])}
+        return cls([item[0] for item in items], list(missing.values()))
+
+    def __str__(self) -> str:
+        return f"{len(self.missing)} encoded, {len(set(self.paths)) - len(self.missing)} in the cache"
+
+
 def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_word: str, seed: int) -> EncodedData:
     """Encode every picture and every caption of `plan` that is not in the cache yet. What a caption loses is said."""
-    latents = encoding.pictures(plan, settings.dataloader_num_workers)
-    count, shuffle = settings.caption_variants, settings.caption_shuffle
-    examples = plan.all_examples
+    examples, count, shuffle = plan.all_examples, settings.caption_variants, settings.caption_shuffle
     variants = [caption_variants(example.caption, trigger_word, count, shuffle, seed) for example in examples]
     tokenizers = load_tokenizers(encoding.base, encoding.models_dir)
     chunks = chunks_needed([example.caption for example in examples], tokenizers, settings.caption_chunks)
     for example in examples:
         if cut := cut_off(example.caption, tokenizers, chunks):
             print(f"{example.name}: its caption is longer than {75 * chunks} tokens; training does not see: {cut}")
-    *captions, empty = encoding.captions([*variants, [""]], chunks)
+    pictures, captions = encoding.wanted_pictures(plan), encoding.wanted_captions([*variants, [""]], chunks)
+    encoding.processes.wait_for_all()  # nobody writes before all know what is missing
+    share = encoding.processes.share
+    with tqdm(total=len(share(pictures.missing)) + len(share(captions.missing)), desc="encode", disable=None) as bar:
+        with coming(encoding.text_encoders, begins_now=encoding.at_once and bool(share(captions.missing))) as encoders:
+            encoding.encode_pictures(pictures, settings.dataloader_num_workers, bar)
+            encoding.free()
+            encoding.encode_captions(captions, encoders, chunks, bar)
+        del encoders
+        encoding.free()
+    encoding.processes.wait_for_all()
+    print(f"pictures: {pictures}; captions: {captions}, {chunks} x 75 tokens", flush=True)
+    *embeddings, empty = captions.paths
     cached = [
-        CachedExample(example.name, placement, latent, caption, len(texts))
-        for example, placement, latent, caption, texts in zip(
-            examples, plan.all_placements, latents, captions, variants, strict=True
+        CachedExample(example.name, placement, latents, embedding, len(texts))
+        for example, placement, latents, embedding, texts in zip(
+            examples, plan.all_placements, pictures.paths, embeddings, variants, strict=True
         )
     ]
     trained = len(plan.examples)
@@ -115,9 +142,3 @@ def base_digest(base: BaseModel, cache: Cache, part: str) -> str:
     network = base.parts[part]
     files = sorted({file.path for file in network.files})
     return remembered(cache.folder / "digests.json", part, files, network.digest)
-
-
-def _exhaust(work: Iterable, what: str, total: int) -> None:
-    """Do all of `work`, with a progress bar."""
-    for _ in tqdm(work, what, total, disable=None):
-        pass

@@ -12,14 +12,11 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from training import plain_ops
 from training.adapted import Adapted, adapted_context, adapted_linear, frozen_conv
 from training.lora import CONTEXT, SELF_ATTENTION
+from training.networks import BasicTransformerBlock, ResnetBlock2D, Transformer2DModel, UNet2DConditionModel
 
 KeysValues = Mapping[str, torch.Tensor]
 """Name of a cross-attention's `to_k` or `to_v` -> [B, tokens, D]."""

@@ -1,33 +1,78 @@
-"""The batch and gradient checkpointing that fit into the memory. Pure, but for what it prints."""
+"""The memory of the machine, and the batch and gradient checkpointing that fit into it."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from errors import ResourceError
 from training.config import TrainSettings
-from training.device import GIB, GPU_RESERVE_BYTES, StepMemory
-from training.memory import Floors, largest_other_process
+from training.dataset import Example
+from training.device import (
+    GIB,
+    GPU_RESERVE_BYTES,
+    Precision,
+    StepMemory,
+    available_bytes,
+    shares_memory,
+    step_memory,
+)
+from training.memory import KERNEL, Floors, floors, largest_other_process
+from training.parts import BaseModel
+from training.plan import largest_picture_px, placed
+
+ENOUGH_AT_ONCE = 4
+"""Pictures; more of them are hardly faster, and checkpointing costs a third."""
 
 
-def fitted(
-    settings: TrainSettings, size: StepMemory, picture_px: int, available: int, limits: Floors | None, hint: Callable[[], str]
-) -> TrainSettings:
-    """The settings with gradient checkpointing decided by the `available` bytes and, where memory is guarded, with a batch
-    of pictures of `picture_px` pixels that fits; accumulation makes up for it.
+@dataclass(frozen=True)
+class Room:
+    """The memory that a run has, and what it needs of it."""
+
+    size: StepMemory
+    picture_px: int
+    """Pixels of a picture of the largest bucket."""
+    available: int
+    """Bytes for this process."""
+    floors: Floors | None
+    """Of the memory; None: nobody guards it."""
+
+    @property
+    def reserve(self) -> int:
+        """Bytes that are to be left over."""
+        return self.floors.reserve if self.floors else GPU_RESERVE_BYTES
+
+    @property
+    def free(self) -> int:
+        return max(0, self.available - self.reserve)
+
+    def needed(self, batch: int, *, checkpointing: bool) -> int:
+        return self.size.needed(batch * self.picture_px, checkpointing=checkpointing)
+
+
+def room_for(base: BaseModel, examples: list[Example], settings: TrainSettings, precision: Precision, processes: int) -> Room:
+    """The memory of this machine as it is now, for each of so many `processes` on it."""
+    shared = shares_memory(precision.device)
+    limits = floors(settings.run.memory_floor_gib, KERNEL.read().total, shared)
+    size = step_memory(base.parts["unet"], settings.lora.lora_rank, precision)
+    available = available_bytes(precision.device) // (processes if shared else 1)
+    return Room(size, largest_picture_px(placed(examples, settings.data)), available, limits)
+
+
+def fitted(settings: TrainSettings, room: Room, hint: Callable[[], str]) -> TrainSettings:
+    """The settings with gradient checkpointing decided and, where memory is guarded, with a batch that fits; accumulation
+    makes up for it.
 
     Raises ResourceError, ending in `hint()`, if not even one picture fits.
     """
     wanted, samples = settings.run.train_batch_size, samples_per_step(settings)
-    reserve = limits.reserve if limits else GPU_RESERVE_BYTES
     checkpointing = settings.model.gradient_checkpointing
     if checkpointing == "auto":
-        checkpointing = size.needed(wanted * picture_px, checkpointing=False) > available - reserve
+        checkpointing = room.needed(wanted, checkpointing=False) > room.free
 
     def needed(batch: int) -> int:
-        return size.needed(batch * picture_px, checkpointing=checkpointing)
+        return room.needed(batch, checkpointing=checkpointing)
 
-    batch = fitting_batch(wanted, samples, needed, available - reserve) if limits else wanted
-    figures = f"{available / GIB:.1f} GiB are available, of which {reserve / GIB:.1f} stay in reserve"
+    batch = fitting_batch(wanted, samples, needed, room.free) if room.floors else wanted
+    figures = f"{room.available / GIB:.1f} GiB are available, of which {room.reserve / GIB:.1f} stay in reserve"
     if batch == 0:
         name, largest = largest_other_process()
         raise ResourceError(
@@ -40,12 +85,36 @@ def fitted(
     return replace(settings, run=run, model=replace(settings.model, gradient_checkpointing=checkpointing))
 
 
-def what_fits(settings: TrainSettings, size: StepMemory, picture_px: int, available: int) -> str:
+def with_batch(settings: TrainSettings, room: Room, most: int, samples: int | None = None) -> TrainSettings:
+    """The settings with `train_batch_size = "auto"` decided: the largest batch, of at most `most` pictures, that leaves the
+    reserve; with gradient checkpointing where fewer than 4 fit without it.
+
+    `samples`: of one process in each step of the saved run, which the batch has to divide.
+    """
+    if settings.run.train_batch_size != "auto":
+        return settings
+
+    def largest(checkpointing: bool) -> int:
+        limit = min(samples or most, most)
+        return fitting_batch(limit, samples or 0, lambda batch: room.needed(batch, checkpointing=checkpointing), room.free)
+
+    switch = settings.model.gradient_checkpointing
+    batch = largest(checkpointing=switch is True)
+    if switch == "auto" and batch < min(ENOUGH_AT_ONCE, most):
+        batch = largest(checkpointing=True)
+    batch = max(1, batch)
+    of_saved = f", for the saved run's steps of {samples}" if samples else ""
+    print(f"batch size {batch}: the largest for {room.free / GIB:.1f} GiB and {most} pictures{of_saved}", flush=True)
+    accumulation = samples // batch if samples else settings.run.gradient_accumulation_steps
+    return replace(settings, run=replace(settings.run, train_batch_size=batch, gradient_accumulation_steps=accumulation))
+
+
+def what_fits(settings: TrainSettings, room: Room, available: int) -> str:
     """What to set after the memory was full although `available` bytes could be had, so that the run goes on from its state."""
     batch, samples = settings.run.train_batch_size, samples_per_step(settings)
 
     def needed(batch: int) -> int:
-        return size.needed(batch * picture_px, checkpointing=True)
+        return room.needed(batch, checkpointing=True)
 
     if not settings.model.gradient_checkpointing and needed(batch) <= available:
         return "set GRADIENT_CHECKPOINTING=true"
@@ -57,7 +126,7 @@ def what_fits(settings: TrainSettings, size: StepMemory, picture_px: int, availa
 
 def fitting_batch(wanted: int, samples: int, needed: Callable[[int], int], available: int) -> int:
     """The largest batch of at most `wanted` samples that divides `samples`, so that accumulation makes up for it, and
-    whose `needed` bytes are `available`; 0 if not even one sample fits."""
+    whose `needed` bytes are `available`; 0 if not even one sample fits. Everything divides 0."""
     fitting = [batch for batch in range(1, wanted + 1) if samples % batch == 0 and needed(batch) <= available]
     return max(fitting, default=0)
 

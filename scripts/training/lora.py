@@ -4,15 +4,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import peft
 import torch
-from diffusers import UNet2DConditionModel
-from peft.tuners.lora import Linear as LoraLinear
 
 from errors import ModelError
 from training.adapted import Adapted
 from training.config import LoraSettings
 from training.draws import uniform
+from training.networks import LoraConfig, LoraLinear, UNet2DConditionModel, inject_adapter_in_model
 
 ADAPTER = "default"
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -61,8 +59,8 @@ def inject(unet: UNet2DConditionModel, settings: LoraSettings, seed: int) -> Lor
     arXiv 2106.09685, section 4.1). PEFT's layers hold views of `working`, so that the UNet can be used as PEFT made it.
     """
     names = target_modules(unet, settings.lora_targets)
-    config = peft.LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=names, lora_dropout=0.0)
-    peft.inject_adapter_in_model(config, unet, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=names, lora_dropout=0.0)
+    inject_adapter_in_model(config, unet, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     layers = {name: module for name, module in unet.named_modules() if isinstance(module, LoraLinear)}
     if sorted(layers) != sorted(names):
         raise ModelError(f"the LoRA was put into {len(layers)} of {len(names)} linear layers; is this an SDXL UNet?")

@@ -4,13 +4,20 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from diffusers.models import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from torch.overrides import TorchFunctionMode
 
 from errors import ModelError, one_list
 from training.base_model import fetch_tokenizers, find_tokenizers
 from training.diffusers_folder import TOKENIZERS
+from training.networks import (
+    AutoencoderKL,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    UNet2DConditionModel,
+)
 from training.parts import BaseModel, Part
 from training.sgm_names import Source
 from training.text import TextEncoders
@@ -74,12 +81,21 @@ def _without_weights(part: Part) -> torch.nn.Module:
 
     Nothing global is patched: another part may be made in another thread at the same time.
     """
-    with torch.device("meta"):
-        network = _NETWORKS[part.name](part.config)
-    for module in network.modules():
-        if "position_ids" in module._buffers:
-            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
-    return network
+    with torch.device("meta"), _Unfilled():
+        return _NETWORKS[part.name](part.config)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Weights that are made are not filled: it would take seconds, and torch's compiler, to fill what has no memory.
+    Positions, which no file holds, are counted on the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if function is torch.arange:
+            kwargs = {"device": "cpu"} | kwargs
+        return function(*args, **kwargs)
 
 
 def _shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:

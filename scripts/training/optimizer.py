@@ -4,30 +4,50 @@ import math
 from typing import Literal
 
 import torch
+from torch.optim.adamw import adamw
 
 from training.config import OptimizerSettings
 
 
-def build_optimizer(weights: torch.nn.Parameter, settings: OptimizerSettings) -> torch.optim.AdamW:
+class AdamW:
     """Fused AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the flat fp32 `weights`; on CUDA it can be captured.
 
-    Its moments are there from the start, zero, so that a saved state always has the same tensors.
+    torch's own function. Its class would import torch's compiler at the first step, which takes seconds.
     """
-    optimizer = torch.optim.AdamW(
-        [weights],
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-        fused=True,
-        capturable=weights.device.type == "cuda",
-    )
-    optimizer.state[weights] = {
-        "step": torch.zeros((), dtype=torch.float32, device=weights.device),
-        "exp_avg": torch.zeros_like(weights),
-        "exp_avg_sq": torch.zeros_like(weights),
-    }
-    return optimizer
+
+    def __init__(self, weights: torch.nn.Parameter, settings: OptimizerSettings):
+        self.param_groups = [{"params": [weights]}]
+        """What torch.amp.GradScaler wants to see."""
+        self.state = {
+            "step": torch.zeros((), dtype=torch.float32, device=weights.device),
+            "exp_avg": torch.zeros_like(weights, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(weights, requires_grad=False),
+        }
+        """The number of steps taken and the two moments, as torch.optim.AdamW calls them."""
+        self._weights = weights
+        self._settings = settings
+
+    @torch.no_grad()
+    def step(self, learning_rate: torch.Tensor, halted: torch.Tensor | None = None) -> None:
+        """Take one step with the gradients that `weights` have; where `halted` (scalar) is not 0, nothing changes."""
+        adamw(
+            [self._weights],
+            [self._weights.grad],
+            [self.state["exp_avg"]],
+            [self.state["exp_avg_sq"]],
+            [],
+            [self.state["step"]],
+            fused=True,
+            capturable=self._weights.is_cuda,
+            found_inf=halted,
+            amsgrad=False,
+            maximize=False,
+            lr=learning_rate,
+            beta1=self._settings.adam_beta1,
+            beta2=self._settings.adam_beta2,
+            eps=self._settings.adam_epsilon,
+            weight_decay=self._settings.weight_decay,
+        )
 
 
 def steps_of_warmup(share: float, total_steps: int) -> int:

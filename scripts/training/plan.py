@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from training.buckets import OptimizerStep, Placement, place, run_order
-from training.config import TrainSettings
+from training.config import DataSettings, TrainSettings
 from training.dataset import Example
 from training.held_out import held_out
 from training.optimizer import steps_of_warmup
@@ -64,7 +64,7 @@ class Plan:
     @property
     def largest_picture_px(self) -> int:
         """Pixels of the largest bucket."""
-        return max(placement.bucket.width * placement.bucket.height for placement in self.all_placements)
+        return largest_picture_px(self.all_placements)
 
     @property
     def image_steps(self) -> int:
@@ -96,9 +96,7 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
     data, run = train.data, train.run
     out = held_out(examples, train.validation.validation_fraction)
     kept, apart = ([e for index, e in enumerate(examples) if (index in out) is wanted] for wanted in (False, True))
-    placements, placed_apart = (
-        [place(e.width, e.height, data.resolution, data.bucket_step, data.bucket_max_side) for e in some] for some in (kept, apart)
-    )
+    placements, placed_apart = placed(kept, data), placed(apart, data)
     global_batch = run.train_batch_size * run.gradient_accumulation_steps * processes
     buckets = [placement.bucket for placement in placements]
     order = run_order(buckets, [example.repeats for example in kept], run.num_train_epochs, global_batch, run.train_seed)
@@ -117,6 +115,16 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
         noise_offset=(AUTO_NOISE_OFFSET if is_plain else 0.0) if offset == "auto" else offset,
         warmup_steps=steps_of_warmup(train.optimizer.lr_warmup, len(order)),
     )
+
+
+def placed(examples: list[Example], data: DataSettings) -> list[Placement]:
+    """Where each picture lies in which bucket."""
+    return [place(e.width, e.height, data.resolution, data.bucket_step, data.bucket_max_side) for e in examples]
+
+
+def largest_picture_px(placements: list[Placement]) -> int:
+    """Pixels of the largest bucket."""
+    return max(placement.bucket.width * placement.bucket.height for placement in placements)
 
 
 def fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base_digests: Sequence[str]) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from training import objective
 from training.batches import Batch
 from training.capture import Capturer
 from training.device import Precision
 from training.lora import LoraWeights
+from training.networks import UNet2DConditionModel
+from training.optimizer import AdamW
 from training.schedule import PredictionType
 
 MAX_SKIPPED = 20
@@ -59,7 +60,7 @@ class TrainStep:
         self,
         unet: UNet2DConditionModel,
         weights: LoraWeights,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AdamW,
         wanted: Objective,
         precision: Precision,
         max_grad_norm: float,
@@ -92,8 +93,6 @@ class TrainStep:
         A loss or gradient that is not finite leaves the weights as they were, and so do all steps after it.
         """
         self.learning_rate.fill_(learning_rate)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
         run = self.capturer or self._eager
         return self._reader(run(batches))
 
@@ -118,8 +117,7 @@ class TrainStep:
             gradient *= (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         if not self.precision.scales_loss:
             self.halted.copy_(torch.maximum(self.halted, is_broken))
-            self.optimizer.found_inf = self.halted  # the fused optimizer then changes nothing
-        self.scaler.step(self.optimizer)
+        self.scaler.step(self.optimizer, self.learning_rate, None if self.precision.scales_loss else self.halted)
         self.scaler.update()
         return torch.stack([loss_sum, norm, is_broken])
 

@@ -18,20 +18,24 @@ from training.continuation import continued, kept_warmup, shared_by
 from training.dataset import Example, flagged_pictures, read_examples, unused_entries
 from training.device import (
     Precision,
-    StepMemory,
     available_bytes,
     choose_precision,
     describe,
     limit_gpu_memory,
     make_deterministic,
-    shares_memory,
-    step_memory,
 )
 from training.encode import base_digest
-from training.fitting import fitted, what_fits
-from training.memory import KERNEL, Floors, comfyui_hint, floors
+from training.fitting import Room, fitted, room_for, what_fits, with_batch
+from training.memory import comfyui_hint
 from training.parts import BaseModel
-from training.plan import Plan, circumstances, fingerprint, fingerprint_hash, make_plan
+from training.plan import (
+    GLOBAL_BATCH,
+    Plan,
+    circumstances,
+    fingerprint,
+    fingerprint_hash,
+    make_plan,
+)
 from training.processes import Processes
 from training.results import Results
 from training.tensor_files import remove_all_leftovers
@@ -55,9 +59,7 @@ class Task:
     """The state from which the run goes on."""
     is_finished: bool
     """The LoRA of exactly this run is there already."""
-    size: StepMemory
-    floors: Floors | None
-    """Of the memory; None: nobody guards it."""
+    room: Room
 
 
 def decide_together(processes: Processes, project: ProjectSettings, settings: TrainSettings, comfyui: str) -> Task:
@@ -81,17 +83,15 @@ def decide(processes: Processes, project: ProjectSettings, settings: TrainSettin
     saved = None if settings.saving.fresh else checkpoint.newest(results.state)
     count = processes.place.count
     was_finished = saved is not None and results.is_finished(fingerprint_hash(saved.identity.fingerprint))
+    precision = choose_precision(settings.model.mixed_precision, processes.gpu)
+    room = room_for(base, examples, settings, precision, processes.place.local_count)
+    samples = saved.identity.fingerprint[GLOBAL_BATCH] // count if saved else None
+    settings = with_batch(settings, room, max(1, len(examples) // count), samples)
     settings = replace(settings, run=shared_by(settings.run, count, None if was_finished else saved))
     schedule = base.schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
     plan = make_plan(examples, settings, schedule, count)
-    precision = choose_precision(settings.model.mixed_precision, processes.gpu)
-    limits = floors(settings.run.memory_floor_gib, KERNEL.read().total, shares_memory(precision.device))
-    size = step_memory(base.parts["unet"], settings.lora.lora_rank, precision)
-    available = available_bytes(precision.device)
-    if shares_memory(precision.device):
-        available //= processes.place.local_count
     settings = resolved(settings, plan, precision, results.name)
-    settings = fitted(settings, size, plan.largest_picture_px, available, limits, lambda: comfyui_hint(comfyui))
+    settings = fitted(settings, room, lambda: comfyui_hint(comfyui))
     switch = "on" if settings.model.gradient_checkpointing else "off"
     print(f"training on {describe(precision)}, gradient checkpointing {switch}", flush=True)
     cache = Cache(results.cache)
@@ -105,7 +105,7 @@ def decide(processes: Processes, project: ProjectSettings, settings: TrainSettin
     is_finished = not settings.saving.fresh and results.is_finished(fingerprint_hash(values))
     if saved and not is_finished:
         saved = continuing(results, saved, identity, was_finished)
-    return Task(processes, project, settings, base, plan, precision, results, cache, identity, saved, is_finished, size, limits)
+    return Task(processes, project, settings, base, plan, precision, results, cache, identity, saved, is_finished, room)
 
 
 def continuing(results: Results, saved: Saved, identity: Identity, was_finished: bool) -> Saved | None:
@@ -180,8 +180,8 @@ def prepare_device(task: Task) -> None:
     """What has to be said before the device computes or holds anything."""
     if task.settings.run.deterministic:
         make_deterministic()
-    if task.floors:
-        limit_gpu_memory(task.precision.device, available_bytes(task.precision.device) - task.floors.stop)
+    if task.room.floors:
+        limit_gpu_memory(task.precision.device, available_bytes(task.precision.device) - task.room.floors.stop)
 
 
 @contextlib.contextmanager
@@ -192,7 +192,7 @@ def memory_in_our_words(task: Task) -> Iterator[None]:
     except torch.OutOfMemoryError:
         device = task.precision.device
         ours = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
-        remedy = what_fits(task.settings, task.size, task.plan.largest_picture_px, available_bytes(device) + ours)
+        remedy = what_fits(task.settings, task.room, available_bytes(device) + ours)
         raise ResourceError(
             f"the GPU's memory is full at batch size {task.settings.run.train_batch_size}: {remedy}, and run again"
         ) from None

@@ -7,7 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from training.networks import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 CHUNK_TOKENS = 75
 """Tokens of text in a chunk; start and end make 77."""

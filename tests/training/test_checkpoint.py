@@ -12,7 +12,7 @@ from errors import DISK_ERRNOS
 from training import checkpoint
 from training.checkpoint import Identity, StateWriter
 from training.config import OptimizerSettings
-from training.optimizer import build_optimizer
+from training.optimizer import AdamW
 from training.progress import Progress
 
 IDENTITY = Identity(fingerprint={"rank": 2}, circumstances={"workers": 4}, common_steps=7)
@@ -24,13 +24,13 @@ class Training:
     def __init__(self, seed: int = 0):
         torch.manual_seed(seed)
         self.weights = torch.nn.Parameter(torch.randn(3000))
-        self.optimizer = build_optimizer(self.weights, OptimizerSettings())
+        self.optimizer = AdamW(self.weights, OptimizerSettings())
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.taken = 0
 
     def step(self) -> None:
         self.weights.grad = torch.randn_like(self.weights)
-        self.optimizer.step()
+        self.optimizer.step(torch.tensor(1e-4))
         self.taken += 1
 
     def snapshot(self) -> checkpoint.Snapshot:

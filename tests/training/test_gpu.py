@@ -21,7 +21,7 @@ from training.device import Precision
 from training.fast_unet import checkpoint_everything, fast_ops, quicken
 from training.lora import ADAPTER, LoraWeights, inject
 from training.models import load_unet
-from training.optimizer import build_optimizer
+from training.optimizer import AdamW
 from training.schedule import Schedule, alphas_cumprod
 from training.step import Objective, TrainStep
 
@@ -74,7 +74,7 @@ def trained(
     quicken(unet, lora.stacks, fast_ops(torch.device("cuda")))
     if recomputes:
         checkpoint_everything(unet)
-    optimizer = build_optimizer(lora.weights, OptimizerSettings())
+    optimizer = AdamW(lora.weights, OptimizerSettings())
     precision = Precision(torch.device("cuda"), torch.bfloat16)
     step = TrainStep(unet, lora, optimizer, goal(), precision, 1.0, captures=captures)
     losses = []
@@ -171,7 +171,7 @@ def test_shapes_may_come_in_any_order(base):
     """Graphs of several buckets share one memory pool."""
     unet, lora = fresh(base, torch.bfloat16)
     quicken(unet, lora.stacks, fast_ops(torch.device("cuda")))
-    optimizer = build_optimizer(lora.weights, OptimizerSettings())
+    optimizer = AdamW(lora.weights, OptimizerSettings())
     precision = Precision(torch.device("cuda"), torch.bfloat16)
     captured = TrainStep(unet, lora, optimizer, goal(), precision, 1.0)
     shapes = [(32, 32), (24, 40), (40, 24)]
@@ -179,7 +179,7 @@ def test_shapes_may_come_in_any_order(base):
     losses = [captured([batch_of(i, 4, *shapes[shape])], RATE).loss for i, shape in enumerate(order)]
     unet, lora = fresh(base, torch.bfloat16)
     quicken(unet, lora.stacks, fast_ops(torch.device("cuda")))
-    eager = TrainStep(unet, lora, build_optimizer(lora.weights, OptimizerSettings()), goal(), precision, 1.0, captures=False)
+    eager = TrainStep(unet, lora, AdamW(lora.weights, OptimizerSettings()), goal(), precision, 1.0, captures=False)
     assert losses == [eager([batch_of(i, 4, *shapes[shape])], RATE).loss for i, shape in enumerate(order)]
 
 
@@ -187,7 +187,7 @@ def test_broken_step_changes_nothing_in_a_graph(base):
     unet, lora = fresh(base, torch.bfloat16)
     quicken(unet, lora.stacks, fast_ops(torch.device("cuda")))
     step = TrainStep(
-        unet, lora, build_optimizer(lora.weights, OptimizerSettings()), goal(), Precision(torch.device("cuda"), torch.bfloat16), 1.0
+        unet, lora, AdamW(lora.weights, OptimizerSettings()), goal(), Precision(torch.device("cuda"), torch.bfloat16), 1.0
     )
     for number in range(3):
         step([batch_of(number)], RATE)

@@ -15,7 +15,7 @@ import pytest
 from errors import ResourceError
 from training.config import TrainSettings
 from training.device import StepMemory
-from training.fitting import fitted, fitting_batch, what_fits
+from training.fitting import Room, fitted, fitting_batch, what_fits, with_batch
 from training.memory import GIB, KERNEL, Floors, Memory, MemoryFiles, Watch, comfyui_hint, floors, largest_other_process
 from training.plan import circumstances
 
@@ -121,8 +121,12 @@ def with_run(batch: int, accumulation: int = 1, checkpointing="auto") -> TrainSe
     return replace(plain, run=run, model=replace(plain.model, gradient_checkpointing=checkpointing))
 
 
+def room_of(available_gib: int) -> Room:
+    return Room(SIZE, MEGAPIXELS, available_gib * GIB, SPARK)
+
+
 def decided(settings: TrainSettings, available_gib: int) -> tuple[int, int, bool]:
-    settings = fitted(settings, SIZE, MEGAPIXELS, available_gib * GIB, SPARK, lambda: "; hint")
+    settings = fitted(settings, room_of(available_gib), lambda: "; hint")
     return settings.run.train_batch_size, settings.run.gradient_accumulation_steps, settings.model.gradient_checkpointing
 
 
@@ -145,11 +149,37 @@ def test_what_does_not_fit_at_all_is_refused_with_every_figure():
         assert words in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("available", "most", "checkpointing", "batch"),
+    [
+        (42, 100, "auto", 4),  # 16 GiB in reserve, 10 for what is always there
+        (50, 100, "auto", 6),
+        (50, 5, "auto", 5),
+        (41, 100, "auto", 15),  # 3 would fit with activations kept
+        (35, 2, "auto", 2),
+        (41, 100, False, 3),
+        (50, 100, True, 24),
+        (20, 100, "auto", 1),
+    ],
+)
+def test_auto_is_the_largest_batch_that_fits(available, most, checkpointing, batch, capsys):
+    settings = with_batch(with_run("auto", 3, checkpointing), room_of(available), most)
+    assert (settings.run.train_batch_size, settings.run.gradient_accumulation_steps) == (batch, 3)
+    assert capsys.readouterr().out.startswith(f"batch size {batch}: the largest for {max(0, available - 16)}.0 GiB and {most} ")
+
+
+def test_auto_goes_on_with_the_steps_of_the_saved_run():
+    for available, (batch, accumulation) in {50: (6, 2), 45: (4, 3), 41: (12, 1), 28: (2, 6)}.items():
+        run = with_batch(with_run("auto"), room_of(available), 100, samples=12).run
+        assert (run.train_batch_size, run.gradient_accumulation_steps) == (batch, accumulation)
+    assert with_batch(with_run(7), room_of(50), 100, samples=12) == with_run(7)
+
+
 def test_full_gpu_is_answered_with_what_fits():
-    assert what_fits(with_run(4, checkpointing=False), SIZE, MEGAPIXELS, 14 * GIB) == "set GRADIENT_CHECKPOINTING=true"
-    answer = what_fits(with_run(8, checkpointing=True), SIZE, MEGAPIXELS, 14 * GIB)
+    assert what_fits(with_run(4, checkpointing=False), room_of(0), 14 * GIB) == "set GRADIENT_CHECKPOINTING=true"
+    answer = what_fits(with_run(8, checkpointing=True), room_of(0), 14 * GIB)
     assert answer == "set GRADIENT_CHECKPOINTING=true TRAIN_BATCH_SIZE=4 GRADIENT_ACCUMULATION_STEPS=2, which fits"
-    assert "lower RESOLUTION" in what_fits(with_run(8, checkpointing=True), SIZE, MEGAPIXELS, 9 * GIB)
+    assert "lower RESOLUTION" in what_fits(with_run(8, checkpointing=True), room_of(0), 9 * GIB)
     assert fitting_batch(7, 8, lambda batch: batch, 100) == 4
 
 

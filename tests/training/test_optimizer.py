@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training.config import OptimizerSettings
-from training.optimizer import build_optimizer, learning_rate_at, steps_of_warmup
+from training.optimizer import AdamW, learning_rate_at, steps_of_warmup
 
 
 def rates(scheduler: str, warmup: float, steps: int = 10) -> list[float]:
@@ -44,13 +44,13 @@ def test_a_part_of_a_warm_up_step_is_a_whole_one():
 
 def test_adamw_is_what_its_paper_says():
     """Loshchilov & Hutter 2019, Algorithm 2, number by number, with every setting in its place."""
-    settings = OptimizerSettings(learning_rate=0.01, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-3)
+    settings = OptimizerSettings(weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-3)
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer = build_optimizer(weight, settings)
+    optimizer = AdamW(weight, settings)
     ours, first, second = [1.0, -2.0], [0.0, 0.0], [0.0, 0.0]
     for step, gradient in enumerate(([0.5, -1.0], [2.0, 0.25], [-0.125, 0.0]), start=1):
         weight.grad = torch.tensor(gradient)
-        optimizer.step()
+        optimizer.step(torch.tensor(0.01))
         for i, g in enumerate(gradient):
             first[i] = 0.8 * first[i] + 0.2 * g
             second[i] = 0.95 * second[i] + 0.05 * g * g

@@ -167,6 +167,18 @@ def test_another_name_leaves_the_first_lora_where_it_is(finished, stage):
     assert len(list(stage.output.glob("logs/other/events.out.tfevents.*"))) == 1
 
 
+def test_batch_size_auto_takes_what_fits_and_goes_on_with_it(stage):
+    for name in ("astronaut", "coffee", "chelsea"):
+        stage.add(name)
+    once = {"TRAIN_BATCH_SIZE": "auto", "NUM_TRAIN_EPOCHS": 1, "LORA_TARGETS": "attention"}
+    said = stage.trained(**once)
+    assert "batch size 3: the largest for " in said
+    assert "1 optimizer steps of 3" in said
+    assert "nothing to do" in stage.trained(**once)
+    stage.add("rocket")
+    assert "batch size 3: the largest for " in stage.trained(**once)
+
+
 def test_a_single_file_trains_the_same_lora_as_its_folder_with_any_number_of_workers(finished, stage, tiny_single_file, tiny_sdxl):
     shutil.copytree(finished.stage.dataset, stage.dataset, dirs_exist_ok=True)
     for name in ("tokenizer", "tokenizer_2"):
@@ -187,7 +199,7 @@ def test_a_v_prediction_base_with_zero_terminal_snr_in_a_terminal(stage, tiny_sd
     assert ended.returncode == 0
     assert "v_prediction, min-SNR off, noise offset off." in ended.stdout
     shown = ended.stderr.replace("\r", "\n").splitlines()
-    for bar in ("encode pictures: 100%", "encode captions: 100%", "train: 100%"):
+    for bar in ("encode: 100%", "train: 100%"):
         assert any(line.startswith(bar) for line in shown)
     last = next(line for line in reversed(shown) if line.startswith("train: 100%"))
     assert re.search(r"2/2 \[\d\d:\d\d<\d\d:\d\d, .*img.*, epoch 1/1 loss \d+\.\d{4} lr 1\.00e-04\]", last), last
