@@ -1,9 +1,13 @@
 """Train a LoRA for SDXL on DATASET_DIR/images and write OUTPUT_DIR/lora/<name>.safetensors, which ComfyUI loads."""
 
+import gc
+import os
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 from errors import exit_code_of, stop_on_signals
+from prefetch import coming
 from settings import CollectSettings, ProjectSettings, read_request
 from training.config import TrainSettings
 from training.distributed import launch, place, wants_launcher
@@ -22,21 +26,27 @@ def main(argv: list[str]) -> None:
     if place().index == 0:
         print(f"set by you: {request.overridden()}", flush=True)
 
-    from training.device import wake_gpu  # torch and diffusers take seconds to import; a wrong setting is refused before
+    gc.disable()  # imports make a million objects that stay; no use looking for garbage among them
+    from training.cache import Cache, hashed_base  # torch and diffusers take seconds to import; a wrong setting is refused before
+    from training.device import wake_gpu
     from training.quick_imports import import_quickly
 
     wake_gpu(place().gpu)
-    import_quickly("training.networks")
+    base_model = partial(hashed_base, train.model.base_model, project.models_dir, Cache.of(project.output_dir))
+    with coming(base_model, begins_now=place().index == 0 and not request.check) as base:
+        import_quickly("training.networks")
     from training import carry_out, doctor, task
     from training.memory import watched
     from training.processes import joined
     from training.results import only_run_in
 
+    gc.freeze()
+    gc.enable()
     if request.check:
         doctor.check(project, train, is_ahead=request.is_ahead)
         return
     with joined(place()) as processes, only_run_in(project.output_dir) if processes.is_first else nullcontext():
-        run = task.decide_together(processes, project, train, request.sections["collect"].comfyui_endpoint)
+        run = task.decide_together(processes, project, train, base, request.sections["collect"].comfyui_endpoint)
         if run.is_finished:
             task.tidy(run)
             print(f"nothing to do: {run.results.lora} is finished, with exactly these settings, pictures and captions")
@@ -44,12 +54,15 @@ def main(argv: list[str]) -> None:
         if processes.is_first:
             task.make_room(run)
         task.prepare_device(run)
-        with task.memory_in_our_words(run), watched(run.room.floors) as guard, carry_out.coming_unet(run) as unet:
+        with task.memory_in_our_words(run), watched(run.room.floors) as guard, carry_out.coming_model(run) as model:
             data = carry_out.encode(run)
-            modules = carry_out.train(run, data, unet(), guard)
+            modules = carry_out.train(run, data, *model(), guard)
         if processes.is_first:
             carry_out.finish(run, modules)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(STAGE, lambda: main(sys.argv[1:])))
+    code = exit_code_of(STAGE, lambda: main(sys.argv[1:]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # everything is on the disk; to take torch down in good order would last a second

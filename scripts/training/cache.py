@@ -21,12 +21,18 @@ from dataset_folder import write_json
 from errors import DataError
 from pictures import open_rgb
 from prefetch import prefetched
+from training.base_model import find_base
 from training.buckets import Placement
 from training.dataset import Example
+from training.parts import BaseModel, Part
 from training.tensor_files import write_tensors
 
 FORMAT = 1
 """Part of every key: to be raised when the encoding changes."""
+
+DIGESTS = "digests.json"
+_WRITERS = 2
+"""Threads that wait for the disk, and on a GPU for the answer."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,10 @@ class Cache:
     """`OUTPUT_DIR/cache`: one file per picture and one per caption."""
 
     folder: Path
+
+    @classmethod
+    def of(cls, output_dir: Path) -> "Cache":
+        return cls(output_dir / "cache")
 
     def picture(self, example: Example, placement: Placement, vae_fingerprint: str) -> Path:
         """Where the latents of a picture in its bucket lie."""
@@ -48,18 +58,37 @@ class Cache:
         return self.folder / kind / f"{key}.safetensors"
 
 
-def remembered(memo: Path, name: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
-    """`compute()`, remembered in the JSON file `memo` for as long as path, size and time of change of `files` stay the same,
-    so that gigabytes of weights are hashed once and not at every start."""
-    known = {}
-    with suppress(FileNotFoundError, ValueError):
-        known = json.loads(memo.read_text(encoding="utf-8"))
-    stats = [(str(file.resolve()), file.stat()) for file in files]
-    key = json.dumps([name, *((path, about.st_size, about.st_mtime_ns) for path, about in stats)])
+def base_digest(base: BaseModel, cache: Cache, part: str) -> str:
+    """SHA-256 of one part of the base model, remembered from run to run."""
+    memo, key = cache.folder / DIGESTS, _key_of(base.parts[part])
+    known = _remembered(memo)
     if key not in known:
-        known[key] = compute()
+        known[key] = base.parts[part].digest
         write_json(memo, known)
     return known[key]
+
+
+def hashed_base(base_model: str, models_dir: Path, cache: Cache) -> BaseModel:
+    """The base model of that name, and the digests that are not remembered yet computed; nothing is written. Raises
+    ModelError."""
+    base, known = find_base(base_model, models_dir), _remembered(cache.folder / DIGESTS)
+    for part in base.parts.values():
+        if _key_of(part) not in known:
+            _ = part.digest
+    return base
+
+
+def _remembered(memo: Path) -> dict[str, str]:
+    """So that gigabytes of weights are hashed once and not at every start."""
+    with suppress(FileNotFoundError, ValueError, TypeError):
+        return dict(json.loads(memo.read_text(encoding="utf-8")))
+    return {}
+
+
+def _key_of(part: Part) -> str:
+    """The same for as long as path, size and time of change of the part's files stay the same."""
+    stats = [(str(file.resolve()), file.stat()) for file in sorted({file.path for file in part.files})]
+    return json.dumps([part.name, *((path, about.st_size, about.st_mtime_ns) for path, about in stats)])
 
 
 def is_whole(path: Path) -> bool:
@@ -79,32 +108,43 @@ def encode_pictures(
     """Encode each picture of `todo` (cache file, example, placement) and yield the file when it is written.
 
     `encode` takes pixels [1, 3, H, W] in -1 .. 1 (fp32, CPU) and returns mean and log-variance [1, C, h, w] of the VAE's
-    posterior. Pictures are decoded by `workers` threads ahead of it. Raises DataError naming a picture whose latents are
-    not finite.
+    posterior. `workers` threads decode pictures ahead of it, and two write what it answers. Raises DataError naming a picture
+    whose latents are not finite.
     """
     pixels = prefetched(lambda item: picture_pixels(item[1], item[2]), todo, workers)
-    for (path, example, _), picture in zip(todo, pixels, strict=True):
-        mean, log_variance = (part[0].float().cpu().contiguous() for part in encode(picture[None]))
+    encoded = ((path, example, *encode(picture[None])) for (path, example, _), picture in zip(todo, pixels, strict=True))
+
+    def write(item: tuple[Path, Example, torch.Tensor, torch.Tensor]) -> Path:
+        path, example, *posterior = item
+        mean, log_variance = (part[0].to("cpu", torch.float32).contiguous() for part in posterior)
         if not (mean.isfinite().all() and log_variance.isfinite().all()):
             raise DataError(f"{example.name}: the VAE answers with NaN or infinity for this picture; remove it, or use another VAE")
         write_tensors(path, {"mean": mean, "log_variance": log_variance})
-        yield path
+        return path
+
+    return prefetched(write, encoded, min(workers, _WRITERS))
 
 
 def encode_captions(
     todo: Sequence[tuple[Path, Sequence[str]]],
     encode: Callable[[Sequence[str]], tuple[torch.Tensor, torch.Tensor]],
     dtype: torch.dtype,
+    workers: int,
 ) -> Iterator[Path]:
     """Encode the variants of each caption of `todo` (cache file, variants) and yield the file when it is written.
 
     `encode` returns hidden states [variants, tokens, D] and pooled embeddings [variants, P]; they are kept as `dtype`.
+    Threads write them if there are `workers`.
     """
-    for path, variants in todo:
-        hidden, pooled = encode(variants)
+    encoded = ((path, *encode(variants)) for path, variants in todo)
+
+    def write(item: tuple[Path, torch.Tensor, torch.Tensor]) -> Path:
+        path, hidden, pooled = item
         tensors = {"hidden": hidden.to("cpu", dtype).contiguous(), "pooled": pooled.to("cpu", dtype).contiguous()}
         write_tensors(path, tensors)
-        yield path
+        return path
+
+    return prefetched(write, encoded, min(workers, _WRITERS))
 
 
 def picture_pixels(example: Example, placement: Placement) -> torch.Tensor:

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dataset_folder import sha256_of, write_json
+from dataset_folder import write_json
+from errors import ModelError
 from training.optimizer import AdamW
 from training.progress import Progress
 from training.tensor_files import write_tensors
+from training.weights import digest, read_header
 
 _RECORD = re.compile(r"step-(\d{9})\.json")
 _OURS = re.compile(r"step-\d{9}\.(json|safetensors)|\..*\.part|\.tmp.*")
@@ -50,7 +52,7 @@ class Saved:
     tensors: str
     """Name of the tensors' file, beside the record."""
     sha256: str
-    """Of that file."""
+    """Of the tensors in that file."""
     folder: Path
 
 
@@ -79,7 +81,7 @@ def write(folder: Path, state: Snapshot, identity: Identity, keep: int) -> None:
         "scaler": state.scaler,
         "identity": asdict(identity),
         "tensors": file.name,
-        "sha256": sha256_of(file),
+        "sha256": _digest(file),
     }
     write_json(file.with_suffix(".json"), {**record, "record_sha256": _checksum(record)})
     until = [path for path in _records(folder) if path.stem <= file.stem]  # what lies beyond was damaged, or is another's
@@ -127,16 +129,16 @@ def newest(folder: Path, at_most: int | None = None) -> Saved | None:
             continue
         try:
             return _read(path)
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
+        except (FileNotFoundError, ModelError, ValueError, TypeError, KeyError):
             print(f"the saved state {path} is damaged and passed over", flush=True)
     return None
 
 
 def _read(path: Path) -> Saved:
-    """The state whose record is `path`; raises ValueError, TypeError, KeyError or FileNotFoundError if it is damaged."""
+    """The state whose record is `path`; raises one of five errors if it is damaged."""
     record = json.loads(path.read_text(encoding="utf-8"))
     checksum = record.pop("record_sha256")
-    if checksum != _checksum(record) or record["sha256"] != sha256_of(path.with_name(record["tensors"])):
+    if checksum != _checksum(record) or record["sha256"] != _digest(path.with_name(record["tensors"])):
         raise ValueError("the checksum differs")
     progress, identity = Progress.from_json(record.pop("progress")), Identity(**record.pop("identity"))
     return Saved(progress=progress, identity=identity, folder=path.parent, **record)
@@ -201,6 +203,12 @@ def _remove_others(folder: Path, kept_stems: Sequence[str]) -> None:
     for path in sorted(folder.iterdir() if folder.is_dir() else ()):
         if _OURS.fullmatch(path.name) and path.stem not in kept_stems:
             path.unlink()
+
+
+def _digest(tensors: Path) -> str:
+    """SHA-256 of what the file holds, read back from it."""
+    file = read_header(tensors)
+    return digest([(file, file.tensors)])
 
 
 def _checksum(record: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from prefetch import coming
 from training.batches import CachedExample
-from training.cache import Cache, encode_captions, encode_pictures, is_whole, remembered
+from training.cache import Cache, base_digest, encode_captions, encode_pictures, is_whole
 from training.config import DataSettings
 from training.models import load_text_encoders, load_tokenizers, load_vae
 from training.parts import BaseModel
@@ -73,11 +73,11 @@ class Encoding:
         """Both text encoders, to be freed after use."""
         return load_text_encoders(self.base, self.models_dir, self.device, torch.float32)
 
-    def encode_captions(self, wanted: "Wanted", encoders: Callable[[], TextEncoders], chunks: int, bar: tqdm) -> None:
+    def encode_captions(self, wanted: "Wanted", encoders: Callable[[], TextEncoders], chunks: int, workers: int, bar: tqdm) -> None:
         """Encode this process's share of the captions that are missing."""
         if own := self.processes.share(wanted.missing):
             ours = encoders()
-            for _ in encode_captions(own, lambda texts: encode(texts, ours, chunks), self.dtype):
+            for _ in encode_captions(own, lambda texts: encode(texts, ours, chunks), self.dtype, workers):
                 bar.update()
 
     def free(self) -> None:
@@ -107,7 +107,8 @@ class Wanted:
 
 def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_word: str, seed: int) -> EncodedData:
     """Encode every picture and every caption of `plan` that is not in the cache yet. What a caption loses is said."""
-    examples, count, shuffle = plan.all_examples, settings.caption_variants, settings.caption_shuffle
+    examples, workers = plan.all_examples, settings.dataloader_num_workers
+    count, shuffle = settings.caption_variants, settings.caption_shuffle
     variants = [caption_variants(example.caption, trigger_word, count, shuffle, seed) for example in examples]
     tokenizers = load_tokenizers(encoding.base, encoding.models_dir)
     chunks = chunks_needed([example.caption for example in examples], tokenizers, settings.caption_chunks)
@@ -119,9 +120,9 @@ def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_
     share = encoding.processes.share
     with tqdm(total=len(share(pictures.missing)) + len(share(captions.missing)), desc="encode", disable=None) as bar:
         with coming(encoding.text_encoders, begins_now=encoding.at_once and bool(share(captions.missing))) as encoders:
-            encoding.encode_pictures(pictures, settings.dataloader_num_workers, bar)
+            encoding.encode_pictures(pictures, workers, bar)
             encoding.free()
-            encoding.encode_captions(captions, encoders, chunks, bar)
+            encoding.encode_captions(captions, encoders, chunks, workers, bar)
         del encoders
         encoding.free()
     encoding.processes.wait_for_all()
@@ -135,10 +136,3 @@ def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_
     ]
     trained = len(plan.examples)
     return EncodedData(cached[:trained], cached[trained:], empty)
-
-
-def base_digest(base: BaseModel, cache: Cache, part: str) -> str:
-    """SHA-256 of one part of the base model, remembered from run to run."""
-    network = base.parts[part]
-    files = sorted({file.path for file in network.files})
-    return remembered(cache.folder / "digests.json", part, files, network.digest)

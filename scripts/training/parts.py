@@ -89,8 +89,9 @@ class Part:
         prefix = PREFIXES[self.name] if self.is_sgm else ""
         return {key: tensor for file in self.files for key, tensor in file.tensors.items() if key.startswith(prefix)}
 
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 of the part's weights, the key of what is derived from them. Reads them all."""
+        """SHA-256 of the part's weights, the key of what is derived from them. Reads them all, once."""
         return digest((file, [key for key in file.tensors if key in self.tensors]) for file in self.files)
 
     def _sources(self, weight: str) -> Iterator[Source]:

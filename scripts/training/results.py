@@ -79,10 +79,6 @@ class Results:
         return self.output_dir / "state" / self.name
 
     @property
-    def cache(self) -> Path:
-        return self.output_dir / "cache"
-
-    @property
     def logs(self) -> Path:
         return self.output_dir / "logs"
 

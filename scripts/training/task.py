@@ -1,7 +1,7 @@
 """What was asked for, and what is decided about it before anything heavy is loaded."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,8 +10,7 @@ from dataset_folder import DatasetFolder, write_text
 from errors import DataError, ResourceError, SettingsError
 from settings import ProjectSettings, resolved_toml
 from training import checkpoint
-from training.base_model import find_base
-from training.cache import Cache
+from training.cache import Cache, base_digest
 from training.checkpoint import Identity, Saved
 from training.config import TrainSettings
 from training.continuation import continued, kept_warmup, shared_by
@@ -24,7 +23,6 @@ from training.device import (
     limit_gpu_memory,
     make_deterministic,
 )
-from training.encode import base_digest
 from training.fitting import Room, fitted, room_for, what_fits, with_batch
 from training.memory import comfyui_hint
 from training.parts import BaseModel
@@ -62,9 +60,11 @@ class Task:
     room: Room
 
 
-def decide_together(processes: Processes, project: ProjectSettings, settings: TrainSettings, comfyui: str) -> Task:
+def decide_together(
+    processes: Processes, project: ProjectSettings, settings: TrainSettings, base: Callable[[], BaseModel], comfyui: str
+) -> Task:
     """What the first process decides, in every process; raises DataError on another machine that has other pictures."""
-    run = processes.from_first(lambda: decide(processes, project, settings, comfyui))
+    run = processes.from_first(lambda: decide(processes, project, settings, base(), comfyui))
     if processes.is_first:
         return run
     if processes.place.local_index == 0:
@@ -75,9 +75,8 @@ def decide_together(processes: Processes, project: ProjectSettings, settings: Tr
     return replace(run, processes=processes, precision=precision)
 
 
-def decide(processes: Processes, project: ProjectSettings, settings: TrainSettings, comfyui: str) -> Task:
+def decide(processes: Processes, project: ProjectSettings, settings: TrainSettings, base: BaseModel, comfyui: str) -> Task:
     """Read and verify everything, replace every "auto" by what it means here, and say what the run will do."""
-    base = find_base(settings.model.base_model, project.models_dir)
     examples = read_pictures(project, settings)
     results = Results(project.output_dir, settings.saving.output_name or project.trigger_word)
     saved = None if settings.saving.fresh else checkpoint.newest(results.state)
@@ -94,7 +93,7 @@ def decide(processes: Processes, project: ProjectSettings, settings: TrainSettin
     settings = fitted(settings, room, lambda: comfyui_hint(comfyui))
     switch = "on" if settings.model.gradient_checkpointing else "off"
     print(f"training on {describe(precision)}, gradient checkpointing {switch}", flush=True)
-    cache = Cache(results.cache)
+    cache = Cache.of(project.output_dir)
     digests = [base_digest(base, cache, part) for part in base.parts]
     print(plan.announcement(), flush=True)
     values = fingerprint(plan, settings, project.trigger_word, digests)
@@ -156,7 +155,7 @@ def resolved(settings: TrainSettings, plan: Plan, precision: Precision, name: st
 def tidy(task: Task) -> None:
     """Remove what runs have left that were killed while they wrote; nobody else writes there."""
     if task.processes.is_first:
-        for folder in (task.results.folder, task.results.state, task.results.cache / "latents", task.results.cache / "text"):
+        for folder in (task.results.folder, task.results.state, task.cache.folder / "latents", task.cache.folder / "text"):
             remove_all_leftovers(folder)
         if task.is_finished:
             checkpoint.keep_one(task.results.state, task.plan.common_steps)

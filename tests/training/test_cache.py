@@ -1,6 +1,7 @@
 """Real photographs through buckets into the cache: exact pixels, and values that depend on nothing but their own key."""
 
 import itertools
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from training.dataset import read_examples
 from training.encode import Encoding, encode_data
 from training.plan import make_plan
 from training.schedule import Schedule
+from training.weights import digest
 
 CPU = torch.device("cpu")
 
@@ -197,7 +199,7 @@ def test_embeddings_are_read_back_one_variant_at_a_time(tmp_path, dtype):
     hidden, pooled = torch.randn(3, 77, 8), torch.randn(3, 5)
     path = tmp_path / "caption.safetensors"
     assert not is_whole(path)
-    assert list(encode_captions([(path, ["a", "b", "c"])], lambda texts: (hidden, pooled), dtype)) == [path]
+    assert list(encode_captions([(path, ["a", "b", "c"])], lambda texts: (hidden, pooled), dtype, workers=1)) == [path]
     assert is_whole(path)
     for variant in range(3):
         ours = read_embedding(path, variant)
@@ -205,18 +207,31 @@ def test_embeddings_are_read_back_one_variant_at_a_time(tmp_path, dtype):
         assert torch.equal(ours[1], pooled[variant].to(dtype))
 
 
-def test_a_digest_is_remembered_until_its_file_changes(tmp_path):
-    memo, weights, computed = tmp_path / "digests.json", tmp_path / "weights", []
+def test_a_digest_is_remembered_until_its_file_changes(stage, tiny_sdxl, tmp_path, monkeypatch):
+    copied, kept = tmp_path / "base", Cache.of(tmp_path / "output")
+    shutil.copytree(tiny_sdxl, copied)
+    (file,) = (copied / "vae").glob("*.safetensors")
+    computed = []
 
-    def digest() -> str:
-        computed.append(weights.read_text())
-        return weights.read_text()
+    def hashed(files):
+        computed.append(1)
+        return digest(files)
 
-    weights.write_text("one")
-    assert [cache.remembered(memo, "vae", [weights], digest) for _ in range(2)] == ["one", "one"]
-    weights.write_text("second")
-    assert cache.remembered(memo, "vae", [weights], digest) == "second"
-    assert cache.remembered(memo, "unet", [weights], digest) == "second"
-    memo.write_text("{ half a")
-    assert cache.remembered(memo, "vae", [weights], digest) == "second"
-    assert computed == ["one", "second", "second", "second"]
+    monkeypatch.setattr("training.parts.digest", hashed)
+
+    def digest_now() -> str:
+        return cache.base_digest(find_base(str(copied), tmp_path), kept, "vae")
+
+    first = digest_now()
+    assert [digest_now(), len(computed)] == [first, 1]
+    cache.hashed_base(str(copied), tmp_path, kept)
+    assert len(computed) == 4  # the other three parts
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    changed = digest_now()
+    assert changed != first
+    for damage in ("{ half a", "[1, 2]", "[]", "null"):
+        (kept.folder / cache.DIGESTS).write_text(damage)
+        assert digest_now() == changed
+    assert len(computed) == 9

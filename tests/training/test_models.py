@@ -248,7 +248,7 @@ def test_vae_with_the_old_names_of_attention(folder, tiny_sdxl):
 
 def test_digest_follows_the_weights(folder, tiny_sdxl, tiny_single_file):
     def digests(path):
-        return {name: part.digest() for name, part in find_base(str(path), folder).parts.items()}
+        return {name: part.digest for name, part in find_base(str(path), folder).parts.items()}
 
     before = digests(tiny_sdxl)
     assert digests(folder) == before
