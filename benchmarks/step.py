@@ -101,11 +101,8 @@ def gradient_by_peft(step: TrainStep, batch: Batch, backend: SDPBackend) -> torc
         layer.lora_A[ADAPTER].weight = torch.nn.Parameter(module.down.clone())
         layer.lora_B[ADAPTER].weight = torch.nn.Parameter(module.up.clone())
     device = step.precision.device.type
-    with (
-        torch.autocast(device, torch.bfloat16, enabled=device == "cuda"),
-        disable_input_dtype_casting(unet),
-        sdpa_kernel([backend]),
-    ):
+    autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    with autocast, disable_input_dtype_casting(unet), sdpa_kernel([backend]):
         loss = step.weighted_loss(batch)
     loss.backward()
     gradients = []

@@ -47,7 +47,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs an NVIDIA GPU")
     build(options.folder)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matrix products at {matmul_tflops():.0f} TFLOP/s (bf16)\n")
+    rate = matmul_tflops()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matrix products at {rate:.0f} TFLOP/s (bf16)\n", flush=True)
     torch.cuda.empty_cache()
     wanted = re.compile(options.only)
     forget_kernels()
@@ -56,7 +57,9 @@ def main() -> None:
             print(whole_job(options.folder, name), flush=True)
     for name, pictures, batch, settings in MEASUREMENTS:
         if wanted.search(name):
-            print(measured(options.folder, name, pictures, batch, settings), flush=True)
+            print(measured(options.folder, name, pictures, batch, settings, rate), flush=True)
+    if wanted.search("inside a step"):
+        subprocess.run([sys.executable, "-m", "benchmarks.step", options.folder / "models" / "random-sdxl"], check=True)
 
 
 MEASUREMENTS = (
@@ -140,23 +143,26 @@ def run(folder: Path, job: Job) -> tuple[float, str]:
     return time.monotonic() - started, log
 
 
-def measured(folder: Path, name: str, pictures: str, batch: int, settings: dict[str, object]) -> str:
-    """One line of the table, from two runs of different length."""
+def measured(folder: Path, name: str, pictures: str, batch: int, settings: dict[str, object], rate: float) -> str:
+    """One line of the table, from two runs of different length; the short one is done twice, since the first time compiles
+    kernels. `rate`: TFLOP/s of matrix products alone."""
     count = {"one": 32, "six": 48}[pictures]
     per_epoch = count // batch
     short, long = 24 * 4 // batch // per_epoch + 1, 104 * 4 // batch // per_epoch + 1
     seconds, logs = [], []
-    for epochs in (short, long):
+    for epochs in (short, short, long):
         job = Job(f"{name}, {epochs} epochs", pictures, epochs, {"train_batch_size": batch} | settings)
         took, log = run(folder, job)
         seconds.append(took)
         logs.append(log)
+    _, *seconds = seconds
     step_s = (seconds[1] - seconds[0]) / ((long - short) * per_epoch)
-    fixed_s = [took - epochs * per_epoch * step_s for took, epochs in zip(seconds, (short, long), strict=True)]
-    peak = re.findall(r"peak GPU memory ([\d.]+) GiB", logs[1])
+    fixed_s = seconds[0] - short * per_epoch * step_s
+    tflops = batch * STEP_TFLOP_PER_PICTURE / step_s
+    peak = re.findall(r"peak GPU memory ([\d.]+) GiB", logs[-1])
     return (
         f"{name:28s} step {1e3 * step_s:6.1f} ms  {batch / step_s:6.2f} pictures/s  "
-        f"{batch * STEP_TFLOP_PER_PICTURE / step_s:5.0f} TFLOP/s  fixed {fixed_s[0]:5.1f} s  peak {peak[0] if peak else '?'} GiB"
+        f"{tflops:5.0f} TFLOP/s ({tflops / rate:.0%})  fixed {fixed_s:5.1f} s  peak {peak[0] if peak else '?'} GiB"
     )
 
 
