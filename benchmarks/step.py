@@ -24,9 +24,9 @@ from training.schedule import Schedule, alphas_cumprod
 from training.step import Objective, TrainStep
 
 FAMILIES = {
+    "convolutions": r"conv|fprop|dgrad|wgrad",
     "matrix products": r"gemm|nvjet|cutlass|cublas|addmm|aten::mm|aten::bmm|aten::linear",
     "attention": r"fmha|flash|sdpa|attention|cudnn_generated",
-    "convolutions": r"conv|fprop|dgrad|wgrad|cudnn",
     "norms": r"_layer_norm|_group_|norm",
     "GEGLU": r"geglu|gelu",
     "copies and concatenations": r"copy|cat|memcpy|memset|fill",
@@ -127,7 +127,8 @@ def families(step: TrainStep, batch: Batch) -> str:
     for _ in range(3):
         step([batch], 1e-4)
     is_cuda = step.precision.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU]) as profiled:
+    kind = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
+    with profile(activities=[kind], acc_events=True) as profiled:
         step([batch], 1e-4)
     times, counts = Counter(), Counter()
     for event in profiled.events():
