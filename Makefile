@@ -22,7 +22,7 @@ demo: $(VENV)/complete
 	$(VENV)/bin/python -m demo
 
 test: $(VENV)/complete
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/complete
 	PYTHONPATH=scripts $(VENV)/bin/python -m benchmarks.train

@@ -8,6 +8,27 @@ import pytest
 # Networks this small gain nothing from threads, which wait for each other many times longer on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+LONGEST_FIRST = (
+    "test_pipeline.py",
+    "test_kill.py",
+    "test_train_lora.py",
+    "test_distributed.py",
+    "test_memory.py",
+    "test_fast_unet.py",
+    "test_export.py",
+    "test_caption_images.py",
+    "test_collect_images.py",
+)
+"""Files that take long; begun last, one of them would keep a single core busy while the others have nothing to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.path.name
+        return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=place)
+
 
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory) -> Path:

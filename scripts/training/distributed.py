@@ -76,11 +76,14 @@ def launch(command: Sequence[str], settings: ProcessSettings) -> int:
         "MASTER_ADDR": settings.main_process_ip,
         "MASTER_PORT": settings.main_process_port or _free_port(),
     }
-    threads = {"OMP_NUM_THREADS": str(max(1, cores // count))}
+    usual = {
+        "OMP_NUM_THREADS": str(max(1, cores // count)),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # when one process ends, the stack of each other one's sockets is no news
+    }
     children = []
     for local in range(count):
         own = {"RANK": settings.machine_rank * count + local, "LOCAL_RANK": local}
-        environment = threads | os.environ | {name: str(value) for name, value in (shared | own).items()}
+        environment = usual | os.environ | {name: str(value) for name, value in (shared | own).items()}
         children.append(_started(command, environment, is_first=local == 0))
     _pass_signals_on(children)
     return _outcome(children, _failures(children))

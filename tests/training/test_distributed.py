@@ -76,7 +76,7 @@ def test_a_pair_that_is_stopped_goes_on_alone_and_loses_nothing(pictures):
 
 
 def test_a_process_that_dies_ends_the_other_and_leaves_a_valid_state(pictures):
-    pair = through_run_sh(pictures, NUM_TRAIN_EPOCHS=10000, SAVE_EVERY_EPOCHS=0, SAVE_STATE_EVERY_MINUTES=1e-6)
+    pair = through_run_sh(pictures, NUM_TRAIN_EPOCHS=2000, SAVE_EVERY_EPOCHS=0, SAVE_STATE_EVERY_MINUTES=1e-6)
     wait_for_steps(pictures, pair, 2)
     (launcher,) = children_of(pair.pid)
     processes = children_of(launcher)
