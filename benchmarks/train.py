@@ -1,7 +1,7 @@
 """`python -m benchmarks.train`: how fast a LoRA is trained on this GPU, measured as a user meets it. Needs CUDA.
 
 Builds a full-size SDXL with random weights and pictures of its own in a folder (15 GB), runs `scripts/train_lora.py` on
-them at two lengths each, and takes time per step and fixed cost from the difference.
+them, and takes time per step and fixed cost from the times of their lines.
 """
 
 import argparse
@@ -25,6 +25,8 @@ ONE_BUCKET = ((1024, 1024),)
 SIX_BUCKETS = ((1024, 1024), (896, 1152), (1152, 896), (832, 1216), (1216, 832), (768, 1344))
 STEP_TFLOP_PER_PICTURE = 14.7
 """Forward and backward of the UNet at 1024 x 1024 with the LoRA's gradients, counted from the layers' sizes."""
+STEPS_TIMED = 120
+"""Of batch 4; as many pictures for other batches."""
 TAGS = "1girl, smile, brown hair, blue eyes, outdoors, tree, standing, upper body, looking at viewer, white shirt"
 
 
@@ -134,7 +136,7 @@ def run(folder: Path, job: Job) -> tuple[float, str]:
     started, lines = time.monotonic(), []
     process = subprocess.Popen(command, env=kept | changed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
-        lines.append(f"{time.monotonic() - started:7.1f} s  {line.rstrip()}")
+        lines.append(f"{time.monotonic() - started:8.2f} s  {line.rstrip()}")
     code = process.wait()
     log = "\n".join(lines)
     (folder / f"{re.sub('[^a-z0-9]+', '-', job.name)}.log").write_text(log, encoding="utf-8")
@@ -144,22 +146,19 @@ def run(folder: Path, job: Job) -> tuple[float, str]:
 
 
 def measured(folder: Path, name: str, pictures: str, batch: int, settings: dict[str, object], rate: float) -> str:
-    """One line of the table, from two runs of different length; the short one is done twice, since the first time compiles
-    kernels. `rate`: TFLOP/s of matrix products alone."""
+    """One line of the table. A short run first compiles the kernels that are missing; then a long one is timed by its own
+    lines, from the end of its second epoch on, when every shape is captured. `rate`: TFLOP/s of matrix products alone."""
     count = {"one": 32, "six": 48}[pictures]
     per_epoch = count // batch
-    short, long = 24 * 4 // batch // per_epoch + 1, 104 * 4 // batch // per_epoch + 1
-    seconds, logs = [], []
-    for epochs in (short, short, long):
-        job = Job(f"{name}, {epochs} epochs", pictures, epochs, {"train_batch_size": batch} | settings)
+    epochs = 2 + -(-STEPS_TIMED * 4 // batch // per_epoch)
+    for length in (2, epochs):
+        job = Job(f"{name}, {length} epochs", pictures, length, {"train_batch_size": batch} | settings)
         took, log = run(folder, job)
-        seconds.append(took)
-        logs.append(log)
-    _, *seconds = seconds
-    step_s = (seconds[1] - seconds[0]) / ((long - short) * per_epoch)
-    fixed_s = seconds[0] - short * per_epoch * step_s
+    ends = [float(seconds) for seconds in re.findall(r"^ *([\d.]+) s  epoch ", log, re.MULTILINE)]
+    step_s = (ends[-1] - ends[1]) / ((epochs - 2) * per_epoch)
+    fixed_s = took - epochs * per_epoch * step_s
     tflops = batch * STEP_TFLOP_PER_PICTURE / step_s
-    peak = re.findall(r"peak GPU memory ([\d.]+) GiB", logs[-1])
+    peak = re.findall(r"peak GPU memory ([\d.]+) GiB", log)
     return (
         f"{name:28s} step {1e3 * step_s:6.1f} ms  {batch / step_s:6.2f} pictures/s  "
         f"{tflops:5.0f} TFLOP/s ({tflops / rate:.0%})  fixed {fixed_s:5.1f} s  peak {peak[0] if peak else '?'} GiB"
