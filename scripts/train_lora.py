@@ -54,9 +54,9 @@ def main(argv: list[str]) -> None:
         if processes.is_first:
             task.make_room(run)
         task.prepare_device(run)
-        with task.memory_in_our_words(run), watched(run.room.floors) as guard, carry_out.coming_model(run) as model:
+        with task.memory_in_our_words(run), watched(run.room.floors) as guard, carry_out.coming_unet(run) as unet:
             data = carry_out.encode(run)
-            modules = carry_out.train(run, data, *model(), guard)
+            modules = carry_out.train(run, data, unet(), guard)
         if processes.is_first:
             carry_out.finish(run, modules)
 

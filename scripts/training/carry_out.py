@@ -47,25 +47,26 @@ def encode(task: Task) -> EncodedData:
     return encode_data(encoding, task.plan, task.settings.data, task.project.trigger_word, task.settings.run.train_seed)
 
 
-def coming_model(task: Task) -> AbstractContextManager[Callable[[], tuple[UNet2DConditionModel, LoraWeights]]]:
-    """A function that returns the UNet and the LoRA in it. They are made beside the encoding if there is memory for both."""
-    return coming(partial(adapted_unet, task), begins_now=has_room(task))
+def coming_unet(task: Task) -> AbstractContextManager[Callable[[], UNet2DConditionModel]]:
+    """A function that returns the UNet. It is read beside the encoding if there is memory for both."""
+    return coming(partial(load_unet, task.base, task.precision.device, task.precision.dtype), begins_now=has_room(task))
 
 
-def adapted_unet(task: Task) -> tuple[UNet2DConditionModel, LoraWeights]:
-    """The UNet as fast as it can be, with a fresh LoRA in it."""
-    settings, device = task.settings, task.precision.device
-    unet = load_unet(task.base, device, task.precision.dtype)
+def adapt(task: Task, unet: UNet2DConditionModel) -> LoraWeights:
+    """Put a fresh LoRA into `unet`, in place, and make it as fast as it can be. Not beside the loading of another network:
+    PEFT changes torch for all threads meanwhile."""
+    settings = task.settings
     lora = inject(unet, settings.lora, settings.run.train_seed)
-    quicken(unet, lora.stacks, fast_ops(device))
+    quicken(unet, lora.stacks, fast_ops(task.precision.device))
     if settings.model.gradient_checkpointing:
         checkpoint_everything(unet)
-    return unet, lora
+    return lora
 
 
-def train(task: Task, encoded: EncodedData, unet: UNet2DConditionModel, lora: LoraWeights, guard: Watch | None) -> int:
+def train(task: Task, encoded: EncodedData, unet: UNet2DConditionModel, guard: Watch | None) -> int:
     """Take every step that is left, and write the LoRA. Returns how many modules it has."""
     settings, precision, processes = task.settings, task.precision, task.processes
+    lora = adapt(task, unet)
     optimizer = AdamW(lora.weights, settings.optimizer)
     take_step = TrainStep(
         unet, lora, optimizer, objective_of(task), precision, settings.optimizer.max_grad_norm, processes.all_reduce

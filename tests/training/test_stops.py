@@ -1,0 +1,86 @@
+"""Runs that stop before their end, or go on after it: signals, a disk that fills up, early stopping, more epochs."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from safetensors import safe_open
+
+SHORT = {"LORA_TARGETS": "attention", "SAVE_EVERY_EPOCHS": 0, "SAVE_STATE_EVERY_MINUTES": 1e-6}
+LONG_STEPS = {"GRADIENT_ACCUMULATION_STEPS": 100, "NUM_TRAIN_EPOCHS": 1000}
+"""Each of them takes a second or more."""
+
+
+@pytest.fixture
+def pictures(stage):
+    stage.add("astronaut")
+    stage.add("coffee")
+    return stage
+
+
+def steps_taken(stage) -> int:
+    metrics = stage.output / "lora" / "metrics.jsonl"
+    return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+
+
+def begun(stage, steps: int, **variables) -> subprocess.Popen:
+    """A run that has taken so many steps."""
+    run = stage.start(**SHORT | variables)
+    while steps_taken(stage) < steps:
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.01)
+    return run
+
+
+def weights(stage) -> dict[str, bytes]:
+    with safe_open(stage.lora, framework="np") as file:
+        return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+
+
+def test_a_second_signal_does_not_wait_for_the_step(pictures):
+    run = begun(pictures, 1, **LONG_STEPS)
+    run.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    run.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    _, said = run.communicate()
+    assert time.monotonic() - begin < 1
+    assert run.returncode == -signal.SIGTERM
+    assert "Traceback" not in said
+    lost = begun(pictures, 1, **LONG_STEPS)
+    taken = next(line for line in lost.stdout if line.startswith("continuing at step "))
+    assert int(taken.split()[-1]) >= 1
+    lost.send_signal(signal.SIGINT)
+    _, said = lost.communicate()
+    assert (lost.returncode, said) == (130, "train_lora: stopped by SIGINT; run the same command again to continue\n")
+
+
+def test_a_held_out_loss_that_rises_ends_the_run_early_and_names_the_best_lora(pictures):
+    pictures.add("chelsea")
+    pictures.add("rocket")
+    variables = {"VALIDATION_FRACTION": 0.5, "VALIDATE_EVERY_EPOCHS": 1, "EARLY_STOP_PATIENCE": 2, "LEARNING_RATE": 0.05}
+    said = pictures.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 200, "SAVE_EVERY_EPOCHS": 1})
+    assert "epochs: 2 validations in a row did not lower the held-out loss" in said
+    assert "the lowest held-out loss" in said
+    lines = [json.loads(line) for line in (pictures.output / "lora" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["validation_loss_smoothed"] for line in lines if "validation_loss" in line]
+    assert min(losses) not in losses[-2:]
+    assert (pictures.output / "lora" / "sks-best.safetensors").exists()
+    assert "nothing to do" in pictures.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 200, "SAVE_EVERY_EPOCHS": 1})
+
+
+def test_a_finished_run_that_is_lengthened_ends_as_if_it_had_always_been_longer(pictures):
+    pictures.trained(**SHORT, NUM_TRAIN_EPOCHS=2)
+    said = pictures.trained(**SHORT, NUM_TRAIN_EPOCHS=5)
+    assert "continuing at step 2" in said
+    assert "changed and taken: num_train_epochs: 2 then, 5 now" in said
+    lengthened, first_output = weights(pictures), pictures.output
+    pictures.output = first_output.with_name("straight")
+    pictures.lora = pictures.output / "lora" / "sks.safetensors"
+    pictures.trained(**SHORT, NUM_TRAIN_EPOCHS=5, OUTPUT_DIR=pictures.output)
+    assert weights(pictures) == lengthened
+    assert len(list((first_output / "lora" / "archive").rglob("sks.safetensors"))) == 1
+    assert os.listdir(first_output / "state" / "sks")
