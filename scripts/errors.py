@@ -6,7 +6,8 @@ LoracatError
 |-- DataError              3   unusable input data, an empty data set included
 |-- ComfyUIError           4   ComfyUI unreachable, or nothing came of it
 |-- ModelError             5   model files missing or unusable
-|-- ResourceError          6   no memory or no disk
+`-- ResourceError          6   no memory or no disk
+Interruption
 |-- MemoryShort           75   stopped by the memory guard; the state is saved
 `-- Stopped          130/143   stopped by a signal; the state is saved
 
@@ -70,7 +71,13 @@ class ResourceError(LoracatError):
     exit_code = 6
 
 
-class MemoryShort(LoracatError):
+class Interruption(BaseException):
+    """Base of what comes from outside at any instant; no library that catches `Exception` can swallow it."""
+
+    exit_code: int
+
+
+class MemoryShort(Interruption):
     """The machine's memory ran short while training; the state is saved."""
 
     exit_code = 75
@@ -79,7 +86,7 @@ class MemoryShort(LoracatError):
         super().__init__("stopped by the memory guard; close other programs, then run the same command again to continue")
 
 
-class Stopped(LoracatError):
+class Stopped(Interruption):
     """A signal asked the stage to stop."""
 
     def __init__(self, signum: int):
@@ -104,7 +111,7 @@ def answer_all(title: str, questions: Sequence[Callable[[], str]]) -> None:
         raise type(complaints[0])(one_list(title, [str(complaint) for complaint in complaints]))
 
 
-def reason_for(signum: int) -> LoracatError:
+def reason_for(signum: int) -> Interruption:
     """Why a stage stops that this signal asked to."""
     return MemoryShort() if signum == MEMORY_SIGNAL else Stopped(signum)
 
@@ -150,7 +157,7 @@ def exit_code_of(stage: str, main: Callable[[], None]) -> int:
     try:
         main()
         return EXIT_DONE
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, Interruption) as error:
         known = _in_our_words(error)
         if known is None:
             traceback.print_exc()
@@ -160,9 +167,9 @@ def exit_code_of(stage: str, main: Callable[[], None]) -> int:
         return known.exit_code
 
 
-def _in_our_words(error: BaseException) -> LoracatError | None:
+def _in_our_words(error: BaseException) -> LoracatError | Interruption | None:
     """The failure as a class of our tree, or None for a bug."""
-    if isinstance(error, LoracatError):
+    if isinstance(error, (LoracatError, Interruption)):
         return error
     if isinstance(error, KeyboardInterrupt):
         return Stopped(signal.SIGINT)

@@ -1,9 +1,16 @@
 """A picture file as the pixels a person sees: upright, in RGB, transparency on white."""
 
+import struct
 import warnings
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+_DECODERS_ERRORS = (OSError, SyntaxError, ValueError, TypeError, AttributeError, struct.error)
+"""What Pillow raises for damaged files; the last three for EXIF that makes no sense."""
+LONGEST_PX = 16384
+"""Of a side; taggers look at a square around the picture, whose memory grows with the square of it."""
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such pictures are refused here, in every thread alike
 
 
 class BrokenPictureError(ValueError):
@@ -14,14 +21,18 @@ def open_rgb(path: Path) -> Image.Image:
     """The picture at `path`, decoded in full, turned as its EXIF orientation says, as 8-bit RGB on white.
 
     Palette, grey, CMYK and 16-bit pictures are converted; of an animation the first frame is taken.
-    Raises BrokenPictureError for files that are no pictures, cut off, or larger than Pillow's bomb limit.
+    Raises BrokenPictureError for files that are no pictures, cut off, larger than Pillow's bomb limit, or too long.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return _on_white(ImageOps.exif_transpose(image))
+        with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise BrokenPictureError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+            if max(image.size) > LONGEST_PX:
+                raise BrokenPictureError(f"is longer than {LONGEST_PX:,} pixels")
+            image.load()
+            return _on_white(ImageOps.exif_transpose(image))
+    except BrokenPictureError:
+        raise
     except UnidentifiedImageError:
         raise BrokenPictureError("is not a picture") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -30,7 +41,7 @@ def open_rgb(path: Path) -> Image.Image:
         raise BrokenPictureError("has disappeared") from None
     except PermissionError:
         raise BrokenPictureError("may not be read by this user") from None
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise for damaged files
+    except _DECODERS_ERRORS as error:
         raise BrokenPictureError(f"cannot be decoded: {error}") from None
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from dataset_folder import whole_file
-from errors import LoracatError, StopRequest, reason_for
+from errors import Interruption, StopRequest, reason_for
 from prefetch import coming, prefetched
 from training import checkpoint
 from training.batches import BatchReader
@@ -82,7 +82,7 @@ def train(task: Task, encoded: EncodedData, unet: UNet2DConditionModel, guard: W
     with recorded(task, lora, take_step, run) as (metrics, saver):
         validator = validator_of(task, encoded, take_step)
 
-        def stop_asked() -> LoracatError | None:
+        def stop_asked() -> Interruption | None:
             if guard and guard.wants_empty_caches:
                 guard.wants_empty_caches = False
                 gc.collect()

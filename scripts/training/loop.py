@@ -8,7 +8,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from errors import LoracatError, SettingsError
+from errors import Interruption, SettingsError
 from training.batches import Batch
 from training.buckets import OptimizerStep
 from training.metrics import Tracker
@@ -90,7 +90,7 @@ def run_steps(
     held_out_loss: Callable[[], float] | None,
     saver: Saver,
     metrics: Tracker,
-    stop_asked: Callable[[], LoracatError | None],
+    stop_asked: Callable[[], Interruption | None],
 ) -> Progress:
     """Take the steps of `run` that are left; `batches` yields their micro-batches in the same order. Returns how far it came.
 

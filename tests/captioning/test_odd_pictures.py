@@ -105,6 +105,18 @@ def write_bomb(picture, path):
     Image.new("1", (10_000, 10_000)).save(path, "PNG")
 
 
+def write_endless(picture, path):
+    Image.new("1", (300, 60_000)).save(path, "PNG")
+
+
+def write_senseless_exif(picture, path):
+    """An orientation that would be written back, and beside it a number of numbers that is none."""
+    exif = "4d4d002a0000000800030100000200000006000000320112000300000001000600008769000400000001000000380000000068656c6c"
+    picture.save(
+        path, "PNG", exif=b"Exif\0\0" + bytes.fromhex(exif + "030000019003000200000005" + "0000004a0000000032303230" + "0000")
+    )
+
+
 def write_gif(picture, path):
     picture.save(path, "GIF")
 
@@ -115,6 +127,8 @@ UNUSABLE = {
     write_text: "is not a PNG, JPEG, WebP or BMP picture",
     write_nothing: "is empty",
     write_bomb: "has more than 89,478,485 pixels",
+    write_senseless_exif: "cannot be decoded: ",
+    write_endless: "is longer than 16,384 pixels",
     write_gif: "is not a PNG, JPEG, WebP or BMP picture",
 }
 

@@ -58,6 +58,19 @@ def test_a_second_signal_does_not_wait_for_the_step(pictures):
     assert (lost.returncode, said) == (130, "train_lora: stopped by SIGINT; run the same command again to continue\n")
 
 
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_libraries_are_imported_is_not_lost(pictures, signum, code):
+    """They catch every Exception here and there."""
+    run = pictures.start(NUM_TRAIN_EPOCHS=1000)
+    assert run.stdout.readline().startswith("set by you")
+    time.sleep(1.2)
+    run.send_signal(signum)
+    _, said = run.communicate(timeout=30)
+    assert run.returncode == code
+    assert said.splitlines()[-1].startswith("train_lora: stopped by SIG")
+    assert "Traceback" not in said
+
+
 def test_a_held_out_loss_that_rises_ends_the_run_early_and_names_the_best_lora(pictures):
     pictures.add("chelsea")
     pictures.add("rocket")
