@@ -22,7 +22,7 @@ RECORD_FOLDER = ".loracat"
 _MAGIC_BYTES = (("png", b"\x89PNG\r\n\x1a\n"), ("jpeg", b"\xff\xd8\xff"), ("bmp", b"BM"))
 _UMASK = os.umask(0o077)  # the mask can only be read by setting it
 os.umask(_UMASK)
-_REPEATS_FOLDER = re.compile(r"(\d+)_.+")
+_REPEATS_FOLDER = re.compile(r"(\d{1,5})_.+")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ EXIT_BUG = 70
 
 MEMORY_SIGNAL = signal.SIGUSR1
 """What the memory guard sends to its own process."""
-DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+IN_THE_WAY_ERRNOS = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENODEV)
 
 
 class LoracatError(Exception):
@@ -180,4 +181,6 @@ def _in_our_words(error: BaseException) -> LoracatError | Interruption | None:
     if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
         place = f"{error.filename}: " if error.filename else ""
         return ResourceError(f"{place}{error.strerror}: free disk space, or make the folder writable for this user")
+    if isinstance(error, OSError) and error.errno in IN_THE_WAY_ERRNOS and error.filename:
+        return SettingsError(f"{error.filename}: {error.strerror}: move what lies there, or set another path or name")
     return None

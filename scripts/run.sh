@@ -43,6 +43,11 @@ esac
 scripts=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 python=${PYTHON:-$scripts/../.venv/bin/python}
 [[ ${PYTHON:-} || -x $python ]] || python=python3
+packages=(PIL diffusers httpx2 huggingface_hub numpy onnxruntime peft safetensors tomli_w torch tqdm transformers)
+"$python" -c 'import sys, importlib.util as u; sys.exit(any(not u.find_spec(p) for p in sys.argv[1:]))' "${packages[@]}" >/dev/null 2>&1 || {
+    echo "run.sh: '$python' is no Python that has torch and what requirements.txt names; \`make demo\` makes one in .venv, or set PYTHON" >&2
+    exit 2
+}
 export PYTHONUNBUFFERED=1 # one log, in the order in which things happen
 
 # A stage has a process group of its own. Ctrl-C in a terminal then reaches this script alone, which passes it on once:

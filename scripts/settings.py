@@ -229,8 +229,8 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise SettingsError(f"{file}: there is no such settings file; name another with --config") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file}: not valid TOML: {error}") from None
-    except IsADirectoryError:
-        raise SettingsError(f"{file}: is a folder, not a settings file") from None
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read as a settings file: {error.strerror}") from None
 
 
 def _split_flags(flags: list[str], complaints: list[str]) -> dict[str, str]:

@@ -210,10 +210,12 @@ def test_python_is_that_of_the_repository_unless_named(house):
     assert "own python" not in house.run("--train").stdout
 
 
-def test_a_python_that_is_not_there_is_a_failure(house):
-    done = house.run("--train", PYTHON="/nowhere/python")
-    assert done.returncode == 127
-    assert "/nowhere/python" in done.stderr
+@pytest.mark.parametrize("python", ["/nowhere/python", "/tmp", "/bin/false"])
+def test_a_python_that_is_not_there_or_lacks_packages_is_one_line(house, python):
+    done = house.run("--train", PYTHON=python)
+    assert (done.returncode, house.stages_run()) == (2, [])
+    assert done.stderr.startswith(f"run.sh: '{python}' is no Python that has torch")
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)])

@@ -1,5 +1,6 @@
 """How many of CLIP's tokens a caption has: what training can use is limited. Needs no torch, only a vocabulary."""
 
+import json
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -25,9 +26,21 @@ def find_tokens(models_dir: Path, base_model: str) -> ClipTokens | None:
     others = sorted(models_dir.iterdir()) if models_dir.is_dir() else []
     for model in (models_dir / base_model, Path(base_model).expanduser(), *others):
         folder = model / FOLDER
-        if (folder / "tokenizer.json").is_file() or ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()):
+        if _is_clip(folder):
             return ClipTokens(folder)
     return None
+
+
+def _is_clip(folder: Path) -> bool:
+    """Whether a whole tokenizer of CLIP lies in `folder`, and none of another kind of model."""
+    try:
+        if (folder / "tokenizer.json").is_file():
+            words = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+        else:
+            words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        return "<|startoftext|>" in words and ((folder / "tokenizer.json").is_file() or (folder / "merges.txt").is_file())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _of_vocabulary(folder: Path) -> Tokenizer:

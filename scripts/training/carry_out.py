@@ -35,8 +35,10 @@ from training.validation import Validator
 
 
 def has_room(task: Task) -> bool:
-    """Whether the GPU's memory holds encoders and UNet together, which is so where activations need not be recomputed."""
-    return task.precision.device.type != "cpu" and not task.settings.model.gradient_checkpointing
+    """Whether the GPU's memory holds encoders and UNet together, which is so where a step leaves the reserve free."""
+    batch, checkpointing = task.settings.run.train_batch_size, task.settings.model.gradient_checkpointing
+    is_roomy = task.room.needed(batch, checkpointing=False) <= task.room.free
+    return task.precision.device.type != "cpu" and not checkpointing and is_roomy
 
 
 def encode(task: Task) -> EncodedData:

@@ -129,13 +129,13 @@ def newest(folder: Path, at_most: int | None = None) -> Saved | None:
             continue
         try:
             return _read(path)
-        except (FileNotFoundError, ModelError, ValueError, TypeError, KeyError):
+        except (FileNotFoundError, ModelError, ValueError, TypeError, KeyError, AttributeError):
             print(f"the saved state {path} is damaged and passed over", flush=True)
     return None
 
 
 def _read(path: Path) -> Saved:
-    """The state whose record is `path`; raises one of five errors if it is damaged."""
+    """The state whose record is `path`; raises one of six errors if it is damaged."""
     record = json.loads(path.read_text(encoding="utf-8"))
     checksum = record.pop("record_sha256")
     if checksum != _checksum(record) or record["sha256"] != _digest(path.with_name(record["tensors"])):

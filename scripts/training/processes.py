@@ -111,7 +111,9 @@ def joined(place: Place) -> Iterator[Processes]:
     if torch.cuda.is_available():
         torch.cuda.set_device(place.local_index)
     meeting = f"tcp://{place.address}:{place.port}"
-    with _losses_in_our_words():
+    if place.count > place.local_count:
+        print(f"meeting the other machines at {place.address}:{place.port}", flush=True)
+    with _losses_in_our_words(), _signals_end_at_once():
         dist.init_process_group(backend, meeting, rank=place.index, world_size=place.count, timeout=PATIENCE)
     with contextlib.ExitStack() as stack:
         if place.index:
@@ -123,6 +125,17 @@ def joined(place: Place) -> Iterator[Processes]:
             if place.index:
                 sys.exit(known.exit_code)
             raise
+
+
+@contextlib.contextmanager
+def _signals_end_at_once() -> Iterator[None]:
+    """While torch waits for others it does not let Python hear of signals; there is nothing to save yet."""
+    before = {signum: signal.signal(signum, signal.SIG_DFL) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 @contextlib.contextmanager

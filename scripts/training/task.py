@@ -38,6 +38,9 @@ from training.processes import Processes
 from training.results import Results
 from training.tensor_files import remove_all_leftovers
 
+MANY_REPEATS = 100
+"""Of a picture in an epoch; nobody means more."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -128,6 +131,9 @@ def read_pictures(project: ProjectSettings, settings: TrainSettings) -> list[Exa
     if flagged:
         print(f"left out, because flagged: {', '.join(f'{name} ({flaws})' for name, flaws in flagged.items())}")
     examples = read_examples(folder, settings.data.dataloader_num_workers, flagged)
+    often = sorted({str(example.path.parent) for example in examples if example.repeats > MANY_REPEATS})
+    if often:
+        print(f"the number is taken for repeats per epoch; rename the folder if it is a year: {', '.join(often)}")
     unused = unused_entries(folder)
     if unused:
         print(f"not used, because neither picture, caption of one, nor N_name folder: {', '.join(unused)}")

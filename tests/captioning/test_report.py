@@ -55,6 +55,15 @@ def test_tokenizer_of_the_base_or_of_any_model_is_found(tokenizer, tmp_path):
     assert find_tokens(tmp_path / "none", str(tmp_path / "other")).count("a cat") > 0
 
 
+def test_tokenizers_of_other_models_and_damaged_ones_are_passed_over(tokenizer, tmp_path):
+    for name, content in {"llm": '{"model": {"vocab": {"a": 0}}}', "half": '{"model"', "list": "[1]"}.items():
+        (tmp_path / name / "tokenizer").mkdir(parents=True)
+        (tmp_path / name / "tokenizer" / "tokenizer.json").write_text(content)
+    assert find_tokens(tmp_path, "llm") is None
+    shutil.copytree(tokenizer, tmp_path / "sdxl" / "tokenizer")
+    assert find_tokens(tmp_path, "llm").count("a cat") > 0
+
+
 def test_tags_by_frequency_without_the_trigger():
     text = table({"a.txt": "sks, hat, hat, smile, 1girl", "b.txt": "sks, smile, x, y"}, "sks", 3, None)
     assert text.splitlines()[:4] == [

@@ -92,6 +92,7 @@ DAMAGES = {
     "one digit of the record": lambda record, tensors: record.write_text(record.read_text().replace('"rank": 2', '"rank": 3')),
     "record of zeros": lambda record, tensors: record.write_bytes(bytes(record.stat().st_size)),
     "record is JSON of something else": lambda record, tensors: record.write_text("[1, 2]"),
+    "record is a number": lambda record, tensors: record.write_text("5"),
 }
 
 

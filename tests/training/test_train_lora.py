@@ -261,6 +261,25 @@ def test_a_base_that_is_no_sdxl(stage, tmp_path):
         assert word in ended.stderr
 
 
+def test_a_folder_in_the_place_of_a_file_is_one_line(stage):
+    stage.add("astronaut")
+    stage.output.mkdir()
+    (stage.output / "cache").write_text("not a folder")
+    ended = stage.run(LORA_TARGETS="attention")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("train_lora: ")
+    assert "move what lies there" in ended.stderr
+
+
+def test_a_year_is_taken_for_repeats_with_a_line(stage):
+    stage.add("astronaut", "2024_holiday/a.png")
+    (stage.images / "99999999999999999999_x").mkdir()
+    ended = stage.run("--check")
+    assert ended.returncode == 0
+    assert "rename the folder if it is a year: " in ended.stdout
+    assert "2024_holiday\n" in ended.stdout
+
+
 def test_no_pictures_at_all(stage):
     ended = stage.run()
     assert ended.returncode == 3
