@@ -7,8 +7,10 @@ back what the last run changed.
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from captioning import audit, report
 from captioning.caption_files import CaptionFiles, UnusableCaptionError
@@ -22,7 +24,7 @@ from captioning.thresholds import known_point
 from captioning.tokens import find_tokens
 from captioning.traits import pruning_of
 from dataset_folder import DatasetFolder, ImageFile, caption_path, update_json
-from errors import DataError, exit_code_of, stop_on_signals
+from errors import DataError, SettingsError, exit_code_of, stop_on_signals
 from settings import CaptionSettings, ProjectSettings, read_request
 from training.config import TrainSettings
 
@@ -32,7 +34,7 @@ FLAGS = {"undo": "put back the captions that the last run changed, and exit; onc
 
 def main(argv: list[str]) -> None:
     stop_on_signals()
-    request = read_request(STAGE, __doc__, argv, SECTIONS, FLAGS)
+    request = read_request(STAGE, __doc__, argv, SECTIONS, FLAGS, contradictions)
     project, settings, train = request.sections["project"], without_auto(request.sections["caption"]), request.sections["train"]
     folder = DatasetFolder(project.dataset_dir)
     if request.check:
@@ -54,8 +56,17 @@ def main(argv: list[str]) -> None:
     tally.report(project.trigger_word)
 
 
+def contradictions(sections: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the settings, once each of them is right."""
+    try:
+        if sections["caption"].caption_threshold == "auto":
+            known_point(sections["caption"].caption_model)
+    except SettingsError as unknown:
+        yield str(unknown)
+
+
 def without_auto(settings: CaptionSettings) -> CaptionSettings:
-    """The settings with the threshold "auto" as the number that it stands for. Raises SettingsError if there is none."""
+    """The settings with the threshold "auto" as the number that it stands for."""
     if settings.caption_threshold != "auto":
         return settings
     threshold = known_point(settings.caption_model)

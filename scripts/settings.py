@@ -152,10 +152,20 @@ class Request:
         return ", ".join(shown) or "nothing"
 
 
+Contradictions = Callable[[dict[str, Any]], typing.Iterable[str]]
+"""Filled sections, by the names of their tables -> what is wrong with them."""
+
+
 def read_request(
-    stage: str, description: str, argv: list[str], sections: dict[str, type], flags: typing.Mapping[str, str] | None = None
+    stage: str,
+    description: str,
+    argv: list[str],
+    sections: dict[str, type],
+    flags: typing.Mapping[str, str] | None = None,
+    contradictions: Contradictions = lambda _: (),
 ) -> Request:
     """Parse the flags and fill `sections` (table name -> section class). `flags` are the stage's own: name -> help.
+    `contradictions` says what is wrong with the filled sections together.
 
     Raises SettingsError with every complaint at once. `--help` and `--settings` print and end the program.
     """
@@ -174,7 +184,7 @@ def read_request(
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.error = _refuse_flags
     given = parser.parse_args(argv)
-    request = resolve(given.config, os.environ, given.set, sections, check=given.check)
+    request = resolve(given.config, os.environ, given.set, sections, contradictions, check=given.check)
     if given.settings:
         print(request.described())
         raise SystemExit(0)
@@ -186,7 +196,13 @@ def _refuse_flags(message: str) -> None:
 
 
 def resolve(
-    file: Path, environment: typing.Mapping[str, str], flags: list[str], sections: dict[str, type], *, check: str | None = None
+    file: Path,
+    environment: typing.Mapping[str, str],
+    flags: list[str],
+    sections: dict[str, type],
+    contradictions: Contradictions = lambda _: (),
+    *,
+    check: str | None = None,
 ) -> Request:
     """Fill `sections` from the TOML `file`, then `environment`, then `flags` (`KEY=VALUE`).
 
@@ -202,6 +218,8 @@ def resolve(
         for name, section in sections.items()
     }
     complaints += [f"--set {key}: unknown key" for key in from_flags]
+    if None not in filled.values():
+        complaints += contradictions(filled)
     if complaints:
         raise SettingsError(one_list("these settings cannot be used:", complaints))
     return Request(check=check is not None, is_ahead=check == "ahead", sections=filled, sources=sources)

@@ -3,8 +3,11 @@
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from errors import exit_code_of, stop_on_signals
 from prefetch import coming
@@ -19,7 +22,7 @@ SECTIONS = {"project": ProjectSettings, "collect": CollectSettings, "train": Tra
 
 def main(argv: list[str]) -> None:
     stop_on_signals()
-    request = read_request(STAGE, __doc__, argv, SECTIONS)
+    request = read_request(STAGE, __doc__, argv, SECTIONS, contradictions=contradictions)
     project, train = request.sections["project"], request.sections["train"]
     if wants_launcher(train.processes) and not request.check:
         sys.exit(launch([sys.executable, __file__, *argv], train.processes))
@@ -59,6 +62,13 @@ def main(argv: list[str]) -> None:
             modules = carry_out.train(run, data, unet(), guard)
         if processes.is_first:
             carry_out.finish(run, modules)
+
+
+def contradictions(sections: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the settings, once each of them is right: the LoRA may be named after the trigger word."""
+    saving, trigger = sections["train"].saving, sections["project"].trigger_word
+    if not saving.output_name:
+        yield from (f"{complaint}; set OUTPUT_NAME" for complaint in replace(saving, output_name=trigger).contradictions())
 
 
 if __name__ == "__main__":

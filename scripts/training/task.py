@@ -153,8 +153,6 @@ def resolved(settings: TrainSettings, plan: Plan, precision: Precision, name: st
     objective = replace(settings.objective, min_snr_gamma=plan.min_snr_gamma, noise_offset=plan.noise_offset)
     validation = replace(settings.validation, validation_fraction=plan.held_out_share)
     saving = replace(settings.saving, output_name=name)
-    for complaint in saving.contradictions():
-        raise SettingsError(f"{complaint}; set OUTPUT_NAME")
     return replace(settings, model=model, objective=objective, validation=validation, saving=saving)
 
 

@@ -107,6 +107,7 @@ def test_unknown_point_is_refused_before_anything_begins(pictures):
     assert ended.returncode == 2
     assert "auto knows no point for Somebody/some-tagger" in ended.stderr
     assert not pictures.record.parent.exists()
+    assert pictures.run("--settings", CAPTION_THRESHOLD="auto", CAPTION_MODEL="Somebody/some-tagger").returncode == 2
 
 
 def test_replacement_that_is_none_is_refused(pictures):

@@ -261,6 +261,12 @@ def test_a_base_that_is_no_sdxl(stage, tmp_path):
         assert word in ended.stderr
 
 
+def test_a_trigger_word_that_no_file_can_be_named_after_is_refused_with_the_settings(stage):
+    assert stage.run("--settings", TRIGGER_WORD="a/b").returncode == 2
+    with pytest.raises(SystemExit, match="0"):
+        stage.run("--settings", TRIGGER_WORD="a/b", OUTPUT_NAME="mine")
+
+
 def test_a_folder_in_the_place_of_a_file_is_one_line(stage):
     stage.add("astronaut")
     stage.output.mkdir()
