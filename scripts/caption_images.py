@@ -8,6 +8,7 @@ back what the last run changed.
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from captioning.tokens import find_tokens
 from captioning.traits import pruning_of
 from dataset_folder import DatasetFolder, ImageFile, caption_path, update_json
 from errors import DataError, SettingsError, exit_code_of, stop_on_signals
+from locks import only_run_in
 from settings import CaptionSettings, ProjectSettings, read_request
 from training.config import TrainSettings
 
@@ -40,12 +42,26 @@ def main(argv: list[str]) -> None:
     if request.check:
         check(folder, settings, project.models_dir, is_ahead=request.is_ahead)
         return
-    captions, tally = CaptionFiles(folder, project.trigger_word), Tally()
-    if "undo" in request.asked:
-        undo(captions)
-        return
-    images = pictures_in(folder)
-    print(f"{len(images)} pictures in {folder.images}; set by you: {request.overridden()}", flush=True)
+    with only_run_in(folder.images, "captioning") if folder.images.is_dir() else nullcontext():
+        captions = CaptionFiles(folder, project.trigger_word)
+        if "undo" in request.asked:
+            undo(captions)
+            return
+        images = pictures_in(folder)
+        print(f"{len(images)} pictures in {folder.images}; set by you: {request.overridden()}", flush=True)
+        caption(images, captions, folder, project, settings, train)
+
+
+def caption(
+    images: list[ImageFile],
+    captions: CaptionFiles,
+    folder: DatasetFolder,
+    project: ProjectSettings,
+    settings: CaptionSettings,
+    train: TrainSettings,
+) -> None:
+    """Look at every picture, see to its caption, and say what came of it."""
+    tally = Tally()
     known = look_at_all(folder, images, preparing_workers())
     report_flaws(folder, images, known, train.data.resolution)
     to_make, to_keep = sorted_out(images, captions, settings.caption_overwrite, tally)

@@ -15,6 +15,7 @@ from collecting.plan import Job, Plan, read_plan
 from collecting.progress import Progress
 from dataset_folder import DatasetFolder
 from errors import ComfyUIError, SettingsError, SomeItemsFailed, exit_code_of, one_list, stop_on_signals
+from locks import only_run_in
 from settings import CollectSettings, ProjectSettings, read_request
 
 STAGE = "collect_images"
@@ -34,6 +35,13 @@ def main() -> None:
         print("Collecting: everything that is needed is there.")
         return
     plan = _plan(settings, folder)
+    folder.images.mkdir(parents=True, exist_ok=True)
+    with only_run_in(folder.root, "collecting into"):
+        _fill(folder, plan, settings)
+
+
+def _fill(folder: DatasetFolder, plan: Plan, settings: CollectSettings) -> None:
+    """Collect what is still missing of `plan`."""
     progress = Progress(folder.records)
     store = PictureStore(folder)
     jobs = _jobs(plan, progress)

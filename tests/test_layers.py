@@ -14,7 +14,7 @@ from settings import REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts"
 MAINS = ("collect_images", "caption_images", "train_lora")
-BOTTOM = ("settings", "dataset_folder", "errors", "pictures", "prefetch")
+BOTTOM = ("settings", "dataset_folder", "errors", "pictures", "prefetch", "locks")
 STAGES = ("collecting", "captioning", "training")
 ROOMS = {path.relative_to(SCRIPTS).with_suffix("").as_posix().replace("/", "."): path for path in sorted(SCRIPTS.rglob("*.py"))}
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"}

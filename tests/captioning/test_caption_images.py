@@ -18,6 +18,7 @@ from captioning.caption_files import CaptionFiles
 from dataset_folder import DatasetFolder
 from demo import tiny_tagger
 from demo.tiny_tagger import Shape
+from locks import only_run_in
 
 
 def save(photographs, folder, **places):
@@ -328,6 +329,15 @@ def run_until(stage, stored: int, **variables):
     while len(stage.stored()) < stored and process.poll() is None:
         time.sleep(0.002)
     return process
+
+
+def test_a_second_run_is_kept_out_of_the_data_set(stage):
+    with only_run_in(stage.images, "captioning"):
+        for flags in ((), ("--undo",)):
+            ended = stage.run(*flags)
+            assert (ended.returncode, stage.captions()) == (2, {})
+            assert f"another run is captioning {stage.images}: wait for it to end" in ended.stderr
+    assert not any(path.name.startswith(".lock") for path in stage.images.iterdir())
 
 
 def test_killed_run_continues_and_ends_with_the_same_captions(stage, photographs):

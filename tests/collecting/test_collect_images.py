@@ -21,6 +21,7 @@ from dataset_folder import read_json_lines
 from demo.standin_comfyui.catalogue import NODES
 from demo.standin_comfyui.server import StandIn
 from demo.standin_comfyui.wire import Answer
+from locks import only_run_in
 from settings import REPOSITORY
 
 PROMPTS = [
@@ -523,6 +524,16 @@ def test_prompt_that_ends_between_two_looks_is_not_taken_for_lost(full, standin,
     change("/queue", look_late)
     assert collect().code == 0
     assert len(standin.submitted) == 1
+
+
+def test_a_second_collector_is_kept_out_of_the_data_set(batch, standin, collect):
+    batch.dataset.mkdir(exist_ok=True)
+    with only_run_in(batch.dataset, "collecting into"):
+        result = collect()
+    assert result.code == 2
+    assert f"another run is collecting into {batch.dataset}: wait for it to end" in result.err
+    assert standin.submitted == []
+    assert collect().code == 0
 
 
 def test_work_that_is_lost_again_and_again_is_given_up(full, standin, collect, change):
