@@ -10,8 +10,8 @@ import pytest
 from safetensors import safe_open
 
 SHORT = {"LORA_TARGETS": "attention", "SAVE_EVERY_EPOCHS": 0, "SAVE_STATE_EVERY_MINUTES": 1e-6}
-LONG_STEPS = {"GRADIENT_ACCUMULATION_STEPS": 100, "NUM_TRAIN_EPOCHS": 1000}
-"""Each of them takes a second or more."""
+LONG_STEPS = {"GRADIENT_ACCUMULATION_STEPS": 30, "NUM_TRAIN_EPOCHS": 1000}
+"""Each of them takes half a second or more."""
 
 
 @pytest.fixture
@@ -74,13 +74,13 @@ def test_a_signal_while_libraries_are_imported_is_not_lost(pictures, signum, cod
 def test_a_held_out_loss_that_rises_ends_the_run_early_and_names_the_best_lora(pictures):
     pictures.add("chelsea")
     pictures.add("rocket")
-    variables = {"VALIDATION_FRACTION": 0.5, "VALIDATE_EVERY_EPOCHS": 1, "EARLY_STOP_PATIENCE": 2, "LEARNING_RATE": 0.05}
+    variables = {"VALIDATION_FRACTION": 0.5, "VALIDATE_EVERY_EPOCHS": 1, "EARLY_STOP_PATIENCE": 1, "LEARNING_RATE": 0.2}
     said = pictures.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 200, "SAVE_EVERY_EPOCHS": 1})
-    assert "epochs: 2 validations in a row did not lower the held-out loss" in said
+    assert "epochs: 1 validations in a row did not lower the held-out loss" in said
     assert "the lowest held-out loss" in said
     lines = [json.loads(line) for line in (pictures.output / "lora" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["validation_loss_smoothed"] for line in lines if "validation_loss" in line]
-    assert min(losses) not in losses[-2:]
+    assert losses[-1] > min(losses)
     assert (pictures.output / "lora" / "sks-best.safetensors").exists()
     assert "nothing to do" in pictures.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 200, "SAVE_EVERY_EPOCHS": 1})
 
