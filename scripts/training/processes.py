@@ -113,17 +113,19 @@ def joined(place: Place) -> Iterator[Processes]:
     meeting = f"tcp://{place.address}:{place.port}"
     if place.count > place.local_count:
         print(f"meeting the other machines at {place.address}:{place.port}", flush=True)
-    with _losses_in_our_words(), _signals_end_at_once():
-        dist.init_process_group(backend, meeting, rank=place.index, world_size=place.count, timeout=PATIENCE)
     with contextlib.ExitStack() as stack:
         if place.index:
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
+        have_met = place.count == place.local_count
         try:
+            with _losses_in_our_words(), _signals_end_at_once():
+                dist.init_process_group(backend, meeting, rank=place.index, world_size=place.count, timeout=PATIENCE)
+            have_met = True
             yield Processes(place)
         except (Stopped, MemoryShort, ProcessLost) as known:
-            if place.index:
-                sys.exit(known.exit_code)
+            if place.index and have_met:
+                sys.exit(known.exit_code)  # the first process, or whoever ended, has said why
             raise
 
 
