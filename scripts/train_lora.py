@@ -72,7 +72,10 @@ def contradictions(sections: dict[str, Any]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    code = exit_code_of(STAGE, lambda: main(sys.argv[1:]))
+    try:
+        code = exit_code_of(STAGE, lambda: main(sys.argv[1:]))
+    except SystemExit as asked:
+        code = asked.code or 0
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # everything is on the disk; to take torch down in good order would last a second

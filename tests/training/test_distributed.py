@@ -95,7 +95,7 @@ def test_a_process_that_dies_ends_the_other_and_leaves_a_valid_state(pictures):
 def test_exit_codes_and_messages_come_through(stage):
     none = through_run_sh(stage)
     _, said = none.communicate()
-    assert none.returncode == 3
+    assert none.returncode == 3, said
     assert (
         said == f"train_lora: {stage.images}: no pictures (.png, .jpg, .jpeg, .webp, .bmp); put them there or run the collect "
         "stage, then the caption stage\n"

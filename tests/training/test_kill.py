@@ -154,7 +154,7 @@ def uninterrupted(stage, forks) -> tuple[dict, float]:
 
 def test_a_few_kills(victim, forks):
     expected, took = uninterrupted(victim, forks)
-    killed_until_done(victim, forks, 3, random.Random(), expected, took)
+    killed_until_done(victim, forks, 2, random.Random(), expected, took)
 
 
 @pytest.mark.kill
