@@ -26,7 +26,7 @@ from captioning.tokens import find_tokens
 from captioning.traits import pruning_of
 from dataset_folder import DatasetFolder, ImageFile, caption_path, update_json
 from errors import DataError, SettingsError, exit_code_of, stop_on_signals
-from locks import only_run_in
+from locks import locked
 from settings import CaptionSettings, ProjectSettings, read_request
 from training.config import TrainSettings
 
@@ -42,7 +42,8 @@ def main(argv: list[str]) -> None:
     if request.check:
         check(folder, settings, project.models_dir, is_ahead=request.is_ahead)
         return
-    with only_run_in(folder.images, "captioning") if folder.images.is_dir() else nullcontext():
+    alone = locked(folder.images, f"another run is captioning {folder.images}: wait for it to end")
+    with alone if folder.images.is_dir() else nullcontext():
         captions = CaptionFiles(folder, project.trigger_word)
         if "undo" in request.asked:
             undo(captions)

@@ -15,7 +15,7 @@ from collecting.plan import Job, Plan, read_plan
 from collecting.progress import Progress
 from dataset_folder import DatasetFolder
 from errors import ComfyUIError, SettingsError, SomeItemsFailed, exit_code_of, one_list, stop_on_signals
-from locks import only_run_in
+from locks import locked
 from settings import CollectSettings, ProjectSettings, read_request
 
 STAGE = "collect_images"
@@ -36,7 +36,7 @@ def main() -> None:
         return
     plan = _plan(settings, folder)
     folder.images.mkdir(parents=True, exist_ok=True)
-    with only_run_in(folder.root, "collecting into"):
+    with locked(folder.root, f"another run is collecting into {folder.root}: wait for it to end"):
         _fill(folder, plan, settings)
 
 

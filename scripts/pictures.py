@@ -26,7 +26,7 @@ def open_rgb(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise BrokenPictureError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+                raise Image.DecompressionBombError
             if max(image.size) > LONGEST_PX:
                 raise BrokenPictureError(f"is longer than {LONGEST_PX:,} pixels")
             image.load()

@@ -6,6 +6,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 FOLDER = "tokenizer"
+START, END = "<|startoftext|>", "<|endoftext|>"
 _PIECES = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
 
@@ -33,26 +34,23 @@ def find_tokens(models_dir: Path, base_model: str) -> ClipTokens | None:
 
 def _is_clip(folder: Path) -> bool:
     """Whether a whole tokenizer of CLIP lies in `folder`, and none of another kind of model."""
+    whole = folder / "tokenizer.json"
     try:
-        if (folder / "tokenizer.json").is_file():
-            words = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-        else:
-            words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        return "<|startoftext|>" in words and ((folder / "tokenizer.json").is_file() or (folder / "merges.txt").is_file())
+        if whole.is_file():
+            return START in json.loads(whole.read_text(encoding="utf-8"))["model"]["vocab"]
+        return START in json.loads((folder / "vocab.json").read_text(encoding="utf-8")) and (folder / "merges.txt").is_file()
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _of_vocabulary(folder: Path) -> Tokenizer:
     """CLIP's byte pair encoding: lower case, words that end in `</w>`, digits one by one."""
-    model = models.BPE.from_file(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), end_of_word_suffix="</w>", unk_token="<|endoftext|>"
-    )
+    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"), end_of_word_suffix="</w>", unk_token=END)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
     pieces = pre_tokenizers.Split(_PIECES, behavior="removed", invert=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    tokenizer.add_special_tokens([START, END])
     return tokenizer

@@ -29,8 +29,8 @@ from training.tensor_files import write_tensors
 
 FORMAT = 1
 """Part of every key: to be raised when the encoding changes."""
-
 DIGESTS = "digests.json"
+"""Where the digests of base models are remembered: gigabytes of weights are hashed once and not at every start."""
 _WRITERS = 2
 """Threads that wait for the disk, and on a GPU for the answer."""
 
@@ -60,28 +60,27 @@ class Cache:
 
 def base_digest(base: BaseModel, cache: Cache, part: str) -> str:
     """SHA-256 of one part of the base model, remembered from run to run."""
-    memo, key = cache.folder / DIGESTS, _key_of(base.parts[part])
-    known = _remembered(memo)
+    key, known = _key_of(base.parts[part]), _remembered(cache)
     if key not in known:
         known[key] = base.parts[part].digest
-        write_json(memo, known)
+        write_json(cache.folder / DIGESTS, known)
     return known[key]
 
 
 def hashed_base(base_model: str, models_dir: Path, cache: Cache) -> BaseModel:
     """The base model of that name, and the digests that are not remembered yet computed; nothing is written. Raises
     ModelError."""
-    base, known = find_base(base_model, models_dir), _remembered(cache.folder / DIGESTS)
+    base, known = find_base(base_model, models_dir), _remembered(cache)
     for part in base.parts.values():
         if _key_of(part) not in known:
             _ = part.digest
     return base
 
 
-def _remembered(memo: Path) -> dict[str, str]:
-    """So that gigabytes of weights are hashed once and not at every start."""
+def _remembered(cache: Cache) -> dict[str, str]:
+    """Key of a part -> its digest; what cannot be read is forgotten."""
     with suppress(FileNotFoundError, ValueError, TypeError):
-        return dict(json.loads(memo.read_text(encoding="utf-8")))
+        return dict(json.loads((cache.folder / DIGESTS).read_text(encoding="utf-8")))
     return {}
 
 

@@ -29,6 +29,24 @@ class EncodedData:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """Files of the cache that training reads."""
+
+    paths: list[Path]
+    """Of each picture or caption; equal ones share a file."""
+    missing: list[tuple]
+    """What has to be encoded: the file, and what goes into it."""
+
+    @classmethod
+    def of(cls, items: Sequence[tuple]) -> "Wanted":
+        missing = {item[0]: item for item in items if not is_whole(item[0])}
+        return cls([item[0] for item in items], list(missing.values()))
+
+    def __str__(self) -> str:
+        return f"{len(self.missing)} encoded, {len(set(self.paths)) - len(self.missing)} in the cache"
+
+
+@dataclass(frozen=True)
 class Encoding:
     """What the values in the cache depend on, beside pictures and captions."""
 
@@ -44,18 +62,18 @@ class Encoding:
     at_once: bool = False
     """Whether there is memory for all encoders together; they are then read while pictures are encoded."""
 
-    def wanted_pictures(self, plan: Plan) -> "Wanted":
+    def wanted_pictures(self, plan: Plan) -> Wanted:
         """Where the latents of each picture of `plan` lie."""
         digest = base_digest(self.base, self.cache, "vae")
         items = list(zip(plan.all_examples, plan.all_placements, strict=True))
         return Wanted.of([(self.cache.picture(example, placement, digest), example, placement) for example, placement in items])
 
-    def wanted_captions(self, captions: Sequence[list[str]], chunks: int) -> "Wanted":
+    def wanted_captions(self, captions: Sequence[list[str]], chunks: int) -> Wanted:
         """Where the embeddings of each caption lie; a caption is a list of variants."""
         digest = "".join(base_digest(self.base, self.cache, part) for part in ("text_encoder", "text_encoder_2"))
         return Wanted.of([(self.cache.caption(variants, chunks, self.dtype, digest), variants) for variants in captions])
 
-    def encode_pictures(self, wanted: "Wanted", workers: int, bar: tqdm) -> None:
+    def encode_pictures(self, wanted: Wanted, workers: int, bar: tqdm) -> None:
         """Encode this process's share of the pictures that are missing."""
         if not (own := self.processes.share(wanted.missing)):
             return
@@ -73,7 +91,7 @@ class Encoding:
         """Both text encoders, to be freed after use."""
         return load_text_encoders(self.base, self.models_dir, self.device, torch.float32)
 
-    def encode_captions(self, wanted: "Wanted", encoders: Callable[[], TextEncoders], chunks: int, workers: int, bar: tqdm) -> None:
+    def encode_captions(self, wanted: Wanted, encoders: Callable[[], TextEncoders], chunks: int, workers: int, bar: tqdm) -> None:
         """Encode this process's share of the captions that are missing."""
         if own := self.processes.share(wanted.missing):
             ours = encoders()
@@ -85,24 +103,6 @@ class Encoding:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Files of the cache that training reads."""
-
-    paths: list[Path]
-    """Of each picture or caption; equal ones share a file."""
-    missing: list[tuple]
-    """What has to be encoded: the file, and what goes into it."""
-
-    @classmethod
-    def of(cls, items: Sequence[tuple]) -> "Wanted":
-        missing = {item[0]: item for item in items if not is_whole(item[0])}
-        return cls([item[0] for item in items], list(missing.values()))
-
-    def __str__(self) -> str:
-        return f"{len(self.missing)} encoded, {len(set(self.paths)) - len(self.missing)} in the cache"
 
 
 def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_word: str, seed: int) -> EncodedData:

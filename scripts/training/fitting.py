@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from errors import ResourceError
 from training.config import TrainSettings
@@ -68,9 +69,7 @@ def fitted(settings: TrainSettings, room: Room, hint: Callable[[], str]) -> Trai
     if checkpointing == "auto":
         checkpointing = room.needed(wanted, checkpointing=False) > room.free
 
-    def needed(batch: int) -> int:
-        return room.needed(batch, checkpointing=checkpointing)
-
+    needed = partial(room.needed, checkpointing=checkpointing)
     batch = fitting_batch(wanted, samples, needed, room.free) if room.floors else wanted
     figures = f"{room.available / GIB:.1f} GiB are available, of which {room.reserve / GIB:.1f} stay in reserve"
     if batch == 0:
@@ -96,7 +95,7 @@ def with_batch(settings: TrainSettings, room: Room, most: int, samples: int | No
 
     def largest(checkpointing: bool) -> int:
         limit = min(samples or most, most)
-        return fitting_batch(limit, samples or 0, lambda batch: room.needed(batch, checkpointing=checkpointing), room.free)
+        return fitting_batch(limit, samples or 0, partial(room.needed, checkpointing=checkpointing), room.free)
 
     switch = settings.model.gradient_checkpointing
     batch = largest(checkpointing=switch is True)
@@ -113,9 +112,7 @@ def what_fits(settings: TrainSettings, room: Room, available: int) -> str:
     """What to set after the memory was full although `available` bytes could be had, so that the run goes on from its state."""
     batch, samples = settings.run.train_batch_size, samples_per_step(settings)
 
-    def needed(batch: int) -> int:
-        return room.needed(batch, checkpointing=True)
-
+    needed = partial(room.needed, checkpointing=True)
     if not settings.model.gradient_checkpointing and needed(batch) <= available:
         return "set GRADIENT_CHECKPOINTING=true"
     fits = fitting_batch(batch - 1, samples, needed, available)

@@ -94,9 +94,9 @@ def run_steps(
 ) -> Progress:
     """Take the steps of `run` that are left; `batches` yields their micro-batches in the same order. Returns how far it came.
 
-    A step's result is read while the next one is going on, except where something is saved or measured after it; the last
-    state may still be on its way to the disk at the end. Raises
-    what `stop_asked` answers, after the state is saved; SettingsError when loss or gradient is no longer finite.
+    A step's result is read while the next one is going on, except where something is saved or measured after it. At the end
+    the last state may still be on its way to the disk. Raises what `stop_asked` answers, after the state is saved;
+    SettingsError when loss or gradient is no longer finite.
     """
     progress, saved_at, before = run.begins, time.monotonic(), None
     images = sum(len(step.examples) for step in run.order)

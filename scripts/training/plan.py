@@ -62,11 +62,6 @@ class Plan:
         return next((step.number for step in self.order if len(step.examples) < self.global_batch), len(self.order))
 
     @property
-    def largest_picture_px(self) -> int:
-        """Pixels of the largest bucket."""
-        return largest_picture_px(self.all_placements)
-
-    @property
     def image_steps(self) -> int:
         """How many pictures the whole run shows to the model, repetitions counted."""
         return sum(len(step.examples) for step in self.order)

@@ -1,6 +1,5 @@
 """The files of a run in OUTPUT_DIR: what they are called, whether a LoRA is finished, and how an older one is kept."""
 
-import fcntl
 import os
 import re
 import shutil
@@ -11,7 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from errors import ResourceError, SettingsError
+from errors import ResourceError
+from locks import locked
 from training.export import read_fingerprint
 
 LEAST_FREE_BYTES = 4 * 2**30
@@ -38,11 +38,9 @@ def only_run_in(output_dir: Path) -> Iterator[None]:
     require_room(output_dir)
     folder = output_dir / "state"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingsError(f"another run is training into {output_dir}: wait for it, or set OUTPUT_DIR") from None
+    lock = folder / ".lock"
+    lock.open("a", encoding="utf-8").close()  # unlike touch it leaves the time of a file that is there
+    with locked(lock, f"another run is training into {output_dir}: wait for it, or set OUTPUT_DIR"):
         yield
 
 

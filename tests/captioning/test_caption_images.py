@@ -18,7 +18,7 @@ from captioning.caption_files import CaptionFiles
 from dataset_folder import DatasetFolder
 from demo import tiny_tagger
 from demo.tiny_tagger import Shape
-from locks import only_run_in
+from locks import locked
 
 
 def save(photographs, folder, **places):
@@ -332,7 +332,7 @@ def run_until(stage, stored: int, **variables):
 
 
 def test_a_second_run_is_kept_out_of_the_data_set(stage):
-    with only_run_in(stage.images, "captioning"):
+    with locked(stage.images, ""):
         for flags in ((), ("--undo",)):
             ended = stage.run(*flags)
             assert (ended.returncode, stage.captions()) == (2, {})

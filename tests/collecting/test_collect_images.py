@@ -21,7 +21,7 @@ from dataset_folder import read_json_lines
 from demo.standin_comfyui.catalogue import NODES
 from demo.standin_comfyui.server import StandIn
 from demo.standin_comfyui.wire import Answer
-from locks import only_run_in
+from locks import locked
 from settings import REPOSITORY
 
 PROMPTS = [
@@ -528,7 +528,7 @@ def test_prompt_that_ends_between_two_looks_is_not_taken_for_lost(full, standin,
 
 def test_a_second_collector_is_kept_out_of_the_data_set(batch, standin, collect):
     batch.dataset.mkdir(exist_ok=True)
-    with only_run_in(batch.dataset, "collecting into"):
+    with locked(batch.dataset, ""):
         result = collect()
     assert result.code == 2
     assert f"another run is collecting into {batch.dataset}: wait for it to end" in result.err

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -99,6 +100,19 @@ class Stage:
                 signal.signal(signum, handler)
         assert "Traceback" not in errors.getvalue()
         return subprocess.CompletedProcess(flags, code, output.getvalue(), errors.getvalue())
+
+    def steps_taken(self) -> int:
+        """Lines in metrics.jsonl: so many steps are over, where nothing is held out."""
+        metrics = self.output / "lora" / "metrics.jsonl"
+        return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+
+    def wait_for_steps(self, process: subprocess.Popen, count: int) -> None:
+        """Wait until a run that goes on has taken so many steps."""
+        until = time.monotonic() + 120
+        while self.steps_taken() < count:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.005)
 
     def trained(self, **variables: object) -> str:
         """A run that must succeed and say nothing on standard error; its output."""

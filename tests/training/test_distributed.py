@@ -41,13 +41,6 @@ def losses(stage) -> list[float]:
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
-def wait_for_steps(stage, process: subprocess.Popen, count: int) -> None:
-    metrics = stage.output / "lora" / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_bytes().splitlines()) >= count):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-
-
 def children_of(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
@@ -57,7 +50,7 @@ def test_a_pair_that_is_stopped_goes_on_alone_and_loses_nothing(pictures):
     process that nobody stopped."""
     long = {"NUM_TRAIN_EPOCHS": 6, "LEARNING_RATE": 0.001, "SAVE_EVERY_EPOCHS": 0}
     pair = through_run_sh(pictures, **long)
-    wait_for_steps(pictures, pair, 3)
+    pictures.wait_for_steps(pair, 3)
     pair.terminate()
     _, said = pair.communicate()
     assert pair.returncode == 143
@@ -77,7 +70,7 @@ def test_a_pair_that_is_stopped_goes_on_alone_and_loses_nothing(pictures):
 
 def test_a_process_that_dies_ends_the_other_and_leaves_a_valid_state(pictures):
     pair = through_run_sh(pictures, NUM_TRAIN_EPOCHS=2000, SAVE_EVERY_EPOCHS=0, SAVE_STATE_EVERY_MINUTES=1e-6)
-    wait_for_steps(pictures, pair, 2)
+    pictures.wait_for_steps(pair, 2)
     (launcher,) = children_of(pair.pid)
     processes = children_of(launcher)
     os.kill(processes[1], signal.SIGKILL)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -248,10 +247,7 @@ def test_a_real_shortage_ends_the_run_with_75_and_the_next_one_goes_on(stage):
     floor = (memory.available - memory.total // 16) / GIB - 1.5
     long = {"NUM_TRAIN_EPOCHS": 4000, "SAVE_EVERY_EPOCHS": 0, "LORA_TARGETS": "attention", "MEMORY_FLOOR_GIB": floor}
     run = stage.start(**long)
-    metrics = stage.output / "lora" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.05)
+    stage.wait_for_steps(run, 1)
     with hogging(max(1, int((KERNEL.read().available / GIB - floor) * 8)), more=24):  # other programs give memory back
         _, said = run.communicate(timeout=120)
     assert run.returncode == 75, said

@@ -21,17 +21,10 @@ def pictures(stage):
     return stage
 
 
-def steps_taken(stage) -> int:
-    metrics = stage.output / "lora" / "metrics.jsonl"
-    return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
-
-
 def begun(stage, steps: int, **variables) -> subprocess.Popen:
     """A run that has taken so many steps."""
     run = stage.start(**SHORT | variables)
-    while steps_taken(stage) < steps:
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.01)
+    stage.wait_for_steps(run, steps)
     return run
 
 

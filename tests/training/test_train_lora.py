@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import time
 import tomllib
 
 import pytest
@@ -111,7 +110,7 @@ def test_a_run_that_is_killed_ends_with_the_same_lora(finished, stage):
     shutil.copytree(finished.stage.dataset, stage.dataset, dirs_exist_ok=True)
     every_step = finished.variables | {"SAVE_STATE_EVERY_MINUTES": 1e-6}
     process = stage.start(**every_step)
-    wait_for_step(stage, process, 3)
+    stage.wait_for_steps(process, 4)
     process.kill()
     process.communicate()
     assert not stage.lora.exists()
@@ -126,15 +125,6 @@ def test_a_run_that_is_killed_ends_with_the_same_lora(finished, stage):
     assert [(line["step"], line["loss"]) for line in steps_in(stage)] == [
         (line["step"], line["loss"]) for line in steps_in(finished.stage)
     ]
-
-
-def wait_for_step(stage, process, step: int) -> None:
-    metrics = stage.output / "lora" / "metrics.jsonl"
-    until = time.monotonic() + 120
-    while not metrics.exists() or f'"step": {step}' not in metrics.read_text(encoding="utf-8"):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 def test_new_settings_archive_the_lora_that_is_there(finished, stage):
