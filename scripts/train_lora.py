@@ -7,49 +7,53 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from errors import exit_code_of, stop_on_signals
 from prefetch import coming
-from settings import CollectSettings, ProjectSettings, read_request
+from settings import CollectSettings, ProjectSettings, Request, read_request
+from training.aside import Aside, working_aside
 from training.config import TrainSettings
 from training.distributed import launch, place, wants_launcher
+from training.inputs import read_inputs
 
 STAGE = "train_lora"
 SECTIONS = {"project": ProjectSettings, "collect": CollectSettings, "train": TrainSettings}
 """Of [collect] only ComfyUI's address counts, for what a user can do when it holds the memory."""
 
+NVIDIA = Path("/dev/nvidiactl")
+"""There if NVIDIA's driver runs."""
+
 
 def main(argv: list[str]) -> None:
     stop_on_signals()
     request = read_request(STAGE, __doc__, argv, SECTIONS, contradictions=contradictions)
-    project, train = request.sections["project"], request.sections["train"]
-    if wants_launcher(train.processes) and not request.check:
-        sys.exit(launch([sys.executable, __file__, *argv], train.processes))
+    processes = request.sections["train"].processes
+    if wants_launcher(processes) and not request.check:
+        sys.exit(launch([sys.executable, __file__, *argv], processes))
     if place().index == 0:
         print(f"set by you: {request.overridden()}", flush=True)
+    with working_aside(import_training, wanted=NVIDIA.exists() and place().count == 1 and not request.check) as aside:
+        train(request, aside)
 
-    gc.disable()  # imports make a million objects that stay; no use looking for garbage among them
-    from training.cache import Cache, hashed_base  # torch and diffusers take seconds to import; a wrong setting is refused before
-    from training.device import wake_gpu
-    from training.quick_imports import import_quickly
 
-    wake_gpu(place().gpu)
-    base_model = partial(hashed_base, train.model.base_model, project.models_dir, Cache.of(project.output_dir))
-    with coming(base_model, begins_now=place().index == 0 and not request.check) as base:
-        import_quickly("training.networks")
+def train(request: Request, aside: Aside | None) -> None:
+    """Do what was asked for. Pictures and captions are encoded in the process `aside` if there is one."""
+    project, settings = request.sections["project"], request.sections["train"]
+    inputs = partial(read_inputs, project, settings)
+    with coming(inputs, begins_now=place().index == 0 and not request.check) as inputs:
+        import_training()
     from training import carry_out, doctor, task
     from training.memory import watched
     from training.processes import joined
     from training.results import only_run_in
 
-    gc.freeze()
-    gc.enable()
     if request.check:
-        doctor.check(project, train, is_ahead=request.is_ahead)
+        doctor.check(project, settings, is_ahead=request.is_ahead)
         return
     with joined(place()) as processes, only_run_in(project.output_dir) if processes.is_first else nullcontext():
-        run = task.decide_together(processes, project, train, base, request.sections["collect"].comfyui_endpoint)
+        run = task.decide_together(processes, project, settings, inputs, request.sections["collect"].comfyui_endpoint)
         if run.is_finished:
             task.tidy(run)
             print(f"nothing to do: {run.results.lora} is finished, with exactly these settings, pictures and captions")
@@ -58,10 +62,24 @@ def main(argv: list[str]) -> None:
             task.make_room(run)
         task.prepare_device(run)
         with task.memory_in_our_words(run), watched(run.room.floors) as guard, carry_out.coming_unet(run) as unet:
-            data = carry_out.encode(run)
+            data = carry_out.encode(run, aside)
             modules = carry_out.train(run, data, unet(), guard)
         if processes.is_first:
             carry_out.finish(run, modules)
+
+
+def import_training() -> None:
+    """Import what takes seconds, in the quickest order; the GPU's context is made meanwhile."""
+    gc.disable()  # imports make a million objects that stay; no use looking for garbage among them
+    from training.device import wake_gpu
+    from training.quick_imports import import_quickly
+
+    wake_gpu(place().gpu)
+    import_quickly("training.networks")
+    import training.carry_out  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
 
 
 def contradictions(sections: dict[str, Any]) -> Iterator[str]:

@@ -8,7 +8,6 @@ another key. Files that cannot be read are encoded anew.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,20 +16,16 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from dataset_folder import write_json
 from errors import DataError
 from pictures import open_rgb
 from prefetch import prefetched
-from training.base_model import find_base
 from training.buckets import Placement
 from training.dataset import Example
-from training.parts import BaseModel, Part
+from training.digests import cache_folder
 from training.tensor_files import write_tensors
 
 FORMAT = 1
 """Part of every key: to be raised when the encoding changes."""
-DIGESTS = "digests.json"
-"""Where the digests of base models are remembered: gigabytes of weights are hashed once and not at every start."""
 _WRITERS = 2
 """Threads that wait for the disk, and on a GPU for the answer."""
 
@@ -43,7 +38,7 @@ class Cache:
 
     @classmethod
     def of(cls, output_dir: Path) -> "Cache":
-        return cls(output_dir / "cache")
+        return cls(cache_folder(output_dir))
 
     def picture(self, example: Example, placement: Placement, vae_fingerprint: str) -> Path:
         """Where the latents of a picture in its bucket lie."""
@@ -56,38 +51,6 @@ class Cache:
     def _path(self, kind: str, *parts: str) -> Path:
         key = hashlib.sha256("\0".join((str(FORMAT), *parts)).encode()).hexdigest()
         return self.folder / kind / f"{key}.safetensors"
-
-
-def base_digest(base: BaseModel, cache: Cache, part: str) -> str:
-    """SHA-256 of one part of the base model, remembered from run to run."""
-    key, known = _key_of(base.parts[part]), _remembered(cache)
-    if key not in known:
-        known[key] = base.parts[part].digest
-        write_json(cache.folder / DIGESTS, known)
-    return known[key]
-
-
-def hashed_base(base_model: str, models_dir: Path, cache: Cache) -> BaseModel:
-    """The base model of that name, and the digests that are not remembered yet computed; nothing is written. Raises
-    ModelError."""
-    base, known = find_base(base_model, models_dir), _remembered(cache)
-    for part in base.parts.values():
-        if _key_of(part) not in known:
-            _ = part.digest
-    return base
-
-
-def _remembered(cache: Cache) -> dict[str, str]:
-    """Key of a part -> its digest; what cannot be read is forgotten."""
-    with suppress(FileNotFoundError, ValueError, TypeError):
-        return dict(json.loads((cache.folder / DIGESTS).read_text(encoding="utf-8")))
-    return {}
-
-
-def _key_of(part: Part) -> str:
-    """The same for as long as path, size and time of change of the part's files stay the same."""
-    stats = [(str(file.resolve()), file.stat()) for file in sorted({file.path for file in part.files})]
-    return json.dumps([part.name, *((path, about.st_size, about.st_mtime_ns) for path, about in stats)])
 
 
 def is_whole(path: Path) -> bool:

@@ -3,16 +3,19 @@
 import contextlib
 import gc
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
+from tqdm import tqdm
 
 from dataset_folder import whole_file
 from errors import Interruption, StopRequest, reason_for
 from prefetch import coming, prefetched
 from training import checkpoint
+from training.aside import Aside
 from training.batches import BatchReader
 from training.checkpoint import StateWriter
 from training.encode import EncodedData, Encoding, encode_data
@@ -30,8 +33,10 @@ from training.results import Results
 from training.saving import Onlooker, Saver, description_of
 from training.schedule import alphas_cumprod
 from training.step import Objective, TrainStep
-from training.task import Task
+from training.task import Task, prepare_device
 from training.validation import Validator
+
+AdaptedUnet = tuple[UNet2DConditionModel, LoraWeights]
 
 
 def has_room(task: Task) -> bool:
@@ -41,34 +46,46 @@ def has_room(task: Task) -> bool:
     return task.precision.device.type != "cpu" and not checkpointing and is_roomy
 
 
-def encode(task: Task) -> EncodedData:
-    """Everything that does not change during training, computed once."""
+def encode(task: Task, aside: Aside | None = None) -> EncodedData:
+    """Everything that does not change during training, computed once: in the process `aside` if there is memory for the UNet
+    beside it, so that neither waits for the other's interpreter."""
+    if aside and has_room(task):
+        try:
+            return aside.call(_encode_aside, task)
+        finally:
+            aside.end()
     device, dtype = task.precision.device, task.precision.dtype
     models_dir, at_once = task.project.models_dir, has_room(task)
     encoding = Encoding(task.base, models_dir, task.cache, device, dtype, task.processes, at_once)
     return encode_data(encoding, task.plan, task.settings.data, task.project.trigger_word, task.settings.run.train_seed)
 
 
-def coming_unet(task: Task) -> AbstractContextManager[Callable[[], UNet2DConditionModel]]:
-    """A function that returns the UNet. It is read beside the encoding if there is memory for both."""
-    return coming(partial(load_unet, task.base, task.precision.device, task.precision.dtype), begins_now=has_room(task))
+def _encode_aside(task: Task) -> EncodedData:
+    tqdm.set_lock(threading.RLock())  # its own, for several processes, would outlive this one when it is ended
+    prepare_device(task)
+    return encode(task)
 
 
-def adapt(task: Task, unet: UNet2DConditionModel) -> LoraWeights:
-    """Put a fresh LoRA into `unet`, in place, and make it as fast as it can be. Not beside the loading of another network:
-    PEFT changes torch for all threads meanwhile."""
+def coming_unet(task: Task) -> AbstractContextManager[Callable[[], AdaptedUnet]]:
+    """A function that returns the UNet and its LoRA. It is made beside the encoding if there is memory for both."""
+    return coming(partial(adapted_unet, task), begins_now=has_room(task))
+
+
+def adapted_unet(task: Task) -> AdaptedUnet:
+    """The UNet with a fresh LoRA, as fast as it can be."""
     settings = task.settings
+    unet = load_unet(task.base, task.precision.device, task.precision.dtype)
     lora = inject(unet, settings.lora, settings.run.train_seed)
     quicken(unet, lora.stacks, fast_ops(task.precision.device))
     if settings.model.gradient_checkpointing:
         checkpoint_everything(unet)
-    return lora
+    return unet, lora
 
 
-def train(task: Task, encoded: EncodedData, unet: UNet2DConditionModel, guard: Watch | None) -> int:
+def train(task: Task, encoded: EncodedData, adapted: AdaptedUnet, guard: Watch | None) -> int:
     """Take every step that is left, and write the LoRA. Returns how many modules it has."""
     settings, precision, processes = task.settings, task.precision, task.processes
-    lora = adapt(task, unet)
+    unet, lora = adapted
     optimizer = AdamW(lora.weights, settings.optimizer)
     take_step = TrainStep(
         unet, lora, optimizer, objective_of(task), precision, settings.optimizer.max_grad_norm, processes.all_reduce

@@ -13,11 +13,11 @@ from training.base_model import find_base
 from training.config import TrainSettings
 from training.device import GIB, available_bytes, choose_precision
 from training.fitting import Room, room_for, with_batch
+from training.inputs import read_pictures
 from training.models import load_tokenizers
 from training.parts import BaseModel
 from training.plan import make_plan
 from training.results import require_room
-from training.task import read_pictures
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 DEVICE_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
@@ -41,7 +41,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, is_ahead: bool) 
         yet_to_come = pictures_to_come(project) if is_ahead else ""
         if yet_to_come:
             return yet_to_come
-        examples = read_pictures(project, settings)
+        examples = read_pictures(project, settings.data)
         if not found:
             return f"{len(examples)} pictures with captions in {project.dataset_dir}"
         schedule = found[0].schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)

@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from prefetch import coming
 from training.batches import CachedExample
-from training.cache import Cache, base_digest, encode_captions, encode_pictures, is_whole
+from training.cache import Cache, encode_captions, encode_pictures, is_whole
 from training.config import DataSettings
+from training.digests import base_digest
 from training.models import load_text_encoders, load_tokenizers, load_vae
 from training.parts import BaseModel
 from training.plan import Plan
@@ -64,13 +65,13 @@ class Encoding:
 
     def wanted_pictures(self, plan: Plan) -> Wanted:
         """Where the latents of each picture of `plan` lie."""
-        digest = base_digest(self.base, self.cache, "vae")
+        digest = base_digest(self.base, self.cache.folder, "vae")
         items = list(zip(plan.all_examples, plan.all_placements, strict=True))
         return Wanted.of([(self.cache.picture(example, placement, digest), example, placement) for example, placement in items])
 
     def wanted_captions(self, captions: Sequence[list[str]], chunks: int) -> Wanted:
         """Where the embeddings of each caption lie; a caption is a list of variants."""
-        digest = "".join(base_digest(self.base, self.cache, part) for part in ("text_encoder", "text_encoder_2"))
+        digest = "".join(base_digest(self.base, self.cache.folder, part) for part in ("text_encoder", "text_encoder_2"))
         return Wanted.of([(self.cache.caption(variants, chunks, self.dtype, digest), variants) for variants in captions])
 
     def encode_pictures(self, wanted: Wanted, workers: int, bar: tqdm) -> None:

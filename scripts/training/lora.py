@@ -11,6 +11,7 @@ from training.adapted import Adapted
 from training.config import LoraSettings
 from training.draws import uniform
 from training.networks import LoraConfig, LoraLinear, UNet2DConditionModel, inject_adapter_in_model
+from training.shapes import shapes_only
 
 ADAPTER = "default"
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -60,7 +61,8 @@ def inject(unet: UNet2DConditionModel, settings: LoraSettings, seed: int) -> Lor
     """
     names = target_modules(unet, settings.lora_targets)
     config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=names, lora_dropout=0.0)
-    inject_adapter_in_model(config, unet, adapter_name=ADAPTER, low_cpu_mem_usage=True)
+    with shapes_only():  # PEFT's own way, `low_cpu_mem_usage`, changes torch for the threads that load other networks
+        inject_adapter_in_model(config, unet, adapter_name=ADAPTER)
     layers = {name: module for name, module in unet.named_modules() if isinstance(module, LoraLinear)}
     if sorted(layers) != sorted(names):
         raise ModelError(f"the LoRA was put into {len(layers)} of {len(names)} linear layers; is this an SDXL UNet?")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch.overrides import TorchFunctionMode
 
 from errors import ModelError, one_list
 from training.base_model import fetch_tokenizers, find_tokenizers
@@ -20,6 +19,7 @@ from training.networks import (
 )
 from training.parts import BaseModel, Part
 from training.sgm_names import Source
+from training.shapes import shapes_only
 from training.text import TextEncoders
 
 _NETWORKS = {
@@ -77,25 +77,9 @@ def _loaded(part: Part, device: torch.device, dtype: torch.dtype) -> torch.nn.Mo
 
 
 def _without_weights(part: Part) -> torch.nn.Module:
-    """The network on the meta device; only buffers that no file holds are real.
-
-    Nothing global is patched: another part may be made in another thread at the same time.
-    """
-    with torch.device("meta"), _Unfilled():
+    """The network with shapes in the place of weights."""
+    with shapes_only():
         return _NETWORKS[part.name](part.config)
-
-
-class _Unfilled(TorchFunctionMode):
-    """Weights that are made are not filled: it would take seconds, and torch's compiler, to fill what has no memory.
-    Positions, which no file holds, are counted on the CPU."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(function, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        if function is torch.arange:
-            kwargs = {"device": "cpu"} | kwargs
-        return function(*args, **kwargs)
 
 
 def _shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,6 @@
 """What the processes that train together say to each other. Alone, every method answers at once."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -14,13 +13,12 @@ import torch
 import torch.distributed as dist
 
 from errors import MemoryShort, ResourceError, Stopped
+from training.aside import die_with_parent
 from training.distributed import Place
 
 Made, Item = TypeVar("Made"), TypeVar("Item")
 PATIENCE = timedelta(minutes=30)
 """For a process to reach the others, kernels being compiled and caches being filled meanwhile."""
-_DIE_WITH_PARENT = 1
-"""PR_SET_PDEATHSIG of prctl(2)."""
 
 
 class ProcessLost(ResourceError):
@@ -106,7 +104,7 @@ def joined(place: Place) -> Iterator[Processes]:
     if place.count == 1:
         yield Processes(place)
         return
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    die_with_parent()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(place.local_index)

@@ -1,11 +1,12 @@
 """Import diffusers, transformers and PEFT without what they bring along for others.
 
 That is torch's compiler, only to mark functions for it, every other network that they know, torchvision, scipy, and sympy
-through torch's distributed tensors: half of the seconds before a run begins.
+through torch's distributed tensors: most of the seconds before a run begins.
 """
 
 import contextlib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ _SHELLS = (
     "diffusers.models.unets",
 )
 """Packages of which only single modules are wanted."""
+_MODELS = "transformers/models"
+_WANTED_MODELS = ("auto", "bloom", "clip")
+"""Of transformers' hundreds, each file of which it would read for the names in it; PEFT asks for the first two."""
 _MARKS = ("allow_in_graph", "assume_constant_result", "disable")
 """Decorators of the compiler, all the same where nothing is compiled."""
 _ABSENT = ("scipy", "torchvision")
@@ -33,7 +37,7 @@ def import_quickly(name: str) -> ModuleType:
     Afterwards what was left out can be imported whole. transformers goes on believing that torch cannot distribute.
     """
     try:
-        with _shells():
+        with _shells(), _few_models():
             return importlib.import_module(name)
     except (ImportError, AttributeError, KeyError, RuntimeError):
         return importlib.import_module(name)
@@ -53,6 +57,33 @@ def _shells() -> Iterator[None]:
     finally:
         for name in put:
             sys.modules.pop(name, None)
+
+
+@contextlib.contextmanager
+def _few_models() -> Iterator[None]:
+    """Within this block transformers' folder of models seems to hold only those that are wanted. What knows only of them is
+    forgotten afterwards, unless transformers was there before."""
+    if "transformers" in sys.modules:
+        yield
+        return
+    whole = os.scandir
+
+    def few(folder: str | bytes | int | os.PathLike = ".") -> contextlib.AbstractContextManager[Iterator[os.DirEntry]]:
+        entries = whole(folder)
+        if not str(folder).endswith(_MODELS):
+            return entries
+        with entries:
+            return contextlib.nullcontext([entry for entry in entries if entry.name in _WANTED_MODELS or not entry.is_dir()])
+
+    try:
+        with mock.patch.object(os, "scandir", few):
+            yield
+    finally:
+        for name in ("transformers", "transformers.models"):
+            sys.modules.pop(name, None)
+        if lists := sys.modules.get("transformers.utils.import_utils"):
+            lists.create_import_structure_from_path.cache_clear()
+            lists.define_import_structure.cache_clear()
 
 
 def _shell(name: str) -> ModuleType:

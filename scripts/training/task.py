@@ -6,15 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dataset_folder import DatasetFolder, write_text
+from dataset_folder import write_text
 from errors import DataError, ResourceError, SettingsError
 from settings import ProjectSettings, resolved_toml
 from training import checkpoint
-from training.cache import Cache, base_digest
+from training.cache import Cache
 from training.checkpoint import Identity, Saved
 from training.config import TrainSettings
 from training.continuation import continued, kept_warmup, shared_by
-from training.dataset import Example, flagged_pictures, read_examples, unused_entries
 from training.device import (
     Precision,
     available_bytes,
@@ -23,7 +22,9 @@ from training.device import (
     limit_gpu_memory,
     make_deterministic,
 )
+from training.digests import base_digest
 from training.fitting import Room, fitted, room_for, what_fits, with_batch
+from training.inputs import Inputs, read_pictures
 from training.memory import comfyui_hint
 from training.parts import BaseModel
 from training.plan import (
@@ -37,9 +38,6 @@ from training.plan import (
 from training.processes import Processes
 from training.results import Results
 from training.tensor_files import remove_all_leftovers
-
-MANY_REPEATS = 100
-"""Of a picture in an epoch; nobody means more."""
 
 
 @dataclass(frozen=True)
@@ -64,23 +62,23 @@ class Task:
 
 
 def decide_together(
-    processes: Processes, project: ProjectSettings, settings: TrainSettings, base: Callable[[], BaseModel], comfyui: str
+    processes: Processes, project: ProjectSettings, settings: TrainSettings, inputs: Callable[[], Inputs], comfyui: str
 ) -> Task:
     """What the first process decides, in every process; raises DataError on another machine that has other pictures."""
-    run = processes.from_first(lambda: decide(processes, project, settings, base(), comfyui))
+    run = processes.from_first(lambda: decide(processes, project, settings, inputs(), comfyui))
     if processes.is_first:
         return run
     if processes.place.local_index == 0:
         wanted = sorted(example.sha256 for example in run.plan.all_examples)
-        if sorted(example.sha256 for example in read_pictures(project, settings)) != wanted:
+        if sorted(example.sha256 for example in read_pictures(project, settings.data)) != wanted:
             raise DataError(f"{project.dataset_dir}: the pictures are not those of the first machine; copy its folder here")
     precision = choose_precision(run.settings.model.mixed_precision, processes.gpu)
     return replace(run, processes=processes, precision=precision)
 
 
-def decide(processes: Processes, project: ProjectSettings, settings: TrainSettings, base: BaseModel, comfyui: str) -> Task:
-    """Read and verify everything, replace every "auto" by what it means here, and say what the run will do."""
-    examples = read_pictures(project, settings)
+def decide(processes: Processes, project: ProjectSettings, settings: TrainSettings, inputs: Inputs, comfyui: str) -> Task:
+    """Replace every "auto" by what it means here, and say what the run will do."""
+    base, examples = inputs.base, inputs.examples
     results = Results(project.output_dir, settings.saving.output_name or project.trigger_word)
     saved = None if settings.saving.fresh else checkpoint.newest(results.state)
     count = processes.place.count
@@ -97,7 +95,7 @@ def decide(processes: Processes, project: ProjectSettings, settings: TrainSettin
     switch = "on" if settings.model.gradient_checkpointing else "off"
     print(f"training on {describe(precision)}, gradient checkpointing {switch}", flush=True)
     cache = Cache.of(project.output_dir)
-    digests = [base_digest(base, cache, part) for part in base.parts]
+    digests = [base_digest(base, cache.folder, part) for part in base.parts]
     print(plan.announcement(), flush=True)
     values = fingerprint(plan, settings, project.trigger_word, digests)
     if saved:
@@ -121,23 +119,6 @@ def continuing(results: Results, saved: Saved, identity: Identity, was_finished:
         raise
     print(f"continuing at step {saved.progress.next_step}", flush=True)
     return saved
-
-
-def read_pictures(project: ProjectSettings, settings: TrainSettings) -> list[Example]:
-    """The examples of the data set; what lies among them and is none is named."""
-    dataset = DatasetFolder(project.dataset_dir)
-    folder = dataset.images
-    flagged = flagged_pictures(dataset, settings.data.resolution) if settings.data.skip_flagged else {}
-    if flagged:
-        print(f"left out, because flagged: {', '.join(f'{name} ({flaws})' for name, flaws in flagged.items())}")
-    examples = read_examples(folder, settings.data.dataloader_num_workers, flagged)
-    often = sorted({str(example.path.parent) for example in examples if example.repeats > MANY_REPEATS})
-    if often:
-        print(f"the number is taken for repeats per epoch; rename the folder if it is a year: {', '.join(often)}")
-    unused = unused_entries(folder)
-    if unused:
-        print(f"not used, because neither picture, caption of one, nor N_name folder: {', '.join(unused)}")
-    return examples
 
 
 def resolved(settings: TrainSettings, plan: Plan, precision: Precision, name: str) -> TrainSettings:

@@ -1,7 +1,6 @@
 """Real photographs through buckets into the cache: exact pixels, and values that depend on nothing but their own key."""
 
 import itertools
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +19,6 @@ from training.dataset import read_examples
 from training.encode import Encoding, encode_data
 from training.plan import make_plan
 from training.schedule import Schedule
-from training.weights import digest
 
 CPU = torch.device("cpu")
 
@@ -205,33 +203,3 @@ def test_embeddings_are_read_back_one_variant_at_a_time(tmp_path, dtype):
         ours = read_embedding(path, variant)
         assert torch.equal(ours[0], hidden[variant].to(dtype))
         assert torch.equal(ours[1], pooled[variant].to(dtype))
-
-
-def test_a_digest_is_remembered_until_its_file_changes(stage, tiny_sdxl, tmp_path, monkeypatch):
-    copied, kept = tmp_path / "base", Cache.of(tmp_path / "output")
-    shutil.copytree(tiny_sdxl, copied)
-    (file,) = (copied / "vae").glob("*.safetensors")
-    computed = []
-
-    def hashed(files):
-        computed.append(1)
-        return digest(files)
-
-    monkeypatch.setattr("training.parts.digest", hashed)
-
-    def digest_now() -> str:
-        return cache.base_digest(find_base(str(copied), tmp_path), kept, "vae")
-
-    first = digest_now()
-    assert [digest_now(), len(computed)] == [first, 1]
-    cache.hashed_base(str(copied), tmp_path, kept)
-    assert len(computed) == 4  # the other three parts
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    changed = digest_now()
-    assert changed != first
-    for damage in ("{ half a", "[1, 2]", "[]", "null"):
-        (kept.folder / cache.DIGESTS).write_text(damage)
-        assert digest_now() == changed
-    assert len(computed) == 9

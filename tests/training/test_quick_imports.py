@@ -12,10 +12,14 @@ import train_lora
 train_lora.main([])
 unused = {"torch._dynamo", "sympy", "scipy", "torchvision", "diffusers.models.transformers", "diffusers.models.unets"}
 assert not unused & sys.modules.keys(), unused & sys.modules.keys()
+assert "transformers" not in sys.modules, "whose list of all models was read for nothing"
 
 import diffusers.models.transformers, scipy, torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from training import networks
+from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
+from transformers import CLIPTextModel, LlamaConfig
+from transformers.models import llama
+assert CLIPTextModel is networks.CLIPTextModel
 assert UNet2DConditionModel is networks.UNet2DConditionModel
 assert AutoencoderKL is networks.AutoencoderKL
 assert torch.distributed.is_available()

@@ -1,0 +1,94 @@
+"""A process beside this one, with an interpreter lock of its own. Standard library only, so that it can begin at once."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import TypeVar
+
+from errors import ResourceError
+
+Made = TypeVar("Made")
+_DIE_WITH_PARENT = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
+
+
+class Aside:
+    """A process that waits for a function to call."""
+
+    def __init__(self, get_ready: Callable[[], None]):
+        ours, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")  # a fork would take half of a CUDA context along
+        self._process = context.Process(target=_serve, args=(theirs, os.getpid(), get_ready), daemon=True)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        self._process.start()  # it never hears of signals: they are this process's to answer
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+        self._connection = ours
+
+    def call(self, function: Callable[..., Made], *arguments: object) -> Made:
+        """What `function` returns or raises there; both and the arguments are pickled. Raises ResourceError if the process is
+        gone."""
+        try:
+            self._connection.send((function, arguments))
+            made, error = pickle.loads(self._connection.recv_bytes())
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._process.join()
+            raise ResourceError(f"the process that encodes {_ending(self._process.exitcode)}; run the same command again") from None
+        if error:
+            raise error
+        return made
+
+    def end(self) -> None:
+        """At once, whatever it is doing."""
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+
+@contextlib.contextmanager
+def working_aside(get_ready: Callable[[], None], *, wanted: bool) -> Iterator[Aside | None]:
+    """A process that has called `get_ready`, for as long as this block lasts; None if it is not wanted."""
+    if not wanted:
+        yield None
+        return
+    aside = Aside(get_ready)
+    try:
+        yield aside
+    finally:
+        aside.end()
+
+
+def die_with_parent() -> None:
+    """From now on the kernel kills this process when the one that started it is gone, however that happens."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+
+
+def _serve(connection: Connection, parent: int, get_ready: Callable[[], None]) -> None:
+    """Answer one call after another, until the parent ends this process."""
+    die_with_parent()
+    if os.getppid() != parent:
+        return
+    get_ready()
+    while True:
+        function, arguments = connection.recv()
+        made, error = None, None
+        try:
+            made = function(*arguments)
+        except Exception as raised:
+            raised.add_note("".join(traceback.format_exception(raised)))
+            error = raised
+        sys.stdout.flush()
+        connection.send_bytes(pickle.dumps((made, error)))
+
+
+def _ending(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "was killed, as the kernel does when memory runs out"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"has ended with exit code {code}"

@@ -1,0 +1,148 @@
+"""The process beside training: it answers, says what went wrong there, ends with its parent, and changes no result."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from safetensors.torch import load_file, save_file
+
+from errors import DataError, ResourceError
+from settings import REPOSITORY
+from training.aside import working_aside
+
+ENCODES_ASIDE = """
+import sys
+from pathlib import Path
+import train_lora
+from errors import exit_code_of
+
+if __name__ == "__main__":
+    from training import carry_out
+    train_lora.NVIDIA = Path("/")  # as on a machine with a GPU
+    carry_out.has_room = lambda task: True
+    sys.exit(exit_code_of("train_lora", lambda: train_lora.main([])))
+"""
+
+
+def quietly() -> None:
+    pass
+
+
+def refuse(name: str) -> None:
+    raise DataError(f"{name}: cannot be used")
+
+
+def fail() -> None:
+    {}["absent"]
+
+
+def kill_yourself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exit_in_the_middle() -> None:
+    os._exit(3)
+
+
+@pytest.fixture
+def aside():
+    with working_aside(quietly, wanted=True) as aside:
+        yield aside
+
+
+def test_it_answers_one_call_after_another_in_another_process(aside):
+    assert aside.call(pow, 2, 5) == 32
+    first, second = aside.call(os.getpid), aside.call(os.getpid)
+    assert first == second != os.getpid()
+
+
+def test_what_is_raised_there_is_raised_here_with_its_traceback(aside):
+    with pytest.raises(DataError, match="cup: cannot be used"):
+        aside.call(refuse, "cup")
+    with pytest.raises(KeyError) as caught:
+        aside.call(fail)
+    assert 'in fail\n    {}["absent"]' in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [(kill_yourself, "was killed, as the kernel does"), (exit_in_the_middle, "has ended with exit code 3")]
+)
+def test_its_death_is_one_line(aside, how, said):
+    with pytest.raises(ResourceError, match=said):
+        aside.call(how)
+
+
+def test_it_is_not_started_where_it_is_not_wanted():
+    with working_aside(quietly, wanted=False) as aside:
+        assert aside is None
+
+
+def test_it_is_deaf_to_signals_and_gone_after_the_block():
+    with working_aside(quietly, wanted=True) as aside:
+        pid = aside.call(os.getpid)
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
+        assert aside.call(os.getpid) == pid
+    assert not psutil.pid_exists(pid)
+
+
+def start(stage, code: str) -> subprocess.Popen:
+    script = stage.output.parent / "run.py"
+    script.write_text(code)
+    environment = stage._environment({"PYTHONPATH": REPOSITORY / "scripts", "NUM_TRAIN_EPOCHS": 1})
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, script], env=environment, text=True, **pipes)
+
+
+def test_a_run_that_encodes_aside_leaves_what_another_leaves(stage, tmp_path):
+    stage.add("astronaut")
+    here = stage.trained(NUM_TRAIN_EPOCHS=1)
+    before = stage.files()
+    stage.output.rename(tmp_path / "first")
+    output, errors = start(stage, ENCODES_ASIDE).communicate()
+    assert errors == ""
+    assert "pictures: 1 encoded, 0 in the cache; captions: 2 encoded" in output
+    assert "pictures: 1 encoded, 0 in the cache; captions: 2 encoded" in here
+    after = stage.files()
+    assert before.keys() == after.keys()
+    cached = [name for name in before if name.startswith(("cache/latents", "cache/text")) or name == "lora/metrics.jsonl"]
+    assert len(cached) == 4
+    assert all(before[name] == after[name] for name in cached)
+
+
+def test_it_ends_with_a_parent_that_is_killed(stage):
+    stage.add("astronaut")
+    process = start(stage, ENCODES_ASIDE)
+    children: list[psutil.Process] = []
+    until = time.monotonic() + 60
+    while not children and time.monotonic() < until:
+        family = psutil.Process(process.pid).children()
+        children = [child for child in family if "spawn_main" in " ".join(child.cmdline())]
+        time.sleep(0.01)
+    assert children
+    process.kill()
+    process.communicate()
+    gone, alive = psutil.wait_procs(children, timeout=10)
+    assert (len(gone), alive) == (1, [])
+
+
+def test_what_goes_wrong_there_is_said_as_ever(stage, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(stage.base, damaged)
+    (file,) = (damaged / "vae").glob("*.safetensors")
+    weights = load_file(file)
+    weights["encoder.conv_in.bias"].fill_(float("nan"))
+    save_file(weights, file)
+    stage.variables["BASE_MODEL"] = damaged
+    stage.add("astronaut")
+    process = start(stage, ENCODES_ASIDE)
+    _, errors = process.communicate()
+    assert process.returncode == DataError.exit_code
+    assert errors.splitlines() == [
+        "train_lora: astronaut.png: the VAE answers with NaN or infinity for this picture; remove it, or use another VAE"
+    ]

@@ -1,0 +1,37 @@
+"""When a base model is hashed, and when its digests are remembered."""
+
+import shutil
+
+from training import digests
+from training.base_model import find_base
+from training.weights import digest
+
+
+def test_a_digest_is_remembered_until_its_file_changes(stage, tiny_sdxl, tmp_path, monkeypatch):
+    copied, kept = tmp_path / "base", tmp_path / "output"
+    shutil.copytree(tiny_sdxl, copied)
+    (file,) = (copied / "vae").glob("*.safetensors")
+    computed = []
+
+    def hashed(files):
+        computed.append(1)
+        return digest(files)
+
+    monkeypatch.setattr("training.parts.digest", hashed)
+
+    def digest_now() -> str:
+        return digests.base_digest(find_base(str(copied), tmp_path), kept, "vae")
+
+    first = digest_now()
+    assert [digest_now(), len(computed)] == [first, 1]
+    digests.compute_digests(find_base(str(copied), tmp_path), kept)
+    assert len(computed) == 4  # the other three parts
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    changed = digest_now()
+    assert changed != first
+    for damage in ("{ half a", "[1, 2]", "[]", "null"):
+        (kept / digests.DIGESTS).write_text(damage)
+        assert digest_now() == changed
+    assert len(computed) == 9
