@@ -19,8 +19,9 @@ from training.fast_unet import fast_ops, quicken
 from training.lora import ADAPTER, LoraWeights, inject
 from training.models import load_unet
 from training.networks import UNet2DConditionModel
+from training.objective import alphas_cumprod
 from training.optimizer import AdamW
-from training.schedule import Schedule, alphas_cumprod
+from training.schedule import Schedule
 from training.step import Objective, TrainStep
 
 FAMILIES = {

@@ -27,11 +27,11 @@ from training.memory import Watch
 from training.metrics import Everybody, Tracker, open_metrics
 from training.models import load_unet
 from training.networks import UNet2DConditionModel
+from training.objective import alphas_cumprod
 from training.optimizer import AdamW, learning_rate_at
 from training.progress import Progress, smoothed
 from training.results import Results
 from training.saving import Onlooker, Saver, description_of
-from training.schedule import alphas_cumprod
 from training.step import Objective, TrainStep
 from training.task import Task, prepare_device
 from training.validation import Validator

@@ -1,8 +1,9 @@
 """Fill the caches: what is missing is encoded, and the encoders are freed again."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from training.models import load_text_encoders, load_tokenizers, load_vae
 from training.parts import BaseModel
 from training.plan import Plan
 from training.processes import Processes
-from training.text import TextEncoders, caption_variants, chunks_needed, cut_off, encode
+from training.text import caption_variants, chunks_needed, cut_off, encode
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Encoding:
     processes: Processes = field(default_factory=Processes)
     """Share the work: each process of a machine encodes a part of what this machine lacks."""
     at_once: bool = False
-    """Whether there is memory for all encoders together; they are then read while pictures are encoded."""
+    """Whether there is memory for all encoders together; captions are then encoded beside the pictures."""
 
     def wanted_pictures(self, plan: Plan) -> Wanted:
         """Where the latents of each picture of `plan` lie."""
@@ -88,16 +89,13 @@ class Encoding:
         for _ in encode_pictures(own, posterior, workers):
             bar.update()
 
-    def text_encoders(self) -> TextEncoders:
-        """Both text encoders, to be freed after use."""
-        return load_text_encoders(self.base, self.models_dir, self.device, torch.float32)
-
-    def encode_captions(self, wanted: Wanted, encoders: Callable[[], TextEncoders], chunks: int, workers: int, bar: tqdm) -> None:
+    def encode_captions(self, wanted: Wanted, chunks: int, workers: int, bar: tqdm) -> None:
         """Encode this process's share of the captions that are missing."""
-        if own := self.processes.share(wanted.missing):
-            ours = encoders()
-            for _ in encode_captions(own, lambda texts: encode(texts, ours, chunks), self.dtype, workers):
-                bar.update()
+        if not (own := self.processes.share(wanted.missing)):
+            return
+        encoders = load_text_encoders(self.base, self.models_dir, self.device, torch.float32)
+        for _ in encode_captions(own, lambda texts: encode(texts, encoders, chunks), self.dtype, workers):
+            bar.update()
 
     def free(self) -> None:
         """Give back the memory of encoders that are done."""
@@ -120,11 +118,11 @@ def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_
     encoding.processes.wait_for_all()  # nobody writes before all know what is missing
     share = encoding.processes.share
     with tqdm(total=len(share(pictures.missing)) + len(share(captions.missing)), desc="encode", disable=None) as bar:
-        with coming(encoding.text_encoders, begins_now=encoding.at_once and bool(share(captions.missing))) as encoders:
+        encode_all = partial(encoding.encode_captions, captions, chunks, workers, bar)
+        with coming(encode_all, begins_now=encoding.at_once) as captions_done:
             encoding.encode_pictures(pictures, workers, bar)
             encoding.free()
-            encoding.encode_captions(captions, encoders, chunks, workers, bar)
-        del encoders
+            captions_done()
         encoding.free()
     encoding.processes.wait_for_all()
     print(f"pictures: {pictures}; captions: {captions}, {chunks} x 75 tokens", flush=True)

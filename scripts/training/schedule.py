@@ -3,8 +3,6 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
 PredictionType = Literal["epsilon", "v_prediction"]
 
 
@@ -26,20 +24,3 @@ class Schedule:
         if zero_terminal_snr != "auto":
             kept = replace(kept, zero_terminal_snr=zero_terminal_snr)
         return kept
-
-
-def alphas_cumprod(schedule: Schedule) -> torch.Tensor:
-    """The share of the signal's variance that is left at each timestep: [timesteps], float64, on the CPU."""
-    root = torch.linspace(schedule.beta_start**0.5, schedule.beta_end**0.5, schedule.timesteps, dtype=torch.float64)
-    betas = root**2
-    if schedule.zero_terminal_snr:
-        betas = _zero_terminal(betas)
-    return (1 - betas).cumprod(0)
-
-
-def _zero_terminal(betas: torch.Tensor) -> torch.Tensor:
-    """Betas whose last timestep is pure noise (Lin et al. 2023, arXiv 2305.08891, Algorithm 1)."""
-    root = (1 - betas).cumprod(0).sqrt()
-    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    share = root**2
-    return 1 - torch.cat([share[:1], share[1:] / share[:-1]])

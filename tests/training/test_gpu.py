@@ -21,8 +21,9 @@ from training.device import Precision
 from training.fast_unet import checkpoint_everything, fast_ops, quicken
 from training.lora import ADAPTER, LoraWeights, inject
 from training.models import load_unet
+from training.objective import alphas_cumprod
 from training.optimizer import AdamW
-from training.schedule import Schedule, alphas_cumprod
+from training.schedule import Schedule
 from training.step import Objective, TrainStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

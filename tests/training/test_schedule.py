@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from training.schedule import Schedule, alphas_cumprod
+from training.objective import alphas_cumprod
+from training.schedule import Schedule
 
 
 def _betas() -> list[float]:

@@ -17,8 +17,9 @@ from training.config import LoraSettings, OptimizerSettings
 from training.device import Precision
 from training.fast_unet import quicken
 from training.lora import ADAPTER, LoraWeights, inject
+from training.objective import alphas_cumprod
 from training.optimizer import AdamW
-from training.schedule import Schedule, alphas_cumprod
+from training.schedule import Schedule
 from training.step import Objective, TrainStep
 
 SCALING = 0.13025
