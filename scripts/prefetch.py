@@ -36,5 +36,8 @@ def coming(make: Callable[[], Made], *, begins_now: bool) -> Iterator[Callable[[
     if not begins_now:
         yield make
         return
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    try:
         yield pool.submit(make).result
+    finally:
+        pool.shutdown(wait=False)  # who stops early does not wait for what nobody wants any more

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from operator import call
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,16 @@ def main(argv: list[str]) -> None:
         sys.exit(launch([sys.executable, __file__, *argv], processes))
     if place().index == 0:
         print(f"set by you: {request.overridden()}", flush=True)
-    with working_aside(import_training, wanted=NVIDIA.exists() and place().count == 1 and not request.check) as aside:
-        train(request, aside)
+    is_quick = NVIDIA.exists() and place().count == 1 and not request.check
+    with working_aside(wanted=is_quick) as reader, working_aside(import_training, wanted=is_quick) as encoder:
+        train(request, reader, encoder)
 
 
-def train(request: Request, aside: Aside | None) -> None:
-    """Do what was asked for. Pictures and captions are encoded in the process `aside` if there is one."""
+def train(request: Request, reader: Aside | None, encoder: Aside | None) -> None:
+    """Do what was asked for. Where there are other processes, one reads what the run starts from while this one imports, and
+    the other encodes pictures and captions while this one makes the UNet ready."""
     project, settings = request.sections["project"], request.sections["train"]
-    inputs = partial(read_inputs, project, settings)
+    inputs = partial(reader.call if reader else call, read_inputs, project, settings)
     with coming(inputs, begins_now=place().index == 0 and not request.check) as inputs:
         import_training()
     from training import carry_out, doctor, task
@@ -62,7 +65,7 @@ def train(request: Request, aside: Aside | None) -> None:
             task.make_room(run)
         task.prepare_device(run)
         with task.memory_in_our_words(run), watched(run.room.floors) as guard, carry_out.coming_unet(run) as unet:
-            data = carry_out.encode(run, aside)
+            data = carry_out.encode(run, encoder)
             modules = carry_out.train(run, data, unet(), guard)
         if processes.is_first:
             carry_out.finish(run, modules)

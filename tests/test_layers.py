@@ -141,7 +141,7 @@ def reads_environment(path: Path) -> bool:
 
 
 def test_nobody_swallows_every_exception():
-    """`except Exception` stands where a failure becomes an exit code, or is handed from a thread or process to the one that waits."""
+    """`except Exception` stands where a failure becomes an exit code, or is handed to the one that waits."""
     handlers = {
         name: [node for node in ast.walk(parsed(path)) if isinstance(node, ast.ExceptHandler) and is_broad(node)]
         for name, path in ROOMS.items()

@@ -22,7 +22,7 @@ _DIE_WITH_PARENT = 1
 class Aside:
     """A process that waits for a function to call."""
 
-    def __init__(self, get_ready: Callable[[], None]):
+    def __init__(self, get_ready: Callable[[], None] | None):
         ours, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")  # a fork would take half of a CUDA context along
         self._process = context.Process(target=_serve, args=(theirs, os.getpid(), get_ready), daemon=True)
@@ -40,21 +40,21 @@ class Aside:
             made, error = pickle.loads(self._connection.recv_bytes())
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join()
-            raise ResourceError(f"the process that encodes {_ending(self._process.exitcode)}; run the same command again") from None
+            ended = _ending(self._process.exitcode)
+            raise ResourceError(f"a process that worked for this one {ended}; run the same command again") from None
         if error:
             raise error
         return made
 
     def end(self) -> None:
-        """At once, whatever it is doing."""
+        """At once, whatever it is doing; the kernel needs a moment to take its memory back."""
         self._process.kill()
-        self._process.join()
         self._connection.close()
 
 
 @contextlib.contextmanager
-def working_aside(get_ready: Callable[[], None], *, wanted: bool) -> Iterator[Aside | None]:
-    """A process that has called `get_ready`, for as long as this block lasts; None if it is not wanted."""
+def working_aside(get_ready: Callable[[], None] | None = None, *, wanted: bool) -> Iterator[Aside | None]:
+    """A process that calls `get_ready` first, for as long as this block lasts; None if it is not wanted."""
     if not wanted:
         yield None
         return
@@ -70,12 +70,13 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
-def _serve(connection: Connection, parent: int, get_ready: Callable[[], None]) -> None:
+def _serve(connection: Connection, parent: int, get_ready: Callable[[], None] | None) -> None:
     """Answer one call after another, until the parent ends this process."""
     die_with_parent()
     if os.getppid() != parent:
         return
-    get_ready()
+    if get_ready:
+        get_ready()
     while True:
         function, arguments = connection.recv()
         made, error = None, None

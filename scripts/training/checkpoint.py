@@ -66,9 +66,11 @@ class Snapshot:
 
 
 def snapshot(weights: torch.nn.Parameter, optimizer: AdamW, scaler: torch.amp.GradScaler, progress: Progress) -> Snapshot:
-    """Copy the state to the CPU's memory."""
-    tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _state_tensors(weights, optimizer)}
-    return Snapshot(tensors, progress, scaler.state_dict())
+    """Copy the state to the CPU's memory, each tensor by a thread."""
+    tensors = dict(_state_tensors(weights, optimizer))
+    with ThreadPoolExecutor() as pool:
+        copies = pool.map(lambda tensor: tensor.detach().to("cpu", copy=True), tensors.values())
+        return Snapshot(dict(zip(tensors, copies, strict=True)), progress, scaler.state_dict())
 
 
 def write(folder: Path, state: Snapshot, identity: Identity, keep: int) -> None:
