@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from training.networks import AutoencoderKL, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
 from training.parts import STEMS, name_in_files
 from training.sgm_names import sgm_source
+from training.shapes import shapes_only
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def write_single_file(folder: Path, file: Path, *, v_pred: bool = False, ztsnr: 
 def _modules(size: Size, words: int) -> dict[str, torch.nn.Module]:
     """The four networks on the meta device."""
     pooled = size.clip_g[3]
-    with init_empty_weights():
+    with shapes_only():
         unet = UNet2DConditionModel(
             sample_size=16,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from training.quick_imports import import_quickly
+
+import_quickly("training.networks")  # before the tests ask for all of diffusers, which takes seconds in every process
+
 # Networks this small gain nothing from threads, which wait for each other many times longer on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from errors import DataError
@@ -17,6 +16,7 @@ from training.cache import Cache, encode_captions, encode_pictures, is_whole, pi
 from training.config import TrainSettings
 from training.dataset import read_examples
 from training.encode import Encoding, encode_data
+from training.networks import AutoencoderKL
 from training.plan import make_plan
 from training.schedule import Schedule
 

@@ -3,11 +3,11 @@
 import hashlib
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +17,7 @@ from training.base_model import find_base
 from training.export import Description, kohya_name, verify, write_lora
 from training.lora import LoraModule
 from training.models import load_unet
+from training.networks import UNet2DConditionModel
 
 ABOUT = Description(
     name="mia",
@@ -195,7 +196,7 @@ def merged_by_hand(unet: UNet2DConditionModel, lora) -> UNet2DConditionModel:
     return unet
 
 
-def picture(pipeline: StableDiffusionXLPipeline) -> torch.Tensor:
+def picture(pipeline: Callable) -> torch.Tensor:
     """The latents of a picture that always begins with the same noise."""
     generator = torch.Generator().manual_seed(0)
     how = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent", "generator": generator}
@@ -206,6 +207,8 @@ def picture(pipeline: StableDiffusionXLPipeline) -> torch.Tensor:
 def test_lora_changes_the_picture_of_a_pipeline_as_if_it_was_merged_by_hand(finished, tiny_sdxl, tmp_path):
     """The file was trained with alpha 1 and rank 2: half of up @ down."""
     unet = load_unet(find_base(str(tiny_sdxl), tmp_path), torch.device("cpu"), torch.float32)
+    from diffusers import StableDiffusionXLPipeline  # brings all of diffusers, which no other test here needs
+
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     lora = finished.stage.lora

@@ -5,12 +5,12 @@ import csv
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import UNet2DConditionModel
 
 from errors import ModelError
 from training.config import LoraSettings
 from training.export import COMFYUI_MODULES, kohya_name
 from training.lora import inject, target_modules
+from training.networks import UNet2DConditionModel
 
 
 @pytest.fixture(scope="module")

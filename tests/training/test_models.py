@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from demo import tiny_sdxl as miniature
 from errors import ModelError
 from training import base_model, models
 from training.base_model import find_base
+from training.networks import AutoencoderKL, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
 from training.parts import STEMS, name_in_files
 from training.schedule import Schedule
 from training.sgm_names import sgm_source
@@ -71,6 +69,8 @@ def assert_same_weights(first: torch.nn.Module, second: torch.nn.Module) -> None
 
 
 def test_folder_loads_as_diffusers_loads_it(tiny_sdxl):
+    from diffusers import StableDiffusionXLPipeline  # brings all of diffusers
+
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, local_files_only=True)
     for name, module in all_parts(find_base(str(tiny_sdxl), tiny_sdxl), tiny_sdxl).items():
         assert_same_weights(module, getattr(pipeline, name))
@@ -100,6 +100,8 @@ def _denoised(unet: UNet2DConditionModel) -> torch.Tensor:
 
 def test_original_layout_is_what_diffusers_converts(tiny_sdxl, tiny_single_file):
     """Our map of names against diffusers' own conversion."""
+    from diffusers.loaders import single_file_utils
+
     checkpoint = load_file(tiny_single_file)
     unet, vae, clip_l, clip_g = (load_file(tiny_sdxl / part / f"{stem}.safetensors") for part, stem in STEMS.items())
     configs = {part: json.loads((tiny_sdxl / part / "config.json").read_text()) for part in STEMS}

@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from training import plain_ops
 from training.batches import Batch
@@ -17,6 +16,7 @@ from training.config import LoraSettings, OptimizerSettings
 from training.device import Precision
 from training.fast_unet import quicken
 from training.lora import ADAPTER, LoraWeights, inject
+from training.networks import UNet2DConditionModel
 from training.objective import alphas_cumprod
 from training.optimizer import AdamW
 from training.schedule import Schedule

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
 from training.base_model import find_base
 from training.models import load_text_encoders
@@ -113,6 +112,8 @@ def test_brackets_are_no_emphasis_and_may_be_escaped(encoders):
 
 @pytest.mark.parametrize("caption", [CAPTION, "", "A photo (detailed:1.3), année 日本語"])
 def test_one_chunk_is_what_diffusers_encodes(encoders, caption):
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline  # seconds that no other test here needs
+
     pipeline = StableDiffusionXLPipeline(
         vae=None,
         text_encoder=encoders.encoders[0],
