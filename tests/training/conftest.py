@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,22 @@ class Stage:
                 signal.signal(signum, handler)
         assert "Traceback" not in errors.getvalue()
         return subprocess.CompletedProcess(flags, code, output.getvalue(), errors.getvalue())
+
+    def stopped(self, steps: int, signum: signal.Signals, **variables: object) -> subprocess.CompletedProcess:
+        """A long run within this process that gets a signal as soon as it has taken so many steps."""
+
+        def stop() -> None:
+            until = time.monotonic() + 120
+            while self.steps_taken() < steps and time.monotonic() < until:
+                time.sleep(0.005)
+            os.kill(os.getpid(), signum)
+
+        thread = threading.Thread(target=stop)
+        thread.start()
+        try:
+            return self.run(**variables)
+        finally:
+            thread.join()
 
     def steps_taken(self) -> int:
         """Lines in metrics.jsonl: so many steps are over, where nothing is held out."""

@@ -64,8 +64,7 @@ def flat_gradients(lora: LoraWeights) -> dict[str, torch.Tensor]:
     return gradients
 
 
-@pytest.mark.parametrize("targets", ["all", "attention"])
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize(("targets", "recomputes"), [("all", True), ("attention", False)])
 def test_answer_and_every_gradient_are_those_of_diffusers_and_peft(unet, targets, recomputes):
     plain, plain_lora = adapted(unet, targets)
     fast, lora = adapted(unet, targets)

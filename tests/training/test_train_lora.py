@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import tomllib
 
 import pytest
@@ -69,7 +70,7 @@ def test_the_start_says_what_the_run_will_do(finished):
     assert "722 modules, all known to ComfyUI" in said[-1]
 
 
-def test_every_step_has_its_line_in_the_metrics(finished):
+def test_same_has_its_line_in_the_metrics(finished):
     steps = steps_in(finished.stage)
     assert [line["step"] for line in steps] == list(range(6))
     assert [line["epoch"] for line in steps] == [0, 0, 0, 1, 1, 1]
@@ -105,20 +106,18 @@ def test_a_finished_run_is_not_trained_again(finished):
     assert {path: path.stat().st_mtime_ns for path in stage.output.rglob("*")} == before
 
 
-def test_a_run_that_is_killed_ends_with_the_same_lora(finished, stage):
-    """The last saved state counts: the same command continues there, and no other."""
+def test_a_run_that_is_stopped_ends_with_the_same_lora(finished, stage):
+    """The same command continues at the state that was saved, and no other."""
     shutil.copytree(finished.stage.dataset, stage.dataset, dirs_exist_ok=True)
-    every_step = finished.variables | {"SAVE_STATE_EVERY_MINUTES": 1e-6}
-    process = stage.start(**every_step)
-    stage.wait_for_steps(process, 4)
-    process.kill()
-    process.communicate()
+    same = finished.variables
+    stopped = stage.stopped(2, signal.SIGTERM, **same)
+    assert stopped.returncode == 143
     assert not stage.lora.exists()
-    refused = stage.run(**every_step | {"LEARNING_RATE": 0.02, "NUM_TRAIN_EPOCHS": 1})
+    refused = stage.run(**same | {"LEARNING_RATE": 0.02, "NUM_TRAIN_EPOCHS": 1})
     assert refused.returncode == 2
     for words in ("learning_rate: 0.01 then, 0.02 now", "num_train_epochs: 2 then, 1 now", "FRESH=1"):
         assert words in refused.stderr
-    said = stage.trained(**every_step)
+    said = stage.trained(**same)
     assert "continuing at step" in said
     assert untimed(stage.lora) == untimed(finished.stage.lora)
     assert stage.files().keys() == finished.files.keys()
