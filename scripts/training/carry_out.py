@@ -5,7 +5,6 @@ import gc
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -20,7 +19,7 @@ from training.batches import BatchReader
 from training.checkpoint import StateWriter
 from training.encode import EncodedData, Encoding, encode_data
 from training.export import Description, write_lora
-from training.fast_unet import checkpoint_everything, fast_ops, quicken
+from training.fast_unet import checkpoint_everything, fast_ops, load_libraries, quicken
 from training.loop import Run, run_steps
 from training.lora import LoraModule, LoraWeights, inject
 from training.memory import Watch
@@ -66,9 +65,18 @@ def _encode_aside(task: Task) -> EncodedData:
     return encode(task)
 
 
-def coming_unet(task: Task) -> AbstractContextManager[Callable[[], AdaptedUnet]]:
+@contextlib.contextmanager
+def coming_unet(task: Task) -> Iterator[Callable[[], AdaptedUnet]]:
     """A function that returns the UNet and its LoRA. It is made beside the encoding if there is memory for both."""
-    return coming(partial(adapted_unet, task), begins_now=has_room(task))
+    libraries, unet = partial(load_libraries, task.precision.device, task.precision.dtype), partial(adapted_unet, task)
+    has_room_now = has_room(task)
+    with coming(libraries, begins_now=has_room_now) as loaded, coming(unet, begins_now=has_room_now) as made:
+
+        def ready() -> AdaptedUnet:
+            loaded()
+            return made()
+
+        yield ready
 
 
 def adapted_unet(task: Task) -> AdaptedUnet:

@@ -1,7 +1,8 @@
 """Fill the caches: what is missing is encoded, and the encoders are freed again."""
 
+import contextlib
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -117,7 +118,8 @@ def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_
     pictures, captions = encoding.wanted_pictures(plan), encoding.wanted_captions([*variants, [""]], chunks)
     encoding.processes.wait_for_all()  # nobody writes before all know what is missing
     share = encoding.processes.share
-    with tqdm(total=len(share(pictures.missing)) + len(share(captions.missing)), desc="encode", disable=None) as bar:
+    total = len(share(pictures.missing)) + len(share(captions.missing))
+    with tqdm(total=total, desc="encode", disable=None) as bar, _tensor_cores(encoding.dtype):
         encode_all = partial(encoding.encode_captions, captions, chunks, workers, bar)
         with coming(encode_all, begins_now=encoding.at_once) as captions_done:
             encoding.encode_pictures(pictures, workers, bar)
@@ -135,3 +137,16 @@ def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_
     ]
     trained = len(plan.examples)
     return EncodedData(cached[:trained], cached[trained:], empty)
+
+
+@contextlib.contextmanager
+def _tensor_cores(kept: torch.dtype) -> Iterator[None]:
+    """Within this block a GPU's fp32 products round their factors to 11 bits (TF32), as its convolutions do by torch's default,
+    if the results are `kept` with 8 bits (bf16) or 11 (fp16) anyway; sums stay fp32."""
+    before = torch.get_float32_matmul_precision()
+    if kept != torch.float32:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

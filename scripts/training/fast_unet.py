@@ -35,6 +35,22 @@ def fast_ops(device: torch.device) -> ModuleType:
     return triton_ops
 
 
+def load_libraries(device: torch.device, dtype: torch.dtype) -> None:
+    """Make cuDNN, cuBLAS and Triton load what they need for the first time, with a norm, a convolution and a product of no use.
+    It takes a second, in which a network can be read."""
+    if device.type != "cuda":
+        return
+    ops = fast_ops(device)
+    with torch.cuda.device(device):
+        norm = torch.nn.GroupNorm(32, 320, device=device, dtype=dtype).requires_grad_(False)
+        kernel = torch.zeros(320, 320, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        picture = torch.zeros(1, 320, 16, 16, device=device, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+        normed = ops.group_norm(picture, None, norm, silu=True)[1]
+        rows = torch.nn.functional.conv2d(normed, kernel, padding=1).permute(0, 2, 3, 1).reshape(-1, 320)
+        (rows @ kernel[:, :, 0, 0]).sum().backward()
+        torch.cuda.synchronize()
+
+
 def quicken(unet: UNet2DConditionModel, stacks: Mapping[str, tuple[tuple[str, ...], Adapted]], ops: ModuleType) -> None:
     """Give `unet` fast forwards, in place. `stacks` are its adapted layers by name, `ops` is plain_ops or triton_ops."""
     unet.to(memory_format=torch.channels_last)

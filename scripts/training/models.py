@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 
 from errors import ModelError, one_list
+from prefetch import prefetched
 from training.base_model import fetch_tokenizers, find_tokenizers
 from training.diffusers_folder import TOKENIZERS
 from training.networks import (
@@ -28,6 +29,8 @@ _NETWORKS = {
     "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
     "text_encoder_2": lambda config: CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config)),
 }
+_READERS = 4
+"""Threads: one alone does not fill the bus to a GPU."""
 _SHOWN = 5
 """Complaints about weights that are printed; a wrong file easily gives a thousand."""
 
@@ -66,12 +69,14 @@ def _loaded(part: Part, device: torch.device, dtype: torch.dtype) -> torch.nn.Mo
     network = _without_weights(part)
     shapes = _shapes(network)
     _require_fitting(part, shapes)
-    weights = {}
     with ExitStack() as stack:
         opened = {file.path: stack.enter_context(safe_open(file.path, "pt", str(device))) for file in part.files}
-        for name, shape in shapes.items():
+
+        def weight(name: str) -> torch.Tensor:
             file, source = part.find(name)
-            weights[name] = _read(opened[file.path], source).reshape(shape).to(dtype)
+            return _read(opened[file.path], source).reshape(shapes[name]).to(dtype)
+
+        weights = dict(zip(shapes, prefetched(weight, shapes, _READERS), strict=True))
     network.load_state_dict(weights, assign=True)
     return network.to(device).requires_grad_(False).eval()
 
