@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from errors import ResourceError
+from errors import MemoryShort, ResourceError
 from training.config import ProcessSettings
 
 GRACE_S = 2.0
 """After one process has failed, for the others to say what they have to say."""
+STOPPED = (MemoryShort.exit_code, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit codes of a process that was asked to end. The first one ends last: it saves the state, however long the disk takes."""
 SIGTERM_S = 10.0
 """For them to end when they were asked to; then they are killed."""
 
@@ -122,7 +124,8 @@ def _failures(children: Sequence[subprocess.Popen]) -> list[int]:
         time.sleep(0.05)
         waited = time.monotonic() - failed_at if failed_at else 0.0
         if waited < GRACE_S:
-            failed += [index for index, child in enumerate(children) if child.poll() and index not in failed]
+            ended = [index for index, child in enumerate(children) if child.poll() and child.returncode not in STOPPED]
+            failed += [index for index in ended if index not in failed]
         failed_at = failed_at or (time.monotonic() if failed else None)
         if waited > GRACE_S:
             for child in children:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -118,6 +119,40 @@ def test_place_is_what_any_launcher_says(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert distributed.place() == distributed.Place(3, 4, 1, 2, "10.0.0.1", 1234)
     assert not distributed.wants_launcher(ProcessSettings(num_processes=2))
+
+
+def test_the_first_process_has_all_the_time_it_needs_to_save(tmp_path, monkeypatch):
+    """The other one, which has nothing to save, is gone long before."""
+    monkeypatch.setattr(distributed, "GRACE_S", 0.2)
+    monkeypatch.setattr(distributed, "SIGTERM_S", 0.2)
+    saves = f"time.sleep(1.5); open({str(tmp_path / 'saved')!r}, 'w').close(); sys.exit(143)"
+    program = f"""
+import os, signal, sys, time
+def stop(signum, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if os.environ["RANK"] == "0":
+        {saves}
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+open({str(tmp_path)!r} + "/" + os.environ["RANK"], "w").close()
+time.sleep(60)
+"""
+
+    def stop() -> None:
+        while not all((tmp_path / rank).exists() for rank in "01"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        assert distributed.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2)) == 143
+    finally:
+        thread.join()
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize(
