@@ -6,6 +6,8 @@ are fast; the others decode and prepare pictures meanwhile.
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CPU_FOLDER = Path("/sys/devices/system/cpu")
@@ -14,25 +16,46 @@ BIG_FROM = 0.8
 MOST_WORKERS = 8
 
 
-def inference_threads(cpus: set[int] | None = None, folder: Path = CPU_FOLDER) -> int:
-    """Threads for ONNX Runtime: the number of big cores if the cores differ, else 0, its own choice (one per physical core).
+def big_cores(cpus: set[int] | None = None, folder: Path = CPU_FOLDER) -> list[set[int]]:
+    """The big cores if the cores differ, else none; each core as the numbers of its hardware threads.
 
     `cpus` are the numbers of those this process may run on; None asks the system.
     """
     cpus = os.sched_getaffinity(0) if cpus is None else cpus
     capacities = {cpu: _capacity(folder / f"cpu{cpu}") for cpu in cpus}
     if not cpus or None in capacities.values():
-        return 0
+        return []
     big = [cpu for cpu, capacity in capacities.items() if capacity >= BIG_FROM * max(capacities.values())]
     if len(big) == len(cpus):
-        return 0
-    return len({_core(folder / f"cpu{cpu}", cpu) for cpu in big})
+        return []
+    cores: dict[tuple[int, int], set[int]] = {}
+    for cpu in sorted(big):
+        cores.setdefault(_core(folder / f"cpu{cpu}", cpu), set()).add(cpu)
+    return list(cores.values())
+
+
+@contextmanager
+def kept_on(cpus: set[int]) -> Iterator[None]:
+    """Keep the calling thread, and no other one, on `cpus` meanwhile; an empty set leaves it alone.
+
+    A system that refuses makes it slower, and nothing worse.
+    """
+    if not cpus:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    with suppress(OSError):
+        os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def preparing_workers() -> int:
     """Threads that decode and prepare pictures during inference."""
     cpus = len(os.sched_getaffinity(0))
-    return max(2, min(MOST_WORKERS, cpus - (inference_threads() or cpus)))
+    return max(2, min(MOST_WORKERS, cpus - (len(big_cores()) or cpus)))
 
 
 def is_arm() -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from captioning.cores import big_cores, kept_on
 from captioning.session import ORT_ERRORS, one_line, open_session, runs_on
 from captioning.tags_file import FETCH_AGAIN, read_tags
 from errors import ModelError
@@ -15,11 +16,13 @@ class Tagger:
     """A loaded model with its tags; every problem with either is a ModelError."""
 
     def __init__(self, model: Path, tags_file: Path, batch_size: int, provider: str = "cpu", bf16: bool = False, threads=None):
-        """Pictures go through the model `batch_size` at a time, unless the model has a fixed batch; for the rest see
-        `session.open_session`."""
+        """Pictures go through the model `batch_size` at a time, unless the model has a fixed batch; `threads` None is one on
+        each big core; for the rest see `session.open_session`."""
         self.tags = read_tags(tags_file)
         self._file = model
-        self._session = open_session(model, provider, bf16, threads)
+        cores = big_cores() if threads is None else []
+        self._first_core = cores[0] if cores else set()
+        self._session = open_session(model, provider, bf16, threads or 0, cores)
         self.runs_on = runs_on(self._session)
         self._read_input(batch_size)
         self._check_width(self._session.get_outputs()[0].shape, tags_file)
@@ -66,7 +69,8 @@ class Tagger:
 
     def session_run(self, batch: np.ndarray) -> np.ndarray:
         """One full batch, in the model's layout, through the model and nothing else."""
-        return self._session.run(None, {self._input: batch})[0]
+        with kept_on(self._first_core):
+            return self._session.run(None, {self._input: batch})[0]
 
     def _run(self, part: np.ndarray) -> np.ndarray:
         """Always a full batch: other sizes take other kernels with other roundings, and tags must not depend on company."""

@@ -1,8 +1,18 @@
-"""Inference threads are the big cores where the cores differ."""
+"""Inference threads are the big cores, and stay on them, where the cores differ."""
 
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
 import pytest
 
-from captioning.cores import inference_threads, preparing_workers
+from captioning import tagger
+from captioning.cores import big_cores, kept_on, preparing_workers
+from captioning.session import open_session
+from captioning.tagger import Tagger
 
 
 def machine(folder, *cores, siblings=1):
@@ -21,29 +31,117 @@ def machine(folder, *cores, siblings=1):
     return set(range(len(cores) * siblings))
 
 
+SPARK = [718] * 5 + [1024] * 5 + [718] * 5 + [997] * 5
+
+
 @pytest.mark.parametrize(
-    ("cores", "siblings", "threads"),
+    ("speeds", "siblings", "big"),
     [
-        ([718] * 5 + [1024] * 5 + [718] * 5 + [997] * 5, 1, 10),  # a DGX Spark
-        ([2_808_000] * 10 + [3_900_000] * 9 + [4_004_000], 1, 10),
-        ([5_800_000] * 8 + [4_300_000] * 16, 1, 8),
-        ([5_800_000] * 2 + [4_300_000] * 2, 2, 2),  # two threads on each core count once
-        ([5_250_000] * 8 + [5_700_000] * 8, 1, 0),  # nearly equal cores are equal
-        ([1024] * 4, 1, 0),
-        ([None] * 4, 1, 0),
-        ([1024, 512, None, 512], 1, 0),
+        (SPARK, 1, [{cpu} for cpu in (5, 6, 7, 8, 9, 15, 16, 17, 18, 19)]),
+        ([2_808_000] * 10 + [3_900_000] * 9 + [4_004_000], 1, [{cpu} for cpu in range(10, 20)]),
+        ([5_800_000] * 8 + [4_300_000] * 16, 1, [{cpu} for cpu in range(8)]),
+        ([5_800_000] * 2 + [4_300_000] * 2, 2, [{0, 1}, {2, 3}]),  # two threads on each core count once
+        ([5_250_000] * 8 + [5_700_000] * 8, 1, []),  # nearly equal cores are equal
+        ([1024] * 4, 1, []),
+        ([None] * 4, 1, []),
+        ([1024, 512, None, 512], 1, []),
     ],
 )
-def test_threads_are_the_big_cores_or_left_to_the_runtime(tmp_path, cores, siblings, threads):
-    assert inference_threads(machine(tmp_path, *cores, siblings=siblings), tmp_path) == threads
+def test_big_cores_are_those_that_are_faster_than_the_rest(tmp_path, speeds, siblings, big):
+    assert big_cores(machine(tmp_path, *speeds, siblings=siblings), tmp_path) == big
 
 
-def test_only_cores_that_this_process_may_use_count(tmp_path):
+def test_only_cores_that_this_process_may_use_count(tmp_path, monkeypatch):
     machine(tmp_path, 512, 512, 1024, 1024)
-    assert inference_threads({0, 1, 2}, tmp_path) == 1
-    assert inference_threads({0, 1}, tmp_path) == 0
+    assert big_cores({0, 1, 2}, tmp_path) == [{2}]
+    assert big_cores({0, 1}, tmp_path) == []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3})
+    assert big_cores(folder=tmp_path) == [{3}]
 
 
 def test_this_machine_has_an_answer():
-    assert inference_threads() >= 0
+    assert set().union(*big_cores()) <= os.sched_getaffinity(0)
     assert preparing_workers() >= 2
+
+
+def on_big_and_small_cores(monkeypatch, folder: Path) -> list[int]:
+    """Every core that there is becomes a big one, beside a small one that there is not; returns the numbers of the big."""
+    here = sorted(os.sched_getaffinity(0))
+    machine(folder, *[1024] * (here[-1] + 1), 512)
+    monkeypatch.setattr(tagger, "big_cores", lambda: big_cores({*here, here[-1] + 1}, folder))
+    return here
+
+
+def options_of(session_options: onnxruntime.SessionOptions) -> tuple[int, str | None]:
+    """Number of threads and where they stay, None: anywhere."""
+    try:
+        where = session_options.get_session_config_entry("session.intra_op_thread_affinities")
+    except RuntimeError:  # no such entry
+        where = None
+    return session_options.intra_op_num_threads, where
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What ONNX Runtime is told, session by session."""
+    told, open_one = [], onnxruntime.InferenceSession
+
+    def noting(model, options, providers):
+        told.append(options_of(options))
+        return open_one(model, options, providers=providers)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", noting)
+    return told
+
+
+def tagger_of(folder: Path, threads: int | None = None) -> Tagger:
+    return Tagger(folder / "model.onnx", folder / "selected_tags.csv", 2, threads=threads)
+
+
+def test_each_thread_but_the_callers_has_a_big_core_of_its_own_counted_from_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda _model, options, providers: options)
+
+    def told(folder, *speeds, siblings=1):
+        return options_of(open_session(Path(), "cpu", cores=big_cores(machine(folder, *speeds, siblings=siblings), folder)))
+
+    assert told(tmp_path / "spark", *SPARK) == (10, "7;8;9;10;16;17;18;19;20")
+    assert told(tmp_path / "hybrid", 1024, 1024, 512, siblings=2) == (2, "3,4")
+    assert told(tmp_path / "one_big", 512, 1024) == (1, None)
+    assert told(tmp_path / "equal", 1024, 1024) == (0, None)
+
+
+def test_threads_run_on_their_big_cores_and_probabilities_stay_the_same(tmp_path, monkeypatch, tiny, told):
+    cpus = on_big_and_small_cores(monkeypatch, tmp_path)
+    batch = np.random.default_rng(0).uniform(0, 255, (2, 448, 448, 3)).astype(np.float32)
+    expected = tagger_of(tiny, threads=len(cpus)).session_run(batch)
+    others = set(os.listdir("/proc/self/task"))
+    kept = tagger_of(tiny)
+    assert (kept.session_run(batch) == expected).all()
+    threads = set(os.listdir("/proc/self/task")) - others
+    places = [{cpu} for cpu in cpus[1:]]
+    deadline = time.monotonic() + 10  # a thread goes to its core when it begins, which may be later
+    while (found := sorted(map(os.sched_getaffinity, map(int, threads)), key=min)) != places and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert found == places
+    assert [number for number, _ in told] == [len(cpus)] * 2
+
+
+def test_calling_thread_is_on_the_first_big_core_while_the_model_runs(tmp_path, monkeypatch, tiny):
+    first, *_ = cpus = on_big_and_small_cores(monkeypatch, tmp_path)
+    kept = tagger_of(tiny)
+    monkeypatch.setattr(kept, "_session", SimpleNamespace(run=lambda *_: [os.sched_getaffinity(0)]))
+    assert kept.session_run(np.zeros(1)) == {first}
+    assert os.sched_getaffinity(0) == set(cpus)
+    with kept_on({1023}):  # there is no such core
+        assert os.sched_getaffinity(0) == set(cpus)
+
+
+def test_equal_cores_and_a_number_of_threads_from_outside_leave_threads_where_they_are(tmp_path, monkeypatch, tiny, told):
+    on_big_and_small_cores(monkeypatch, tmp_path / "unequal")
+    few = tagger_of(tiny, threads=2)
+    monkeypatch.setattr(tagger, "big_cores", lambda: big_cores(machine(tmp_path / "equal", 1024, 1024), tmp_path / "equal"))
+    equal = tagger_of(tiny)
+    assert told == [(2, None), (0, None)]
+    for free in (few, equal):
+        monkeypatch.setattr(free, "_session", SimpleNamespace(run=lambda *_: [os.sched_getaffinity(0)]))
+        assert free.session_run(np.zeros(1)) == os.sched_getaffinity(0)
