@@ -108,6 +108,16 @@ def sniff_image_format(head: bytes) -> str | None:
 
 
 @contextlib.contextmanager
+def refusals_of(path: Path) -> Iterator[None]:
+    """Within it, an OSError that names no file, as that of a write to a full disk does not, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well, that file is flushed and takes the name `path`.
 
@@ -118,11 +128,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     os.close(handle)
     beside = Path(name)
     try:
-        os.chmod(beside, 0o666 & ~_UMASK)
-        yield beside
-        _flush(beside)
-        os.replace(beside, path)
-        _flush(path.parent)
+        with refusals_of(path):
+            os.chmod(beside, 0o666 & ~_UMASK)
+            yield beside
+            _flush(beside)
+            os.replace(beside, path)
+            _flush(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -170,7 +181,7 @@ def append_json_line(path: Path, record: dict) -> None:
     """Append `record` as one line, flushed to the disk; half a line that a killed run left is closed first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
-    with path.open("ab+") as file:
+    with refusals_of(path), path.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":

@@ -14,7 +14,7 @@ from typing import Any
 from errors import exit_code_of, stop_on_signals
 from prefetch import coming
 from settings import CollectSettings, ProjectSettings, Request, read_request
-from training.aside import Aside, working_aside
+from training.aside import Aside, die_with_parent, working_aside
 from training.config import TrainSettings
 from training.distributed import launch, place, wants_launcher
 from training.inputs import read_inputs
@@ -29,6 +29,8 @@ NVIDIA = Path("/dev/nvidiactl")
 
 def main(argv: list[str]) -> None:
     stop_on_signals()
+    if place().count > 1:
+        die_with_parent(place().launcher)  # before the imports: nobody would end a process that the launcher has left
     request = read_request(STAGE, __doc__, argv, SECTIONS, contradictions=contradictions)
     processes = request.sections["train"].processes
     if wants_launcher(processes) and not request.check:

@@ -65,16 +65,17 @@ def working_aside(get_ready: Callable[[], None] | None = None, *, wanted: bool) 
         aside.end()
 
 
-def die_with_parent() -> None:
-    """From now on the kernel kills this process when the one that started it is gone, however that happens."""
+def die_with_parent(parent: int | None = None) -> None:
+    """From now on the kernel kills this process when the one that started it is gone, however that happens. If `parent`
+    started it and is gone already, it dies here."""
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    if parent not in (None, os.getppid()):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _serve(connection: Connection, parent: int, get_ready: Callable[[], None] | None) -> None:
     """Answer one call after another, until the parent ends this process."""
-    die_with_parent()
-    if os.getppid() != parent:
-        return
+    die_with_parent(parent)
     if get_ready:
         get_ready()
     while True:

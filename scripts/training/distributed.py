@@ -38,6 +38,8 @@ class Place:
     local_count: int = 1
     address: str = ""
     port: int = 0
+    launcher: int | None = None
+    """The process that started this one, if that is ours."""
 
     @property
     def gpu(self) -> int | None:
@@ -58,6 +60,7 @@ def place() -> Place:
         local_count=int(found.get("LOCAL_WORLD_SIZE", count)),
         address=found.get("MASTER_ADDR", "127.0.0.1"),
         port=int(found.get("MASTER_PORT", 29500)),
+        launcher=int(found["LORACAT_LAUNCHER_PID"]) if "LORACAT_LAUNCHER_PID" in found else None,
     )
 
 
@@ -77,6 +80,7 @@ def launch(command: Sequence[str], settings: ProcessSettings) -> int:
         "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": settings.main_process_ip,
         "MASTER_PORT": settings.main_process_port or _free_port(),
+        "LORACAT_LAUNCHER_PID": os.getpid(),
     }
     usual = {
         "OMP_NUM_THREADS": str(max(1, cores // count)),

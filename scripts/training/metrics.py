@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dataset_folder import read_json_lines, write_text
+from dataset_folder import read_json_lines, refusals_of, write_text
 from errors import SettingsError
 from training.config import LoggingSettings
 
@@ -27,14 +27,16 @@ class MetricsFile:
     def __init__(self, path: Path, next_step: int):
         kept = [line for line in read_json_lines(path) if line.get("step", next_step) < next_step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with refusals_of(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
 
     def finish(self) -> None:
-        self._file.close()
+        with refusals_of(self._path):
+            self._file.close()
 
 
 class TensorBoard:

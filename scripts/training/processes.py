@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from errors import MemoryShort, ResourceError, Stopped
-from training.aside import die_with_parent
 from training.distributed import Place
 
 Made, Item = TypeVar("Made"), TypeVar("Item")
@@ -104,7 +103,6 @@ def joined(place: Place) -> Iterator[Processes]:
     if place.count == 1:
         yield Processes(place)
         return
-    die_with_parent()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(place.local_index)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -29,6 +30,23 @@ def photographs() -> dict[str, Image.Image]:
     """Photographs that ship with scikit-image, by name: astronaut 512x512, coffee 600x400, chelsea 451x300, rocket 640x427."""
     names = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
     return {Path(name).stem: Image.open(PHOTOGRAPHS / name).convert("RGB") for name in names}
+
+
+@pytest.fixture
+def mount_tmpfs() -> Iterator[Callable[[Path, str], None]]:
+    """A function that mounts a tmpfs with options at a folder, which it makes. That needs privileges that not every machine
+    gives."""
+    mounted = []
+
+    def mount(folder: Path, options: str) -> None:
+        folder.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+            pytest.skip("this user may not mount a tmpfs")
+        mounted.append(folder)
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture
@@ -104,18 +122,26 @@ class Stage:
 
     def stopped(self, steps: int, signum: signal.Signals, **variables: object) -> subprocess.CompletedProcess:
         """A long run within this process that gets a signal as soon as it has taken so many steps."""
+        return self.disturbed(steps, lambda is_over: os.kill(os.getpid(), signum), **variables)
 
-        def stop() -> None:
+    def disturbed(self, steps: int, disturb: Callable[[threading.Event], None], **variables: object) -> subprocess.CompletedProcess:
+        """A long run within this process. As soon as it has taken so many steps, a thread calls `disturb` with what will say
+        that the run is over."""
+        is_over = threading.Event()
+
+        def wait_and_disturb() -> None:
             until = time.monotonic() + 120
             while self.steps_taken() < steps and time.monotonic() < until:
-                time.sleep(0.005)
-            os.kill(os.getpid(), signum)
+                if is_over.wait(0.005):
+                    return
+            disturb(is_over)
 
-        thread = threading.Thread(target=stop)
+        thread = threading.Thread(target=wait_and_disturb)
         thread.start()
         try:
             return self.run(**variables)
         finally:
+            is_over.set()
             thread.join()
 
     def steps_taken(self) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import threading
 
 import pytest
@@ -170,15 +169,10 @@ def test_damaged_states_of_later_steps_do_not_push_out_valid_ones(two_states):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 KiB; mounting one needs privileges that not every machine gives."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("this user may not mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+def small_disk(tmp_path, mount_tmpfs):
+    """A file system of 64 KiB."""
+    mount_tmpfs(tmp_path / "small", "size=64k")
+    return tmp_path / "small"
 
 
 def test_full_disk_keeps_the_last_valid_state(small_disk, training):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from process_table import children_of
 
 from errors import ResourceError, SettingsError
 from settings import REPOSITORY
@@ -40,10 +41,6 @@ def through_run_sh(stage, **variables) -> subprocess.Popen:
 def losses(stage) -> list[float]:
     lines = (stage.output / "lora" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
-
-
-def children_of(process: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def test_a_pair_that_is_stopped_goes_on_alone_and_loses_nothing(pictures):
@@ -84,6 +81,17 @@ def test_a_process_that_dies_ends_the_other_and_leaves_a_valid_state(pictures):
     assert not [process for process in processes if Path(f"/proc/{process}").exists()]
     again = pictures.run(**PAIR | {"NUM_PROCESSES": 1, "TRAIN_BATCH_SIZE": 2, "LORA_RANK": 3})
     assert "began differently" in again.stderr  # the state is valid: it was read
+
+
+def test_processes_whose_launcher_is_killed_while_they_import_end_too(pictures):
+    """Their output would stay open if they went on."""
+    launcher = pictures.start(**PAIR)
+    while len(children_of(launcher.pid)) < 2:
+        assert launcher.poll() is None, launcher.communicate()
+        time.sleep(0.005)
+    launcher.kill()
+    launcher.communicate(timeout=5)
+    assert not pictures.output.exists()
 
 
 def test_exit_codes_and_messages_come_through(stage):

@@ -1,6 +1,6 @@
 """SIGKILL at any instant, also inside a save and while the caches fill: the run that follows ends as if nothing had been.
 
-`make test` kills a few times, `make kill-test` at least sixty times.
+`make test` kills a few times, `make kill-test` at least sixty times, and six times one of a pair of processes.
 """
 
 import json
@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from process_table import children_of, has_ended
 from safetensors import safe_open
 
 from settings import REPOSITORY
@@ -27,6 +28,7 @@ VARIABLES = {
     "VALIDATION_FRACTION": 0.3,
     "LORA_TARGETS": "attention",
 }
+PAIR = VARIABLES | {"NUM_PROCESSES": 2, "TRAIN_BATCH_SIZE": 1, "NUM_TRAIN_EPOCHS": 40, "SAVE_EVERY_EPOCHS": 10}
 
 
 class Forks:
@@ -115,7 +117,7 @@ def killed_until_done(stage, forks, kills: int, chance: random.Random, expected:
         kind = chance.choice(("any", "any", "save", "save", "cache", "lora"))
         process = forks.start({name: str(value) for name, value in (stage.variables | VARIABLES).items()})
         has_come = moment(stage, kind, chance, whole_run_s)
-        while os.path.exists(f"/proc/{process}/fd") and not is_zombie(process):
+        while not has_ended(process):
             if not last and has_come():
                 os.kill(process, signal.SIGKILL)
                 break
@@ -131,13 +133,6 @@ def killed_until_done(stage, forks, kills: int, chance: random.Random, expected:
         for folder in chance.choice(([""], ["lora", "state"])):
             shutil.rmtree(stage.output / folder)
     return hits
-
-
-def is_zombie(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
 
 
 def uninterrupted(stage, forks) -> tuple[dict, float]:
@@ -167,3 +162,60 @@ def test_sixty_kills(victim, forks, capsys):
         print(f"\nseed {seed}: killed {hits}, a whole run takes {took:.1f} s")
     assert hits["save"] >= 5
     assert hits["cache"] >= 1
+
+
+def pair_and_launcher(launcher: subprocess.Popen) -> list[int]:
+    """The process ids of the launcher and of the two that it starts."""
+    while len(pair := children_of(launcher.pid)) < 2:
+        assert launcher.poll() is None, launcher.communicate()
+        time.sleep(0.005)
+    return [launcher.pid, *pair]
+
+
+def uninterrupted_pair(stage) -> tuple[dict, float]:
+    """What a pair leaves that nobody kills, and after how long it takes its first step; the output folder is emptied again."""
+    begin = time.monotonic()
+    run = stage.start(**PAIR)
+    stage.wait_for_steps(run, 1)
+    first_step_s = time.monotonic() - begin
+    _, said = run.communicate()
+    assert (run.returncode, said) == (0, "")
+    expected = left_by(stage)
+    shutil.rmtree(stage.output)
+    return expected, first_step_s
+
+
+@pytest.mark.kill
+@pytest.mark.timeout(1800)
+def test_six_kills_of_a_pair(victim, capsys):
+    """The launcher, the first and the second process are killed twice each, once before the first step and once between
+    steps; nobody is left over, and the run that follows goes on."""
+    seed = int(time.time())
+    chance = random.Random(seed)
+    expected, first_step_s = uninterrupted_pair(victim)
+    kills = [(who, trains) for who in ("launcher", "first", "second") for trains in (False, True)]
+    chance.shuffle(kills)
+    slowest_s = 0.0
+    for who, trains in kills:
+        run = victim.start(**PAIR)
+        processes = pair_and_launcher(run)
+        if trains:
+            victim.wait_for_steps(run, victim.steps_taken() + chance.randint(1, 8))
+        time.sleep(chance.uniform(0, 0.1 if trains else first_step_s))
+        assert run.poll() is None, run.communicate()
+        os.kill(processes[("launcher", "first", "second").index(who)], signal.SIGKILL)
+        begin = time.monotonic()
+        _, said = run.communicate(timeout=60)
+        while not all(map(has_ended, processes)):
+            assert time.monotonic() - begin < 60, (seed, who, trains)
+            time.sleep(0.005)
+        slowest_s = max(slowest_s, time.monotonic() - begin)
+        assert run.returncode == (-signal.SIGKILL if who == "launcher" else 6), (seed, who, said)
+        assert "Traceback" not in said
+    last = victim.start(**PAIR)
+    output, said = last.communicate()
+    assert (last.returncode, said) == (0, "")
+    assert "continuing at step" in output
+    assert left_by(victim) == expected
+    with capsys.disabled():
+        print(f"\nseed {seed}: the last process was gone {slowest_s:.1f} s after a kill")

@@ -4,10 +4,13 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
 from safetensors import safe_open
+
+from training import checkpoint, results
 
 SHORT = {"LORA_TARGETS": "attention", "SAVE_EVERY_EPOCHS": 0, "SAVE_STATE_EVERY_MINUTES": 1e-6}
 LONG_STEPS = {"GRADIENT_ACCUMULATION_STEPS": 8, "NUM_TRAIN_EPOCHS": 1000}
@@ -47,6 +50,34 @@ def test_a_second_signal_does_not_wait_for_the_step(pictures):
     (taken,) = (line for line in again.stdout.splitlines() if line.startswith("continuing at step "))
     assert int(taken.split()[-1]) >= 1
     assert (again.returncode, again.stderr) == (130, "train_lora: stopped by SIGINT; run the same command again to continue\n")
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(pictures, mount_tmpfs, monkeypatch):
+    monkeypatch.setattr(results, "LEAST_FREE_BYTES", 0)
+    mount_tmpfs(pictures.output, "size=8m")
+    filler = pictures.output / "filler"
+
+    def fill(is_over: threading.Event) -> None:
+        """Until the run is over: it removes old states, and might go on in their place."""
+        with filler.open("wb", buffering=0) as file:
+            while not is_over.is_set():
+                try:
+                    file.write(bytes(4096))
+                except OSError:
+                    time.sleep(0.001)
+
+    full = pictures.disturbed(3, fill, **SHORT | {"NUM_TRAIN_EPOCHS": 1000})
+    assert full.returncode == 6
+    (said,) = full.stderr.splitlines()
+    assert said.startswith(f"train_lora: {pictures.output}/")
+    assert said.endswith(": No space left on device: free disk space, or make the folder writable for this user")
+    left = checkpoint.newest(pictures.output / "state" / "sks")
+    assert left.progress.next_step >= 1
+    filler.unlink()
+    again = pictures.stopped(pictures.steps_taken() + 2, signal.SIGTERM, **SHORT | {"NUM_TRAIN_EPOCHS": 1000})
+    assert again.returncode == 143
+    assert f"continuing at step {left.progress.next_step}\n" in again.stdout
+    assert "damaged" not in again.stdout
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -290,6 +290,16 @@ def test_a_place_where_nothing_can_be_written(stage, tmp_path):
     assert f"{tmp_path / 'file'}: nothing can be written there" in ended.stderr
 
 
+def test_a_read_only_disk_is_said_before_training(stage, mount_tmpfs):
+    stage.add("astronaut")
+    mount_tmpfs(stage.output, "ro")
+    for flags in (["--check"], []):
+        ended = stage.run(*flags)
+        assert ended.returncode == 6
+        assert f"{stage.output}: nothing can be written there; make it writable for this user" in ended.stderr
+        assert "modules of rank" not in ended.stdout
+
+
 def test_check_looks_at_everything_and_says_all_that_is_wrong(stage):
     stage.add("astronaut")
     good = stage.run("--check")
