@@ -46,8 +46,8 @@ def train(request: Request, reader: Aside | None, encoder: Aside | None) -> None
     """Do what was asked for. Where there are other processes, one reads what the run starts from while this one imports, and
     the other encodes pictures and captions while this one makes the UNet ready."""
     project, settings = request.sections["project"], request.sections["train"]
-    inputs = partial(reader.call if reader else call, read_inputs, project, settings)
-    with coming(inputs, begins_now=place().index == 0 and not request.check) as inputs:
+    read = partial(reader.last_call if reader else call, read_inputs, project, settings)
+    with coming(read, begins_now=place().index == 0 and not request.check) as inputs:
         import_training()
     from training import carry_out, doctor, task
     from training.memory import watched

@@ -49,7 +49,8 @@ def kept_on(cpus: set[int]) -> Iterator[None]:
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before)
+        with suppress(OSError):
+            os.sched_setaffinity(0, before)
 
 
 def preparing_workers() -> int:

@@ -7,8 +7,10 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
@@ -26,6 +28,7 @@ class Aside:
         ours, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")  # a fork would take half of a CUDA context along
         self._process = context.Process(target=_serve, args=(theirs, os.getpid(), get_ready), daemon=True)
+        resource_tracker.ensure_running()  # its start would let signals through again
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         self._process.start()  # it never hears of signals: they are this process's to answer
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -46,10 +49,18 @@ class Aside:
             raise error
         return made
 
+    def last_call(self, function: Callable[..., Made], *arguments: object) -> Made:
+        """The same, and the process is ended."""
+        try:
+            return self.call(function, *arguments)
+        finally:
+            self.end()
+
     def end(self) -> None:
-        """At once, whatever it is doing; the kernel needs a moment to take its memory back."""
+        """At once, whatever it is doing; a thread waits until the kernel has taken its memory back."""
         self._process.kill()
         self._connection.close()
+        threading.Thread(target=self._process.join, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -84,10 +95,20 @@ def _serve(connection: Connection, parent: int, get_ready: Callable[[], None] | 
         try:
             made = function(*arguments)
         except Exception as raised:
-            raised.add_note("".join(traceback.format_exception(raised)))
-            error = raised
+            error = _for_the_way(raised)
         sys.stdout.flush()
         connection.send_bytes(pickle.dumps((made, error)))
+
+
+def _for_the_way(error: Exception) -> Exception:
+    """The exception with its traceback as a note; one that cannot be pickled becomes a RuntimeError that says the same."""
+    story = "".join(traceback.format_exception(error))
+    error.add_note(story)
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception as unfit:
+        return RuntimeError(f"{story}which cannot be pickled ({unfit})")
+    return error
 
 
 def _ending(code: int) -> str:

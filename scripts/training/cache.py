@@ -24,7 +24,7 @@ from training.dataset import Example
 from training.digests import cache_folder
 from training.tensor_files import write_tensors
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: to be raised when the encoding changes."""
 _WRITERS = 2
 """Threads that wait for the disk, and on a GPU for the answer."""

@@ -49,10 +49,9 @@ def encode(task: Task, aside: Aside | None = None) -> EncodedData:
     """Everything that does not change during training, computed once: in the process `aside` if there is memory for the UNet
     beside it, so that neither waits for the other's interpreter."""
     if aside and has_room(task):
-        try:
-            return aside.call(_encode_aside, task)
-        finally:
-            aside.end()
+        return aside.last_call(_encode_aside, task)
+    if aside:
+        aside.end()
     device, dtype = task.precision.device, task.precision.dtype
     models_dir, at_once = task.project.models_dir, has_room(task)
     encoding = Encoding(task.base, models_dir, task.cache, device, dtype, task.processes, at_once)

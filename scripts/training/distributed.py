@@ -21,7 +21,9 @@ from training.config import ProcessSettings
 GRACE_S = 2.0
 """After one process has failed, for the others to say what they have to say."""
 STOPPED = (MemoryShort.exit_code, 128 + signal.SIGINT, 128 + signal.SIGTERM)
-"""Exit codes of a process that was asked to end. The first one ends last: it saves the state, however long the disk takes."""
+"""Exit codes of a process that was asked to end. The first one ends last, because it saves the state."""
+SAVING_S = 600.0
+"""For that."""
 SIGTERM_S = 10.0
 """For them to end when they were asked to; then they are killed."""
 
@@ -123,17 +125,18 @@ def _pass_signals_on(children: Sequence[subprocess.Popen]) -> None:
 
 def _failures(children: Sequence[subprocess.Popen]) -> list[int]:
     """Wait for all children; which of them failed by themselves, in that order. A failure ends the others."""
-    failed, failed_at, killed = [], None, False
+    failed, failed_at, killed, grace_s = [], None, False, SAVING_S
     while any(child.poll() is None for child in children):
         time.sleep(0.05)
         waited = time.monotonic() - failed_at if failed_at else 0.0
-        if waited < GRACE_S:
-            ended = [index for index, child in enumerate(children) if child.poll() and child.returncode not in STOPPED]
-            failed += [index for index in ended if index not in failed]
+        if waited < grace_s:
+            failed += [index for index, child in enumerate(children) if child.poll() and index not in failed]
+        if any(children[index].returncode not in STOPPED for index in failed):
+            grace_s = GRACE_S
         failed_at = failed_at or (time.monotonic() if failed else None)
-        if waited > GRACE_S:
+        if waited > grace_s:
             for child in children:
-                child.kill() if waited > GRACE_S + SIGTERM_S else None if killed else child.terminate()
+                child.kill() if waited > grace_s + SIGTERM_S else None if killed else child.terminate()
             killed = True
     return failed or [index for index, child in enumerate(children) if child.returncode]
 

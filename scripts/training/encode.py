@@ -67,7 +67,7 @@ class Encoding:
 
     def wanted_pictures(self, plan: Plan) -> Wanted:
         """Where the latents of each picture of `plan` lie."""
-        digest = base_digest(self.base, self.cache.folder, "vae")
+        digest = base_digest(self.base, self.cache.folder, "vae") + ("" if self.dtype == torch.float32 else " by tensor cores")
         items = list(zip(plan.all_examples, plan.all_placements, strict=True))
         return Wanted.of([(self.cache.picture(example, placement, digest), example, placement) for example, placement in items])
 
@@ -142,7 +142,8 @@ def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_
 @contextlib.contextmanager
 def _tensor_cores(kept: torch.dtype) -> Iterator[None]:
     """Within this block a GPU's fp32 products round their factors to 11 bits (TF32), as its convolutions do by torch's default,
-    if the results are `kept` with 8 bits (bf16) or 11 (fp16) anyway; sums stay fp32."""
+    if embeddings are `kept` with 8 bits (bf16) or 11 (fp16) anyway; sums stay fp32. Latents are kept in fp32, so that their
+    place in the cache tells how they were made."""
     before = torch.get_float32_matmul_precision()
     if kept != torch.float32:
         torch.set_float32_matmul_precision("high")

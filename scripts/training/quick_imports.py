@@ -8,7 +8,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -22,7 +22,6 @@ _SHELLS = (
     "diffusers.models.unets",
 )
 """Packages of which only single modules are wanted."""
-_MODELS = "transformers/models"
 _WANTED_MODELS = ("auto", "bloom", "clip")
 """Of transformers' hundreds, each file of which it would read for the names in it; PEFT asks for the first two."""
 _MARKS = ("allow_in_graph", "assume_constant_result", "disable")
@@ -66,14 +65,14 @@ def _few_models() -> Iterator[None]:
     if "transformers" in sys.modules:
         yield
         return
-    whole = os.scandir
+    whole, models = os.scandir, str(Path(importlib.util.find_spec("transformers").origin).with_name("models"))
 
-    def few(folder: str | bytes | int | os.PathLike = ".") -> contextlib.AbstractContextManager[Iterator[os.DirEntry]]:
+    def few(folder: str | bytes | int | os.PathLike = ".") -> Iterable[os.DirEntry]:
         entries = whole(folder)
-        if not str(folder).endswith(_MODELS):
+        if str(folder) != models:
             return entries
         with entries:
-            return contextlib.nullcontext([entry for entry in entries if entry.name in _WANTED_MODELS or not entry.is_dir()])
+            return _Entries(entry for entry in entries if entry.name in _WANTED_MODELS or not entry.is_dir())
 
     try:
         with mock.patch.object(os, "scandir", few):
@@ -84,6 +83,16 @@ def _few_models() -> Iterator[None]:
         if lists := sys.modules.get("transformers.utils.import_utils"):
             lists.create_import_structure_from_path.cache_clear()
             lists.define_import_structure.cache_clear()
+
+
+class _Entries(list):
+    """What os.scandir answers can be closed."""
+
+    def __enter__(self):
+        return iter(self)
+
+    def __exit__(self, *_):
+        pass
 
 
 def _shell(name: str) -> ModuleType:

@@ -14,17 +14,17 @@ from settings import REPOSITORY
 from training.aside import working_aside
 
 WAITS = """
-import os, time
+import os, signal, time
 from training.aside import working_aside
 
 if __name__ == "__main__":
     with working_aside(wanted=True) as aside:
+        print(aside.call(signal.pthread_sigmask, signal.SIG_BLOCK, ()) >= {signal.SIGINT, signal.SIGTERM})
         print(aside.call(os.getpid), flush=True)
         time.sleep(60)
 """
 ENCODES_ASIDE = """
 import sys
-from pathlib import Path
 from pathlib import Path
 import train_lora
 from errors import exit_code_of
@@ -47,6 +47,17 @@ def refuse(name: str) -> None:
 
 def fail() -> None:
     {}["absent"]
+
+
+class Stubborn(Exception):
+    """Cannot be made of what it shows."""
+
+    def __init__(self, first: str, second: str):
+        super().__init__(first + second)
+
+
+def fail_stubbornly() -> None:
+    raise Stubborn("one", "two")
 
 
 def kill_yourself() -> None:
@@ -84,6 +95,11 @@ def test_what_is_raised_there_is_raised_here_with_its_traceback(aside):
     with pytest.raises(KeyError) as caught:
         aside.call(fail)
     assert 'in fail\n    {}["absent"]' in caught.value.__notes__[0]
+
+
+def test_what_cannot_be_pickled_is_told(aside):
+    with pytest.raises(RuntimeError, match="Stubborn: onetwo"):
+        aside.call(fail_stubbornly)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +143,7 @@ def test_a_run_that_encodes_aside_leaves_what_another_leaves(stage, tmp_path):
 
 def test_it_ends_with_a_parent_that_is_killed(tmp_path):
     process = run(tmp_path, WAITS, {})
+    assert process.stdout.readline() == "True\n", "the first process beside another hears of signals"
     pid = int(process.stdout.readline())
     child = psutil.Process(pid)
     process.kill()

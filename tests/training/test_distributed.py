@@ -174,6 +174,7 @@ time.sleep(60)
     ],
 )
 def test_launcher_ends_with_the_code_of_the_cause(programs, code, monkeypatch):
+    monkeypatch.setattr(distributed, "SAVING_S", 0.5)
     monkeypatch.setattr(distributed, "GRACE_S", 0.5)
     monkeypatch.setattr(distributed, "SIGTERM_S", 0.5)
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
