@@ -58,6 +58,8 @@ class Aside:
 
     def end(self) -> None:
         """At once, whatever it is doing; a thread waits until the kernel has taken its memory back."""
+        if self._connection.closed:
+            return
         self._process.kill()
         self._connection.close()
         threading.Thread(target=self._process.join, daemon=True).start()

@@ -21,7 +21,6 @@ from pictures import open_rgb
 from prefetch import prefetched
 from training.buckets import Placement
 from training.dataset import Example
-from training.digests import cache_folder
 from training.tensor_files import write_tensors
 
 FORMAT = 2
@@ -35,10 +34,6 @@ class Cache:
     """`OUTPUT_DIR/cache`: one file per picture and one per caption."""
 
     folder: Path
-
-    @classmethod
-    def of(cls, output_dir: Path) -> "Cache":
-        return cls(cache_folder(output_dir))
 
     def picture(self, example: Example, placement: Placement, vae_fingerprint: str) -> Path:
         """Where the latents of a picture in its bucket lie."""

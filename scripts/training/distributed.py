@@ -20,12 +20,12 @@ from training.config import ProcessSettings
 
 GRACE_S = 2.0
 """After one process has failed, for the others to say what they have to say."""
+SIGTERM_S = 10.0
+"""For them to end when they were asked to; then they are killed."""
 STOPPED = (MemoryShort.exit_code, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 """Exit codes of a process that was asked to end. The first one ends last, because it saves the state."""
 SAVING_S = 600.0
-"""For that."""
-SIGTERM_S = 10.0
-"""For them to end when they were asked to; then they are killed."""
+"""The grace after such an exit."""
 
 
 @dataclass(frozen=True)

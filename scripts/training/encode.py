@@ -65,9 +65,16 @@ class Encoding:
     at_once: bool = False
     """Whether there is memory for all encoders together; captions are then encoded beside the pictures."""
 
+    @property
+    def uses_tensor_cores(self) -> bool:
+        """Whether a GPU's fp32 products round their factors to 11 bits (TF32), as its convolutions do by torch's default: where
+        embeddings are kept with 8 bits (bf16) or 11 (fp16) anyway. Latents are kept in fp32; their place tells how they
+        were made."""
+        return self.dtype != torch.float32
+
     def wanted_pictures(self, plan: Plan) -> Wanted:
         """Where the latents of each picture of `plan` lie."""
-        digest = base_digest(self.base, self.cache.folder, "vae") + ("" if self.dtype == torch.float32 else " by tensor cores")
+        digest = base_digest(self.base, self.cache.folder, "vae") + (" by tensor cores" if self.uses_tensor_cores else "")
         items = list(zip(plan.all_examples, plan.all_placements, strict=True))
         return Wanted.of([(self.cache.picture(example, placement, digest), example, placement) for example, placement in items])
 
@@ -119,7 +126,7 @@ def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_
     encoding.processes.wait_for_all()  # nobody writes before all know what is missing
     share = encoding.processes.share
     total = len(share(pictures.missing)) + len(share(captions.missing))
-    with tqdm(total=total, desc="encode", disable=None) as bar, _tensor_cores(encoding.dtype):
+    with tqdm(total=total, desc="encode", disable=None) as bar, _tensor_cores(encoding.uses_tensor_cores):
         encode_all = partial(encoding.encode_captions, captions, chunks, workers, bar)
         with coming(encode_all, begins_now=encoding.at_once) as captions_done:
             encoding.encode_pictures(pictures, workers, bar)
@@ -140,12 +147,10 @@ def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_
 
 
 @contextlib.contextmanager
-def _tensor_cores(kept: torch.dtype) -> Iterator[None]:
-    """Within this block a GPU's fp32 products round their factors to 11 bits (TF32), as its convolutions do by torch's default,
-    if embeddings are `kept` with 8 bits (bf16) or 11 (fp16) anyway; sums stay fp32. Latents are kept in fp32, so that their
-    place in the cache tells how they were made."""
+def _tensor_cores(wanted: bool) -> Iterator[None]:
+    """Within this block a GPU's fp32 products use them if that is `wanted`; sums stay fp32."""
     before = torch.get_float32_matmul_precision()
-    if kept != torch.float32:
+    if wanted:
         torch.set_float32_matmul_precision("high")
     try:
         yield

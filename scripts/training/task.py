@@ -22,7 +22,7 @@ from training.device import (
     limit_gpu_memory,
     make_deterministic,
 )
-from training.digests import base_digest
+from training.digests import base_digest, cache_folder
 from training.fitting import Room, fitted, room_for, what_fits, with_batch
 from training.inputs import Inputs, read_pictures
 from training.memory import comfyui_hint
@@ -94,7 +94,7 @@ def decide(processes: Processes, project: ProjectSettings, settings: TrainSettin
     settings = fitted(settings, room, lambda: comfyui_hint(comfyui))
     switch = "on" if settings.model.gradient_checkpointing else "off"
     print(f"training on {describe(precision)}, gradient checkpointing {switch}", flush=True)
-    cache = Cache.of(project.output_dir)
+    cache = Cache(cache_folder(project.output_dir))
     digests = [base_digest(base, cache.folder, part) for part in base.parts]
     print(plan.announcement(), flush=True)
     values = fingerprint(plan, settings, project.trigger_word, digests)

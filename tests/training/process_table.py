@@ -1,10 +1,20 @@
 """What the kernel says about other processes."""
 
+import subprocess
+import time
 from pathlib import Path
 
 
 def children_of(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def pair_of(launcher: subprocess.Popen) -> list[int]:
+    """The two processes that `launcher` starts, as soon as they are there."""
+    while len(pair := children_of(launcher.pid)) < 2:
+        assert launcher.poll() is None, launcher.communicate()
+        time.sleep(0.005)
+    return pair
 
 
 def has_ended(process: int) -> bool:

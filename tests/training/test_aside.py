@@ -37,10 +37,6 @@ if __name__ == "__main__":
 """
 
 
-def quietly() -> None:
-    pass
-
-
 def refuse(name: str) -> None:
     raise DataError(f"{name}: cannot be used")
 
@@ -70,7 +66,7 @@ def exit_in_the_middle() -> None:
 
 @pytest.fixture
 def aside():
-    with working_aside(quietly, wanted=True) as aside:
+    with working_aside(wanted=True) as aside:
         yield aside
 
 
@@ -111,12 +107,12 @@ def test_its_death_is_one_line(aside, how, said):
 
 
 def test_it_is_not_started_where_it_is_not_wanted():
-    with working_aside(quietly, wanted=False) as aside:
+    with working_aside(wanted=False) as aside:
         assert aside is None
 
 
 def test_it_is_deaf_to_signals_and_gone_after_the_block():
-    with working_aside(quietly, wanted=True) as aside:
+    with working_aside(wanted=True) as aside:
         pid = aside.call(os.getpid)
         os.kill(pid, signal.SIGINT)
         os.kill(pid, signal.SIGTERM)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from process_table import children_of
+from process_table import children_of, pair_of
 
 from errors import ResourceError, SettingsError
 from settings import REPOSITORY
@@ -86,9 +86,7 @@ def test_a_process_that_dies_ends_the_other_and_leaves_a_valid_state(pictures):
 def test_processes_whose_launcher_is_killed_while_they_import_end_too(pictures):
     """Their output would stay open if they went on."""
     launcher = pictures.start(**PAIR)
-    while len(children_of(launcher.pid)) < 2:
-        assert launcher.poll() is None, launcher.communicate()
-        time.sleep(0.005)
+    pair_of(launcher)
     launcher.kill()
     launcher.communicate(timeout=5)
     assert not pictures.output.exists()
@@ -129,6 +127,16 @@ def test_place_is_what_any_launcher_says(monkeypatch):
     assert not distributed.wants_launcher(ProcessSettings(num_processes=2))
 
 
+@pytest.fixture
+def handlers_kept():
+    """A launcher takes signals for itself, as long as its process lasts."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.usefixtures("handlers_kept")
 def test_the_first_process_has_all_the_time_it_needs_to_save(tmp_path, monkeypatch):
     """The other one, which has nothing to save, is gone long before."""
     monkeypatch.setattr(distributed, "GRACE_S", 0.2)
@@ -151,18 +159,16 @@ time.sleep(60)
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
     thread = threading.Thread(target=stop)
     thread.start()
     try:
         assert distributed.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2)) == 143
     finally:
         thread.join()
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
     assert (tmp_path / "saved").exists()
 
 
+@pytest.mark.usefixtures("handlers_kept")
 @pytest.mark.parametrize(
     ("programs", "code"),
     [
@@ -177,14 +183,9 @@ def test_launcher_ends_with_the_code_of_the_cause(programs, code, monkeypatch):
     monkeypatch.setattr(distributed, "SAVING_S", 0.5)
     monkeypatch.setattr(distributed, "GRACE_S", 0.5)
     monkeypatch.setattr(distributed, "SIGTERM_S", 0.5)
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
     program = f"import os, signal, sys, time\nexec({programs!r}[int(os.environ['RANK'])])"
-    try:
-        if isinstance(code, str):
-            with pytest.raises(ResourceError, match=code):
-                distributed.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2))
-        else:
-            assert distributed.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2)) == code
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+    if isinstance(code, str):
+        with pytest.raises(ResourceError, match=code):
+            distributed.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2))
+    else:
+        assert distributed.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2)) == code

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from process_table import children_of, has_ended
+from process_table import has_ended, pair_of
 from safetensors import safe_open
 
 from settings import REPOSITORY
@@ -164,14 +164,6 @@ def test_sixty_kills(victim, forks, capsys):
     assert hits["cache"] >= 1
 
 
-def pair_and_launcher(launcher: subprocess.Popen) -> list[int]:
-    """The process ids of the launcher and of the two that it starts."""
-    while len(pair := children_of(launcher.pid)) < 2:
-        assert launcher.poll() is None, launcher.communicate()
-        time.sleep(0.005)
-    return [launcher.pid, *pair]
-
-
 def uninterrupted_pair(stage) -> tuple[dict, float]:
     """What a pair leaves that nobody kills, and after how long it takes its first step; the output folder is emptied again."""
     begin = time.monotonic()
@@ -198,7 +190,7 @@ def test_six_kills_of_a_pair(victim, capsys):
     slowest_s = 0.0
     for who, trains in kills:
         run = victim.start(**PAIR)
-        processes = pair_and_launcher(run)
+        processes = [run.pid, *pair_of(run)]
         if trains:
             victim.wait_for_steps(run, victim.steps_taken() + chance.randint(1, 8))
         time.sleep(chance.uniform(0, 0.1 if trains else first_step_s))

@@ -70,7 +70,7 @@ def test_the_start_says_what_the_run_will_do(finished):
     assert "722 modules, all known to ComfyUI" in said[-1]
 
 
-def test_same_has_its_line_in_the_metrics(finished):
+def test_every_step_has_its_line_in_the_metrics(finished):
     steps = steps_in(finished.stage)
     assert [line["step"] for line in steps] == list(range(6))
     assert [line["epoch"] for line in steps] == [0, 0, 0, 1, 1, 1]
