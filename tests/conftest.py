@@ -1,5 +1,6 @@
 """What the tests share: the tiny SDXL, built once."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -24,6 +25,17 @@ LONGEST_FIRST = (
     "test_collect_images.py",
 )
 """Files that take long; begun last, one of them would keep a single core busy while the others have nothing to do."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Of `-n auto`: one more than there are cores, because many tests wait for a server, a process or the clock."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is there by now stays to the end: the collector of garbage need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -117,8 +117,10 @@ def joined(place: Place) -> Iterator[Processes]:
         try:
             with _losses_in_our_words(), _signals_end_at_once():
                 dist.init_process_group(backend, meeting, rank=place.index, world_size=place.count, timeout=PATIENCE)
+                processes = Processes(place)
+                processes.wait_for_all()  # gloo prints lines of its own if one ends while another still connects
             have_met = True
-            yield Processes(place)
+            yield processes
         except (Stopped, MemoryShort, ProcessLost) as known:
             if place.index and have_met:
                 sys.exit(known.exit_code)  # the first process, or whoever ended, has said why

@@ -25,7 +25,7 @@ def save(photographs, folder, **places):
     """Save photographs under relative paths: `save(..., coffee="a.png", chelsea="3_cats/b.png")`."""
     for name, place in places.items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        photographs[name].save(folder / place)
+        photographs[name].save(folder / place, compress_level=0)  # a PNG takes longer to write than its caption
 
 
 def state_of(folder):
@@ -320,7 +320,7 @@ def test_progress_is_shown_in_a_terminal_only(stage, photographs):
 def many(photographs, stage):
     small = [picture.resize((300, 200)) for picture in photographs.values()]
     for number in range(24):
-        small[number % len(small)].rotate(number, expand=True).save(stage.images / f"{number:02}.png")
+        small[number % len(small)].rotate(number, expand=True).save(stage.images / f"{number:02}.png", compress_level=0)
 
 
 def run_until(stage, stored: int, **variables):

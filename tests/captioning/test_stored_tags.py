@@ -24,7 +24,7 @@ def pictures(stage, photographs):
     """The stage with a data set of twelve pictures, all different."""
     small = [picture.resize((300, 200)) for picture in photographs.values()]
     for number in range(12):
-        small[number % 4].rotate(number).save(stage.images / f"{number:02}.png")
+        small[number % 4].rotate(number).save(stage.images / f"{number:02}.png", compress_level=0)
     return stage
 
 

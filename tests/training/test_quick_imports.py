@@ -14,9 +14,9 @@ unused = {"torch._dynamo", "sympy", "scipy", "torchvision", "diffusers.models.tr
 assert not unused & sys.modules.keys(), unused & sys.modules.keys()
 assert "transformers" not in sys.modules, "whose list of all models was read for nothing"
 
-import diffusers.models.transformers, scipy, torch
+import diffusers.models.unets, scipy, torch
 from training import networks
-from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNetMotionModel
 from transformers import CLIPTextModel, LlamaConfig
 from transformers.models import llama
 assert CLIPTextModel is networks.CLIPTextModel

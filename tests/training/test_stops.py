@@ -13,8 +13,8 @@ from safetensors import safe_open
 from training import checkpoint, results
 
 SHORT = {"LORA_TARGETS": "attention", "SAVE_EVERY_EPOCHS": 0, "SAVE_STATE_EVERY_MINUTES": 1e-6}
-LONG_STEPS = {"GRADIENT_ACCUMULATION_STEPS": 8, "NUM_TRAIN_EPOCHS": 1000}
-"""Each of them takes half a second or more."""
+LONG_STEPS = {"GRADIENT_ACCUMULATION_STEPS": 6, "NUM_TRAIN_EPOCHS": 1000}
+"""Each of them takes a third of a second or more."""
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def weights(stage) -> dict[str, bytes]:
 def test_a_second_signal_does_not_wait_for_the_step(pictures):
     run = begun(pictures, 1, **LONG_STEPS)
     run.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
+    time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
     begin = time.monotonic()
     _, said = run.communicate()
