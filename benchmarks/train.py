@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from demo import tiny_sdxl
-from settings import REPOSITORY, ProjectSettings, all_keys
+from sections import ProjectSettings
+from settings import REPOSITORY, all_keys
 from training.config import TrainSettings
 
 ONE_BUCKET = ((1024, 1024),)

@@ -11,7 +11,8 @@ from dataset_folder import write_json
 from demo import tiny_sdxl, tiny_tagger
 from demo.standin_comfyui.pictures import scene
 from demo.standin_comfyui.server import StandIn
-from settings import REPOSITORY, CaptionSettings, CollectSettings, ProjectSettings, all_keys
+from sections import CaptionSettings, CollectSettings, ProjectSettings
+from settings import REPOSITORY, all_keys
 from training.config import TrainSettings
 
 RUN_SH = REPOSITORY / "scripts" / "run.sh"

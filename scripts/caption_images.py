@@ -6,6 +6,11 @@ a missing trigger word (an empty one becomes the trigger word alone). CAPTION_OV
 back what the last run changed.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while libraries are imported ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -27,7 +32,8 @@ from captioning.traits import pruning_of
 from dataset_folder import DatasetFolder, ImageFile, caption_path, update_json
 from errors import DataError, SettingsError, exit_code_of, stop_on_signals
 from locks import locked
-from settings import CaptionSettings, ProjectSettings, read_request
+from sections import CaptionSettings, ProjectSettings
+from settings import read_request
 from training.config import TrainSettings
 
 SECTIONS = {"project": ProjectSettings, "caption": CaptionSettings, "train": TrainSettings}

@@ -3,6 +3,11 @@
 Killed at any instant and run again it goes on where it was; run again when all is done it submits nothing.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while libraries are imported ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 
 from collecting.address import addresses
@@ -16,7 +21,8 @@ from collecting.progress import Progress
 from dataset_folder import DatasetFolder
 from errors import ComfyUIError, SettingsError, SomeItemsFailed, exit_code_of, one_list, stop_on_signals
 from locks import locked
-from settings import CollectSettings, ProjectSettings, read_request
+from sections import CollectSettings, ProjectSettings
+from settings import read_request
 
 STAGE = "collect_images"
 TICK_S = 0.25

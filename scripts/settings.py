@@ -8,118 +8,22 @@ Relative paths in the file are relative to the repository, in variables and flag
 
 import argparse
 import dataclasses
-import json
-import math
-import operator
 import os
-import re
 import tomllib
-import types
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tomli_w
 
 from errors import SettingsError, one_list
+from setting_values import absolute, as_toml, checked, converted, without_logins
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SETTINGS_FILE = REPOSITORY / "config" / "training_config.toml"
 TABLES = ("project", "collect", "caption", "train")
-
-_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-
-
-def setting(
-    default: Any,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    secret: bool = False,
-) -> Any:
-    """A field of a section: its default and the range of a number. A secret exists as an environment variable only."""
-    limits = {"at_least": at_least, "above": above, "at_most": at_most}
-    metadata = {"limits": {name: limit for name, limit in limits.items() if limit is not None}, "secret": secret}
-    return field(default=default, metadata=metadata, repr=not secret)
-
-
-@dataclass(frozen=True)
-class ProjectSettings:
-    """`[project]`: what all stages share."""
-
-    trigger_word: str = setting("nyafyi_woman")
-    dataset_dir: Path = setting(Path("dataset"))
-    output_dir: Path = setting(Path("output"))
-    models_dir: Path = setting(Path("models"))
-
-    def contradictions(self) -> Iterator[str]:
-        if not self.trigger_word or "," in self.trigger_word or self.trigger_word != " ".join(self.trigger_word.split()):
-            yield f"trigger_word: {self.trigger_word!r} must be one tag: not empty, without commas or stray spaces"
-
-
-@dataclass(frozen=True)
-class CollectSettings:
-    """`[collect]`: ComfyUI and what is sent to it."""
-
-    comfyui_endpoint: str = setting("http://host.docker.internal:8188")
-    comfyui_workflow: Path = setting(Path("workflow_api.json"))
-    workflow_config: Path = setting(Path("config/workflow_config.json"))
-    prompts_file: Path = setting(Path("prompts.json"))
-    face_reference: Path | None = setting(None)
-    """None: `face_reference.png` in the repository if it is there."""
-    global_seed: int | None = setting(None, at_least=0, at_most=2**64 - 1)
-    new_seeds: bool = setting(False)
-    comfyui_delay: float = setting(2.0, at_least=0)
-    """Seconds between submissions while others of ours wait."""
-    comfyui_headers: str = setting("", secret=True)
-    """A JSON object of HTTP headers."""
-    comfyui_ca_bundle: Path | None = setting(None)
-    """None: the certificate authorities that are usually trusted."""
-    comfyui_stall_timeout: float = setting(3600.0, above=0)
-    """Seconds without a sign of work."""
-    comfyui_free: bool = setting(True)
-
-    def contradictions(self) -> Iterator[str]:
-        endpoints = [each.strip() for each in self.comfyui_endpoint.split(",")]
-        if not all(each.startswith(("http://", "https://")) for each in endpoints if each):
-            yield f"comfyui_endpoint: {without_logins(self.comfyui_endpoint)!r} must begin with http:// or https://"
-        if self.comfyui_headers and not _are_headers(self.comfyui_headers):
-            yield 'comfyui_headers: must be a JSON object of texts such as {"Authorization": "Bearer ..."}'
-        if self.new_seeds and self.global_seed is not None:
-            yield "new_seeds and global_seed contradict each other: unset one of them"
-
-
-@dataclass(frozen=True)
-class CaptionSettings:
-    """`[caption]`: the WD14 tagger and what becomes of its tags."""
-
-    caption_model: str = setting("SmilingWolf/wd-swinv2-tagger-v3")
-    caption_provider: Literal["auto", "cpu", "cuda"] = setting("auto")
-    caption_bf16: bool = setting(False)
-    caption_batch_size: int = setting(8, at_least=1, at_most=1024)
-    caption_threshold: float | Literal["auto", "mcut"] = setting(0.35, above=0, at_most=1)
-    caption_character_tags: bool = setting(False)
-    caption_character_threshold: float | Literal["mcut"] = setting(0.85, above=0, at_most=1)
-    caption_rating_tags: bool = setting(False)
-    caption_exclude_tags: tuple[str, ...] = setting(())
-    """In any spelling; `*` stands for anything."""
-    caption_replace_tags: tuple[str, ...] = setting(())
-    """Pairs `a=b`."""
-    caption_always_first: tuple[str, ...] = setting(())
-    caption_append: tuple[str, ...] = setting(())
-    caption_max_tags: int = setting(0, at_least=0)
-    """0 is no limit."""
-    caption_prune_traits: float = setting(0.0, at_least=0, at_most=1)
-    """Share of the pictures; 0 is off."""
-    caption_overwrite: bool = setting(False)
-
-    def contradictions(self) -> Iterator[str]:
-        for pair in self.caption_replace_tags:
-            if not re.fullmatch(r"\s*\S.*=\s*\S.*", pair):
-                yield f"caption_replace_tags: {pair!r} must be old=new"
 
 
 @dataclass(frozen=True)
@@ -142,7 +46,7 @@ class Request:
         lines = []
         for section in self.sections.values():
             for name, value, secret in _flat_values(section):
-                shown = ("set" if value else "not set") if secret else without_logins(_as_toml(value))
+                shown = ("set" if value else "not set") if secret else without_logins(as_toml(value))
                 lines.append(f"{name} = {shown!r}  ({self.sources[name]})")
         return "\n".join(lines)
 
@@ -279,7 +183,7 @@ def _fill(section, table, given, file, environment, flags, sources, complaints) 
         raw, source = _pick(key, given, file, environment, flags)
         sources[key.name] = source
         try:
-            values[key.name] = _checked(_converted(raw, hint, source, file), key)
+            values[key.name] = checked(_value(raw, hint, source), key)
         except ValueError as error:
             shown = "" if key.metadata["secret"] else f" {raw!r}"
             complaints.append(f"{key.name} ({source}):{shown} {error}")
@@ -305,88 +209,12 @@ def _pick(key, given, file, environment, flags) -> tuple[Any, str]:
     return key.default, "default"
 
 
-def _converted(raw: Any, hint: Any, source: str, file: Path) -> Any:
-    """`raw` as the type `hint`. Text from a variable or flag is parsed; a TOML value must have the type already."""
+def _value(raw: Any, hint: Any, source: str) -> Any:
+    """`raw` as the type `hint`; raises ValueError. Paths are relative to the place where `source` was written."""
     if source == "default":
-        return _absolute(raw, REPOSITORY) if isinstance(raw, Path) else raw
+        return absolute(raw, REPOSITORY) if isinstance(raw, Path) else raw
     is_text = source in ("environment", "--set")
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if type(None) in options and raw == "":
-        return None
-    wanted = []
-    for option in options:
-        if option is type(None):
-            continue
-        convert, name = _converter(option, Path.cwd() if is_text else REPOSITORY)
-        wanted.append(name)
-        value = convert(raw, is_text)
-        if value is not None:
-            return value
-    raise ValueError(f"must be {' or '.join(wanted)}")
-
-
-def _converter(option: Any, base: Path) -> tuple[Callable[[Any, bool], Any], str]:
-    """A function (raw, is text) -> value or None, and how a person would call what is wanted."""
-    if typing.get_origin(option) is Literal:
-        choices = typing.get_args(option)
-        return lambda raw, _: next((choice for choice in choices if choice == raw), None), "one of " + ", ".join(choices)
-    if typing.get_origin(option) is tuple:
-        return _as_list, "a list of words"
-    converters = {
-        bool: (_as_bool, "true or false"),
-        int: (_as_int, "a whole number"),
-        float: (_as_float, "a number"),
-        str: (lambda raw, _: raw if isinstance(raw, str) else None, "text"),
-        Path: (lambda raw, _: _absolute(Path(raw), base) if isinstance(raw, str) and raw else None, "a path"),
-    }
-    return converters[option]
-
-
-def _as_bool(raw: Any, is_text: bool) -> bool | None:
-    if not is_text:
-        return raw if isinstance(raw, bool) else None
-    return {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}.get(raw.strip().lower())
-
-
-def _as_int(raw: Any, is_text: bool) -> int | None:
-    if is_text:
-        try:
-            return int(raw.strip())
-        except ValueError:
-            return None
-    return raw if isinstance(raw, int) and not isinstance(raw, bool) else None
-
-
-def _as_float(raw: Any, is_text: bool) -> float | None:
-    if not is_text and (isinstance(raw, bool) or not isinstance(raw, (int, float))):
-        return None
-    try:
-        number = float(raw)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _as_list(raw: Any, is_text: bool) -> tuple[str, ...] | None:
-    if is_text:
-        return tuple(word.strip() for word in raw.split(",") if word.strip())
-    return tuple(raw) if isinstance(raw, list) and all(isinstance(word, str) for word in raw) else None
-
-
-def _absolute(path: Path, base: Path) -> Path:
-    return base / path.expanduser()
-
-
-def _checked(value: Any, key: dataclasses.Field) -> Any:
-    """`value` if it lies within the limits of its field; raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return value
-    tests = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
-    limits = key.metadata["limits"]
-    if not all(tests[name](value, limit) for name, limit in limits.items()):
-        bounds = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
-        raise ValueError(f"must be {bounds}")
-    return value
+    return converted(raw, hint, Path.cwd() if is_text else REPOSITORY, is_text=is_text)
 
 
 def _flat_values(section: Any) -> Iterator[tuple[str, Any, bool]]:
@@ -405,33 +233,5 @@ def _section_as_toml(section: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             table[key.name] = _section_as_toml(value)
         elif not key.metadata["secret"]:
-            table[key.name] = _as_toml(value)
+            table[key.name] = as_toml(value)
     return table
-
-
-def without_logins(value: Any) -> Any:
-    """A value as it may be shown: `user:password@` in an address becomes `***@`."""
-    return re.sub(r"//[^/\s]*@", "//***@", value) if isinstance(value, str) else value
-
-
-def _are_headers(text: str) -> bool:
-    """Whether `text` is a JSON object of HTTP headers that can be sent (RFC 9110, 5.1 and 5.5)."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    pairs = content.items() if isinstance(content, dict) else [("", None)]
-    return all(re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) and _is_header_value(value) for name, value in pairs)
-
-
-def _is_header_value(value: Any) -> bool:
-    return isinstance(value, str) and value.isascii() and value.isprintable() and value == value.strip()
-
-
-def _as_toml(value: Any) -> Any:
-    """A value as the settings file would hold it."""
-    if value is None:
-        return ""
-    if isinstance(value, tuple):
-        return list(value)
-    return str(value) if isinstance(value, Path) else value

@@ -1,5 +1,10 @@
 """Train a LoRA for SDXL on DATASET_DIR/images and write OUTPUT_DIR/lora/<name>.safetensors, which ComfyUI loads."""
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while libraries are imported ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import gc
 import os
 import sys
@@ -13,7 +18,8 @@ from typing import Any
 
 from errors import exit_code_of, stop_on_signals
 from prefetch import coming
-from settings import CollectSettings, ProjectSettings, Request, read_request
+from sections import CollectSettings, ProjectSettings
+from settings import Request, read_request
 from training.aside import Aside, die_with_parent, working_aside
 from training.config import TrainSettings
 from training.distributed import launch, place, wants_launcher

@@ -12,7 +12,8 @@ import yaml
 
 import errors
 from collecting.workflow import CONFIG_KEYS
-from settings import REPOSITORY, SETTINGS_FILE, CaptionSettings, CollectSettings, ProjectSettings, all_keys
+from sections import CaptionSettings, CollectSettings, ProjectSettings
+from settings import REPOSITORY, SETTINGS_FILE, all_keys
 from training.config import TrainSettings
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

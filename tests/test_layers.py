@@ -1,7 +1,9 @@
 """Who may import whom, who may read the environment, and what no file of the repository may say."""
 
 import ast
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -14,7 +16,7 @@ from settings import REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts"
 MAINS = ("collect_images", "caption_images", "train_lora")
-BOTTOM = ("settings", "dataset_folder", "errors", "pictures", "prefetch", "locks")
+BOTTOM = ("settings", "sections", "setting_values", "dataset_folder", "errors", "pictures", "prefetch", "locks")
 STAGES = ("collecting", "captioning", "training")
 ROOMS = {path.relative_to(SCRIPTS).with_suffix("").as_posix().replace("/", "."): path for path in sorted(SCRIPTS.rglob("*.py"))}
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors"}
@@ -127,6 +129,18 @@ def test_a_wrong_setting_of_training_is_refused_before_torch_is_imported():
     at_first = imports_of(parsed(ROOMS["train_lora"]).body)
     below = at_first.union(*(everything_below(name) for name in at_first))
     assert {top(name) for name in below}.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("main", MAINS)
+def test_ctrl_c_while_libraries_are_imported_shows_no_traceback(main, tmp_path):
+    """With a library whose import takes long."""
+    (tmp_path / "tomli_w.py").write_text('import time\nprint("importing", flush=True)\ntime.sleep(60)\n')
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": str(tmp_path)}}
+    process = subprocess.Popen([sys.executable, ROOMS[main]], **pipes)
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=10) == (b"", b"")
+    assert process.returncode == -signal.SIGINT
 
 
 def test_only_settings_read_the_environment():

@@ -7,7 +7,8 @@ import pytest
 
 import settings
 from errors import SettingsError
-from settings import CaptionSettings, CollectSettings, ProjectSettings, all_keys, resolve, resolved_toml
+from sections import CaptionSettings, CollectSettings, ProjectSettings
+from settings import all_keys, resolve, resolved_toml
 from training.config import TrainSettings
 
 SECRETS = ("wandb_api_key", "comfyui_headers")
@@ -70,6 +71,14 @@ def test_relative_paths_belong_to_the_repository_in_the_file_and_to_the_current_
     request = resolve(write(tmp_path, ""), {"FACE_REFERENCE": "me.png"}, [], SECTIONS)
     assert request.sections["project"].dataset_dir == settings.REPOSITORY / "dataset"
     assert request.sections["collect"].face_reference == tmp_path / "me.png"
+
+
+def test_home_of_somebody_unknown_and_a_path_that_no_system_takes_are_refused(tmp_path):
+    file = write(tmp_path, '[project]\nmodels_dir = "a\\u0000b"\n')
+    with pytest.raises(SettingsError) as refused:
+        resolve(file, {"DATASET_DIR": "~nobody-has-this-name/pictures"}, [], SECTIONS)
+    assert "dataset_dir (environment): '~nobody-has-this-name/pictures' begins with the home of a user" in str(refused.value)
+    assert "models_dir (settings.toml): 'a\\x00b' must be a path" in str(refused.value)
 
 
 def test_secret_comes_from_its_variable_only_and_is_shown_nowhere(tmp_path):

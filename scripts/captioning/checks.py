@@ -8,7 +8,7 @@ from captioning.model_files import found_folder, size_on_hub
 from captioning.tagging import load_tagger
 from dataset_folder import IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images
 from errors import DataError, ResourceError, answer_all
-from settings import CaptionSettings
+from sections import CaptionSettings
 
 
 def check(folder: DatasetFolder, settings: CaptionSettings, models_dir: Path, *, is_ahead: bool) -> None:

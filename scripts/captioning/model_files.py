@@ -27,7 +27,7 @@ def found_folder(name: str, models_dir: Path) -> Path | None:
     `name` is a path to a folder, a folder in `models_dir`, or `owner/repository`, looked for as `repository` and as
     `owner/repository` in `models_dir`.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     candidates = [path] if _is_path(name) else [models_dir / path.name, models_dir / path, path]
     return next((folder for folder in candidates if not _missing_from(folder)), None)
 
@@ -64,7 +64,7 @@ def size_on_hub(name: str, models_dir: Path) -> int:
 def _refuse_unless_on_hub(name: str, models_dir: Path) -> None:
     """Whatever is not `owner/repository` has to be on the disk already."""
     if _is_path(name):
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))
         if not folder.is_dir():
             raise SettingsError(f"caption_model: {name} is not a folder")
         raise ModelError(f"{folder}: has no {' and no '.join(_missing_from(folder))}; put it there, or set another CAPTION_MODEL")

@@ -7,7 +7,7 @@ import numpy as np
 
 from captioning.captions import CHARACTER, GENERAL, RATING, Tag, comparable, spoken
 from captioning.thresholds import MCUT, mcut
-from settings import CaptionSettings
+from sections import CaptionSettings
 
 LEAST_OF_A_CHARACTER = 0.15
 """A cut below this is no certainty about a character: most pictures show none that the model knows."""

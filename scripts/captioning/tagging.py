@@ -16,7 +16,7 @@ from captioning.tagger import Tagger
 from captioning.tally import Tally
 from pictures import BrokenPictureError
 from prefetch import prefetched
-from settings import CaptionSettings
+from sections import CaptionSettings
 
 
 def tagged(

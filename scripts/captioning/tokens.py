@@ -1,6 +1,7 @@
 """How many of CLIP's tokens a caption has: what training can use is limited. Needs no torch, only a vocabulary."""
 
 import json
+import os
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -25,7 +26,7 @@ class ClipTokens:
 def find_tokens(models_dir: Path, base_model: str) -> ClipTokens | None:
     """The tokenizer of `base_model`, or of any other model in `models_dir`: all SDXL models share one. None if there is none."""
     others = sorted(models_dir.iterdir()) if models_dir.is_dir() else []
-    for model in (models_dir / base_model, Path(base_model).expanduser(), *others):
+    for model in (models_dir / base_model, Path(os.path.expanduser(base_model)), *others):
         folder = model / FOLDER
         if _is_clip(folder):
             return ClipTokens(folder)

@@ -10,7 +10,7 @@ from collecting.graph import InputRef, described, is_link
 from collecting.plan import Plan, read_plan
 from dataset_folder import DatasetFolder
 from errors import ComfyUIError, SettingsError, one_list
-from settings import CollectSettings
+from sections import CollectSettings
 
 
 def check(settings: CollectSettings, folder: DatasetFolder) -> None:

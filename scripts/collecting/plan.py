@@ -13,7 +13,8 @@ from collecting.graph import InputRef, graph_hash, literal_seeds
 from collecting.prompts import Entry, read_entries
 from collecting.workflow import Workflow, understand
 from errors import SettingsError
-from settings import REPOSITORY, CollectSettings
+from sections import CollectSettings
+from settings import REPOSITORY
 
 DEFAULT_FACE = REPOSITORY / "face_reference.png"
 

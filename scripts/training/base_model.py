@@ -1,5 +1,6 @@
 """Find the base model and its tokenizers, and say everything that is wrong with them; headers and JSON only."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -39,7 +40,7 @@ def find_base(base_model: str, models_dir: Path) -> BaseModel:
     Raises ModelError with everything that is wrong with it.
     """
     wanted = base_model.strip()
-    candidates = [models_dir / wanted, models_dir / f"{wanted}.safetensors", Path(wanted).expanduser()] if wanted else []
+    candidates = [models_dir / wanted, models_dir / f"{wanted}.safetensors", Path(os.path.expanduser(wanted))] if wanted else []
     path = next((path for path in candidates if path.exists()), None)
     if path is None:
         raise ModelError(_not_there(wanted, models_dir))

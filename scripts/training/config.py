@@ -1,10 +1,10 @@
-"""The training settings as types: `[train]` and the tables inside it. Standard library and `settings` only."""
+"""The training settings as types: `[train]` and the tables inside it. Standard library and `setting_values` only."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from settings import setting
+from setting_values import setting
 
 OnOffAuto = bool | Literal["auto"]
 

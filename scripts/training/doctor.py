@@ -8,7 +8,7 @@ import torch
 
 from dataset_folder import DatasetFolder, find_images
 from errors import ResourceError, answer_all
-from settings import ProjectSettings
+from sections import ProjectSettings
 from training.base_model import find_base
 from training.config import TrainSettings
 from training.device import GIB, available_bytes, choose_precision

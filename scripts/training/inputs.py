@@ -4,7 +4,7 @@ seconds, so that it can be read meanwhile."""
 from dataclasses import dataclass
 
 from dataset_folder import DatasetFolder
-from settings import ProjectSettings
+from sections import ProjectSettings
 from training.base_model import find_base
 from training.config import DataSettings, TrainSettings
 from training.dataset import Example, flagged_pictures, read_examples, unused_entries
@@ -42,7 +42,15 @@ def read_pictures(project: ProjectSettings, settings: DataSettings) -> list[Exam
     often = sorted({str(example.path.parent) for example in examples if example.repeats > MANY_REPEATS})
     if often:
         print(f"the number is taken for repeats per epoch; rename the folder if it is a year: {', '.join(often)}")
+    without = sum(_as_spoken(project.trigger_word) not in _as_spoken(example.caption) for example in examples)
+    if without:
+        said = f"{without} of {len(examples)} captions do not have the trigger word {project.trigger_word!r} in them"
+        print(f"{said}: run the caption stage again, unless you mean that")
     unused = unused_entries(folder)
     if unused:
         print(f"not used, because neither picture, caption of one, nor N_name folder: {', '.join(unused)}")
     return examples
+
+
+def _as_spoken(text: str) -> str:
+    return text.replace("_", " ").casefold()

@@ -16,7 +16,7 @@ from typing import Literal
 import requests
 
 from errors import MEMORY_SIGNAL
-from settings import without_logins
+from setting_values import without_logins
 
 GIB = 2**30
 FULL_PRESSURE = 10.0

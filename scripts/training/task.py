@@ -8,7 +8,8 @@ import torch
 
 from dataset_folder import write_text
 from errors import DataError, ResourceError, SettingsError
-from settings import ProjectSettings, resolved_toml
+from sections import ProjectSettings
+from settings import resolved_toml
 from training import checkpoint
 from training.cache import Cache
 from training.checkpoint import Identity, Saved

@@ -16,7 +16,7 @@ from captioning.tagger import Tagger, prepare
 from dataset_folder import sha256_of
 from demo import tiny_tagger
 from pictures import BrokenPictureError
-from settings import CaptionSettings
+from sections import CaptionSettings
 
 
 @pytest.fixture

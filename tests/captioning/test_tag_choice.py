@@ -7,7 +7,7 @@ from captioning.captions import CHARACTER, GENERAL, RATING, Tag
 from captioning.tag_choice import TagChoice, matching, split_replacement
 from captioning.thresholds import KNOWN_POINTS, known_point, mcut
 from errors import SettingsError
-from settings import CaptionSettings
+from sections import CaptionSettings
 
 TAGS = [
     Tag("general", RATING),

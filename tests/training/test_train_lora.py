@@ -275,6 +275,14 @@ def test_a_year_is_taken_for_repeats_with_a_line(stage):
     assert "2024_holiday\n" in ended.stdout
 
 
+def test_captions_without_the_trigger_word_are_counted(stage):
+    stage.add("astronaut", caption="photo of SKS smiling")
+    assert "trigger word" not in stage.run("--check").stdout
+    stage.add("coffee", caption="a cup")
+    said = "1 of 2 captions do not have the trigger word 'sks' in them: run the caption stage again, unless you mean that"
+    assert said in stage.run("--check").stdout.splitlines()
+
+
 def test_no_pictures_at_all(stage):
     ended = stage.run()
     assert ended.returncode == 3

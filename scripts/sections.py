@@ -1,0 +1,100 @@
+"""The settings that more than one stage may ask for, or that a stage has without a library of its own: one class per table."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from setting_values import setting, without_logins
+
+
+@dataclass(frozen=True)
+class ProjectSettings:
+    """`[project]`: what all stages share."""
+
+    trigger_word: str = setting("nyafyi_woman")
+    dataset_dir: Path = setting(Path("dataset"))
+    output_dir: Path = setting(Path("output"))
+    models_dir: Path = setting(Path("models"))
+
+    def contradictions(self) -> Iterator[str]:
+        if not self.trigger_word or "," in self.trigger_word or self.trigger_word != " ".join(self.trigger_word.split()):
+            yield f"trigger_word: {self.trigger_word!r} must be one tag: not empty, without commas or stray spaces"
+
+
+@dataclass(frozen=True)
+class CollectSettings:
+    """`[collect]`: ComfyUI and what is sent to it."""
+
+    comfyui_endpoint: str = setting("http://host.docker.internal:8188")
+    comfyui_workflow: Path = setting(Path("workflow_api.json"))
+    workflow_config: Path = setting(Path("config/workflow_config.json"))
+    prompts_file: Path = setting(Path("prompts.json"))
+    face_reference: Path | None = setting(None)
+    """None: `face_reference.png` in the repository if it is there."""
+    global_seed: int | None = setting(None, at_least=0, at_most=2**64 - 1)
+    new_seeds: bool = setting(False)
+    comfyui_delay: float = setting(2.0, at_least=0)
+    """Seconds between submissions while others of ours wait."""
+    comfyui_headers: str = setting("", secret=True)
+    """A JSON object of HTTP headers."""
+    comfyui_ca_bundle: Path | None = setting(None)
+    """None: the certificate authorities that are usually trusted."""
+    comfyui_stall_timeout: float = setting(3600.0, above=0)
+    """Seconds without a sign of work."""
+    comfyui_free: bool = setting(True)
+
+    def contradictions(self) -> Iterator[str]:
+        endpoints = [each.strip() for each in self.comfyui_endpoint.split(",")]
+        if not all(each.startswith(("http://", "https://")) for each in endpoints if each):
+            yield f"comfyui_endpoint: {without_logins(self.comfyui_endpoint)!r} must begin with http:// or https://"
+        if self.comfyui_headers and not _are_headers(self.comfyui_headers):
+            yield 'comfyui_headers: must be a JSON object of texts such as {"Authorization": "Bearer ..."}'
+        if self.new_seeds and self.global_seed is not None:
+            yield "new_seeds and global_seed contradict each other: unset one of them"
+
+
+@dataclass(frozen=True)
+class CaptionSettings:
+    """`[caption]`: the WD14 tagger and what becomes of its tags."""
+
+    caption_model: str = setting("SmilingWolf/wd-swinv2-tagger-v3")
+    caption_provider: Literal["auto", "cpu", "cuda"] = setting("auto")
+    caption_bf16: bool = setting(False)
+    caption_batch_size: int = setting(8, at_least=1, at_most=1024)
+    caption_threshold: float | Literal["auto", "mcut"] = setting(0.35, above=0, at_most=1)
+    caption_character_tags: bool = setting(False)
+    caption_character_threshold: float | Literal["mcut"] = setting(0.85, above=0, at_most=1)
+    caption_rating_tags: bool = setting(False)
+    caption_exclude_tags: tuple[str, ...] = setting(())
+    """In any spelling; `*` stands for anything."""
+    caption_replace_tags: tuple[str, ...] = setting(())
+    """Pairs `a=b`."""
+    caption_always_first: tuple[str, ...] = setting(())
+    caption_append: tuple[str, ...] = setting(())
+    caption_max_tags: int = setting(0, at_least=0)
+    """0 is no limit."""
+    caption_prune_traits: float = setting(0.0, at_least=0, at_most=1)
+    """Share of the pictures; 0 is off."""
+    caption_overwrite: bool = setting(False)
+
+    def contradictions(self) -> Iterator[str]:
+        for pair in self.caption_replace_tags:
+            if not re.fullmatch(r"\s*\S.*=\s*\S.*", pair):
+                yield f"caption_replace_tags: {pair!r} must be old=new"
+
+
+def _are_headers(text: str) -> bool:
+    """Whether `text` is a JSON object of HTTP headers that can be sent (RFC 9110, 5.1 and 5.5)."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    pairs = content.items() if isinstance(content, dict) else [("", None)]
+    return all(re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) and _is_header_value(value) for name, value in pairs)
+
+
+def _is_header_value(value: Any) -> bool:
+    return isinstance(value, str) and value.isascii() and value.isprintable() and value == value.strip()
