@@ -33,9 +33,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What is there by now stays to the end: the collector of garbage need not look at it again and again."""
+    """What is there by now stays to the end: the collector of garbage need not look at it again and again, nor so often."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -188,6 +188,7 @@ def test_libraries_that_the_program_imports_are_pinned():
     imported = (
         {top(name) for imports in IMPORTS.values() for name in imports} - sys.stdlib_module_names - {top(room) for room in ROOMS}
     )
-    packages = {module: packages_distributions().get(module, [module]) for module in imported - of_the_base}
+    distributions = packages_distributions()
+    packages = {module: distributions.get(module, [module]) for module in imported - of_the_base}
     missing = {module for module, names in packages.items() if not {name.lower().replace("_", "-") for name in names} & pinned}
     assert missing == set()

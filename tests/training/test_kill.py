@@ -22,7 +22,7 @@ from settings import REPOSITORY
 TIMES = ("ss_training_finished_at", "modelspec.date")
 VARIABLES = {
     "LEARNING_RATE": 0.01,
-    "NUM_TRAIN_EPOCHS": 4,
+    "NUM_TRAIN_EPOCHS": 3,
     "SAVE_EVERY_EPOCHS": 2,
     "SAVE_STATE_EVERY_MINUTES": 1e-6,
     "VALIDATION_FRACTION": 0.3,
