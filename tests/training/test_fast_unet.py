@@ -64,21 +64,30 @@ def flat_gradients(lora: LoraWeights) -> dict[str, torch.Tensor]:
     return gradients
 
 
-@pytest.mark.parametrize(("targets", "recomputes"), [("all", True), ("attention", False)])
-def test_answer_and_every_gradient_are_those_of_diffusers_and_peft(unet, targets, recomputes):
-    plain, plain_lora = adapted(unet, targets)
+def answered(network: torch.nn.Module) -> torch.Tensor:
+    """The answer to `inputs`, once some gradient went back through the network."""
+    upstream = torch.randn(2, 4, 16, 24, generator=torch.Generator().manual_seed(9))
+    answer = network(**inputs(), return_dict=False)[0]
+    (answer * upstream).sum().backward()
+    return answer.detach()
+
+
+@pytest.fixture(scope="module", params=["all", "attention"])
+def reference(unet, request) -> tuple[str, torch.Tensor, dict[str, torch.Tensor]]:
+    """What is adapted; answer and gradients of diffusers and PEFT."""
+    plain, lora = adapted(unet, request.param)
+    return request.param, answered(plain), peft_gradients(plain, lora)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_answer_and_every_gradient_are_those_of_diffusers_and_peft(unet, reference, recomputes):
+    targets, answer, wanted = reference
     fast, lora = adapted(unet, targets)
     quicken(fast, lora.stacks, plain_ops)
     if recomputes:
         checkpoint_everything(fast)
-    upstream = torch.randn(2, 4, 16, 24, generator=torch.Generator().manual_seed(9))
-    answers = []
-    for network in (plain, fast):
-        answer = network(**inputs(), return_dict=False)[0]
-        (answer * upstream).sum().backward()
-        answers.append(answer.detach())
-    torch.testing.assert_close(answers[1], answers[0], rtol=1e-6, atol=1e-6)
-    wanted, found = peft_gradients(plain, plain_lora), flat_gradients(lora)
+    torch.testing.assert_close(answered(fast), answer, rtol=1e-6, atol=1e-6)
+    found = flat_gradients(lora)
     assert wanted.keys() == found.keys()
     for name, gradient in wanted.items():
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
