@@ -25,9 +25,9 @@ from training.schedule import Schedule
 from training.step import Objective, TrainStep
 
 FAMILIES = {
+    "attention": r"fmha|flash|sdpa|attention|cudnn_generated",
     "convolutions": r"conv|fprop|dgrad|wgrad",
     "matrix products": r"gemm|nvjet|cutlass|cublas|addmm|aten::mm|aten::bmm|aten::linear",
-    "attention": r"fmha|flash|sdpa|attention|cudnn_generated",
     "norms": r"_layer_norm|_group_|norm",
     "GEGLU": r"geglu|gelu",
     "copies and concatenations": r"copy|cat|memcpy|memset|fill",
