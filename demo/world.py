@@ -15,6 +15,7 @@ from sections import CaptionSettings, CollectSettings, ProjectSettings
 from settings import REPOSITORY, all_keys
 from training.config import TrainSettings
 
+SECTIONS = (ProjectSettings, CollectSettings, CaptionSettings, TrainSettings)
 RUN_SH = REPOSITORY / "scripts" / "run.sh"
 TRIGGER_WORD = "demo_person"
 PICTURE_SIZE_PX = (256, 320)
@@ -75,7 +76,8 @@ class World:
     def environment(self, comfyui_url: str, **settings: object) -> dict[str, str]:
         """What run.sh and the stages need; `settings` (lower or upper case) win over the world's own.
 
-        Settings that the user has in the environment are left out, and nothing is looked up on the network.
+        Settings that the user has in the environment are left out, those in config/training_config.toml are overridden, and
+        nothing is looked up on the network.
         """
         ours = {
             "trigger_word": TRIGGER_WORD,
@@ -100,7 +102,7 @@ class World:
             "dataloader_num_workers": 1,
         }
         kept = {name: value for name, value in os.environ.items() if name not in setting_names()}
-        changed = {name.upper(): str(value) for name, value in (ours | settings).items()}
+        changed = {name.upper(): str(value) for name, value in (defaults() | ours | settings).items()}
         # Networks this small gain nothing from threads, which wait for each other many times longer on a busy machine.
         for_the_machine = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         return kept | for_the_machine | changed
@@ -108,8 +110,13 @@ class World:
 
 def setting_names() -> set[str]:
     """Every environment variable that the pipeline reads."""
-    sections = (ProjectSettings, CollectSettings, CaptionSettings, TrainSettings)
-    return {key.name.upper() for section in sections for key in all_keys(section)} | {"STRICT"}
+    return {key.name.upper() for section in SECTIONS for key in all_keys(section)} | {"STRICT"}
+
+
+def defaults() -> dict[str, str]:
+    """Every setting's default as a variable says it, but for those whose default is that they are not set."""
+    keys = [key for section in SECTIONS for key in all_keys(section) if key.default not in (None, "")]
+    return {key.name: "," if key.default == () else str(key.default) for key in keys}
 
 
 def workflow() -> dict[str, dict]:

@@ -181,6 +181,9 @@ def _fill(section, table, given, file, environment, flags, sources, complaints) 
             values[key.name] = _fill(hint, f"{table}.{key.name}", inner, file, environment, flags, sources, complaints)
             continue
         raw, source = _pick(key, given, file, environment, flags)
+        if source == "--set" and key.metadata["secret"]:
+            complaints.append(f"{key.name}: a secret stands in no command; set {key.name.upper()}")
+            continue
         sources[key.name] = source
         try:
             values[key.name] = checked(_value(raw, hint, source), key)

@@ -1,10 +1,12 @@
-"""What the tests share: the tiny SDXL, built once."""
+"""What all tests share: the order in which files are begun, how many at a time, and the tiny SDXL, built once."""
 
 import gc
 import os
 from pathlib import Path
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported; no test may reach the real hub
 
 from training.quick_imports import import_quickly
 

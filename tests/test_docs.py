@@ -115,7 +115,7 @@ def test_mounted_folders_are_ignored_by_git_but_for_their_marks(folder):
 
 def test_paths_that_readme_names_exist_or_are_made_by_a_run():
     in_other_folders = {"model_index.json", "metrics.jsonl", "training_config_resolved.toml", "models/loras"}
-    top = {name.split("/")[0] for name in git("ls-files").stdout.splitlines()} | {"benchmarks"}
+    top = {name.split("/")[0] for name in git("ls-files").stdout.splitlines()}
     quoted = set(re.findall(r"`([\w./-]+)`", README)) - in_other_folders
     with_folders = {name for name in quoted if "/" in name and name.split("/")[0] in top}
     without = {name for name in quoted if re.fullmatch(r"[\w-]+\.(md|json|jsonl|toml|yml|txt|sh|py)", name)}

@@ -17,8 +17,8 @@ from dataset_folder import read_json_lines, sha256_of
 from demo.__main__ import emptied
 from demo.standin_comfyui.pictures import scene
 from demo.standin_comfyui.server import StandIn
-from demo.world import PROMPTS, RUN_SH, TRIGGER_WORD, World
-from settings import REPOSITORY
+from demo.world import PROMPTS, RUN_SH, SECTIONS, TRIGGER_WORD, World
+from settings import REPOSITORY, TABLES, resolve
 from training.export import COMFYUI_MODULES
 
 PICTURES = len(PROMPTS)
@@ -148,6 +148,16 @@ def test_check_names_everything_that_is_wrong_with_every_stage(finished, comfyui
     for word in ("no-workflow.json", "no-face.png", "no-tagger", "no-base-model"):
         assert word in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_world_does_not_follow_what_a_user_wrote_into_the_settings_file(world, tmp_path):
+    mine = "[train.lora]\nlora_targets = 'attention'\n[train.processes]\nnum_processes = 2\n[caption]\ncaption_append = ['mine']\n"
+    (tmp_path / "mine.toml").write_text(mine)
+    resolved = resolve(
+        tmp_path / "mine.toml", world.environment("http://127.0.0.1:1"), [], dict(zip(TABLES, SECTIONS, strict=True))
+    )
+    assert {resolved.sources[key] for key in ("lora_targets", "num_processes", "caption_append")} == {"environment"}
+    assert resolved.sections["caption"].caption_append == ()
 
 
 def written(folder: Path, content: object) -> Path:

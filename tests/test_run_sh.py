@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -216,6 +217,14 @@ def test_a_python_that_is_not_there_or_lacks_packages_is_one_line(house, python)
     assert (done.returncode, house.stages_run()) == (2, [])
     assert done.stderr.startswith(f"run.sh: '{python}' is no Python that has torch")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_python_is_asked_for_every_package_that_requirements_name():
+    asked = re.search(r"^packages=\(([^)]*)\)", (REPOSITORY / "scripts" / "run.sh").read_text(), re.MULTILINE)[1].split()
+    module_of = {"pillow": "PIL", "websocket-client": "websocket"}
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    names = [line.partition("==")[0].lower() for line in lines if not line.startswith("#")]
+    assert asked == sorted({module_of.get(name, name.replace("-", "_")) for name in names} | {"numpy", "torch"})
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)])

@@ -88,6 +88,9 @@ def test_secret_comes_from_its_variable_only_and_is_shown_nowhere(tmp_path):
     with pytest.raises(SettingsError, match="WANDB_API_KEY") as refused:
         resolve(write(tmp_path, '[train.logging]\nwandb_api_key = "hush"\n'), {}, [], SECTIONS)
     assert "hush" not in str(refused.value)
+    with pytest.raises(SettingsError, match="set WANDB_API_KEY") as refused:
+        resolve(write(tmp_path, ""), {}, ["wandb_api_key=hush"], SECTIONS)
+    assert "hush" not in str(refused.value)
 
 
 def test_resolved_file_gives_the_same_settings_again(tmp_path):

@@ -49,20 +49,30 @@ def saves_images(node: dict[str, Any]) -> bool:
     return ("save" in name and "image" in name) or {"filename_prefix", "images"} <= node["inputs"].keys()
 
 
-def literal_seeds(graph: Graph) -> dict[InputRef, Any]:
-    """Every `seed` and `noise_seed` that stands in the graph as a value, whichever sampler or noise node has it."""
+def literal_seeds(graph: Graph) -> dict[InputRef, int]:
+    """Every `seed` and `noise_seed` of a sampler or noise node that stands in the graph as a number."""
+    return {place: seed for place, seed in _numbers_called_seed(graph).items() if _draws_noise(graph[place.node])}
+
+
+def _numbers_called_seed(graph: Graph) -> dict[InputRef, int]:
     return {
         InputRef(node_id, name): node["inputs"][name]
         for node_id, node in graph.items()
         for name in SEED_INPUTS
-        if name in node["inputs"] and not is_link(node["inputs"][name])
+        if type(node["inputs"].get(name)) is int
     }
 
 
-def seeds_behind(graph: Graph, node_id: str) -> dict[str, Any]:
-    """The literal seeds that the pictures of a node depend on, as {"node.input": seed}."""
+def _draws_noise(node: dict[str, Any]) -> bool:
+    """A sampler or noise node by its name, or by its inputs: detailers and upscalers sample, too."""
+    name = node["class_type"].lower()
+    return "sampler" in name or "noise" in name or bool({"sampler_name", "steps", "denoise"} & node["inputs"].keys())
+
+
+def seeds_behind(graph: Graph, node_id: str) -> dict[str, int]:
+    """The literal seeds of any node that the pictures of a node depend on, as {"node.input": seed}."""
     behind = set(_upstream(graph, node_id))
-    return {str(place): seed for place, seed in literal_seeds(graph).items() if place.node in behind}
+    return {str(place): seed for place, seed in _numbers_called_seed(graph).items() if place.node in behind}
 
 
 def text_behind(graph: Graph, node_id: str) -> str:

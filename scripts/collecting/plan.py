@@ -61,11 +61,11 @@ class Plan:
 
     def _seeds(self, entry: Entry | None) -> dict[InputRef, int | None]:
         """GLOBAL_SEED sets every literal seed; otherwise only what is mapped changes, or in full-workflow mode is asked for."""
-        literal = literal_seeds(self.workflow.graph)
+        literal, mapped = literal_seeds(self.workflow.graph), self.workflow.seed_input
         if self.global_seed is not None:
-            return dict.fromkeys(literal, self.global_seed)
-        if self.workflow.seed_input is not None:
-            return {self.workflow.seed_input: None if self.new_seeds or entry is None else entry.seed}
+            return dict.fromkeys([*literal, mapped] if mapped else literal, self.global_seed)
+        if mapped:
+            return {mapped: None if self.new_seeds or entry is None else entry.seed}
         return dict.fromkeys(literal) if self.new_seeds else {}
 
     def _content(self, entry: Entry | None, seeds: dict[InputRef, int | None]) -> str:
@@ -83,7 +83,8 @@ def read_plan(settings: CollectSettings, complaints: list[str]) -> Plan | None:
     face = _read_face(settings.face_reference, complaints)
     workflow = understand(graph, config, complaints) if graph is not None and config is not None else None
     entries = _entries(settings, workflow, complaints)
-    if workflow and (settings.new_seeds or settings.global_seed is not None) and not literal_seeds(workflow.graph):
+    wants_seeds = settings.new_seeds or settings.global_seed is not None
+    if workflow and wants_seeds and not workflow.seed_input and not literal_seeds(workflow.graph):
         complaints.append("workflow: it has no seed that GLOBAL_SEED or NEW_SEEDS could set; unset them")
     if workflow is None or len(complaints) > before:
         return None

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import hf_hub_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
 from errors import DISK_ERRNOS, ModelError
 from settings import REPOSITORY
@@ -60,8 +60,17 @@ def find_tokenizers(base: BaseModel, models_dir: Path) -> Path | None:
     return next((folder for folder in folders if all(vocabulary_size(folder / name) == words for name in TOKENIZERS)), None)
 
 
+def require_tokenizers_on_hub(models_dir: Path) -> None:
+    """One question to the hub; nothing is fetched. Raises ModelError like `fetch_tokenizers` when it could not be."""
+    try:
+        get_hf_file_metadata(hf_hub_url(SDXL, f"{TOKENIZERS[0]}/{_TOKENIZER_FILES[0]}"))
+    except _FETCH_ERRORS:
+        raise ModelError(_tokenizers_missing(models_dir)) from None
+
+
 def fetch_tokenizers(models_dir: Path) -> Path:
     """Fetch SDXL's tokenizers, 4 MB, into `models_dir`. Raises ModelError with the command that does the same."""
+    require_tokenizers_on_hub(models_dir)  # asks once; the downloads would ask for a minute
     folder = models_dir / _TOKENIZER_FOLDER
     print(f"fetching the tokenizers of {SDXL} into {folder}", flush=True)
     try:

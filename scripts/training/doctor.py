@@ -9,12 +9,12 @@ import torch
 from dataset_folder import DatasetFolder, find_images
 from errors import ResourceError, answer_all
 from sections import ProjectSettings
-from training.base_model import find_base
+from training.base_model import find_base, find_tokenizers, require_tokenizers_on_hub
 from training.config import TrainSettings
 from training.device import GIB, available_bytes, choose_precision
 from training.fitting import Room, room_for, with_batch
 from training.inputs import read_pictures
-from training.models import load_tokenizers
+from training.models import load_tokenizers, require_fitting
 from training.parts import BaseModel
 from training.plan import make_plan
 from training.results import require_room
@@ -33,7 +33,11 @@ def check(project: ProjectSettings, settings: TrainSettings, *, is_ahead: bool) 
 
     def base_model() -> str:
         base = find_base(settings.model.base_model, project.models_dir)
-        load_tokenizers(base, project.models_dir)
+        require_fitting(base)
+        if find_tokenizers(base, project.models_dir):
+            load_tokenizers(base, project.models_dir)
+        else:
+            require_tokenizers_on_hub(project.models_dir)
         found.append(base)
         return f"base model {base.path}, {base.schedule.prediction_type}"
 

@@ -142,10 +142,12 @@ def _settled(
     step, result = begun.step, begun.read()
     if result.diverged:
         raise _divergence(step, result, names, progress, saver)
-    progress = progress.after(step.number, result.loss)
-    report = {"epoch": step.epoch, "loss": result.loss, "loss_average": progress.loss_average, "lr": begun.rate}
-    metrics.log({**report, "gradient_norm": result.gradient_norm}, step.number)
-    described = f"epoch {step.epoch + 1}/{run.epochs} loss {progress.loss_average:.4f} lr {begun.rate:.2e}"
+    progress = progress.after(step.number, None if result.skipped else result.loss)
+    report = {"epoch": step.epoch, "lr": begun.rate}
+    if not result.skipped:
+        report |= {"loss": result.loss, "loss_average": progress.loss_average, "gradient_norm": result.gradient_norm}
+    metrics.log(report, step.number)
+    described = f"epoch {step.epoch + 1}/{run.epochs} loss {progress.shown_loss()} lr {begun.rate:.2e}"
     bar.set_postfix_str(described, refresh=False)
     bar.update(len(step.examples))
     return progress
@@ -156,7 +158,7 @@ def _end_of_epoch(
 ) -> tuple[Progress, str]:
     """Validate and save the LoRA if it is time; the progress after it, and the line that says how the epoch went."""
     epochs_done = run.epochs_done(progress.next_step)
-    line = f"epoch {epochs_done:>4}/{run.epochs}  step {step.number + 1:>6}/{len(run.order)}  loss {progress.loss_average:.4f}"
+    line = f"epoch {epochs_done:>4}/{run.epochs}  step {step.number + 1:>6}/{len(run.order)}  loss {progress.shown_loss()}"
     if held_out_loss and run.validates_between(step.epoch, epochs_done):
         loss = held_out_loss()
         progress = progress.validated(epochs_done, loss)

@@ -23,14 +23,20 @@ class Progress:
     next_step: int = 0
     """The optimizer step that comes next."""
     loss_average: float | None = None
-    """The running average of the loss."""
+    """The running average of the loss; None before the first one."""
     validations: tuple[Validation, ...] = ()
     """Every one so far, in order."""
 
-    def after(self, step: int, loss: float) -> "Progress":
-        """What it is when optimizer step `step` is taken."""
-        average = loss if self.loss_average is None else 0.98 * self.loss_average + 0.02 * loss
+    def after(self, step: int, loss: float | None) -> "Progress":
+        """What it is when optimizer step `step` is over; `loss` is None if it was skipped."""
+        average = self.loss_average
+        if loss is not None:
+            average = loss if average is None else 0.98 * average + 0.02 * loss
         return replace(self, next_step=step + 1, loss_average=average)
+
+    def shown_loss(self) -> str:
+        """The running average as a person reads it."""
+        return "-" if self.loss_average is None else f"{self.loss_average:.4f}"
 
     def validated(self, epochs: int, loss: float) -> "Progress":
         """What it is when the held-out loss after `epochs` epochs is known."""

@@ -45,8 +45,10 @@ class StepResult:
     """Weighted mean over the real samples of the step."""
     gradient_norm: float
     """Of all LoRA weights together, before clipping."""
-    diverged: bool
+    diverged: bool = False
     """Loss or gradient is not finite; the weights are those of the step before, and no later step moves them."""
+    skipped: bool = False
+    """They are not finite because the scale of fp16's loss was too large; no weight was moved, and the scale is lower now."""
 
 
 class TrainStep:
@@ -133,7 +135,7 @@ class TrainStep:
             loss, norm, is_broken = host.tolist()
             self.skipped = self.skipped + 1 if is_broken else 0
             may_skip = self.precision.scales_loss and self.skipped <= MAX_SKIPPED
-            return StepResult(loss, norm, diverged=bool(is_broken) and not may_skip)
+            return StepResult(loss, norm, diverged=bool(is_broken) and not may_skip, skipped=bool(is_broken) and may_skip)
 
         return read
 

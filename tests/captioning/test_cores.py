@@ -60,8 +60,9 @@ def test_only_cores_that_this_process_may_use_count(tmp_path, monkeypatch):
 
 
 def test_this_machine_has_an_answer():
-    assert set().union(*big_cores()) <= os.sched_getaffinity(0)
-    assert preparing_workers() >= 2
+    big = big_cores()
+    assert set().union(*big) < os.sched_getaffinity(0)  # none if all are equal
+    assert big or preparing_workers() == 2
 
 
 def on_big_and_small_cores(monkeypatch, folder: Path) -> list[int]:

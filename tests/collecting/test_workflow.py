@@ -193,8 +193,14 @@ def test_workflow_that_saves_nothing_is_refused(batch, mapping):
     assert "no node saves images" in refusals(batch, mapping)
 
 
-def test_literal_seeds_of_every_form_and_no_links():
-    seeds = literal_seeds(workflow("every_seed_form.json"))
+def test_literal_seeds_of_every_form_and_no_links_texts_or_seeds_of_other_nodes():
+    graph = workflow("every_seed_form.json")
+    graph["60"] = {"class_type": "FaceDetailer", "inputs": {"seed": 4, "steps": 20, "sampler_name": "euler", "image": ["9", 0]}}
+    graph["61"] = {"class_type": "WildcardEncode", "inputs": {"seed": 5, "text": "{a|b}"}}
+    graph["62"] = {"class_type": "KSampler", "inputs": {"seed": "%seed%", "steps": 2}}
+    graph["63"] = {"class_type": "RandomNoise", "inputs": {"noise_seed": True}}
+    seeds = literal_seeds(graph)
+    assert seeds.pop(InputRef("60", "seed")) == 4
     assert {str(place): seed for place, seed in seeds.items()} == {"3.seed": 1, "31.noise_seed": 2, "32.noise_seed": 3}
 
 

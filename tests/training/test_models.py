@@ -471,6 +471,7 @@ def test_tokenizers_of_a_file_are_fetched_once_into_models_dir(tiny_single_file,
         (local_dir / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tiny_sdxl / file, local_dir / file)
 
+    monkeypatch.setattr(base_model, "get_hf_file_metadata", lambda url: None)  # it is there
     monkeypatch.setattr(base_model, "hf_hub_download", from_the_hub)
     base = find_base(str(tiny_single_file), tmp_path)
     assert base_model.find_tokenizers(base, tmp_path) is None
@@ -481,11 +482,15 @@ def test_tokenizers_of_a_file_are_fetched_once_into_models_dir(tiny_single_file,
     assert "fetching the tokenizers" in capsys.readouterr().out
 
 
-def test_tokenizers_of_a_file_offline(tiny_single_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked", ["get_hf_file_metadata", "hf_hub_download"])
+def test_tokenizers_of_a_file_without_a_network(tiny_single_file, tmp_path, monkeypatch, asked):
+    """From the beginning, or from the first download on."""
+
     def unreachable(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(base_model, "hf_hub_download", unreachable)
+    monkeypatch.setattr(base_model, "get_hf_file_metadata", lambda url: None)
+    monkeypatch.setattr(base_model, asked, unreachable)
     with pytest.raises(ModelError) as caught:
         models.load_tokenizers(find_base(str(tiny_single_file), tmp_path), tmp_path)
     assert caught.value.exit_code == 5

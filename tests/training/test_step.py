@@ -256,3 +256,24 @@ def test_frozen_weights_stay_and_lora_weights_are_fp32(lora_unet):
     assert len(frozen) > len(lora.modules)
     assert all(torch.equal(weight, frozen[name]) for name, weight in unet.named_parameters() if name in frozen)
     assert not torch.equal(in_a_row(lora), before)
+
+
+def test_fp16_skips_steps_until_the_scale_of_the_loss_fits(plain_unet):
+    """No weight is moved by them, and no loss of theirs is reported for one."""
+    unet = copy.deepcopy(plain_unet).half()
+    lora = inject(unet, LoraSettings(lora_rank=4, lora_alpha=2.0), seed=7)
+    quicken(unet, lora.stacks, plain_ops)
+    wanted = Objective("epsilon", alphas_cumprod(PLAIN).float(), 5.0, 0.0357, SCALING)
+    optimizer = AdamW(lora.weights, OptimizerSettings())
+    step = TrainStep(unet, lora, optimizer, wanted, Precision(torch.device("cpu"), torch.float16), max_grad_norm=1.0)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    batch, before = batch_of([100, 700]), in_a_row(lora)
+    batch = replace(batch, hidden=batch.hidden.half(), pooled=batch.pooled.half())
+    results = []
+    while not results or results[-1].skipped:
+        assert torch.equal(in_a_row(lora), before)
+        results.append(step([batch], learning_rate=0.01))
+    assert len(results) > 1
+    assert not any(result.diverged for result in results)
+    assert math.isfinite(results[-1].gradient_norm)
+    assert not torch.equal(in_a_row(lora), before)

@@ -240,14 +240,22 @@ def test_wrong_flags(stage, flags):
     assert ended.stderr.startswith("train_lora: ")
 
 
-def test_a_base_that_is_no_sdxl(stage, tmp_path):
+def test_a_base_that_cannot_be_used(stage, tmp_path, tiny_sdxl, tiny_single_file):
     stage.add("astronaut")
     (tmp_path / "old.ckpt").write_bytes(b"PK\x03\x04" + bytes(100))
     (tmp_path / "empty").mkdir()
-    for base, word in ((tmp_path / "old.ckpt", "pickle"), (tmp_path / "empty", "model_index.json")):
-        ended = stage.run(BASE_MODEL=base)
-        assert ended.returncode == 5
-        assert word in ended.stderr
+    incomplete = shutil.copytree(tiny_sdxl, tmp_path / "incomplete")
+    shutil.rmtree(incomplete / "vae")
+    older = shutil.copytree(tiny_sdxl, tmp_path / "older")
+    config = json.loads((older / "unet" / "config.json").read_text())
+    (older / "unet" / "config.json").write_text(json.dumps(config | {"addition_embed_type": None, "cross_attention_dim": 768}))
+    shutil.copy(tiny_single_file, tmp_path / "without-tokenizers.safetensors")
+    bases = {"old.ckpt": "pickle", "empty": "model_index.json", "incomplete": "vae", "older": "unet"}
+    for base, word in (bases | {"without-tokenizers.safetensors": "hf download"}).items():
+        for flags in ([], ["--check"]):
+            ended = stage.run(*flags, BASE_MODEL=tmp_path / base)
+            assert (ended.returncode, list(stage.models.iterdir())) == (5, [])
+            assert word in ended.stderr
 
 
 def test_a_trigger_word_that_no_file_can_be_named_after_is_refused_with_the_settings(stage):
