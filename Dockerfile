@@ -1,4 +1,4 @@
-# LoRACat on NVIDIA's PyTorch image. Any base with torch, pip and NVIDIA's entrypoint will do.
+# LoRACat on NVIDIA's PyTorch image. Any base with torch, pip and bash will do.
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.01-py3
 FROM ${BASE_IMAGE}
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
@@ -28,4 +28,4 @@ RUN mkdir -p /app/dataset/images /app/output/lora /app/models; \
 WORKDIR /app
 # The base's Python, whatever .venv the mounted repository holds.
 ENV PYTHON=python3
-ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "/usr/local/bin/loracat"]
+ENTRYPOINT ["/usr/local/bin/loracat"]

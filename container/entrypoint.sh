@@ -3,6 +3,12 @@
 # Started with `user:` or `--user` it stays who it is.
 set -euo pipefail
 
+# NVIDIA's own entrypoint comes first: it prints its banner and looks for the driver. Other bases have none.
+base=/opt/nvidia/nvidia_entrypoint.sh
+if [[ ! ${LORACAT_ENTERED:-} && -x $base ]]; then
+    LORACAT_ENTERED=yes exec "$base" "$0" "$@"
+fi
+
 if ((EUID != 0)) && [[ ! -r /app/scripts/run.sh ]]; then
     echo "loracat: user $EUID may not read the folder that is /app here: on the host, chmod -R a+rX it, or take its owner" >&2
     exit 2

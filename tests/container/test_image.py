@@ -44,6 +44,11 @@ def test_pip_has_no_complaint_about_what_is_added(image):
     assert not [line for line in check.lower().splitlines() if line.split()[0] in ours]
 
 
+def test_a_base_without_nvidias_entrypoint_will_do(image):
+    said = docker("run", "--rm", "--volume", "/dev/null:/opt/nvidia/nvidia_entrypoint.sh", image, "--help")
+    assert said.startswith("Usage: run.sh")
+
+
 def test_adds_little(image):
     assert size_bytes(image) - size_bytes(BASE_IMAGE) < MOST_ADDED_BYTES
 
