@@ -20,8 +20,9 @@ class ProjectSettings:
     models_dir: Path = setting(Path("models"))
 
     def contradictions(self) -> Iterator[str]:
-        if not self.trigger_word or "," in self.trigger_word or self.trigger_word != " ".join(self.trigger_word.split()):
-            yield f"trigger_word: {self.trigger_word!r} must be one tag: not empty, without commas or stray spaces"
+        word = self.trigger_word
+        if not word or "," in word or word != " ".join(word.split()) or not word.isprintable():
+            yield f"trigger_word: {word!r} must be one tag: not empty, without commas, control characters or stray spaces"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+_IS_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+"""Bytes of a variable that are not UTF-8 arrive as surrogates."""
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -56,7 +58,7 @@ def _converter(option: Any, base: Path) -> tuple[Callable[[Any, bool], Any], str
         bool: (_as_bool, "true or false"),
         int: (_as_int, "a whole number"),
         float: (_as_float, "a number"),
-        str: (lambda raw, _: raw if isinstance(raw, str) else None, "text"),
+        str: (lambda raw, _: raw if isinstance(raw, str) and not _IS_NO_TEXT.search(raw) else None, "text, in UTF-8"),
         Path: (lambda raw, _: absolute(Path(raw), base) if isinstance(raw, str) and raw and "\0" not in raw else None, "a path"),
     }
     return converters[option]
@@ -82,15 +84,15 @@ def _as_float(raw: Any, is_text: bool) -> float | None:
         return None
     try:
         number = float(raw)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 
 
 def _as_list(raw: Any, is_text: bool) -> tuple[str, ...] | None:
-    if is_text:
-        return tuple(word.strip() for word in raw.split(",") if word.strip())
-    return tuple(raw) if isinstance(raw, list) and all(isinstance(word, str) for word in raw) else None
+    words = [word.strip() for word in raw.split(",") if word.strip()] if is_text else raw
+    are_words = isinstance(words, list) and all(isinstance(word, str) and word.strip() and word.isprintable() for word in words)
+    return tuple(words) if are_words else None
 
 
 def absolute(path: Path, base: Path) -> Path:

@@ -146,10 +146,10 @@ def resolved_toml(sections: dict[str, Any]) -> str:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise SettingsError(f"{file}: there is no such settings file; name another with --config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"{file}: not valid TOML: {error}") from None
     except OSError as error:
         raise SettingsError(f"{file}: cannot be read as a settings file: {error.strerror}") from None
@@ -217,7 +217,10 @@ def _value(raw: Any, hint: Any, source: str) -> Any:
     if source == "default":
         return absolute(raw, REPOSITORY) if isinstance(raw, Path) else raw
     is_text = source in ("environment", "--set")
-    return converted(raw, hint, Path.cwd() if is_text else REPOSITORY, is_text=is_text)
+    try:
+        return converted(raw, hint, Path.cwd() if is_text else REPOSITORY, is_text=is_text)
+    except FileNotFoundError:
+        raise SettingsError("the current folder is gone: cd into one that is there") from None
 
 
 def _flat_values(section: Any) -> Iterator[tuple[str, Any, bool]]:

@@ -105,6 +105,6 @@ if __name__ == "__main__":
         code = exit_code_of(STAGE, lambda: main(sys.argv[1:]))
     except SystemExit as asked:
         code = asked.code or 0
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # either may have been closed before the start
+        stream.flush()
     os._exit(code)  # everything is on the disk; to take torch down in good order would last a second

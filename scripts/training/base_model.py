@@ -1,5 +1,6 @@
 """Find the base model and its tokenizers, and say everything that is wrong with them; headers and JSON only."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
+from dataset_folder import sha256_of
 from errors import DISK_ERRNOS, ModelError
 from settings import REPOSITORY
 from training.diffusers_folder import TOKENIZERS, read_folder, vocabulary_size
@@ -58,6 +60,17 @@ def find_tokenizers(base: BaseModel, models_dir: Path) -> Path | None:
     words = base.parts["text_encoder"].config["vocab_size"]
     folders = sorted(child for child in models_dir.iterdir() if child.is_dir()) if models_dir.is_dir() else []
     return next((folder for folder in folders if all(vocabulary_size(folder / name) == words for name in TOKENIZERS)), None)
+
+
+def tokenizers_of(base: BaseModel, models_dir: Path) -> Path:
+    """The same folder; for a single file they are fetched once if none is there."""
+    return find_tokenizers(base, models_dir) or fetch_tokenizers(models_dir)
+
+
+def tokenizers_digest(folder: Path) -> str:
+    """SHA-256 of the files that decide which tokens a caption becomes."""
+    files = [folder / name / file for name in TOKENIZERS for file in (*_TOKENIZER_FILES, "tokenizer.json")]
+    return hashlib.sha256("".join(sha256_of(file) if file.is_file() else "-" for file in files).encode()).hexdigest()
 
 
 def require_tokenizers_on_hub(models_dir: Path) -> None:

@@ -25,6 +25,8 @@ from training.tensor_files import write_tensors
 
 FORMAT = 2
 """Part of every key: to be raised when the encoding changes."""
+TENSORS = {"latents": {"mean", "log_variance"}, "text": {"hidden", "pooled"}}
+"""What a file in each folder holds."""
 _WRITERS = 2
 """Threads that wait for the disk, and on a GPU for the answer."""
 
@@ -49,11 +51,13 @@ class Cache:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a cache file is there and its header fits its size."""
+    """Whether a cache file is there, its header fits its size, and it holds what is kept in its folder."""
+    if not path.is_file():
+        return False
     try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (FileNotFoundError, SafetensorError):
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys()) == TENSORS[path.parent.name]
+    except SafetensorError:
         return False
 
 

@@ -131,7 +131,7 @@ def newest(folder: Path, at_most: int | None = None) -> Saved | None:
             continue
         try:
             return _read(path)
-        except (FileNotFoundError, ModelError, ValueError, TypeError, KeyError, AttributeError):
+        except (FileNotFoundError, ModelError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             print(f"the saved state {path} is damaged and passed over", flush=True)
     return None
 

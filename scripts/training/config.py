@@ -1,5 +1,6 @@
 """The training settings as types: `[train]` and the tables inside it. Standard library and `setting_values` only."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -54,8 +55,8 @@ class LoraSettings:
     """`[train.lora]`: the adapter."""
 
     lora_rank: int = setting(32, at_least=1, at_most=1024)
-    lora_alpha: float = setting(32.0, above=0)
-    """The adapter is scaled by alpha / rank."""
+    lora_alpha: float = setting(32.0, at_least=0.001, at_most=60000)
+    """The adapter is scaled by alpha / rank. The file holds it in fp16."""
     lora_targets: Literal["all", "attention"] = setting("all")
 
 
@@ -147,8 +148,11 @@ class SavingSettings:
     """Begin anew and lay the saved state aside."""
 
     def contradictions(self) -> Iterator[str]:
-        if any(mark in self.output_name for mark in '/\\:*?"<>|\0') or self.output_name.startswith("."):
-            yield f"output_name: {self.output_name!r} must be a plain file name, without folders"
+        name = self.output_name
+        if any(mark in name for mark in '/\\:*?"<>|\0') or name.startswith(".") or name != name.strip() or not name.isprintable():
+            yield f"output_name: {name!r} must be a plain file name, without folders"
+        if re.search(r"(-best|-\d{6}|\.safetensors)$", name):
+            yield f"output_name: {name!r} must not end as the files do that a run saves on its way"
 
 
 @dataclass(frozen=True)

@@ -64,12 +64,20 @@ def read_examples(folder: Path, workers: int, left_out: Collection[str] = ()) ->
         )
     with ThreadPoolExecutor(max(1, workers)) as pool:
         read = list(pool.map(lambda image: _read(image, folder), images))
-    complaints = [complaint for example, complaints in read for complaint in complaints]
+    complaints = [complaint for example, complaints in read for complaint in complaints] + _shared_captions(images, folder)
     if complaints:
         bad = sum(example is None for example, _ in read)
         title = f"{folder}: {bad} of the {len(images)} pictures cannot be trained on:"
         raise DataError(one_list(title, complaints))
     return [example for example, _ in read]
+
+
+def _shared_captions(images: list[ImageFile], folder: Path) -> list[str]:
+    """Pictures with the same stem would share one caption."""
+    owners: dict[Path, str] = {}
+    names = [(image.caption_path, image.path.relative_to(folder).as_posix()) for image in images]
+    first = [(name, owners.setdefault(caption, name)) for caption, name in names]
+    return [f"{name}: would share its caption with {owner}; rename one of the two" for name, owner in first if owner != name]
 
 
 def unused_entries(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from training.schedule import Schedule
 from training.weights import WeightsFile, read_header
 
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+_WORDS_WITHOUT_MERGE = 2 * 256 + 2
+"""Of CLIP's vocabulary: each byte, each byte that ends a word, and the two special tokens."""
 _SDXL_UNET = {
     "in_channels": 4,
     "out_channels": 4,
@@ -42,7 +45,7 @@ def read_folder(folder: Path) -> BaseModel:
         f"{name}/: a tokenizer's files are missing or damaged" for name in TOKENIZERS if not vocabulary_size(folder / name)
     ]
     if not complaints:
-        complaints += _disagreements(configs)
+        complaints += [*_odd_numbers(scheduler, configs["vae"]), *_disagreements(configs)]
     if complaints:
         raise ModelError(one_list(f"{folder}: this base model cannot be used:", complaints))
     return BaseModel(folder, parts, _schedule(scheduler))
@@ -56,7 +59,9 @@ def vocabulary_size(folder: Path) -> int:
     try:
         json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
+            words = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
+            merges = sum(bool(line.strip()) for line in (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:])
+            return words if merges >= words - _WORDS_WITHOUT_MERGE else 0
         return len(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return 0
@@ -107,6 +112,21 @@ def _another_noise(scheduler: dict[str, Any], vae: dict[str, Any]) -> str | None
     return None
 
 
+def _odd_numbers(scheduler: dict[str, Any], vae: dict[str, Any]) -> Iterator[str]:
+    """Numbers that training computes with and that are none."""
+    if not (_is_number(vae.get("scaling_factor")) and vae["scaling_factor"] > 0):
+        yield "vae/config.json: scaling_factor must be a number above 0; SDXL's is 0.13025"
+    if type(scheduler.get("num_train_timesteps", 1)) is not int or scheduler.get("num_train_timesteps", 1) < 1:
+        yield "scheduler/scheduler_config.json: num_train_timesteps must be a whole number above 0; SDXL's is 1000"
+    for name in ("beta_start", "beta_end"):
+        if not (_is_number(scheduler.get(name, 0.5)) and 0 < scheduler.get(name, 0.5) < 1):
+            yield f"scheduler/scheduler_config.json: {name} must be a number between 0 and 1"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _schedule(scheduler: dict[str, Any]) -> Schedule:
     usual = Schedule()
     return Schedule(
@@ -144,7 +164,8 @@ def _weight_paths(folder: Path, complaints: list[str]) -> list[Path]:
     first = min(found, key=_preference)
     if first.suffix == ".safetensors":
         return [first]
-    shards = {str(shard) for shard in _read_json(first, complaints).get("weight_map", {}).values()}
+    weight_map = _read_json(first, complaints).get("weight_map")
+    shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else set()
     if not shards:
         complaints.append(f"{folder.name}/{first.name} names no files")
     return [folder / Path(shard).name for shard in sorted(shards)]
@@ -156,6 +177,10 @@ def _preference(path: Path) -> tuple:
 
 
 def _disagreements(configs: dict[str, dict[str, Any]]) -> list[str]:
-    widths = [configs[name].get("hidden_size", 0) for name in ("text_encoder", "text_encoder_2")]
+    widths = [configs[name].get("hidden_size") for name in ("text_encoder", "text_encoder_2")]
     context = configs["unet"].get("cross_attention_dim")
-    return [] if context == sum(widths) else [f"the UNet wants text embeddings of {context} channels, the encoders give {widths}"]
+    return (
+        []
+        if all(map(_is_number, widths)) and context == sum(widths)
+        else [f"the UNet wants text embeddings of {context} channels, the encoders give {widths}"]
+    )

@@ -34,8 +34,9 @@ def compute_digests(base: BaseModel, folder: Path) -> None:
 
 def _remembered(folder: Path) -> dict[str, str]:
     """Key of a part -> its digest; what cannot be read is forgotten."""
-    with suppress(FileNotFoundError, ValueError, TypeError):
-        return dict(json.loads((folder / DIGESTS).read_text(encoding="utf-8")))
+    with suppress(FileNotFoundError, ValueError, AttributeError):
+        known = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+        return {key: digest for key, digest in known.items() if isinstance(digest, str)}
     return {}
 
 

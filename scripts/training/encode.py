@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from prefetch import coming
+from training.base_model import tokenizers_digest, tokenizers_of
 from training.batches import CachedExample
 from training.cache import Cache, encode_captions, encode_pictures, is_whole
 from training.config import DataSettings
@@ -81,6 +82,7 @@ class Encoding:
     def wanted_captions(self, captions: Sequence[list[str]], chunks: int) -> Wanted:
         """Where the embeddings of each caption lie; a caption is a list of variants."""
         digest = "".join(base_digest(self.base, self.cache.folder, part) for part in ("text_encoder", "text_encoder_2"))
+        digest += tokenizers_digest(tokenizers_of(self.base, self.models_dir))
         return Wanted.of([(self.cache.caption(variants, chunks, self.dtype, digest), variants) for variants in captions])
 
     def encode_pictures(self, wanted: Wanted, workers: int, bar: tqdm) -> None:

@@ -25,7 +25,8 @@ class MetricsFile:
     """`metrics.jsonl`: one JSON object per optimizer step. A run that continues drops the lines it is about to repeat."""
 
     def __init__(self, path: Path, next_step: int):
-        kept = [line for line in read_json_lines(path) if line.get("step", next_step) < next_step]
+        lines = read_json_lines(path)
+        kept = [line for line in lines if isinstance(line.get("step"), int) and line["step"] < next_step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._path, self._file = path, path.open("a", encoding="utf-8")
 

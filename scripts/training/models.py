@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from errors import ModelError, one_list
 from prefetch import prefetched
-from training.base_model import fetch_tokenizers, find_tokenizers
+from training.base_model import tokenizers_of
 from training.diffusers_folder import TOKENIZERS
 from training.networks import (
     AutoencoderKL,
@@ -59,7 +59,7 @@ def load_unet(base: BaseModel, device: torch.device, dtype: torch.dtype) -> UNet
 
 def load_tokenizers(base: BaseModel, models_dir: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
     """The tokenizers of the two text encoders. For a single file they are fetched once if no folder in `models_dir` has them."""
-    folder = find_tokenizers(base, models_dir) or fetch_tokenizers(models_dir)
+    folder = tokenizers_of(base, models_dir)
     first, second = (CLIPTokenizer.from_pretrained(folder / name, local_files_only=True) for name in TOKENIZERS)
     return first, second
 
@@ -82,9 +82,12 @@ def _loaded(part: Part, device: torch.device, dtype: torch.dtype) -> torch.nn.Mo
 
 
 def _without_weights(part: Part) -> torch.nn.Module:
-    """The network with shapes in the place of weights."""
-    with shapes_only():
-        return _NETWORKS[part.name](part.config)
+    """The network with shapes in the place of weights. Raises ModelError if its configuration makes none."""
+    try:
+        with shapes_only():
+            return _NETWORKS[part.name](part.config)
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
+        raise ModelError(f"{part.name}/config.json: no network can be made of it ({error})") from None
 
 
 def _shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:

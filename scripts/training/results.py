@@ -86,7 +86,7 @@ class Results:
 
     def is_finished(self, fingerprint: str) -> bool:
         """Whether the LoRA of exactly this run is there."""
-        return self.lora.exists() and read_fingerprint(self.lora) == fingerprint
+        return self.lora.is_file() and read_fingerprint(self.lora) == fingerprint
 
     def archive_lora(self) -> None:
         """Before a finished run is lengthened: the LoRA it ended with, and its best one, go to `archive/`."""
@@ -118,8 +118,10 @@ class Results:
         return sorted(self.folder.iterdir()) if self.folder.is_dir() else []
 
     def _owner_of_shared_files(self) -> str:
-        with suppress(FileNotFoundError, tomllib.TOMLDecodeError, KeyError, UnicodeDecodeError):
-            return tomllib.loads(self.resolved.read_text(encoding="utf-8"))["train"]["saving"]["output_name"]
+        """The name in them; this run's if they are damaged."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            name = tomllib.loads(self.resolved.read_text(encoding="utf-8"))["train"]["saving"]["output_name"]
+            return name if Path(name).name == name else self.name
         return self.name
 
     @staticmethod

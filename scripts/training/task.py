@@ -11,6 +11,7 @@ from errors import DataError, ResourceError, SettingsError
 from sections import ProjectSettings
 from settings import resolved_toml
 from training import checkpoint
+from training.base_model import tokenizers_digest, tokenizers_of
 from training.cache import Cache
 from training.checkpoint import Identity, Saved
 from training.config import TrainSettings
@@ -97,6 +98,7 @@ def decide(processes: Processes, project: ProjectSettings, settings: TrainSettin
     print(f"training on {describe(precision)}, gradient checkpointing {switch}", flush=True)
     cache = Cache(cache_folder(project.output_dir))
     digests = [base_digest(base, cache.folder, part) for part in base.parts]
+    digests.append(tokenizers_digest(tokenizers_of(base, project.models_dir)))
     print(plan.announcement(), flush=True)
     values = fingerprint(plan, settings, project.trigger_word, digests)
     if saved:

@@ -184,7 +184,7 @@ def test_latents_that_are_not_finite_name_their_picture(stage, examples):
     def broken(pixels):
         return torch.full((1, 4, 2, 2), float("nan")), torch.zeros(1, 4, 2, 2)
 
-    path = stage.output / "latents.safetensors"
+    path = stage.output / "latents" / "a.safetensors"
     with pytest.raises(DataError, match=r"coffee\.webp: the VAE answers with NaN") as refused:
         list(encode_pictures([(path, examples["coffee"], placed(examples["coffee"]))], broken, workers=1))
     assert refused.value.exit_code == 3
@@ -195,7 +195,7 @@ def test_latents_that_are_not_finite_name_their_picture(stage, examples):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embeddings_are_read_back_one_variant_at_a_time(tmp_path, dtype):
     hidden, pooled = torch.randn(3, 77, 8), torch.randn(3, 5)
-    path = tmp_path / "caption.safetensors"
+    path = tmp_path / "text" / "caption.safetensors"
     assert not is_whole(path)
     assert list(encode_captions([(path, ["a", "b", "c"])], lambda texts: (hidden, pooled), dtype, workers=1)) == [path]
     assert is_whole(path)
