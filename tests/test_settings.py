@@ -1,5 +1,6 @@
 """TOML < environment < flags, typed, and refused all at once."""
 
+import os
 import tomllib
 from pathlib import Path
 
@@ -79,6 +80,42 @@ def test_home_of_somebody_unknown_and_a_path_that_no_system_takes_are_refused(tm
         resolve(file, {"DATASET_DIR": "~nobody-has-this-name/pictures"}, [], SECTIONS)
     assert "dataset_dir (environment): '~nobody-has-this-name/pictures' begins with the home of a user" in str(refused.value)
     assert "models_dir (settings.toml): 'a\\x00b' must be a path" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (f"[train.optimizer]\nlearning_rate = 1{400 * '0'}\n", "learning_rate .*must be a number"),
+        ("a = " + 3000 * "[", "not valid TOML"),
+        (f"a = {5001 * '9'}\n", "not valid TOML"),
+        ('[project]\ntrigger_word = "a\\u0000b"\n', "trigger_word .*must be text"),
+        ('[project]\ntrigger_word = "a\\tb"\n', "control characters"),
+        ('[caption]\ncaption_append = ["a\\nb"]\n', "caption_append .*must be a list of words"),
+        ('[caption]\ncaption_append = ["a", ""]\n', "caption_append .*must be a list of words"),
+    ],
+)
+def test_values_that_nothing_could_hold_are_refused(tmp_path, text, complaint):
+    with pytest.raises(SettingsError, match=complaint):
+        resolve(write(tmp_path, text), {}, [], SECTIONS)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match=r"trigger_word .*must be text, in UTF-8"):
+        resolve(write(tmp_path, ""), {"TRIGGER_WORD": os.fsdecode(b"\xff\xfe")}, [], SECTIONS)
+
+
+def test_a_mark_at_the_beginning_of_the_file_is_passed_over(tmp_path):
+    (tmp_path / "settings.toml").write_text("[train.lora]\nlora_rank = 8\n", encoding="utf-8-sig")
+    assert resolve(tmp_path / "settings.toml", {}, [], SECTIONS).sections["train"].lora.lora_rank == 8
+
+
+def test_a_current_folder_that_is_gone_is_said(tmp_path, monkeypatch):
+    file, gone = write(tmp_path, ""), tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(SettingsError, match="the current folder is gone"):
+        resolve(file, {"OUTPUT_DIR": "here"}, [], SECTIONS)
 
 
 def test_secret_comes_from_its_variable_only_and_is_shown_nowhere(tmp_path):

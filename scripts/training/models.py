@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
 from errors import ModelError, one_list
@@ -29,6 +30,8 @@ _NETWORKS = {
     "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
     "text_encoder_2": lambda config: CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config)),
 }
+_CONFIG_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
+"""What diffusers, transformers and torch raise for numbers that do not belong together."""
 _READERS = 4
 """Threads: one alone does not fill the bus to a GPU."""
 _SHOWN = 5
@@ -86,8 +89,8 @@ def _without_weights(part: Part) -> torch.nn.Module:
     try:
         with shapes_only():
             return _NETWORKS[part.name](part.config)
-    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"{part.name}/config.json: no network can be made of it ({error})") from None
+    except _CONFIG_ERRORS as error:
+        raise ModelError(f"{part.name}/config.json: no network can be made of it ({' '.join(str(error).split())})") from None
 
 
 def _shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:

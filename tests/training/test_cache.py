@@ -1,6 +1,7 @@
 """Real photographs through buckets into the cache: exact pixels, and values that depend on nothing but their own key."""
 
 import itertools
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -203,3 +204,15 @@ def test_embeddings_are_read_back_one_variant_at_a_time(tmp_path, dtype):
         ours = read_embedding(path, variant)
         assert torch.equal(ours[0], hidden[variant].to(dtype))
         assert torch.equal(ours[1], pooled[variant].to(dtype))
+
+
+def test_a_file_of_the_other_kind_or_a_folder_is_not_whole(tmp_path):
+    text, latents = tmp_path / "text" / "a.safetensors", tmp_path / "latents" / "a.safetensors"
+    list(encode_captions([(text, ["a"])], lambda texts: (torch.zeros(1, 77, 8), torch.zeros(1, 5)), torch.float32, workers=0))
+    latents.parent.mkdir()
+    shutil.copy(text, latents)
+    assert is_whole(text)
+    assert not is_whole(latents)
+    latents.unlink()
+    latents.mkdir()
+    assert not is_whole(latents)

@@ -81,6 +81,7 @@ def damage(stage) -> int:
     stage.add("rocket", "animation.png", format="GIF")
     stage.photographs["astronaut"].resize((255, 400)).save(stage.images / "small.png")
     (stage.images / "small.txt").write_text("sks")
+    stage.add("coffee", "good.jpg")
     both = stage.add("chelsea", "5_cats/both.png", caption=None)
     both.write_bytes(both.read_bytes()[:5000])
     return 9
@@ -95,6 +96,7 @@ COMPLAINTS = (
     "empty.webp: is not a PNG, JPEG, WebP or BMP picture; replace or remove it",
     "animation.png: is not a PNG, JPEG, WebP or BMP picture; replace or remove it",
     "small.png: 255x400 is too small; the shorter side must have at least 256 px",
+    "good.png: would share its caption with good.jpg; rename one of the two",
     "5_cats/both.png: has no caption both.txt; run the caption stage",
     "5_cats/both.png: cannot be decoded: ",
 )
@@ -105,7 +107,7 @@ def test_everything_wrong_is_one_list(stage):
     with pytest.raises(DataError) as refused:
         read_examples(stage.images, workers=2)
     title, *lines = str(refused.value).splitlines()
-    assert title == f"{stage.images}: {bad} of the 10 pictures cannot be trained on:"
+    assert title == f"{stage.images}: {bad} of the 11 pictures cannot be trained on:"
     assert len(lines) == len(COMPLAINTS)
     for complaint in COMPLAINTS:
         assert any(line.startswith(f"  - {complaint}") for line in lines), complaint
@@ -115,7 +117,7 @@ def test_the_stage_ends_with_that_list_and_writes_nothing(stage):
     damage(stage)
     ended = stage.run()
     assert ended.returncode == 3
-    assert ended.stderr.startswith(f"train_lora: {stage.images}: 9 of the 10 pictures cannot be trained on:\n")
+    assert ended.stderr.startswith(f"train_lora: {stage.images}: 9 of the 11 pictures cannot be trained on:\n")
     assert all(complaint in ended.stderr for complaint in COMPLAINTS)
     assert set(stage.files()) <= {"state/.lock"}
 

@@ -1,5 +1,6 @@
 """When a base model is hashed, and when its digests are remembered."""
 
+import json
 import shutil
 
 from training import digests
@@ -31,7 +32,10 @@ def test_a_digest_is_remembered_until_its_file_changes(stage, tiny_sdxl, tmp_pat
     file.write_bytes(content)
     changed = digest_now()
     assert changed != first
-    for damage in ("{ half a", "[1, 2]", "[]", "null"):
+    for damage in ("{ half a", "[1, 2]", "[]", "null", "5"):
         (kept / digests.DIGESTS).write_text(damage)
         assert digest_now() == changed
-    assert len(computed) == 9
+    remembered = json.loads((kept / digests.DIGESTS).read_text())
+    (kept / digests.DIGESTS).write_text(json.dumps(dict.fromkeys(remembered, 5)))
+    assert digest_now() == changed
+    assert len(computed) == 11

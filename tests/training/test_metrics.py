@@ -33,6 +33,7 @@ def test_one_line_per_step(told, tmp_path):
 def test_a_run_that_continues_drops_what_it_repeats(told, tmp_path):
     told([0, 1, 2, 3])
     with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": "x"}\n{"no": "step"}\n')  # what nobody wrote
         file.write('{"step": 4, "lo')  # what a kill left
     assert [line["step"] for line in told([2, 3, 4], next_step=2)] == [0, 1, 2, 3, 4]
 

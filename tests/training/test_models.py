@@ -514,3 +514,55 @@ def test_demo_is_reproducible_and_small(tmp_path, tiny_sdxl):
     assert not torch.equal(
         other["quant_conv.weight"], load_file(again / "vae" / "diffusion_pytorch_model.safetensors")["quant_conv.weight"]
     )
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "complaint"),
+    [
+        ("vae/config.json", {"scaling_factor": None}, "scaling_factor must be a number above 0; SDXL's is 0.13025"),
+        ("vae/config.json", {"scaling_factor": "x"}, "scaling_factor must be a number"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": None}, "num_train_timesteps must be a whole number"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "num_train_timesteps must be a whole number"),
+        ("scheduler/scheduler_config.json", {"beta_start": "x"}, "beta_start must be a number between 0 and 1"),
+        ("scheduler/scheduler_config.json", {"beta_end": -1.0}, "beta_end must be a number between 0 and 1"),
+        (
+            "text_encoder/config.json",
+            {"hidden_size": "32"},
+            "96 channels, the encoders give ['32', 64]",
+        ),
+    ],
+)
+def test_numbers_that_are_none_are_named(folder, file, changes, complaint):
+    change_json(folder / file, **changes)
+    assert complaint in refusal(folder, folder.parent)
+
+
+def test_an_index_that_is_a_list_names_no_files(folder):
+    stem = STEMS["unet"]
+    (folder / "unet" / f"{stem}.safetensors").unlink()
+    (folder / "unet" / f"{stem}.safetensors.index.json").write_text('{"weight_map": [1]}')
+    assert f"unet/{stem}.safetensors.index.json names no files" in refusal(folder, folder.parent)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [("unet", {"attention_head_dim": 7}), ("vae", {"block_out_channels": [1]}), ("text_encoder", {"num_attention_heads": 7})],
+)
+def test_a_configuration_that_makes_no_network_is_named_before_any_weight_is_read(folder, part, changes):
+    change_json(folder / part / "config.json", **changes)
+    with pytest.raises(ModelError, match=part):
+        models.require_fitting(find_base(str(folder), folder.parent))
+
+
+def test_a_tokenizer_without_its_merges_is_damaged(folder):
+    merges = folder / "tokenizer" / "merges.txt"
+    merges.write_text("".join(line + "\n" for line in merges.read_text().splitlines()[:-1]))
+    assert "tokenizer/: a tokenizer's files are missing or damaged" in refusal(folder, folder.parent)
+
+
+def test_digest_of_tokenizers_follows_what_decides_the_tokens(folder):
+    before = base_model.tokenizers_digest(folder)
+    assert base_model.tokenizers_digest(folder) == before
+    merges = folder / "tokenizer_2" / "merges.txt"
+    merges.write_text(merges.read_text().replace("s m\n", "m s\n"))
+    assert base_model.tokenizers_digest(folder) != before
