@@ -116,6 +116,15 @@ def test_headers_that_cannot_be_sent_are_a_wrong_setting_and_not_shown(batch, co
     assert "hush" not in result.err
 
 
+@pytest.mark.parametrize("name", ["Content-Length", "transfer-encoding", "CONTENT-TYPE", "Host", "Connection"])
+def test_header_that_each_request_sets_itself_is_refused(batch, standin, collect, name):
+    result = collect(COMFYUI_HEADERS=json.dumps({"X-Token": TOKEN, name: "5"}))
+    assert result.code == 2
+    assert f"comfyui_headers: {name} is set by each request itself; leave it out" in result.err
+    assert TOKEN not in result.err
+    assert standin.requests == []
+
+
 @pytest.mark.parametrize(
     ("flags", "variables", "code"),
     [
