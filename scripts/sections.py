@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from setting_values import setting, without_logins
 
+_FRAMING_HEADERS = ("content-length", "transfer-encoding", "content-type", "host", "connection")
+
 
 @dataclass(frozen=True)
 class ProjectSettings:
@@ -53,6 +55,9 @@ class CollectSettings:
             yield f"comfyui_endpoint: {without_logins(self.comfyui_endpoint)!r} must begin with http:// or https://"
         if self.comfyui_headers and not _are_headers(self.comfyui_headers):
             yield 'comfyui_headers: must be a JSON object of texts such as {"Authorization": "Bearer ..."}'
+        elif self.comfyui_headers:
+            for name in _framing_headers(self.comfyui_headers):
+                yield f"comfyui_headers: {name} is set by each request itself; leave it out"
         if self.new_seeds and self.global_seed is not None:
             yield "new_seeds and global_seed contradict each other: unset one of them"
 
@@ -95,6 +100,11 @@ def _are_headers(text: str) -> bool:
         return False
     pairs = content.items() if isinstance(content, dict) else [("", None)]
     return all(re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) and _is_header_value(value) for name, value in pairs)
+
+
+def _framing_headers(text: str) -> list[str]:
+    """The names in an object of headers that say how a request is sent; a wrong Content-Length lets the server wait for ever."""
+    return [name for name in json.loads(text) if name.lower() in _FRAMING_HEADERS]
 
 
 def _is_header_value(value: Any) -> bool:

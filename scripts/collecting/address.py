@@ -36,6 +36,10 @@ def addresses(endpoint: str, headers: str | None = None, ca_bundle: Path | None 
 
 def _address(url: str, headers: dict[str, str], ca_bundle: Path | None) -> Address:
     parts = _split(url)
+    if not _can_be_looked_up(parts.hostname):
+        raise SettingsError(
+            f"comfyui_endpoint: {without_secrets(url)}: between the dots of a host name stand 1 to 63 characters; {_REMEDY}"
+        )
     if parts.query or parts.fragment:
         raise SettingsError(
             f"comfyui_endpoint: {without_secrets(url)} must end with the path, without ? and #; a token goes into COMFYUI_HEADERS"
@@ -45,6 +49,14 @@ def _address(url: str, headers: dict[str, str], ca_bundle: Path | None) -> Addre
         pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         login["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
     return Address(without_secrets(url), login | headers, ca_bundle)
+
+
+def _can_be_looked_up(host: str) -> bool:
+    """Whether no label of `host` is empty or too long (RFC 1035, 2.3.4): urllib3 raises over others what requests does not wrap."""
+    try:
+        return bool(host.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def without_secrets(url: str) -> str:

@@ -82,13 +82,11 @@ class PictureStore:
     def __init__(self, folder: DatasetFolder):
         self._folder = folder
         remove_leftovers(folder.images)
-        self._listed = {line["sha256"]: line for line in read_json_lines(folder.manifest) if isinstance(line.get("sha256"), str)}
+        self._listed = {line["sha256"]: line for line in read_json_lines(folder.manifest) if _names_a_picture(line)}
 
     def missing(self) -> int:
         """How many pictures of the manifest do not lie in the folder any more."""
-        return sum(
-            not (self._folder.root / line["file"]).exists() for line in self._listed.values() if isinstance(line.get("file"), str)
-        )
+        return sum(not (self._folder.root / line["file"]).exists() for line in self._listed.values())
 
     def line_for(self, picture: Picture, prefix: str, about: dict[str, Any]) -> dict[str, Any]:
         """The manifest line that `picture` will have; `about` is what the collector knows of it."""
@@ -122,9 +120,14 @@ class PictureStore:
     @cached_property
     def _unlisted(self) -> dict[str, Path]:
         """SHA-256 -> file, for the pictures that have no line in the manifest."""
-        listed = {line.get("file") for line in self._listed.values()}
+        listed = {line["file"] for line in self._listed.values()}
         paths = (image.path for image in find_images(self._folder.images))
         return {sha256_of(path): path for path in paths if path.relative_to(self._folder.root).as_posix() not in listed}
+
+
+def _names_a_picture(line: dict[str, Any]) -> bool:
+    """Whether a line of the manifest is whole enough to be used; a damaged one is passed over."""
+    return isinstance(line.get("file"), str) and isinstance(line.get("sha256"), str)
 
 
 def safe_prefix(text: str) -> str:

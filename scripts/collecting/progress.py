@@ -89,17 +89,27 @@ class Progress:
             self._take_in(line)
 
     def _take_in(self, line: dict[str, Any]) -> None:
-        key = line.get("key", "")
-        match line.get("event"):
-            case "client":
-                self._client_id = line["client_id"]
-            case "sent":
-                self._in_flight[key] = Submission(line["prompt_id"], line["seeds"])
-                self._seeds.setdefault(key, line["seeds"])
-            case "picture":
-                self._pictures[key, line["node"], line["index"]] = line["line"]
-            case "done":
+        """Remember what a line says; a damaged one of another shape says nothing."""
+        match line:
+            case {"event": "client", "client_id": str(client_id)}:
+                self._client_id = client_id
+            case {"event": "sent", "key": str(key), "prompt_id": str(prompt_id), "seeds": dict(seeds)} if _are_seeds(seeds):
+                self._in_flight[key] = Submission(prompt_id, seeds)
+                self._seeds.setdefault(key, seeds)
+            case {
+                "event": "picture",
+                "key": str(key),
+                "node": str(node),
+                "index": int(index),
+                "line": {"file": str(), "sha256": str()} as about,
+            }:
+                self._pictures[key, node, index] = about
+            case {"event": "done", "key": str(key)}:
                 self._done.add(key)
                 self._in_flight.pop(key, None)
-            case "failed":
+            case {"event": "failed", "key": str(key)}:
                 self._in_flight.pop(key, None)
+
+
+def _are_seeds(seeds: dict[str, Any]) -> bool:
+    return all(type(seed) is int for seed in seeds.values())

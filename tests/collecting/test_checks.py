@@ -36,6 +36,18 @@ def test_other_pictures_must_be_there_unless_the_server_does_not_list_them(full,
     assert ("node 500 (LoadImage): ComfyUI offers no image 'pose.png': put the file there" in result.err) == (code == 4)
 
 
+@pytest.mark.parametrize("flags", [(), ("--check",)])
+def test_link_to_a_node_that_is_not_there_is_a_wrong_setting(space, standin, collect, flags):
+    space.per_batch([{"prompt": "a woman", "seed": 1}])
+    graph = workflow("per_batch_ksampler.json")
+    graph["8"]["inputs"]["samples"] = ["99", 0]
+    space.write("COMFYUI_WORKFLOW", "workflow.json", graph)
+    result = collect(*flags)
+    assert result.code == 2
+    assert "node 8 (VAEDecode): input samples comes from node 99, which is not there" in result.err
+    assert standin.submitted == []
+
+
 def named_picture() -> str:
     node = workflow("full_workflow_no_model.config.json")["image_loader_node"]
     return workflow("full_workflow_no_model.json")[node]["inputs"]["image"]

@@ -326,6 +326,36 @@ def test_record_that_somebody_spoilt_is_no_obstacle(batch, collect):
     assert "nothing was sent" in collect().out
 
 
+def damage(path, name):
+    """Every line that has `name` loses it, and stands there once more for each value of another type."""
+    lines = [line for line in read_json_lines(path) if name in line]
+    damaged = [{key: value for key, value in line.items() if key != name} for line in lines]
+    damaged += [{**line, name: value} for line in lines for value in (None, [1], {"a": []})]
+    path.write_text("".join(json.dumps(line) + "\n" for line in damaged))
+
+
+@pytest.mark.parametrize("name", ["event", "key", "client_id", "prompt_id", "seeds", "node", "index", "line"])
+def test_record_with_lines_of_another_shape_is_no_obstacle(batch, collect, name):
+    collect()
+    pictures = batch.pictures()
+    damage(batch.dataset / ".loracat" / "collect.jsonl", name)
+    assert collect().code == 0
+    assert batch.pictures() == pictures
+    assert "nothing was sent" in collect().out
+
+
+@pytest.mark.parametrize("name", ["file", "sha256"])
+def test_manifest_with_lines_of_another_shape_is_no_obstacle(batch, collect, name):
+    collect()
+    pictures, lines = batch.pictures(), batch.manifest()
+    damage(batch.dataset / "manifest.jsonl", name)
+    assert "nothing was sent" in collect().out
+    (batch.dataset / ".loracat" / "collect.jsonl").unlink()
+    assert collect().code == 0
+    assert batch.pictures() == pictures
+    assert [line["file"] for line in batch.manifest()[-len(lines) :]] == [line["file"] for line in lines]
+
+
 def test_seeds_for_a_workflow_without_any_are_refused(full, collect):
     assert "no seed that GLOBAL_SEED or NEW_SEEDS could set" in collect(GLOBAL_SEED="5").err
 

@@ -116,6 +116,15 @@ def test_headers_that_cannot_be_sent_are_a_wrong_setting_and_not_shown(batch, co
     assert "hush" not in result.err
 
 
+@pytest.mark.parametrize("name", ["Content-Length", "transfer-encoding", "CONTENT-TYPE", "Host", "Connection"])
+def test_header_that_each_request_sets_itself_is_refused(batch, standin, collect, name):
+    result = collect(COMFYUI_HEADERS=json.dumps({"X-Token": TOKEN, name: "5"}))
+    assert result.code == 2
+    assert f"comfyui_headers: {name} is set by each request itself; leave it out" in result.err
+    assert TOKEN not in result.err
+    assert standin.requests == []
+
+
 @pytest.mark.parametrize(
     ("flags", "variables", "code"),
     [
@@ -161,3 +170,17 @@ def test_address_may_be_several():
 def test_what_is_no_address_is_refused(endpoint):
     with pytest.raises(SettingsError, match="comfyui_endpoint"):
         addresses(endpoint)
+
+
+@pytest.mark.parametrize("flags", [(), ("--check",)])
+@pytest.mark.parametrize("host", ["192.168..1", "my..host", ".", ".host", f"{'a' * 80}.local", "\u732b..host"])
+def test_host_name_with_a_typing_error_is_named_as_a_wrong_setting(batch, collect, flags, host):
+    result = collect(*flags, COMFYUI_ENDPOINT=f"http://me:hush@{host}:8188")
+    assert result.code == 2
+    assert f"comfyui_endpoint: http://{host}:8188: between the dots of a host name" in result.err
+    assert "hush" not in result.err
+
+
+@pytest.mark.parametrize("host", ["host", "host.local.", "my_host", "b\u00fccher.example", "[::1]", f"{'a' * 63}.local"])
+def test_unusual_host_name_is_no_typing_error(host):
+    assert [each.url for each in addresses(f"http://{host}:8188")] == [f"http://{host}:8188"]

@@ -160,6 +160,18 @@ def test_what_is_no_api_workflow_is_refused_with_the_way_to_export_one(content):
     assert '"Save (API Format)"' in refusals(content, {})
 
 
+@pytest.mark.parametrize("link", [["99", 0], [99, 0]])
+def test_link_to_a_node_that_is_not_there_is_refused(batch, mapping, link):
+    batch["8"]["inputs"]["samples"] = link
+    assert "node 8 (VAEDecode): input samples comes from node 99, which is not there" in refusals(batch, mapping)
+
+
+@pytest.mark.parametrize("value", [[3, 0], [], ["a", "b"], [0.5, 1], [True, False], [99, True], [512, 512, 3], {"99": 0}, "99"])
+def test_number_of_a_node_and_values_that_are_lists_are_no_dangling_links(batch, mapping, value):
+    batch["8"]["inputs"]["samples"] = value
+    assert understand(batch, mapping, [])
+
+
 @pytest.mark.parametrize("config", [[], "16", {"seed_node": 3.5, "positive_prompt_node": "6"}, {"output_prefix": 5}])
 def test_mapping_of_another_type_is_refused(batch, config):
     assert "workflow_config" in refusals(batch, config)
