@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,9 +56,9 @@ def understand(graph: Any, config: Any, complaints: list[str]) -> Workflow | Non
     ids = _node_ids(config, complaints)
     if not _is_graph(graph, complaints):
         return None
-    complaints += _dangling_links(graph)
     mapping = _Mapping(graph, ids, complaints)
     workflow = Workflow(graph, mapping.face_input(), mapping.text_inputs(), mapping.seed_input(), mapping.kept_nodes())
+    complaints += _dangling_links(graph, workflow.kept_nodes)
     return workflow if len(complaints) == before else None
 
 
@@ -103,20 +104,22 @@ def _is_node(node: Any) -> bool:
     return isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
 
 
-def _dangling_links(graph: Graph) -> list[str]:
-    """Complaints about links to nodes that are not there; a list that is no pair of node id and slot may be a value."""
-    complaints = []
-    for node_id, node in graph.items():
-        for name, value in node["inputs"].items():
-            if _has_form_of_a_link(value) and str(value[0]) not in graph:
+def _dangling_links(graph: Graph, kept: Iterable[str]) -> Iterator[str]:
+    """Complaints about links to nodes that are not there, in whatever the nodes `kept` need. A list that is no pair of a
+    node id and a slot may be a value."""
+    seen, waiting = set(), list(kept)
+    while waiting:
+        if (node_id := waiting.pop()) in seen:
+            continue
+        seen.add(node_id)
+        for name, value in graph[node_id]["inputs"].items():
+            if not (is_link(value) and len(value) == 2 and type(value[0]) is str and type(value[1]) is int):
+                continue
+            if value[0] in graph:
+                waiting.append(value[0])
+            else:
                 what = f"input {name} comes from node {value[0]}, which is not there; export the workflow again"
-                complaints.append(f"workflow: node {described(graph, node_id)}: {what}")
-    return complaints
-
-
-def _has_form_of_a_link(value: Any) -> bool:
-    """[node id, slot], the id as text or as a number; bool is no number here."""
-    return is_link(value) and len(value) == 2 and type(value[0]) in (str, int) and type(value[1]) is int
+                yield f"workflow: node {described(graph, node_id)}: {what}"
 
 
 class _Mapping:

@@ -160,13 +160,16 @@ def test_what_is_no_api_workflow_is_refused_with_the_way_to_export_one(content):
     assert '"Save (API Format)"' in refusals(content, {})
 
 
-@pytest.mark.parametrize("link", [["99", 0], [99, 0]])
-def test_link_to_a_node_that_is_not_there_is_refused(batch, mapping, link):
-    batch["8"]["inputs"]["samples"] = link
+def test_link_to_a_node_that_is_not_there_is_refused_where_a_picture_needs_it(batch, mapping):
+    batch["70"] = {"class_type": "VAEDecode", "inputs": {"samples": ["99", 0], "vae": ["4", 2]}}
+    assert understand(batch, mapping, [])
+    batch["8"]["inputs"]["samples"] = ["99", 0]
     assert "node 8 (VAEDecode): input samples comes from node 99, which is not there" in refusals(batch, mapping)
 
 
-@pytest.mark.parametrize("value", [[3, 0], [], ["a", "b"], [0.5, 1], [True, False], [99, True], [512, 512, 3], {"99": 0}, "99"])
+@pytest.mark.parametrize(
+    "value", [[3, 0], [512, 512], [], ["a", "b"], [0.5, 1], [True, False], [99, True], [512, 512, 3], {"99": 0}, "99"]
+)
 def test_number_of_a_node_and_values_that_are_lists_are_no_dangling_links(batch, mapping, value):
     batch["8"]["inputs"]["samples"] = value
     assert understand(batch, mapping, [])
