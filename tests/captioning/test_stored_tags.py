@@ -178,6 +178,33 @@ def test_damaged_note_about_a_model_is_made_anew(tmp_path, tiny):
     assert store_of_model(root, "a", tiny, bf16=False).read("ab") is not None
 
 
+@pytest.mark.parametrize("damage", ["cut off", "edited", "empty", "gone"])
+def test_a_store_whose_list_of_tags_was_changed_is_made_anew(pictures, tiny, damage):
+    pictures.run()
+    before = pictures.captions()
+    (tags,) = pictures.record.parent.glob("tags/*/selected_tags.csv")
+    whole = tags.read_text()
+    changed = {"cut off": "".join(whole.splitlines(keepends=True)[:9]), "edited": whole.replace("hair", "hare"), "empty": ""}
+    tags.unlink() if damage == "gone" else tags.write_text(changed[damage])
+    assert store_by_name(pictures.record.parent / "tags", str(tiny), bf16=False) is None
+    ended = pictures.run()
+    assert (ended.returncode, "to tag" in ended.stdout) == (0, False)
+    assert (pictures.captions(), tags.read_text()) == (before, whole)
+
+
+def test_a_store_of_an_earlier_version_serves_without_its_model_and_is_made_anew_with_it(tmp_path, tiny):
+    root = tmp_path / "tags"
+    store = store_of_model(root, "a", tiny, bf16=False)
+    store.put("ab", np.zeros(len(store.tags), np.float32))
+    (note,) = root.glob("*/model.json")
+    said = json.loads(note.read_bytes())
+    note.write_text(json.dumps({key: value for key, value in said.items() if key != "tags_sha256"}))
+    assert store_by_name(root, "a", bf16=False).read("ab") is not None
+    (note.parent / "selected_tags.csv").write_text("name,category\nsmile,0\n")
+    assert store_of_model(root, "a", tiny, bf16=False).read("ab") is not None
+    assert json.loads(note.read_bytes()) == said
+
+
 def test_batches_are_full_whatever_is_broken_and_every_picture_has_its_own_tags(tmp_path, photographs, tiny, monkeypatch):
     tagger = Tagger(tiny / "model.onnx", tiny / "selected_tags.csv", batch_size=3)
     paths = []
