@@ -156,6 +156,17 @@ def test_broken_pictures_are_named_and_the_others_done(stage, photographs):
     assert "2 kept" in ended.stderr
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_caption_that_is_no_file_is_named_and_not_opened(stage, photographs, make):
+    save(photographs, stage.images, astronaut="a.png", coffee="b.png")
+    make(stage.images / "a.txt")
+    ended = stage.run()
+    assert ended.returncode == 1
+    assert "a.txt: is not a file; rename it" in ended.stderr
+    assert "1 captioned" in ended.stderr
+
+
 def test_caption_that_is_not_utf8_is_named_and_left_untouched(stage, photographs):
     save(photographs, stage.images, astronaut="a.png", coffee="b.png", chelsea="c.png")
     (stage.images / "a.txt").write_bytes("höher".encode("latin-1"))
