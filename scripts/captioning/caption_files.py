@@ -114,7 +114,7 @@ class CaptionFiles:
         line |= _as_json("before", before) | _as_json("after", after)
         append_json_line(self._record, line)
         self._remember(line)
-        write_bytes(caption, after)
+        _write(caption, after)
         return True
 
     def _remember(self, line: dict) -> None:
@@ -150,7 +150,12 @@ def _restore(caption: Path, content: bytes | None) -> None:
     if content is None:
         caption.unlink()
     else:
-        write_bytes(caption, content)
+        _write(caption, content)
+
+
+def _write(caption: Path, content: bytes) -> None:
+    """A caption that is a link stays one: its target is written."""
+    write_bytes(caption.resolve(), content)
 
 
 def _as_json(key: str, content: bytes | None) -> dict[str, str | None]:
