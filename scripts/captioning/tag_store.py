@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -32,8 +33,9 @@ class TagStore:
     def read(self, sha256: str) -> np.ndarray | None:
         """The probabilities of a picture, float32 [tags]; None if they are not there, or damaged."""
         try:
-            probabilities = np.load(self._file(sha256), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            with self._file(sha256).open("rb") as file:
+                probabilities = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, ValueError, SyntaxError, TokenError):  # the header is a line of Python
             return None
         fits = probabilities.dtype == np.float32 and probabilities.shape == (len(self.tags),)
         return probabilities if fits else None
@@ -83,7 +85,7 @@ def _stores(root: Path) -> Iterator[tuple[Path, dict]]:
     for about in sorted(root.glob(f"*/{_ABOUT}")):
         try:
             said, digest = json.loads(about.read_bytes()), sha256_of(about.with_name(TAGS_FILE))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(said, dict) and {"name", "bf16", "stamps"} <= said.keys() and said.get(_DIGEST, digest) == digest:
             yield about.parent, said

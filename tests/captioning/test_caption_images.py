@@ -1,6 +1,7 @@
 """The caption stage as a user runs it: what it writes, what it leaves alone, and how it ends."""
 
 import contextlib
+import json
 import os
 import pty
 import shutil
@@ -397,6 +398,22 @@ def test_signal_stops_the_stage_with_its_code(stage, photographs, signum, code):
     assert process.returncode == code
     assert len(errors.splitlines()) == 1
     assert not list(stage.images.parent.rglob(".*.part"))
+
+
+def test_damaged_lines_of_the_record_are_passed_over(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png")
+    stage.run()
+    before = stage.captions()
+    line = json.loads(stage.record.read_text())
+    damages = [{"run": "1"}, {"run": None}, {"caption": ["a.txt"]}, {"trigger": {}}, {"made": "yes"}, {"before": []}, {"after": 5}]
+    damages += [{"after_base64": content} for content in ("a", "====", "h\u00f6her", 5, None)]
+    with stage.record.open("a") as record:
+        record.writelines(json.dumps(line | {"run": 2} | damage) + "\n" for damage in damages)
+    (stage.record.parent / "pictures.json").write_text("[" * 5000)
+    assert "nothing to do: all 1 captions are there" in stage.run().stdout
+    assert stage.captions() == before
+    assert "1 captions are what they were before run 1" in stage.run("--undo").stdout
+    assert stage.captions() == {}
 
 
 class KilledError(BaseException):
