@@ -131,6 +131,8 @@ def sorted_out(
         owner = owners.setdefault(caption, image)
         if owner is not image:
             tally.fail(image.path, f"would share {caption.name} with {owner.path.name}; rename one of the two pictures")
+        elif caption.is_symlink() and not caption.exists():
+            tally.fail(caption, "is a link to nothing; restore its target or remove it")
         elif caption.exists() and not caption.is_file():
             tally.fail(caption, "is not a file; rename it")
         else:

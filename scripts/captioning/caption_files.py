@@ -114,16 +114,14 @@ class CaptionFiles:
         line |= _as_json("before", before) | _as_json("after", after)
         append_json_line(self._record, line)
         self._remember(line)
-        write_bytes(caption, after)
+        _write(caption, after)
         return True
 
     def _remember(self, line: dict) -> None:
-        """Take in a line of the record; what is none of ours is passed over."""
+        """Take in a line of the record; what is none of ours, or damaged, is passed over."""
         if isinstance(line.get("undone"), int):
             self._undone.add(line["undone"])
-        if {"run", "caption", "trigger", "made"} <= line.keys():
-            before, after = _from_json("before", line), _from_json("after", line)
-            change = Change(line["run"], line["caption"], line["trigger"], line["made"], before, after or b"")
+        if change := _change_of(line):
             self._changes.setdefault(change.caption, []).append(change)
             self._runs.add(change.run)
 
@@ -150,7 +148,24 @@ def _restore(caption: Path, content: bytes | None) -> None:
     if content is None:
         caption.unlink()
     else:
-        write_bytes(caption, content)
+        _write(caption, content)
+
+
+def _write(caption: Path, content: bytes) -> None:
+    """A caption that is a link stays one: its target is written."""
+    write_bytes(caption.resolve(), content)
+
+
+def _change_of(line: dict) -> Change | None:
+    """The change that a line of the record tells of, None if it tells of none or a value in it is of another type."""
+    kinds = {"run": int, "caption": str, "trigger": str, "made": bool}
+    if not all(isinstance(line.get(key), kind) for key, kind in kinds.items()):
+        return None
+    try:
+        before, after = _from_json("before", line), _from_json("after", line)
+    except (AttributeError, TypeError, ValueError):  # no text, or no base64
+        return None
+    return Change(**{key: line[key] for key in kinds}, before=before, after=after or b"")
 
 
 def _as_json(key: str, content: bytes | None) -> dict[str, str | None]:
@@ -163,5 +178,5 @@ def _as_json(key: str, content: bytes | None) -> dict[str, str | None]:
 
 def _from_json(key: str, line: dict) -> bytes | None:
     if f"{key}_base64" in line:
-        return base64.b64decode(line[f"{key}_base64"])
+        return base64.b64decode(line[f"{key}_base64"], validate=True)
     return None if line.get(key) is None else line[key].encode("utf-8")

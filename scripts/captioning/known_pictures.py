@@ -79,7 +79,7 @@ def _read(record: Path) -> dict[str, KnownPicture]:
         return {entry["name"]: _picture(entry) for entry in entries}
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

@@ -69,7 +69,9 @@ def texts(images: Sequence[ImageFile], folder: DatasetFolder) -> dict[str, str]:
     """Name -> text of every caption that is there and can be read."""
     found = {}
     for image in images:
-        with contextlib.suppress(UnusableCaptionError, FileNotFoundError, IsADirectoryError):
+        if not image.caption_path.is_file():  # a pipe would be waited for
+            continue
+        with contextlib.suppress(UnusableCaptionError):
             found[name_in(folder.images, image.caption_path)] = text_of(image.caption_path)
     return found
 

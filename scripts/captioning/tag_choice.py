@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from captioning.captions import CHARACTER, GENERAL, RATING, Tag, comparable, spoken
+from captioning.captions import CHARACTER, GENERAL, RATING, Tag, comparable, spoken, words_of
 from captioning.thresholds import MCUT, mcut
 from sections import CaptionSettings
 
@@ -29,11 +29,12 @@ class TagChoice:
             for category in (*self._thresholds, RATING)
         }
         self._excluded = np.array([name in excluded for name in names], dtype=bool)
-        replaced = {comparable(old): new for old, new in map(split_replacement, settings.caption_replace_tags)}
+        replaced = {comparable(old): " ".join(new.split()) for old, new in map(split_replacement, settings.caption_replace_tags)}
         self._words = [replaced.get(name, spoken(tag.name)) for name, tag in zip(names, tags, strict=True)]
-        first = [comparable(word) for word in settings.caption_always_first]
+        first = [comparable(word) for word in _words_in(settings.caption_always_first)]
         self._rank = {word: first.index(comparable(word)) for word in self._words if comparable(word) in first}
         self._behind = len(first)
+        self._appended = _words_in(settings.caption_append)
         self._settings = settings
 
     def chosen(self, probabilities: np.ndarray) -> list[int]:
@@ -48,7 +49,7 @@ class TagChoice:
         words = list(dict.fromkeys(self._words[index] for index in self.chosen(probabilities) if index not in pruned))
         words.sort(key=lambda word: self._rank.get(word, self._behind))
         words = words[: self._settings.caption_max_tags or None]
-        return list(dict.fromkeys([*words, *self._rating(probabilities), *self._settings.caption_append]))
+        return list(dict.fromkeys([*words, *self._rating(probabilities), *self._appended]))
 
     def word(self, index: int) -> str:
         """How captions write the tag with this index."""
@@ -73,6 +74,11 @@ class TagChoice:
         if not self._settings.caption_rating_tags or not len(ratings):
             return []
         return [self._words[ratings[np.argmax(probabilities[ratings])]]]
+
+
+def _words_in(entries: Sequence[str]) -> list[str]:
+    """The words of a setting, whose entries may hold commas, line ends or nothing where they come from a file."""
+    return [word for entry in entries for word in words_of(entry)]
 
 
 def matching(names: Collection[str], entries: Collection[str]) -> set[str]:

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from captioning.tags_file import read_tags
 from dataset_folder import sha256_of, update_json, whole_file
 
 _ABOUT = "model.json"
+_DIGEST = "tags_sha256"
 
 
 class TagStore:
@@ -31,8 +33,9 @@ class TagStore:
     def read(self, sha256: str) -> np.ndarray | None:
         """The probabilities of a picture, float32 [tags]; None if they are not there, or damaged."""
         try:
-            probabilities = np.load(self._file(sha256), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            with self._file(sha256).open("rb") as file:
+                probabilities = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, ValueError, SyntaxError, TokenError):  # the header is a line of Python
             return None
         fits = probabilities.dtype == np.float32 and probabilities.shape == (len(self.tags),)
         return probabilities if fits else None
@@ -49,13 +52,15 @@ class TagStore:
 def store_of_model(root: Path, name: str, model_folder: Path, bf16: bool) -> TagStore:
     """The store in `root` for the model `name`, whose files lie in `model_folder`; made if there is none.
 
-    The content of both files decides; they are read through only if their sizes or times are not remembered.
+    The content of both files decides; the model is read through only if sizes and times are not remembered. A store whose
+    list of tags was changed, or of which nobody wrote down what it was, is made anew; what it has of pictures stays.
     """
     files = (model_folder / MODEL_FILE, model_folder / TAGS_FILE)
-    about = {"name": name, "bf16": bf16, "stamps": [list(stamp_of(file)) for file in files]}
+    read_tags(files[1])  # a file that is none is refused where it lies
+    stamps = [list(stamp_of(file)) for file in files]
+    about = {"name": name, "bf16": bf16, "stamps": stamps, _DIGEST: sha256_of(files[1])}
     folder = next((folder for folder, said in _stores(root) if said == about), None)
     if folder is None:
-        read_tags(files[1])  # a file that is none is refused where it lies
         digests = "\n".join([*map(sha256_of, files), str(bf16)])
         folder = root / hashlib.sha256(digests.encode()).hexdigest()[:16]
         with whole_file(folder / TAGS_FILE) as beside:
@@ -72,11 +77,15 @@ def store_by_name(root: Path, name: str, bf16: bool) -> TagStore | None:
 
 
 def _stores(root: Path) -> Iterator[tuple[Path, dict]]:
-    """Every complete store and what it says about its model."""
+    """Every complete store and what it says about its model.
+
+    Its list of tags must be there and be the one that it was made with; stores of earlier versions do not say which that is
+    and are believed.
+    """
     for about in sorted(root.glob(f"*/{_ABOUT}")):
         try:
-            said = json.loads(about.read_bytes())
-        except ValueError:
+            said, digest = json.loads(about.read_bytes()), sha256_of(about.with_name(TAGS_FILE))
+        except (OSError, ValueError, RecursionError):
             continue
-        if isinstance(said, dict) and {"name", "bf16", "stamps"} <= said.keys():
+        if isinstance(said, dict) and {"name", "bf16", "stamps"} <= said.keys() and said.get(_DIGEST, digest) == digest:
             yield about.parent, said

@@ -1,6 +1,7 @@
 """The caption stage as a user runs it: what it writes, what it leaves alone, and how it ends."""
 
 import contextlib
+import json
 import os
 import pty
 import shutil
@@ -154,6 +155,36 @@ def test_broken_pictures_are_named_and_the_others_done(stage, photographs):
         assert "3 failed" in ended.stderr
         assert list(stage.captions()) == ["a.txt", "e.txt"]
     assert "2 kept" in ended.stderr
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_caption_that_is_no_file_is_named_and_not_opened(stage, photographs, make):
+    save(photographs, stage.images, astronaut="a.png", coffee="b.png")
+    make(stage.images / "a.txt")
+    ended = stage.run()
+    assert ended.returncode == 1
+    assert "a.txt: is not a file; rename it" in ended.stderr
+    assert "1 captioned" in ended.stderr
+
+
+def test_caption_that_is_a_link_stays_one(stage, photographs, tmp_path):
+    save(photographs, stage.images, astronaut="a.png", coffee="b.png")
+    target, absent = tmp_path / "mine.txt", tmp_path / "not mounted" / "b.txt"
+    target.write_text("mine")
+    for name, place in {"a.txt": target, "b.txt": absent}.items():
+        (stage.images / name).symlink_to(place)
+    for run, text in ((stage.run, "nyafyi_woman, mine"), (lambda: stage.run("--undo"), "mine")):
+        ended = run()
+        assert (stage.images / "a.txt").readlink() == target
+        assert (stage.images / "b.txt").readlink() == absent
+        assert target.read_text() == text
+    assert ended.returncode == 0
+    ended = stage.run(CAPTION_OVERWRITE=1)
+    assert "b.txt: is a link to nothing; restore its target or remove it" in ended.stderr
+    assert "1 captioned" in ended.stderr
+    assert target.read_text().startswith("nyafyi_woman, ")
+    assert not absent.exists()
 
 
 def test_caption_that_is_not_utf8_is_named_and_left_untouched(stage, photographs):
@@ -367,6 +398,22 @@ def test_signal_stops_the_stage_with_its_code(stage, photographs, signum, code):
     assert process.returncode == code
     assert len(errors.splitlines()) == 1
     assert not list(stage.images.parent.rglob(".*.part"))
+
+
+def test_damaged_lines_of_the_record_are_passed_over(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png")
+    stage.run()
+    before = stage.captions()
+    line = json.loads(stage.record.read_text())
+    damages = [{"run": "1"}, {"run": None}, {"caption": ["a.txt"]}, {"trigger": {}}, {"made": "yes"}, {"before": []}, {"after": 5}]
+    damages += [{"after_base64": content} for content in ("a", "====", "h\u00f6her", 5, None)]
+    with stage.record.open("a") as record:
+        record.writelines(json.dumps(line | {"run": 2} | damage) + "\n" for damage in damages)
+    (stage.record.parent / "pictures.json").write_text("[" * 5000)
+    assert "nothing to do: all 1 captions are there" in stage.run().stdout
+    assert stage.captions() == before
+    assert "1 captions are what they were before run 1" in stage.run("--undo").stdout
+    assert stage.captions() == {}
 
 
 class KilledError(BaseException):

@@ -1,5 +1,6 @@
 """What the tagger said is stored: other settings cost no inference, and nothing stale or damaged is believed."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -168,14 +169,58 @@ def test_a_model_is_its_content_not_its_place(tmp_path, tiny):
     assert store.read("cd") is None
 
 
-def test_damaged_note_about_a_model_is_made_anew(tmp_path, tiny):
+def test_no_damage_to_what_is_stored_of_a_picture_ends_in_an_error(tmp_path, tiny):
+    store = store_of_model(tmp_path, "a", tiny, bf16=False)
+    store.put("ab", np.zeros(len(store.tags), np.float32))
+    (stored,) = tmp_path.glob("*/ab.npy")
+    whole = stored.read_bytes()
+    in_archive = io.BytesIO()
+    np.savez(in_archive, np.zeros(3))
+    flipped = [whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :] for at in range(128) for bit in range(8)]
+    read = []
+    for damaged in (b"PK\3\4" + whole[4:], in_archive.getvalue(), b"\x93NUMPY\1\0", *flipped):
+        stored.write_bytes(damaged)
+        read.append(store.read("ab"))
+    assert read[:3] == [None] * 3
+    assert sum(probabilities is None for probabilities in read) > 1000
+
+
+@pytest.mark.parametrize("damage", [slice(20), None])
+def test_damaged_note_about_a_model_is_made_anew(tmp_path, tiny, damage):
     root = tmp_path / "tags"
     store = store_of_model(root, "a", tiny, bf16=False)
     store.put("ab", np.zeros(len(store.tags), np.float32))
     (note,) = root.glob("*/model.json")
-    note.write_bytes(note.read_bytes()[:20])
+    note.write_bytes(note.read_bytes()[damage] if damage else b"[" * 5000)
     assert store_by_name(root, "a", bf16=False) is None
     assert store_of_model(root, "a", tiny, bf16=False).read("ab") is not None
+
+
+@pytest.mark.parametrize("damage", ["cut off", "edited", "empty", "gone"])
+def test_a_store_whose_list_of_tags_was_changed_is_made_anew(pictures, tiny, damage):
+    pictures.run()
+    before = pictures.captions()
+    (tags,) = pictures.record.parent.glob("tags/*/selected_tags.csv")
+    whole = tags.read_text()
+    changed = {"cut off": "".join(whole.splitlines(keepends=True)[:9]), "edited": whole.replace("hair", "hare"), "empty": ""}
+    tags.unlink() if damage == "gone" else tags.write_text(changed[damage])
+    assert store_by_name(pictures.record.parent / "tags", str(tiny), bf16=False) is None
+    ended = pictures.run()
+    assert (ended.returncode, "to tag" in ended.stdout) == (0, False)
+    assert (pictures.captions(), tags.read_text()) == (before, whole)
+
+
+def test_a_store_of_an_earlier_version_serves_without_its_model_and_is_made_anew_with_it(tmp_path, tiny):
+    root = tmp_path / "tags"
+    store = store_of_model(root, "a", tiny, bf16=False)
+    store.put("ab", np.zeros(len(store.tags), np.float32))
+    (note,) = root.glob("*/model.json")
+    said = json.loads(note.read_bytes())
+    note.write_text(json.dumps({key: value for key, value in said.items() if key != "tags_sha256"}))
+    assert store_by_name(root, "a", bf16=False).read("ab") is not None
+    (note.parent / "selected_tags.csv").write_text("name,category\nsmile,0\n")
+    assert store_of_model(root, "a", tiny, bf16=False).read("ab") is not None
+    assert json.loads(note.read_bytes()) == said
 
 
 def test_batches_are_full_whatever_is_broken_and_every_picture_has_its_own_tags(tmp_path, photographs, tiny, monkeypatch):

@@ -46,6 +46,18 @@ def test_the_rating_is_the_surest_one_and_stands_behind_the_tags():
     assert words([0.2, 0.3, 0.9, 0, 0, 0, 0, 0], rating_tags=True, append=("photo",)) == ["1girl", "explicit", "photo"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"append": ("a,b\nc", "", " ,")}, ["1girl", "smile", "a", "b c"]),
+        ({"always_first": ("x,\nsmile", "")}, ["smile", "1girl"]),
+        ({"replace_tags": ("smile=a\r\tsmile",)}, ["1girl", "a smile"]),
+    ],
+)
+def test_words_from_the_settings_are_tags_of_one_line(settings, expected):
+    assert words([0, 0, 0.9, 0, 0, 0, 0, 0.8], **settings) == expected
+
+
 @pytest.mark.parametrize("excluded", ["brown_hair", "brown hair", "Brown Hair", "*hair", "brown*", "*wn_h*"])
 def test_excluded_tags_match_in_every_spelling_and_with_wildcards(excluded):
     assert words([0, 0, 1, 0.9, 0.8, 0, 0, 0], exclude_tags=(excluded, ">_<")) == ["1girl"]
