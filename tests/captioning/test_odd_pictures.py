@@ -177,6 +177,15 @@ def test_folders_and_links_among_the_pictures(stage, picture, tmp_path):
     assert not (tmp_path / "elsewhere.txt").exists()
 
 
+def test_caption_that_is_a_link_is_replaced_and_what_it_points_to_is_not(stage, picture, tmp_path):
+    picture.save(stage.images / "a.png")
+    (tmp_path / "mine.txt").write_text("my words")
+    (stage.images / "a.txt").symlink_to(tmp_path / "mine.txt")
+    assert stage.run().returncode == 0
+    assert stage.captions() == {"a.txt": "nyafyi_woman, my words"}
+    assert (tmp_path / "mine.txt").read_text() == "my words"
+
+
 @pytest.mark.parametrize("name", ["猫 и кот", "ภาพถ่าย", "صورة", "é́ (1) [x] #%", "-rf", "a.b.c", "x" * 200])
 def test_names_in_any_script(stage, picture, name):
     picture.save(stage.images / f"{name}.png")
