@@ -197,7 +197,7 @@ def read_json_lines(path: Path) -> list[dict]:
         return []
     records = []
     for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict):
                 records.append(record)

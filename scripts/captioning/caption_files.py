@@ -114,7 +114,7 @@ class CaptionFiles:
         line |= _as_json("before", before) | _as_json("after", after)
         append_json_line(self._record, line)
         self._remember(line)
-        _write(caption, after)
+        write_bytes(caption, after)
         return True
 
     def _remember(self, line: dict) -> None:
@@ -148,12 +148,7 @@ def _restore(caption: Path, content: bytes | None) -> None:
     if content is None:
         caption.unlink()
     else:
-        _write(caption, content)
-
-
-def _write(caption: Path, content: bytes) -> None:
-    """A caption that is a link stays one: its target is written."""
-    write_bytes(caption.resolve(), content)
+        write_bytes(caption, content)
 
 
 def _change_of(line: dict) -> Change | None:
