@@ -71,7 +71,8 @@ def test_history_is_none_until_there_is_an_entry(standin, client):
     assert client.history("0b5c") is None
     standin.worker.seconds_per_job = 0.2
     client.submit(graph, "0b5c")
-    assert client.queue().running | client.queue().waiting == {"0b5c"}
+    queue = client.queue()
+    assert queue.running | queue.waiting == {"0b5c"}
     assert client.history("0b5c") is None
     while client.queue().running:
         pass
