@@ -29,7 +29,7 @@ from captioning.tally import STAGE, Tally
 from captioning.thresholds import known_point
 from captioning.tokens import find_tokens
 from captioning.traits import pruning_of
-from dataset_folder import DatasetFolder, ImageFile, caption_path, update_json
+from dataset_folder import DatasetFolder, ImageFile, caption_owners, caption_path, update_json
 from errors import DataError, SettingsError, exit_code_of, stop_on_signals
 from locks import locked
 from sections import CaptionSettings, ProjectSettings
@@ -124,12 +124,11 @@ def sorted_out(
 
     Pictures with the same stem would share one caption: it belongs to the first of them, the others fail.
     """
-    owners: dict[Path, ImageFile] = {}
+    owners = caption_owners(images)
     to_make, to_keep = [], []
     for image in images:
         caption = image.caption_path
-        owner = owners.setdefault(caption, image)
-        if owner is not image:
+        if (owner := owners[caption]) is not image:
             tally.fail(image.path, f"would share {caption.name} with {owner.path.name}; rename one of the two pictures")
         elif caption.is_symlink() and not caption.exists():
             tally.fail(caption, "is a link to nothing; restore its target or remove it")

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +68,14 @@ class ImageFile:
 def caption_path(image: Path) -> Path:
     """Where the caption of `image` lies."""
     return image.with_suffix(CAPTION_SUFFIX)
+
+
+def caption_owners(images: Iterable[ImageFile]) -> dict[Path, ImageFile]:
+    """Where captions lie -> the picture that each belongs to: of pictures with the same stem the first."""
+    owners: dict[Path, ImageFile] = {}
+    for image in images:
+        owners.setdefault(image.caption_path, image)
+    return owners
 
 
 def name_in(folder: Path, path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The settings that more than one stage may ask for, or that a stage has without a library of its own: one class per table."""
+"""`[project]`, `[collect]` and `[caption]` as types: every setting with its default and limits; `[train]`: training/config.py."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from typing import Any, Literal
 from setting_values import setting, without_logins
 
 _FRAMING_HEADERS = ("content-length", "transfer-encoding", "content-type", "host", "connection")
+"""Say how a request is sent; a wrong Content-Length lets the server wait for ever."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,11 @@ class CollectSettings:
         endpoints = [each.strip() for each in self.comfyui_endpoint.split(",")]
         if not all(each.startswith(("http://", "https://")) for each in endpoints if each):
             yield f"comfyui_endpoint: {without_logins(self.comfyui_endpoint)!r} must begin with http:// or https://"
-        if self.comfyui_headers and not _are_headers(self.comfyui_headers):
+        headers = _headers(self.comfyui_headers) if self.comfyui_headers else {}
+        if headers is None:
             yield 'comfyui_headers: must be a JSON object of texts such as {"Authorization": "Bearer ..."}'
-        elif self.comfyui_headers:
-            for name in _framing_headers(self.comfyui_headers):
+        for name in headers or ():
+            if name.lower() in _FRAMING_HEADERS:
                 yield f"comfyui_headers: {name} is set by each request itself; leave it out"
         if self.new_seeds and self.global_seed is not None:
             yield "new_seeds and global_seed contradict each other: unset one of them"
@@ -92,19 +94,15 @@ class CaptionSettings:
                 yield f"caption_replace_tags: {pair!r} must be old=new"
 
 
-def _are_headers(text: str) -> bool:
-    """Whether `text` is a JSON object of HTTP headers that can be sent (RFC 9110, 5.1 and 5.5)."""
+def _headers(text: str) -> dict[str, str] | None:
+    """The JSON object of HTTP headers in `text`; None if it is none that can be sent (RFC 9110, 5.1 and 5.5)."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
-        return False
+        return None
     pairs = content.items() if isinstance(content, dict) else [("", None)]
-    return all(re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) and _is_header_value(value) for name, value in pairs)
-
-
-def _framing_headers(text: str) -> list[str]:
-    """The names in an object of headers that say how a request is sent; a wrong Content-Length lets the server wait for ever."""
-    return [name for name in json.loads(text) if name.lower() in _FRAMING_HEADERS]
+    can_be_sent = all(re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) and _is_header_value(value) for name, value in pairs)
+    return content if can_be_sent else None
 
 
 def _is_header_value(value: Any) -> bool:

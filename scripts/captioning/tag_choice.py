@@ -77,7 +77,7 @@ class TagChoice:
 
 
 def _words_in(entries: Sequence[str]) -> list[str]:
-    """The words of a setting, whose entries may hold commas, line ends or nothing where they come from a file."""
+    """The words of a setting, whose entries may hold commas where they come from a file."""
     return [word for entry in entries for word in words_of(entry)]
 
 

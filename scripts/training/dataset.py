@@ -6,7 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset_folder import IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in, sha256_of, sniff_image_format
+from dataset_folder import (
+    IMAGE_SUFFIXES,
+    DatasetFolder,
+    ImageFile,
+    caption_owners,
+    find_images,
+    name_in,
+    sha256_of,
+    sniff_image_format,
+)
 from errors import DataError, one_list
 from pictures import BrokenPictureError, open_rgb
 
@@ -73,11 +82,11 @@ def read_examples(folder: Path, workers: int, left_out: Collection[str] = ()) ->
 
 
 def _shared_captions(images: list[ImageFile], folder: Path) -> list[str]:
-    """Pictures with the same stem would share one caption."""
-    owners: dict[Path, str] = {}
-    names = [(image.caption_path, image.path.relative_to(folder).as_posix()) for image in images]
-    first = [(name, owners.setdefault(caption, name)) for caption, name in names]
-    return [f"{name}: would share its caption with {owner}; rename one of the two" for name, owner in first if owner != name]
+    """Complaints about pictures that would share the caption of another."""
+    owners = caption_owners(images)
+    names = {image.path: image.path.relative_to(folder).as_posix() for image in images}
+    shared = [(names[image.path], names[owners[image.caption_path].path]) for image in images]
+    return [f"{name}: would share its caption with {owner}; rename one of the two" for name, owner in shared if owner != name]
 
 
 def unused_entries(folder: Path) -> list[str]:

@@ -45,7 +45,7 @@ def read_folder(folder: Path) -> BaseModel:
         f"{name}/: a tokenizer's files are missing or damaged" for name in TOKENIZERS if not vocabulary_size(folder / name)
     ]
     if not complaints:
-        complaints += [*_odd_numbers(scheduler, configs["vae"]), *_disagreements(configs)]
+        complaints += [*_odd_numbers(_schedule(scheduler), configs["vae"]), *_disagreements(configs)]
     if complaints:
         raise ModelError(one_list(f"{folder}: this base model cannot be used:", complaints))
     return BaseModel(folder, parts, _schedule(scheduler))
@@ -112,14 +112,14 @@ def _another_noise(scheduler: dict[str, Any], vae: dict[str, Any]) -> str | None
     return None
 
 
-def _odd_numbers(scheduler: dict[str, Any], vae: dict[str, Any]) -> Iterator[str]:
+def _odd_numbers(schedule: Schedule, vae: dict[str, Any]) -> Iterator[str]:
     """Numbers that training computes with and that are none."""
     if not (_is_number(vae.get("scaling_factor")) and vae["scaling_factor"] > 0):
         yield "vae/config.json: scaling_factor must be a number above 0; SDXL's is 0.13025"
-    if type(scheduler.get("num_train_timesteps", 1)) is not int or scheduler.get("num_train_timesteps", 1) < 1:
+    if type(schedule.timesteps) is not int or schedule.timesteps < 1:
         yield "scheduler/scheduler_config.json: num_train_timesteps must be a whole number above 0; SDXL's is 1000"
-    for name in ("beta_start", "beta_end"):
-        if not (_is_number(scheduler.get(name, 0.5)) and 0 < scheduler.get(name, 0.5) < 1):
+    for name, beta in (("beta_start", schedule.beta_start), ("beta_end", schedule.beta_end)):
+        if not (_is_number(beta) and 0 < beta < 1):
             yield f"scheduler/scheduler_config.json: {name} must be a number between 0 and 1"
 
 
@@ -179,8 +179,6 @@ def _preference(path: Path) -> tuple:
 def _disagreements(configs: dict[str, dict[str, Any]]) -> list[str]:
     widths = [configs[name].get("hidden_size") for name in ("text_encoder", "text_encoder_2")]
     context = configs["unet"].get("cross_attention_dim")
-    return (
-        []
-        if all(map(_is_number, widths)) and context == sum(widths)
-        else [f"the UNet wants text embeddings of {context} channels, the encoders give {widths}"]
-    )
+    if all(map(_is_number, widths)) and context == sum(widths):
+        return []
+    return [f"the UNet wants text embeddings of {context} channels, the encoders give {widths}"]

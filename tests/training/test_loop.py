@@ -6,19 +6,8 @@ from errors import SettingsError
 from training.buckets import Bucket, OptimizerStep
 from training.loop import Run, run_steps
 from training.progress import Progress
+from training.saving import Onlooker
 from training.step import StepResult
-
-
-class Quiet:
-    """A saver that saves nothing."""
-
-    def state(self, progress: Progress) -> None: ...
-
-    def check(self) -> None: ...
-
-    def wait(self) -> None: ...
-
-    def lora(self, epochs: int) -> None: ...
 
 
 class Lines(list):
@@ -33,7 +22,7 @@ def test_a_step_that_fp16_skipped_has_no_loss_and_leaves_the_average_alone(capsy
     run = Run(order, Progress(), 4, 4, 0, 1e9, 1, 0, lambda number: 1e-4)
     skipped, taken = StepResult(float("nan"), float("inf"), skipped=True), StepResult(0.5, 1.0)
     steps, lines = iter([skipped, taken, skipped, taken]), Lines()
-    progress = run_steps(run, lambda *_: lambda: next(steps), [[]] * 4, lambda step: "", None, Quiet(), lines, lambda: None)
+    progress = run_steps(run, lambda *_: lambda: next(steps), [[]] * 4, lambda step: "", None, Onlooker(), lines, lambda: None)
     assert progress == Progress(next_step=4, loss_average=0.5)
     assert ["loss" in line for line in lines] == [False, True, False, True]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
@@ -45,4 +34,4 @@ def test_a_loss_that_is_not_finite_ends_the_run():
     run = Run([OptimizerStep(0, 0, Bucket(64, 64), (0,))], Progress(), 1, 1, 0, 1e9, 1, 0, lambda number: 1e-4)
     result = StepResult(float("nan"), 1.0, diverged=True)
     with pytest.raises(SettingsError, match="step 0: the loss is nan"):
-        run_steps(run, lambda *_: lambda: result, [[]], lambda step: "a.png", None, Quiet(), Lines(), lambda: None)
+        run_steps(run, lambda *_: lambda: result, [[]], lambda step: "a.png", None, Onlooker(), Lines(), lambda: None)

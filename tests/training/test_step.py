@@ -82,10 +82,10 @@ def part_of(batch: Batch, first: int, last: int) -> Batch:
     return replace(batch, **{part.name: getattr(batch, part.name)[first:last] for part in fields(batch)})
 
 
-def stepper(unet, lora, optimizer, schedule=PLAIN, gamma=5.0, offset=0.0357, max_grad_norm=0.0) -> TrainStep:
+def stepper(unet, lora, optimizer, schedule=PLAIN, gamma=5.0, offset=0.0357, max_grad_norm=0.0, dtype=torch.float32) -> TrainStep:
     quicken(unet, lora.stacks, plain_ops)
     wanted = Objective(schedule.prediction_type, alphas_cumprod(schedule).float(), gamma, offset, SCALING)
-    return TrainStep(unet, lora, optimizer, wanted, Precision(torch.device("cpu"), torch.float32), max_grad_norm)
+    return TrainStep(unet, lora, optimizer, wanted, Precision(torch.device("cpu"), dtype), max_grad_norm)
 
 
 def in_a_row(lora: LoraWeights) -> torch.Tensor:
@@ -262,10 +262,7 @@ def test_fp16_skips_steps_until_the_scale_of_the_loss_fits(plain_unet):
     """No weight is moved by them, and no loss of theirs is reported for one."""
     unet = copy.deepcopy(plain_unet).half()
     lora = inject(unet, LoraSettings(lora_rank=4, lora_alpha=2.0), seed=7)
-    quicken(unet, lora.stacks, plain_ops)
-    wanted = Objective("epsilon", alphas_cumprod(PLAIN).float(), 5.0, 0.0357, SCALING)
-    optimizer = AdamW(lora.weights, OptimizerSettings())
-    step = TrainStep(unet, lora, optimizer, wanted, Precision(torch.device("cpu"), torch.float16), max_grad_norm=1.0)
+    step = stepper(unet, lora, AdamW(lora.weights, OptimizerSettings()), max_grad_norm=1.0, dtype=torch.float16)
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     batch, before = batch_of([100, 700]), in_a_row(lora)
     batch = replace(batch, hidden=batch.hidden.half(), pooled=batch.pooled.half())
