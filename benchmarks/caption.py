@@ -1,6 +1,6 @@
-"""`python -m benchmarks.caption`: how much of decoding and preparing pictures captioning hides behind inference. CPU only.
+"""`python -m benchmarks.caption`: how much of decoding and preparing images captioning hides behind inference. CPU only.
 
-Builds two taggers with random weights and pictures of 1024 x 1024 px in a folder, and compares three things on this
+Builds two taggers with random weights and images of 1024 x 1024 px in a folder, and compares three things on this
 machine: ONNX Runtime alone in a loop over ready tensors, decoding and preparing alone on one thread, and captioning as
 scripts/caption_images.py does it, from the files to the stored probabilities. Ratios mean something; times only here.
 """
@@ -18,14 +18,13 @@ from PIL import Image
 
 import demo  # noqa: F401  for the path to the rooms of scripts/
 from benchmarks import random_vit
-from captioning.cores import preparing_workers
-from captioning.known_pictures import KnownPicture, look_at_all
-from captioning.tag_store import store_of_model
-from captioning.tagger import Tagger, prepare
-from captioning.tagging import infer
-from captioning.tally import Tally
-from dataset_folder import DatasetFolder, find_images
-from pictures import open_rgb
+from captioning.cpu_affinity import preparing_workers
+from captioning.image_audit import KnownImage, look_at_all
+from captioning.journal import Tally
+from captioning.tag_cache import infer, store_of_model
+from captioning.wd14 import Tagger, prepare
+from common.dataset_layout import DatasetFolder, find_images
+from common.images import open_rgb
 
 SIDE_PX = 1024
 BATCH = 8
@@ -34,7 +33,7 @@ PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "moto
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds for all pictures, once each."""
+    """Seconds for all images, once each."""
 
     bare: float
     preparing: float
@@ -53,22 +52,22 @@ class Times:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.caption", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/loracat-benchmark-caption"), help="where everything is built")
-    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--threads", type=int, default=None, help="inference threads; otherwise what captioning would take")
-    parser.add_argument("--workers", type=int, default=preparing_workers(), help="threads that prepare pictures")
+    parser.add_argument("--workers", type=int, default=preparing_workers(), help="threads that prepare images")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=("large", "small"), default=None)
     options = parser.parse_args()
     dataset = DatasetFolder(options.folder / "dataset")
-    draw(dataset.images, options.pictures)
-    images = find_images(dataset.images)[: options.pictures]
+    draw(dataset.images, options.images)
+    images = find_images(dataset.images)[: options.images]
     begin = time.perf_counter()
     known = look_at_all(dataset, images, options.workers)
     print(
-        f"looking at {len(images)} pictures for the audit: {time.perf_counter() - begin:.1f} s (0 if it was done before)",
+        f"looking at {len(images)} images for the audit: {time.perf_counter() - begin:.1f} s (0 if it was done before)",
         flush=True,
     )
-    print("\n| model | pictures | bare, s/picture | preparing, s/picture | captioning, s/picture | of bare speed | hidden |")
+    print("\n| model | images | bare, s/image | preparing, s/image | captioning, s/image | of bare speed | hidden |")
     print("|---|---|---|---|---|---|---|")
     for name, size in (("large", random_vit.LARGE), ("small", random_vit.SMALL)):
         if options.only in (None, name):
@@ -78,7 +77,7 @@ def main() -> None:
             print(row(name, rounds, len(images)), flush=True)
 
 
-def measured(tagger: Tagger, model: Path, dataset: DatasetFolder, known: dict[Path, KnownPicture], workers: int) -> Times:
+def measured(tagger: Tagger, model: Path, dataset: DatasetFolder, known: dict[Path, KnownImage], workers: int) -> Times:
     """One round: the three one after the other, so that they meet the same machine."""
     paths = list(known)
     ready = [prepare(open_rgb(path), tagger.side_px) for path in paths[:BATCH]]
@@ -105,13 +104,13 @@ def measured(tagger: Tagger, model: Path, dataset: DatasetFolder, known: dict[Pa
     return Times(bare, preparing, captioning)
 
 
-def row(name: str, rounds: list[Times], pictures: int) -> str:
+def row(name: str, rounds: list[Times], images: int) -> str:
     bare, preparing, captioning = (
-        statistics.median(getattr(times, part) for times in rounds) / pictures for part in ("bare", "preparing", "captioning")
+        statistics.median(getattr(times, part) for times in rounds) / images for part in ("bare", "preparing", "captioning")
     )
     of_bare = statistics.median(times.share_of_bare for times in rounds)
     hidden = statistics.median(times.hidden for times in rounds)
-    return f"| {name} | {pictures} | {bare:.4f} | {preparing:.4f} | {captioning:.4f} | {of_bare:.1%} | {hidden:.0%} |"
+    return f"| {name} | {images} | {bare:.4f} | {preparing:.4f} | {captioning:.4f} | {of_bare:.1%} | {hidden:.0%} |"
 
 
 def draw(folder: Path, count: int) -> None:

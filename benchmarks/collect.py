@@ -21,9 +21,9 @@ from statistics import mean, median
 
 import requests
 
+from common.settings import REPOSITORY
 from demo.standin_comfyui.server import StandIn
 from demo.world import setting_names
-from settings import REPOSITORY
 
 POLL_S = 2.0
 BLURS_TO_TRY = 8
@@ -81,7 +81,7 @@ def workflow(chain: Chain, seed: int = 0, text: str = "") -> dict[str, dict]:
     graph = {"1": _node("EmptyImage", width=512, height=512, batch_size=1, color=8, seed=seed, text=text)}
     for number, (class_type, inputs) in enumerate(chain, start=2):
         graph[str(number)] = _node(class_type, image=[str(number - 1), 0], **inputs)
-    return graph | {"save": _node("SaveImage", images=[str(1 + len(chain)), 0], filename_prefix="loracat_benchmark/picture")}
+    return graph | {"save": _node("SaveImage", images=[str(1 + len(chain)), 0], filename_prefix="loracat_benchmark/image")}
 
 
 def _node(class_type: str, **inputs: object) -> dict:

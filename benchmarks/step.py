@@ -11,18 +11,17 @@ from peft.helpers import disable_input_dtype_casting
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from training.base_model import find_base
-from training.batches import Batch
 from training.config import LoraSettings, OptimizerSettings
-from training.device import choose_precision
-from training.fast_unet import fast_ops, quicken
-from training.lora import ADAPTER, LoraWeights, inject
-from training.models import load_unet
-from training.networks import UNet2DConditionModel
-from training.objective import alphas_cumprod
-from training.optimizer import AdamW
-from training.schedule import Schedule
-from training.step import Objective, TrainStep
+from training.data.batches import Batch
+from training.engine.fast.unet import fast_ops, quicken
+from training.engine.step import Objective, TrainStep
+from training.method.adapters import ADAPTER, LoraWeights, inject
+from training.method.diffusion import alphas_cumprod
+from training.method.optimizers import AdamW
+from training.models.base_model import find_base
+from training.models.loading import UNet2DConditionModel, load_unet
+from training.models.sdxl import Schedule
+from training.system.device import choose_precision
 
 FAMILIES = {
     "attention": r"fmha|flash|sdpa|attention|cudnn_generated",

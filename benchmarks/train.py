@@ -1,6 +1,6 @@
 """`python -m benchmarks.train`: how fast a LoRA is trained on this GPU, measured as a user meets it. Needs CUDA.
 
-Builds a full-size SDXL with random weights and pictures of its own in a folder (15 GB), runs `scripts/train_lora.py` on
+Builds a full-size SDXL with random weights and images of its own in a folder (15 GB), runs `scripts/train_lora.py` on
 them, and takes time per step and fixed cost from the times of their lines.
 """
 
@@ -17,17 +17,17 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from common.project import ProjectSettings
+from common.settings import REPOSITORY, all_keys
 from demo import tiny_sdxl
-from sections import ProjectSettings
-from settings import REPOSITORY, all_keys
 from training.config import TrainSettings
 
 ONE_BUCKET = ((1024, 1024),)
 SIX_BUCKETS = ((1024, 1024), (896, 1152), (1152, 896), (832, 1216), (1216, 832), (768, 1344))
-STEP_TFLOP_PER_PICTURE = 14.7
+STEP_TFLOP_PER_IMAGE = 14.7
 """Forward and backward of the UNet at 1024 x 1024 with the LoRA's gradients, counted from the layers' sizes."""
 STEPS_TIMED = 120
-"""Of batch 4; as many pictures for other batches."""
+"""Of batch 4; as many images for other batches."""
 TAGS = "1girl, smile, brown hair, blue eyes, outdoors, tree, standing, upper body, looking at viewer, white shirt"
 
 
@@ -36,7 +36,7 @@ class Job:
     """One run of train_lora.py."""
 
     name: str
-    pictures: str
+    images: str
     """Folder of the data set."""
     epochs: int
     settings: dict[str, object]
@@ -61,9 +61,9 @@ def main() -> None:
         if not wanted.search(FIRST_JOB):
             run(options.folder, Job("compile the kernels", "one", 1, JOB_SETTINGS))
         print(whole_job(options.folder, SECOND_JOB), flush=True)
-    for name, pictures, batch, settings in MEASUREMENTS:
+    for name, images, batch, settings in MEASUREMENTS:
         if wanted.search(name):
-            print(measured(options.folder, name, pictures, batch, settings, rate), flush=True)
+            print(measured(options.folder, name, images, batch, settings, rate), flush=True)
     if wanted.search("inside a step"):
         subprocess.run([sys.executable, "-m", "benchmarks.step", options.folder / "models" / "random-sdxl"], check=True)
 
@@ -77,7 +77,7 @@ MEASUREMENTS = (
     ("batch 4, checkpointing", "one", 4, {"gradient_checkpointing": "true"}),
     ("batch 4, six buckets", "six", 4, {}),
 )
-"""Name, pictures, batch size, further settings. Checkpointing is off where nothing else is said."""
+"""Name, images, batch size, further settings. Checkpointing is off where nothing else is said."""
 
 
 def build(folder: Path) -> None:
@@ -92,13 +92,13 @@ def build(folder: Path) -> None:
         images = folder / name / "images"
         images.mkdir(parents=True)
         for number in range(count):
-            picture(sizes[number % len(sizes)], number).save(images / f"{number:02d}.png")
+            image(sizes[number % len(sizes)], number).save(images / f"{number:02d}.png")
             (images / f"{number:02d}.txt").write_text(f"trigger, {TAGS}, number {number}", encoding="utf-8")
     (folder / "complete").touch()
     print(f"built in {time.monotonic() - started:.0f} s", flush=True)
 
 
-def picture(size: tuple[int, int], seed: int) -> Image.Image:
+def image(size: tuple[int, int], seed: int) -> Image.Image:
     """Soft colours with some grain."""
     generator = torch.Generator().manual_seed(seed)
     soft = torch.rand(1, 3, 8, 8, generator=generator)
@@ -129,7 +129,7 @@ def run(folder: Path, job: Job) -> tuple[float, str]:
     kept = {name: value for name, value in os.environ.items() if name not in names}
     ours = {
         "trigger_word": "trigger",
-        "dataset_dir": folder / job.pictures,
+        "dataset_dir": folder / job.images,
         "output_dir": output,
         "models_dir": folder / "models",
         "base_model": "random-sdxl",
@@ -152,28 +152,28 @@ def run(folder: Path, job: Job) -> tuple[float, str]:
     return time.monotonic() - started, log
 
 
-def measured(folder: Path, name: str, pictures: str, batch: int, settings: dict[str, object], rate: float) -> str:
+def measured(folder: Path, name: str, images: str, batch: int, settings: dict[str, object], rate: float) -> str:
     """One line of the table. A short run first compiles the kernels that are missing; then a long one is timed by its own
     lines, from the end of its second epoch on, when every shape is captured. `rate`: TFLOP/s of matrix products alone."""
-    count = {"one": 32, "six": 48}[pictures]
+    count = {"one": 32, "six": 48}[images]
     per_epoch = count // batch
     epochs = 2 + -(-STEPS_TIMED * 4 // batch // per_epoch)
     for length in (2, epochs):
-        job = Job(f"{name}, {length} epochs", pictures, length, {"train_batch_size": batch} | settings)
+        job = Job(f"{name}, {length} epochs", images, length, {"train_batch_size": batch} | settings)
         took, log = run(folder, job)
     ends = [float(seconds) for seconds in re.findall(r"^ *([\d.]+) s  epoch ", log, re.MULTILINE)]
     step_s = (ends[-1] - ends[1]) / ((epochs - 2) * per_epoch)
     fixed_s = took - epochs * per_epoch * step_s
-    tflops = batch * STEP_TFLOP_PER_PICTURE / step_s
+    tflops = batch * STEP_TFLOP_PER_IMAGE / step_s
     peak = re.findall(r"peak GPU memory ([\d.]+) GiB", log)
     return (
-        f"{name:28s} step {1e3 * step_s:6.1f} ms  {batch / step_s:6.2f} pictures/s  "
+        f"{name:28s} step {1e3 * step_s:6.1f} ms  {batch / step_s:6.2f} images/s  "
         f"{tflops:5.0f} TFLOP/s ({tflops / rate:.0%})  fixed {fixed_s:5.1f} s  peak {peak[0] if peak else '?'} GiB"
     )
 
 
 def whole_job(folder: Path, name: str) -> str:
-    """32 pictures, 20 epochs, batch 4."""
+    """32 images, 20 epochs, batch 4."""
     took, log = run(folder, Job(name, "one", 20, JOB_SETTINGS))
     return f"{name:32s} {took:6.1f} s\n{log}"
 

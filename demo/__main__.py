@@ -60,7 +60,7 @@ def described(lora: Path) -> str:
             f"The LoRA is {lora}",
             f"  {modules} modules of rank {about['ss_network_dim']}, alpha {about['ss_network_alpha']}, "
             f"{lora.stat().st_size / 2**20:.1f} MiB, network module {about['ss_network_module']}",
-            f"  trained on {about['ss_num_train_images']} pictures for {about['ss_num_epochs']} epochs, "
+            f"  trained on {about['ss_num_train_images']} images for {about['ss_num_epochs']} epochs, "
             f"{about['ss_steps']} steps, on {about['ss_sd_model_name']}",
             f"  trigger word {about['modelspec.trigger_phrase']}",
         ]

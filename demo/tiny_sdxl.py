@@ -13,10 +13,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from training.networks import AutoencoderKL, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
-from training.parts import STEMS, name_in_files
-from training.sgm_names import sgm_source
-from training.shapes import shapes_only
+from training.models.loading import (
+    AutoencoderKL,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    UNet2DConditionModel,
+    shapes_only,
+)
+from training.models.sdxl import STEMS, name_in_files, sgm_source
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""A tiny WD14-shaped ONNX tagger: a few features of the picture, one linear layer, a sigmoid. Built in milliseconds.
+"""A tiny WD14-shaped ONNX tagger: a few features of the image, one linear layer, a sigmoid. Built in milliseconds.
 
-The tags depend on the picture as far as a few averages can tell: a dark picture is `night`, a green one has `grass`.
+The tags depend on the image as far as a few averages can tell: a dark image is `night`, a green one has `grass`.
 """
 
 import csv
@@ -43,7 +43,7 @@ class Shape:
     channels_first: bool = False
     side_px: int = SIDE_PX
     extra_outputs: int = 0
-    """Values per picture beyond the rows of the tags file."""
+    """Values per image beyond the rows of the tags file."""
     logits: bool = False
     """True leaves out the sigmoid: the values are no probabilities."""
 

@@ -7,18 +7,20 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset_folder import write_json
+from captioning.config import CaptionSettings
+from collecting.config import CollectSettings
+from common.files import write_json
+from common.project import ProjectSettings
+from common.settings import REPOSITORY, all_keys
 from demo import tiny_sdxl, tiny_tagger
-from demo.standin_comfyui.pictures import scene
+from demo.standin_comfyui.images import scene
 from demo.standin_comfyui.server import StandIn
-from sections import CaptionSettings, CollectSettings, ProjectSettings
-from settings import REPOSITORY, all_keys
 from training.config import TrainSettings
 
 SECTIONS = (ProjectSettings, CollectSettings, CaptionSettings, TrainSettings)
 RUN_SH = REPOSITORY / "scripts" / "run.sh"
 TRIGGER_WORD = "demo_person"
-PICTURE_SIZE_PX = (256, 320)
+IMAGE_SIZE_PX = (256, 320)
 PROMPTS = [
     "portrait in a garden, smiling",
     "full body, walking through a forest",
@@ -120,8 +122,8 @@ def defaults() -> dict[str, str]:
 
 
 def workflow() -> dict[str, dict]:
-    """A ComfyUI workflow in API format: the face, a prompt and a seed become one picture."""
-    width, height = PICTURE_SIZE_PX
+    """A ComfyUI workflow in API format: the face, a prompt and a seed become one image."""
+    width, height = IMAGE_SIZE_PX
     return {
         "1": _node("LoadImage", image="example.png"),
         "2": _node("ImageScale", image=["1", 0], upscale_method="lanczos", width=width, height=height, crop="center"),

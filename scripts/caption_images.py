@@ -1,6 +1,6 @@
-"""Caption every picture of DATASET_DIR/images: a WD14 tagger's tags, the trigger word first.
+"""Caption every image of DATASET_DIR/images: a WD14 tagger's tags, the trigger word first.
 
-A picture without a caption is tagged. A caption that this stage made follows the settings: it is made anew when they
+An image without a caption is tagged. A caption that this stage made follows the settings: it is made anew when they
 change, from stored probabilities if only the choice of tags has changed. A caption of yours keeps its text and only gains
 a missing trigger word (an empty one becomes the trigger word alone). CAPTION_OVERWRITE=1 replaces yours, too; --undo puts
 back what the last run changed.
@@ -18,22 +18,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from captioning import audit, report
-from captioning.caption_files import CaptionFiles, UnusableCaptionError
-from captioning.checks import check, pictures_in
-from captioning.cores import preparing_workers
-from captioning.known_pictures import KnownPicture, look_at_all
-from captioning.tag_choice import TagChoice
-from captioning.tagging import tagged
-from captioning.tally import STAGE, Tally
-from captioning.thresholds import known_point
-from captioning.tokens import find_tokens
+from captioning import image_audit as audit
+from captioning import report
+from captioning.config import CaptionSettings
+from captioning.cpu_affinity import preparing_workers
+from captioning.image_audit import KnownImage, look_at_all
+from captioning.journal import STAGE, CaptionFiles, Tally, UnusableCaptionError
+from captioning.preflight import check, images_in
+from captioning.tag_cache import tagged
+from captioning.tag_selection import TagChoice, known_point
 from captioning.traits import pruning_of
-from dataset_folder import DatasetFolder, ImageFile, caption_owners, caption_path, update_json
-from errors import DataError, SettingsError, exit_code_of, stop_on_signals
-from locks import locked
-from sections import CaptionSettings, ProjectSettings
-from settings import read_request
+from common.clip_tokens import find_tokens
+from common.dataset_layout import DatasetFolder, ImageFile, caption_owners, caption_path
+from common.errors import DataError, SettingsError, exit_code_of, stop_on_signals
+from common.files import locked, update_json
+from common.project import ProjectSettings
+from common.settings import read_request
 from training.config import TrainSettings
 
 SECTIONS = {"project": ProjectSettings, "caption": CaptionSettings, "train": TrainSettings}
@@ -54,8 +54,8 @@ def main(argv: list[str]) -> None:
         if "undo" in request.asked:
             undo(captions)
             return
-        images = pictures_in(folder)
-        print(f"{len(images)} pictures in {folder.images}; set by you: {request.overridden()}", flush=True)
+        images = images_in(folder)
+        print(f"{len(images)} images in {folder.images}; set by you: {request.overridden()}", flush=True)
         caption(images, captions, folder, project, settings, train)
 
 
@@ -67,7 +67,7 @@ def caption(
     settings: CaptionSettings,
     train: TrainSettings,
 ) -> None:
-    """Look at every picture, see to its caption, and say what came of it."""
+    """Look at every image, see to its caption, and say what came of it."""
     tally = Tally()
     known = look_at_all(folder, images, preparing_workers())
     report_flaws(folder, images, known, train.data.resolution)
@@ -110,8 +110,8 @@ def undo(captions: CaptionFiles) -> None:
         print(f"edited since and left alone: {', '.join(undone.edited)}")
 
 
-def report_flaws(folder: DatasetFolder, images: list[ImageFile], known: dict[Path, KnownPicture], resolution: int) -> None:
-    """What is wrong with the pictures, before anything long begins."""
+def report_flaws(folder: DatasetFolder, images: list[ImageFile], known: dict[Path, KnownImage], resolution: int) -> None:
+    """What is wrong with the images, before anything long begins."""
     found = audit.audit_of(folder, images, known, resolution)
     audit.write(found, folder)
     print(audit.table(found), flush=True)
@@ -120,16 +120,16 @@ def report_flaws(folder: DatasetFolder, images: list[ImageFile], known: dict[Pat
 def sorted_out(
     images: list[ImageFile], captions: CaptionFiles, overwrite: bool, tally: Tally
 ) -> tuple[list[ImageFile], list[ImageFile]]:
-    """The pictures whose captions this stage makes, and those whose caption is the user's and kept.
+    """The images whose captions this stage makes, and those whose caption is the user's and kept.
 
-    Pictures with the same stem would share one caption: it belongs to the first of them, the others fail.
+    Images with the same stem would share one caption: it belongs to the first of them, the others fail.
     """
     owners = caption_owners(images)
     to_make, to_keep = [], []
     for image in images:
         caption = image.caption_path
         if (owner := owners[caption]) is not image:
-            tally.fail(image.path, f"would share {caption.name} with {owner.path.name}; rename one of the two pictures")
+            tally.fail(image.path, f"would share {caption.name} with {owner.path.name}; rename one of the two images")
         elif caption.is_symlink() and not caption.exists():
             tally.fail(caption, "is a link to nothing; restore its target or remove it")
         elif caption.exists() and not caption.is_file():
@@ -153,7 +153,7 @@ def keep(images: list[ImageFile], captions: CaptionFiles, tally: Tally) -> None:
 
 def make(
     images: list[ImageFile],
-    known: dict[Path, KnownPicture],
+    known: dict[Path, KnownImage],
     settings: CaptionSettings,
     project: ProjectSettings,
     captions: CaptionFiles,
@@ -169,13 +169,13 @@ def make(
     folder = DatasetFolder(project.dataset_dir)
     store, probabilities = tagged(whole, settings, project.models_dir, folder.records, tally)
     choice = TagChoice(store.tags, settings)
-    chosen = [choice.chosen(of_picture) for of_picture in probabilities.values()]
+    chosen = [choice.chosen(of_image) for of_image in probabilities.values()]
     pruning = pruning_of(store.tags, chosen, settings.caption_prune_traits)
     update_json(folder.records / "traits.json", report.traits(choice, pruning))
     print(report.choice(choice, pruning), end="", flush=True)
-    for path, of_picture in probabilities.items():
+    for path, of_image in probabilities.items():
         try:
-            changed = captions.write(caption_path(path), choice.words(of_picture, pruning.pruned))
+            changed = captions.write(caption_path(path), choice.words(of_image, pruning.pruned))
         except UnusableCaptionError as error:
             tally.fail(caption_path(path), error)
             continue

@@ -1,4 +1,4 @@
-"""Collect pictures from ComfyUI: the workflow goes out, its pictures come back verified into dataset/images/.
+"""Collect images from ComfyUI: the workflow goes out, its images come back verified into dataset/images/.
 
 Killed at any instant and run again it goes on where it was; run again when all is done it submits nothing.
 """
@@ -10,19 +10,20 @@ if __name__ == "__main__":  # Ctrl-C while libraries are imported ends it withou
 
 import sys
 
-from collecting.address import addresses
-from collecting.checks import check, check_folder
-from collecting.display import Display
-from collecting.download import PictureStore
-from collecting.fleet import Fleet
+from collecting.config import CollectSettings
 from collecting.graph import literal_seeds
-from collecting.plan import Job, Plan, read_plan
-from collecting.progress import Progress
-from dataset_folder import DatasetFolder
-from errors import ComfyUIError, SettingsError, SomeItemsFailed, exit_code_of, one_list, stop_on_signals
-from locks import locked
-from sections import CollectSettings, ProjectSettings
-from settings import read_request
+from collecting.http import addresses
+from collecting.image_store import ImageStore
+from collecting.jobs import Job, Plan, read_plan
+from collecting.journal import Progress
+from collecting.monitor import Display
+from collecting.pool import Fleet
+from collecting.preflight import check, check_folder
+from common.dataset_layout import DatasetFolder
+from common.errors import ComfyUIError, SettingsError, SomeItemsFailed, exit_code_of, one_list, stop_on_signals
+from common.files import locked
+from common.project import ProjectSettings
+from common.settings import read_request
 
 STAGE = "collect_images"
 TICK_S = 0.25
@@ -33,7 +34,7 @@ def main() -> None:
     """The whole stage, in order."""
     stop_on_signals()
     request = read_request(
-        STAGE, "Collect pictures from ComfyUI.", sys.argv[1:], {"project": ProjectSettings, "collect": CollectSettings}
+        STAGE, "Collect images from ComfyUI.", sys.argv[1:], {"project": ProjectSettings, "collect": CollectSettings}
     )
     settings, folder = request.sections["collect"], DatasetFolder(request.sections["project"].dataset_dir)
     if request.check:
@@ -49,13 +50,13 @@ def main() -> None:
 def _fill(folder: DatasetFolder, plan: Plan, settings: CollectSettings) -> None:
     """Collect what is still missing of `plan`."""
     progress = Progress(folder.records)
-    store = PictureStore(folder)
+    store = ImageStore(folder)
     jobs = _jobs(plan, progress)
     _introduce(plan, jobs)
     todo = [job for job in jobs if not progress.is_done(job.key)]
     if todo:
         failed = _collect(settings, plan, progress, store, todo)
-        _judge(failed, len(todo), progress.has_pictures([job.key for job in jobs]))
+        _judge(failed, len(todo), progress.has_images([job.key for job in jobs]))
     else:
         print(_nothing_to_do(plan, store))
 
@@ -79,16 +80,16 @@ def _jobs(plan: Plan, progress: Progress) -> list[Job]:
 def _introduce(plan: Plan, jobs: list[Job]) -> None:
     mode = f"Per-batch mode, prompts: {len(jobs)}" if plan.workflow.per_batch else "Full-workflow mode, one submission"
     nodes = ", ".join(plan.workflow.kept_nodes[:12]) + (" ..." if len(plan.workflow.kept_nodes) > 12 else "")
-    print(f"{mode}; pictures are kept of {len(plan.workflow.kept_nodes)} of the workflow's nodes: {nodes}.")
+    print(f"{mode}; images are kept of {len(plan.workflow.kept_nodes)} of the workflow's nodes: {nodes}.")
     if plan.face is not None:
         print(f"The face reference goes into node {plan.workflow.face_input}.")
     elif plan.workflow.face_input is None:
         print("No face goes in: workflow_config.json names no image_loader_node.")
     else:
-        print("No face reference (FACE_REFERENCE or face_reference.png): the workflow's own picture stays.")
+        print("No face reference (FACE_REFERENCE or face_reference.png): the workflow's own image stays.")
 
 
-def _collect(settings: CollectSettings, plan: Plan, progress: Progress, store: PictureStore, todo: list[Job]) -> int:
+def _collect(settings: CollectSettings, plan: Plan, progress: Progress, store: ImageStore, todo: list[Job]) -> int:
     """Do all the work; returns how much of it failed."""
     servers = addresses(settings.comfyui_endpoint, settings.comfyui_headers, settings.comfyui_ca_bundle)
     timing_s = settings.comfyui_delay, settings.comfyui_stall_timeout
@@ -108,14 +109,14 @@ def _collect(settings: CollectSettings, plan: Plan, progress: Progress, store: P
 def _judge(failed: int, submitted: int, something_came: bool) -> None:
     """Raise what the exit code is made of."""
     if failed and not something_came:
-        raise ComfyUIError("ComfyUI gave no picture; the reasons are above")
+        raise ComfyUIError("ComfyUI gave no image; the reasons are above")
     if failed:
         raise SomeItemsFailed(f"{failed} of {submitted} submissions failed, as named above; run it again to try only these")
 
 
-def _nothing_to_do(plan: Plan, store: PictureStore) -> str:
+def _nothing_to_do(plan: Plan, store: ImageStore) -> str:
     missing = store.missing()
-    gone = f" Of the pictures {missing} were taken out of the folder since and stay out." if missing else ""
+    gone = f" Of the images {missing} were taken out of the folder since and stay out." if missing else ""
     more = " NEW_SEEDS=1 makes another set." if literal_seeds(plan.workflow.graph) else ""
     return f"All of this was collected before, so nothing was sent.{gone}{more}"
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The stages in their order: collect pictures, caption them, train the LoRA. `run.sh --help` says how to call it.
+# The stages in their order: collect images, caption them, train the LoRA. `run.sh --help` says how to call it.
 set -euo pipefail
 
 usage="Usage: run.sh [--check] [--collect] [--caption] [--train]
 
-  no flag     collect pictures from ComfyUI, caption them, train the LoRA
+  no flag     collect images from ComfyUI, caption them, train the LoRA
   --collect, --caption, --train
               only the stages that are named, always in this order
   --check     only verify what the stages need; each reports, whatever the others find

@@ -5,7 +5,6 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while libraries are imported ends it without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -16,14 +15,15 @@ from operator import call
 from pathlib import Path
 from typing import Any
 
-from errors import exit_code_of, stop_on_signals
-from prefetch import coming
-from sections import CollectSettings, ProjectSettings
-from settings import Request, read_request
-from training.aside import Aside, die_with_parent, working_aside
+from collecting.config import CollectSettings
+from common.background import coming
+from common.errors import exit_code_of, stop_on_signals
+from common.project import ProjectSettings
+from common.settings import Request, read_request
 from training.config import TrainSettings
-from training.distributed import launch, place, wants_launcher
-from training.inputs import read_inputs
+from training.data.dataset import read_inputs
+from training.system.launcher import launch, place, wants_launcher
+from training.system.worker_process import Aside, die_with_parent, working_aside
 
 STAGE = "train_lora"
 SECTIONS = {"project": ProjectSettings, "collect": CollectSettings, "train": TrainSettings}
@@ -50,15 +50,17 @@ def main(argv: list[str]) -> None:
 
 def train(request: Request, reader: Aside | None, encoder: Aside | None) -> None:
     """Do what was asked for. Where there are other processes, one reads what the run starts from while this one imports, and
-    the other encodes pictures and captions while this one makes the UNet ready."""
+    the other encodes images and captions while this one makes the UNet ready."""
     project, settings = request.sections["project"], request.sections["train"]
     read = partial(reader.last_call if reader else call, read_inputs, project, settings)
     with coming(read, begins_now=place().index == 0 and not request.check) as inputs:
         import_training()
-    from training import carry_out, doctor, task
-    from training.memory import watched
-    from training.processes import joined
-    from training.results import only_run_in
+    from common.output_layout import only_run_in
+    from training import job as task
+    from training import preflight as doctor
+    from training import trainer as carry_out
+    from training.system.memory_guard import watched
+    from training.system.process_group import joined
 
     if request.check:
         doctor.check(project, settings, is_ahead=request.is_ahead)
@@ -67,7 +69,7 @@ def train(request: Request, reader: Aside | None, encoder: Aside | None) -> None
         run = task.decide_together(processes, project, settings, inputs, request.sections["collect"].comfyui_endpoint)
         if run.is_finished:
             task.tidy(run)
-            print(f"nothing to do: {run.results.lora} is finished, with exactly these settings, pictures and captions")
+            print(f"nothing to do: {run.results.lora} is finished, with exactly these settings, images and captions")
             return
         if processes.is_first:
             task.make_room(run)
@@ -80,17 +82,11 @@ def train(request: Request, reader: Aside | None, encoder: Aside | None) -> None
 
 
 def import_training() -> None:
-    """Import what takes seconds, in the quickest order; the GPU's context is made meanwhile."""
-    gc.disable()  # imports make a million objects that stay; no use looking for garbage among them
-    from training.device import wake_gpu
-    from training.quick_imports import import_quickly
+    """Import what takes seconds; the GPU's context is made meanwhile."""
+    from training.system.device import wake_gpu
 
     wake_gpu(place().gpu)
-    import_quickly("training.networks")
-    import training.carry_out  # noqa: F401
-
-    gc.freeze()
-    gc.enable()
+    import training.trainer  # noqa: F401
 
 
 def contradictions(sections: dict[str, Any]) -> Iterator[str]:

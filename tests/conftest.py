@@ -8,10 +8,6 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported; no test may reach the real hub
 
-from training.quick_imports import import_quickly
-
-import_quickly("training.networks")  # before the tests ask for all of diffusers, which takes seconds in every process
-
 # Networks this small gain nothing from threads, which wait for each other many times longer on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -102,7 +102,7 @@ def test_there_are_forty_shots_or_more_and_as_many_intermediates():
     assert len(nodes_of("SaveImage")) == 2 * len(savers_under(FINAL))
 
 
-def test_every_final_picture_is_its_own_shot_refined_from_the_face_reference():
+def test_every_final_image_is_its_own_shot_refined_from_the_face_reference():
     for node_id in savers_under(FINAL):
         behind = ancestors(node_id)
         qwen, z_image = sorted(only("KSampler", behind), key=lambda node: node["inputs"]["denoise"], reverse=True)

@@ -10,10 +10,12 @@ import tomllib
 import pytest
 import yaml
 
-import errors
+from captioning.config import CaptionSettings
+from collecting.config import CollectSettings
 from collecting.workflow import CONFIG_KEYS
-from sections import CaptionSettings, CollectSettings, ProjectSettings
-from settings import REPOSITORY, SETTINGS_FILE, all_keys
+from common import errors
+from common.project import ProjectSettings
+from common.settings import REPOSITORY, SETTINGS_FILE, all_keys
 from training.config import TrainSettings
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -11,24 +11,24 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from collecting.prompts import read_entries
+from collecting.jobs import read_entries
 from collecting.workflow import understand
-from dataset_folder import read_json_lines, sha256_of
+from common.files import read_json_lines, sha256_of
+from common.settings import REPOSITORY, TABLES, resolve
 from demo.__main__ import emptied
-from demo.standin_comfyui.pictures import scene
+from demo.standin_comfyui.images import scene
 from demo.standin_comfyui.server import StandIn
 from demo.world import PROMPTS, RUN_SH, SECTIONS, TRIGGER_WORD, World
-from settings import REPOSITORY, TABLES, resolve
-from training.export import COMFYUI_MODULES
+from training.method.export import COMFYUI_MODULES
 
-PICTURES = len(PROMPTS)
+IMAGES = len(PROMPTS)
 QUICK = {"num_train_epochs": 2, "save_every_epochs": 1, "train_batch_size": 5, "resolution": 64, "caption_variants": 1}
 SHIPPED = ("workflow_api.json", "config/workflow_config.json", "prompts_example.json")
 WORKFLOWS = REPOSITORY / "tests" / "data" / "comfyui" / "workflows"
 
 LEFT_IN_DATASET = {
-    "images/node8_<hash>.png": PICTURES,
-    "images/node8_<hash>.txt": PICTURES,
+    "images/node8_<hash>.png": IMAGES,
+    "images/node8_<hash>.txt": IMAGES,
     "manifest.jsonl": 1,
     ".loracat/collect.jsonl": 1,
     ".loracat/captions.jsonl": 1,
@@ -37,12 +37,12 @@ LEFT_IN_DATASET = {
     ".loracat/traits.json": 1,
     ".loracat/tags/<hash>/model.json": 1,
     ".loracat/tags/<hash>/selected_tags.csv": 1,
-    ".loracat/tags/<hash>/<hash>.npy": PICTURES,
+    ".loracat/tags/<hash>/<hash>.npy": IMAGES,
 }
 LEFT_IN_OUTPUT = {
     "cache/digests.json": 1,
-    "cache/latents/<hash>.safetensors": PICTURES,
-    "cache/text/<hash>.safetensors": PICTURES + 1,  # and the empty caption
+    "cache/latents/<hash>.safetensors": IMAGES,
+    "cache/text/<hash>.safetensors": IMAGES + 1,  # and the empty caption
     f"lora/{TRIGGER_WORD}.safetensors": 1,
     f"lora/{TRIGGER_WORD}-000001.safetensors": 1,
     "lora/metrics.jsonl": 1,
@@ -94,13 +94,13 @@ def test_run_leaves_exactly_these_files(finished):
     assert left_in(finished.output) == LEFT_IN_OUTPUT
 
 
-def test_every_picture_has_its_manifest_line_and_a_caption_with_the_trigger_first(finished):
+def test_every_image_has_its_manifest_line_and_a_caption_with_the_trigger_first(finished):
     lines = read_json_lines(finished.dataset / "manifest.jsonl")
     assert sorted(line["prompt"] for line in lines) == sorted(PROMPTS)
     for line in lines:
-        picture = finished.dataset / line["file"]
-        assert sha256_of(picture) == line["sha256"]
-        tags = picture.with_suffix(".txt").read_text(encoding="utf-8").strip().split(", ")
+        image = finished.dataset / line["file"]
+        assert sha256_of(image) == line["sha256"]
+        tags = image.with_suffix(".txt").read_text(encoding="utf-8").strip().split(", ")
         assert tags[0] == TRIGGER_WORD
         assert len(tags) > 1
         assert TRIGGER_WORD not in tags[1:]
@@ -115,7 +115,7 @@ def test_lora_holds_the_three_tensors_of_every_module_that_comfyui_takes(finishe
     assert tensors.keys() <= known
     assert set(tensors.values()) == {3}
     assert about["modelspec.trigger_phrase"] == TRIGGER_WORD
-    assert about["ss_num_train_images"] == str(PICTURES)
+    assert about["ss_num_train_images"] == str(IMAGES)
 
 
 def test_second_run_asks_for_nothing_and_changes_nothing(finished, comfyui):
@@ -166,8 +166,8 @@ def written(folder: Path, content: object) -> Path:
     return path
 
 
-def one_picture(folder: Path) -> Path:
-    """A data set of one picture, as the user's own."""
+def one_image(folder: Path) -> Path:
+    """A data set of one image, as the user's own."""
     (folder / "images").mkdir()
     scene("portrait", 1, (300, 300)).save(folder / "images" / "one.png")
     return folder
@@ -185,8 +185,8 @@ def one_picture(folder: Path) -> Path:
         ("--collect", lambda _: {"comfyui_endpoint": "127.0.0.1:8188"}, 2, "http://"),
         ("--collect", lambda tmp: {"comfyui_endpoint": "http://127.0.0.1:9", "dataset_dir": tmp}, 4, "127.0.0.1:9"),
         ("--collect", lambda _: {"face_reference": RUN_SH}, 2, "face_reference"),
-        ("--caption", lambda tmp: {"dataset_dir": tmp}, 3, "no pictures"),
-        ("--caption", lambda tmp: {"dataset_dir": one_picture(tmp), "caption_model": "Some/tagger"}, 5, "hf download Some/tagger"),
+        ("--caption", lambda tmp: {"dataset_dir": tmp}, 3, "no images"),
+        ("--caption", lambda tmp: {"dataset_dir": one_image(tmp), "caption_model": "Some/tagger"}, 5, "hf download Some/tagger"),
         ("--train", lambda _: {"output_name": "a/b"}, 2, "output_name"),
         (None, lambda _: {"global_seed": "lucky", "lora_rank": "big"}, 2, "'lucky' must be a whole number"),
         (None, lambda _: {"lora_rank": "0"}, 2, "lora_rank"),

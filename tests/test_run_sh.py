@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from settings import REPOSITORY
+from common.settings import REPOSITORY
 
 SCRIPTS = ("collect_images", "caption_images", "train_lora")
 PATIENCE_S = 60

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-import settings
-from errors import SettingsError
-from sections import CaptionSettings, CollectSettings, ProjectSettings
-from settings import all_keys, resolve, resolved_toml
+from captioning.config import CaptionSettings
+from collecting.config import CollectSettings
+from common import settings
+from common.errors import SettingsError
+from common.project import ProjectSettings
+from common.settings import all_keys, resolve, resolved_toml
 from training.config import TrainSettings
 
 SECRETS = ("wandb_api_key", "comfyui_headers")
@@ -77,8 +79,8 @@ def test_relative_paths_belong_to_the_repository_in_the_file_and_to_the_current_
 def test_home_of_somebody_unknown_and_a_path_that_no_system_takes_are_refused(tmp_path):
     file = write(tmp_path, '[project]\nmodels_dir = "a\\u0000b"\n')
     with pytest.raises(SettingsError) as refused:
-        resolve(file, {"DATASET_DIR": "~nobody-has-this-name/pictures"}, [], SECTIONS)
-    assert "dataset_dir (environment): '~nobody-has-this-name/pictures' begins with the home of a user" in str(refused.value)
+        resolve(file, {"DATASET_DIR": "~nobody-has-this-name/images"}, [], SECTIONS)
+    assert "dataset_dir (environment): '~nobody-has-this-name/images' begins with the home of a user" in str(refused.value)
     assert "models_dir (settings.toml): 'a\\x00b' must be a path" in str(refused.value)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dataset_folder import read_json_lines
+from common.files import read_json_lines
+from common.settings import REPOSITORY
 from demo.world import World
-from settings import REPOSITORY
 
 FIRST_VERSION = REPOSITORY / "tests" / "data" / "first_version"
 """What the first version left of two prompts: the data set; a finished LoRA; a run stopped after 4 of its 12 steps."""

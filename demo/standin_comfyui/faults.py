@@ -1,6 +1,6 @@
 """Everything that a ComfyUI, or what stands in front of it, was seen doing wrong, by name.
 
-`standin.fault("picture_cut_off", times=2)` lets the next two requests that it concerns go wrong; without `times` all do, and
+`standin.fault("image_cut_off", times=2)` lets the next two requests that it concerns go wrong; without `times` all do, and
 `after` leaves so many alone first.
 `on` narrows it: to requests whose path begins with it, or to the node with that id.
 """
@@ -132,16 +132,16 @@ REQUESTS: dict[str, tuple[str, str, Callable[[Asked, Really], Answer]]] = {
     "prompt_lost": ("POST", "/prompt", _prompt_lost),
     "own_ids": ("POST", "/prompt", _own_ids),
     # GET /view
-    "picture_empty": ("GET", "/view", _altered(lambda answer: replace(answer, body=b""))),
-    "picture_of_html": ("GET", "/view", _altered(lambda answer: replace(answer, body=_LOGIN))),
-    "picture_cut_off": ("GET", "/view", _altered(lambda answer: replace(answer, body=answer.body[:-9]))),
-    "picture_corrupt": (
+    "image_empty": ("GET", "/view", _altered(lambda answer: replace(answer, body=b""))),
+    "image_of_html": ("GET", "/view", _altered(lambda answer: replace(answer, body=_LOGIN))),
+    "image_cut_off": ("GET", "/view", _altered(lambda answer: replace(answer, body=answer.body[:-9]))),
+    "image_corrupt": (
         "GET",
         "/view",
         _altered(lambda answer: replace(answer, body=answer.body[:60] + bytes(40) + answer.body[100:])),
     ),
-    "picture_bomb": ("GET", "/view", _altered(lambda answer: replace(answer, body=_png((9500, 9500))))),
-    "picture_gone": ("GET", "/view", _answer(404, b"", None)),
+    "image_bomb": ("GET", "/view", _altered(lambda answer: replace(answer, body=_png((9500, 9500))))),
+    "image_gone": ("GET", "/view", _answer(404, b"", None)),
     # /ws
     "no_websocket": ("GET", "/ws", _answer(404, b"", None)),
 }

@@ -1,6 +1,6 @@
 """What the stand-in's nodes do: each takes a context and its inputs, and returns one value per output.
 
-Models and text encoders are stand-ins, so a latent is simply a list of pictures.
+Models and text encoders are stand-ins, so a latent is simply a list of images.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from typing import Any
 from PIL import Image, ImageChops, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from demo.standin_comfyui.pictures import scene
+from demo.standin_comfyui.images import scene
 
 
 @dataclass(frozen=True)
 class Latent:
-    """Pictures in disguise; `empty` ones have only their size."""
+    """Images in disguise; `empty` ones have only their size."""
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     empty: bool
 
 
@@ -76,21 +76,21 @@ FILTERS = {
 def image_scale(context: Context, image: list, upscale_method: str, width: int, height: int, crop: str) -> tuple:
     method = FILTERS[upscale_method]
     if crop == "center":
-        return ([ImageOps.fit(picture, (width, height), method) for picture in image],)
-    return ([picture.resize((width, height), method) for picture in image],)
+        return ([ImageOps.fit(frame, (width, height), method) for frame in image],)
+    return ([frame.resize((width, height), method) for frame in image],)
 
 
 def image_scale_to_total_pixels(context: Context, image: list, upscale_method: str, megapixels: float) -> tuple:
-    def scaled(picture: Image.Image) -> Image.Image:
-        factor = (megapixels * 1024 * 1024 / (picture.width * picture.height)) ** 0.5
-        size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-        return picture.resize(size, FILTERS[upscale_method])
+    def scaled(frame: Image.Image) -> Image.Image:
+        factor = (megapixels * 1024 * 1024 / (frame.width * frame.height)) ** 0.5
+        size = (max(1, round(frame.width * factor)), max(1, round(frame.height * factor)))
+        return frame.resize(size, FILTERS[upscale_method])
 
-    return ([scaled(picture) for picture in image],)
+    return ([scaled(frame) for frame in image],)
 
 
 def image_invert(context: Context, image: list) -> tuple:
-    return ([ImageChops.invert(picture) for picture in image],)
+    return ([ImageChops.invert(frame) for frame in image],)
 
 
 BLENDS = {
@@ -114,9 +114,9 @@ def image_blend(context: Context, image1: list, image2: list, blend_factor: floa
 def image_add_noise(context: Context, image: list, seed: int, strength: float) -> tuple:
     draws = random.Random(seed)
     noisy = []
-    for picture in image:
-        grain = Image.frombytes("RGB", picture.size, draws.randbytes(picture.width * picture.height * 3))
-        noisy.append(Image.blend(picture, grain, min(1.0, strength)))
+    for frame in image:
+        grain = Image.frombytes("RGB", frame.size, draws.randbytes(frame.width * frame.height * 3))
+        noisy.append(Image.blend(frame, grain, min(1.0, strength)))
     return (noisy,)
 
 
@@ -137,7 +137,7 @@ def preview_any(context: Context, source: Any) -> tuple:
 
 
 def _write_pngs(context: Context, images: list, prefix: str, kind: str) -> None:
-    """Write one PNG per picture, numbered from what lies on the disk, and show them."""
+    """Write one PNG per image, numbered from what lies on the disk, and show them."""
     base = context.folder / kind
     subfolder, name = os.path.split(os.path.normpath(prefix))
     target = Path(os.path.abspath(base / subfolder))
@@ -149,9 +149,9 @@ def _write_pngs(context: Context, images: list, prefix: str, kind: str) -> None:
     for key, value in (context.extra_pnginfo or {}).items():
         texts.add_text(key, json.dumps(value))
     records = []
-    for number, picture in enumerate(images, start=_next_number(target, name)):
+    for number, image in enumerate(images, start=_next_number(target, name)):
         filename = f"{name}_{number:05}_.png"
-        picture.save(target / filename, pnginfo=texts, compress_level=4)
+        image.save(target / filename, pnginfo=texts, compress_level=4)
         records.append({"filename": filename, "subfolder": subfolder, "type": kind})
     context.shown["images"] = records
 
@@ -193,19 +193,19 @@ def empty_latent(context: Context, width: int, height: int, batch_size: int) -> 
 
 
 def vae_encode(context: Context, pixels: list, vae: Any) -> tuple:
-    return (Latent([picture.resize((picture.width // 8 * 8, picture.height // 8 * 8)) for picture in pixels], empty=False),)
+    return (Latent([image.resize((image.width // 8 * 8, image.height // 8 * 8)) for image in pixels], empty=False),)
 
 
 def vae_decode(context: Context, samples: Latent, vae: Any) -> tuple:
-    return (samples.pictures,)
+    return (samples.images,)
 
 
 def _sampled(latent: Latent, conditioning: dict, seed: int, denoise: float = 1.0) -> tuple:
-    pictures = []
-    for number, picture in enumerate(latent.pictures):
-        reference = conditioning["reference"] if latent.empty else picture
-        pictures.append(scene(conditioning["text"], seed + number, picture.size, reference, denoise))
-    return (Latent(pictures, empty=False),)
+    images = []
+    for number, image in enumerate(latent.images):
+        reference = conditioning["reference"] if latent.empty else image
+        images.append(scene(conditioning["text"], seed + number, image.size, reference, denoise))
+    return (Latent(images, empty=False),)
 
 
 def ksampler(context: Context, seed: int, positive: dict, latent_image: Latent, denoise: float, **_rest: Any) -> tuple:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 GENERAL, CHARACTER, RATING = 0, 4, 9
 
+
 # In these tags the underscore is part of a face; in all others it stands for a space.
 KAOMOJI = frozenset(
     "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||".split()  # noqa: SIM905

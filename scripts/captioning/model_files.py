@@ -9,14 +9,21 @@ import httpx2
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from errors import DISK_ERRNOS, ModelError, SettingsError
-from settings import REPOSITORY
+from common.errors import DISK_ERRNOS, ModelError, SettingsError
+from common.settings import REPOSITORY
 
 MODEL_FILE = "model.onnx"
+
+
 TAGS_FILE = "selected_tags.csv"
+
+
 FILES = (TAGS_FILE, MODEL_FILE)
 
+
 _REPOSITORY_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+
+
 # What huggingface_hub, and httpx2 under it, raise for a hub that is away, refuses, or breaks off.
 _FETCH_ERRORS = (OSError, httpx2.HTTPError, RuntimeError, ValueError)
 

@@ -4,17 +4,21 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from captioning.caption_files import UnusableCaptionError, text_of
 from captioning.captions import comparable, words_of
-from captioning.tag_choice import TagChoice
-from captioning.tokens import ClipTokens
+from captioning.journal import UnusableCaptionError, text_of
+from captioning.tag_selection import TagChoice
 from captioning.traits import WORTH_SUGGESTING, Pruning
-from dataset_folder import DatasetFolder, ImageFile, name_in
+from common.clip_tokens import ClipTokens
+from common.dataset_layout import DatasetFolder, ImageFile, name_in
 
 FEW_TAGS = 3
-"""A picture that is described with fewer tags teaches the trigger word all that is in it."""
+"""An image that is described with fewer tags teaches the trigger word all that is in it."""
+
+
 CHUNK_TOKENS = 75
 """Tokens of text that one pass of CLIP's text encoders reads."""
+
+
 _TAGS_SHOWN, _NAMES_SHOWN = 20, 5
 
 
@@ -24,10 +28,10 @@ def choice(choice: TagChoice, pruning: Pruning) -> str:
     if unknown := choice.without_effect():
         lines.append(f"this model has no such tags: {', '.join(unknown)}")
     if pruning.least:
-        lines.append(f"left out, because at least {pruning.least:.0%} of the pictures have it: {_shares(choice, pruning.pruned)}")
+        lines.append(f"left out, because at least {pruning.least:.0%} of the images have it: {_shares(choice, pruning.pruned)}")
         lines.append(f"the person's traits that stay: {_shares(choice, pruning.kept)}")
     elif suggested := pruning.suggested():
-        lines.append(f"the person's traits in nearly all pictures: {_shares(choice, suggested)}")
+        lines.append(f"the person's traits in nearly all images: {_shares(choice, suggested)}")
         lines.append(
             f"  CAPTION_PRUNE_TRAITS={WORTH_SUGGESTING} leaves them out of the captions, so that the trigger word learns them"
         )
@@ -35,11 +39,11 @@ def choice(choice: TagChoice, pruning: Pruning) -> str:
 
 
 def traits(choice: TagChoice, pruning: Pruning) -> dict:
-    """The same about traits for the record `traits.json`: share of the pictures by tag."""
+    """The same about traits for the record `traits.json`: share of the images by tag."""
     pruned, kept = (
         {choice.word(index): round(share, 4) for index, share in shares.items()} for shares in (pruning.pruned, pruning.kept)
     )
-    return {"pictures": pruning.pictures, "caption_prune_traits": pruning.least, "pruned": pruned, "kept": kept}
+    return {"pictures": pruning.images, "caption_prune_traits": pruning.least, "pruned": pruned, "kept": kept}
 
 
 def table(captions: Mapping[str, str], trigger: str, chunks: int, tokens: ClipTokens | None) -> str:

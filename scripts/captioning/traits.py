@@ -1,7 +1,7 @@
-"""Which tags describe the person, and which of those nearly every picture has: they belong to the trigger word. Pure.
+"""Which tags describe the person, and which of those nearly every image has: they belong to the trigger word. Pure.
 
 A trait that stands in every caption is learned as its tag's, and the trigger word alone does not bring it back. Left out
-of the captions, the trait has no other name than the trigger. What a person can change between two pictures stays in the
+of the captions, the trait has no other name than the trigger. What a person can change between two images stays in the
 captions: clothing, jewellery, hair ornaments, make-up, expression, gaze, pose, background, light, framing.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from captioning.captions import Tag, comparable, words_of
-from captioning.tag_choice import matching
+from captioning.tag_selection import matching
 
 # Each word in capitals below stands for all of these in turn, `*` for anything.
 WORDS = {
@@ -29,6 +29,7 @@ WORDS = {
     "SIZE": "flat, small, medium, large, huge, gigantic",
     "SEX": "female, male, woman, man, girl, boy",
 }
+
 
 TRAITS = {
     "hair colour": "COLOUR hair, split-color hair, streaked hair, colored inner hair, colored tips, roots (hair)",
@@ -80,17 +81,20 @@ TRAITS = {
     """,
 }
 
+
 WORTH_SUGGESTING = 0.8
 """The share from which a trait is suggested for pruning while the setting is off."""
-ENOUGH_PICTURES = 8
-"""With fewer pictures, a share says too little to suggest anything."""
+
+
+ENOUGH_IMAGES = 8
+"""With fewer images, a share says too little to suggest anything."""
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """The person's traits in a data set: tag index -> share of the pictures that have it, the most frequent first."""
+    """The person's traits in a data set: tag index -> share of the images that have it, the most frequent first."""
 
-    pictures: int
+    images: int
     least: float
     """The share from which a trait is pruned; 0 is off."""
     pruned: dict[int, float]
@@ -98,16 +102,16 @@ class Pruning:
 
     def suggested(self) -> dict[int, float]:
         """The traits that pruning would leave out, were it on."""
-        if self.least or self.pictures < ENOUGH_PICTURES:
+        if self.least or self.images < ENOUGH_IMAGES:
             return {}
         return {index: share for index, share in self.kept.items() if share >= WORTH_SUGGESTING}
 
 
 def pruning_of(tags: Sequence[Tag], chosen: Sequence[Collection[int]], least: float) -> Pruning:
-    """`chosen` are the tags (as indices) of every picture; traits in at least the share `least` of them are pruned."""
+    """`chosen` are the tags (as indices) of every image; traits in at least the share `least` of them are pruned."""
     of_person = described([tag.name for tag in tags])
     traits = {index for index, tag in enumerate(tags) if comparable(tag.name) in of_person}
-    counts = Counter(index for of_picture in chosen for index in of_picture if index in traits)
+    counts = Counter(index for of_image in chosen for index in of_image if index in traits)
     shares = {index: count / len(chosen) for index, count in counts.most_common()}
     pruned = {index: share for index, share in shares.items() if least and share >= least}
     return Pruning(len(chosen), least, pruned, {index: share for index, share in shares.items() if index not in pruned})

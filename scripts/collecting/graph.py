@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 SEED_INPUTS = ("seed", "noise_seed")
+
+
 TEXT_INPUTS = (("text",), ("prompt",), ("text_g", "text_l"), ("clip_l", "t5xxl"), ("value",))
 """How nodes call a prompt; an encoder of two text models has one input for each."""
 
+
 Graph = dict[str, dict[str, Any]]
 
-_NO_PICTURES = ("animated", "webm", "video", "websocket", "latent")
+
+_NO_IMAGES = ("animated", "webm", "video", "websocket", "latent")
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def described(graph: Graph, node_id: str) -> str:
 def saves_images(node: dict[str, Any]) -> bool:
     """SaveImage, or a node of a custom pack that by its name or its inputs does the same."""
     name = node["class_type"].lower()
-    if any(word in name for word in _NO_PICTURES):
+    if any(word in name for word in _NO_IMAGES):
         return False
     return ("save" in name and "image" in name) or {"filename_prefix", "images"} <= node["inputs"].keys()
 
@@ -70,13 +74,13 @@ def _draws_noise(node: dict[str, Any]) -> bool:
 
 
 def seeds_behind(graph: Graph, node_id: str) -> dict[str, int]:
-    """The literal seeds of any node that the pictures of a node depend on, as {"node.input": seed}."""
+    """The literal seeds of any node that the images of a node depend on, as {"node.input": seed}."""
     behind = set(_upstream(graph, node_id))
     return {str(place): seed for place, seed in _numbers_called_seed(graph).items() if place.node in behind}
 
 
 def text_behind(graph: Graph, node_id: str) -> str:
-    """The positive texts that the pictures of a node depend on, the nearest first, one per line."""
+    """The positive texts that the images of a node depend on, the nearest first, one per line."""
     names = {name for group in TEXT_INPUTS for name in group}
     texts: dict[str, None] = {}
     for each in _upstream(graph, node_id):

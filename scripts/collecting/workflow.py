@@ -1,4 +1,4 @@
-"""Pure: a workflow and the node ids of workflow_config.json -> what LoRACat may touch in it and whose pictures it keeps."""
+"""Pure: a workflow and the node ids of workflow_config.json -> what LoRACat may touch in it and whose images it keeps."""
 
 import copy
 import json
@@ -9,7 +9,11 @@ from typing import Any
 from collecting.graph import SEED_INPUTS, TEXT_INPUTS, Graph, InputRef, described, is_link, put, saves_images
 
 CONFIG_KEYS = ("image_loader_node", "positive_prompt_node", "seed_node", "output_node", "output_prefix")
+
+
 API_FORMAT = 'export it with "Save (API Format)" ("Export (API)" in newer versions of ComfyUI)'
+
+
 MOST_NODES_SHOWN = 8
 
 
@@ -23,7 +27,7 @@ class Workflow:
     """The inputs that an entry's prompt goes into; none in full-workflow mode."""
     seed_input: InputRef | None
     kept_nodes: tuple[str, ...]
-    """Ids of the nodes whose pictures are kept."""
+    """Ids of the nodes whose images are kept."""
 
     @property
     def per_batch(self) -> bool:
@@ -48,7 +52,7 @@ def understand(graph: Any, config: Any, complaints: list[str]) -> Workflow | Non
     Both `positive_prompt_node` and `seed_node` mean per-batch mode, neither means full-workflow mode. The face goes
     into the input `image` of `image_loader_node`, the seed into the literal `seed` or `noise_seed` of `seed_node`, the
     prompt into `text`, `prompt`, `value` or the only text of `positive_prompt_node`; an encoder with a text for each of
-    its two text models (`text_g` and `text_l`, `clip_l` and `t5xxl`) gets the prompt in both. Kept are the pictures of
+    its two text models (`text_g` and `text_l`, `clip_l` and `t5xxl`) gets the prompt in both. Kept are the images of
     `output_node`, or of every node that saves images; `output_prefix` leaves of these the ones whose
     `filename_prefix` begins with it.
     """

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from setting_values import setting
+from common.settings import setting
 
 OnOffAuto = bool | Literal["auto"]
 
@@ -24,12 +24,12 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`[train.data]`: how pictures and captions become examples."""
+    """`[train.data]`: how images and captions become examples."""
 
     resolution: int = setting(1024, at_least=64, at_most=4096)
     """Pixels: a bucket's area is at most `resolution` squared."""
     bucket_step: int = setting(64, at_least=8, at_most=256)
-    """Pixels: sides of buckets are multiples of this. The smallest picture that is taken has 256 px."""
+    """Pixels: sides of buckets are multiples of this. The smallest image that is taken has 256 px."""
     bucket_max_side: int = setting(2048, at_least=64, at_most=8192)
     """Pixels: the longest side of a bucket."""
     caption_dropout: float = setting(0.05, at_least=0, at_most=1)
@@ -41,7 +41,7 @@ class DataSettings:
     """Chunks of 75 tokens that a caption may fill at most."""
     dataloader_num_workers: int = setting(4, at_least=0, at_most=64)
     skip_flagged: bool = setting(False)
-    """Leave out the pictures that the caption stage's audit flagged."""
+    """Leave out the images that the caption stage's audit flagged."""
 
     def contradictions(self) -> Iterator[str]:
         if self.resolution % self.bucket_step or self.bucket_step % 8:
@@ -91,7 +91,7 @@ class RunSettings:
     """`[train.run]`: how long, and how much at once."""
 
     train_batch_size: int | Literal["auto"] = setting(4, at_least=1, at_most=4096)
-    """Pictures at once; "auto": as many as fit into the memory, or as the saved run can take."""
+    """Images at once; "auto": as many as fit into the memory, or as the saved run can take."""
     gradient_accumulation_steps: int = setting(1, at_least=1, at_most=4096)
     num_train_epochs: int = setting(20, at_least=1, at_most=100000)
     train_seed: int = setting(0, at_least=0, at_most=2**63 - 1)
@@ -125,10 +125,10 @@ class ProcessSettings:
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """`[train.validation]`: the loss on pictures that training does not see."""
+    """`[train.validation]`: the loss on images that training does not see."""
 
     validation_fraction: float | Literal["auto"] = setting("auto", at_least=0, at_most=0.5)
-    """Share of the pictures held out; "auto": none of less than 40, else 5 %, at least 2."""
+    """Share of the images held out; "auto": none of less than 40, else 5 %, at least 2."""
     validate_every_epochs: int = setting(2, at_least=1)
     early_stop_patience: int = setting(0, at_least=0)
     """Validations in a row without a lower smoothed loss after which the run ends; 0: off."""

@@ -1,19 +1,77 @@
-"""The loop around the training step; nothing else."""
+"""How far a run has come. Pure.
+
+The loop around the training step; nothing else.
+"""
 
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from errors import Interruption, SettingsError
-from training.batches import Batch
-from training.buckets import OptimizerStep
-from training.metrics import Tracker
-from training.progress import Progress, since_best, smoothed
-from training.step import StepResult
+from common.errors import Interruption, SettingsError
+from training.data.batches import Batch
+from training.data.buckets import OptimizerStep
+from training.engine.step import StepResult
+from training.monitor.metrics import Tracker
+
+SMOOTHED_OVER = 3
+"""Held-out losses that one smoothed value averages: a single one moves by chance."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The held-out loss after some epochs."""
+
+    epochs: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Everything the loop knows beside the weights."""
+
+    next_step: int = 0
+    """The optimizer step that comes next."""
+    loss_average: float | None = None
+    """The running average of the loss; None before the first one."""
+    validations: tuple[Validation, ...] = ()
+    """Every one so far, in order."""
+
+    def after(self, step: int, loss: float | None) -> "Progress":
+        """What it is when optimizer step `step` is over; `loss` is None if it was skipped."""
+        average = self.loss_average
+        if loss is not None:
+            average = loss if average is None else 0.98 * average + 0.02 * loss
+        return replace(self, next_step=step + 1, loss_average=average)
+
+    def shown_loss(self) -> str:
+        """The running average as a person reads it."""
+        return "-" if self.loss_average is None else f"{self.loss_average:.4f}"
+
+    def validated(self, epochs: int, loss: float) -> "Progress":
+        """What it is when the held-out loss after `epochs` epochs is known."""
+        return replace(self, validations=(*self.validations, Validation(epochs, loss)))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Progress":
+        """The progress of which `values` is the `asdict`."""
+        validations = tuple(Validation(**one) for one in values["validations"])
+        return cls(**{**values, "validations": validations})
+
+
+def smoothed(validations: Sequence[Validation]) -> list[Validation]:
+    """Each loss averaged with those before it, SMOOTHED_OVER together."""
+    windows = [validations[max(0, end - SMOOTHED_OVER) : end] for end in range(1, len(validations) + 1)]
+    return [Validation(window[-1].epochs, sum(one.loss for one in window) / len(window)) for window in windows]
+
+
+def since_best(validations: Sequence[Validation]) -> int:
+    """How many validations in a row, up to the last one, did not lower the smoothed loss."""
+    losses = [one.loss for one in smoothed(validations)]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 class Saver(Protocol):
@@ -177,7 +235,7 @@ def _divergence(
     saver.state(progress)
     saver.wait()
     return SettingsError(
-        f"step {step.number}: the loss is {result.loss}, the gradient {result.gradient_norm} (pictures: {names(step)}). "
+        f"step {step.number}: the loss is {result.loss}, the gradient {result.gradient_norm} (images: {names(step)}). "
         f"No weight was changed by it; the state before it is saved. Lower LEARNING_RATE, or set MIXED_PRECISION=bf16, "
         "and start again with FRESH=1"
     )

@@ -1,4 +1,7 @@
-"""Settings, data and base model -> what a run will do, and the fingerprint that says which run it is."""
+"""Which images are held out of the training. Pure.
+
+Settings, data and base model -> what a run will do, and the fingerprint that says which run it is.
+"""
 
 import hashlib
 import json
@@ -6,19 +9,49 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
-from training.buckets import OptimizerStep, Placement, place, run_order
 from training.config import DataSettings, TrainSettings
-from training.dataset import Example
-from training.held_out import held_out
-from training.optimizer import steps_of_warmup
-from training.schedule import Schedule
+from training.data.buckets import OptimizerStep, Placement, place, run_order
+from training.data.dataset import Example
+from training.method.optimizers import steps_of_warmup
+from training.models.sdxl import Schedule
+
+AUTO_FROM = 40
+"""Images from which "auto" holds some out: of fewer, training needs each."""
+
+
+AUTO_SHARE = 0.05
+
+
+AUTO_LEAST = 2
+
+
+def held_out(examples: Sequence[Example], fraction: float | Literal["auto"]) -> set[int]:
+    """Indices of the examples that are held out: those whose files have the lowest hashes, so that the choice depends on
+    nothing but the images, and an image more or less changes it by one at most."""
+    names = sorted(range(len(examples)), key=lambda index: examples[index].sha256)
+    return set(names[: _count(len(examples), fraction)])
+
+
+def _count(images: int, fraction: float | Literal["auto"]) -> int:
+    if fraction == "auto":
+        return max(AUTO_LEAST, math.ceil(AUTO_SHARE * images)) if images >= AUTO_FROM else 0
+    return min(math.ceil(fraction * images), images - 1)
+
 
 FEW_IMAGE_STEPS = 800
+
+
 ENOUGH_IMAGE_STEPS = 2000
+
+
 AUTO_MIN_SNR_GAMMA = 5.0
+
+
 AUTO_NOISE_OFFSET = 0.0357
+
+
 WARMUP_STEPS, GLOBAL_BATCH = "steps of warm-up", "global batch"
 
 
@@ -63,7 +96,7 @@ class Plan:
 
     @property
     def image_steps(self) -> int:
-        """How many pictures the whole run shows to the model, repetitions counted."""
+        """How many images the whole run shows to the model, repetitions counted."""
         return sum(len(step.examples) for step in self.order)
 
     def announcement(self) -> str:
@@ -72,7 +105,7 @@ class Plan:
         shapes = ", ".join(f"{bucket} ({count})" for bucket, count in buckets.most_common(8))
         more = f" and {len(buckets) - 8} more" if len(buckets) > 8 else ""
         lines = [
-            f"{len(self.examples)} pictures in {len(buckets)} bucket(s): {shapes}{more}.",
+            f"{len(self.examples)} images in {len(buckets)} bucket(s): {shapes}{more}.",
             f"{self.epochs} epochs, {len(self.order)} optimizer steps of {self.global_batch}, {self.image_steps} image-steps; "
             f"{self.schedule.prediction_type}, min-SNR {self.min_snr_gamma or 'off'}, noise offset {self.noise_offset or 'off'}.",
         ]
@@ -81,7 +114,7 @@ class Plan:
         if self.image_steps < FEW_IMAGE_STEPS:
             wanted = -(-ENOUGH_IMAGE_STEPS * self.epochs // self.image_steps)
             few = f"{self.image_steps} image-steps are few: a likeness needs 2000 to 3000."
-            lines.append(f"{few} Set NUM_TRAIN_EPOCHS={wanted}, or add pictures.")
+            lines.append(f"{few} Set NUM_TRAIN_EPOCHS={wanted}, or add images.")
         return "\n".join(lines)
 
 
@@ -113,11 +146,11 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
 
 
 def placed(examples: list[Example], data: DataSettings) -> list[Placement]:
-    """Where each picture lies in which bucket."""
+    """Where each image lies in which bucket."""
     return [place(e.width, e.height, data.resolution, data.bucket_step, data.bucket_max_side) for e in examples]
 
 
-def largest_picture_px(placements: list[Placement]) -> int:
+def largest_image_px(placements: list[Placement]) -> int:
     """Pixels of the largest bucket."""
     return max(placement.bucket.width * placement.bucket.height for placement in placements)
 

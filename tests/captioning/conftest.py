@@ -14,9 +14,9 @@ import skimage.data
 from PIL import Image
 
 import caption_images
+from common.errors import exit_code_of
+from common.settings import REPOSITORY
 from demo import tiny_tagger
-from errors import exit_code_of
-from settings import REPOSITORY
 
 PHOTOGRAPHS = Path(skimage.data.__file__).parent
 
@@ -90,7 +90,7 @@ class Stage:
         return mine | self.variables | {name: str(value) for name, value in variables.items()}
 
     def stored(self) -> list[Path]:
-        """The files that hold the probabilities of one picture each."""
+        """The files that hold the probabilities of one image each."""
         return sorted(self.record.parent.glob("tags/*/*.npy"))
 
     def captions_as_bytes(self) -> dict[str, bytes]:

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
-from captioning import known_pictures
-from captioning.audit import audit_of, near_duplicates, table, write
-from captioning.known_pictures import KnownPicture, look_at_all
-from captioning.look import Look, blur, look_at
-from dataset_folder import DatasetFolder, find_images, sha256_of
-from errors import DataError
-from pictures import BrokenPictureError
-from training.dataset import flagged_pictures, read_examples
+from captioning import image_audit as known_images
+from captioning.image_audit import KnownImage, Look, audit_of, blur, look_at, look_at_all, near_duplicates, table, write
+from common.dataset_layout import DatasetFolder, find_images
+from common.errors import DataError
+from common.files import sha256_of
+from common.images import BrokenImageError
+from training.data.dataset import flagged_images, read_examples
 
 
 @pytest.fixture
@@ -34,8 +33,8 @@ def flaws(folder, resolution=256):
 
 
 def test_sound_photographs_are_not_flagged(folder, photographs):
-    for name, picture in photographs.items():
-        picture.save(folder.images / f"{name}.png")
+    for name, image in photographs.items():
+        image.save(folder.images / f"{name}.png")
     assert flaws(folder) == {}
     assert "nothing found wrong with any of the 4" in table(audited(folder))
 
@@ -55,9 +54,9 @@ def test_too_small_for_the_training_is_by_area(folder, photographs, size, resolu
     assert flaws(folder, resolution) == ({"a.png": ["too small"]} if is_small else {})
 
 
-def test_blurred_pictures_are_found_and_a_blurred_background_is_none(folder, photographs):
-    for name, picture in photographs.items():
-        large = picture.resize((512, 512 * picture.height // picture.width))
+def test_blurred_images_are_found_and_a_blurred_background_is_none(folder, photographs):
+    for name, image in photographs.items():
+        large = image.resize((512, 512 * image.height // image.width))
         blurred = large.filter(ImageFilter.GaussianBlur(4))
         blurred.save(folder.images / f"{name} blurred.png")
         with_subject = blurred.copy()
@@ -95,13 +94,13 @@ def test_nearly_black_and_nearly_white(folder, photographs):
 
 
 def test_near_duplicates_are_found_and_the_largest_one_stays(folder, photographs):
-    picture = photographs["astronaut"]
-    picture.resize((300, 300)).save(folder.images / "a small.png")
-    picture.save(folder.images / "b.png")
-    picture.save(folder.images / "c again.png")
-    picture.save(folder.images / "d.jpg", quality=40)
-    ImageEnhance.Brightness(picture).enhance(1.15).save(folder.images / "e bright.webp")
-    picture.rotate(90).save(folder.images / "f turned.png")
+    image = photographs["astronaut"]
+    image.resize((300, 300)).save(folder.images / "a small.png")
+    image.save(folder.images / "b.png")
+    image.save(folder.images / "c again.png")
+    image.save(folder.images / "d.jpg", quality=40)
+    ImageEnhance.Brightness(image).enhance(1.15).save(folder.images / "e bright.webp")
+    image.rotate(90).save(folder.images / "f turned.png")
     for name in ("coffee", "chelsea", "rocket"):
         photographs[name].save(folder.images / f"{name}.png")
     audit = audited(folder)
@@ -110,21 +109,21 @@ def test_near_duplicates_are_found_and_the_largest_one_stays(folder, photographs
     )
 
 
-def test_a_thousand_pictures_are_compared_in_no_time():
+def test_a_thousand_images_are_compared_in_no_time():
     draw = random.Random(0)
     look = {"width": 512, "height": 512, "animated": False, "blur": 0.1, "dark": 0, "bright": 255}
-    pictures = [KnownPicture(f"{i}", (), f"{i}", Look(**look, hash=f"{draw.getrandbits(256):064x}")) for i in range(1000)]
-    twin = KnownPicture("twin", (), "twin", Look(**look, hash=f"{int(pictures[5].look.hash, 16) ^ 0xFF:064x}"))
-    assert near_duplicates([*pictures, twin]) == {"twin": "5"}
+    images = [KnownImage(f"{i}", (), f"{i}", Look(**look, hash=f"{draw.getrandbits(256):064x}")) for i in range(1000)]
+    twin = KnownImage("twin", (), "twin", Look(**look, hash=f"{int(images[5].look.hash, 16) ^ 0xFF:064x}"))
+    assert near_duplicates([*images, twin]) == {"twin": "5"}
 
 
-def test_captions_without_a_picture(folder, photographs):
+def test_captions_without_an_image(folder, photographs):
     photographs["coffee"].save(folder.images / "a.png")
     for name in ("a.txt", "b.txt", ".hidden.txt"):
         (folder.images / name).write_text("x")
     audit = audited(folder)
-    assert audit.captions_without_picture == ("b.txt",)
-    assert "caption without a picture     1  b.txt" in table(audit)
+    assert audit.captions_without_image == ("b.txt",)
+    assert "caption without an image      1  b.txt" in table(audit)
 
 
 def test_audit_is_written_once_and_names_what_it_looked_at(folder, photographs):
@@ -145,9 +144,9 @@ def test_long_lists_are_cut_in_the_table_only(folder):
     assert len(audited(folder).flagged) == 7
 
 
-def test_only_new_and_changed_pictures_are_looked_at(folder, photographs, monkeypatch):
+def test_only_new_and_changed_images_are_looked_at(folder, photographs, monkeypatch):
     looked = []
-    monkeypatch.setattr(known_pictures, "look_at", lambda path: looked.append(path.name) or look_at(path))
+    monkeypatch.setattr(known_images, "look_at", lambda path: looked.append(path.name) or look_at(path))
     for name in "abc":
         photographs["coffee"].save(folder.images / f"{name}.png")
     images = find_images(folder.images)
@@ -158,7 +157,7 @@ def test_only_new_and_changed_pictures_are_looked_at(folder, photographs, monkey
     (folder.images / "c.png").unlink()
     second = look_at_all(folder, find_images(folder.images), workers=1)
     assert looked == ["a.png", "b.png", "c.png", "b.png"]
-    assert [picture.name for picture in second.values()] == ["a.png", "b.png"]
+    assert [image.name for image in second.values()] == ["a.png", "b.png"]
     assert second[folder.images / "b.png"].sha256 == sha256_of(folder.images / "b.png")
 
 
@@ -173,26 +172,26 @@ def test_damaged_record_costs_a_second_look(folder, photographs, damage):
     assert look_at_all(folder, images, workers=1) == first
 
 
-def test_picture_that_is_none_has_no_look(tmp_path):
+def test_image_that_is_none_has_no_look(tmp_path):
     (tmp_path / "a.png").write_text("no")
-    with pytest.raises(BrokenPictureError, match="is not a PNG, JPEG, WebP or BMP picture"):
+    with pytest.raises(BrokenImageError, match="is not a PNG, JPEG, WebP or BMP image"):
         look_at(tmp_path / "a.png")
-    with pytest.raises(BrokenPictureError, match="cannot be read: No such file"):
+    with pytest.raises(BrokenImageError, match="cannot be read: No such file"):
         look_at(tmp_path / "b.png")
 
 
-def test_training_leaves_flagged_pictures_out_and_no_others(folder, photographs):
+def test_training_leaves_flagged_images_out_and_no_others(folder, photographs):
     photographs["coffee"].save(folder.images / "a.png")
     photographs["coffee"].resize((270, 180)).save(folder.images / "b.png")
     (folder.images / "c.png").write_bytes(b"")
     for name in "abc":
         (folder.images / f"{name}.txt").write_text("sks")
     write(audited(folder, resolution=256), folder)
-    flagged = flagged_pictures(folder, resolution=256)
+    flagged = flagged_images(folder, resolution=256)
     assert flagged == {"b.png": "too small, near-duplicate", "c.png": "unreadable"}
     assert [example.name for example in read_examples(folder.images, 1, flagged)] == ["a.png"]
-    photographs["rocket"].save(folder.images / "b.png")  # another picture, of which the audit says nothing
-    assert set(flagged_pictures(folder, resolution=256)) == {"c.png"}
+    photographs["rocket"].save(folder.images / "b.png")  # another image, of which the audit says nothing
+    assert set(flagged_images(folder, resolution=256)) == {"c.png"}
     with pytest.raises(DataError, match=r"c.png: is not a PNG"):
         read_examples(folder.images, 1)
 
@@ -200,18 +199,18 @@ def test_training_leaves_flagged_pictures_out_and_no_others(folder, photographs)
 def test_training_without_anything_left_or_without_an_audit_is_refused(folder):
     (folder.images / "a.png").write_bytes(b"")
     with pytest.raises(DataError, match="run the caption stage first"):
-        flagged_pictures(folder, resolution=256)
+        flagged_images(folder, resolution=256)
     write(audited(folder), folder)
-    with pytest.raises(DataError, match="all 1 pictures are flagged"):
-        read_examples(folder.images, 1, flagged_pictures(folder, resolution=256))
+    with pytest.raises(DataError, match="all 1 images are flagged"):
+        read_examples(folder.images, 1, flagged_images(folder, resolution=256))
     with pytest.raises(DataError, match="was made for 256 px; run the caption stage again with RESOLUTION=512"):
-        flagged_pictures(folder, resolution=512)
+        flagged_images(folder, resolution=512)
     folder.audit.write_text('{"resolution": 256, "flagged": []}')
     with pytest.raises(DataError, match="missing or damaged"):
-        flagged_pictures(folder, resolution=256)
+        flagged_images(folder, resolution=256)
 
 
-def test_hash_is_the_same_for_a_picture_in_memory_and_on_disk(tmp_path, photographs):
+def test_hash_is_the_same_for_an_image_in_memory_and_on_disk(tmp_path, photographs):
     """Formats without loss give the same look."""
     for suffix in ("png", "bmp"):
         photographs["chelsea"].save(tmp_path / f"a.{suffix}")

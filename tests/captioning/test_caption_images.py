@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-import dataset_folder
-from captioning import caption_files
-from captioning.caption_files import CaptionFiles
-from dataset_folder import DatasetFolder
+from captioning import journal as caption_files
+from captioning.journal import CaptionFiles
+from common import dataset_layout as dataset_folder
+from common.dataset_layout import DatasetFolder
+from common.files import locked
 from demo import tiny_tagger
 from demo.tiny_tagger import Shape
-from locks import locked
 
 
 def save(photographs, folder, **places):
@@ -35,7 +35,7 @@ def state_of(folder):
     return {path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
-def test_every_picture_gets_a_caption_with_the_trigger_first_and_a_second_run_changes_nothing(stage, photographs, tiny, tmp_path):
+def test_every_image_gets_a_caption_with_the_trigger_first_and_a_second_run_changes_nothing(stage, photographs, tiny, tmp_path):
     tagger = Path(shutil.copytree(tiny, tmp_path / "tagger"))
     save(photographs, stage.images, astronaut="a.png", coffee="b.webp", rocket="c.JPG", chelsea="3_cats/d.bmp")
     ended = stage.run_process(CAPTION_MODEL=tagger)
@@ -141,12 +141,12 @@ def test_overwrite_tags_anew(stage, photographs):
     assert stage.captions() == before
 
 
-def test_broken_pictures_are_named_and_the_others_done(stage, photographs):
+def test_broken_images_are_named_and_the_others_done(stage, photographs):
     save(photographs, stage.images, astronaut="a.png", coffee="e.png")
     whole = (stage.images / "e.png").read_bytes()
     (stage.images / "b.png").write_bytes(whole[:20000])
     (stage.images / "c.jpg").write_bytes(b"")
-    (stage.images / "d.webp").write_text("not a picture")
+    (stage.images / "d.webp").write_text("not an image")
     for run in (stage.run_process, stage.run):
         ended = run()
         assert ended.returncode == 1
@@ -193,12 +193,12 @@ def test_caption_that_is_not_utf8_is_named_and_left_untouched(stage, photographs
     assert (stage.images / "a.txt").read_bytes() == "höher".encode("latin-1")
 
 
-def test_pictures_that_would_share_a_caption_are_named_and_the_first_gets_it(stage, photographs):
+def test_images_that_would_share_a_caption_are_named_and_the_first_gets_it(stage, photographs):
     save(photographs, stage.images, astronaut="a.jpg", coffee="a.png", chelsea="b.png")
     for expected in ("2 captioned", "0 captioned"):
         ended = stage.run()
         assert ended.returncode == 1
-        assert "a.png: would share a.txt with a.jpg; rename one of the two pictures" in ended.stderr
+        assert "a.png: would share a.txt with a.jpg; rename one of the two images" in ended.stderr
         assert expected in ended.stderr
 
 
@@ -222,8 +222,8 @@ def test_record_that_is_damaged_costs_only_what_it_said(stage, photographs):
 @pytest.mark.parametrize(
     ("variables", "code", "said"),
     [
-        ({}, 3, "no pictures"),
-        ({"DATASET_DIR": "/nowhere"}, 3, "/nowhere/images: no pictures"),
+        ({}, 3, "no images"),
+        ({"DATASET_DIR": "/nowhere"}, 3, "/nowhere/images: no images"),
         ({"CAPTION_BATCH_SIZE": "many"}, 2, "must be a whole number"),
         ({"CAPTION_THRESHOLD": "1.5"}, 2, "caption_threshold"),
         ({"TRIGGER_WORD": "two, words"}, 2, "must be one tag"),
@@ -253,7 +253,7 @@ def test_check_says_everything_that_is_wrong_and_changes_nothing(stage, photogra
     ended = stage.run("--check", CAPTION_MODEL=broken)
     assert ended.returncode == 3
     assert ended.stderr.count("\n  - ") == 2
-    assert "no pictures" in ended.stderr
+    assert "no images" in ended.stderr
     assert "no ONNX model" in ended.stderr
     save(photographs, stage.images, astronaut="a.png")
     before = state_of(tmp_path)
@@ -343,13 +343,13 @@ def test_progress_is_shown_in_a_terminal_only(stage, photographs):
 
 
 def many(photographs, stage):
-    small = [picture.resize((300, 200)) for picture in photographs.values()]
+    small = [image.resize((300, 200)) for image in photographs.values()]
     for number in range(24):
         small[number % len(small)].rotate(number, expand=True).save(stage.images / f"{number:02}.png", compress_level=0)
 
 
 def run_until(stage, stored: int, **variables):
-    """Start the stage and return it when it has stored the tags of so many pictures."""
+    """Start the stage and return it when it has stored the tags of so many images."""
     process = stage.start(CAPTION_BATCH_SIZE=1, **variables)
     while len(stage.stored()) < stored and process.poll() is None:
         time.sleep(0.002)
@@ -373,7 +373,7 @@ def test_killed_run_continues_and_ends_with_the_same_captions(stage, photographs
     done = len(stage.stored())
     assert 5 <= done < 24
     ended = stage.run(CAPTION_BATCH_SIZE=1)
-    assert f"{24 - done} pictures to tag" in ended.stdout
+    assert f"{24 - done} images to tag" in ended.stdout
     assert "24 captioned" in ended.stdout
     interrupted = stage.captions()
     shutil.rmtree(stage.record.parent)

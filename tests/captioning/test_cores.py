@@ -9,10 +9,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from captioning import tagger
-from captioning.cores import big_cores, kept_on, preparing_workers
-from captioning.session import open_session
-from captioning.tagger import Tagger
+from captioning import wd14 as tagger
+from captioning.cpu_affinity import big_cores, kept_on, preparing_workers
+from captioning.wd14 import Tagger, open_session
 
 
 def machine(folder, *cores, siblings=1):

@@ -42,7 +42,7 @@ LAYOUTS = [
 
 
 def rows_of(layout: Layout) -> list[tuple[str, int, float, tuple[float, float, float]]]:
-    """Each tag's name, category, probability in a black picture, and how far full blue, green and red move its logit."""
+    """Each tag's name, category, probability in a black image, and how far full blue, green and red move its logit."""
     flat, surest = (0.0, 0.0, 0.0), layout.ratings.index("questionable")
     ratings = [(name, RATING, 0.6 if place == surest else 0.5, flat) for place, name in enumerate(layout.ratings)]
     general = [
@@ -72,11 +72,11 @@ def build(folder: Path, layout: Layout) -> None:
         helper.make_node("Gemm", ["means", "weights", "bias"], ["logits"]),
         helper.make_node("Sigmoid", ["logits"], [out]),
     ]
-    picture = [layout.batch, layout.side_px, layout.side_px, 3]
+    image = [layout.batch, layout.side_px, layout.side_px, 3]
     graph = helper.make_graph(
         nodes,
         "tagger",
-        [helper.make_tensor_value_info(into, TensorProto.FLOAT, picture)],
+        [helper.make_tensor_value_info(into, TensorProto.FLOAT, image)],
         [helper.make_tensor_value_info(out, TensorProto.FLOAT, [layout.batch, len(rows)])],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
@@ -96,7 +96,7 @@ def test_captions_of_every_family_of_taggers(stage, layout):
     choice = {"CAPTION_THRESHOLD": "auto", "CAPTION_CHARACTER_TAGS": 1, "CAPTION_RATING_TAGS": 1, "CAPTION_BATCH_SIZE": 2}
     ended = stage.run(CAPTION_MODEL=layout.repository, TRIGGER_WORD="sks", **choice)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert f"3 pictures to tag on the CPU, {1 if layout.batch == 1 else 2} at a time" in ended.stdout
+    assert f"3 images to tag on the CPU, {1 if layout.batch == 1 else 2} at a time" in ended.stdout
     assert [np.load(path).shape for path in stage.stored()] == [(layout.rows,)] * 3
     assert stage.captions() == {
         f"{name}.txt": f"sks, {name} theme, hatsune miku, >_<, just above, questionable\n" for name in ("blue", "green", "red")

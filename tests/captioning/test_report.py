@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from captioning.report import table
-from captioning.tokens import ClipTokens, find_tokens
+from common.clip_tokens import ClipTokens, find_tokens
 
 TEXTS = [
     "nyafyi_woman, 1girl, brown hair, looking at viewer, >_<, ^_^, white shirt",

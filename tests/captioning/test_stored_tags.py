@@ -8,34 +8,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from captioning import tagging
+from captioning import tag_cache as tagging
 from captioning.captions import GENERAL
-from captioning.inference import effect_on_tags, inferred
-from captioning.tag_choice import TagChoice
-from captioning.tag_store import store_by_name, store_of_model
-from captioning.tagger import Tagger, prepare
-from dataset_folder import sha256_of
+from captioning.config import CaptionSettings
+from captioning.tag_cache import store_by_name, store_of_model
+from captioning.tag_selection import TagChoice
+from captioning.wd14 import Tagger, effect_on_tags, inferred, prepare
+from common.files import sha256_of
+from common.images import BrokenImageError
 from demo import tiny_tagger
-from pictures import BrokenPictureError
-from sections import CaptionSettings
 
 
 @pytest.fixture
-def pictures(stage, photographs):
-    """The stage with a data set of twelve pictures, all different."""
-    small = [picture.resize((300, 200)) for picture in photographs.values()]
+def images(stage, photographs):
+    """The stage with a data set of twelve images, all different."""
+    small = [image.resize((300, 200)) for image in photographs.values()]
     for number in range(12):
         small[number % 4].rotate(number).save(stage.images / f"{number:02}.png", compress_level=0)
     return stage
 
 
 @pytest.fixture
-def once(pictures, tiny, tmp_path):
+def once(images, tiny, tmp_path):
     """The same captioned, and the model is gone."""
-    pictures.variables["CAPTION_MODEL"] = str(shutil.copytree(tiny, tmp_path / "wd-vit-tagger-v3"))
-    assert pictures.run().returncode == 0
+    images.variables["CAPTION_MODEL"] = str(shutil.copytree(tiny, tmp_path / "wd-vit-tagger-v3"))
+    assert images.run().returncode == 0
     shutil.rmtree(tmp_path / "wd-vit-tagger-v3")
-    return pictures
+    return images
 
 
 def tags_of(stage) -> dict[str, list[str]]:
@@ -92,7 +91,7 @@ def test_traits_are_pruned_for_the_whole_data_set_and_written_down(once):
 def test_traits_worth_pruning_are_suggested(once):
     assert "CAPTION_PRUNE_TRAITS=0.8" not in once.run(CAPTION_THRESHOLD=0.9).stdout
     suggested = once.run(CAPTION_THRESHOLD=0.01).stdout
-    assert "the person's traits in nearly all pictures" in suggested
+    assert "the person's traits in nearly all images" in suggested
     assert "CAPTION_PRUNE_TRAITS=0.8 leaves them out" in suggested
 
 
@@ -103,55 +102,55 @@ def test_captions_of_the_users_are_not_counted_and_not_changed(once):
     assert json.loads((once.record.parent / "traits.json").read_text())["pictures"] == 11
 
 
-def test_unknown_point_is_refused_before_anything_begins(pictures):
-    ended = pictures.run(CAPTION_THRESHOLD="auto", CAPTION_MODEL="Somebody/some-tagger")
+def test_unknown_point_is_refused_before_anything_begins(images):
+    ended = images.run(CAPTION_THRESHOLD="auto", CAPTION_MODEL="Somebody/some-tagger")
     assert ended.returncode == 2
     assert "auto knows no point for Somebody/some-tagger" in ended.stderr
-    assert not pictures.record.parent.exists()
-    assert pictures.run("--settings", CAPTION_THRESHOLD="auto", CAPTION_MODEL="Somebody/some-tagger").returncode == 2
+    assert not images.record.parent.exists()
+    assert images.run("--settings", CAPTION_THRESHOLD="auto", CAPTION_MODEL="Somebody/some-tagger").returncode == 2
 
 
-def test_replacement_that_is_none_is_refused(pictures):
-    ended = pictures.run(CAPTION_REPLACE_TAGS="a=b, c, =d")
+def test_replacement_that_is_none_is_refused(images):
+    ended = images.run(CAPTION_REPLACE_TAGS="a=b, c, =d")
     assert ended.returncode == 2
     assert "caption_replace_tags: 'c' must be old=new" in ended.stderr
     assert "'=d'" in ended.stderr
 
 
-def test_cuda_that_is_not_installed_is_refused(pictures):
-    ended = pictures.run(CAPTION_PROVIDER="cuda")
+def test_cuda_that_is_not_installed_is_refused(images):
+    ended = images.run(CAPTION_PROVIDER="cuda")
     assert ended.returncode == 2
     assert "caption_provider: cuda needs the package onnxruntime-gpu" in ended.stderr
-    assert "on the CPU" in pictures.run(CAPTION_PROVIDER="auto").stdout
+    assert "on the CPU" in images.run(CAPTION_PROVIDER="auto").stdout
 
 
-def test_another_picture_of_the_same_name_and_a_damaged_store_are_tagged_anew(pictures, photographs):
-    pictures.run()
-    before = pictures.captions()
-    old = sha256_of(pictures.images / "00.png")
-    photographs["rocket"].save(pictures.images / "00.png")
-    damaged = pictures.stored()[:3]
+def test_another_image_of_the_same_name_and_a_damaged_store_are_tagged_anew(images, photographs):
+    images.run()
+    before = images.captions()
+    old = sha256_of(images.images / "00.png")
+    photographs["rocket"].save(images.images / "00.png")
+    damaged = images.stored()[:3]
     damaged[0].write_bytes(damaged[0].read_bytes()[:100])
     damaged[1].write_bytes(b"")
     np.save(damaged[2], np.zeros(3, np.float32))
-    ended = pictures.run()
+    ended = images.run()
     tagged = len({damaged_one.stem for damaged_one in damaged} - {old}) + 1
-    assert f"{tagged} pictures to tag" in ended.stdout
-    after = pictures.captions()
+    assert f"{tagged} images to tag" in ended.stdout
+    after = images.captions()
     assert after["00.txt"] != before["00.txt"]
     assert {name: text for name, text in after.items() if name != "00.txt"} == {
         name: text for name, text in before.items() if name != "00.txt"
     }
 
 
-def test_another_model_is_asked_anew_and_the_first_one_is_remembered(pictures, tmp_path):
-    pictures.run()
-    first = pictures.captions()
+def test_another_model_is_asked_anew_and_the_first_one_is_remembered(images, tmp_path):
+    images.run()
+    first = images.captions()
     other = tiny_tagger.build(tmp_path / "other", seed=7)
-    assert "12 pictures to tag" in pictures.run(CAPTION_MODEL=other).stdout
-    assert pictures.captions() != first
-    assert "to tag" not in pictures.run().stdout
-    assert pictures.captions() == first
+    assert "12 images to tag" in images.run(CAPTION_MODEL=other).stdout
+    assert images.captions() != first
+    assert "to tag" not in images.run().stdout
+    assert images.captions() == first
 
 
 def test_a_model_is_its_content_not_its_place(tmp_path, tiny):
@@ -169,7 +168,7 @@ def test_a_model_is_its_content_not_its_place(tmp_path, tiny):
     assert store.read("cd") is None
 
 
-def test_no_damage_to_what_is_stored_of_a_picture_ends_in_an_error(tmp_path, tiny):
+def test_no_damage_to_what_is_stored_of_an_image_ends_in_an_error(tmp_path, tiny):
     store = store_of_model(tmp_path, "a", tiny, bf16=False)
     store.put("ab", np.zeros(len(store.tags), np.float32))
     (stored,) = tmp_path.glob("*/ab.npy")
@@ -197,17 +196,17 @@ def test_damaged_note_about_a_model_is_made_anew(tmp_path, tiny, damage):
 
 
 @pytest.mark.parametrize("damage", ["cut off", "edited", "empty", "gone"])
-def test_a_store_whose_list_of_tags_was_changed_is_made_anew(pictures, tiny, damage):
-    pictures.run()
-    before = pictures.captions()
-    (tags,) = pictures.record.parent.glob("tags/*/selected_tags.csv")
+def test_a_store_whose_list_of_tags_was_changed_is_made_anew(images, tiny, damage):
+    images.run()
+    before = images.captions()
+    (tags,) = images.record.parent.glob("tags/*/selected_tags.csv")
     whole = tags.read_text()
     changed = {"cut off": "".join(whole.splitlines(keepends=True)[:9]), "edited": whole.replace("hair", "hare"), "empty": ""}
     tags.unlink() if damage == "gone" else tags.write_text(changed[damage])
-    assert store_by_name(pictures.record.parent / "tags", str(tiny), bf16=False) is None
-    ended = pictures.run()
+    assert store_by_name(images.record.parent / "tags", str(tiny), bf16=False) is None
+    ended = images.run()
     assert (ended.returncode, "to tag" in ended.stdout) == (0, False)
-    assert (pictures.captions(), tags.read_text()) == (before, whole)
+    assert (images.captions(), tags.read_text()) == (before, whole)
 
 
 def test_a_store_of_an_earlier_version_serves_without_its_model_and_is_made_anew_with_it(tmp_path, tiny):
@@ -223,7 +222,7 @@ def test_a_store_of_an_earlier_version_serves_without_its_model_and_is_made_anew
     assert json.loads(note.read_bytes()) == said
 
 
-def test_batches_are_full_whatever_is_broken_and_every_picture_has_its_own_tags(tmp_path, photographs, tiny, monkeypatch):
+def test_batches_are_full_whatever_is_broken_and_every_image_has_its_own_tags(tmp_path, photographs, tiny, monkeypatch):
     tagger = Tagger(tiny / "model.onnx", tiny / "selected_tags.csv", batch_size=3)
     paths = []
     for number, name in enumerate(["coffee", "", "chelsea", "", "", "rocket", "astronaut", "coffee", "", "rocket", "chelsea"]):
@@ -240,7 +239,7 @@ def test_batches_are_full_whatever_is_broken_and_every_picture_has_its_own_tags(
     assert set(results) == set(paths)
     for path in paths:
         if path.read_bytes() == b"broken":
-            assert isinstance(results[path], BrokenPictureError)
+            assert isinstance(results[path], BrokenImageError)
     expected = run([prepare(photographs["rocket"].rotate(5), tagger.side_px)])[0]
     assert (results[paths[5]] == expected).all()
 
@@ -254,24 +253,24 @@ def test_effect_of_rounding_is_told_in_tags(tiny):
     rounded[0, general[1:3]] = 0.345, 0.352
     choice = TagChoice(tagger.tags, CaptionSettings())
     assert effect_on_tags(exact, rounded, choice) == (
-        "bfloat16 changes 2 of 3 tags of the first 2 pictures; probabilities move by at most 0.0150"
+        "bfloat16 changes 2 of 3 tags of the first 2 images; probabilities move by at most 0.0150"
     )
 
 
-def test_bf16_is_a_model_of_its_own_on_arm_and_nothing_elsewhere(pictures, monkeypatch):
-    pictures.run()
+def test_bf16_is_a_model_of_its_own_on_arm_and_nothing_elsewhere(images, monkeypatch):
+    images.run()
     monkeypatch.setattr(tagging, "is_arm", lambda: False)
-    assert "to tag" not in pictures.run(CAPTION_BF16=1).stdout
+    assert "to tag" not in images.run(CAPTION_BF16=1).stdout
     monkeypatch.setattr(tagging, "is_arm", lambda: True)
-    said = pictures.run(CAPTION_BF16=1).stdout
+    said = images.run(CAPTION_BF16=1).stdout
     assert "bfloat16 changes 0 of " in said
-    assert "12 pictures to tag" in said
+    assert "12 images to tag" in said
 
 
-def test_store_keeps_exactly_what_the_model_said(pictures, tiny, photographs):
-    pictures.run()
-    store = store_by_name(pictures.record.parent / "tags", str(tiny), bf16=False)
+def test_store_keeps_exactly_what_the_model_said(images, tiny, photographs):
+    images.run()
+    store = store_by_name(images.record.parent / "tags", str(tiny), bf16=False)
     tagger = Tagger(tiny / "model.onnx", tiny / "selected_tags.csv", batch_size=8)
     expected = tagger.probabilities([prepare(photographs["astronaut"].resize((300, 200)), 448)])[0]
-    assert (store.read(sha256_of(pictures.images / "00.png")) == expected).all()
+    assert (store.read(sha256_of(images.images / "00.png")) == expected).all()
     assert [tag.name for tag in store.tags] == [tag.name for tag in tagger.tags]

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from captioning.captions import CHARACTER, GENERAL, RATING, Tag
-from captioning.tag_choice import TagChoice, matching, split_replacement
-from captioning.thresholds import KNOWN_POINTS, known_point, mcut
-from errors import SettingsError
-from sections import CaptionSettings
+from captioning.config import CaptionSettings
+from captioning.tag_selection import KNOWN_POINTS, TagChoice, known_point, matching, mcut, split_replacement
+from common.errors import SettingsError
 
 TAGS = [
     Tag("general", RATING),

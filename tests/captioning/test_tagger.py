@@ -1,4 +1,4 @@
-"""Pictures are prepared as the models were trained, and a model that is no tagger is refused."""
+"""Images are prepared as the models were trained, and a model that is no tagger is refused."""
 
 import math
 from collections import Counter
@@ -10,12 +10,12 @@ from onnx import numpy_helper
 from PIL import Image
 
 from captioning.captions import CHARACTER, GENERAL, RATING
-from captioning.tagger import Tagger, prepare
-from captioning.tags_file import read_tags
+from captioning.tag_selection import read_tags
+from captioning.wd14 import Tagger, prepare
+from common.errors import ModelError
+from common.images import open_rgb
 from demo import tiny_tagger
 from demo.tiny_tagger import Shape
-from errors import ModelError
-from pictures import open_rgb
 
 
 def tagger_of(folder, batch_size=4) -> Tagger:
@@ -45,15 +45,15 @@ def bicubic_reference(pixels: np.ndarray, side: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("name", "side"), [("coffee", 448), ("astronaut", 100), ("chelsea", 100)])
 def test_preparation_equals_a_plain_reference(photographs, name, side):
-    picture = photographs[name]
-    pixels = np.asarray(picture, np.float64)
+    image = photographs[name]
+    pixels = np.asarray(image, np.float64)
     height, width = pixels.shape[:2]
     edge = max(height, width)
     square = np.full((edge, edge, 3), 255.0)
     top, left = (edge - height) // 2, (edge - width) // 2
     square[top : top + height, left : left + width] = pixels
     expected = bicubic_reference(square, side)[..., [2, 1, 0]]
-    prepared = prepare(picture, side)
+    prepared = prepare(image, side)
     assert (prepared.dtype, prepared.shape) == (np.float32, (side, side, 3))
     # Halves, which Pillow's fixed-point sums round the other way: by one level in each of the two passes.
     assert (np.abs(prepared - expected) <= 2).all()
@@ -68,7 +68,7 @@ def test_preparation_is_blue_first_in_0_to_255_on_a_centred_white_square():
 
 
 def test_preparation_is_bit_equal_to_the_convention_of_the_models(tmp_path, photographs):
-    """A turned picture with transparency, step by step in Pillow as the models' authors describe it."""
+    """A turned image with transparency, step by step in Pillow as the models' authors describe it."""
     turned = photographs["chelsea"].convert("RGBA")
     turned.putalpha(Image.linear_gradient("L").resize(turned.size))
     exif = Image.Exif()
@@ -84,9 +84,9 @@ def test_preparation_is_bit_equal_to_the_convention_of_the_models(tmp_path, phot
 
 
 def test_tags_are_the_same_in_every_orientation_and_encoding(tmp_path, photographs, tiny):
-    tagger, picture = tagger_of(tiny), photographs["coffee"].resize((300, 200))
-    expected = tagger.probabilities([prepare(picture, 448)])[0]
-    turned = {  # EXIF orientation -> how the file holds the picture
+    tagger, image = tagger_of(tiny), photographs["coffee"].resize((300, 200))
+    expected = tagger.probabilities([prepare(image, 448)])[0]
+    turned = {  # EXIF orientation -> how the file holds the image
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
         4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -98,36 +98,36 @@ def test_tags_are_the_same_in_every_orientation_and_encoding(tmp_path, photograp
     for orientation, transpose in turned.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
-        picture.transpose(transpose).save(tmp_path / "turned.png", exif=exif)
+        image.transpose(transpose).save(tmp_path / "turned.png", exif=exif)
         assert (tagger.probabilities([prepare(open_rgb(tmp_path / "turned.png"), 448)])[0] == expected).all()
-    picture.save(tmp_path / "a.webp", lossless=True)
-    picture.save(tmp_path / "a.bmp")
+    image.save(tmp_path / "a.webp", lossless=True)
+    image.save(tmp_path / "a.bmp")
     for name in ("a.webp", "a.bmp"):
         assert (tagger.probabilities([prepare(open_rgb(tmp_path / name), 448)])[0] == expected).all()
 
 
-def test_unusual_pictures_are_seen_as_they_look(tmp_path, photographs):
-    picture = photographs["chelsea"]
-    grey = np.asarray(picture.convert("L"))
-    transparent = picture.convert("RGBA")
-    transparent.putalpha(Image.new("L", picture.size, 0))
+def test_unusual_images_are_seen_as_they_look(tmp_path, photographs):
+    image = photographs["chelsea"]
+    grey = np.asarray(image.convert("L"))
+    transparent = image.convert("RGBA")
+    transparent.putalpha(Image.new("L", image.size, 0))
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16bit.png")
-    picture.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
-    picture.quantize(256).save(tmp_path / "palette.png")
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    image.quantize(256).save(tmp_path / "palette.png")
     transparent.save(tmp_path / "alpha.png")
     white, greys = np.full((448, 448, 3), 255.0), prepare(Image.fromarray(grey).convert("RGB"), 448)
     for name, expected, tolerance in [
         ("16bit.png", greys, 1),
-        ("cmyk.jpg", prepare(picture, 448), 3),
-        ("palette.png", prepare(picture, 448), 8),
+        ("cmyk.jpg", prepare(image, 448), 3),
+        ("palette.png", prepare(image, 448), 8),
         ("alpha.png", white, 0),
     ]:
         assert np.abs(prepare(open_rgb(tmp_path / name), 448) - expected).mean() <= tolerance, name
 
 
-def test_different_pictures_get_different_tags(photographs, tiny):
+def test_different_images_get_different_tags(photographs, tiny):
     tagger = tagger_of(tiny)
-    result = tagger.probabilities([prepare(picture, tagger.side_px) for picture in photographs.values()])
+    result = tagger.probabilities([prepare(image, tagger.side_px) for image in photographs.values()])
     assert result.shape == (len(photographs), len(tagger.tags))
     assert len({tuple(row > 0.35) for row in result}) == len(photographs)
     assert all(5 <= (row > 0.35).sum() <= 21 for row in result)
@@ -141,9 +141,9 @@ def test_tiny_tagger_has_a_real_ones_mix_and_the_same_seed_gives_the_same_bytes(
     assert (again / "model.onnx").read_bytes() == (tiny / "model.onnx").read_bytes() != (other / "model.onnx").read_bytes()
 
 
-def test_tags_of_a_picture_do_not_depend_on_what_else_is_tagged(photographs, tiny):
+def test_tags_of_an_image_do_not_depend_on_what_else_is_tagged(photographs, tiny):
     tagger = tagger_of(tiny, batch_size=3)
-    prepared = [prepare(picture, 448) for picture in photographs.values()]
+    prepared = [prepare(image, 448) for image in photographs.values()]
     together = tagger.probabilities(prepared)
     alone = [tagger.probabilities([one])[0] for one in prepared]
     assert (together == alone).all()
@@ -151,7 +151,7 @@ def test_tags_of_a_picture_do_not_depend_on_what_else_is_tagged(photographs, tin
 
 @pytest.mark.parametrize("shape", [Shape(batch=1), Shape(batch=3), Shape(channels_first=True), Shape(batch=1, channels_first=True)])
 def test_layout_and_batch_are_read_from_the_model(tmp_path, photographs, tiny, shape):
-    prepared = [prepare(picture, 448) for picture in photographs.values()]
+    prepared = [prepare(image, 448) for image in photographs.values()]
     expected = tagger_of(tiny).probabilities(prepared)
     result = tagger_of(tiny_tagger.build(tmp_path, shape=shape)).probabilities(prepared)
     np.testing.assert_allclose(result, expected, atol=1e-5)
@@ -181,7 +181,7 @@ def test_model_that_is_something_else_is_refused(tmp_path):
     outputs = [onnx.helper.make_tensor_value_info("same", onnx.TensorProto.INT64, [1, 77])]
     graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["tokens"], ["same"])], "text", inputs, outputs)
     onnx.save(onnx.helper.make_model(graph, ir_version=8), folder / "model.onnx")
-    with pytest.raises(ModelError, match="not float pictures"):
+    with pytest.raises(ModelError, match="not float images"):
         tagger_of(folder)
 
 

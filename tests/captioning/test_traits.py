@@ -62,15 +62,15 @@ def test_lists_are_written_cleanly():
 NAMES = ["1girl", "brown_hair", "blue_eyes", "smile", "white_shirt", "freckles"]
 
 
-def pruned_names(least, pictures):
+def pruned_names(least, images):
     tags = [Tag(name, GENERAL) for name in NAMES]
-    pruning = pruning_of(tags, [[NAMES.index(name) for name in picture.split()] for picture in pictures], least)
+    pruning = pruning_of(tags, [[NAMES.index(name) for name in image.split()] for image in images], least)
     return [
         {NAMES[index]: share for index, share in shares.items()} for shares in (pruning.pruned, pruning.kept, pruning.suggested())
     ]
 
 
-PICTURES = [
+IMAGES = [
     "1girl brown_hair smile white_shirt",
     "1girl brown_hair blue_eyes white_shirt",
     "1girl brown_hair blue_eyes white_shirt smile",
@@ -78,19 +78,19 @@ PICTURES = [
 ]
 
 
-def test_traits_of_enough_pictures_are_pruned_and_nothing_else_is():
-    pruned, kept, _ = pruned_names(0.75, PICTURES)
+def test_traits_of_enough_images_are_pruned_and_nothing_else_is():
+    pruned, kept, _ = pruned_names(0.75, IMAGES)
     assert pruned == {"1girl": 1.0, "brown_hair": 0.75}
     assert kept == {"blue_eyes": 0.5, "freckles": 0.25}
-    assert pruned_names(0.76, PICTURES)[0] == {"1girl": 1.0}
+    assert pruned_names(0.76, IMAGES)[0] == {"1girl": 1.0}
 
 
-def test_off_prunes_nothing_and_suggests_what_nearly_all_of_enough_pictures_have():
-    assert pruned_names(0, PICTURES)[0] == {}
-    assert pruned_names(0, PICTURES)[2] == {}
-    assert pruned_names(0, PICTURES * 2)[2] == {"1girl": 1.0}
-    assert pruned_names(0.5, PICTURES * 2)[2] == {}
+def test_off_prunes_nothing_and_suggests_what_nearly_all_of_enough_images_have():
+    assert pruned_names(0, IMAGES)[0] == {}
+    assert pruned_names(0, IMAGES)[2] == {}
+    assert pruned_names(0, IMAGES * 2)[2] == {"1girl": 1.0}
+    assert pruned_names(0.5, IMAGES * 2)[2] == {}
 
 
-def test_no_pictures():
+def test_no_images():
     assert pruned_names(0.8, []) == [{}, {}, {}]

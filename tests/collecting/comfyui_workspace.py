@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 import collect_images
-from dataset_folder import read_json_lines
+from common.files import read_json_lines
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "comfyui"
 COLLECTOR = Path(collect_images.__file__)
@@ -74,7 +74,7 @@ class Workspace:
     def manifest(self) -> list[dict]:
         return read_json_lines(self.dataset / "manifest.jsonl")
 
-    def pictures(self) -> dict[str, bytes]:
+    def images(self) -> dict[str, bytes]:
         folder = self.dataset / "images"
         return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*"))}
 

@@ -8,8 +8,8 @@ import pytest
 from comfyui_workspace import Result, Workspace, png
 
 import collect_images
+from common.errors import exit_code_of
 from demo.standin_comfyui.server import StandIn
-from errors import exit_code_of
 
 
 @pytest.fixture
@@ -37,9 +37,9 @@ def space(tmp_path: Path, standin: StandIn) -> Workspace:
 def collect(space: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Result]:
     """Run the collector in this process: `collect("--check", GLOBAL_SEED="5")`."""
     monkeypatch.setattr("collect_images.stop_on_signals", lambda: None)
-    monkeypatch.setattr("collecting.fetch.FETCH_PAUSES_S", (0.0, 0.0))
-    monkeypatch.setattr("collecting.station.LOOK_AT_ALL_EVERY_S", 0.1)
-    monkeypatch.setattr("collecting.station.poll_interval_s", lambda typical_s, waited_s: 0.01)
+    monkeypatch.setattr("collecting.harvest.FETCH_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr("collecting.worker.LOOK_AT_ALL_EVERY_S", 0.1)
+    monkeypatch.setattr("collecting.worker.poll_interval_s", lambda typical_s, waited_s: 0.01)
 
     def run(*flags: str, **variables: str) -> Result:
         for name, value in {**space.environment, **variables}.items():

@@ -1,4 +1,4 @@
-"""`--check` on pictures that a workflow names: they have to be on the server, unless a face takes their place."""
+"""`--check` on images that a workflow names: they have to be on the server, unless a face takes their place."""
 
 import pytest
 from comfyui_workspace import png, workflow
@@ -12,24 +12,24 @@ def full(space):
 
 @pytest.fixture
 def without_face(full, monkeypatch, tmp_path):
-    monkeypatch.setattr("collecting.plan.DEFAULT_FACE", tmp_path / "no face here.png")
+    monkeypatch.setattr("collecting.jobs.DEFAULT_FACE", tmp_path / "no face here.png")
     full.environment["FACE_REFERENCE"] = ""
     return full
 
 
-def test_picture_of_the_mapped_node_must_be_there_when_no_face_goes_in(without_face, standin, collect):
+def test_image_of_the_mapped_node_must_be_there_when_no_face_goes_in(without_face, standin, collect):
     result = collect("--check")
     assert result.code == 4
     assert "ComfyUI offers no image" in result.err
     assert "FACE_REFERENCE" in result.err
-    (standin.folder / "input" / named_picture()).write_bytes(png())
+    (standin.folder / "input" / named_image()).write_bytes(png())
     assert collect("--check").code == 0
 
 
-@pytest.mark.parametrize(("picture", "code"), [("pose.png", 4), ("poses/pose.png", 0), ("pose.png [output]", 0)])
-def test_other_pictures_must_be_there_unless_the_server_does_not_list_them(full, standin, collect, picture, code):
+@pytest.mark.parametrize(("image", "code"), [("pose.png", 4), ("poses/pose.png", 0), ("pose.png [output]", 0)])
+def test_other_images_must_be_there_unless_the_server_does_not_list_them(full, standin, collect, image, code):
     graph = workflow("full_workflow_no_model.json")
-    graph["500"] = {"class_type": "LoadImage", "inputs": {"image": picture}}
+    graph["500"] = {"class_type": "LoadImage", "inputs": {"image": image}}
     full.write("COMFYUI_WORKFLOW", "workflow.json", graph)
     result = collect("--check")
     assert result.code == code
@@ -48,6 +48,6 @@ def test_link_to_a_node_that_is_not_there_is_a_wrong_setting(space, standin, col
     assert standin.submitted == []
 
 
-def named_picture() -> str:
+def named_image() -> str:
     node = workflow("full_workflow_no_model.config.json")["image_loader_node"]
     return workflow("full_workflow_no_model.json")[node]["inputs"]["image"]

@@ -15,14 +15,13 @@ from comfyui_workspace import png, workflow
 from PIL import Image
 
 from collecting.graph import InputRef, seeds_behind, text_behind
-from collecting.prompts import read_entries
+from collecting.jobs import read_entries
 from collecting.workflow import understand
-from dataset_folder import read_json_lines
+from common.files import locked, read_json_lines
+from common.settings import REPOSITORY
 from demo.standin_comfyui.catalogue import NODES
 from demo.standin_comfyui.server import StandIn
 from demo.standin_comfyui.wire import Answer
-from locks import locked
-from settings import REPOSITORY
 
 PROMPTS = [
     {"prompt": "a woman in a garden", "seed": 11, "name": "garden"},
@@ -85,7 +84,7 @@ def sent_events(space) -> list[dict]:
     return [line for line in read_json_lines(space.dataset / ".loracat" / "collect.jsonl") if line["event"] == "sent"]
 
 
-def test_per_batch_injects_text_seed_and_face_and_keeps_each_picture_with_its_line(batch, standin, collect):
+def test_per_batch_injects_text_seed_and_face_and_keeps_each_image_with_its_line(batch, standin, collect):
     result = collect()
     assert (result.code, result.err) == (0, "")
     graphs = submitted(standin)
@@ -101,21 +100,21 @@ def test_per_batch_injects_text_seed_and_face_and_keeps_each_picture_with_its_li
         (entry["prompt"], {"3.seed": entry["seed"]}, "9", [128, 128]) for entry in PROMPTS
     ]
     assert [line["prompt_id"] for line in lines] == [body["prompt_id"] for body in standin.submitted]
-    assert {f"images/{name}" for name in batch.pictures()} == {line["file"] for line in lines}
-    assert sorted(name.rpartition("_")[0] for name in batch.pictures()) == ["garden", "night", "node9"]
+    assert {f"images/{name}" for name in batch.images()} == {line["file"] for line in lines}
+    assert sorted(name.rpartition("_")[0] for name in batch.images()) == ["garden", "night", "node9"]
     assert {path.name for path in batch.dataset.iterdir()} == {"images", "manifest.jsonl", ".loracat"}
     assert [path.name for path in (batch.dataset / ".loracat").iterdir()] == ["collect.jsonl"]
 
 
-def test_full_workflow_is_submitted_once_and_only_pictures_with_the_prefix_are_fetched(full, standin, collect):
+def test_full_workflow_is_submitted_once_and_only_images_with_the_prefix_are_fetched(full, standin, collect):
     assert collect().code == 0
     assert len(standin.submitted) == 1
     assert [line["node"] for line in full.manifest()] == ["300", "301", "302"]
-    assert len(full.pictures()) == 3
+    assert len(full.images()) == 3
     assert sum(path == "/view" for _, path in standin.requests) == 3
     for line in full.manifest():
-        with Image.open(full.dataset / line["file"]) as picture:
-            assert json.loads(picture.text["prompt"])[line["node"]]["inputs"]["filename_prefix"].endswith("Z_IMG_FINAL")
+        with Image.open(full.dataset / line["file"]) as image:
+            assert json.loads(image.text["prompt"])[line["node"]]["inputs"]["filename_prefix"].endswith("Z_IMG_FINAL")
 
 
 def test_name_that_the_server_returns_goes_into_the_workflow(batch, standin, collect, change):
@@ -127,18 +126,18 @@ def test_name_that_the_server_returns_goes_into_the_workflow(batch, standin, col
     assert {graph["12"]["inputs"]["image"] for graph in submitted(standin)} == {"elsewhere/mine.png"}
 
 
-def test_without_a_face_the_picture_of_the_workflow_stays_and_one_line_says_so(full, standin, collect, monkeypatch):
-    monkeypatch.setattr("collecting.plan.DEFAULT_FACE", full.root / "none.png")
+def test_without_a_face_the_image_of_the_workflow_stays_and_one_line_says_so(full, standin, collect, monkeypatch):
+    monkeypatch.setattr("collecting.jobs.DEFAULT_FACE", full.root / "none.png")
     (standin.folder / "input" / "example.png").write_bytes(png())
     result = collect(FACE_REFERENCE="")
     assert result.code == 0
-    assert result.out.count("the workflow's own picture stays.\n") == 1
+    assert result.out.count("the workflow's own image stays.\n") == 1
     assert submitted(standin)[0]["16"] == workflow("full_workflow_no_model.json")["16"]
     assert ("POST", "/upload/image") not in standin.requests
 
 
 def test_face_in_the_repository_is_used_when_none_is_set(full, standin, collect, monkeypatch):
-    monkeypatch.setattr("collecting.plan.DEFAULT_FACE", Path(full.environment["FACE_REFERENCE"]))
+    monkeypatch.setattr("collecting.jobs.DEFAULT_FACE", Path(full.environment["FACE_REFERENCE"]))
     assert collect(FACE_REFERENCE="").code == 0
     assert ("POST", "/upload/image") in standin.requests
 
@@ -147,11 +146,11 @@ def test_face_in_the_repository_is_used_when_none_is_set(full, standin, collect,
 def test_finished_stage_run_again_sends_nothing_even_without_a_server(request, standin, collect, mode):
     space = request.getfixturevalue(mode)
     collect()
-    before, asked = space.pictures(), len(standin.requests)
+    before, asked = space.images(), len(standin.requests)
     result = collect(COMFYUI_ENDPOINT="http://127.0.0.1:9")
     assert result.code == 0
     assert "nothing was sent" in result.out
-    assert (space.pictures(), len(standin.requests)) == (before, asked)
+    assert (space.images(), len(standin.requests)) == (before, asked)
 
 
 def test_new_prompt_in_the_list_is_all_that_is_sent(batch, standin, collect):
@@ -181,7 +180,7 @@ def test_drawn_seeds_are_written_down_and_differ(batch, standin, collect):
     assert collect().code == 0
     seeds = [line["seeds"]["3.seed"] for line in batch.manifest()]
     assert seeds == [graph["3"]["inputs"]["seed"] for graph in submitted(standin)]
-    assert len(set(seeds)) == len(batch.pictures()) == 2
+    assert len(set(seeds)) == len(batch.images()) == 2
 
 
 def test_global_seed_wins_over_entries_and_sets_every_literal_seed(batch, standin, collect):
@@ -217,14 +216,14 @@ def test_full_workflow_keeps_its_seeds_until_new_ones_are_asked_for(space, stand
     assert seeds[3] == (5, 5, 5)
     assert len(set(seeds[1] + seeds[2])) == 6
     assert all(graph["37"]["inputs"]["seed"] == ["21", 0] for graph in submitted(standin))
-    assert len(space.pictures()) == 4
+    assert len(space.images()) == 4
 
 
 def test_new_seeds_draws_new_ones_over_those_of_the_entries(batch, standin, collect):
     assert [collect(NEW_SEEDS="1").code, collect(NEW_SEEDS="1").code] == [0, 0]
     seeds = [graph["3"]["inputs"]["seed"] for graph in submitted(standin)]
     assert len(set(seeds) - {11, 12, 13}) == 6
-    assert len(batch.pictures()) == 6
+    assert len(batch.images()) == 6
 
 
 def test_new_seeds_goes_on_with_the_set_that_was_stopped(batch, standin, collect, change):
@@ -233,16 +232,16 @@ def test_new_seeds_goes_on_with_the_set_that_was_stopped(batch, standin, collect
     assert collect(NEW_SEEDS="1").code == 4
     first = [event["seeds"] for event in sent_events(batch)]
     assert collect(NEW_SEEDS="1").code == 0
-    assert len(batch.pictures()) == 3
+    assert len(batch.images()) == 3
     assert [line["seeds"] for line in batch.manifest()][:2] == first
 
 
-def test_same_picture_twice_is_stored_once(batch, standin, collect):
+def test_same_image_twice_is_stored_once(batch, standin, collect):
     batch.per_batch([{"prompt": "a", "seed": 1}, {"prompt": "a", "seed": 1, "name": "again"}])
     result = collect()
     assert result.code == 0
-    assert "again: 0 new pictures, 1 there already" in result.out
-    assert (len(batch.pictures()), len(batch.manifest())) == (1, 1)
+    assert "again: 0 new images, 1 there already" in result.out
+    assert (len(batch.images()), len(batch.manifest())) == (1, 1)
 
 
 def test_delay_spaces_submissions_only_while_others_of_ours_wait(batch, standin, collect, before_submission):
@@ -259,7 +258,7 @@ def test_delay_spaces_submissions_only_while_others_of_ours_wait(batch, standin,
 
 def test_every_wrong_file_is_in_one_list(batch, standin, collect):
     batch.write("WORKFLOW_CONFIG", "config.json", {"positive_prompt_node": "6", "seed_node": "99"})
-    batch.write("FACE_REFERENCE", "face.png", b"no picture")
+    batch.write("FACE_REFERENCE", "face.png", b"no image")
     result = collect()
     assert result.code == 2
     for words in ("the workflow has no node 99", "face_reference", "no PNG, JPEG or WebP"):
@@ -309,7 +308,7 @@ def test_endpoint_that_is_no_address_is_in_the_list_of_wrong_settings(batch, col
 
 
 @pytest.mark.parametrize("flags", [[], ["--check"]])
-def test_file_where_the_pictures_should_go_is_a_wrong_setting(batch, standin, collect, flags):
+def test_file_where_the_images_should_go_is_a_wrong_setting(batch, standin, collect, flags):
     batch.dataset.mkdir()
     (batch.dataset / "images").touch()
     result = collect(*flags)
@@ -337,22 +336,22 @@ def damage(path, name):
 @pytest.mark.parametrize("name", ["event", "key", "client_id", "prompt_id", "seeds", "node", "index", "line"])
 def test_record_with_lines_of_another_shape_is_no_obstacle(batch, collect, name):
     collect()
-    pictures = batch.pictures()
+    images = batch.images()
     damage(batch.dataset / ".loracat" / "collect.jsonl", name)
     assert collect().code == 0
-    assert batch.pictures() == pictures
+    assert batch.images() == images
     assert "nothing was sent" in collect().out
 
 
 @pytest.mark.parametrize("name", ["file", "sha256"])
 def test_manifest_with_lines_of_another_shape_is_no_obstacle(batch, collect, name):
     collect()
-    pictures, lines = batch.pictures(), batch.manifest()
+    images, lines = batch.images(), batch.manifest()
     damage(batch.dataset / "manifest.jsonl", name)
     assert "nothing was sent" in collect().out
     (batch.dataset / ".loracat" / "collect.jsonl").unlink()
     assert collect().code == 0
-    assert batch.pictures() == pictures
+    assert batch.images() == images
     assert [line["file"] for line in batch.manifest()[-len(lines) :]] == [line["file"] for line in lines]
 
 
@@ -391,7 +390,7 @@ def test_output_that_the_server_drops_is_an_error_that_names_the_node(full, coll
     result = collect()
     assert result.code == 1
     assert "node 500 (LoadImage)" in result.out
-    assert "node 301 (SaveImage) gave no picture" in result.out
+    assert "node 301 (SaveImage) gave no image" in result.out
     assert [line["node"] for line in full.manifest()] == ["300", "302"]
 
 
@@ -399,13 +398,13 @@ def test_failed_entry_is_named_the_others_are_done_and_only_it_is_tried_again(ba
     standin.fault("node_fails", on="3", times=1)
     first = collect()
     assert first.code == 1
-    assert "1/3 garden: 0 new pictures; FAILED:\n    node 3 (KSampler) failed: NodeFails" in first.out
+    assert "1/3 garden: 0 new images; FAILED:\n    node 3 (KSampler) failed: NodeFails" in first.out
     assert "1 of 3 submissions failed" in first.err
     assert [line["prompt"] for line in batch.manifest()] == [PROMPTS[1]["prompt"], PROMPTS[2]["prompt"]]
     assert collect().code == 0
     assert submitted(standin)[3]["6"]["inputs"]["text"] == PROMPTS[0]["prompt"]
     assert len(standin.submitted) == 4
-    assert len(batch.pictures()) == 3
+    assert len(batch.images()) == 3
 
 
 def test_nothing_came_at_all_is_exit_4(full, standin, collect, change):
@@ -417,7 +416,7 @@ def test_nothing_came_at_all_is_exit_4(full, standin, collect, change):
     result = collect()
     assert result.code == 4
     assert "node 16 (LoadImage) failed" in result.out
-    assert full.pictures() == {}
+    assert full.images() == {}
 
 
 def test_interrupted_in_comfyui_is_named(full, standin, collect):
@@ -429,34 +428,34 @@ def test_interrupted_in_comfyui_is_named(full, standin, collect):
 
 
 @pytest.mark.parametrize("spoilt", [b"", b"<html>", png()[:50], png()[:-6]])
-def test_broken_picture_is_fetched_again(full, collect, change, spoilt):
+def test_broken_image_is_fetched_again(full, collect, change, spoilt):
     answers = iter([spoilt, spoilt])
     change(
         "/view", lambda asked, given: Answer(200, content, "image/png") if (content := next(answers, None)) is not None else None
     )
     assert collect().code == 0
-    assert len(full.pictures()) == 3
+    assert len(full.images()) == 3
 
 
-def test_picture_that_stays_broken_is_reported_and_never_stored(full, collect, change):
+def test_image_that_stays_broken_is_reported_and_never_stored(full, collect, change):
     spoilt = Answer(200, png()[:50], "image/png")
     change("/view", lambda asked, given: spoilt if asked.query["filename"].endswith("00002_.png") else None)
     result = collect()
     assert result.code == 1
-    assert "picture 1: it is cut off" in result.out
-    assert len(full.pictures()) == len(full.manifest()) == 2
+    assert "image 1: it is cut off" in result.out
+    assert len(full.images()) == len(full.manifest()) == 2
 
 
 @pytest.mark.parametrize(
     "answer", [Answer(400), Answer(200, png()[:50], "image/png", {"Content-Length": "500", "Connection": "close"})]
 )
-def test_picture_that_cannot_be_had_does_not_stop_the_others(full, collect, change, monkeypatch, answer):
-    monkeypatch.setattr("collecting.transport.PATIENCE_S", (0.0,))
+def test_image_that_cannot_be_had_does_not_stop_the_others(full, collect, change, monkeypatch, answer):
+    monkeypatch.setattr("collecting.http.PATIENCE_S", (0.0,))
     change("/view", lambda asked, given: answer if asked.query["filename"].endswith("00001_.png") else None)
     result = collect()
     assert result.code == 1
     assert "Z_IMG_FINAL_00001_.png" in result.out
-    assert len(full.pictures()) == len(full.manifest()) == 2
+    assert len(full.images()) == len(full.manifest()) == 2
 
 
 def test_file_that_was_deleted_on_the_server_is_reported(full, standin, collect, change):
@@ -467,7 +466,7 @@ def test_file_that_was_deleted_on_the_server_is_reported(full, standin, collect,
 
 
 def test_names_from_the_server_never_reach_the_file_system(full, standin, collect, change):
-    picture = png((9, 9, 9))
+    image = png((9, 9, 9))
 
     def rename(asked, given):
         content = json.loads(given.body)
@@ -478,19 +477,19 @@ def test_names_from_the_server_never_reach_the_file_system(full, standin, collec
 
     real = standin.answer
     standin.answer = lambda asked: (
-        Answer(200, picture, "image/png")
+        Answer(200, image, "image/png")
         if asked.path == "/view"
         else rename(asked, real(asked))
         if asked.path.startswith("/history/")
         else real(asked)
     )
     assert collect().code == 0
-    (name,) = full.pictures()
+    (name,) = full.images()
     assert name.startswith("node300_")
     assert not list(full.root.rglob("escape*"))
 
 
-def test_picture_in_the_temp_folder_of_the_server_is_none_to_keep(full, standin, collect, monkeypatch):
+def test_image_in_the_temp_folder_of_the_server_is_none_to_keep(full, standin, collect, monkeypatch):
     real = standin.answer
 
     def answer(asked):
@@ -500,7 +499,7 @@ def test_picture_in_the_temp_folder_of_the_server_is_none_to_keep(full, standin,
     monkeypatch.setattr(standin, "answer", answer)
     result = collect()
     assert result.code == 4
-    assert "node 300 (SaveImage) gave no picture" in result.out
+    assert "node 300 (SaveImage) gave no image" in result.out
 
 
 def test_answer_that_got_lost_is_looked_up_and_not_sent_again(batch, standin, collect, change):
@@ -516,7 +515,7 @@ def test_answer_that_got_lost_is_looked_up_and_not_sent_again(batch, standin, co
     assert result.code == 0
     assert "looking whether it arrived" in result.out
     assert len(standin.submitted) == 3
-    assert len(batch.pictures()) == 3
+    assert len(batch.images()) == 3
 
 
 def test_prompt_that_the_server_forgot_is_sent_again_with_the_same_seed(batch, standin, collect, change):
@@ -581,7 +580,7 @@ def test_server_that_gives_ids_of_its_own_is_followed(batch, standin, collect, b
 
     before_submission(without_our_id)
     assert collect().code == 0
-    assert len(standin.submitted) == len(batch.pictures()) == 3
+    assert len(standin.submitted) == len(batch.images()) == 3
 
 
 def test_ids_are_lower_case_uuids_and_the_client_id_stays(batch, standin, collect):
@@ -623,7 +622,7 @@ def test_signal_saves_the_state_and_the_next_run_reattaches(batch, standin, coll
     assert ("POST", "/interrupt") not in standin.requests
     standin.worker.seconds_per_job = 0.0
     assert collect().code == 0
-    assert len({body["prompt"]["6"]["inputs"]["text"] for body in standin.submitted}) == len(batch.pictures()) == 3
+    assert len({body["prompt"]["6"]["inputs"]["text"] for body in standin.submitted}) == len(batch.images()) == 3
     assert standin.worker.executed_jobs == 3
 
 
@@ -645,7 +644,7 @@ def test_run_as_a_program_says_plain_lines_and_no_traceback(batch):
     process = batch.start()
     out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (0, "")
-    assert "3/3 night: 1 new picture" in out
+    assert "3/3 night: 1 new image" in out
     wrong = batch.start(GLOBAL_SEED="letters", COMFYUI_DELAY="-1")
     out, err = wrong.communicate(timeout=30)
     assert (wrong.returncode, out) == (2, "")

@@ -5,10 +5,10 @@ import socket
 import pytest
 from comfyui_workspace import png, recorded
 
-from collecting.address import Address, addresses
-from collecting.comfyui import ComfyUI, PictureGone, PromptRefused, Unanswered
+from collecting.client import ComfyUI, ImageGone, PromptRefused, Unanswered
+from collecting.http import Address, addresses
+from common.errors import ComfyUIError, SettingsError
 from demo.standin_comfyui.wire import Answer
-from errors import ComfyUIError, SettingsError
 
 HTML = Answer(200, b"<html>please log in</html>", "text/html")
 
@@ -194,12 +194,12 @@ def test_answer_that_is_cut_off_is_not_taken_for_whole(client, answers):
     answers(cut, cut, Answer(200, png(), "image/png"))
     assert client.view("a.png", "", "output") == png()
     answers(cut)
-    with pytest.raises(PictureGone, match="less than it announces"):
+    with pytest.raises(ImageGone, match="less than it announces"):
         client.view("a.png", "", "output")
 
 
 def test_file_that_is_gone_is_told_from_a_server_that_is(client):
-    with pytest.raises(PictureGone, match=r"'a\.png'"):
+    with pytest.raises(ImageGone, match=r"'a\.png'"):
         client.view("a.png", "", "output")
 
 

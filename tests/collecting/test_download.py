@@ -1,4 +1,4 @@
-"""Bytes become a picture of the data set only when they are whole, and only once."""
+"""Bytes become an image of the data set only when they are whole, and only once."""
 
 import io
 import os
@@ -9,8 +9,9 @@ import pytest
 from comfyui_workspace import png
 from PIL import Image
 
-from collecting.download import BadPicture, PictureStore, safe_prefix, verified
-from dataset_folder import DatasetFolder, append_json_line, read_json_lines
+from collecting.image_store import BadImage, ImageStore, safe_prefix, verified
+from common.dataset_layout import DatasetFolder
+from common.files import append_json_line, read_json_lines
 
 
 def encoded(kind: str, **options) -> bytes:
@@ -39,28 +40,28 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [("PNG", ".png"), ("JPEG", ".jpg"), ("WEBP", ".webp")])
-def test_whole_pictures_are_taken_and_named_by_their_bytes(kind, suffix):
-    picture = verified(encoded(kind))
-    assert (picture.suffix, picture.size_px) == (suffix, (40, 30))
+def test_whole_images_are_taken_and_named_by_their_bytes(kind, suffix):
+    image = verified(encoded(kind))
+    assert (image.suffix, image.size_px) == (suffix, (40, 30))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
-def test_cut_off_pictures_are_refused(kind, share):
+def test_cut_off_images_are_refused(kind, share):
     content = encoded(kind)
-    with pytest.raises(BadPicture):
+    with pytest.raises(BadImage):
         verified(content[: int(len(content) * share)])
 
 
 def test_png_without_its_last_bytes_is_refused():
-    with pytest.raises(BadPicture, match="cut off"):
+    with pytest.raises(BadImage, match="cut off"):
         verified(png()[:-1])
 
 
 def test_damaged_png_is_refused():
     content = bytearray(encoded("PNG"))
     content[len(content) // 2] ^= 0xFF
-    with pytest.raises(BadPicture):
+    with pytest.raises(BadImage):
         verified(bytes(content))
 
 
@@ -76,50 +77,50 @@ def test_damaged_png_is_refused():
         (bomb(), "pixels"),
     ],
 )
-def test_what_is_no_still_picture_is_refused(content, words):
-    with pytest.raises(BadPicture, match=words):
+def test_what_is_no_still_image_is_refused(content, words):
+    with pytest.raises(BadImage, match=words):
         verified(content)
 
 
-def test_picture_and_its_line_are_stored_once(folder):
-    store, picture = PictureStore(folder), verified(png())
-    line = store.line_for(picture, "smile", {"node": "9"})
-    assert store.put(picture, line) is True
-    assert store.put(picture, store.line_for(picture, "other", {"node": "10"})) is False
-    assert PictureStore(folder).put(picture, store.line_for(picture, "again", {"node": "9"})) is False
-    assert [path.name for path in folder.images.iterdir()] == [f"smile_{picture.sha256[:12]}.png"]
+def test_image_and_its_line_are_stored_once(folder):
+    store, image = ImageStore(folder), verified(png())
+    line = store.line_for(image, "smile", {"node": "9"})
+    assert store.put(image, line) is True
+    assert store.put(image, store.line_for(image, "other", {"node": "10"})) is False
+    assert ImageStore(folder).put(image, store.line_for(image, "again", {"node": "9"})) is False
+    assert [path.name for path in folder.images.iterdir()] == [f"smile_{image.sha256[:12]}.png"]
     assert read_json_lines(folder.manifest) == [line]
-    assert line == {"file": f"images/smile_{picture.sha256[:12]}.png", "sha256": picture.sha256, "size_px": [24, 32], "node": "9"}
+    assert line == {"file": f"images/smile_{image.sha256[:12]}.png", "sha256": image.sha256, "size_px": [24, 32], "node": "9"}
     assert (folder.root / line["file"]).read_bytes() == png()
 
 
 def test_file_without_a_line_gets_its_line_and_no_twin(folder):
     folder.images.mkdir(parents=True)
     (folder.images / "killed_in_between.png").write_bytes(png())
-    store, picture = PictureStore(folder), verified(png())
-    assert store.put(picture, store.line_for(picture, "smile", {"node": "9"})) is False
+    store, image = ImageStore(folder), verified(png())
+    assert store.put(image, store.line_for(image, "smile", {"node": "9"})) is False
     assert [line["file"] for line in read_json_lines(folder.manifest)] == ["images/killed_in_between.png"]
     assert [path.name for path in folder.images.iterdir()] == ["killed_in_between.png"]
 
 
-def test_picture_that_was_taken_out_stays_out(folder):
-    store, picture = PictureStore(folder), verified(png())
-    line = store.line_for(picture, "smile", {})
-    store.put(picture, line)
+def test_image_that_was_taken_out_stays_out(folder):
+    store, image = ImageStore(folder), verified(png())
+    line = store.line_for(image, "smile", {})
+    store.put(image, line)
     (folder.root / line["file"]).unlink()
-    again = PictureStore(folder)
-    assert again.put(picture, line) is False
+    again = ImageStore(folder)
+    assert again.put(image, line) is False
     assert again.missing() == 1
     assert list(folder.images.iterdir()) == []
 
 
 def test_a_file_of_the_user_is_never_overwritten(folder):
-    picture = verified(png())
+    image = verified(png())
     folder.images.mkdir(parents=True)
-    taken = folder.images / f"smile_{picture.sha256[:12]}.png"
+    taken = folder.images / f"smile_{image.sha256[:12]}.png"
     taken.write_bytes(png((0, 0, 0)))
-    store = PictureStore(folder)
-    assert store.put(picture, store.line_for(picture, "smile", {})) is True
+    store = ImageStore(folder)
+    assert store.put(image, store.line_for(image, "smile", {})) is True
     assert taken.read_bytes() == png((0, 0, 0))
     assert len(list(folder.images.iterdir())) == 2
 
@@ -130,7 +131,7 @@ def test_what_a_killed_run_was_writing_is_removed_but_nothing_fresh(folder):
     for path in (old, fresh):
         path.write_bytes(b"half")
     os.utime(old, (1, 1))
-    PictureStore(folder)
+    ImageStore(folder)
     assert (old.exists(), fresh.exists()) == (False, True)
 
 
@@ -138,9 +139,9 @@ def test_half_a_line_in_the_manifest_does_not_hide_the_next(folder):
     append_json_line(folder.manifest, {"sha256": "0", "file": "images/a.png"})
     with folder.manifest.open("a") as manifest:
         manifest.write('{"sha256": "1", "fi')
-    store, picture = PictureStore(folder), verified(png())
-    store.put(picture, store.line_for(picture, "x", {}))
-    assert [line["sha256"] for line in read_json_lines(folder.manifest)] == ["0", picture.sha256]
+    store, image = ImageStore(folder), verified(png())
+    store.put(image, store.line_for(image, "x", {}))
+    assert [line["sha256"] for line in read_json_lines(folder.manifest)] == ["0", image.sha256]
 
 
 @pytest.mark.parametrize(

@@ -7,20 +7,20 @@ import pytest
 import requests
 from comfyui_workspace import Workspace, workflow
 
-from dataset_folder import read_json_lines
+from common.files import read_json_lines
 from demo.standin_comfyui import faults
 from demo.standin_comfyui.server import StandIn
 from demo.standin_comfyui.wire import json_answer
 
-PROMPTS = [{"prompt": f"a woman in picture {number}", "seed": number} for number in range(3)]
+PROMPTS = [{"prompt": f"a woman in image {number}", "seed": number} for number in range(3)]
 
 
 @pytest.fixture(autouse=True)
 def haste(monkeypatch):
     """No long pauses between tries."""
-    monkeypatch.setattr("collecting.transport.PATIENCE_S", (0.01, 0.01, 0.01))
-    monkeypatch.setattr("collecting.station.AWAY_S", 3.0)
-    monkeypatch.setattr("collecting.station.DOUBT_S", 0.5)
+    monkeypatch.setattr("collecting.http.PATIENCE_S", (0.01, 0.01, 0.01))
+    monkeypatch.setattr("collecting.worker.AWAY_S", 3.0)
+    monkeypatch.setattr("collecting.worker.DOUBT_S", 0.5)
 
 
 @pytest.fixture
@@ -42,10 +42,10 @@ def other(tmp_path):
         yield server
 
 
-def assert_complete(space: Workspace, pictures: int = 3) -> None:
-    """Every picture is there once, under its line."""
-    assert {f"images/{name}" for name in space.pictures()} == {line["file"] for line in space.manifest()}
-    assert len(space.pictures()) == len(space.manifest()) == pictures
+def assert_complete(space: Workspace, images: int = 3) -> None:
+    """Every image is there once, under its line."""
+    assert {f"images/{name}" for name in space.images()} == {line["file"] for line in space.manifest()}
+    assert len(space.images()) == len(space.manifest()) == images
 
 
 def prompts_sent(standin: StandIn) -> list[str]:
@@ -64,7 +64,7 @@ def wait_for(condition, seconds=10.0):
 PASSING = [
     *[(name, "/history/") for name in ("reset", "server_error", "away_502", "away_503", "away_504", "busy_429", "cut_off")],
     *[(name, "/view") for name in ("reset", "server_error", "away_502", "cut_off", "wrong_length")],
-    *[(name, "/view") for name in ("picture_empty", "picture_of_html", "picture_cut_off", "picture_corrupt")],
+    *[(name, "/view") for name in ("image_empty", "image_of_html", "image_cut_off", "image_corrupt")],
     *[(name, "/upload") for name in ("reset", "server_error", "away_503")],
     *[(name, "/queue") for name in ("reset", "away_502")],
     ("ends_between_two_looks", None),
@@ -95,14 +95,14 @@ def test_slow_answer_is_waited_for(batch, standin, collect):
 
 
 def test_answer_that_takes_too_long_is_asked_for_again(batch, standin, collect, monkeypatch):
-    monkeypatch.setattr("collecting.transport.READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("collecting.http.READ_TIMEOUT_S", 0.2)
     standin.fault("slow", "/view", times=1)
     assert collect().code == 0
     assert_complete(batch)
 
 
 def test_submission_that_takes_too_long_is_not_sent_twice(batch, standin, collect, monkeypatch):
-    monkeypatch.setattr("collecting.transport.READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("collecting.http.READ_TIMEOUT_S", 0.2)
     standin.fault("slow", "/prompt", times=1)
     assert collect().code == 0
     assert_complete(batch)
@@ -164,37 +164,37 @@ def test_server_that_restarts_in_the_middle_is_waited_for(request, standin, coll
     ],
 )
 def test_server_that_cannot_be_used_is_one_line_and_exit_4(batch, standin, collect, monkeypatch, name, on, words):
-    monkeypatch.setattr("collecting.transport.MOST_BODY_BYTES", 2 * 2**20)
-    monkeypatch.setattr("collecting.station.AWAY_S", 0.2)
+    monkeypatch.setattr("collecting.http.MOST_BODY_BYTES", 2 * 2**20)
+    monkeypatch.setattr("collecting.worker.AWAY_S", 0.2)
     standin.fault(name, on)
     result = collect()
     assert result.code == 4
     assert words in result.err
     assert len(result.err.strip().splitlines()) == 1
-    assert batch.pictures() == {}
+    assert batch.images() == {}
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("picture_empty", "it is empty"),
-        ("picture_of_html", "it is no PNG, JPEG or WebP"),
-        ("picture_cut_off", "it is cut off"),
-        ("picture_corrupt", "it does not decode"),
-        ("picture_bomb", "pixels"),
-        ("picture_gone", "no longer has the file"),
+        ("image_empty", "it is empty"),
+        ("image_of_html", "it is no PNG, JPEG or WebP"),
+        ("image_cut_off", "it is cut off"),
+        ("image_corrupt", "it does not decode"),
+        ("image_bomb", "pixels"),
+        ("image_gone", "no longer has the file"),
         ("unauthorized", "wants a login"),
         ("cut_off", "less than it announces"),
         ("endless", "more than 2 MiB"),
     ],
 )
-def test_picture_that_cannot_be_had_is_named_and_never_stored_and_the_others_come(full, standin, collect, monkeypatch, name, words):
-    monkeypatch.setattr("collecting.transport.MOST_BODY_BYTES", 2 * 2**20)
-    standin.fault(name, "/view", times=4 if name == "cut_off" else 3 if name.startswith("picture_") and "gone" not in name else 1)
+def test_image_that_cannot_be_had_is_named_and_never_stored_and_the_others_come(full, standin, collect, monkeypatch, name, words):
+    monkeypatch.setattr("collecting.http.MOST_BODY_BYTES", 2 * 2**20)
+    standin.fault(name, "/view", times=4 if name == "cut_off" else 3 if name.startswith("image_") and "gone" not in name else 1)
     result = collect()
     assert result.code == 1
     assert words in result.out
-    assert result.out.count("picture 1:") == 1
+    assert result.out.count("image 1:") == 1
     assert_complete(full, 2)
     assert collect().code == 0
     assert_complete(full, 3)
@@ -222,7 +222,7 @@ def test_what_finished_before_the_error_is_kept(full, standin, collect):
     standin.fault("node_fails", on="301")
     result = collect()
     assert "node 301 (SaveImage) failed" in result.out
-    assert result.code == (1 if full.pictures() else 4)
+    assert result.code == (1 if full.images() else 4)
     entry = next(iter(standin.worker.history.values()))
     assert {line["node"] for line in full.manifest()} == entry["outputs"].keys() & {"300", "301", "302"}
 
@@ -272,7 +272,7 @@ def test_long_prompt_that_shows_steps_on_the_websocket_is_no_stall(batch, standi
     ],
 )
 def test_json_that_makes_no_sense_is_no_bug_of_ours(full, standin, collect, monkeypatch, path, status, body):
-    monkeypatch.setattr("collecting.station.AWAY_S", 0.1)
+    monkeypatch.setattr("collecting.worker.AWAY_S", 0.1)
     real = standin.answer
     monkeypatch.setattr(standin, "answer", lambda asked: json_answer(body, status) if asked.path.startswith(path) else real(asked))
     result = collect(COMFYUI_STALL_TIMEOUT="0.3")
@@ -280,7 +280,7 @@ def test_json_that_makes_no_sense_is_no_bug_of_ours(full, standin, collect, monk
     assert "Traceback" not in result.err
 
 
-# What a node shows besides pictures is skipped with a word.
+# What a node shows besides images is skipped with a word.
 
 
 @pytest.mark.parametrize(
@@ -290,16 +290,16 @@ def test_json_that_makes_no_sense_is_no_bug_of_ours(full, standin, collect, monk
         ("outputs_webm", "'clip_00001_.webm' (no PNG, JPEG or WebP)"),
         ("outputs_temp", "(a preview)"),
         ("outputs_latents", "skipped latents"),
-        ("outputs_nonsense", "gave no picture"),
-        ("outputs_empty", "gave no picture"),
+        ("outputs_nonsense", "gave no image"),
+        ("outputs_empty", "gave no image"),
     ],
 )
-def test_output_that_is_no_still_picture_is_skipped_with_a_word(full, standin, collect, name, words):
+def test_output_that_is_no_still_image_is_skipped_with_a_word(full, standin, collect, name, words):
     standin.fault(name)
     result = collect()
     assert result.code == 4
     assert words in result.out
-    assert full.pictures() == {}
+    assert full.images() == {}
 
 
 @pytest.mark.parametrize("name", ["outputs_text", "outputs_bare", "status_missing"])
@@ -316,7 +316,7 @@ def test_names_subfolders_and_types_of_the_server_never_reach_the_file_system(fu
     before = set(full.root.parent.rglob("*"))
     assert collect().code == 4
     assert not [path for path in set(full.root.parent.rglob("*")) - before if "escape" in path.name]
-    assert full.pictures() == {}
+    assert full.images() == {}
 
 
 # Repeats.
@@ -326,7 +326,7 @@ def test_same_prompt_twice_is_fetched_and_counted_once(batch, standin, collect):
     batch.per_batch([{"prompt": "a", "seed": 1}, {"prompt": "a", "seed": 1, "name": "again"}])
     result = collect()
     assert result.code == 0
-    assert "again: 0 new pictures, 1 there already" in result.out
+    assert "again: 0 new images, 1 there already" in result.out
     assert standin.requests.count(("GET", "/view")) == 1
     assert_complete(batch, 1)
 
@@ -350,7 +350,7 @@ def test_cached_prompt_without_outputs_is_explained(batch, standin, collect):
     standin.fault("cached_outputs_missing")
     result = collect()
     assert result.code == 1
-    assert "gave no picture: ComfyUI answered from its cache" in result.out
+    assert "gave no image: ComfyUI answered from its cache" in result.out
     assert "NEW_SEEDS=1" in result.out
     assert_complete(batch, 1)
 
@@ -446,7 +446,7 @@ def test_websocket_is_for_the_display_only(batch, standin, collect, name):
 # Afterwards.
 
 
-def test_memory_is_freed_when_the_last_picture_is_in(batch, standin, collect):
+def test_memory_is_freed_when_the_last_image_is_in(batch, standin, collect):
     result = collect()
     assert "told to free its memory" in result.out
     assert standin.requests[-1] == ("POST", "/free")

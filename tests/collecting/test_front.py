@@ -6,9 +6,9 @@ import time
 import pytest
 import trustme
 
-from collecting.address import addresses
+from collecting.http import addresses
+from common.errors import SettingsError
 from demo.standin_comfyui.server import StandIn
-from errors import SettingsError
 
 TOKEN = "hush-hush-token"
 PASSWORD = "nine lives@home"
@@ -43,7 +43,7 @@ def test_headers_go_with_every_request_and_the_websocket(batch, standin, collect
     standin.worker.seconds_per_job = 0.2
     standin.wanted_headers = {"Authorization": f"Bearer {TOKEN}", "CF-Access-Client-Id": "me"}
     assert collect(COMFYUI_HEADERS=json.dumps(standin.wanted_headers)).code == 0
-    assert len(batch.pictures()) == 1
+    assert len(batch.images()) == 1
     assert socket_requests(standin)[0]["Authorization"] == f"Bearer {TOKEN}"
 
 
@@ -51,7 +51,7 @@ def test_user_and_password_in_the_address_become_a_login(batch, standin, collect
     standin.wanted_headers = {"Authorization": "Basic Y2F0Om5pbmUgbGl2ZXNAaG9tZQ=="}
     url = standin.url.replace("//", "//cat:nine%20lives%40home@")
     assert collect(COMFYUI_ENDPOINT=url).code == 0
-    assert len(batch.pictures()) == 1
+    assert len(batch.images()) == 1
 
 
 def test_netrc_does_not_replace_the_token(batch, standin, collect, tmp_path):
@@ -86,7 +86,7 @@ def test_certificate_of_ones_own(batch, collect, certificates, tmp_path, monkeyp
         assert "COMFYUI_CA_BUNDLE" in refused.err
         assert collect(COMFYUI_ENDPOINT=server.url, COMFYUI_CA_BUNDLE=str(authority)).code == 0
         assert ("GET", "/ws") in server.requests
-        assert len(batch.pictures()) == 1
+        assert len(batch.images()) == 1
 
 
 def test_certificate_file_that_is_not_there_is_a_wrong_setting(batch, collect):
@@ -139,7 +139,7 @@ def test_header_that_each_request_sets_itself_is_refused(batch, standin, collect
 )
 def test_secrets_are_in_no_line_and_no_file(batch, standin, collect, flags, variables, code):
     url = standin.url.replace("//", "//cat:nine%20lives%40home@")
-    standin.fault("picture_empty", times=1)
+    standin.fault("image_empty", times=1)
     headers = json.dumps({"X-Token": TOKEN})
     result = collect(*flags, **{"COMFYUI_ENDPOINT": url, "COMFYUI_HEADERS": headers} | variables)
     assert result.code == code

@@ -1,4 +1,4 @@
-"""kill -9 at any instant and run again: the same set of pictures, and nothing was made twice.
+"""kill -9 at any instant and run again: the same set of images, and nothing was made twice.
 
 `make test` takes a handful of instants, `make kill-test` forty in each mode.
 """
@@ -14,13 +14,13 @@ from demo.standin_comfyui.server import StandIn
 
 SECONDS_PER_JOB = 0.12
 LONGEST_WAIT_S = 30.0
-PROMPTS = [{"prompt": f"a woman in picture {number}", "seed": number} for number in range(5)]
+PROMPTS = [{"prompt": f"a woman in image {number}", "seed": number} for number in range(5)]
 MODES = ("batch", "full")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Mode -> the pictures of a run that nobody kills, and how long it talks to the server."""
+    """Mode -> the images of a run that nobody kills, and how long it talks to the server."""
     found = {}
 
     def of(mode: str) -> tuple[dict[str, bytes], float]:
@@ -33,7 +33,7 @@ def undisturbed(tmp_path_factory):
                 began = time.monotonic()
                 assert process.wait(LONGEST_WAIT_S) == 0
                 process.communicate()
-                found[mode] = space.pictures(), time.monotonic() - began
+                found[mode] = space.images(), time.monotonic() - began
         return found[mode]
 
     return of
@@ -56,17 +56,17 @@ def wait_for(condition) -> None:
         time.sleep(0.002)
 
 
-def ends_with(space, pictures) -> None:
-    """Run to the end, without a complaint; exactly these pictures are there then."""
+def ends_with(space, images) -> None:
+    """Run to the end, without a complaint; exactly these images are there then."""
     process = space.start()
     out, err = process.communicate(timeout=LONGEST_WAIT_S)
     assert (process.returncode, err) == (0, ""), out
-    assert space.pictures() == pictures
+    assert space.images() == images
 
 
 def kill_once(folder: Path, mode: str, wanted: tuple[dict[str, bytes], float], share: float) -> None:
     """Kill after `share` of the time that a whole run talks to the server, then run to the end."""
-    pictures, whole_s = wanted
+    images, whole_s = wanted
     with StandIn(folder / "server", seconds_per_job=SECONDS_PER_JOB) as server:
         space = workspace(folder, mode, server)
         process = space.start()
@@ -74,8 +74,8 @@ def kill_once(folder: Path, mode: str, wanted: tuple[dict[str, bytes], float], s
         time.sleep(share * whole_s)
         process.kill()
         process.communicate()
-        ends_with(space, pictures)
-        assert sorted(line["file"] for line in space.manifest()) == sorted(f"images/{name}" for name in pictures)
+        ends_with(space, images)
+        assert sorted(line["file"] for line in space.manifest()) == sorted(f"images/{name}" for name in images)
         assert server.worker.executed_jobs == (len(PROMPTS) if mode == "batch" else 1)
 
 
@@ -96,7 +96,7 @@ def test_killed_at_a_random_instant(tmp_path, undisturbed, mode, number):
 @pytest.mark.parametrize("number", range(5))
 def test_killed_again_and_again(tmp_path, undisturbed, number):
     """Six kills in one run of the work."""
-    pictures, whole_s = undisturbed("batch")
+    images, whole_s = undisturbed("batch")
     draws = random.Random(number)
     with StandIn(tmp_path / "server", seconds_per_job=SECONDS_PER_JOB) as server:
         space = workspace(tmp_path, "batch", server)
@@ -106,5 +106,5 @@ def test_killed_again_and_again(tmp_path, undisturbed, number):
             time.sleep(draws.random() * whole_s / 3)
             process.kill()
             process.communicate()
-        ends_with(space, pictures)
+        ends_with(space, images)
         assert server.worker.executed_jobs == len(PROMPTS)

@@ -1,4 +1,4 @@
-"""What is seen of a run that takes long: the node, its step, the pictures so far and the time left."""
+"""What is seen of a run that takes long: the node, its step, the images so far and the time left."""
 
 import threading
 import time
@@ -7,11 +7,10 @@ import pytest
 import requests
 from comfyui_workspace import png, recorded, workflow
 
-from collecting.address import Address
-from collecting.display import Display
-from collecting.fetch import Outcome
-from collecting.live import Live, Moment
-from collecting.plan import Plan
+from collecting.harvest import Outcome
+from collecting.http import Address
+from collecting.jobs import Plan
+from collecting.monitor import Display, Live, Moment
 from collecting.workflow import understand
 
 
@@ -31,7 +30,7 @@ class Remembering(Live):
 @pytest.fixture
 def live(standin, monkeypatch):
     """A listener at the stand-in, in a thread of its own."""
-    monkeypatch.setattr("collecting.live.FIRST_PAUSE_S", 0.3)
+    monkeypatch.setattr("collecting.monitor.FIRST_PAUSE_S", 0.3)
     stopping = threading.Event()
     listener = Remembering(Address(standin.url), "client", stopping)
     thread = threading.Thread(target=listener.listen, daemon=True)
@@ -60,7 +59,7 @@ def wait_for(condition, seconds=20.0):
         time.sleep(0.005)
 
 
-def test_node_step_and_saved_pictures_are_seen(standin, live):
+def test_node_step_and_saved_images_are_seen(standin, live):
     moments = seen(live, standin)
     steps = [(moment.step, moment.steps) for moment in moments if moment.node == "3" and moment.steps]
     assert list(dict.fromkeys(steps)) == [(step, 5) for step in range(1, 6)]
@@ -76,7 +75,7 @@ def test_socket_that_breaks_is_opened_again(standin, live):
 
 
 def test_silent_socket_is_opened_again(standin, monkeypatch):
-    monkeypatch.setattr("collecting.live.SILENCE_S", 0.1)
+    monkeypatch.setattr("collecting.monitor.SILENCE_S", 0.1)
     stopping = threading.Event()
     thread = threading.Thread(target=Live(Address(standin.url), "client", stopping).listen, daemon=True)
     thread.start()
@@ -94,7 +93,7 @@ def plan():
 def test_without_a_terminal_what_runs_is_a_line_now_and_then(plan, capsys, monkeypatch):
     listener = Live(Address("http://host"), "client", threading.Event())
     now_s = [1000.0]
-    monkeypatch.setattr("collecting.display.time.monotonic", lambda: now_s[0])
+    monkeypatch.setattr("collecting.monitor.time.monotonic", lambda: now_s[0])
     with Display(plan, 1) as display:
         display.show([listener])
         now_s[0] += 61
@@ -104,27 +103,27 @@ def test_without_a_terminal_what_runs_is_a_line_now_and_then(plan, capsys, monke
         display.tell("the workflow", Outcome(new=3, notes=["a word"], failures=["a reason"]))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
-    assert lines[0].startswith("1/3 pictures, node 301 (SaveImage) step 3/12, ")
+    assert lines[0].startswith("1/3 images, node 301 (SaveImage) step 3/12, ")
     assert lines[0].endswith(" left")
-    assert lines[1:] == ["1/1 the workflow: 3 new pictures; FAILED:", "    a word", "    a reason"]
+    assert lines[1:] == ["1/1 the workflow: 3 new images; FAILED:", "    a word", "    a reason"]
 
 
-def test_pictures_that_were_seen_are_not_taken_back_before_the_outcome_is_known(plan, capsys, monkeypatch):
-    monkeypatch.setattr("collecting.display.LINE_EVERY_S", 0.0)
+def test_images_that_were_seen_are_not_taken_back_before_the_outcome_is_known(plan, capsys, monkeypatch):
+    monkeypatch.setattr("collecting.monitor.LINE_EVERY_S", 0.0)
     listener, other = (Live(Address("http://host"), "client", threading.Event()) for _ in range(2))
     other.moment = Moment("another", "16")
     with Display(plan, 1) as display:
-        listener.moment = Moment("id", "301", pictures=frozenset({("300", 1), ("301", 1)}))
+        listener.moment = Moment("id", "301", images=frozenset({("300", 1), ("301", 1)}))
         display.show([listener, other])
         listener.moment = None
         display.show([listener, other])
-    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == ["2/3 pictures", "2/3 pictures"]
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == ["2/3 images", "2/3 images"]
 
 
 def test_time_left_comes_from_the_share_that_is_done(plan, capsys, monkeypatch):
     listener = Live(Address("http://host"), "client", threading.Event())
     now_s = [0.0]
-    monkeypatch.setattr("collecting.display.time.monotonic", lambda: now_s[0])
+    monkeypatch.setattr("collecting.monitor.time.monotonic", lambda: now_s[0])
     nodes = list(plan.workflow.graph)
     with Display(plan, 1) as display:
         now_s[0] = 600.0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from collecting.rhythm import MOST_WAITING, poll_interval_s, wants_more
+from collecting.worker import MOST_WAITING, poll_interval_s, wants_more
 
 
 @pytest.mark.parametrize(

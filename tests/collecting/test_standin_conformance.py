@@ -144,11 +144,11 @@ def test_numbers_count_refused_submissions_and_turn_round_for_the_front(standin)
 def test_viewing(standin):
     for place in ("output/v", "temp", "input"):
         (standin.folder / place).mkdir(exist_ok=True)
-    picture = Image.new("RGB", (32, 24), (10, 20, 30))
+    image = Image.new("RGB", (32, 24), (10, 20, 30))
     for name in ("rgb.png", "a [output].png", "50% #1 & a+b?x=y.png", "prénom 猫.png", "photo.jpg", "pic.webp"):
-        picture.save(standin.folder / "output" / "v" / name)
+        image.save(standin.folder / "output" / "v" / name)
     for name in ("output/root.png", "temp/t.png", "input/i.png"):
-        picture.save(standin.folder / name)
+        image.save(standin.folder / name)
     (standin.folder / "output" / "v" / "empty.png").touch()
     (standin.folder / "output" / "v" / "corrupt.png").write_text("not an image")
     (standin.folder / "secret.txt").write_text("secret")
@@ -163,7 +163,7 @@ def test_viewing(standin):
     assert head["Content-Disposition"] == 'filename="rgb.png"'
 
 
-def test_a_face_and_both_modes_from_upload_to_pictures(standin):
+def test_a_face_and_both_modes_from_upload_to_images(standin):
     exchanges = {exchange["name"]: exchange for exchange in recorded("golden.json")}
     found = []
     for name, exchange in exchanges.items():
@@ -172,7 +172,7 @@ def test_a_face_and_both_modes_from_upload_to_pictures(standin):
             prompt_id = exchange["request"]["path"].rpartition("/")[2]
             wanted, got = exchange["answer"]["json"][prompt_id], history(standin.url, prompt_id)[prompt_id]
             found += differences(comparable(wanted), comparable(got), name)
-            assert_pictures_are_there(standin.url, got)
+            assert_images_are_there(standin.url, got)
         else:
             found += compare(exchange, answer)
     assert not found, "\n".join(found)
@@ -191,12 +191,12 @@ def comparable(entry: dict) -> dict:
     return same
 
 
-def assert_pictures_are_there(url: str, entry: dict) -> None:
+def assert_images_are_there(url: str, entry: dict) -> None:
     for shown in entry["outputs"].values():
         for record in shown["images"]:
-            with Image.open(io.BytesIO(requests.get(f"{url}/view", params=record, timeout=10).content)) as picture:
-                assert picture.format == "PNG"
-                assert json.loads(picture.text["prompt"]).keys() == entry["prompt"][2].keys()
+            with Image.open(io.BytesIO(requests.get(f"{url}/view", params=record, timeout=10).content)) as image:
+                assert image.format == "PNG"
+                assert json.loads(image.text["prompt"]).keys() == entry["prompt"][2].keys()
 
 
 def test_repeats_come_from_the_cache_and_name_old_files(standin):
@@ -220,7 +220,7 @@ def test_free_memory_empties_the_cache(standin):
 
 
 def test_websocket_says_what_it_says_in_the_same_order(standin):
-    (standin.folder / "input" / "broken.png").write_text("no picture")
+    (standin.folder / "input" / "broken.png").write_text("no image")
     exchanges = recorded("websocket.json")
     before = json.loads(json.dumps(exchanges[0]["prompt"]))
     before["6"]["inputs"]["text"], before["3"]["inputs"]["seed"] = "another", 1
@@ -260,7 +260,7 @@ def errors():
 
 
 def test_a_failed_node_in_the_history(standin, errors):
-    (standin.folder / "input" / "broken.png").write_text("no picture")
+    (standin.folder / "input" / "broken.png").write_text("no image")
     (prompt_id, wanted), *_ = errors["error_loadimage"].items()
     body = {"prompt": wanted["prompt"][2], "prompt_id": prompt_id}
     assert requests.post(f"{standin.url}/prompt", json=body, timeout=10).status_code == 200
@@ -303,7 +303,7 @@ def wait_for_running(url: str) -> dict:
     return queue
 
 
-def test_same_seed_and_text_give_the_same_picture_and_others_another(standin):
+def test_same_seed_and_text_give_the_same_image_and_others_another(standin):
     batch = recorded("golden.json")[-2]["request"]["json"]["prompt"]
     (standin.folder / "input" / "face_reference.png").write_bytes(png())
     pixels = []
@@ -311,7 +311,7 @@ def test_same_seed_and_text_give_the_same_picture_and_others_another(standin):
         batch["3"]["inputs"]["seed"], batch["6"]["inputs"]["text"] = seed, text
         prompt_id = requests.post(f"{standin.url}/prompt", json={"prompt": batch}, timeout=10).json()["prompt_id"]
         record = history(standin.url, prompt_id)[prompt_id]["outputs"]["9"]["images"][0]
-        with Image.open(io.BytesIO(requests.get(f"{standin.url}/view", params=record, timeout=10).content)) as picture:
-            pixels.append(picture.tobytes())
+        with Image.open(io.BytesIO(requests.get(f"{standin.url}/view", params=record, timeout=10).content)) as image:
+            pixels.append(image.tobytes())
     assert pixels[0] == pixels[3]
     assert len(set(pixels)) == 3

@@ -6,7 +6,7 @@ import pytest
 from comfyui_workspace import workflow
 
 from collecting.graph import InputRef, graph_hash, literal_seeds, seeds_behind, text_behind
-from collecting.prompts import MAX_SEED, Entry, read_entries
+from collecting.jobs import MAX_SEED, Entry, read_entries
 from collecting.workflow import understand
 
 
@@ -160,7 +160,7 @@ def test_what_is_no_api_workflow_is_refused_with_the_way_to_export_one(content):
     assert '"Save (API Format)"' in refusals(content, {})
 
 
-def test_link_to_a_node_that_is_not_there_is_refused_where_a_picture_needs_it(batch, mapping):
+def test_link_to_a_node_that_is_not_there_is_refused_where_an_image_needs_it(batch, mapping):
     batch["70"] = {"class_type": "VAEDecode", "inputs": {"samples": ["99", 0], "vae": ["4", 2]}}
     assert understand(batch, mapping, [])
     batch["8"]["inputs"]["samples"] = ["99", 0]
@@ -219,7 +219,7 @@ def test_literal_seeds_of_every_form_and_no_links_texts_or_seeds_of_other_nodes(
     assert {str(place): seed for place, seed in seeds.items()} == {"3.seed": 1, "31.noise_seed": 2, "32.noise_seed": 3}
 
 
-def test_seeds_and_texts_behind_a_picture_are_those_it_depends_on():
+def test_seeds_and_texts_behind_an_image_are_those_it_depends_on():
     graph = workflow("every_seed_form.json")
     graph["50"] = {"class_type": "SaveImage", "inputs": {"images": ["51", 0], "filename_prefix": "x"}}
     graph["51"] = {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}}

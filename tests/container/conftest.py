@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from container_clone import BASE_IMAGE, IMAGE, NAMED_IMAGES, OTHER_BASE, OTHER_IMAGE, OWNER, Clone, docker
 
+from common.settings import REPOSITORY
 from demo.standin_comfyui.server import StandIn
-from settings import REPOSITORY
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from settings import REPOSITORY
+from common.settings import REPOSITORY
 
 OF_THE_BASE = ["numpy==2.1.0"]
 """NVIDIA's image has this one from the package index; its torch is NVIDIA's own, and the newest one stands in for it."""

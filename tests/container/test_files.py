@@ -4,7 +4,7 @@ import re
 
 import yaml
 
-from settings import REPOSITORY
+from common.settings import REPOSITORY
 
 MOUNTED = ("dataset", "output", "models")
 OF_THE_GPU = {"deploy", "ulimits"}

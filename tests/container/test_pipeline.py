@@ -60,11 +60,11 @@ def test_missing_files_are_no_folders(clone):
     assert not [name for name in ("face_reference.png", "prompts.json", "workflow_api.json") if (clone.folder / name).exists()]
 
 
-def test_face_that_is_missing_leaves_the_workflows_own_picture(clone, comfyui):
+def test_face_that_is_missing_leaves_the_workflows_own_image(clone, comfyui):
     (clone.folder / "face_reference.png").rename(comfyui.folder / "input" / "example.png")
     collected = clone.run("--collect")
     assert collected.returncode == 0, collected.stdout
-    assert "the workflow's own picture stays" in collected.stdout
+    assert "the workflow's own image stays" in collected.stdout
     assert not (clone.folder / "face_reference.png").exists()
 
 
@@ -122,7 +122,7 @@ def test_doctor_names_everything_that_is_wrong_with_its_remedy(clone, comfyui):
     comfyui.stop = lambda: None
     checked = clone.run("--check", BASE_MODEL="absent", CAPTION_MODEL="absent")
     assert checked.returncode == 4, checked.stdout
-    for words in ("--listen 0.0.0.0", "base model 'absent'", "0 pictures so far"):
+    for words in ("--listen 0.0.0.0", "base model 'absent'", "0 images so far"):
         assert words in checked.stdout
     assert len(checked.stdout.splitlines()) <= A_SCREEN, checked.stdout
 
@@ -157,4 +157,4 @@ def test_hub_command_runs_as_the_same_user(clone):
 
 def test_image_runs_without_a_clone(image):
     assert "Usage: run.sh" in docker("run", "--rm", IMAGE, "--help")
-    assert "no pictures" in docker("run", "--rm", IMAGE, "--caption", check=False)
+    assert "no images" in docker("run", "--rm", IMAGE, "--caption", check=False)

@@ -46,8 +46,8 @@ class Running:
         return code
 
 
-def many_pictures(clone, count: int) -> None:
-    """Pictures that take the tagger some seconds."""
+def many_images(clone, count: int) -> None:
+    """Images that take the tagger some seconds."""
     folder = clone.folder / "dataset" / "images"
     for number in range(count):
         Image.effect_noise((1600, 1600), 40 + number).convert("RGB").save(folder / f"{number:03}.png", compress_level=1)
@@ -72,7 +72,7 @@ def begun(clone, comfyui):
         if stage == "collect":
             comfyui.worker.seconds_per_job = 1.0
         if stage == "caption":
-            many_pictures(clone, 60)
+            many_images(clone, 60)
         if stage == "train":
             ready = clone.run("--collect", "--caption")
             assert ready.returncode == 0, ready.stdout
@@ -96,11 +96,11 @@ def finished(clone, stage: str) -> str:
 
 def is_whole(clone, stage: str) -> bool:
     images = clone.folder / "dataset" / "images"
-    pictures, captions = list(images.glob("*.png")), list(images.glob("*.txt"))
+    files, captions = list(images.glob("*.png")), list(images.glob("*.txt"))
     lines = (clone.folder / "dataset" / "manifest.jsonl").read_text().splitlines() if stage != "caption" else []
     return {
-        "collect": len(pictures) == len(lines) == 10,
-        "caption": len(captions) == len(pictures) == 60,
+        "collect": len(files) == len(lines) == 10,
+        "caption": len(captions) == len(files) == 60,
         "train": clone.lora.exists(),
     }[stage]
 

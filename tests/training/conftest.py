@@ -18,9 +18,9 @@ import skimage.data
 from PIL import Image
 
 import train_lora
+from common.errors import exit_code_of
+from common.settings import REPOSITORY
 from demo.world import setting_names
-from errors import exit_code_of
-from settings import REPOSITORY
 
 PHOTOGRAPHS = Path(skimage.data.__file__).parent
 

@@ -11,8 +11,8 @@ import sys
 import torch
 
 import train_lora
-from errors import exit_code_of
-from training import carry_out, doctor, task  # noqa: F401 - what main would import
+from common.errors import exit_code_of
+from training import trainer as carry_out  # noqa: F401 - what main would import
 
 torch.set_num_threads(1)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from errors import DataError, ResourceError
-from settings import REPOSITORY
-from training.aside import working_aside
+from common.errors import DataError, ResourceError
+from common.settings import REPOSITORY
+from training.system.worker_process import working_aside
 
 WAITS = """
 import os, signal, time
-from training.aside import working_aside
+from training.system.worker_process import working_aside
 
 if __name__ == "__main__":
     with working_aside(wanted=True) as aside:
@@ -27,10 +27,10 @@ ENCODES_ASIDE = """
 import sys
 from pathlib import Path
 import train_lora
-from errors import exit_code_of
+from common.errors import exit_code_of
 
 if __name__ == "__main__":
-    from training import carry_out
+    from training import trainer as carry_out
     train_lora.NVIDIA = Path("/")  # as on a machine with a GPU
     carry_out.has_room = lambda task: True
     sys.exit(exit_code_of("train_lora", lambda: train_lora.main([])))
@@ -128,8 +128,8 @@ def test_a_run_that_encodes_aside_leaves_what_another_leaves(stage, tmp_path):
     stage.output.rename(tmp_path / "first")
     output, errors = run(tmp_path, ENCODES_ASIDE, stage._environment({"NUM_TRAIN_EPOCHS": 1})).communicate()
     assert errors == ""
-    assert "pictures: 1 encoded, 0 in the cache; captions: 2 encoded" in output
-    assert "pictures: 1 encoded, 0 in the cache; captions: 2 encoded" in here
+    assert "images: 1 encoded, 0 in the cache; captions: 2 encoded" in output
+    assert "images: 1 encoded, 0 in the cache; captions: 2 encoded" in here
     after = stage.files()
     assert before.keys() == after.keys()
     cached = [name for name in before if name.startswith(("cache/latents", "cache/text")) or name == "lora/metrics.jsonl"]

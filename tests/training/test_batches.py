@@ -6,9 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training.batches import Batch, BatchReader, CachedExample
-from training.buckets import place, run_order
-from training.draws import draw
+from training.data.batches import Batch, BatchReader, CachedExample, draw
+from training.data.buckets import place, run_order
 
 SEED = 21
 DROPOUT = 0.3
@@ -17,7 +16,7 @@ SIZES = [(300, 300), (300, 300), (300, 300), (500, 260), (500, 260)]
 
 @pytest.fixture
 def reader_of(tmp_path):
-    """`reader_of(micro_batch, global_batch)`: a reader of five cached pictures of two shapes, two of them with two variants."""
+    """`reader_of(micro_batch, global_batch)`: a reader of five cached images of two shapes, two of them with two variants."""
     examples = []
     for index, size in enumerate(SIZES):
         placement = place(*size, resolution=128, step=64, max_side=256)
@@ -119,7 +118,7 @@ def test_padding_has_weight_zero_and_the_real_samples_share_the_step(reader_of):
     assert short
 
 
-def test_names_of_a_step_are_its_pictures_once_each(reader_of):
+def test_names_of_a_step_are_its_images_once_each(reader_of):
     reader = reader_of()
     for step in order_of(reader):
         assert reader.names(step) == ", ".join(sorted({f"{index}.png" for index in step.examples}))

@@ -6,7 +6,7 @@ from itertools import groupby, pairwise
 
 import pytest
 
-from training.buckets import Bucket, place, run_order
+from training.data.buckets import Bucket, place, run_order
 
 
 def placed(width: int, height: int):
@@ -16,9 +16,9 @@ def placed(width: int, height: int):
 @pytest.mark.parametrize(
     ("size", "bucket", "resized", "left_top", "time_ids"),
     [
-        # A picture taller than its bucket: scaled to the bucket's width, cut above and below. Every pair height first.
+        # An image taller than its bucket: scaled to the bucket's width, cut above and below. Every pair height first.
         ((1100, 1500), (896, 1152), (896, 1222), (0, 35), (1500, 1100, 35, 0, 1152, 896)),
-        # The reverse, a picture wider than its bucket: scaled to its height, cut left and right.
+        # The reverse, an image wider than its bucket: scaled to its height, cut left and right.
         ((940, 1500), (768, 1280), (802, 1280), (17, 0), (1500, 940, 0, 17, 1280, 768)),
         # Both once more lying on their sides.
         ((1500, 1100), (1152, 896), (1222, 896), (35, 0), (1100, 1500, 0, 35, 896, 1152)),
@@ -50,7 +50,7 @@ def test_portraits_of_two_to_three_keep_their_area(size):
     assert bucket.width / bucket.height == pytest.approx(2 / 3, rel=0.03)
 
 
-def test_what_holds_for_every_picture():
+def test_what_holds_for_every_image():
     sides = [256, 257, 300, 383, 512, 777, 1023, 1024, 1025, 1499, 2047, 2048, 5000]
     for width, height in [(width, height) for width in sides for height in sides]:
         placement = placed(width, height)
@@ -70,7 +70,7 @@ def test_what_holds_for_every_picture():
         assert (turned.left, turned.top) == (placement.top, placement.left)
 
 
-def test_crop_is_small_wherever_the_picture_is_large_enough():
+def test_crop_is_small_wherever_the_image_is_large_enough():
     for percent in range(25, 401):
         width, height = round(1500 * math.sqrt(percent / 100)), round(1500 / math.sqrt(percent / 100))
         placement = placed(width, height)
@@ -96,7 +96,7 @@ def order(**changes):
 
 
 @pytest.mark.parametrize("global_batch", [1, 3, 4, 64])
-def test_every_picture_is_shown_once_per_epoch_and_repeat(global_batch):
+def test_every_image_is_shown_once_per_epoch_and_repeat(global_batch):
     steps = order(global_batch=global_batch)
     shown = Counter(example for step in steps for example in step.examples)
     assert shown == {index: EPOCHS * times for index, times in enumerate(REPEATS)}
@@ -155,7 +155,7 @@ def test_order_is_the_same_on_every_machine():
 
 
 def test_a_batch_is_the_same_whatever_other_shapes_are_there():
-    """A bucket's stream does not depend on the pictures of the others."""
+    """A bucket's stream does not depend on the images of the others."""
     alone = run_order([SQUARE] * 7, REPEATS[:7], EPOCHS, 4, 0)
     among = [step for step in order() if step.bucket == SQUARE]
     assert sorted(step.examples for step in alone) == sorted(step.examples for step in among)

@@ -9,17 +9,26 @@ import pytest
 import torch
 from PIL import Image
 
-from errors import DataError
-from training import cache
-from training.base_model import find_base
-from training.buckets import place
-from training.cache import Cache, encode_captions, encode_pictures, is_whole, picture_pixels, read_embedding, read_latents
+from common.errors import DataError
 from training.config import TrainSettings
-from training.dataset import read_examples
-from training.encode import Encoding, encode_data
-from training.networks import AutoencoderKL
+from training.data import cache
+from training.data.buckets import place
+from training.data.cache import (
+    Cache,
+    Encoding,
+    encode_captions,
+    encode_data,
+    encode_images,
+    image_pixels,
+    is_whole,
+    read_embedding,
+    read_latents,
+)
+from training.data.dataset import read_examples
+from training.models.base_model import find_base
+from training.models.loading import AutoencoderKL
+from training.models.sdxl import Schedule
 from training.plan import make_plan
-from training.schedule import Schedule
 
 CPU = torch.device("cpu")
 
@@ -44,21 +53,21 @@ def examples(stage):
     return {example.path.stem: example for example in read_examples(stage.images, workers=0)}
 
 
-def as_picture(pixels: torch.Tensor) -> Image.Image:
+def as_image(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy())
 
 
-def test_pixels_are_the_picture_scaled_and_cropped_to_its_bucket(stage, examples):
+def test_pixels_are_the_image_scaled_and_cropped_to_its_bucket(stage, examples):
     expected = {
         "astronaut": stage.photographs["astronaut"].resize((128, 128), Image.Resampling.LANCZOS),
         "coffee": stage.photographs["coffee"].resize((156, 104), Image.Resampling.LANCZOS).crop((2, 0, 154, 104)),
     }
     for name, wanted in expected.items():
         placement = placed(examples[name])
-        pixels = picture_pixels(examples[name], placement)
+        pixels = image_pixels(examples[name], placement)
         assert pixels.dtype == torch.float32
         assert pixels.shape == (3, placement.bucket.height, placement.bucket.width)
-        assert (np.asarray(as_picture(pixels)) == np.asarray(wanted)).all()
+        assert (np.asarray(as_image(pixels)) == np.asarray(wanted)).all()
         assert pixels.min() >= -1
         assert pixels.max() <= 1
 
@@ -72,11 +81,11 @@ def test_orientation_is_applied_before_the_bucket_is_chosen(stage, examples):
     resized = upright.resize((placement.resized_width, placement.resized_height), Image.Resampling.LANCZOS)
     right, bottom = placement.left + placement.bucket.width, placement.top + placement.bucket.height
     wanted = resized.crop((placement.left, placement.top, right, bottom))
-    assert (np.asarray(as_picture(picture_pixels(cat, placement))) == np.asarray(wanted)).all()
+    assert (np.asarray(as_image(image_pixels(cat, placement))) == np.asarray(wanted)).all()
 
 
 def test_transparency_lies_on_white(examples):
-    pixels = picture_pixels(examples["rocket"], placed(examples["rocket"]))
+    pixels = image_pixels(examples["rocket"], placed(examples["rocket"]))
     assert pixels[..., 0].min() > 0.94  # nearly transparent at the left edge
     assert pixels[..., -1].mean() < 0.5
 
@@ -105,7 +114,7 @@ def test_latents_are_the_posterior_of_the_vae(stage, examples):
     data, _ = encoded(stage, "cache", [examples["coffee"]])
     vae = AutoencoderKL.from_pretrained(stage.base / "vae", dtype=torch.float32)
     with torch.no_grad():
-        wanted = vae.encode(picture_pixels(examples["coffee"], placed(examples["coffee"]))[None]).latent_dist
+        wanted = vae.encode(image_pixels(examples["coffee"], placed(examples["coffee"]))[None]).latent_dist
     mean, log_variance = read_latents(data.examples[0].latents)
     assert mean.dtype == log_variance.dtype == torch.float32
     torch.testing.assert_close(mean, wanted.mean[0])
@@ -113,7 +122,7 @@ def test_latents_are_the_posterior_of_the_vae(stage, examples):
 
 
 def test_what_is_in_the_cache_does_not_depend_on_what_else_was_encoded(stage, examples):
-    """Each picture alone, all in order, all in another order: the same files with the same bytes."""
+    """Each image alone, all in order, all in another order: the same files with the same bytes."""
     everything = list(examples.values())
     _, together = encoded(stage, "together", everything)
     assert len(together) == 4 + 5  # latents; captions and the empty one
@@ -137,32 +146,32 @@ def test_damaged_files_are_encoded_anew_and_whole_ones_left_alone(stage, example
     capsys.readouterr()
     _, after = encoded(stage, "cache", everything)
     said = capsys.readouterr().out
-    assert "pictures: 3 encoded, 1 in the cache" in said
+    assert "images: 3 encoded, 1 in the cache" in said
     assert "captions: 1 encoded, 4 in the cache" in said
     assert after == before
     assert {path: path.stat().st_mtime_ns for path in whole} == whole
 
 
-def test_two_names_for_the_same_picture_share_a_file(stage, examples):
+def test_two_names_for_the_same_image_share_a_file(stage, examples):
     copy = replace(examples["coffee"], name="copy.webp", path=examples["coffee"].path)
     data, files = encoded(stage, "cache", [examples["coffee"], copy])
     assert data.examples[0].latents == data.examples[1].latents
     assert len(files) == 1 + 2
 
 
-def test_whatever_a_picture_depends_on_is_in_its_key(examples):
+def test_whatever_an_image_depends_on_is_in_its_key(examples):
     example, store = examples["coffee"], Cache(examples["coffee"].path.parent)
     placement = placed(example)
     keys = [
-        store.picture(example, placement, "vae"),
-        store.picture(replace(example, sha256="another"), placement, "vae"),
-        store.picture(example, replace(placement, left=placement.left + 1), "vae"),
-        store.picture(example, place(600, 400, 192, 8, 256), "vae"),
-        store.picture(example, placement, "another vae"),
+        store.image(example, placement, "vae"),
+        store.image(replace(example, sha256="another"), placement, "vae"),
+        store.image(example, replace(placement, left=placement.left + 1), "vae"),
+        store.image(example, place(600, 400, 192, 8, 256), "vae"),
+        store.image(example, placement, "another vae"),
     ]
     assert len(set(keys)) == len(keys)
     renamed = replace(example, path=example.path.with_name("x.png"), name="x.png", caption="", repeats=9)
-    assert store.picture(renamed, placement, "vae") == keys[0]
+    assert store.image(renamed, placement, "vae") == keys[0]
 
 
 def test_whatever_a_caption_depends_on_is_in_its_key(tmp_path):
@@ -181,13 +190,13 @@ def test_another_format_of_the_cache_is_another_key(tmp_path, monkeypatch):
     assert Cache(tmp_path).caption(["sks"], 1, torch.float32, "encoders") != first
 
 
-def test_latents_that_are_not_finite_name_their_picture(stage, examples):
+def test_latents_that_are_not_finite_name_their_image(stage, examples):
     def broken(pixels):
         return torch.full((1, 4, 2, 2), float("nan")), torch.zeros(1, 4, 2, 2)
 
     path = stage.output / "latents" / "a.safetensors"
     with pytest.raises(DataError, match=r"coffee\.webp: the VAE answers with NaN") as refused:
-        list(encode_pictures([(path, examples["coffee"], placed(examples["coffee"]))], broken, workers=1))
+        list(encode_images([(path, examples["coffee"], placed(examples["coffee"]))], broken, workers=1))
     assert refused.value.exit_code == 3
     assert not is_whole(path)
     assert not path.exists()

@@ -7,12 +7,12 @@ import threading
 import pytest
 import torch
 
-from errors import DISK_ERRNOS
-from training import checkpoint
-from training.checkpoint import Identity, StateWriter
+from common.errors import DISK_ERRNOS
 from training.config import OptimizerSettings
-from training.optimizer import AdamW
-from training.progress import Progress
+from training.loop import Progress
+from training.method.optimizers import AdamW
+from training.state import checkpoint
+from training.state.checkpoint import Identity, StateWriter
 
 IDENTITY = Identity(fingerprint={"rank": 2}, circumstances={"workers": 4}, common_steps=7)
 

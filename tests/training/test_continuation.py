@@ -5,14 +5,14 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from errors import SettingsError
-from training import checkpoint
-from training.buckets import Bucket, run_order
-from training.checkpoint import Identity, Snapshot
+from common.errors import SettingsError
 from training.config import TrainSettings
-from training.continuation import continued, kept_warmup
+from training.data.buckets import Bucket, run_order
+from training.loop import Progress
 from training.plan import WARMUP_STEPS, circumstances
-from training.progress import Progress
+from training.state import checkpoint
+from training.state.checkpoint import Identity, Snapshot
+from training.state.resume import continued, kept_warmup
 
 BEGAN = {
     "lr_scheduler": "constant",

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dataset_folder import DatasetFolder, sha256_of, write_json
-from errors import DataError
-from training.dataset import flagged_pictures, read_examples, unused_entries
+from common.dataset_layout import DatasetFolder
+from common.errors import DataError
+from common.files import sha256_of, write_json
+from training.data.dataset import flagged_images, read_examples, unused_entries
 
 ORIENTATION = 0x0112
 
@@ -43,7 +44,7 @@ def test_every_format_and_n_name_folder(stage):
 
 
 @pytest.mark.parametrize(("orientation", "size"), [(1, (451, 300)), (3, (451, 300)), (6, (300, 451)), (8, (300, 451))])
-def test_size_is_that_of_the_upright_picture(stage, orientation, size):
+def test_size_is_that_of_the_upright_image(stage, orientation, size):
     stage.add("chelsea", "cat.jpg", exif=oriented(orientation))
     (example,) = read_examples(stage.images, workers=0)
     assert (example.width, example.height) == size
@@ -63,20 +64,20 @@ def test_caption_is_its_text_in_one_line(stage, content, caption):
     assert read_examples(stage.images, workers=0)[0].caption == caption
 
 
-def test_magic_bytes_say_what_a_picture_is_and_not_its_name(stage):
+def test_magic_bytes_say_what_an_image_is_and_not_its_name(stage):
     stage.add("coffee", "really-a-jpeg.png", format="JPEG")
     assert len(read_examples(stage.images, workers=0)) == 1
 
 
 def damage(stage) -> int:
-    """Fill the data set with one good picture and one of everything that can be wrong; how many are bad."""
+    """Fill the data set with one good image and one of everything that can be wrong; how many are bad."""
     stage.add("astronaut", "good.png")
     stage.add("astronaut", "no_caption.png", caption=None)
     stage.add("coffee", "latin1.jpg").with_suffix(".txt").write_bytes("sks, niña".encode("latin-1"))
     stage.add("coffee", "3_photos/utf16.jpg").with_suffix(".txt").write_bytes("sks".encode("utf-16"))
     cut = stage.add("rocket", "cut_off.png")
     cut.write_bytes(cut.read_bytes()[:20000])
-    stage.add("rocket", "text.png").write_text("this is no picture")
+    stage.add("rocket", "text.png").write_text("this is no image")
     stage.add("rocket", "empty.webp").write_bytes(b"")
     stage.add("rocket", "animation.png", format="GIF")
     stage.photographs["astronaut"].resize((255, 400)).save(stage.images / "small.png")
@@ -92,9 +93,9 @@ COMPLAINTS = (
     "latin1.jpg: its caption latin1.txt is not UTF-8; save it as UTF-8",
     "3_photos/utf16.jpg: its caption utf16.txt is not UTF-8; save it as UTF-8",
     "cut_off.png: cannot be decoded: ",
-    "text.png: is not a PNG, JPEG, WebP or BMP picture; replace or remove it",
-    "empty.webp: is not a PNG, JPEG, WebP or BMP picture; replace or remove it",
-    "animation.png: is not a PNG, JPEG, WebP or BMP picture; replace or remove it",
+    "text.png: is not a PNG, JPEG, WebP or BMP image; replace or remove it",
+    "empty.webp: is not a PNG, JPEG, WebP or BMP image; replace or remove it",
+    "animation.png: is not a PNG, JPEG, WebP or BMP image; replace or remove it",
     "small.png: 255x400 is too small; the shorter side must have at least 256 px",
     "good.png: would share its caption with good.jpg; rename one of the two",
     "5_cats/both.png: has no caption both.txt; run the caption stage",
@@ -107,7 +108,7 @@ def test_everything_wrong_is_one_list(stage):
     with pytest.raises(DataError) as refused:
         read_examples(stage.images, workers=2)
     title, *lines = str(refused.value).splitlines()
-    assert title == f"{stage.images}: {bad} of the 11 pictures cannot be trained on:"
+    assert title == f"{stage.images}: {bad} of the 11 images cannot be trained on:"
     assert len(lines) == len(COMPLAINTS)
     for complaint in COMPLAINTS:
         assert any(line.startswith(f"  - {complaint}") for line in lines), complaint
@@ -117,12 +118,12 @@ def test_the_stage_ends_with_that_list_and_writes_nothing(stage):
     damage(stage)
     ended = stage.run()
     assert ended.returncode == 3
-    assert ended.stderr.startswith(f"train_lora: {stage.images}: 9 of the 11 pictures cannot be trained on:\n")
+    assert ended.stderr.startswith(f"train_lora: {stage.images}: 9 of the 11 images cannot be trained on:\n")
     assert all(complaint in ended.stderr for complaint in COMPLAINTS)
     assert set(stage.files()) <= {"state/.lock"}
 
 
-def test_a_picture_that_may_not_be_read_is_in_the_list_and_no_matter_of_the_disk(stage, monkeypatch):
+def test_an_image_that_may_not_be_read_is_in_the_list_and_no_matter_of_the_disk(stage, monkeypatch):
     stage.add("coffee", "mine.png")
     stage.add("chelsea", "no_caption.png", caption=None)
     plain_open = Path.open
@@ -139,7 +140,7 @@ def test_a_picture_that_may_not_be_read_is_in_the_list_and_no_matter_of_the_disk
     assert "no_caption.png: has no caption" in ended.stderr
 
 
-def test_pictures_of_256_px_are_taken(stage):
+def test_images_of_256_px_are_taken(stage):
     stage.photographs["astronaut"].resize((256, 256)).save(stage.images / "a.png")
     (stage.images / "a.txt").write_text("sks")
     assert len(read_examples(stage.images, workers=0)) == 1
@@ -147,12 +148,12 @@ def test_pictures_of_256_px_are_taken(stage):
 
 def test_a_folder_that_is_absent_or_empty_says_what_to_do(stage):
     for folder in (stage.images, stage.images / "absent"):
-        with pytest.raises(DataError, match=r"no pictures .* run the collect stage") as refused:
+        with pytest.raises(DataError, match=r"no images .* run the collect stage") as refused:
             read_examples(folder, workers=0)
         assert refused.value.exit_code == 3
 
 
-def test_what_lies_among_the_pictures_and_is_not_used_is_named(stage):
+def test_what_lies_among_the_images_and_is_not_used_is_named(stage):
     stage.add("coffee", "cup.png")
     stage.add("coffee", "2_cups/cup.png")
     stage.add("coffee", "holiday/cup.png")
@@ -161,26 +162,26 @@ def test_what_lies_among_the_pictures_and_is_not_used_is_named(stage):
     (stage.images / ".DS_Store").touch()
     assert unused_entries(stage.images) == ["cup.gif", "holiday", "notes.txt"]
     said = stage.run("--check").stdout
-    assert "not used, because neither picture, caption of one, nor N_name folder: cup.gif, holiday, notes.txt" in said
+    assert "not used, because neither image, caption of one, nor N_name folder: cup.gif, holiday, notes.txt" in said
 
 
 def flag(stage, **digests: str) -> None:
-    """An audit that finds fault with these pictures, as the caption stage writes it."""
+    """An audit that finds fault with these images, as the caption stage writes it."""
     found = {f"{name}.png": {"flaws": {"blurred": "1.2", "small": "300x200"}, "sha256": digest} for name, digest in digests.items()}
     write_json(DatasetFolder(stage.dataset).audit, {"resolution": 64, "flagged": found})
 
 
-def test_flagged_pictures_are_left_out_when_that_is_wanted_and_they_are_still_the_same(stage):
+def test_flagged_images_are_left_out_when_that_is_wanted_and_they_are_still_the_same(stage):
     paths = {name: stage.add(name) for name in ("astronaut", "coffee", "chelsea")}
-    flag(stage, coffee=sha256_of(paths["coffee"]), chelsea="of a picture that was there before", gone="0")
-    assert flagged_pictures(DatasetFolder(stage.dataset), 64) == {"coffee.png": "blurred, small"}
+    flag(stage, coffee=sha256_of(paths["coffee"]), chelsea="of an image that was there before", gone="0")
+    assert flagged_images(DatasetFolder(stage.dataset), 64) == {"coffee.png": "blurred, small"}
     said = stage.run("--check", SKIP_FLAGGED=1).stdout
     assert "left out, because flagged: coffee.png (blurred, small)" in said
     assert [example.name for example in read_examples(stage.images, 0, {"coffee.png"})] == ["astronaut.png", "chelsea.png"]
     assert "left out" not in stage.run("--check").stdout
 
 
-def test_pictures_that_are_all_flagged_or_were_never_looked_at(stage):
+def test_images_that_are_all_flagged_or_were_never_looked_at(stage):
     path = stage.add("coffee")
     never = stage.run(SKIP_FLAGGED=1)
     assert never.returncode == 3
@@ -191,4 +192,4 @@ def test_pictures_that_are_all_flagged_or_were_never_looked_at(stage):
     assert "was made for 64 px; run the caption stage again with RESOLUTION=128" in of_another.stderr
     nothing_left = stage.run(SKIP_FLAGGED=1)
     assert nothing_left.returncode == 3
-    assert "all 1 pictures are flagged; replace some, or set SKIP_FLAGGED=0" in nothing_left.stderr
+    assert "all 1 images are flagged; replace some, or set SKIP_FLAGGED=0" in nothing_left.stderr

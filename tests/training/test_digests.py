@@ -3,9 +3,9 @@
 import json
 import shutil
 
-from training import digests
-from training.base_model import find_base
-from training.weights import digest
+from training.models import base_model as digests
+from training.models.base_model import find_base
+from training.models.weights import digest
 
 
 def test_a_digest_is_remembered_until_its_file_changes(stage, tiny_sdxl, tmp_path, monkeypatch):
@@ -18,7 +18,7 @@ def test_a_digest_is_remembered_until_its_file_changes(stage, tiny_sdxl, tmp_pat
         computed.append(1)
         return digest(files)
 
-    monkeypatch.setattr("training.parts.digest", hashed)
+    monkeypatch.setattr("training.models.sdxl.digest", hashed)
 
     def digest_now() -> str:
         return digests.base_digest(find_base(str(copied), tmp_path), kept, "vae")

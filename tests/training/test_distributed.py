@@ -12,22 +12,22 @@ from pathlib import Path
 import pytest
 from process_table import children_of, pair_of
 
-from errors import ResourceError, SettingsError
-from settings import REPOSITORY
-from training import distributed
-from training.checkpoint import Identity, Saved
+from common.errors import ResourceError, SettingsError
+from common.settings import REPOSITORY
 from training.config import ProcessSettings, RunSettings
-from training.continuation import shared_by
+from training.loop import Progress
 from training.plan import GLOBAL_BATCH
-from training.progress import Progress
+from training.state.checkpoint import Identity, Saved
+from training.state.resume import shared_by
+from training.system import launcher as distributed
 
 RUN_SH = REPOSITORY / "scripts" / "run.sh"
 PAIR = {"NUM_PROCESSES": 2, "TRAIN_BATCH_SIZE": 1, "LORA_TARGETS": "attention", "PYTHON": sys.executable}
 
 
 @pytest.fixture
-def pictures(stage):
-    """Five pictures of one shape: a step of two is left with one in the end."""
+def images(stage):
+    """Five images of one shape: a step of two is left with one in the end."""
     for number, name in enumerate(("astronaut", "coffee", "chelsea", "rocket", "astronaut")):
         stage.add(name, f"{number}.png", caption=f"sks, photo {number}")
     return stage
@@ -43,32 +43,32 @@ def losses(stage) -> list[float]:
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
-def test_a_pair_that_is_stopped_goes_on_alone_and_loses_nothing(pictures):
+def test_a_pair_that_is_stopped_goes_on_alone_and_loses_nothing(images):
     """The pair is stopped by SIGTERM; one process with twice the accumulation ends the run. The losses are those of one
     process that nobody stopped."""
     long = {"NUM_TRAIN_EPOCHS": 4, "LEARNING_RATE": 0.001, "SAVE_EVERY_EPOCHS": 0}
-    pair = through_run_sh(pictures, **long)
-    pictures.wait_for_steps(pair, 3)
+    pair = through_run_sh(images, **long)
+    images.wait_for_steps(pair, 3)
     pair.terminate()
     _, said = pair.communicate()
     assert pair.returncode == 143
     assert said == "train_lora: stopped by SIGTERM; run the same command again to continue\n"
-    took = len(losses(pictures))
+    took = len(losses(images))
     assert 3 <= took < 10
     alone = PAIR | long | {"NUM_PROCESSES": 1}
-    output = pictures.trained(**alone)
+    output = images.trained(**alone)
     assert f"continuing at step {took}" in output
     assert "changed and taken: gradient_accumulation_steps: 1 then, 2 now" in output
-    together = losses(pictures)
-    pictures.trained(**alone | {"GRADIENT_ACCUMULATION_STEPS": 2, "OUTPUT_DIR": pictures.output.with_name("alone")})
-    pictures.output = pictures.output.with_name("alone")
-    assert together == pytest.approx(losses(pictures), rel=1e-4)
+    together = losses(images)
+    images.trained(**alone | {"GRADIENT_ACCUMULATION_STEPS": 2, "OUTPUT_DIR": images.output.with_name("alone")})
+    images.output = images.output.with_name("alone")
+    assert together == pytest.approx(losses(images), rel=1e-4)
     assert len(together) == 10
 
 
-def test_a_process_that_dies_ends_the_other_and_leaves_a_valid_state(pictures):
-    pair = through_run_sh(pictures, NUM_TRAIN_EPOCHS=2000, SAVE_EVERY_EPOCHS=0, SAVE_STATE_EVERY_MINUTES=1e-6)
-    pictures.wait_for_steps(pair, 2)
+def test_a_process_that_dies_ends_the_other_and_leaves_a_valid_state(images):
+    pair = through_run_sh(images, NUM_TRAIN_EPOCHS=2000, SAVE_EVERY_EPOCHS=0, SAVE_STATE_EVERY_MINUTES=1e-6)
+    images.wait_for_steps(pair, 2)
     (launcher,) = children_of(pair.pid)
     processes = children_of(launcher)
     os.kill(processes[1], signal.SIGKILL)
@@ -79,17 +79,17 @@ def test_a_process_that_dies_ends_the_other_and_leaves_a_valid_state(pictures):
     assert "process 2 of 2 on this machine was ended by SIGKILL" in said
     assert "Traceback" not in said
     assert not [process for process in processes if Path(f"/proc/{process}").exists()]
-    again = pictures.run(**PAIR | {"NUM_PROCESSES": 1, "TRAIN_BATCH_SIZE": 2, "LORA_RANK": 3})
+    again = images.run(**PAIR | {"NUM_PROCESSES": 1, "TRAIN_BATCH_SIZE": 2, "LORA_RANK": 3})
     assert "began differently" in again.stderr  # the state is valid: it was read
 
 
-def test_processes_whose_launcher_is_killed_while_they_import_end_too(pictures):
+def test_processes_whose_launcher_is_killed_while_they_import_end_too(images):
     """Their output would stay open if they went on."""
-    launcher = pictures.start(**PAIR)
+    launcher = images.start(**PAIR)
     pair_of(launcher)
     launcher.kill()
     launcher.communicate(timeout=5)
-    assert not pictures.output.exists()
+    assert not images.output.exists()
 
 
 def test_exit_codes_and_messages_come_through(stage):
@@ -97,7 +97,7 @@ def test_exit_codes_and_messages_come_through(stage):
     _, said = none.communicate()
     assert none.returncode == 3, said
     assert (
-        said == f"train_lora: {stage.images}: no pictures (.png, .jpg, .jpeg, .webp, .bmp); put them there or run the collect "
+        said == f"train_lora: {stage.images}: no images (.png, .jpg, .jpeg, .webp, .bmp); put them there or run the collect "
         "stage, then the caption stage\n"
     )
 

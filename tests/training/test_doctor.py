@@ -1,8 +1,8 @@
-"""`train_lora.py --check`: what it says of a machine, a base model and pictures, and what it complains about."""
+"""`train_lora.py --check`: what it says of a machine, a base model and images, and what it complains about."""
 
 import pytest
 
-from training.doctor import driver_version, has_code_for
+from training.preflight import driver_version, has_code_for
 
 OF_2_10 = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
 
@@ -30,7 +30,7 @@ def test_code_for_a_gpu(capability, built_for, runs):
 
 def test_driver_version_is_read_from_the_kernel_module(tmp_path, monkeypatch):
     file = tmp_path / "version"
-    monkeypatch.setattr("training.doctor.DRIVER_FILE", file)
+    monkeypatch.setattr("training.preflight.DRIVER_FILE", file)
     assert driver_version() == "of unknown version"
     file.write_text(
         "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  580.95.05  Release Build  (b@h)\nGCC version: 13.3.0\n"
@@ -42,22 +42,22 @@ def test_everything_that_is_wrong_comes_in_one_list(stage):
     told = stage.run("--check", BASE_MODEL="absent")
     assert told.returncode == 5
     assert "absent" in told.stderr
-    assert "no pictures" in told.stderr
+    assert "no images" in told.stderr
 
 
-def test_pictures_that_earlier_stages_bring_need_not_be_there(stage):
+def test_images_that_earlier_stages_bring_need_not_be_there(stage):
     told = stage.run("--check=ahead")
     assert told.returncode == 0, told.stderr
-    assert "0 pictures so far" in told.stdout
+    assert "0 images so far" in told.stdout
     for words in ("torch ", "GiB of memory", "GiB are free", "base model"):
         assert words in told.stdout
     assert not stage.output.exists()
 
 
-def test_what_a_run_takes_is_said_when_the_pictures_are_there(stage):
-    picture = stage.add("astronaut", caption=None)
+def test_what_a_run_takes_is_said_when_the_images_are_there(stage):
+    image = stage.add("astronaut", caption=None)
     assert "1 without a caption" in stage.run("--check=ahead").stdout
-    picture.with_suffix(".txt").write_text("a woman")
+    image.with_suffix(".txt").write_text("a woman")
     told = stage.run("--check", NUM_TRAIN_EPOCHS=20)
     assert told.returncode == 0, told.stderr
     assert "20 image-steps are few" in told.stdout

@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from training.draws import TRAIN_TIMESTEPS, draw, uniform
+from training.data.batches import TRAIN_TIMESTEPS, draw
+from training.method.adapters import uniform
 
 SHAPE = (4, 16, 24)
 

@@ -11,13 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from errors import ModelError
-from training import export
-from training.base_model import find_base
-from training.export import Description, kohya_name, verify, write_lora
-from training.lora import LoraModule
-from training.models import load_unet
-from training.networks import UNet2DConditionModel
+from common.errors import ModelError
+from training.method import export
+from training.method.adapters import LoraModule
+from training.method.export import Description, kohya_name, verify, write_lora
+from training.models.base_model import find_base
+from training.models.loading import UNet2DConditionModel, load_unet
 
 ABOUT = Description(
     name="mia",
@@ -196,15 +195,15 @@ def merged_by_hand(unet: UNet2DConditionModel, lora) -> UNet2DConditionModel:
     return unet
 
 
-def picture(pipeline: Callable) -> torch.Tensor:
-    """The latents of a picture that always begins with the same noise."""
+def image(pipeline: Callable) -> torch.Tensor:
+    """The latents of an image that always begins with the same noise."""
     generator = torch.Generator().manual_seed(0)
     how = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent", "generator": generator}
     return pipeline("sks, woman", **how).images
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' scheduler and NumPy 2
-def test_lora_changes_the_picture_of_a_pipeline_as_if_it_was_merged_by_hand(finished, tiny_sdxl, tmp_path):
+def test_lora_changes_the_image_of_a_pipeline_as_if_it_was_merged_by_hand(finished, tiny_sdxl, tmp_path):
     """The file was trained with alpha 1 and rank 2: half of up @ down."""
     unet = load_unet(find_base(str(tiny_sdxl), tmp_path), torch.device("cpu"), torch.float32)
     from diffusers import StableDiffusionXLPipeline  # brings all of diffusers, which no other test here needs
@@ -212,10 +211,10 @@ def test_lora_changes_the_picture_of_a_pipeline_as_if_it_was_merged_by_hand(fini
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     lora = finished.stage.lora
-    plain = picture(pipeline)
+    plain = image(pipeline)
     pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
-    loaded = picture(pipeline)
+    loaded = image(pipeline)
     pipeline.unet = merged_by_hand(unet, lora)
-    merged = picture(pipeline)
+    merged = image(pipeline)
     assert (loaded - plain).norm() > 0.02 * plain.norm()
     assert (loaded - merged).norm() < 0.01 * (loaded - plain).norm()

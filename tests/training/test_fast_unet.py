@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from demo import tiny_sdxl
-from training import plain_ops
-from training.base_model import find_base
 from training.config import LoraSettings
-from training.fast_unet import checkpoint_everything, quicken
-from training.lora import LoraWeights, inject
-from training.models import load_unet
+from training.engine.fast import torch_ops as plain_ops
+from training.engine.fast.unet import checkpoint_everything, quicken
+from training.method.adapters import LoraWeights, inject
+from training.models.base_model import find_base
+from training.models.loading import load_unet
 
 
 @pytest.fixture(scope="module")

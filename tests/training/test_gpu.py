@@ -13,18 +13,19 @@ from peft.helpers import disable_input_dtype_casting
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from demo import tiny_sdxl
-from training import objective, plain_ops
-from training.base_model import find_base
-from training.batches import Batch
 from training.config import LoraSettings, OptimizerSettings
-from training.device import Precision
-from training.fast_unet import checkpoint_everything, fast_ops, quicken
-from training.lora import ADAPTER, LoraWeights, inject
-from training.models import load_unet
-from training.objective import alphas_cumprod
-from training.optimizer import AdamW
-from training.schedule import Schedule
-from training.step import Objective, TrainStep
+from training.data.batches import Batch
+from training.engine.fast import torch_ops as plain_ops
+from training.engine.fast.unet import checkpoint_everything, fast_ops, quicken
+from training.engine.step import Objective, TrainStep
+from training.method import diffusion as objective
+from training.method.adapters import ADAPTER, LoraWeights, inject
+from training.method.diffusion import alphas_cumprod
+from training.method.optimizers import AdamW
+from training.models.base_model import find_base
+from training.models.loading import load_unet
+from training.models.sdxl import Schedule
+from training.system.device import Precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -204,7 +205,7 @@ def test_broken_step_changes_nothing_in_a_graph(base):
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("with_plus", [True, False])
 def test_group_norm_kernels(silu, with_plus):
-    from training import triton_ops
+    from training.engine.fast import triton_ops
 
     norm = randomised(torch.nn.GroupNorm(32, 320, eps=1e-5))
     results = []
@@ -223,7 +224,7 @@ def test_group_norm_kernels(silu, with_plus):
 
 @pytest.mark.parametrize("adds", [True, False])
 def test_layer_norm_and_geglu_kernels(adds):
-    from training import triton_ops
+    from training.engine.fast import triton_ops
 
     norm = randomised(torch.nn.LayerNorm(640))
     results = []

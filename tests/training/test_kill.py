@@ -17,7 +17,7 @@ import pytest
 from process_table import has_ended, pair_of
 from safetensors import safe_open
 
-from settings import REPOSITORY
+from common.settings import REPOSITORY
 
 TIMES = ("ss_training_finished_at", "modelspec.date")
 VARIABLES = {

@@ -2,12 +2,11 @@
 
 import pytest
 
-from errors import SettingsError
-from training.buckets import Bucket, OptimizerStep
-from training.loop import Run, run_steps
-from training.progress import Progress
-from training.saving import Onlooker
-from training.step import StepResult
+from common.errors import SettingsError
+from training.data.buckets import Bucket, OptimizerStep
+from training.engine.step import StepResult
+from training.loop import Progress, Run, run_steps
+from training.trainer import Onlooker
 
 
 class Lines(list):

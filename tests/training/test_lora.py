@@ -6,11 +6,11 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 
-from errors import ModelError
+from common.errors import ModelError
 from training.config import LoraSettings
-from training.export import COMFYUI_MODULES, kohya_name
-from training.lora import inject, target_modules
-from training.networks import UNet2DConditionModel
+from training.method.adapters import inject, target_modules
+from training.method.export import COMFYUI_MODULES, kohya_name
+from training.models.loading import UNet2DConditionModel
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,21 @@ import threading
 
 import pytest
 
-from errors import ResourceError
+from common.errors import ResourceError
 from training.config import TrainSettings
-from training.device import StepMemory
-from training.fitting import Room, fitted, fitting_batch, what_fits, with_batch
-from training.memory import GIB, KERNEL, Floors, Memory, MemoryFiles, Watch, comfyui_hint, floors, largest_other_process
+from training.memory_budget import Room, StepMemory, fitted, fitting_batch, what_fits, with_batch
 from training.plan import circumstances
+from training.system.memory_guard import (
+    GIB,
+    KERNEL,
+    Floors,
+    Memory,
+    MemoryFiles,
+    Watch,
+    comfyui_hint,
+    floors,
+    largest_other_process,
+)
 
 SPARK = Floors(8 * GIB, 128 * GIB)
 MEMINFO = """MemTotal:       {total} kB
@@ -48,7 +57,7 @@ def kernel(tmp_path):
 def asked(monkeypatch):
     """The signals that the guard sends."""
     sent = []
-    monkeypatch.setattr("training.memory.os.kill", lambda process, signum: sent.append((process, signum)))
+    monkeypatch.setattr("training.system.memory_guard.os.kill", lambda process, signum: sent.append((process, signum)))
     return sent
 
 
@@ -101,14 +110,14 @@ def test_pressure_ends_the_run_although_memory_seems_free(kernel, asked):
 
 def test_no_time_is_lost_when_nearly_nothing_is_left(kernel, monkeypatch, asked):
     codes = []
-    monkeypatch.setattr("training.memory.os._exit", codes.append)
+    monkeypatch.setattr("training.system.memory_guard.os._exit", codes.append)
     Watch(SPARK, kernel.says(1.9)).look()
     assert codes == [75]
 
 
 SIZE = StepMemory(fixed=10 * GIB, per_pixel=1024, per_pixel_checkpointed=256)
 MEGAPIXELS = 4 * 2**20
-"""4 GiB per picture, 1 GiB with checkpointing."""
+"""4 GiB per image, 1 GiB with checkpointing."""
 
 
 def with_run(batch: int, accumulation: int = 1, checkpointing="auto") -> TrainSettings:

@@ -6,9 +6,9 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from errors import SettingsError
+from common.errors import SettingsError
 from training.config import LoggingSettings
-from training.metrics import open_metrics
+from training.monitor.metrics import open_metrics
 
 
 @pytest.fixture

@@ -10,16 +10,15 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 
+from common.errors import ModelError
 from demo import tiny_sdxl as miniature
-from errors import ModelError
-from training import base_model, models
-from training.base_model import find_base
-from training.networks import AutoencoderKL, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
-from training.parts import STEMS, name_in_files
-from training.schedule import Schedule
-from training.sgm_names import sgm_source
-from training.single_file import configurations
-from training.weights import Tensor, WeightsFile
+from training.models import base_model
+from training.models import loading as models
+from training.models.base_model import find_base
+from training.models.loading import AutoencoderKL, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
+from training.models.sdxl import STEMS, Schedule, name_in_files, sgm_source
+from training.models.single_file import configurations
+from training.models.weights import Tensor, WeightsFile
 
 CPU = torch.device("cpu")
 

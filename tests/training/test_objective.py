@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from training import objective
+from training.method import diffusion as objective
 
 SHARES = [0.9991, 0.75, 0.2, 0.0047, 0.0]
 """alpha_bar from the first timestep to the last one of a zero-terminal-SNR schedule, with SNRs of 1110, 3, 0.25, 0.0047 and 0."""

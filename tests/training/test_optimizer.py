@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training.config import OptimizerSettings
-from training.optimizer import AdamW, learning_rate_at, steps_of_warmup
+from training.method.optimizers import AdamW, learning_rate_at, steps_of_warmup
 
 
 def rates(scheduler: str, warmup: float, steps: int = 10) -> list[float]:

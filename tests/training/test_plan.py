@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from training.config import TrainSettings
-from training.dataset import Example
+from training.data.dataset import Example
+from training.models.sdxl import Schedule
 from training.plan import fingerprint, fingerprint_hash, make_plan
-from training.schedule import Schedule
 
 PLAIN, V, ZERO = Schedule(), Schedule("v_prediction"), Schedule("epsilon", zero_terminal_snr=True)
 
@@ -25,13 +25,13 @@ def with_changes(**tables) -> TrainSettings:
     return replace(plain, **{table: replace(getattr(plain, table), **changes) for table, changes in tables.items()})
 
 
-def plan_of(pictures: int = 25, schedule: Schedule = PLAIN, **tables):
-    return make_plan([example(number) for number in range(pictures)], with_changes(**tables), schedule)
+def plan_of(images: int = 25, schedule: Schedule = PLAIN, **tables):
+    return make_plan([example(number) for number in range(images)], with_changes(**tables), schedule)
 
 
 def test_few_image_steps_are_said_with_what_to_set():
     said = plan_of(25).announcement()
-    assert "25 pictures in 1 bucket(s): 1024x1024 (25)." in said
+    assert "25 images in 1 bucket(s): 1024x1024 (25)." in said
     assert "20 epochs, 125 optimizer steps of 4, 500 image-steps" in said
     assert said.splitlines()[-1].startswith("500 image-steps are few")
     assert "Set NUM_TRAIN_EPOCHS=80" in said  # 80 x 25 = 2000
@@ -46,7 +46,7 @@ def test_from_800_image_steps_on_nothing_is_to_be_set():
 
 
 @pytest.mark.parametrize(
-    ("pictures", "fraction", "count"),
+    ("images", "fraction", "count"),
     [
         (39, "auto", 0),
         (40, "auto", 2),
@@ -59,12 +59,12 @@ def test_from_800_image_steps_on_nothing_is_to_be_set():
         (9, 0.0, 0),
     ],
 )
-def test_pictures_are_held_out_and_not_trained_on(pictures, fraction, count):
-    plan = plan_of(pictures, validation={"validation_fraction": fraction})
+def test_images_are_held_out_and_not_trained_on(images, fraction, count):
+    plan = plan_of(images, validation={"validation_fraction": fraction})
     assert len(plan.held_out) == len(plan.held_out_placements) == count
-    assert len(plan.examples) == len(plan.placements) == pictures - count
-    assert {e.name for e in plan.all_examples} == {f"{number}.png" for number in range(pictures)}
-    again = plan_of(pictures, validation={"validation_fraction": plan.held_out_share})
+    assert len(plan.examples) == len(plan.placements) == images - count
+    assert {e.name for e in plan.all_examples} == {f"{number}.png" for number in range(images)}
+    again = plan_of(images, validation={"validation_fraction": plan.held_out_share})
     assert [e.name for e in again.held_out] == [e.name for e in plan.held_out]
     assert ("held out" in plan.announcement()) == (count > 0)
 
@@ -133,7 +133,7 @@ def test_what_decides_nothing_may_change(tables):
     assert fingerprint_of(plan_of(**tables), **tables) == fingerprint_of(plan_of())
 
 
-def test_other_pictures_captions_and_models_are_another_run():
+def test_other_images_captions_and_models_are_another_run():
     same = fingerprint_of(plan_of())
     assert fingerprint_of(plan_of(), trigger="person") != same
     assert fingerprint_of(plan_of(), digests=("other", "vae")) != same

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from training.objective import alphas_cumprod
-from training.schedule import Schedule
+from training.method.diffusion import alphas_cumprod
+from training.models.sdxl import Schedule
 
 
 def _betas() -> list[float]:

@@ -10,17 +10,17 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from training import plain_ops
-from training.batches import Batch
 from training.config import LoraSettings, OptimizerSettings
-from training.device import Precision
-from training.fast_unet import quicken
-from training.lora import ADAPTER, LoraWeights, inject
-from training.networks import UNet2DConditionModel
-from training.objective import alphas_cumprod
-from training.optimizer import AdamW
-from training.schedule import Schedule
-from training.step import Objective, TrainStep
+from training.data.batches import Batch
+from training.engine.fast import torch_ops as plain_ops
+from training.engine.fast.unet import quicken
+from training.engine.step import Objective, TrainStep
+from training.method.adapters import ADAPTER, LoraWeights, inject
+from training.method.diffusion import alphas_cumprod
+from training.method.optimizers import AdamW
+from training.models.loading import UNet2DConditionModel
+from training.models.sdxl import Schedule
+from training.system.device import Precision
 
 SCALING = 0.13025
 PLAIN, V, V_ZERO = Schedule(), Schedule("v_prediction"), Schedule("v_prediction", zero_terminal_snr=True)

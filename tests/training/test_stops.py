@@ -10,7 +10,8 @@ import time
 import pytest
 from safetensors import safe_open
 
-from training import checkpoint, results
+from common import output_layout as results
+from training.state import checkpoint
 
 SHORT = {"LORA_TARGETS": "attention", "SAVE_EVERY_EPOCHS": 0, "SAVE_STATE_EVERY_MINUTES": 1e-6}
 LONG_STEPS = {"GRADIENT_ACCUMULATION_STEPS": 6, "NUM_TRAIN_EPOCHS": 1000}
@@ -18,7 +19,7 @@ LONG_STEPS = {"GRADIENT_ACCUMULATION_STEPS": 6, "NUM_TRAIN_EPOCHS": 1000}
 
 
 @pytest.fixture
-def pictures(stage):
+def images(stage):
     stage.add("astronaut")
     stage.add("coffee")
     return stage
@@ -36,8 +37,8 @@ def weights(stage) -> dict[str, bytes]:
         return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
 
 
-def test_a_second_signal_does_not_wait_for_the_step(pictures):
-    run = begun(pictures, 1, **LONG_STEPS)
+def test_a_second_signal_does_not_wait_for_the_step(images):
+    run = begun(images, 1, **LONG_STEPS)
     run.send_signal(signal.SIGTERM)
     time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
@@ -46,16 +47,16 @@ def test_a_second_signal_does_not_wait_for_the_step(pictures):
     assert time.monotonic() - begin < 1
     assert run.returncode == -signal.SIGTERM
     assert "Traceback" not in said
-    again = pictures.stopped(pictures.steps_taken() + 1, signal.SIGINT, **SHORT | LONG_STEPS)
+    again = images.stopped(images.steps_taken() + 1, signal.SIGINT, **SHORT | LONG_STEPS)
     (taken,) = (line for line in again.stdout.splitlines() if line.startswith("continuing at step "))
     assert int(taken.split()[-1]) >= 1
     assert (again.returncode, again.stderr) == (130, "train_lora: stopped by SIGINT; run the same command again to continue\n")
 
 
-def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(pictures, mount_tmpfs, monkeypatch):
+def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(images, mount_tmpfs, monkeypatch):
     monkeypatch.setattr(results, "LEAST_FREE_BYTES", 0)
-    mount_tmpfs(pictures.output, "size=8m")
-    filler = pictures.output / "filler"
+    mount_tmpfs(images.output, "size=8m")
+    filler = images.output / "filler"
 
     def fill(is_over: threading.Event) -> None:
         """Until the run is over: it removes old states, and might go on in their place."""
@@ -66,24 +67,24 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(pictures, mount_tmp
                 except OSError:
                     time.sleep(0.001)
 
-    full = pictures.disturbed(3, fill, **SHORT | {"NUM_TRAIN_EPOCHS": 1000})
+    full = images.disturbed(3, fill, **SHORT | {"NUM_TRAIN_EPOCHS": 1000})
     assert full.returncode == 6
     (said,) = full.stderr.splitlines()
-    assert said.startswith(f"train_lora: {pictures.output}/")
+    assert said.startswith(f"train_lora: {images.output}/")
     assert said.endswith(": No space left on device: free disk space, or make the folder writable for this user")
-    left = checkpoint.newest(pictures.output / "state" / "sks")
+    left = checkpoint.newest(images.output / "state" / "sks")
     assert left.progress.next_step >= 1
     filler.unlink()
-    again = pictures.stopped(pictures.steps_taken() + 2, signal.SIGTERM, **SHORT | {"NUM_TRAIN_EPOCHS": 1000})
+    again = images.stopped(images.steps_taken() + 2, signal.SIGTERM, **SHORT | {"NUM_TRAIN_EPOCHS": 1000})
     assert again.returncode == 143
     assert f"continuing at step {left.progress.next_step}\n" in again.stdout
     assert "damaged" not in again.stdout
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_while_libraries_are_imported_is_not_lost(pictures, signum, code):
+def test_a_signal_while_libraries_are_imported_is_not_lost(images, signum, code):
     """They catch every Exception here and there."""
-    run = pictures.start(NUM_TRAIN_EPOCHS=1000)
+    run = images.start(NUM_TRAIN_EPOCHS=1000)
     assert run.stdout.readline().startswith("set by you")
     time.sleep(1.2)
     run.send_signal(signum)
@@ -93,29 +94,29 @@ def test_a_signal_while_libraries_are_imported_is_not_lost(pictures, signum, cod
     assert "Traceback" not in said
 
 
-def test_a_held_out_loss_that_rises_ends_the_run_early_and_names_the_best_lora(pictures):
-    pictures.add("chelsea")
-    pictures.add("rocket")
+def test_a_held_out_loss_that_rises_ends_the_run_early_and_names_the_best_lora(images):
+    images.add("chelsea")
+    images.add("rocket")
     variables = {"VALIDATION_FRACTION": 0.5, "VALIDATE_EVERY_EPOCHS": 1, "EARLY_STOP_PATIENCE": 1, "LEARNING_RATE": 0.2}
-    said = pictures.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 200, "SAVE_EVERY_EPOCHS": 1})
+    said = images.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 200, "SAVE_EVERY_EPOCHS": 1})
     assert "epochs: 1 validations in a row did not lower the held-out loss" in said
     assert "the lowest held-out loss" in said
-    lines = [json.loads(line) for line in (pictures.output / "lora" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (images.output / "lora" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["validation_loss_smoothed"] for line in lines if "validation_loss" in line]
     assert losses[-1] > min(losses)
-    assert (pictures.output / "lora" / "sks-best.safetensors").exists()
-    assert "nothing to do" in pictures.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 200, "SAVE_EVERY_EPOCHS": 1})
+    assert (images.output / "lora" / "sks-best.safetensors").exists()
+    assert "nothing to do" in images.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 200, "SAVE_EVERY_EPOCHS": 1})
 
 
-def test_a_finished_run_that_is_lengthened_ends_as_if_it_had_always_been_longer(pictures):
-    pictures.trained(**SHORT, NUM_TRAIN_EPOCHS=2)
-    said = pictures.trained(**SHORT, NUM_TRAIN_EPOCHS=5)
+def test_a_finished_run_that_is_lengthened_ends_as_if_it_had_always_been_longer(images):
+    images.trained(**SHORT, NUM_TRAIN_EPOCHS=2)
+    said = images.trained(**SHORT, NUM_TRAIN_EPOCHS=5)
     assert "continuing at step 2" in said
     assert "changed and taken: num_train_epochs: 2 then, 5 now" in said
-    lengthened, first_output = weights(pictures), pictures.output
-    pictures.output = first_output.with_name("straight")
-    pictures.lora = pictures.output / "lora" / "sks.safetensors"
-    pictures.trained(**SHORT, NUM_TRAIN_EPOCHS=5, OUTPUT_DIR=pictures.output)
-    assert weights(pictures) == lengthened
+    lengthened, first_output = weights(images), images.output
+    images.output = first_output.with_name("straight")
+    images.lora = images.output / "lora" / "sks.safetensors"
+    images.trained(**SHORT, NUM_TRAIN_EPOCHS=5, OUTPUT_DIR=images.output)
+    assert weights(images) == lengthened
     assert len(list((first_output / "lora" / "archive").rglob("sks.safetensors"))) == 1
     assert os.listdir(first_output / "state" / "sks")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from training.base_model import find_base
-from training.models import load_text_encoders
-from training.text import TextEncoders, caption_variants, chunks_needed, cut_off, encode, in_chunks, token_ids
+from training.data.captions import caption_variants, chunks_needed, cut_off, encode, in_chunks, token_ids
+from training.models.base_model import find_base
+from training.models.loading import TextEncoders, load_text_encoders
 
 CAPTION = "nyafyi_woman, 1girl, smile, long hair, outdoors"
 

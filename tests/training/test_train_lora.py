@@ -10,8 +10,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from common.settings import SETTINGS_FILE
 from demo import tiny_sdxl as miniature
-from settings import SETTINGS_FILE
 
 TIMES = ("ss_training_finished_at", "modelspec.date")
 
@@ -59,13 +59,13 @@ def test_the_start_says_what_the_run_will_do(finished):
     said = finished.output.splitlines()
     assert "no NVIDIA GPU: mixed_precision bf16 becomes no" in said
     assert sum("mixed_precision" in line for line in said) == 1
-    assert any(line.startswith("4 pictures in 1 bucket(s): 64x64 (4).") for line in said)
+    assert any(line.startswith("4 images in 1 bucket(s): 64x64 (4).") for line in said)
     assert any(
         line.startswith("2 epochs, 6 optimizer steps of 2, 12 image-steps; epsilon, min-SNR 5.0, noise offset 0.0357")
         for line in said
     )
     few = next(line for line in said if "are few" in line)
-    assert few == "12 image-steps are few: a likeness needs 2000 to 3000. Set NUM_TRAIN_EPOCHS=334, or add pictures."
+    assert few == "12 image-steps are few: a likeness needs 2000 to 3000. Set NUM_TRAIN_EPOCHS=334, or add images."
     assert said[-1].startswith(f"{finished.stage.lora}: ")
     assert "722 modules, all known to ComfyUI" in said[-1]
 
@@ -137,7 +137,7 @@ def test_new_settings_archive_the_lora_that_is_there(finished, stage):
     left = {path.name for path in (stage.output / "lora").iterdir()}
     assert left == {"archive", "sks.safetensors", "metrics.jsonl", "training_config_resolved.toml"}
     assert metadata(stage.lora)["ss_network_dim"] == "3"
-    assert "pictures: 0 encoded, 4 in the cache" in said
+    assert "images: 0 encoded, 4 in the cache" in said
     assert "captions: 0 encoded, 5 in the cache" in said
 
 
@@ -199,7 +199,7 @@ def test_a_v_prediction_base_with_zero_terminal_snr_in_a_terminal(stage, tiny_sd
     assert (resolved["objective"]["min_snr_gamma"], resolved["objective"]["noise_offset"]) == (0.0, 0.0)
 
 
-def test_weights_that_explode_end_the_run_with_step_and_pictures(stage):
+def test_weights_that_explode_end_the_run_with_step_and_images(stage):
     stage.add("astronaut")
     stage.add("coffee")
     ended = stage.run(LEARNING_RATE=1, LR_WARMUP=0, MAX_GRAD_NORM=0, NUM_TRAIN_EPOCHS=30, LORA_ALPHA=60000)
@@ -296,10 +296,10 @@ def test_captions_without_the_trigger_word_are_counted(stage):
     assert said in stage.run("--check").stdout.splitlines()
 
 
-def test_no_pictures_at_all(stage):
+def test_no_images_at_all(stage):
     ended = stage.run()
     assert ended.returncode == 3
-    assert f"{stage.images}: no pictures" in ended.stderr
+    assert f"{stage.images}: no images" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
 
 
@@ -325,7 +325,7 @@ def test_check_looks_at_everything_and_says_all_that_is_wrong(stage):
     stage.add("astronaut")
     good = stage.run("--check")
     assert (good.returncode, good.stderr) == (0, "")
-    assert "1 pictures in 1 bucket" in good.stdout
+    assert "1 images in 1 bucket" in good.stdout
     assert not stage.output.exists()
     stage.add("coffee", caption=None)
     bad = stage.run("--check", BASE_MODEL="nowhere")

@@ -1,0 +1,277 @@
+"""Triton kernels for what a frozen UNet computes between its matrix products: norms, activations, residuals.
+
+Only gradients of inputs are computed: the weights of norms are frozen. All arithmetic is fp32, all tensors are contiguous
+in the dtype of the UNet; an image [B, C, h, w] is seen as rows [B, h * w, C] (channels last). No atomics: the same
+inputs give the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+_GROUP_ROWS, _GROUP_COLUMNS = 32, 64
+"""Tile of the group norms: rows (pixels) and channels."""
+
+
+_ROWS_PER_PROGRAM = 256
+
+
+@triton.jit
+def _layer_norm_forward(y, x, weight, bias, total, normed, mean, rstd, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        value += tl.load(y + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        value = value.to(total.dtype.element_ty)
+        tl.store(total + row * width + columns, value, mask=inside)
+        value = value.to(tl.float32)
+    average = tl.sum(value, 0) / width
+    centred = tl.where(inside, value - average, 0.0)
+    inverse = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + row * width + columns, centred * inverse * w + b, mask=inside)
+    tl.store(mean + row, average)
+    tl.store(rstd + row, inverse)
+
+
+@triton.jit
+def _layer_norm_backward(total, weight, mean, rstd, d_normed, d_total, dx, width, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(total + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.load(rstd + row)
+    hat = tl.where(inside, (value - tl.load(mean + row)) * inverse, 0.0)
+    wdy = w * tl.load(d_normed + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    result = inverse * (wdy - tl.sum(wdy, 0) / width - hat * (tl.sum(wdy * hat, 0) / width))
+    if ADDS:
+        result += tl.load(d_total + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + row * width + columns, result, mask=inside)
+
+
+@triton.jit
+def _geglu_forward(projected, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(projected + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(projected + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + columns, value * gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476)), mask=inside)
+
+
+@triton.jit
+def _geglu_backward(projected, d_out, d_projected, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(projected + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(projected + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(d_out + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    share = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    slope = share + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+    tl.store(d_projected + row * 2 * width + columns, dy * gate * share, mask=inside)
+    tl.store(d_projected + row * 2 * width + width + columns, dy * value * slope, mask=inside)
+
+
+@triton.jit
+def _silu_slope(z):
+    sigmoid = tl.sigmoid(z)
+    return sigmoid * (1.0 + z * (1.0 - sigmoid))
+
+
+@triton.jit
+def _group_sums(x, dy, scale, shift, sums, rows, channels, chunk: tl.constexpr, chunks, BACKWARD: tl.constexpr, SILU: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
+    """Per image, chunk of rows and channel: sum of x and x^2; backward: sum of dz and dz * x, z = scale * x + shift."""
+    image, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    columns = tl.program_id(2) * C + tl.arange(0, C)
+    inside = columns < channels
+    first, second = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    if BACKWARD:
+        a = tl.load(scale + image * channels + columns, mask=inside, other=0.0)
+        b = tl.load(shift + image * channels + columns, mask=inside, other=0.0)
+    for start in range(0, chunk, R):
+        row = piece * chunk + start + tl.arange(0, R)
+        here = (row < rows)[:, None] & inside[None, :]
+        place = image * rows * channels + row[:, None].to(tl.int64) * channels + columns[None, :]
+        value = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
+        if BACKWARD:
+            dz = tl.load(dy + place, mask=here, other=0.0).to(tl.float32)
+            if SILU:
+                dz *= _silu_slope(value * a[None, :] + b[None, :])
+            first += tl.sum(dz, 0)
+            second += tl.sum(dz * value, 0)
+        else:
+            first += tl.sum(value, 0)
+            second += tl.sum(value * value, 0)
+    place = ((image * chunks + piece) * 2) * channels + columns
+    tl.store(sums + place, first, mask=inside)
+    tl.store(sums + place + channels, second, mask=inside)
+
+
+@triton.jit
+def _group_coefficients(sums, weight, bias, plus, scale, shift, mean, rstd, linear, constant, rows, channels, chunks, groups, eps, BACKWARD: tl.constexpr, PLUS: tl.constexpr, P: tl.constexpr, G: tl.constexpr):  # fmt: skip # noqa: E501
+    """Per image and group: forward the scale and shift of each channel, backward dx = dz * scale + x * linear + constant."""
+    image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    size = channels // groups
+    channel = group * size + tl.arange(0, G)
+    inside = tl.arange(0, G) < size
+    piece = tl.arange(0, P)
+    here = (piece < chunks)[:, None] & inside[None, :]
+    place = (image * chunks + piece[:, None]) * 2 * channels + channel[None, :]
+    first = tl.sum(tl.load(sums + place, mask=here, other=0.0), 0)
+    second = tl.sum(tl.load(sums + place + channels, mask=here, other=0.0), 0)
+    w = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    p = tl.zeros((G,), tl.float32)
+    if PLUS:
+        p = tl.load(plus + image * channels + channel, mask=inside, other=0.0).to(tl.float32)
+    count = rows * size
+    if BACKWARD:
+        average, inverse = tl.load(mean + image * groups + group), tl.load(rstd + image * groups + group)
+        of_dz = tl.sum(w * first, 0) / count
+        of_dz_hat = tl.sum(w * inverse * (second + (p - average) * first), 0) / count
+        k = -inverse * inverse * of_dz_hat
+        tl.store(linear + image * channels + channel, k + tl.zeros((G,), tl.float32), mask=inside)
+        tl.store(constant + image * channels + channel, (p - average) * k - inverse * of_dz, mask=inside)
+    else:
+        average = tl.sum(first + rows * p, 0) / count
+        off = tl.where(inside, p - average, 0.0)
+        variance = tl.sum(second + 2.0 * off * first + rows * off * off, 0) / count
+        inverse = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
+        b = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+        tl.store(mean + image * groups + group, average)
+        tl.store(rstd + image * groups + group, inverse)
+        tl.store(scale + image * channels + channel, w * inverse, mask=inside)
+        tl.store(shift + image * channels + channel, off * w * inverse + b, mask=inside)
+
+
+@triton.jit
+def _group_apply(x, dy, d_x, scale, shift, linear, constant, out, rows, channels, BACKWARD: tl.constexpr, SILU: tl.constexpr, ADDS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
+    """Forward silu(scale * x + shift); backward dz * scale + x * linear + constant, plus d_x."""
+    image = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * R + tl.arange(0, R)
+    columns = tl.program_id(2) * C + tl.arange(0, C)
+    inside = columns < channels
+    here = (row < rows)[:, None] & inside[None, :]
+    place = image * rows * channels + row[:, None].to(tl.int64) * channels + columns[None, :]
+    of_channel = image * channels + columns
+    value = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
+    a = tl.load(scale + of_channel, mask=inside, other=0.0)[None, :]
+    z = value * a + tl.load(shift + of_channel, mask=inside, other=0.0)[None, :]
+    if BACKWARD:
+        dz = tl.load(dy + place, mask=here, other=0.0).to(tl.float32)
+        if SILU:
+            dz *= _silu_slope(z)
+        k = tl.load(linear + of_channel, mask=inside, other=0.0)[None, :]
+        result = dz * a + value * k + tl.load(constant + of_channel, mask=inside, other=0.0)[None, :]
+        if ADDS:
+            result += tl.load(d_x + place, mask=here, other=0.0).to(tl.float32)
+    else:
+        result = z * tl.sigmoid(z) if SILU else z
+    tl.store(out + place, result, mask=here)
+
+
+@triton.jit
+def _add_with_bias(x, y, bias, out, count, channels, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    total = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) + tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, total + tl.load(bias + place % channels, mask=inside, other=0.0).to(tl.float32), mask=inside)
+
+
+def layer_norm_forward(y, x, weight, bias, eps):
+    """`x` [..., D], `y` alike or None -> total = x + y (x itself without y), its layer norm, mean and 1 / std of each row."""
+    width = x.shape[-1]
+    normed, total = torch.empty_like(x), x if y is None else torch.empty_like(x)
+    mean, rstd = (torch.empty(x.numel() // width, dtype=torch.float32, device=x.device) for _ in range(2))
+    grid, block = (mean.numel(),), triton.next_power_of_2(width)
+    _layer_norm_forward[grid](y, x, weight, bias, total, normed, mean, rstd, width, eps, y is not None, block, num_warps=4)
+    return total, normed, mean, rstd
+
+
+def layer_norm_backward(total, weight, mean, rstd, d_normed, d_total):
+    """The gradient of total: through the norm, plus `d_total` (or None)."""
+    width, dx = total.shape[-1], torch.empty_like(total)
+    block, adds = triton.next_power_of_2(width), d_total is not None
+    _layer_norm_backward[(mean.numel(),)](total, weight, mean, rstd, d_normed, d_total, dx, width, adds, block, num_warps=4)
+    return dx
+
+
+def geglu_forward(projected):
+    """`projected` [N, 2 D] -> first half * gelu(second half) [N, D]."""
+    rows, width = projected.shape[0], projected.shape[1] // 2
+    out = projected.new_empty(rows, width)
+    _geglu_forward[(rows, triton.cdiv(width, 1024))](projected, out, width, 1024)
+    return out
+
+
+def geglu_backward(projected, d_out):
+    """The gradient of `projected`."""
+    rows, width = d_out.shape
+    d_projected = torch.empty_like(projected)
+    _geglu_backward[(rows, triton.cdiv(width, 1024))](projected, d_out, d_projected, width, 1024)
+    return d_projected
+
+
+def group_norm_forward(x, plus, weight, bias, groups, eps, silu):
+    """`x` [B, rows, C], `plus` [B, C] or None -> silu(group_norm(x + plus)) (without silu if so asked) and what backward needs."""
+    images, rows, channels = x.shape
+    scale, shift, mean, rstd = _per_channel(x, 2, channels) + _per_channel(x, 2, groups)
+    sums, chunks = _sums(x, x, scale, shift, backward=False, silu=silu)
+    p, g = triton.next_power_of_2(chunks), triton.next_power_of_2(channels // groups)
+    _group_coefficients[(images, groups)](
+        sums, weight, bias, plus, scale, shift, mean, rstd, scale, shift, rows, channels, chunks, groups, eps, False,
+        plus is not None, p, g,
+    )  # fmt: skip
+    out = torch.empty_like(x)
+    _group_apply[_tiles(x)](
+        x, x, x, scale, shift, scale, shift, out, rows, channels, False, silu, False, _GROUP_ROWS, _GROUP_COLUMNS
+    )
+    return out, (scale, shift, mean, rstd)
+
+
+def group_norm_backward(x, plus, weight, groups, silu, kept, dy, d_x):
+    """The gradient of `x` through the norm, plus `d_x` (or None)."""
+    images, rows, channels = x.shape
+    scale, shift, mean, rstd = kept
+    sums, chunks = _sums(x, dy, scale, shift, backward=True, silu=silu)
+    linear, constant = _per_channel(x, 2, channels)
+    p, g = triton.next_power_of_2(chunks), triton.next_power_of_2(channels // groups)
+    _group_coefficients[(images, groups)](
+        sums, weight, weight, plus, scale, shift, mean, rstd, linear, constant, rows, channels, chunks, groups, 0.0, True,
+        plus is not None, p, g,
+    )  # fmt: skip
+    out = torch.empty_like(x)
+    _group_apply[_tiles(x)](
+        x, dy, d_x, scale, shift, linear, constant, out, rows, channels, True, silu, d_x is not None, _GROUP_ROWS, _GROUP_COLUMNS
+    )
+    return out
+
+
+def add_with_bias(x, y, bias):
+    """`x` + `y` + `bias`; the last dimension of `x` and `y` is that of `bias`."""
+    out, count = torch.empty_like(x), x.numel()
+    _add_with_bias[(triton.cdiv(count, 1024),)](x, y, bias, out, count, bias.numel(), 1024)
+    return out
+
+
+def _per_channel(x, how_many, width):
+    return tuple(torch.empty(x.shape[0], width, dtype=torch.float32, device=x.device) for _ in range(how_many))
+
+
+def _sums(x, dy, scale, shift, *, backward, silu):
+    images, rows, channels = x.shape
+    chunk = min(_ROWS_PER_PROGRAM, triton.cdiv(rows, _GROUP_ROWS) * _GROUP_ROWS)
+    chunks = triton.cdiv(rows, chunk)
+    sums = torch.empty(images, chunks, 2, channels, dtype=torch.float32, device=x.device)
+    grid = (images, chunks, triton.cdiv(channels, _GROUP_COLUMNS))
+    _group_sums[grid](x, dy, scale, shift, sums, rows, channels, chunk, chunks, backward, silu, _GROUP_ROWS, _GROUP_COLUMNS)
+    return sums, chunks
+
+
+def _tiles(x):
+    images, rows, channels = x.shape
+    return images, triton.cdiv(rows, _GROUP_ROWS), triton.cdiv(channels, _GROUP_COLUMNS)

@@ -1,0 +1,103 @@
+"""Norms, activations and residuals of a frozen UNet as autograd functions over our Triton kernels; `plain_ops` on CUDA.
+
+Residual gradients are added where they pass, without a kernel of their own, and only gradients of inputs are computed.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from training.engine.fast import triton_kernels as kernels
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, weight, bias, eps):
+        total, normed, mean, rstd = kernels.layer_norm_forward(y, x, weight, bias, eps)
+        ctx.adds = y is not None
+        ctx.save_for_backward(total, weight, mean, rstd)
+        ctx.set_materialize_grads(False)
+        return total.view_as(total), normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_total, d_normed):
+        d_total = d_total if d_total is None else d_total.contiguous()
+        dx = kernels.layer_norm_backward(*ctx.saved_tensors, d_normed.contiguous(), d_total)
+        return dx, dx if ctx.adds else None, None, None, None
+
+
+def add_layer_norm(x: torch.Tensor, y: torch.Tensor | None, norm: torch.nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """As in `plain_ops`."""
+    return _AddLayerNorm.apply(x, y, norm.weight, norm.bias, norm.eps)
+
+
+class _Geglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, projected):
+        rows = projected.view(-1, projected.shape[-1])
+        ctx.save_for_backward(rows)
+        return kernels.geglu_forward(rows).view(*projected.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        (rows,) = ctx.saved_tensors
+        d_projected = kernels.geglu_backward(rows, d_out.reshape(rows.shape[0], -1))
+        return d_projected.view(*d_out.shape[:-1], -1)
+
+
+def geglu(projected: torch.Tensor) -> torch.Tensor:
+    """As in `plain_ops`."""
+    return _Geglu.apply(projected)
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, plus, weight, bias, groups, eps, silu):
+        rows = _as_rows(x)
+        out, kept = kernels.group_norm_forward(rows, plus, weight, bias, groups, eps, silu)
+        ctx.groups, ctx.silu = groups, silu
+        ctx.save_for_backward(rows, plus, weight, *kept)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), _as_image(out, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_x, d_normed):
+        rows, plus, weight, *kept = ctx.saved_tensors
+        d_rows = None if d_x is None else _as_rows(d_x)
+        dx = kernels.group_norm_backward(rows, plus, weight, ctx.groups, ctx.silu, kept, _as_rows(d_normed), d_rows)
+        return _as_image(dx, d_normed), None, None, None, None, None, None
+
+
+def group_norm(
+    x: torch.Tensor, plus: torch.Tensor | None, norm: torch.nn.GroupNorm, *, silu: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As in `plain_ops`; `plus` gets no gradient."""
+    return _GroupNorm.apply(x, plus, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+
+
+class _AddWithBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, bias):
+        return _as_image(kernels.add_with_bias(_as_rows(x), _as_rows(y), bias), x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        return d_out, d_out, None
+
+
+def add_with_bias(x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """As in `plain_ops`."""
+    return _AddWithBias.apply(x, y, bias)
+
+
+def _as_rows(image: torch.Tensor) -> torch.Tensor:
+    """[B, C, h, w] as contiguous [B, h * w, C]; a copy only if it does not lie channels last."""
+    return image.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+
+
+def _as_image(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The reverse, with height and width of `like`."""
+    return rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)

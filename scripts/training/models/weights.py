@@ -1,0 +1,145 @@
+"""What a `.safetensors` file holds, read from its header. Standard library only.
+
+Tensors to a `.safetensors` file, with the modes and the errors that every other file of ours has.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.errors import ModelError
+from common.files import whole_file
+
+if TYPE_CHECKING:
+    import torch
+
+FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+"""Bytes per value of the types that weights may have."""
+
+
+_MAX_HEADER_BYTES = 100_000_000
+
+
+_READ_BYTES = 1 << 22
+
+
+_OTHER_FORMATS = (
+    (b"PK\x03\x04", "is a pickle checkpoint, which can run code when it is opened: use the .safetensors of the same model"),
+    (b"\x80", "is a pickle checkpoint, which can run code when it is opened: use the .safetensors of the same model"),
+    (b"GGUF", "is a quantised GGUF file, which cannot be trained on: use the fp16 .safetensors of the same model"),
+    (b"version https://git-lfs", "is a Git LFS pointer, not the weights: run `git lfs pull`, or download the file again"),
+    (b"<", "is a web page, not weights: the download wanted a login or failed; download it again"),
+)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One entry of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    """First byte, from the start of the file."""
+    end: int
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A `.safetensors` file that is whole."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> WeightsFile:
+    """Read the header of `path` and compare it with the file's size; raises ModelError if it is not whole weights."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(64)
+        for magic, what in _OTHER_FORMATS:
+            # A header's length may begin with the same bytes as a short magic; its JSON then follows after 8 bytes.
+            if start.startswith(magic) and start[8:9] != b"{":
+                raise ModelError(f"{path}: {what}")
+        length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+        if not 0 < length <= min(_MAX_HEADER_BYTES, size - 8) or start[8:9] != b"{":
+            raise ModelError(f"{path}: is damaged or no .safetensors file ({size} bytes): download it again")
+        file.seek(8)
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", {})
+        tensors = {name: _tensor(entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{path}: its header is damaged: download it again") from None
+    wanted = max((tensor.end for tensor in tensors.values()), default=8 + length)
+    if size != wanted:
+        raise ModelError(f"{path}: is damaged, it has {size} bytes and its header tells of {wanted}: download it again")
+    return WeightsFile(path, tensors, metadata)
+
+
+def digest(files: Iterable[tuple[WeightsFile, Iterable[str]]]) -> str:
+    """SHA-256 over the names, types, shapes and SHA-256s of these tensors of these files; as many at once as there are cores."""
+    tensors = [(name, file.path, file.tensors[name]) for file, names in files for name in sorted(names)]
+    total = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda item: _hash(item[1], item[2]), tensors)
+        for (name, _, tensor), found in zip(tensors, hashes, strict=True):
+            total.update(f"{name} {tensor.dtype} {tensor.shape} {found}\n".encode())
+    return total.hexdigest()
+
+
+def _hash(path: Path, tensor: Tensor) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as opened:
+        opened.seek(tensor.begin)
+        for begin in range(tensor.begin, tensor.end, _READ_BYTES):
+            found.update(opened.read(min(_READ_BYTES, tensor.end - begin)))
+    return found.hexdigest()
+
+
+def _tensor(entry: dict, data_start: int) -> Tensor:
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    width = FLOATS.get(entry["dtype"])
+    if end < begin or (width and end - begin != width * math.prod(shape)):
+        raise ValueError("offsets do not fit the shape")
+    return Tensor(entry["dtype"], shape, data_start + begin, data_start + end)
+
+
+def write_tensors(path: Path, tensors: dict[str, "torch.Tensor"], metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous `tensors` on the CPU to `path`: whole, or not at all. Raises OSError for what the disk refuses."""
+    with whole_file(path) as beside:
+        fill(beside, tensors, metadata)
+
+
+def remove_all_leftovers(folder: Path) -> None:
+    """Remove the half files in `folder`, ours and safetensors' own; nobody may be writing there."""
+    for path in [*folder.glob(".*.part"), *folder.glob(".tmp*")]:
+        path.unlink(missing_ok=True)
+
+
+def fill(file: Path, tensors: dict[str, "torch.Tensor"], metadata: dict[str, str] | None = None) -> None:
+    """Write `tensors` into the `file` that exists.
+
+    safetensors writes a file of its own, which only this user may read, and renames it; its error hides the disk's.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file  # imports torch, which reading headers does not need
+
+    mode = file.stat().st_mode
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:
+        cause = re.search(r"os error (\d+)", str(error))
+        if cause is None:
+            raise
+        raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(file.parent)) from None
+    file.chmod(mode)
