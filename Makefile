@@ -1,4 +1,4 @@
-# make demo    the whole pipeline on a miniature world: no GPU, no Docker, no models
+# make demo    the whole pipeline on a demo environment: no GPU, no Docker, no models
 # make test    every test
 # make check   style of the Python and shell files
 # make kill-test
@@ -6,7 +6,7 @@
 # make bench   speed of training on this machine's NVIDIA GPU
 # make clean   remove what these made
 # make container-test BASE_IMAGE=nvcr.io/nvidia/pytorch:26.01-py3
-#              build the image on that base and run the miniature world in it; needs Docker with Compose
+#              build the image on that base and run the demo environment in it; needs Docker with Compose
 # make arm64-wheels
 #              ask the package index whether every requirement can be had for the container on ARM64
 # make arm64-test

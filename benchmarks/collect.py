@@ -22,8 +22,8 @@ from statistics import mean, median
 import requests
 
 from common.settings import REPOSITORY
+from demo.environment import setting_names
 from demo.standin_comfyui.server import StandIn
-from demo.world import setting_names
 
 POLL_S = 2.0
 BLURS_TO_TRY = 8

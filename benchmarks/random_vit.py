@@ -85,8 +85,8 @@ class _Graph:
         )
         scores = self.node("Mul", self.node("MatMul", queries, keys), self.constant(np.float32(head_width**-0.5)))
         mixed = self.node("Transpose", self.node("MatMul", self.node("Softmax", scores, axis=-1), values), perm=[0, 2, 1, 3])
-        joined = self.node("Reshape", mixed, self.constant(np.array([0, tokens, size.width])))
-        return self.linear(joined, size.width, size.width)
+        process_group = self.node("Reshape", mixed, self.constant(np.array([0, tokens, size.width])))
+        return self.linear(process_group, size.width, size.width)
 
     def mlp(self, hidden: str) -> str:
         wide = self.linear(hidden, self.size.width, 4 * self.size.width)

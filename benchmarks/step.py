@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
-from training.engine.fast.unet import fast_ops, quicken
+from training.engine.fast.unet import fast_ops, install_fast_forwards
 from training.engine.step import Objective, TrainStep
 from training.method.adapters import ADAPTER, LoraWeights, inject
 from training.method.diffusion import alphas_cumprod
@@ -84,7 +84,7 @@ def agreement(step: TrainStep, batch: Batch) -> str:
     batch = batch.to(step.precision.device)
     reference = gradient_by_peft(step, batch, SDPBackend.FLASH_ATTENTION)
     other = gradient_by_peft(step, batch, SDPBackend.MATH)
-    quicken(unet, lora.stacks, fast_ops(step.precision.device))
+    install_fast_forwards(unet, lora.stacks, fast_ops(step.precision.device))
     lora.sums.zero_()
     step.weighted_loss(batch).backward()
     ours = our_gradient(lora)

@@ -1,4 +1,4 @@
-"""The miniature world: everything the pipeline needs, small enough for a bare machine."""
+"""the demo environment: everything the pipeline needs, small enough for a bare machine."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`python -m demo`: the whole pipeline on the miniature world, in a workspace of its own. No GPU, no Docker, no models."""
+"""`python -m demo`: the whole pipeline on the demo environment, in a workspace of its own. No GPU, no Docker, no models."""
 
 import argparse
 import shutil
@@ -21,10 +21,10 @@ def main() -> int:
     workspace = emptied(parser.parse_args().workspace)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the preparations at once
 
-    from demo.world import World  # diffusers takes seconds to import
+    from demo.environment import DemoEnvironment  # diffusers takes seconds to import
 
-    world = World.build(workspace)
-    print(f"A miniature world is in {world.folder}. What follows is scripts/run.sh on it.\n", flush=True)
+    world = DemoEnvironment.build(workspace)
+    print(f"a demo environment is in {world.folder}. What follows is scripts/run.sh on it.\n", flush=True)
     with world.serve() as comfyui:
         code = run_pipeline(world.environment(comfyui.url, PYTHON=sys.executable))
     if code == 0:

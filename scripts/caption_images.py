@@ -30,8 +30,8 @@ from captioning.tag_selection import TagChoice, known_point
 from captioning.traits import pruning_of
 from common.clip_tokens import find_tokens
 from common.dataset_layout import DatasetFolder, ImageFile, caption_owners, caption_path
-from common.errors import DataError, SettingsError, exit_code_of, stop_on_signals
-from common.files import locked, update_json
+from common.errors import DataError, SettingsError, run_main, stop_on_signals
+from common.files import locked, write_json_if_changed
 from common.project import ProjectSettings
 from common.settings import read_request
 from training.config import TrainSettings
@@ -42,7 +42,7 @@ FLAGS = {"undo": "put back the captions that the last run changed, and exit; onc
 
 def main(argv: list[str]) -> None:
     stop_on_signals()
-    request = read_request(STAGE, __doc__, argv, SECTIONS, FLAGS, contradictions)
+    request = read_request(STAGE, __doc__, argv, SECTIONS, FLAGS, validate)
     project, settings, train = request.sections["project"], without_auto(request.sections["caption"]), request.sections["train"]
     folder = DatasetFolder(project.dataset_dir)
     if request.check:
@@ -79,7 +79,7 @@ def caption(
     tally.report(project.trigger_word)
 
 
-def contradictions(sections: dict[str, Any]) -> Iterator[str]:
+def validate(sections: dict[str, Any]) -> Iterator[str]:
     """What is wrong with the settings, once each of them is right."""
     try:
         if sections["caption"].caption_threshold == "auto":
@@ -171,7 +171,7 @@ def make(
     choice = TagChoice(store.tags, settings)
     chosen = [choice.chosen(of_image) for of_image in probabilities.values()]
     pruning = pruning_of(store.tags, chosen, settings.caption_prune_traits)
-    update_json(folder.records / "traits.json", report.traits(choice, pruning))
+    write_json_if_changed(folder.records / "traits.json", report.traits(choice, pruning))
     print(report.choice(choice, pruning), end="", flush=True)
     for path, of_image in probabilities.items():
         try:
@@ -184,4 +184,4 @@ def make(
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(STAGE, lambda: main(sys.argv[1:])))
+    sys.exit(run_main(STAGE, lambda: main(sys.argv[1:])))

@@ -20,7 +20,7 @@ from collecting.monitor import Display
 from collecting.pool import Fleet
 from collecting.preflight import check, check_folder
 from common.dataset_layout import DatasetFolder
-from common.errors import ComfyUIError, SettingsError, SomeItemsFailed, exit_code_of, one_list, stop_on_signals
+from common.errors import ComfyUIError, SettingsError, SomeItemsFailed, bullet_list, run_main, stop_on_signals
 from common.files import locked
 from common.project import ProjectSettings
 from common.settings import read_request
@@ -62,11 +62,11 @@ def _fill(folder: DatasetFolder, plan: Plan, settings: CollectSettings) -> None:
 
 
 def _plan(settings: CollectSettings, folder: DatasetFolder) -> Plan:
-    complaints: list[str] = []
-    plan = read_plan(settings, complaints)
-    check_folder(folder, complaints)
-    if plan is None or complaints:
-        raise SettingsError(one_list("nothing was sent to ComfyUI, because:", complaints))
+    problems: list[str] = []
+    plan = read_plan(settings, problems)
+    check_folder(folder, problems)
+    if plan is None or problems:
+        raise SettingsError(bullet_list("nothing was sent to ComfyUI, because:", problems))
     return plan
 
 
@@ -122,4 +122,4 @@ def _nothing_to_do(plan: Plan, store: ImageStore) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code_of(STAGE, main))
+    sys.exit(run_main(STAGE, main))

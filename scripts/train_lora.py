@@ -17,13 +17,13 @@ from typing import Any
 
 from collecting.config import CollectSettings
 from common.background import coming
-from common.errors import exit_code_of, stop_on_signals
+from common.errors import run_main, stop_on_signals
 from common.project import ProjectSettings
 from common.settings import Request, read_request
 from training.config import TrainSettings
 from training.data.dataset import read_inputs
 from training.system.launcher import launch, place, wants_launcher
-from training.system.worker_process import Aside, die_with_parent, working_aside
+from training.system.worker_process import WorkerProcess, die_with_parent, worker_process
 
 STAGE = "train_lora"
 SECTIONS = {"project": ProjectSettings, "collect": CollectSettings, "train": TrainSettings}
@@ -37,47 +37,47 @@ def main(argv: list[str]) -> None:
     stop_on_signals()
     if place().count > 1:
         die_with_parent(place().launcher)  # before the imports: nobody would end a process that the launcher has left
-    request = read_request(STAGE, __doc__, argv, SECTIONS, contradictions=contradictions)
+    request = read_request(STAGE, __doc__, argv, SECTIONS, validate=validate)
     processes = request.sections["train"].processes
     if wants_launcher(processes) and not request.check:
         sys.exit(launch([sys.executable, __file__, *argv], processes))
     if place().index == 0:
         print(f"set by you: {request.overridden()}", flush=True)
     is_quick = NVIDIA.exists() and place().count == 1 and not request.check
-    with working_aside(wanted=is_quick) as reader, working_aside(import_training, wanted=is_quick) as encoder:
+    with worker_process(wanted=is_quick) as reader, worker_process(import_training, wanted=is_quick) as encoder:
         train(request, reader, encoder)
 
 
-def train(request: Request, reader: Aside | None, encoder: Aside | None) -> None:
+def train(request: Request, reader: WorkerProcess | None, encoder: WorkerProcess | None) -> None:
     """Do what was asked for. Where there are other processes, one reads what the run starts from while this one imports, and
     the other encodes images and captions while this one makes the UNet ready."""
     project, settings = request.sections["project"], request.sections["train"]
-    read = partial(reader.last_call if reader else call, read_inputs, project, settings)
+    read = partial(reader.call_and_close if reader else call, read_inputs, project, settings)
     with coming(read, begins_now=place().index == 0 and not request.check) as inputs:
         import_training()
     from common.output_layout import only_run_in
     from training import job as task
     from training import preflight as doctor
     from training import trainer as carry_out
-    from training.system.memory_guard import watched
-    from training.system.process_group import joined
+    from training.system.memory_guard import memory_guard
+    from training.system.process_group import process_group
 
     if request.check:
         doctor.check(project, settings, is_ahead=request.is_ahead)
         return
-    with joined(place()) as processes, only_run_in(project.output_dir) if processes.is_first else nullcontext():
+    with process_group(place()) as processes, only_run_in(project.output_dir) if processes.is_main_process else nullcontext():
         run = task.decide_together(processes, project, settings, inputs, request.sections["collect"].comfyui_endpoint)
         if run.is_finished:
-            task.tidy(run)
+            task.remove_partial_outputs(run)
             print(f"nothing to do: {run.results.lora} is finished, with exactly these settings, images and captions")
             return
-        if processes.is_first:
-            task.make_room(run)
+        if processes.is_main_process:
+            task.archive_previous_outputs(run)
         task.prepare_device(run)
-        with task.memory_in_our_words(run), watched(run.room.floors) as guard, carry_out.coming_unet(run) as unet:
+        with task.translate_cuda_oom(run), memory_guard(run.room.floors) as guard, carry_out.coming_unet(run) as unet:
             data = carry_out.encode(run, encoder)
             modules = carry_out.train(run, data, unet(), guard)
-        if processes.is_first:
+        if processes.is_main_process:
             carry_out.finish(run, modules)
 
 
@@ -89,16 +89,16 @@ def import_training() -> None:
     import training.trainer  # noqa: F401
 
 
-def contradictions(sections: dict[str, Any]) -> Iterator[str]:
+def validate(sections: dict[str, Any]) -> Iterator[str]:
     """What is wrong with the settings, once each of them is right: the LoRA may be named after the trigger word."""
     saving, trigger = sections["train"].saving, sections["project"].trigger_word
     if not saving.output_name:
-        yield from (f"{complaint}; set OUTPUT_NAME" for complaint in replace(saving, output_name=trigger).contradictions())
+        yield from (f"{problem}; set OUTPUT_NAME" for problem in replace(saving, output_name=trigger).validate())
 
 
 if __name__ == "__main__":
     try:
-        code = exit_code_of(STAGE, lambda: main(sys.argv[1:]))
+        code = run_main(STAGE, lambda: main(sys.argv[1:]))
     except SystemExit as asked:
         code = asked.code or 0
     for stream in filter(None, (sys.stdout, sys.stderr)):  # either may have been closed before the start

@@ -1,4 +1,4 @@
-"""scripts/run.sh on the miniature world, as a user runs it: the exact files it leaves, and how it refuses what is wrong."""
+"""scripts/run.sh on the demo environment, as a user runs it: the exact files it leaves, and how it refuses what is wrong."""
 
 import csv
 import json
@@ -16,9 +16,9 @@ from collecting.workflow import understand
 from common.files import read_json_lines, sha256_of
 from common.settings import REPOSITORY, TABLES, resolve
 from demo.__main__ import emptied
+from demo.environment import PROMPTS, RUN_SH, SECTIONS, TRIGGER_WORD, DemoEnvironment
 from demo.standin_comfyui.images import scene
 from demo.standin_comfyui.server import StandIn
-from demo.world import PROMPTS, RUN_SH, SECTIONS, TRIGGER_WORD, World
 from training.method.export import COMFYUI_MODULES
 
 IMAGES = len(PROMPTS)
@@ -54,8 +54,8 @@ LEFT_IN_OUTPUT = {
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> World:
-    return World.build(tmp_path_factory.mktemp("world"))
+def world(tmp_path_factory) -> DemoEnvironment:
+    return DemoEnvironment.build(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +65,14 @@ def comfyui(world):
 
 
 @pytest.fixture(scope="module")
-def finished(world, comfyui) -> World:
+def finished(world, comfyui) -> DemoEnvironment:
     """The world after one whole run."""
     done = run(world, comfyui)
     assert done.returncode == 0, done.stderr
     return world
 
 
-def run(world: World, comfyui: StandIn, *flags: str, **settings: object) -> subprocess.CompletedProcess:
+def run(world: DemoEnvironment, comfyui: StandIn, *flags: str, **settings: object) -> subprocess.CompletedProcess:
     environment = world.environment(comfyui.url, **{"PYTHON": sys.executable, **QUICK, **settings})
     return subprocess.run([RUN_SH, *flags], env=environment, capture_output=True, text=True, cwd="/")
 
@@ -202,11 +202,11 @@ def test_wrong_input_ends_with_its_exit_code_and_one_message(world, comfyui, tmp
 
 
 def test_shipped_workflow_mapping_and_prompts_are_understood_by_the_collector():
-    complaints: list[str] = []
+    problems: list[str] = []
     read = {name: json.loads((REPOSITORY / name).read_text(encoding="utf-8")) for name in SHIPPED}
-    workflow = understand(read["workflow_api.json"], read["config/workflow_config.json"], complaints)
-    entries = read_entries(read["prompts_example.json"], complaints)
-    assert complaints == []
+    workflow = understand(read["workflow_api.json"], read["config/workflow_config.json"], problems)
+    entries = read_entries(read["prompts_example.json"], problems)
+    assert problems == []
     assert len(workflow.kept_nodes) >= 40
     assert not workflow.per_batch
     assert len(entries) == 40

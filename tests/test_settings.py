@@ -85,7 +85,7 @@ def test_home_of_somebody_unknown_and_a_path_that_no_system_takes_are_refused(tm
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "problem"),
     [
         (f"[train.optimizer]\nlearning_rate = 1{400 * '0'}\n", "learning_rate .*must be a number"),
         ("a = " + 3000 * "[", "not valid TOML"),
@@ -96,8 +96,8 @@ def test_home_of_somebody_unknown_and_a_path_that_no_system_takes_are_refused(tm
         ('[caption]\ncaption_append = ["a", ""]\n', "caption_append .*must be a list of words"),
     ],
 )
-def test_values_that_nothing_could_hold_are_refused(tmp_path, text, complaint):
-    with pytest.raises(SettingsError, match=complaint):
+def test_values_that_nothing_could_hold_are_refused(tmp_path, text, problem):
+    with pytest.raises(SettingsError, match=problem):
         resolve(write(tmp_path, text), {}, [], SECTIONS)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from common.files import read_json_lines
 from common.settings import REPOSITORY
-from demo.world import World
+from demo.environment import DemoEnvironment
 
 FIRST_VERSION = REPOSITORY / "tests" / "data" / "first_version"
 """What the first version left of two prompts: the data set; a finished LoRA; a run stopped after 4 of its 12 steps."""
@@ -29,14 +29,14 @@ HALF = FINISHED | {"num_train_epochs": 12, "learning_rate": 0.001, "keep_last_st
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> World:
-    """The miniature world with the first version's files in the place of its own."""
-    built = World.build(tmp_path_factory.mktemp("upgrade"))
+def world(tmp_path_factory) -> DemoEnvironment:
+    """the demo environment with the first version's files in the place of its own."""
+    built = DemoEnvironment.build(tmp_path_factory.mktemp("upgrade"))
     shutil.copytree(FIRST_VERSION, built.folder, dirs_exist_ok=True)
     return built
 
 
-def run(world: World, stage: str, url: str = "http://127.0.0.1:1", **settings: object) -> str:
+def run(world: DemoEnvironment, stage: str, url: str = "http://127.0.0.1:1", **settings: object) -> str:
     """What the stage prints; it must succeed."""
     script = REPOSITORY / "scripts" / f"{stage}.py"
     ended = subprocess.run(

@@ -146,5 +146,5 @@ class _Complaints:
             self._add(node_id, "custom_validation_failed", "Custom validation failed for node", details, {"input_name": name})
 
     def _add(self, node_id: str, kind: str, message: str, details: str, extra: dict) -> None:
-        complaint = {"type": kind, "message": message, "details": details, "extra_info": extra}
-        self.errors.setdefault(node_id, []).append(complaint)
+        problem = {"type": kind, "message": message, "details": details, "extra_info": extra}
+        self.errors.setdefault(node_id, []).append(problem)

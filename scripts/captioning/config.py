@@ -32,7 +32,7 @@ class CaptionSettings:
     """Share of the images; 0 is off."""
     caption_overwrite: bool = setting(False)
 
-    def contradictions(self) -> Iterator[str]:
+    def validate(self) -> Iterator[str]:
         for pair in self.caption_replace_tags:
             if not re.fullmatch(r"\s*\S.*=\s*\S.*", pair):
                 yield f"caption_replace_tags: {pair!r} must be old=new"

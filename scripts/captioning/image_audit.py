@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common.background import prefetched
+from common.background import prefetch
 from common.dataset_layout import (
     CAPTION_SUFFIX,
     IMAGE_SUFFIXES,
@@ -31,7 +31,7 @@ from common.dataset_layout import (
     repeats_of,
     sniff_image_format,
 )
-from common.files import sha256_of, update_json
+from common.files import sha256_of, write_json_if_changed
 from common.images import BrokenImageError, open_rgb
 
 GREY_SIDE_PX = 512
@@ -161,11 +161,11 @@ def look_at_all(folder: DatasetFolder, images: Sequence[ImageFile], workers: int
     named = {image.path: name_in(folder.images, image.path) for image in images}
     new = [(path, name) for path, name in named.items() if not _is_current(remembered.get(name), path)]
     with tqdm(total=len(new), desc="looking at the images", unit="image", disable=None) as bar:
-        for entry in prefetched(lambda item: _looked_at(*item), new, workers):
+        for entry in prefetch(lambda item: _looked_at(*item), new, workers):
             remembered[entry.name] = entry
             bar.update()
     known = {path: remembered[name] for path, name in named.items()}
-    update_json(record, {"format": _FORMAT, "pictures": [dataclasses.asdict(entry) for entry in known.values()]})
+    write_json_if_changed(record, {"format": _FORMAT, "pictures": [dataclasses.asdict(entry) for entry in known.values()]})
     return known
 
 
@@ -303,7 +303,7 @@ def write(audit: Audit, folder: DatasetFolder) -> None:
         "captions_without_picture": list(audit.captions_without_image),
         "not_looked_at": audit.not_looked_at,
     }
-    update_json(folder.audit, content)
+    write_json_if_changed(folder.audit, content)
 
 
 def table(audit: Audit) -> str:

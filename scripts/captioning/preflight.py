@@ -8,7 +8,7 @@ from captioning.config import CaptionSettings
 from captioning.model_files import found_folder, size_on_hub
 from captioning.tag_cache import load_tagger
 from common.dataset_layout import IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images
-from common.errors import DataError, ResourceError, answer_all
+from common.errors import DataError, ResourceError, run_checks
 
 
 def check(folder: DatasetFolder, settings: CaptionSettings, models_dir: Path, *, is_ahead: bool) -> None:
@@ -19,7 +19,7 @@ def check(folder: DatasetFolder, settings: CaptionSettings, models_dir: Path, *,
         lambda: _writable(folder),
         lambda: _usable_model(settings, models_dir),
     ]
-    answer_all("captioning cannot run:", [_accessible(question) for question in questions])
+    run_checks("captioning cannot run:", [_accessible(question) for question in questions])
 
 
 def images_in(folder: DatasetFolder) -> list[ImageFile]:

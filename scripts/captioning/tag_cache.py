@@ -24,8 +24,8 @@ from captioning.journal import Tally
 from captioning.model_files import MODEL_FILE, TAGS_FILE, fetched_folder, found_folder
 from captioning.tag_selection import TagChoice, read_tags
 from captioning.wd14 import Tagger, effect_on_tags, first_batch, inferred
-from common.background import prefetched
-from common.files import sha256_of, update_json, whole_file
+from common.background import prefetch
+from common.files import atomic_write, sha256_of, write_json_if_changed
 from common.images import BrokenImageError
 
 _ABOUT = "model.json"
@@ -53,7 +53,7 @@ class TagStore:
 
     def put(self, sha256: str, probabilities: np.ndarray) -> None:
         """Keep the `probabilities` [tags] of an image."""
-        with whole_file(self._file(sha256)) as beside, beside.open("wb") as file:
+        with atomic_write(self._file(sha256)) as beside, beside.open("wb") as file:
             np.save(file, probabilities)
 
     def _file(self, sha256: str) -> Path:
@@ -74,9 +74,9 @@ def store_of_model(root: Path, name: str, model_folder: Path, bf16: bool) -> Tag
     if folder is None:
         digests = "\n".join([*map(sha256_of, files), str(bf16)])
         folder = root / hashlib.sha256(digests.encode()).hexdigest()[:16]
-        with whole_file(folder / TAGS_FILE) as beside:
+        with atomic_write(folder / TAGS_FILE) as beside:
             shutil.copyfile(files[1], beside)
-        update_json(folder / _ABOUT, about)
+        write_json_if_changed(folder / _ABOUT, about)
     return TagStore(folder)
 
 
@@ -150,7 +150,7 @@ def infer(images: dict[Path, KnownImage], tagger: Tagger, store: TagStore, tally
         return result
 
     with tqdm(total=len(images), desc="tagging", unit="image", disable=None) as bar:
-        for path, probabilities in prefetched(kept, inferred(list(images), tagger, workers), workers=1):
+        for path, probabilities in prefetch(kept, inferred(list(images), tagger, workers), workers=1):
             if isinstance(probabilities, BrokenImageError):
                 tally.fail(path, f"{probabilities}; replace or remove it")
             else:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from captioning.cpu_affinity import big_cores, kept_on
 from captioning.tag_selection import FETCH_AGAIN, TagChoice, read_tags
-from common.background import prefetched
+from common.background import prefetch
 from common.errors import ModelError, SettingsError
 from common.images import BrokenImageError, open_rgb
 
@@ -186,7 +186,7 @@ def inferred(paths: Sequence[Path], tagger: Tagger, workers: int) -> Iterator[tu
     Batches are full but for the last one: broken images leave no gaps. `workers` threads stay two batches ahead.
     """
     waiting: list[tuple[Path, np.ndarray]] = []
-    for path, prepared in prefetched(lambda path: _prepared(path, tagger.side_px), paths, workers, ahead=2 * tagger.batch_size):
+    for path, prepared in prefetch(lambda path: _prepared(path, tagger.side_px), paths, workers, ahead=2 * tagger.batch_size):
         if isinstance(prepared, BrokenImageError):
             yield path, prepared
             continue

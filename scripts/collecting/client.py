@@ -171,7 +171,7 @@ def _ids(items: Any) -> frozenset[str]:
 
 
 def complaints_of(node_errors: Any) -> list[str]:
-    """The `node_errors` of an answer, one line per complaint: node, class, input, what the server wanted."""
+    """The `node_errors` of an answer, one line per problem: node, class, input, what the server wanted."""
     lines = []
     for node_id, node in node_errors.items() if isinstance(node_errors, dict) else ():
         node = node if isinstance(node, dict) else {}

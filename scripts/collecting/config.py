@@ -35,7 +35,7 @@ class CollectSettings:
     """Seconds without a sign of work."""
     comfyui_free: bool = setting(True)
 
-    def contradictions(self) -> Iterator[str]:
+    def validate(self) -> Iterator[str]:
         endpoints = [each.strip() for each in self.comfyui_endpoint.split(",")]
         if not all(each.startswith(("http://", "https://")) for each in endpoints if each):
             yield f"comfyui_endpoint: {without_logins(self.comfyui_endpoint)!r} must begin with http:// or https://"

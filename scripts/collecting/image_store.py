@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from common.dataset_layout import DatasetFolder, find_images, sniff_image_format
-from common.files import append_json_line, read_json_lines, remove_leftovers, sha256_of, write_bytes
+from common.files import append_json_line, read_json_lines, remove_partial_files, sha256_of, write_bytes
 
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
@@ -33,7 +33,7 @@ class BadImage(Exception):
 
 @dataclass(frozen=True)
 class DownloadedImage:
-    """Bytes that were decoded without complaint."""
+    """Bytes that were decoded without problem."""
 
     content: bytes
     suffix: str
@@ -77,7 +77,7 @@ class ImageStore:
 
     def __init__(self, folder: DatasetFolder):
         self._folder = folder
-        remove_leftovers(folder.images)
+        remove_partial_files(folder.images)
         self._listed = {line["sha256"]: line for line in read_json_lines(folder.manifest) if _names_a_image(line)}
 
     def missing(self) -> int:

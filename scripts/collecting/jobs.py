@@ -34,19 +34,19 @@ class Entry:
     name: str | None = None
 
 
-def read_entries(content: Any, complaints: list[str]) -> list[Entry]:
-    """The entries, or [] after every complaint was added to `complaints`."""
+def read_entries(content: Any, problems: list[str]) -> list[Entry]:
+    """The entries, or [] after every problem was added to `problems`."""
     if not isinstance(content, list) or not content:
-        complaints.append('prompts: must be a list such as [{"prompt": "a photo of a woman", "seed": 1, "name": "first"}]')
+        problems.append('prompts: must be a list such as [{"prompt": "a photo of a woman", "seed": 1, "name": "first"}]')
         return []
-    before = len(complaints)
+    before = len(problems)
     names: dict[str, int] = {}
     for number, entry in enumerate(content, start=1):
-        complaints += [f"prompts: entry {number}: {complaint}" for complaint in _complaints(entry)]
+        problems += [f"prompts: entry {number}: {problem}" for problem in _complaints(entry)]
         name = entry.get("name") if isinstance(entry, dict) else None
         if isinstance(name, str) and names.setdefault(name, number) != number:
-            complaints.append(f"prompts: entry {number}: the name {name!r} is entry {names[name]}'s already")
-    return [] if len(complaints) > before else [Entry(**entry) for entry in content]
+            problems.append(f"prompts: entry {number}: the name {name!r} is entry {names[name]}'s already")
+    return [] if len(problems) > before else [Entry(**entry) for entry in content]
 
 
 def _complaints(entry: Any) -> Iterator[str]:
@@ -133,43 +133,43 @@ class Plan:
         return graph_hash(self.workflow.filled(face_name, entry.prompt if entry else None, seeds))
 
 
-def read_plan(settings: CollectSettings, complaints: list[str]) -> Plan | None:
-    """Read and check every file that the settings name; None after everything wrong was added to `complaints`."""
-    before = len(complaints)
-    _check_address(settings, complaints)
-    graph = _read_json("comfyui_workflow", settings.comfyui_workflow, complaints)
-    config = _read_json("workflow_config", settings.workflow_config, complaints)
-    face = _read_face(settings.face_reference, complaints)
-    workflow = understand(graph, config, complaints) if graph is not None and config is not None else None
-    entries = _entries(settings, workflow, complaints)
+def read_plan(settings: CollectSettings, problems: list[str]) -> Plan | None:
+    """Read and check every file that the settings name; None after everything wrong was added to `problems`."""
+    before = len(problems)
+    _check_address(settings, problems)
+    graph = _read_json("comfyui_workflow", settings.comfyui_workflow, problems)
+    config = _read_json("workflow_config", settings.workflow_config, problems)
+    face = _read_face(settings.face_reference, problems)
+    workflow = understand(graph, config, problems) if graph is not None and config is not None else None
+    entries = _entries(settings, workflow, problems)
     wants_seeds = settings.new_seeds or settings.global_seed is not None
     if workflow and wants_seeds and not workflow.seed_input and not literal_seeds(workflow.graph):
-        complaints.append("workflow: it has no seed that GLOBAL_SEED or NEW_SEEDS could set; unset them")
-    if workflow is None or len(complaints) > before:
+        problems.append("workflow: it has no seed that GLOBAL_SEED or NEW_SEEDS could set; unset them")
+    if workflow is None or len(problems) > before:
         return None
     face = face if workflow.face_input else None
     return Plan(workflow, tuple(entries), face, settings.global_seed, settings.new_seeds)
 
 
-def _check_address(settings: CollectSettings, complaints: list[str]) -> None:
+def _check_address(settings: CollectSettings, problems: list[str]) -> None:
     try:
         addresses(settings.comfyui_endpoint, settings.comfyui_headers)
     except SettingsError as error:
-        complaints.append(str(error))
+        problems.append(str(error))
     if settings.comfyui_ca_bundle is not None:
-        _read("comfyui_ca_bundle", settings.comfyui_ca_bundle, complaints)
+        _read("comfyui_ca_bundle", settings.comfyui_ca_bundle, problems)
 
 
-def _entries(settings: CollectSettings, workflow: Workflow | None, complaints: list[str]) -> list[Entry]:
+def _entries(settings: CollectSettings, workflow: Workflow | None, problems: list[str]) -> list[Entry]:
     if workflow is None or not workflow.per_batch:
         return []
-    content = _read_json("prompts_file", settings.prompts_file, complaints)
-    return [] if content is None else read_entries(content, complaints)
+    content = _read_json("prompts_file", settings.prompts_file, problems)
+    return [] if content is None else read_entries(content, problems)
 
 
-def _read_json(key: str, path: Path, complaints: list[str]) -> Any:
-    """The content of a JSON file, None after a complaint."""
-    content = _read(key, path, complaints)
+def _read_json(key: str, path: Path, problems: list[str]) -> Any:
+    """The content of a JSON file, None after a problem."""
+    content = _read(key, path, problems)
     if content is None:
         return None
     try:
@@ -177,35 +177,35 @@ def _read_json(key: str, path: Path, complaints: list[str]) -> Any:
         # NaN and halves of UTF-16 characters are read, but cannot be sent or written down.
         json.dumps(parsed, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        complaints.append(f"{key}: {path} is not valid JSON in UTF-8: {error}")
+        problems.append(f"{key}: {path} is not valid JSON in UTF-8: {error}")
         return None
     if parsed is None:
-        complaints.append(f"{key}: {path} holds nothing but null")
+        problems.append(f"{key}: {path} holds nothing but null")
     return parsed
 
 
-def _read_face(path: Path | None, complaints: list[str]) -> DownloadedImage | None:
+def _read_face(path: Path | None, problems: list[str]) -> DownloadedImage | None:
     """The face reference that is set, else the one in the repository if it is there."""
     if path is None and not DEFAULT_FACE.is_file():
         return None
     path = path or DEFAULT_FACE
-    content = _read("face_reference", path, complaints)
+    content = _read("face_reference", path, problems)
     if content is None:
         return None
     try:
         return verified(content)
     except BadImage as error:
-        complaints.append(f"face_reference: {path} cannot be used: {error}; save it as PNG or JPEG")
+        problems.append(f"face_reference: {path} cannot be used: {error}; save it as PNG or JPEG")
         return None
 
 
-def _read(key: str, path: Path, complaints: list[str]) -> bytes | None:
+def _read(key: str, path: Path, problems: list[str]) -> bytes | None:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        complaints.append(f"{key}: there is no file {path}; put it there, or set {key.upper()} to where it is")
+        problems.append(f"{key}: there is no file {path}; put it there, or set {key.upper()} to where it is")
     except OSError as error:
-        complaints.append(f"{key}: {path} cannot be read: {error.strerror}")
+        problems.append(f"{key}: {path} cannot be read: {error.strerror}")
     return None
 
 

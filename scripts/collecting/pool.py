@@ -14,7 +14,7 @@ from collecting.jobs import Job, Plan
 from collecting.journal import Progress
 from collecting.monitor import Live
 from collecting.worker import Board, Finished, GaveUp, Said, Station, forgotten
-from common.errors import ComfyUIError, one_list
+from common.errors import ComfyUIError, bullet_list
 
 LEAVING_S = 3.0
 """How long a stop waits for a request that is under way."""
@@ -87,7 +87,7 @@ class Fleet:
                     left -= 1
                     reasons.append(str(event.error))
                     if not left:
-                        raise event.error if len(reasons) == 1 else ComfyUIError(one_list("no ComfyUI is left:", reasons))
+                        raise event.error if len(reasons) == 1 else ComfyUIError(bullet_list("no ComfyUI is left:", reasons))
                     self.say(f"{event.error}. The other servers go on.")
                 case BaseException():
                     raise event
@@ -118,7 +118,7 @@ class Fleet:
             except ComfyUIError as error:
                 reasons.append(error)
         if not here:
-            raise reasons[0] if len(reasons) == 1 else ComfyUIError(one_list("no ComfyUI can be used:", list(map(str, reasons))))
+            raise reasons[0] if len(reasons) == 1 else ComfyUIError(bullet_list("no ComfyUI can be used:", list(map(str, reasons))))
         for error in reasons:
             self.say(f"{error}. The other servers go on without it.")
         return here

@@ -10,32 +10,32 @@ from collecting.graph import InputRef, described, is_link
 from collecting.http import Address, addresses
 from collecting.jobs import Plan, read_plan
 from common.dataset_layout import DatasetFolder
-from common.errors import ComfyUIError, SettingsError, one_list
+from common.errors import ComfyUIError, SettingsError, bullet_list
 
 
 def check(settings: CollectSettings, folder: DatasetFolder) -> None:
     """Verify files, mapping, prompts, face, folder, server and the workflow's node classes and model files; say what is there.
 
-    Raises SettingsError with all complaints at once, ComfyUIError when the server alone is at fault.
+    Raises SettingsError with all problems at once, ComfyUIError when the server alone is at fault.
     """
-    complaints: list[str] = []
-    plan = read_plan(settings, complaints)
+    problems: list[str] = []
+    plan = read_plan(settings, problems)
     if plan:
         kept, nodes = len(plan.workflow.kept_nodes), len(plan.workflow.graph)
         print(f"{settings.comfyui_workflow}: {nodes} nodes, images are kept of {kept} of them", flush=True)
-    check_folder(folder, complaints)
-    of_the_files = len(complaints)
+    check_folder(folder, problems)
+    of_the_files = len(problems)
     try:
         for address in addresses(settings.comfyui_endpoint, settings.comfyui_headers, settings.comfyui_ca_bundle):
-            _check_server(address, plan, complaints)
+            _check_server(address, plan, problems)
     except SettingsError:
-        assert complaints, "read_plan complains about such an address"
-    if complaints:
+        assert problems, "read_plan complains about such an address"
+    if problems:
         kind = SettingsError if of_the_files else ComfyUIError
-        raise kind(one_list("collecting cannot begin:", complaints))
+        raise kind(bullet_list("collecting cannot begin:", problems))
 
 
-def _check_server(address: Address, plan: Plan | None, complaints: list[str]) -> None:
+def _check_server(address: Address, plan: Plan | None, problems: list[str]) -> None:
     """Complain when there is no ComfyUI, or one that cannot run the workflow."""
     try:
         with ComfyUI(address, str(uuid.uuid4())) as server:
@@ -43,28 +43,26 @@ def _check_server(address: Address, plan: Plan | None, complaints: list[str]) ->
             unknown = _unknown_to_the_server(plan, server.object_info()) if plan else []
             if plan and not unknown:
                 print(f"ComfyUI {version} at {address.url} has every node and file that the workflow names", flush=True)
-            complaints += unknown
+            problems += unknown
     except ComfyUIError as error:
-        complaints.append(str(error))
+        problems.append(str(error))
 
 
-def check_folder(folder: DatasetFolder, complaints: list[str]) -> None:
+def check_folder(folder: DatasetFolder, problems: list[str]) -> None:
     """Complain when images could not be written; makes nothing."""
     nearest = next(place for place in (folder.images, *folder.images.parents) if place.exists())
     if not nearest.is_dir():
-        complaints.append(f"dataset_dir: {nearest} is in the way: it is no folder; move it, or set DATASET_DIR to another place")
+        problems.append(f"dataset_dir: {nearest} is in the way: it is no folder; move it, or set DATASET_DIR to another place")
     elif not os.access(nearest, os.W_OK | os.X_OK):
-        complaints.append(f"dataset_dir: {nearest} cannot be written to; make it writable for this user, or set DATASET_DIR")
+        problems.append(f"dataset_dir: {nearest} cannot be written to; make it writable for this user, or set DATASET_DIR")
 
 
 def _unknown_to_the_server(plan: Plan, known: dict[str, Any]) -> list[str]:
     """Node classes that are not installed, and choices (such as model files and images) that the server does not offer."""
-    complaints = []
+    problems = []
     graph = plan.workflow.graph
     missing = sorted({node["class_type"] for node in graph.values()} - known.keys())
-    complaints += [
-        f"ComfyUI has no node class {name}: install the custom nodes it comes from, or update ComfyUI" for name in missing
-    ]
+    problems += [f"ComfyUI has no node class {name}: install the custom nodes it comes from, or update ComfyUI" for name in missing]
     for node_id, node in graph.items():
         if node["class_type"] not in known:
             continue
@@ -76,8 +74,8 @@ def _unknown_to_the_server(plan: Plan, known: dict[str, Any]) -> list[str]:
             if are_images and _lies_in_a_folder(value):  # ComfyUI finds it there, but lists only what lies at the top
                 continue
             remedy = "give a face: face_reference.png, or FACE_REFERENCE" if is_face else "put the file there, or choose another"
-            complaints.append(f"node {described(graph, node_id)}: ComfyUI offers no {name} {value!r}: {remedy}")
-    return complaints
+            problems.append(f"node {described(graph, node_id)}: ComfyUI offers no {name} {value!r}: {remedy}")
+    return problems
 
 
 def _choices(node_class: dict[str, Any], name: str) -> tuple[list | None, bool]:

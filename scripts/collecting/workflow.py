@@ -46,8 +46,8 @@ class Workflow:
         return graph
 
 
-def understand(graph: Any, config: Any, complaints: list[str]) -> Workflow | None:
-    """The workflow with its mapping, or None after everything that is wrong was added to `complaints`.
+def understand(graph: Any, config: Any, problems: list[str]) -> Workflow | None:
+    """The workflow with its mapping, or None after everything that is wrong was added to `problems`.
 
     Both `positive_prompt_node` and `seed_node` mean per-batch mode, neither means full-workflow mode. The face goes
     into the input `image` of `image_loader_node`, the seed into the literal `seed` or `noise_seed` of `seed_node`, the
@@ -56,23 +56,23 @@ def understand(graph: Any, config: Any, complaints: list[str]) -> Workflow | Non
     `output_node`, or of every node that saves images; `output_prefix` leaves of these the ones whose
     `filename_prefix` begins with it.
     """
-    before = len(complaints)
-    ids = _node_ids(config, complaints)
-    if not _is_graph(graph, complaints):
+    before = len(problems)
+    ids = _node_ids(config, problems)
+    if not _is_graph(graph, problems):
         return None
-    mapping = _Mapping(graph, ids, complaints)
+    mapping = _Mapping(graph, ids, problems)
     workflow = Workflow(graph, mapping.face_input(), mapping.text_inputs(), mapping.seed_input(), mapping.kept_nodes())
-    complaints += _dangling_links(graph, workflow.kept_nodes)
-    return workflow if len(complaints) == before else None
+    problems += _dangling_links(graph, workflow.kept_nodes)
+    return workflow if len(problems) == before else None
 
 
-def _node_ids(config: Any, complaints: list[str]) -> dict[str, str]:
+def _node_ids(config: Any, problems: list[str]) -> dict[str, str]:
     """The keys of workflow_config.json that are set."""
     if not isinstance(config, dict):
-        complaints.append(f'workflow_config: must be an object such as {{"{CONFIG_KEYS[0]}": "16"}}')
+        problems.append(f'workflow_config: must be an object such as {{"{CONFIG_KEYS[0]}": "16"}}')
         return {}
     unknown = [key for key in config if key not in CONFIG_KEYS]
-    complaints += [f"workflow_config: unknown key {key!r}; known: {', '.join(CONFIG_KEYS)}" for key in unknown]
+    problems += [f"workflow_config: unknown key {key!r}; known: {', '.join(CONFIG_KEYS)}" for key in unknown]
     ids = {}
     for key in CONFIG_KEYS:
         value = config.get(key)
@@ -81,26 +81,26 @@ def _node_ids(config: Any, complaints: list[str]) -> dict[str, str]:
         if isinstance(value, str) and value:
             ids[key] = value
         elif value not in (None, ""):
-            complaints.append(f"workflow_config: {key} must be text, not {json.dumps(value)}")
+            problems.append(f"workflow_config: {key} must be text, not {json.dumps(value)}")
     pair = ("positive_prompt_node", "seed_node")
     missing = [key for key in pair if key not in ids]
     if len(missing) == 1 and config.get(missing[0]) in (None, ""):
         both = "set both to submit once per prompt, or neither to submit the workflow once"
-        complaints.append(f"workflow_config: {missing[0]} is missing beside {' or '.join(set(pair) - set(missing))}; {both}")
+        problems.append(f"workflow_config: {missing[0]} is missing beside {' or '.join(set(pair) - set(missing))}; {both}")
     return ids
 
 
-def _is_graph(graph: Any, complaints: list[str]) -> bool:
+def _is_graph(graph: Any, problems: list[str]) -> bool:
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
-        complaints.append(f"workflow: the file holds the format of the web page, which cannot be submitted; {API_FORMAT}")
+        problems.append(f"workflow: the file holds the format of the web page, which cannot be submitted; {API_FORMAT}")
         return False
     if not isinstance(graph, dict) or not graph:
-        complaints.append(f"workflow: the file holds no workflow; {API_FORMAT}")
+        problems.append(f"workflow: the file holds no workflow; {API_FORMAT}")
         return False
     strange = [node_id for node_id, node in graph.items() if not _is_node(node)]
     if strange:
         shown = ", ".join(strange[:MOST_NODES_SHOWN]) + (" ..." if len(strange) > MOST_NODES_SHOWN else "")
-        complaints.append(f"workflow: without class_type and inputs these are no nodes: {shown}; {API_FORMAT}")
+        problems.append(f"workflow: without class_type and inputs these are no nodes: {shown}; {API_FORMAT}")
     return not strange
 
 
@@ -127,10 +127,10 @@ def _dangling_links(graph: Graph, kept: Iterable[str]) -> Iterator[str]:
 
 
 class _Mapping:
-    """The places in a graph that the keys of workflow_config.json name; what does not fit becomes a complaint."""
+    """The places in a graph that the keys of workflow_config.json name; what does not fit becomes a problem."""
 
-    def __init__(self, graph: Graph, ids: dict[str, str], complaints: list[str]):
-        self._graph, self._ids, self._complaints = graph, ids, complaints
+    def __init__(self, graph: Graph, ids: dict[str, str], problems: list[str]):
+        self._graph, self._ids, self._complaints = graph, ids, problems
 
     def face_input(self) -> InputRef | None:
         inputs = self._inputs_of("image_loader_node", ("image",))

@@ -9,7 +9,7 @@ from typing import TypeVar
 Item, Made = TypeVar("Item"), TypeVar("Made")
 
 
-def prefetched(make: Callable[[Item], Made], items: Iterable[Item], workers: int, ahead: int = 0) -> Iterator[Made]:
+def prefetch(make: Callable[[Item], Made], items: Iterable[Item], workers: int, ahead: int = 0) -> Iterator[Made]:
     """`map(make, items)` with `workers` threads, `ahead` items or 2 x `workers` ahead, whichever is more; 0 workers: no threads.
 
     An exception of `make` is raised where its item's turn comes.

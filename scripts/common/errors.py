@@ -11,7 +11,7 @@ Interruption
 |-- MemoryShort           75   stopped by the memory guard; the state is saved
 `-- Stopped          130/143   stopped by a signal; the state is saved
 
-Rooms raise these; each script's main runs under `exit_code_of`, which catches them once and prints one line.
+Rooms raise these; each script's main runs under `run_main`, which catches them once and prints one line.
 An exception that is not in the tree is a bug: it ends with its traceback and exit code 70.
 """
 
@@ -102,21 +102,21 @@ class Stopped(Interruption):
         self.exit_code = 128 + signum
 
 
-def one_list(title: str, complaints: Sequence[str]) -> str:
-    """`title` and every complaint below it, so that a user mends all of them in one go."""
-    return "\n".join([title, *(f"  - {complaint}" for complaint in complaints)])
+def bullet_list(title: str, problems: Sequence[str]) -> str:
+    """`title` and every problem below it, so that a user mends all of them in one go."""
+    return "\n".join([title, *(f"  - {problem}" for problem in problems)])
 
 
-def answer_all(title: str, questions: Sequence[Callable[[], str]]) -> None:
+def run_checks(title: str, questions: Sequence[Callable[[], str]]) -> None:
     """`--check`: print the answer of every question; what the others raise becomes one list with the first one's exit code."""
-    complaints: list[LoracatError] = []
+    problems: list[LoracatError] = []
     for question in questions:
         try:
             print(question(), flush=True)
-        except LoracatError as complaint:
-            complaints.append(complaint)
-    if complaints:
-        raise type(complaints[0])(one_list(title, [str(complaint) for complaint in complaints]))
+        except LoracatError as problem:
+            problems.append(problem)
+    if problems:
+        raise type(problems[0])(bullet_list(title, [str(problem) for problem in problems]))
 
 
 def reason_for(signum: int) -> Interruption:
@@ -160,13 +160,13 @@ class StopRequest:
         _on_first_signal(note)
 
 
-def exit_code_of(stage: str, main: Callable[[], None]) -> int:
+def run_main(stage: str, main: Callable[[], None]) -> int:
     """Run `main` and return the stage's exit code; a failure becomes one message on standard error."""
     try:
         main()
         return EXIT_DONE
     except (Exception, KeyboardInterrupt, Interruption) as error:
-        known = _in_our_words(error)
+        known = as_loracat_error(error)
         if known is None:
             traceback.print_exc()
             print(f"{stage}: this is a bug in LoRACat; please report it with the lines above", file=sys.stderr)
@@ -175,7 +175,7 @@ def exit_code_of(stage: str, main: Callable[[], None]) -> int:
         return known.exit_code
 
 
-def _in_our_words(error: BaseException) -> LoracatError | Interruption | None:
+def as_loracat_error(error: BaseException) -> LoracatError | Interruption | None:
     """The failure as a class of our tree, or None for a bug."""
     if isinstance(error, (LoracatError, Interruption)):
         return error

@@ -26,7 +26,7 @@ os.umask(_UMASK)
 
 
 @contextlib.contextmanager
-def refusals_of(path: Path) -> Iterator[None]:
+def naming_oserror(path: Path) -> Iterator[None]:
     """Within it, an OSError that names no file, as that of a write to a full disk does not, names `path`."""
     try:
         yield
@@ -36,7 +36,7 @@ def refusals_of(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well, that file is flushed and takes the name `path`.
 
     When the block raises, the temporary file is removed and `path` is as it was.
@@ -46,7 +46,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     os.close(handle)
     beside = Path(name)
     try:
-        with refusals_of(path):
+        with naming_oserror(path):
             os.chmod(beside, 0o666 & ~_UMASK)
             yield beside
             _flush(beside)
@@ -56,7 +56,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Remove what killed runs were writing into `folder`; a file that is younger than a minute may be somebody's work."""
     for beside in folder.glob(".*.part"):
         if beside.stat().st_mtime < time.time() - 60:
@@ -65,7 +65,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path`: whole, or not at all."""
-    with whole_file(path) as beside:
+    with atomic_write(path) as beside:
         beside.write_bytes(content)
 
 
@@ -79,7 +79,7 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, _as_json(content))
 
 
-def update_json(path: Path, content: object) -> None:
+def write_json_if_changed(path: Path, content: object) -> None:
     """The same, but a file that says so already is left alone: a stage that is done changes nothing."""
     if not (path.is_file() and path.read_bytes() == _as_json(content).encode("utf-8")):
         write_json(path, content)
@@ -99,7 +99,7 @@ def append_json_line(path: Path, record: dict) -> None:
     """Append `record` as one line, flushed to the disk; half a line that a killed run left is closed first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
-    with refusals_of(path), path.open("ab+") as file:
+    with naming_oserror(path), path.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":

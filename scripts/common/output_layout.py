@@ -93,7 +93,7 @@ class Results:
         if ends:
             self._to_archive(ends)
 
-    def make_room(self) -> None:
+    def archive_previous_outputs(self) -> None:
         """Before a new run: files of an earlier run of the same name go to `archive/`, and the two files that have no name
         of their own are named after the LoRA they belong to."""
         epochs = re.compile(re.escape(self.name) + r"-\d{6}\.safetensors")

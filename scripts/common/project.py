@@ -16,7 +16,7 @@ class ProjectSettings:
     output_dir: Path = setting(Path("output"))
     models_dir: Path = setting(Path("models"))
 
-    def contradictions(self) -> Iterator[str]:
+    def validate(self) -> Iterator[str]:
         word = self.trigger_word
         if not word or "," in word or word != " ".join(word.split()) or not word.isprintable():
             yield f"trigger_word: {word!r} must be one tag: not empty, without commas, control characters or stray spaces"

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import tomli_w
 
-from common.errors import SettingsError, one_list
+from common.errors import SettingsError, bullet_list
 
 _IS_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 """Bytes of a variable that are not UTF-8 arrive as surrogates."""
@@ -196,12 +196,12 @@ def read_request(
     argv: list[str],
     sections: dict[str, type],
     flags: typing.Mapping[str, str] | None = None,
-    contradictions: Contradictions = lambda _: (),
+    validate: Contradictions = lambda _: (),
 ) -> Request:
     """Parse the flags and fill `sections` (table name -> section class). `flags` are the stage's own: name -> help.
-    `contradictions` says what is wrong with the filled sections together.
+    `validate` says what is wrong with the filled sections together.
 
-    Raises SettingsError with every complaint at once. `--help` and `--settings` print and end the program.
+    Raises SettingsError with every problem at once. `--help` and `--settings` print and end the program.
     """
     parser = argparse.ArgumentParser(prog=f"{stage}.py", description=description)
     parser.add_argument(
@@ -218,7 +218,7 @@ def read_request(
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.error = _refuse_flags
     given = parser.parse_args(argv)
-    request = resolve(given.config, os.environ, given.set, sections, contradictions, check=given.check)
+    request = resolve(given.config, os.environ, given.set, sections, validate, check=given.check)
     if given.settings:
         print(request.described())
         raise SystemExit(0)
@@ -234,28 +234,28 @@ def resolve(
     environment: typing.Mapping[str, str],
     flags: list[str],
     sections: dict[str, type],
-    contradictions: Contradictions = lambda _: (),
+    validate: Contradictions = lambda _: (),
     *,
     check: str | None = None,
 ) -> Request:
     """Fill `sections` from the TOML `file`, then `environment`, then `flags` (`KEY=VALUE`).
 
-    Raises SettingsError with every complaint at once: unknown keys, wrong types, values out of range, contradictions.
+    Raises SettingsError with every problem at once: unknown keys, wrong types, values out of range, validate.
     """
-    complaints: list[str] = []
+    problems: list[str] = []
     tables = _read_toml(file)
-    complaints += [f"[{name}]: unknown table in {file.name}; known: {', '.join(TABLES)}" for name in tables if name not in TABLES]
-    from_flags = _split_flags(flags, complaints)
+    problems += [f"[{name}]: unknown table in {file.name}; known: {', '.join(TABLES)}" for name in tables if name not in TABLES]
+    from_flags = _split_flags(flags, problems)
     sources: dict[str, str] = {}
     filled = {
-        name: _fill(section, name, tables.get(name, {}), file, environment, from_flags, sources, complaints)
+        name: _fill(section, name, tables.get(name, {}), file, environment, from_flags, sources, problems)
         for name, section in sections.items()
     }
-    complaints += [f"--set {key}: unknown key" for key in from_flags]
+    problems += [f"--set {key}: unknown key" for key in from_flags]
     if None not in filled.values():
-        complaints += contradictions(filled)
-    if complaints:
-        raise SettingsError(one_list("these settings cannot be used:", complaints))
+        problems += validate(filled)
+    if problems:
+        raise SettingsError(bullet_list("these settings cannot be used:", problems))
     return Request(check=check is not None, is_ahead=check == "ahead", sections=filled, sources=sources)
 
 
@@ -285,49 +285,49 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise SettingsError(f"{file}: cannot be read as a settings file: {error.strerror}") from None
 
 
-def _split_flags(flags: list[str], complaints: list[str]) -> dict[str, str]:
+def _split_flags(flags: list[str], problems: list[str]) -> dict[str, str]:
     split = {}
     for flag in flags:
         key, equals, value = flag.partition("=")
         if equals:
             split[key.strip().lower()] = value
         else:
-            complaints.append(f"--set {flag}: must be KEY=VALUE")
+            problems.append(f"--set {flag}: must be KEY=VALUE")
     return split
 
 
-def _fill(section, table, given, file, environment, flags, sources, complaints) -> Any:
-    """One section from its TOML table and the two sources above it; what is wrong is added to `complaints`."""
+def _fill(section, table, given, file, environment, flags, sources, problems) -> Any:
+    """One section from its TOML table and the two sources above it; what is wrong is added to `problems`."""
     if not isinstance(given, dict):
-        complaints.append(f"{table}: must be a table, [{table}]")
+        problems.append(f"{table}: must be a table, [{table}]")
         given = {}
-    before = len(complaints)
+    before = len(problems)
     hints = typing.get_type_hints(section)
     values = {}
     for key in dataclasses.fields(section):
         hint = hints[key.name]
         if dataclasses.is_dataclass(hint):
             inner = given.get(key.name, {})
-            values[key.name] = _fill(hint, f"{table}.{key.name}", inner, file, environment, flags, sources, complaints)
+            values[key.name] = _fill(hint, f"{table}.{key.name}", inner, file, environment, flags, sources, problems)
             continue
         raw, source = _pick(key, given, file, environment, flags)
         if source == "--set" and key.metadata["secret"]:
-            complaints.append(f"{key.name}: a secret stands in no command; set {key.name.upper()}")
+            problems.append(f"{key.name}: a secret stands in no command; set {key.name.upper()}")
             continue
         sources[key.name] = source
         try:
             values[key.name] = checked(_value(raw, hint, source), key)
         except ValueError as error:
             shown = "" if key.metadata["secret"] else f" {raw!r}"
-            complaints.append(f"{key.name} ({source}):{shown} {error}")
+            problems.append(f"{key.name} ({source}):{shown} {error}")
     secret = {key.name: key.metadata.get("secret", False) for key in dataclasses.fields(section)}
-    complaints += [f"[{table}] {name}: unknown key in {file.name}" for name in given if name not in secret]
-    complaints += [f"{name}: a secret stands in no file; set {name.upper()}" for name in given if secret.get(name)]
-    if len(complaints) > before:
+    problems += [f"[{table}] {name}: unknown key in {file.name}" for name in given if name not in secret]
+    problems += [f"{name}: a secret stands in no file; set {name.upper()}" for name in given if secret.get(name)]
+    if len(problems) > before:
         return None
     made = section(**values)
-    if hasattr(section, "contradictions"):
-        complaints += made.contradictions()
+    if hasattr(section, "validate"):
+        problems += made.validate()
     return made
 
 

@@ -43,7 +43,7 @@ class DataSettings:
     skip_flagged: bool = setting(False)
     """Leave out the images that the caption stage's audit flagged."""
 
-    def contradictions(self) -> Iterator[str]:
+    def validate(self) -> Iterator[str]:
         if self.resolution % self.bucket_step or self.bucket_step % 8:
             yield "resolution must be a multiple of bucket_step, and bucket_step of 8"
         if self.bucket_max_side < self.resolution:
@@ -116,7 +116,7 @@ class ProcessSettings:
     main_process_port: int = setting(0, at_least=0, at_most=65535)
     """0: any free port, which only one machine can do."""
 
-    def contradictions(self) -> Iterator[str]:
+    def validate(self) -> Iterator[str]:
         if self.machine_rank >= self.num_machines:
             yield "machine_rank must be below num_machines"
         if self.num_machines > 1 and (self.main_process_port == 0 or self.main_process_ip == "127.0.0.1"):
@@ -147,7 +147,7 @@ class SavingSettings:
     fresh: bool = setting(False)
     """Begin anew and lay the saved state aside."""
 
-    def contradictions(self) -> Iterator[str]:
+    def validate(self) -> Iterator[str]:
         name = self.output_name
         if any(mark in name for mark in '/\\:*?"<>|\0') or name.startswith(".") or name != name.strip() or not name.isprintable():
             yield f"output_name: {name!r} must be a plain file name, without folders"

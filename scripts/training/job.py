@@ -14,24 +14,24 @@ from common.settings import resolved_toml
 from training.config import TrainSettings
 from training.data.cache import Cache
 from training.data.dataset import Inputs, read_images
-from training.memory_budget import Room, fitted, room_for, what_fits, with_batch
+from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, suggest_settings
 from training.models.base_model import base_digest, cache_folder, tokenizers_digest, tokenizers_of
 from training.models.sdxl import BaseModel
-from training.models.weights import remove_all_leftovers
+from training.models.weights import remove_all_partial_files
 from training.plan import GLOBAL_BATCH, Plan, circumstances, fingerprint, fingerprint_hash, make_plan
 from training.state import checkpoint
 from training.state.checkpoint import Identity, Saved
-from training.state.resume import continued, kept_warmup, shared_by
+from training.state.resume import find_resume_point, match_global_batch, warmup_to_keep
 from training.system.device import Precision, available_bytes, choose_precision, describe, limit_gpu_memory, make_deterministic
 from training.system.memory_guard import comfyui_hint
-from training.system.process_group import Processes
+from training.system.process_group import ProcessGroup
 
 
 @dataclass(frozen=True)
 class Task:
     """What was asked for, and what was found and decided before anything heavy is loaded."""
 
-    processes: Processes
+    processes: ProcessGroup
     project: ProjectSettings
     settings: TrainSettings
     """With every "auto" decided."""
@@ -45,15 +45,15 @@ class Task:
     """The state from which the run goes on."""
     is_finished: bool
     """The LoRA of exactly this run is there already."""
-    room: Room
+    room: MemoryBudget
 
 
 def decide_together(
-    processes: Processes, project: ProjectSettings, settings: TrainSettings, inputs: Callable[[], Inputs], comfyui: str
+    processes: ProcessGroup, project: ProjectSettings, settings: TrainSettings, inputs: Callable[[], Inputs], comfyui: str
 ) -> Task:
     """What the first process decides, in every process; raises DataError on another machine that has other images."""
-    run = processes.from_first(lambda: decide(processes, project, settings, inputs(), comfyui))
-    if processes.is_first:
+    run = processes.broadcast_object(lambda: decide(processes, project, settings, inputs(), comfyui))
+    if processes.is_main_process:
         return run
     if processes.place.local_index == 0:
         wanted = sorted(example.sha256 for example in run.plan.all_examples)
@@ -63,7 +63,7 @@ def decide_together(
     return replace(run, processes=processes, precision=precision)
 
 
-def decide(processes: Processes, project: ProjectSettings, settings: TrainSettings, inputs: Inputs, comfyui: str) -> Task:
+def decide(processes: ProcessGroup, project: ProjectSettings, settings: TrainSettings, inputs: Inputs, comfyui: str) -> Task:
     """Replace every "auto" by what it means here, and say what the run will do."""
     base, examples = inputs.base, inputs.examples
     results = Results(project.output_dir, settings.saving.output_name or project.trigger_word)
@@ -71,14 +71,14 @@ def decide(processes: Processes, project: ProjectSettings, settings: TrainSettin
     count = processes.place.count
     was_finished = saved is not None and results.is_finished(fingerprint_hash(saved.identity.fingerprint))
     precision = choose_precision(settings.model.mixed_precision, processes.gpu)
-    room = room_for(base, examples, settings, precision, processes.place.local_count)
+    room = measure_budget(base, examples, settings, precision, processes.place.local_count)
     samples = saved.identity.fingerprint[GLOBAL_BATCH] // count if saved else None
-    settings = with_batch(settings, room, max(1, len(examples) // count), samples)
-    settings = replace(settings, run=shared_by(settings.run, count, None if was_finished else saved))
+    settings = resolve_batch_size(settings, room, max(1, len(examples) // count), samples)
+    settings = replace(settings, run=match_global_batch(settings.run, count, None if was_finished else saved))
     schedule = base.schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
     plan = make_plan(examples, settings, schedule, count)
     settings = resolved(settings, plan, precision, results.name)
-    settings = fitted(settings, room, lambda: comfyui_hint(comfyui))
+    settings = fit_to_memory(settings, room, lambda: comfyui_hint(comfyui))
     switch = "on" if settings.model.gradient_checkpointing else "off"
     print(f"training on {describe(precision)}, gradient checkpointing {switch}", flush=True)
     cache = Cache(cache_folder(project.output_dir))
@@ -87,7 +87,7 @@ def decide(processes: Processes, project: ProjectSettings, settings: TrainSettin
     print(plan.announcement(), flush=True)
     values = fingerprint(plan, settings, project.trigger_word, digests)
     if saved:
-        plan = replace(plan, warmup_steps=kept_warmup(saved, values))
+        plan = replace(plan, warmup_steps=warmup_to_keep(saved, values))
         values = fingerprint(plan, settings, project.trigger_word, digests)
     identity = Identity(values, circumstances(settings, count), plan.common_steps)
     is_finished = not settings.saving.fresh and results.is_finished(fingerprint_hash(values))
@@ -100,7 +100,7 @@ def continuing(results: Results, saved: Saved, identity: Identity, was_finished:
     """The state from which the run goes on; None if it is a new one. Raises SettingsError if an unfinished run lies there
     that began differently."""
     try:
-        saved = continued(results.state, saved, identity)
+        saved = find_resume_point(results.state, saved, identity)
     except SettingsError:
         if was_finished:
             return None
@@ -125,26 +125,26 @@ def resolved(settings: TrainSettings, plan: Plan, precision: Precision, name: st
     return replace(settings, model=model, objective=objective, validation=validation, saving=saving)
 
 
-def tidy(task: Task) -> None:
+def remove_partial_outputs(task: Task) -> None:
     """Remove what runs have left that were killed while they wrote; nobody else writes there."""
-    if task.processes.is_first:
+    if task.processes.is_main_process:
         for folder in (task.results.folder, task.results.state, task.cache.folder / "latents", task.cache.folder / "text"):
-            remove_all_leftovers(folder)
+            remove_all_partial_files(folder)
         if task.is_finished:
             checkpoint.keep_one(task.results.state, task.plan.common_steps)
 
 
-def make_room(task: Task) -> None:
+def archive_previous_outputs(task: Task) -> None:
     """Lay aside what earlier runs left, unless this one continues, and write down the settings in force."""
     if task.saved is None:
         earlier = checkpoint.newest(task.results.state)
         if earlier and task.results.is_finished(fingerprint_hash(earlier.identity.fingerprint)):
             checkpoint.remove(task.results.state)
-        checkpoint.lay_aside(task.results.state)
-        task.results.make_room()
+        checkpoint.archive_state(task.results.state)
+        task.results.archive_previous_outputs()
     else:
         task.results.archive_lora()
-    tidy(task)
+    remove_partial_outputs(task)
     write_text(task.results.resolved, resolved_toml({"project": task.project, "train": task.settings}))
 
 
@@ -157,14 +157,14 @@ def prepare_device(task: Task) -> None:
 
 
 @contextlib.contextmanager
-def memory_in_our_words(task: Task) -> Iterator[None]:
+def translate_cuda_oom(task: Task) -> Iterator[None]:
     """CUDA's out-of-memory as a ResourceError that says what to set."""
     try:
         yield
     except torch.OutOfMemoryError:
         device = task.precision.device
         ours = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
-        remedy = what_fits(task.settings, task.room, available_bytes(device) + ours)
+        remedy = suggest_settings(task.settings, task.room, available_bytes(device) + ours)
         raise ResourceError(
             f"the GPU's memory is full at batch size {task.settings.run.train_batch_size}: {remedy}, and run again"
         ) from None

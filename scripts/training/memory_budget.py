@@ -16,7 +16,7 @@ from training.system.device import (
     available_bytes,
     shares_memory,
 )
-from training.system.memory_guard import KERNEL, Floors, floors, largest_other_process
+from training.system.memory_guard import KERNEL, Thresholds, floors, largest_other_process
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ ENOUGH_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
-class Room:
+class MemoryBudget:
     """The memory that a run has, and what it needs of it."""
 
     size: StepMemory
@@ -80,7 +80,7 @@ class Room:
     """Pixels of an image of the largest bucket."""
     available: int
     """Bytes for this process."""
-    floors: Floors | None
+    floors: Thresholds | None
     """Of the memory; None: nobody guards it."""
 
     @property
@@ -96,16 +96,18 @@ class Room:
         return self.size.needed(batch * self.image_px, checkpointing=checkpointing)
 
 
-def room_for(base: BaseModel, examples: list[Example], settings: TrainSettings, precision: Precision, processes: int) -> Room:
+def measure_budget(
+    base: BaseModel, examples: list[Example], settings: TrainSettings, precision: Precision, processes: int
+) -> MemoryBudget:
     """The memory of this machine as it is now, for each of so many `processes` on it."""
     shared = shares_memory(precision.device)
     limits = floors(settings.run.memory_floor_gib, KERNEL.read().total, shared)
     size = step_memory(base.parts["unet"], settings.lora.lora_rank, precision)
     available = available_bytes(precision.device) // (processes if shared else 1)
-    return Room(size, largest_image_px(placed(examples, settings.data)), available, limits)
+    return MemoryBudget(size, largest_image_px(placed(examples, settings.data)), available, limits)
 
 
-def fitted(settings: TrainSettings, room: Room, hint: Callable[[], str]) -> TrainSettings:
+def fit_to_memory(settings: TrainSettings, room: MemoryBudget, hint: Callable[[], str]) -> TrainSettings:
     """The settings with gradient checkpointing decided and, where memory is guarded, with a batch that fits; accumulation
     makes up for it.
 
@@ -131,7 +133,7 @@ def fitted(settings: TrainSettings, room: Room, hint: Callable[[], str]) -> Trai
     return replace(settings, run=run, model=replace(settings.model, gradient_checkpointing=checkpointing))
 
 
-def with_batch(settings: TrainSettings, room: Room, most: int, samples: int | None = None) -> TrainSettings:
+def resolve_batch_size(settings: TrainSettings, room: MemoryBudget, most: int, samples: int | None = None) -> TrainSettings:
     """The settings with `train_batch_size = "auto"` decided: the largest batch, of at most `most` images, that leaves the
     reserve; with gradient checkpointing where fewer than 4 fit without it.
 
@@ -155,7 +157,7 @@ def with_batch(settings: TrainSettings, room: Room, most: int, samples: int | No
     return replace(settings, run=replace(settings.run, train_batch_size=batch, gradient_accumulation_steps=accumulation))
 
 
-def what_fits(settings: TrainSettings, room: Room, available: int) -> str:
+def suggest_settings(settings: TrainSettings, room: MemoryBudget, available: int) -> str:
     """What to set after the memory was full although `available` bytes could be had, so that the run goes on from its state."""
     batch, samples = settings.run.train_batch_size, samples_per_step(settings)
 

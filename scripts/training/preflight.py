@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from common.dataset_layout import DatasetFolder, find_images
-from common.errors import ResourceError, answer_all
+from common.errors import ResourceError, run_checks
 from common.output_layout import require_room
 from common.project import ProjectSettings
 from training.config import TrainSettings
 from training.data.dataset import read_images
-from training.memory_budget import Room, room_for, with_batch
+from training.memory_budget import MemoryBudget, measure_budget, resolve_batch_size
 from training.models.base_model import find_base, find_tokenizers, require_tokenizers_on_hub
 from training.models.loading import load_tokenizers, require_fitting
 from training.models.sdxl import BaseModel
@@ -58,14 +58,14 @@ def check(project: ProjectSettings, settings: TrainSettings, *, is_ahead: bool) 
             return f"{len(examples)} images with captions in {project.dataset_dir}"
         schedule = found[0].schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
         precision = choose_precision(settings.model.mixed_precision)
-        room = room_for(found[0], examples, settings, precision, processes=1)
-        with_number = with_batch(settings, room, len(examples))
+        room = measure_budget(found[0], examples, settings, precision, processes=1)
+        with_number = resolve_batch_size(settings, room, len(examples))
         lines = [make_plan(examples, with_number, schedule).announcement()]
         if precision.device.type == "cuda":
             lines.append(memory_needed(with_number.run.train_batch_size, room))
         return "\n".join(lines)
 
-    answer_all("training cannot run:", [processor, memory, lambda: require_room(project.output_dir), base_model, run])
+    run_checks("training cannot run:", [processor, memory, lambda: require_room(project.output_dir), base_model, run])
 
 
 def images_to_come(project: ProjectSettings) -> str:
@@ -77,7 +77,7 @@ def images_to_come(project: ProjectSettings) -> str:
     return f"{len(images)} images so far, {without} without a caption: what a run takes is known when they are there"
 
 
-def memory_needed(batch: int, room: Room) -> str:
+def memory_needed(batch: int, room: MemoryBudget) -> str:
     """What a step takes of a GPU's memory, in one line."""
     kept, recomputed = (f"{room.needed(batch, checkpointing=switch) / GIB:.0f} GiB" for switch in (False, True))
     return f"A step of batch size {batch} takes about {kept} if it keeps its activations, {recomputed} with gradient checkpointing."

@@ -14,13 +14,13 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from common.background import coming, prefetched
+from common.background import coming, prefetch
 from common.errors import Interruption, StopRequest, reason_for
-from common.files import whole_file
+from common.files import atomic_write
 from common.output_layout import Results
 from training.data.batches import BatchReader
 from training.data.cache import EncodedData, Encoding, encode_data
-from training.engine.fast.unet import checkpoint_everything, fast_ops, load_libraries, quicken
+from training.engine.fast.unet import checkpoint_everything, fast_ops, install_fast_forwards, load_libraries
 from training.engine.step import Objective, TrainStep
 from training.job import Task, prepare_device
 from training.loop import Progress, Run, run_steps, smoothed
@@ -29,13 +29,13 @@ from training.method.diffusion import alphas_cumprod
 from training.method.export import Description, write_lora
 from training.method.optimizers import AdamW, learning_rate_at
 from training.models.loading import UNet2DConditionModel, load_unet
-from training.monitor.metrics import Everybody, Tracker, open_metrics
+from training.monitor.metrics import Tracker, TrackerGroup, open_metrics
 from training.monitor.validation import Validator
 from training.plan import fingerprint_hash
 from training.state import checkpoint
 from training.state.checkpoint import StateWriter
-from training.system.memory_guard import Watch
-from training.system.worker_process import Aside
+from training.system.memory_guard import MemoryGuard
+from training.system.worker_process import WorkerProcess
 
 AdaptedUnet = tuple[UNet2DConditionModel, LoraWeights]
 
@@ -47,11 +47,11 @@ def has_room(task: Task) -> bool:
     return task.precision.device.type != "cpu" and not checkpointing and is_roomy
 
 
-def encode(task: Task, aside: Aside | None = None) -> EncodedData:
+def encode(task: Task, aside: WorkerProcess | None = None) -> EncodedData:
     """Everything that does not change during training, computed once: in the process `aside` if there is memory for the UNet
     beside it, so that neither waits for the other's interpreter."""
     if aside and has_room(task):
-        return aside.last_call(_encode_aside, task)
+        return aside.call_and_close(_encode_aside, task)
     if aside:
         aside.end()
     device, dtype = task.precision.device, task.precision.dtype
@@ -85,13 +85,13 @@ def adapted_unet(task: Task) -> AdaptedUnet:
     settings = task.settings
     unet = load_unet(task.base, task.precision.device, task.precision.dtype)
     lora = inject(unet, settings.lora, settings.run.train_seed)
-    quicken(unet, lora.stacks, fast_ops(task.precision.device))
+    install_fast_forwards(unet, lora.stacks, fast_ops(task.precision.device))
     if settings.model.gradient_checkpointing:
         checkpoint_everything(unet)
     return unet, lora
 
 
-def train(task: Task, encoded: EncodedData, adapted: AdaptedUnet, guard: Watch | None) -> int:
+def train(task: Task, encoded: EncodedData, adapted: AdaptedUnet, guard: MemoryGuard | None) -> int:
     """Take every step that is left, and write the LoRA. Returns how many modules it has."""
     settings, precision, processes = task.settings, task.precision, task.processes
     unet, lora = adapted
@@ -99,12 +99,12 @@ def train(task: Task, encoded: EncodedData, adapted: AdaptedUnet, guard: Watch |
     take_step = TrainStep(
         unet, lora, optimizer, objective_of(task), precision, settings.optimizer.max_grad_norm, processes.all_reduce
     )
-    if task.saved and processes.is_first:
+    if task.saved and processes.is_main_process:
         checkpoint.restore(task.saved, lora.weights, optimizer, take_step.scaler)
     if task.saved:
-        checkpoint.share(task.saved, processes.copy_from_first, lora.weights, optimizer, take_step.scaler)
+        checkpoint.share(task.saved, processes.broadcast, lora.weights, optimizer, take_step.scaler)
     run, reader = run_of(task), reader_of(task, encoded)
-    batches = prefetched(reader, run.todo, settings.data.dataloader_num_workers)
+    batches = prefetch(reader, run.todo, settings.data.dataloader_num_workers)
     stop = StopRequest()
     print(f"{len(lora.modules)} modules of rank {settings.lora.lora_rank}; {len(run.todo)} steps to go", flush=True)
     with recorded(task, lora, take_step, run) as (metrics, saver):
@@ -119,16 +119,16 @@ def train(task: Task, encoded: EncodedData, adapted: AdaptedUnet, guard: Watch |
             return reason_for(signum) if signum else None
 
         progress = run_steps(run, take_step.begin, batches, reader.names, validator, saver, metrics, stop_asked)
-        if processes.is_first:
+        if processes.is_main_process:
             write_results(task, lora.modules, progress)  # while the last state is still on its way to the disk
     return len(lora.modules)
 
 
 @contextlib.contextmanager
-def recorded(task: Task, lora: LoraWeights, take_step: TrainStep, run: Run) -> Iterator[tuple[Tracker, "Saver | Onlooker"]]:
+def recorded(task: Task, lora: LoraWeights, take_step: TrainStep, run: Run) -> Iterator[tuple[Tracker, "Saver | NullSaver"]]:
     """Who is told about the steps, and who writes: nobody but in the first process."""
-    if not task.processes.is_first:
-        yield Everybody([]), Onlooker()
+    if not task.processes.is_main_process:
+        yield TrackerGroup([]), NullSaver()
         return
     results, settings = task.results, task.settings
     with (
@@ -226,7 +226,7 @@ def write_best(results: Results, modules: list[LoraModule], progress: Progress, 
     if best.epochs == last.epochs:
         write_lora(results.best, modules, last)
     else:
-        with whole_file(results.best) as beside:
+        with atomic_write(results.best) as beside:
             shutil.copyfile(results.lora_after(best.epochs), beside)
     print(f"the lowest held-out loss (smoothed {best.loss:.4f}) is that after {best.epochs} epochs: {results.best}")
 
@@ -257,7 +257,7 @@ class Saver:
         write_lora(self.task.results.lora_after(epochs), self.trained.modules, description_of(self.task, epochs))
 
 
-class Onlooker:
+class NullSaver:
     """Saver of the processes that do not write."""
 
     def state(self, progress: Progress) -> None:

@@ -14,7 +14,7 @@ import skimage.data
 from PIL import Image
 
 import caption_images
-from common.errors import exit_code_of
+from common.errors import run_main
 from common.settings import REPOSITORY
 from demo import tiny_tagger
 
@@ -78,7 +78,7 @@ class Stage:
         environment = mock.patch.dict(os.environ, self._environment(variables), clear=True)
         try:
             with environment, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-                code = exit_code_of(caption_images.STAGE, lambda: caption_images.main(list(flags)))
+                code = run_main(caption_images.STAGE, lambda: caption_images.main(list(flags)))
         finally:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)

@@ -8,7 +8,7 @@ import pytest
 from comfyui_workspace import Result, Workspace, png
 
 import collect_images
-from common.errors import exit_code_of
+from common.errors import run_main
 from demo.standin_comfyui.server import StandIn
 
 
@@ -45,7 +45,7 @@ def collect(space: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         for name, value in {**space.environment, **variables}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["collect_images.py", *flags])
-        code = exit_code_of("collect_images", collect_images.main)
+        code = run_main("collect_images", collect_images.main)
         captured = capsys.readouterr()
         return Result(code, captured.out, captured.err)
 

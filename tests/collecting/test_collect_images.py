@@ -691,9 +691,9 @@ def test_default_workflow_and_mapping_and_example_prompts_fit(space, standin, co
     assert understood.face_input == InputRef("16", "image")
     assert len(understood.kept_nodes) >= 40
     assert all(len(seeds_behind(graph, node)) == 2 and text_behind(graph, node) for node in understood.kept_nodes)
-    complaints = []
-    assert len(read_entries(json.loads((REPOSITORY / "prompts_example.json").read_text(encoding="utf-8")), complaints)) == 40
-    assert complaints == []
+    problems = []
+    assert len(read_entries(json.loads((REPOSITORY / "prompts_example.json").read_text(encoding="utf-8")), problems)) == 40
+    assert problems == []
 
 
 def test_progress_bar_is_only_for_terminals(batch, collect, monkeypatch):

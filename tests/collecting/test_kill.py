@@ -57,7 +57,7 @@ def wait_for(condition) -> None:
 
 
 def ends_with(space, images) -> None:
-    """Run to the end, without a complaint; exactly these images are there then."""
+    """Run to the end, without a problem; exactly these images are there then."""
     process = space.start()
     out, err = process.communicate(timeout=LONGEST_WAIT_S)
     assert (process.returncode, err) == (0, ""), out

@@ -11,9 +11,9 @@ from collecting.workflow import understand
 
 
 def refusals(graph, config) -> str:
-    complaints = []
-    assert understand(graph, config, complaints) is None
-    return "\n".join(complaints)
+    problems = []
+    assert understand(graph, config, problems) is None
+    return "\n".join(problems)
 
 
 @pytest.fixture
@@ -197,9 +197,9 @@ def test_node_id_may_be_a_number_and_null_means_not_set(batch):
 )
 def test_which_nodes_save_images(batch, class_type, saves):
     batch["9"]["class_type"] = class_type
-    complaints = []
-    understand(batch, {"output_node": "9"}, complaints)
-    assert (complaints == []) is saves
+    problems = []
+    understand(batch, {"output_node": "9"}, problems)
+    assert (problems == []) is saves
 
 
 def test_workflow_that_saves_nothing_is_refused(batch, mapping):
@@ -237,10 +237,10 @@ def test_hash_is_of_what_is_computed_not_of_titles(batch):
 
 
 def test_entries_are_read():
-    complaints = []
-    entries = read_entries([{"prompt": "a", "seed": MAX_SEED, "name": "one"}, {"prompt": "b"}], complaints)
+    problems = []
+    entries = read_entries([{"prompt": "a", "seed": MAX_SEED, "name": "one"}, {"prompt": "b"}], problems)
     assert entries == [Entry("a", MAX_SEED, "one"), Entry("b", None, None)]
-    assert complaints == []
+    assert problems == []
 
 
 def test_everything_wrong_with_the_entries_is_said_at_once():
@@ -254,9 +254,9 @@ def test_everything_wrong_with_the_entries_is_said_at_once():
         {"prompt": "a", "seed": True, "name": ""},
         {"prompt": 5, "seed": 1.0},
     ]
-    complaints = []
-    assert read_entries(content, complaints) == []
-    message = "\n".join(complaints)
+    problems = []
+    assert read_entries(content, problems) == []
+    message = "\n".join(problems)
     for words in (
         "entry 1: must be an object",
         "entry 2: has no prompt",
@@ -276,6 +276,6 @@ def test_everything_wrong_with_the_entries_is_said_at_once():
 
 @pytest.mark.parametrize("content", [[], {}, {"prompt": "a"}, "a", 3])
 def test_what_is_no_list_of_entries_is_refused(content):
-    complaints = []
-    assert read_entries(content, complaints) == []
-    assert "must be a list" in complaints[0]
+    problems = []
+    assert read_entries(content, problems) == []
+    assert "must be a list" in problems[0]

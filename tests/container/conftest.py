@@ -15,7 +15,7 @@ from demo.standin_comfyui.server import StandIn
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory) -> Path:
-    """What every clone is a copy of: the files of the repository, with the miniature world's files in the users' places."""
+    """What every clone is a copy of: the files of the repository, with the demo environment's files in the users' places."""
     folder = tmp_path_factory.mktemp("template")
     names = ("Dockerfile", ".dockerignore", "docker-compose.yml", "requirements.txt", "workflow_api.json", "prompts_example.json")
     for name in names:
@@ -30,10 +30,10 @@ def template(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def miniature(tmp_path_factory):
-    """The miniature world."""
-    from demo.world import World  # diffusers takes seconds to import, which the other tests need not wait for
+    """the demo environment."""
+    from demo.environment import DemoEnvironment  # diffusers takes seconds to import, which the other tests need not wait for
 
-    return World.build(tmp_path_factory.mktemp("world"))
+    return DemoEnvironment.build(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="session")

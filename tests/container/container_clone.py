@@ -1,4 +1,4 @@
-"""A clone of the repository in a folder of its own, with the miniature world in it, run through Compose as a user would.
+"""A clone of the repository in a folder of its own, with the demo environment in it, run through Compose as a user would.
 
 Needs a Docker engine, Compose (1.29 or 2), the package index, and BASE_IMAGE in the environment. `make container-test` is how it
 is started. Started by root, it can also give files to other users.

@@ -1,4 +1,4 @@
-"""`docker compose run loracat` on the miniature world: flags, overrides, who owns the files, and what a doctor says."""
+"""`docker compose run loracat` on the demo environment: flags, overrides, who owns the files, and what a doctor says."""
 
 import os
 

@@ -18,9 +18,9 @@ import skimage.data
 from PIL import Image
 
 import train_lora
-from common.errors import exit_code_of
+from common.errors import run_main
 from common.settings import REPOSITORY
-from demo.world import setting_names
+from demo.environment import setting_names
 
 PHOTOGRAPHS = Path(skimage.data.__file__).parent
 
@@ -113,7 +113,7 @@ class Stage:
         environment = mock.patch.dict(os.environ, self._environment(variables), clear=True)
         try:
             with environment, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-                code = exit_code_of(train_lora.STAGE, lambda: train_lora.main(list(flags)))
+                code = run_main(train_lora.STAGE, lambda: train_lora.main(list(flags)))
         finally:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)

@@ -11,7 +11,7 @@ import sys
 import torch
 
 import train_lora
-from common.errors import exit_code_of
+from common.errors import run_main
 from training import trainer as carry_out  # noqa: F401 - what main would import
 
 torch.set_num_threads(1)
@@ -23,7 +23,7 @@ def run(variables: dict[str, str], log: str) -> int:
     for stream in (1, 2):
         os.dup2(output, stream)
     os.environ.update(variables)
-    return exit_code_of(train_lora.STAGE, lambda: train_lora.main([]))
+    return run_main(train_lora.STAGE, lambda: train_lora.main([]))
 
 
 for line in sys.stdin:

@@ -11,14 +11,14 @@ import pytest
 
 from common.errors import DataError, ResourceError
 from common.settings import REPOSITORY
-from training.system.worker_process import working_aside
+from training.system.worker_process import worker_process
 
 WAITS = """
 import os, signal, time
-from training.system.worker_process import working_aside
+from training.system.worker_process import worker_process
 
 if __name__ == "__main__":
-    with working_aside(wanted=True) as aside:
+    with worker_process(wanted=True) as aside:
         print(aside.call(signal.pthread_sigmask, signal.SIG_BLOCK, ()) >= {signal.SIGINT, signal.SIGTERM})
         print(aside.call(os.getpid), flush=True)
         time.sleep(60)
@@ -27,13 +27,13 @@ ENCODES_ASIDE = """
 import sys
 from pathlib import Path
 import train_lora
-from common.errors import exit_code_of
+from common.errors import run_main
 
 if __name__ == "__main__":
     from training import trainer as carry_out
     train_lora.NVIDIA = Path("/")  # as on a machine with a GPU
     carry_out.has_room = lambda task: True
-    sys.exit(exit_code_of("train_lora", lambda: train_lora.main([])))
+    sys.exit(run_main("train_lora", lambda: train_lora.main([])))
 """
 
 
@@ -66,7 +66,7 @@ def exit_in_the_middle() -> None:
 
 @pytest.fixture
 def aside():
-    with working_aside(wanted=True) as aside:
+    with worker_process(wanted=True) as aside:
         yield aside
 
 
@@ -107,12 +107,12 @@ def test_its_death_is_one_line(aside, how, said):
 
 
 def test_it_is_not_started_where_it_is_not_wanted():
-    with working_aside(wanted=False) as aside:
+    with worker_process(wanted=False) as aside:
         assert aside is None
 
 
 def test_it_is_deaf_to_signals_and_gone_after_the_block():
-    with working_aside(wanted=True) as aside:
+    with worker_process(wanted=True) as aside:
         pid = aside.call(os.getpid)
         os.kill(pid, signal.SIGINT)
         os.kill(pid, signal.SIGTERM)

@@ -103,11 +103,11 @@ def test_damaged_state_is_named_and_the_one_before_it_counts(two_states, capsys,
     saved = checkpoint.newest(folder)
     assert saved.progress.next_step == 1
     assert capsys.readouterr().out == f"the saved state {record} is damaged and passed over\n"
-    continued = Training(seed=1).restored(saved)
-    assert continued.numbers() == numbers[1]
-    continued.taken = 1
-    continued.step()
-    checkpoint.write(folder, continued.snapshot(), IDENTITY, keep=2)
+    resumed = Training(seed=1).restored(saved)
+    assert resumed.numbers() == numbers[1]
+    resumed.taken = 1
+    resumed.step()
+    checkpoint.write(folder, resumed.snapshot(), IDENTITY, keep=2)
     assert checkpoint.newest(folder).progress.next_step == 2
     assert sorted(path.name for path in folder.glob("*.json")) == ["step-000000001.json", "step-000000002.json"]
 
@@ -129,11 +129,11 @@ def test_half_of_a_first_save_is_not_laid_aside(tmp_path, training, capsys):
     folder = tmp_path / "state"
     folder.mkdir()
     (folder / ".tmpabc").write_bytes(b"half")
-    checkpoint.lay_aside(folder)
+    checkpoint.archive_state(folder)
     assert list(tmp_path.iterdir()) == []
     training.step()
     checkpoint.write(folder, training.snapshot(), IDENTITY, keep=2)
-    checkpoint.lay_aside(folder)
+    checkpoint.archive_state(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["state-old-1"]
     assert "laid aside in" in capsys.readouterr().out
 

@@ -12,7 +12,7 @@ from training.loop import Progress
 from training.plan import WARMUP_STEPS, circumstances
 from training.state import checkpoint
 from training.state.checkpoint import Identity, Snapshot
-from training.state.resume import continued, kept_warmup
+from training.state.resume import find_resume_point, warmup_to_keep
 
 BEGAN = {
     "lr_scheduler": "constant",
@@ -37,13 +37,13 @@ def now(common_steps: int = 95, workers: int = 4, **fingerprint: object) -> Iden
 
 def test_the_same_run_goes_on_without_a_word(tmp_path, capsys):
     before = saved(tmp_path)
-    assert continued(tmp_path, before, now()) == before
+    assert find_resume_point(tmp_path, before, now()) == before
     assert capsys.readouterr().out == ""
 
 
 def test_workers_and_more_epochs_are_taken_with_a_line(tmp_path, capsys):
     before = saved(tmp_path)
-    assert continued(tmp_path, before, now(common_steps=190, workers=2, num_train_epochs=20)) == before
+    assert find_resume_point(tmp_path, before, now(common_steps=190, workers=2, num_train_epochs=20)) == before
     said = capsys.readouterr().out
     assert "changed and taken: num_train_epochs: 10 then, 20 now" in said
     assert "changed and taken: dataloader_num_workers: 4 then, 2 now" in said
@@ -62,7 +62,7 @@ def test_what_changes_the_result_is_refused_with_both_ways_on(tmp_path, changes,
     before = saved(tmp_path)
     common = changes.pop("common", 95)
     with pytest.raises(SettingsError) as refused:
-        continued(tmp_path, before, now(common, **changes))
+        find_resume_point(tmp_path, before, now(common, **changes))
     for word in [*words, "set it back", "FRESH=1", "stopped at step 60"]:
         assert word in str(refused.value)
 
@@ -70,20 +70,20 @@ def test_what_changes_the_result_is_refused_with_both_ways_on(tmp_path, changes,
 def test_a_falling_rate_cannot_be_lengthened(tmp_path):
     before = saved(tmp_path, lr_scheduler="cosine")
     with pytest.raises(SettingsError, match="num_train_epochs: 10 then, 20 now"):
-        continued(tmp_path, before, now(common_steps=190, lr_scheduler="cosine", num_train_epochs=20))
+        find_resume_point(tmp_path, before, now(common_steps=190, lr_scheduler="cosine", num_train_epochs=20))
 
 
 def test_a_longer_run_goes_on_from_before_the_short_batches_that_ended_the_shorter_one(tmp_path):
     saved(tmp_path, step=95)
     before = saved(tmp_path, step=97)
-    assert continued(tmp_path, before, now(common_steps=190, num_train_epochs=20)).progress.next_step == 95
+    assert find_resume_point(tmp_path, before, now(common_steps=190, num_train_epochs=20)).progress.next_step == 95
 
 
 def test_a_longer_run_keeps_its_warm_up_and_one_that_falls_does_not(tmp_path):
-    assert kept_warmup(saved(tmp_path), {**BEGAN, "num_train_epochs": 20, WARMUP_STEPS: 10}) == 5
-    assert kept_warmup(saved(tmp_path), {**BEGAN, "lr_warmup": 0.1, WARMUP_STEPS: 10}) == 10
+    assert warmup_to_keep(saved(tmp_path), {**BEGAN, "num_train_epochs": 20, WARMUP_STEPS: 10}) == 5
+    assert warmup_to_keep(saved(tmp_path), {**BEGAN, "lr_warmup": 0.1, WARMUP_STEPS: 10}) == 10
     falling = saved(tmp_path, lr_scheduler="cosine")
-    assert kept_warmup(falling, {**BEGAN, "lr_scheduler": "cosine", WARMUP_STEPS: 10}) == 10
+    assert warmup_to_keep(falling, {**BEGAN, "lr_scheduler": "cosine", WARMUP_STEPS: 10}) == 10
 
 
 def test_a_longer_run_begins_with_the_full_batches_of_a_shorter_one():

@@ -110,8 +110,8 @@ def test_everything_wrong_is_one_list(stage):
     title, *lines = str(refused.value).splitlines()
     assert title == f"{stage.images}: {bad} of the 11 images cannot be trained on:"
     assert len(lines) == len(COMPLAINTS)
-    for complaint in COMPLAINTS:
-        assert any(line.startswith(f"  - {complaint}") for line in lines), complaint
+    for problem in COMPLAINTS:
+        assert any(line.startswith(f"  - {problem}") for line in lines), problem
 
 
 def test_the_stage_ends_with_that_list_and_writes_nothing(stage):
@@ -119,7 +119,7 @@ def test_the_stage_ends_with_that_list_and_writes_nothing(stage):
     ended = stage.run()
     assert ended.returncode == 3
     assert ended.stderr.startswith(f"train_lora: {stage.images}: 9 of the 11 images cannot be trained on:\n")
-    assert all(complaint in ended.stderr for complaint in COMPLAINTS)
+    assert all(problem in ended.stderr for problem in COMPLAINTS)
     assert set(stage.files()) <= {"state/.lock"}
 
 

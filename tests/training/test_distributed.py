@@ -18,7 +18,7 @@ from training.config import ProcessSettings, RunSettings
 from training.loop import Progress
 from training.plan import GLOBAL_BATCH
 from training.state.checkpoint import Identity, Saved
-from training.state.resume import shared_by
+from training.state.resume import match_global_batch
 from training.system import launcher as distributed
 
 RUN_SH = REPOSITORY / "scripts" / "run.sh"
@@ -108,22 +108,22 @@ def saved(folder, global_batch: int, processes: int) -> Saved:
 
 def test_another_number_of_processes_takes_the_same_steps_or_is_told_what_fits(tmp_path):
     run = RunSettings(train_batch_size=4, gradient_accumulation_steps=3)
-    assert shared_by(run, 2, None) == run
-    assert shared_by(run, 2, saved(tmp_path, 16, 2)) == run
-    assert shared_by(run, 2, saved(tmp_path, 16, 1)).gradient_accumulation_steps == 2
-    assert shared_by(run, 1, saved(tmp_path, 16, 4)).gradient_accumulation_steps == 4
+    assert match_global_batch(run, 2, None) == run
+    assert match_global_batch(run, 2, saved(tmp_path, 16, 2)) == run
+    assert match_global_batch(run, 2, saved(tmp_path, 16, 1)).gradient_accumulation_steps == 2
+    assert match_global_batch(run, 1, saved(tmp_path, 16, 4)).gradient_accumulation_steps == 4
     with pytest.raises(SettingsError, match="set TRAIN_BATCH_SIZE to 1 or 2"):
-        shared_by(run, 8, saved(tmp_path, 16, 1))
+        match_global_batch(run, 8, saved(tmp_path, 16, 1))
     with pytest.raises(SettingsError, match="set NUM_PROCESSES to a divisor"):
-        shared_by(run, 3, saved(tmp_path, 16, 1))
+        match_global_batch(run, 3, saved(tmp_path, 16, 1))
 
 
 def test_place_is_what_any_launcher_says(monkeypatch):
-    assert distributed.place() == distributed.Place()
+    assert distributed.place() == distributed.RankInfo()
     for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": 1234}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert distributed.place() == distributed.Place(3, 4, 1, 2, "10.0.0.1", 1234)
+    assert distributed.place() == distributed.RankInfo(3, 4, 1, 2, "10.0.0.1", 1234)
     assert not distributed.wants_launcher(ProcessSettings(num_processes=2))
 
 

@@ -148,7 +148,7 @@ def test_a_module_that_comfyui_would_ignore_fails_the_run(tmp_path, name):
 
 
 def test_a_layer_that_comfyui_does_not_know_fails_the_whole_stage(stage, monkeypatch):
-    """From main to exit code: no LoRA, one complaint for each module."""
+    """From main to exit code: no LoRA, one problem for each module."""
     known = export.comfyui_modules() - {"lora_unet_middle_block_1_proj_in"}
     monkeypatch.setattr(export, "comfyui_modules", lambda: known)
     stage.add("astronaut")

@@ -11,7 +11,7 @@ import torch
 from demo import tiny_sdxl
 from training.config import LoraSettings
 from training.engine.fast import torch_ops as plain_ops
-from training.engine.fast.unet import checkpoint_everything, quicken
+from training.engine.fast.unet import checkpoint_everything, install_fast_forwards
 from training.method.adapters import LoraWeights, inject
 from training.models.base_model import find_base
 from training.models.loading import load_unet
@@ -83,7 +83,7 @@ def reference(unet, request) -> tuple[str, torch.Tensor, dict[str, torch.Tensor]
 def test_answer_and_every_gradient_are_those_of_diffusers_and_peft(unet, reference, recomputes):
     targets, answer, wanted = reference
     fast, lora = adapted(unet, targets)
-    quicken(fast, lora.stacks, plain_ops)
+    install_fast_forwards(fast, lora.stacks, plain_ops)
     if recomputes:
         checkpoint_everything(fast)
     torch.testing.assert_close(answered(fast), answer, rtol=1e-6, atol=1e-6)
@@ -95,7 +95,7 @@ def test_answer_and_every_gradient_are_those_of_diffusers_and_peft(unet, referen
 
 def test_gradients_are_added_to_what_is_there(unet):
     fast, lora = adapted(unet)
-    quicken(fast, lora.stacks, plain_ops)
+    install_fast_forwards(fast, lora.stacks, plain_ops)
     for times in (1, 2):
         fast(**inputs(), return_dict=False)[0].square().mean().backward()
         if times == 1:
@@ -105,7 +105,7 @@ def test_gradients_are_added_to_what_is_there(unet):
 
 def test_layers_in_a_stack_lie_in_memory_once(unet):
     fast, lora = adapted(unet)
-    quicken(fast, lora.stacks, plain_ops)
+    install_fast_forwards(fast, lora.stacks, plain_ops)
     for names, stack in lora.stacks.values():
         base = fast.get_submodule(names[0]).base_layer.weight
         assert base.untyped_storage().data_ptr() == stack.weight.untyped_storage().data_ptr()

@@ -16,7 +16,7 @@ from demo import tiny_sdxl
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
 from training.engine.fast import torch_ops as plain_ops
-from training.engine.fast.unet import checkpoint_everything, fast_ops, quicken
+from training.engine.fast.unet import checkpoint_everything, fast_ops, install_fast_forwards
 from training.engine.step import Objective, TrainStep
 from training.method import diffusion as objective
 from training.method.adapters import ADAPTER, LoraWeights, inject
@@ -73,7 +73,7 @@ def trained(
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and learned changes of 50 steps of ours."""
     unet, lora = fresh(base, torch.bfloat16)
-    quicken(unet, lora.stacks, fast_ops(torch.device("cuda")))
+    install_fast_forwards(unet, lora.stacks, fast_ops(torch.device("cuda")))
     if recomputes:
         checkpoint_everything(unet)
     optimizer = AdamW(lora.weights, OptimizerSettings())
@@ -172,7 +172,7 @@ def test_accumulated_steps_are_those_of_the_whole_batch(base):
 def test_shapes_may_come_in_any_order(base):
     """Graphs of several buckets share one memory pool."""
     unet, lora = fresh(base, torch.bfloat16)
-    quicken(unet, lora.stacks, fast_ops(torch.device("cuda")))
+    install_fast_forwards(unet, lora.stacks, fast_ops(torch.device("cuda")))
     optimizer = AdamW(lora.weights, OptimizerSettings())
     precision = Precision(torch.device("cuda"), torch.bfloat16)
     captured = TrainStep(unet, lora, optimizer, goal(), precision, 1.0)
@@ -180,14 +180,14 @@ def test_shapes_may_come_in_any_order(base):
     order = [0, 0, 1, 1, 2, 2, 0, 2, 1, 0, 1, 2, 2, 0, 1]
     losses = [captured([batch_of(i, 4, *shapes[shape])], RATE).loss for i, shape in enumerate(order)]
     unet, lora = fresh(base, torch.bfloat16)
-    quicken(unet, lora.stacks, fast_ops(torch.device("cuda")))
+    install_fast_forwards(unet, lora.stacks, fast_ops(torch.device("cuda")))
     eager = TrainStep(unet, lora, AdamW(lora.weights, OptimizerSettings()), goal(), precision, 1.0, captures=False)
     assert losses == [eager([batch_of(i, 4, *shapes[shape])], RATE).loss for i, shape in enumerate(order)]
 
 
 def test_broken_step_changes_nothing_in_a_graph(base):
     unet, lora = fresh(base, torch.bfloat16)
-    quicken(unet, lora.stacks, fast_ops(torch.device("cuda")))
+    install_fast_forwards(unet, lora.stacks, fast_ops(torch.device("cuda")))
     step = TrainStep(
         unet, lora, AdamW(lora.weights, OptimizerSettings()), goal(), Precision(torch.device("cuda"), torch.bfloat16), 1.0
     )

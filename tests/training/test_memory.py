@@ -12,21 +12,21 @@ import pytest
 
 from common.errors import ResourceError
 from training.config import TrainSettings
-from training.memory_budget import Room, StepMemory, fitted, fitting_batch, what_fits, with_batch
+from training.memory_budget import MemoryBudget, StepMemory, fit_to_memory, fitting_batch, resolve_batch_size, suggest_settings
 from training.plan import circumstances
 from training.system.memory_guard import (
     GIB,
     KERNEL,
-    Floors,
     Memory,
     MemoryFiles,
-    Watch,
+    MemoryGuard,
+    Thresholds,
     comfyui_hint,
     floors,
     largest_other_process,
 )
 
-SPARK = Floors(8 * GIB, 128 * GIB)
+SPARK = Thresholds(8 * GIB, 128 * GIB)
 MEMINFO = """MemTotal:       {total} kB
 MemFree:          1234 kB
 MemAvailable:   {available} kB
@@ -77,11 +77,11 @@ def test_floors_of_a_spark_are_16_12_and_8_gib():
     assert (limits.reserve, limits.warn, limits.stop, limits.emergency) == (16 * GIB, 12 * GIB, 8 * GIB, 2 * GIB)
     assert floors("auto", 128 * GIB, is_shared=False) is None
     assert floors(0.0, 128 * GIB, is_shared=True) is None
-    assert floors(3.0, 128 * GIB, is_shared=False) == Floors(3 * GIB, 128 * GIB)
+    assert floors(3.0, 128 * GIB, is_shared=False) == Thresholds(3 * GIB, 128 * GIB)
 
 
 def test_caches_first_then_the_end_after_two_looks(kernel, asked, capsys):
-    watch = Watch(SPARK, kernel.says(13))
+    watch = MemoryGuard(SPARK, kernel.says(13))
     watch.look()
     assert (watch.wants_empty_caches, asked) == (False, [])
     kernel.says(11)
@@ -102,7 +102,7 @@ def test_caches_first_then_the_end_after_two_looks(kernel, asked, capsys):
 
 
 def test_pressure_ends_the_run_although_memory_seems_free(kernel, asked):
-    watch = Watch(SPARK, kernel.says(50, full="10.01"))
+    watch = MemoryGuard(SPARK, kernel.says(50, full="10.01"))
     watch.look()
     watch.look()
     assert len(asked) == 1
@@ -111,7 +111,7 @@ def test_pressure_ends_the_run_although_memory_seems_free(kernel, asked):
 def test_no_time_is_lost_when_nearly_nothing_is_left(kernel, monkeypatch, asked):
     codes = []
     monkeypatch.setattr("training.system.memory_guard.os._exit", codes.append)
-    Watch(SPARK, kernel.says(1.9)).look()
+    MemoryGuard(SPARK, kernel.says(1.9)).look()
     assert codes == [75]
 
 
@@ -128,12 +128,12 @@ def with_run(batch: int, accumulation: int = 1, checkpointing="auto") -> TrainSe
     return replace(plain, run=run, model=replace(plain.model, gradient_checkpointing=checkpointing))
 
 
-def room_of(available_gib: int) -> Room:
-    return Room(SIZE, MEGAPIXELS, available_gib * GIB, SPARK)
+def room_of(available_gib: int) -> MemoryBudget:
+    return MemoryBudget(SIZE, MEGAPIXELS, available_gib * GIB, SPARK)
 
 
 def decided(settings: TrainSettings, available_gib: int) -> tuple[int, int, bool]:
-    settings = fitted(settings, room_of(available_gib), lambda: "; hint")
+    settings = fit_to_memory(settings, room_of(available_gib), lambda: "; hint")
     return settings.run.train_batch_size, settings.run.gradient_accumulation_steps, settings.model.gradient_checkpointing
 
 
@@ -170,23 +170,23 @@ def test_what_does_not_fit_at_all_is_refused_with_every_figure():
     ],
 )
 def test_auto_is_the_largest_batch_that_fits(available, most, checkpointing, batch, capsys):
-    settings = with_batch(with_run("auto", 3, checkpointing), room_of(available), most)
+    settings = resolve_batch_size(with_run("auto", 3, checkpointing), room_of(available), most)
     assert (settings.run.train_batch_size, settings.run.gradient_accumulation_steps) == (batch, 3)
     assert capsys.readouterr().out.startswith(f"batch size {batch}: the largest for {max(0, available - 16)}.0 GiB and {most} ")
 
 
 def test_auto_goes_on_with_the_steps_of_the_saved_run():
     for available, (batch, accumulation) in {50: (6, 2), 45: (4, 3), 41: (12, 1), 28: (2, 6)}.items():
-        run = with_batch(with_run("auto"), room_of(available), 100, samples=12).run
+        run = resolve_batch_size(with_run("auto"), room_of(available), 100, samples=12).run
         assert (run.train_batch_size, run.gradient_accumulation_steps) == (batch, accumulation)
-    assert with_batch(with_run(7), room_of(50), 100, samples=12) == with_run(7)
+    assert resolve_batch_size(with_run(7), room_of(50), 100, samples=12) == with_run(7)
 
 
 def test_full_gpu_is_answered_with_what_fits():
-    assert what_fits(with_run(4, checkpointing=False), room_of(0), 14 * GIB) == "set GRADIENT_CHECKPOINTING=true"
-    answer = what_fits(with_run(8, checkpointing=True), room_of(0), 14 * GIB)
+    assert suggest_settings(with_run(4, checkpointing=False), room_of(0), 14 * GIB) == "set GRADIENT_CHECKPOINTING=true"
+    answer = suggest_settings(with_run(8, checkpointing=True), room_of(0), 14 * GIB)
     assert answer == "set GRADIENT_CHECKPOINTING=true TRAIN_BATCH_SIZE=4 GRADIENT_ACCUMULATION_STEPS=2, which fits"
-    assert "lower RESOLUTION" in what_fits(with_run(8, checkpointing=True), room_of(0), 9 * GIB)
+    assert "lower RESOLUTION" in suggest_settings(with_run(8, checkpointing=True), room_of(0), 9 * GIB)
     assert fitting_batch(7, 8, lambda batch: batch, 100) == 4
 
 

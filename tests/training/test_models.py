@@ -305,7 +305,7 @@ def test_everything_wrong_with_a_folder_is_said_at_once(folder):
     with (folder / "text_encoder" / "model.safetensors").open("r+b") as file:
         file.truncate(10_000)
     said = refusal(folder, folder)
-    for complaint in (
+    for problem in (
         "model_index.json is missing",
         "text_encoder_2/config.json is missing",
         "text_encoder_2/model.safetensors is missing",
@@ -315,11 +315,11 @@ def test_everything_wrong_with_a_folder_is_said_at_once(folder):
         "is a Git LFS pointer",
         "is damaged, it has 10000 bytes",
     ):
-        assert complaint in said
+        assert problem in said
 
 
 @pytest.mark.parametrize(
-    ("file", "changes", "complaint"),
+    ("file", "changes", "problem"),
     [
         ("unet/config.json", {"cross_attention_dim": 768}, "is an SD 1.5 model"),
         ("unet/config.json", {"cross_attention_dim": 1024}, "is an SD 2.x model"),
@@ -335,9 +335,9 @@ def test_everything_wrong_with_a_folder_is_said_at_once(folder):
         ("vae/config.json", {"latents_mean": [0, 0, 0, 0]}, "is an EDM model"),
     ],
 )
-def test_folders_of_other_models(folder, file, changes, complaint):
+def test_folders_of_other_models(folder, file, changes, problem):
     change_json(folder / file, **changes)
-    assert complaint in refusal(folder, folder)
+    assert problem in refusal(folder, folder)
 
 
 def test_sd_1_5_folder_is_called_by_its_name_and_not_by_what_it_lacks(folder):
@@ -350,7 +350,7 @@ def test_sd_1_5_folder_is_called_by_its_name_and_not_by_what_it_lacks(folder):
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "problem"),
     [
         (b"PK\x03\x04" + bytes(100), "is a pickle checkpoint"),
         (b"\x80\x02}q\x00(X\x05\x00\x00\x00" + bytes(100), "is a pickle checkpoint"),
@@ -364,10 +364,10 @@ def test_sd_1_5_folder_is_called_by_its_name_and_not_by_what_it_lacks(folder):
         (b"\x08" + bytes(7) + b'{"a": 1}', "its header is damaged"),
     ],
 )
-def test_files_that_are_no_safetensors(tmp_path, content, complaint):
+def test_files_that_are_no_safetensors(tmp_path, content, problem):
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
-    assert complaint in refusal(file, tmp_path)
+    assert problem in refusal(file, tmp_path)
 
 
 def test_folder_with_a_single_file_in_it(tmp_path):
@@ -392,7 +392,7 @@ def test_file_of_another_size_than_its_header_tells(tiny_single_file, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("keys", "complaint"),
+    ("keys", "problem"),
     [
         (["lora_unet_input_blocks_4_1_proj_in.lora_down.weight"], "is a LoRA"),
         (["unet.down_blocks.1.attentions.0.proj_in.lora_A.weight"], "is a LoRA"),
@@ -411,16 +411,16 @@ def test_file_of_another_size_than_its_header_tells(tiny_single_file, tmp_path, 
         (["something.else"], "holds no part of an SDXL model"),
     ],
 )
-def test_files_that_hold_something_else(tmp_path, keys, complaint):
+def test_files_that_hold_something_else(tmp_path, keys, problem):
     save_file({key: torch.zeros(1) for key in keys}, tmp_path / "other.safetensors")
-    assert complaint in refusal(Path("other"), tmp_path)
+    assert problem in refusal(Path("other"), tmp_path)
 
 
 UNET = "model.diffusion_model."
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("changes", "problem"),
     [
         ({f"{UNET}input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, "is an inpainting model (9 input channels)"),
         ({f"{UNET}middle_block.1.transformer_blocks.10.norm1.weight": torch.zeros(32)}, "other blocks than SDXL's"),
@@ -432,10 +432,10 @@ UNET = "model.diffusion_model."
         ({"edm_vpred.sigma_max": torch.tensor(120.0)}, "is an EDM model"),
     ],
 )
-def test_files_of_other_sdxl_models(tiny_single_file, tmp_path, changes, complaint):
+def test_files_of_other_sdxl_models(tiny_single_file, tmp_path, changes, problem):
     weights = load_file(tiny_single_file) | changes
     save_file({key: weight for key, weight in weights.items() if weight is not None}, tmp_path / "other.safetensors")
-    assert complaint in refusal(Path("other"), tmp_path)
+    assert problem in refusal(Path("other"), tmp_path)
 
 
 @pytest.mark.parametrize("use", [models.require_fitting, lambda base: models.load_unet(base, CPU, torch.float32)])
@@ -516,7 +516,7 @@ def test_demo_is_reproducible_and_small(tmp_path, tiny_sdxl):
 
 
 @pytest.mark.parametrize(
-    ("file", "changes", "complaint"),
+    ("file", "changes", "problem"),
     [
         ("vae/config.json", {"scaling_factor": None}, "scaling_factor must be a number above 0; SDXL's is 0.13025"),
         ("vae/config.json", {"scaling_factor": "x"}, "scaling_factor must be a number"),
@@ -531,9 +531,9 @@ def test_demo_is_reproducible_and_small(tmp_path, tiny_sdxl):
         ),
     ],
 )
-def test_numbers_that_are_none_are_named(folder, file, changes, complaint):
+def test_numbers_that_are_none_are_named(folder, file, changes, problem):
     change_json(folder / file, **changes)
-    assert complaint in refusal(folder, folder.parent)
+    assert problem in refusal(folder, folder.parent)
 
 
 def test_an_index_that_is_a_list_names_no_files(folder):

@@ -13,7 +13,7 @@ import torch
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
 from training.engine.fast import torch_ops as plain_ops
-from training.engine.fast.unet import quicken
+from training.engine.fast.unet import install_fast_forwards
 from training.engine.step import Objective, TrainStep
 from training.method.adapters import ADAPTER, LoraWeights, inject
 from training.method.diffusion import alphas_cumprod
@@ -83,7 +83,7 @@ def part_of(batch: Batch, first: int, last: int) -> Batch:
 
 
 def stepper(unet, lora, optimizer, schedule=PLAIN, gamma=5.0, offset=0.0357, max_grad_norm=0.0, dtype=torch.float32) -> TrainStep:
-    quicken(unet, lora.stacks, plain_ops)
+    install_fast_forwards(unet, lora.stacks, plain_ops)
     wanted = Objective(schedule.prediction_type, alphas_cumprod(schedule).float(), gamma, offset, SCALING)
     return TrainStep(unet, lora, optimizer, wanted, Precision(torch.device("cpu"), dtype), max_grad_norm)
 

@@ -20,7 +20,7 @@ TRAIN_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
-class Draw:
+class SampleRandomness:
     """The random numbers of one sample; tensors are fp32 on the CPU."""
 
     timestep: int
@@ -35,13 +35,13 @@ class Draw:
     """[C, h, w], standard normal: what is added to the latents."""
 
 
-def draw(seed: int, position: int, latent_shape: tuple[int, int, int], variants: int, caption_dropout: float) -> Draw:
+def draw(seed: int, position: int, latent_shape: tuple[int, int, int], variants: int, caption_dropout: float) -> SampleRandomness:
     """The draw of the sample at `position` (optimizer step x global batch + slot) with latents of `latent_shape` (C, h, w)."""
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, position, 0]))
     timestep = int(generator.integers(TRAIN_TIMESTEPS))
     dropped = generator.random() < caption_dropout
     variant = int(generator.integers(variants))
-    return Draw(
+    return SampleRandomness(
         timestep=timestep,
         variant=None if dropped else variant,
         offset=_normal(generator, (latent_shape[0], 1, 1)),
@@ -125,14 +125,14 @@ class BatchReader:
     def _sample(self, index: int, position: int) -> tuple[torch.Tensor, ...]:
         example = self.examples[index]
 
-        def drawn(shape: tuple[int, int, int]) -> Draw:
+        def drawn(shape: tuple[int, int, int]) -> SampleRandomness:
             return draw(self.seed, position, shape, example.variants, self.caption_dropout)
 
         return read_sample(example, drawn, self.empty_caption)
 
 
 def read_sample(
-    example: CachedExample, drawn_for: Callable[[tuple[int, int, int]], Draw], empty_caption: Path
+    example: CachedExample, drawn_for: Callable[[tuple[int, int, int]], SampleRandomness], empty_caption: Path
 ) -> tuple[torch.Tensor, ...]:
     """The parts of one sample in the order of Batch's fields, but for its weight; `drawn_for` gets the latents' shape."""
     mean, log_variance = read_latents(example.latents)

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from common.background import coming, prefetched
+from common.background import coming, prefetch
 from common.errors import DataError
 from common.images import open_rgb
 from training.config import DataSettings
@@ -34,7 +34,7 @@ from training.models.loading import load_text_encoders, load_tokenizers, load_va
 from training.models.sdxl import BaseModel
 from training.models.weights import write_tensors
 from training.plan import Plan
-from training.system.process_group import Processes
+from training.system.process_group import ProcessGroup
 
 FORMAT = 2
 """Part of every key: to be raised when the encoding changes."""
@@ -89,7 +89,7 @@ def encode_images(
     posterior. `workers` threads decode images ahead of it, and two write what it answers. Raises DataError naming an image
     whose latents are not finite.
     """
-    pixels = prefetched(lambda item: image_pixels(item[1], item[2]), todo, workers)
+    pixels = prefetch(lambda item: image_pixels(item[1], item[2]), todo, workers)
     encoded = ((path, example, *encode(image[None])) for (path, example, _), image in zip(todo, pixels, strict=True))
 
     def write(item: tuple[Path, Example, torch.Tensor, torch.Tensor]) -> Path:
@@ -100,7 +100,7 @@ def encode_images(
         write_tensors(path, {"mean": mean, "log_variance": log_variance})
         return path
 
-    return prefetched(write, encoded, min(workers, _WRITERS))
+    return prefetch(write, encoded, min(workers, _WRITERS))
 
 
 def encode_captions(
@@ -122,7 +122,7 @@ def encode_captions(
         write_tensors(path, tensors)
         return path
 
-    return prefetched(write, encoded, min(workers, _WRITERS))
+    return prefetch(write, encoded, min(workers, _WRITERS))
 
 
 def image_pixels(example: Example, placement: Placement) -> torch.Tensor:
@@ -198,7 +198,7 @@ class Encoding:
     device: torch.device
     dtype: torch.dtype
     """Of the embeddings as they are kept; they are computed in fp32."""
-    processes: Processes = field(default_factory=Processes)
+    processes: ProcessGroup = field(default_factory=ProcessGroup)
     """Share the work: each process of a machine encodes a part of what this machine lacks."""
     at_once: bool = False
     """Whether there is memory for all encoders together; captions are then encoded beside the images."""
@@ -262,7 +262,7 @@ def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_
         if cut := cut_off(example.caption, tokenizers, chunks):
             print(f"{example.name}: its caption is longer than {75 * chunks} tokens; training does not see: {cut}")
     images, captions = encoding.wanted_images(plan), encoding.wanted_captions([*variants, [""]], chunks)
-    encoding.processes.wait_for_all()  # nobody writes before all know what is missing
+    encoding.processes.barrier()  # nobody writes before all know what is missing
     share = encoding.processes.share
     total = len(share(images.missing)) + len(share(captions.missing))
     with tqdm(total=total, desc="encode", disable=None) as bar, _tensor_cores(encoding.uses_tensor_cores):
@@ -272,7 +272,7 @@ def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_
             encoding.free()
             captions_done()
         encoding.free()
-    encoding.processes.wait_for_all()
+    encoding.processes.barrier()
     print(f"images: {images}; captions: {captions}, {chunks} x 75 tokens", flush=True)
     *embeddings, empty = captions.paths
     cached = [

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.dataset_layout import IMAGE_SUFFIXES, DatasetFolder, ImageFile, caption_owners, find_images, name_in, sniff_image_format
-from common.errors import DataError, one_list
+from common.errors import DataError, bullet_list
 from common.files import sha256_of
 from common.images import BrokenImageError, open_rgb
 from common.project import ProjectSettings
@@ -73,11 +73,11 @@ def read_examples(folder: Path, workers: int, left_out: Collection[str] = ()) ->
         )
     with ThreadPoolExecutor(max(1, workers)) as pool:
         read = list(pool.map(lambda image: _read(image, folder), images))
-    complaints = [complaint for example, complaints in read for complaint in complaints] + _shared_captions(images, folder)
-    if complaints:
+    problems = [problem for example, problems in read for problem in problems] + _shared_captions(images, folder)
+    if problems:
         bad = sum(example is None for example, _ in read)
         title = f"{folder}: {bad} of the {len(images)} images cannot be trained on:"
-        raise DataError(one_list(title, complaints))
+        raise DataError(bullet_list(title, problems))
     return [example for example, _ in read]
 
 
@@ -98,40 +98,40 @@ def unused_entries(folder: Path) -> list[str]:
 
 def _read(image: ImageFile, folder: Path) -> tuple[Example | None, list[str]]:
     name = image.path.relative_to(folder).as_posix()
-    complaints = []
-    caption = _caption(image, name, complaints)
-    width, height = _size(image.path, name, complaints)
-    if complaints:
-        return None, complaints
+    problems = []
+    caption = _caption(image, name, problems)
+    width, height = _size(image.path, name, problems)
+    if problems:
+        return None, problems
     return Example(image.path, name, caption, width, height, image.repeats, sha256_of(image.path)), []
 
 
-def _caption(image: ImageFile, name: str, complaints: list[str]) -> str:
+def _caption(image: ImageFile, name: str, problems: list[str]) -> str:
     try:
         return " ".join(image.caption_path.read_text(encoding="utf-8-sig").split())
     except FileNotFoundError:
-        complaints.append(f"{name}: has no caption {image.caption_path.name}; run the caption stage")
+        problems.append(f"{name}: has no caption {image.caption_path.name}; run the caption stage")
     except UnicodeDecodeError:
-        complaints.append(f"{name}: its caption {image.caption_path.name} is not UTF-8; save it as UTF-8")
+        problems.append(f"{name}: its caption {image.caption_path.name} is not UTF-8; save it as UTF-8")
     except OSError as error:
-        complaints.append(f"{name}: its caption {image.caption_path.name}: {error.strerror}")
+        problems.append(f"{name}: its caption {image.caption_path.name}: {error.strerror}")
     return ""
 
 
-def _size(path: Path, name: str, complaints: list[str]) -> tuple[int, int]:
+def _size(path: Path, name: str, problems: list[str]) -> tuple[int, int]:
     try:
         with path.open("rb") as file:
             if sniff_image_format(file.read(12)) is None:
                 raise BrokenImageError("is not a PNG, JPEG, WebP or BMP image")
         width, height = open_rgb(path).size
     except BrokenImageError as error:
-        complaints.append(f"{name}: {error}; replace or remove it")
+        problems.append(f"{name}: {error}; replace or remove it")
         return 0, 0
     except OSError as error:
-        complaints.append(f"{name}: cannot be read: {error.strerror}")
+        problems.append(f"{name}: cannot be read: {error.strerror}")
         return 0, 0
     if min(width, height) < MIN_SIDE_PX:
-        complaints.append(f"{name}: {width}x{height} is too small; the shorter side must have at least {MIN_SIDE_PX} px")
+        problems.append(f"{name}: {width}x{height} is too small; the shorter side must have at least {MIN_SIDE_PX} px")
     return width, height
 
 

@@ -10,7 +10,7 @@ from training.data.batches import Batch
 Step = Callable[[Sequence[Batch]], torch.Tensor]
 
 
-class Capturer:
+class CudaGraphRunner:
     """Runs `step` on batches from the CPU: eagerly for the first batches of a shape, as a CUDA graph from then on.
 
     `step` may change only tensors that exist before; it must not read anything back. What it returns is overwritten by

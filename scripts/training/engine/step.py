@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from training.data.batches import Batch
-from training.engine.cuda_graphs import Capturer
+from training.engine.cuda_graphs import CudaGraphRunner
 from training.method import diffusion as objective
 from training.method.adapters import LoraWeights
 from training.method.optimizers import AdamW
@@ -83,7 +83,7 @@ class TrainStep:
         self.halted = torch.zeros((), device=precision.device)
         """1 from the first loss or gradient on that is not finite."""
         can_capture = captures and precision.device.type == "cuda" and not precision.scales_loss
-        self.capturer = Capturer(self._step, precision.device) if can_capture else None
+        self.capturer = CudaGraphRunner(self._step, precision.device) if can_capture else None
 
     def __call__(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """One optimizer step over its micro-batches, to its end."""

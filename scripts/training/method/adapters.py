@@ -10,7 +10,7 @@ import torch
 
 from common.errors import ModelError
 from training.config import LoraSettings
-from training.engine.fast.lora_linear import Adapted
+from training.engine.fast.lora_linear import FusedLoraLinear
 from training.models.loading import LoraConfig, LoraLinear, UNet2DConditionModel, inject_adapter_in_model, shapes_only
 
 ADAPTER = "default"
@@ -49,8 +49,8 @@ class LoraWeights:
     """[P] in the UNet's dtype: what the layers compute with; `weights` itself if that is fp32."""
     modules: list[LoraModule]
     """In the UNet's order."""
-    stacks: dict[str, tuple[tuple[str, ...], Adapted]]
-    """Adapted layers that are computed as one: by name, the names of their modules and the stack."""
+    stacks: dict[str, tuple[tuple[str, ...], FusedLoraLinear]]
+    """FusedLoraLinear layers that are computed as one: by name, the names of their modules and the stack."""
 
     def refresh(self) -> None:
         """Bring `working` to the state of `weights`."""
@@ -111,7 +111,7 @@ def _flattened(layers: dict[str, LoraLinear], rank: int, scale: float, seed: int
             layers[name].lora_A[ADAPTER].weight = torch.nn.Parameter(working_down[rows])
             layers[name].lora_B[ADAPTER].weight = torch.nn.Parameter(working_up[i])
         weight, bias = _base_of([layers[name].base_layer for name in names])
-        stacks[stack] = tuple(names), Adapted(weight, bias, working_down, working_up, *parts(weights.grad), scale, anchor)
+        stacks[stack] = tuple(names), FusedLoraLinear(weight, bias, working_down, working_up, *parts(weights.grad), scale, anchor)
         begin = end
     made = LoraWeights(weights, sums, working, [modules[name] for name in layers], stacks)
     with torch.no_grad():

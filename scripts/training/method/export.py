@@ -14,8 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from common.errors import ModelError, one_list
-from common.files import whole_file
+from common.errors import ModelError, bullet_list
+from common.files import atomic_write
 from training.method.adapters import LoraModule
 from training.models.weights import fill
 
@@ -57,7 +57,7 @@ def write_lora(path: Path, modules: Sequence[LoraModule], about: Description) ->
     was found among those that ComfyUI takes. Raises ModelError otherwise."""
     tensors = kohya_tensors(modules, about.alpha)
     metadata = _metadata(about, _sha256_of_data(save(tensors)))
-    with whole_file(path) as beside:
+    with atomic_write(path) as beside:
         fill(beside, tensors, metadata)
         verify(beside, tensors)
 
@@ -104,14 +104,14 @@ def verify(path: Path, written: dict[str, torch.Tensor]) -> None:
         read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     differing = [name for name in written if name not in read or not _same(read[name], written[name])]
     modules = {name.split(".", 1)[0] for name in read}
-    complaints = [f"{name}: read back differently" for name in differing]
-    complaints += [f"{name}: nobody wrote it" for name in sorted(read.keys() - written.keys())]
-    complaints += [f"{name}: ComfyUI has no such module and would ignore it" for name in sorted(modules - comfyui_modules())]
+    problems = [f"{name}: read back differently" for name in differing]
+    problems += [f"{name}: nobody wrote it" for name in sorted(read.keys() - written.keys())]
+    problems += [f"{name}: ComfyUI has no such module and would ignore it" for name in sorted(modules - comfyui_modules())]
     for module in modules:
         parts = {f"{module}.lora_down.weight", f"{module}.lora_up.weight", f"{module}.alpha"}
-        complaints += [f"{name}: is missing" for name in sorted(parts - read.keys())]
-    if complaints:
-        raise ModelError(one_list(f"{path.name}: the LoRA is not what it should be:", complaints[:20]))
+        problems += [f"{name}: is missing" for name in sorted(parts - read.keys())]
+    if problems:
+        raise ModelError(bullet_list(f"{path.name}: the LoRA is not what it should be:", problems[:20]))
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import httpx2
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-from common.errors import DISK_ERRNOS, ModelError, one_list
+from common.errors import DISK_ERRNOS, ModelError, bullet_list
 from common.files import sha256_of, write_json
 from common.settings import REPOSITORY
 from training.models.sdxl import STEMS, BaseModel, Part, Schedule
@@ -50,26 +50,26 @@ _OTHER_CONTEXTS = {768: "an SD 1.5 model", 1024: "an SD 2.x model", 1280: "the S
 
 def read_folder(folder: Path) -> BaseModel:
     """The base model in `folder`. Raises ModelError with everything that is wrong with it."""
-    complaints: list[str] = []
+    problems: list[str] = []
     if not (folder / "model_index.json").exists() and not (folder / "unet").exists():
         files = ", ".join(str(file) for file in sorted(folder.glob("*.safetensors")))
         raise ModelError(f"{folder}: is no diffusers folder{f'; set BASE_MODEL to a file in it: {files}' if files else ''}")
-    index = _read_json(folder / "model_index.json", complaints)
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", complaints)
-    configs = {name: _read_json(folder / name / "config.json", complaints) for name in STEMS}
+    index = _read_json(folder / "model_index.json", problems)
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", problems)
+    configs = {name: _read_json(folder / name / "config.json", problems) for name in STEMS}
     another = _another_model(index, configs["unet"]) or _another_noise(scheduler, configs["vae"])
     if another:
         raise ModelError(f"{folder}: is {another}; LoRACat trains on SDXL base models")
-    parts = {name: Part(name, configs[name], _weights(folder / name, complaints), is_sgm=False) for name in STEMS}
+    parts = {name: Part(name, configs[name], _weights(folder / name, problems), is_sgm=False) for name in STEMS}
     for part in parts.values():
-        complaints += part.complaints() if part.files else []
-    complaints += [
+        problems += part.problems() if part.files else []
+    problems += [
         f"{name}/: a tokenizer's files are missing or damaged" for name in TOKENIZERS if not vocabulary_size(folder / name)
     ]
-    if not complaints:
-        complaints += [*_odd_numbers(_schedule(scheduler), configs["vae"]), *_disagreements(configs)]
-    if complaints:
-        raise ModelError(one_list(f"{folder}: this base model cannot be used:", complaints))
+    if not problems:
+        problems += [*_odd_numbers(_schedule(scheduler), configs["vae"]), *_disagreements(configs)]
+    if problems:
+        raise ModelError(bullet_list(f"{folder}: this base model cannot be used:", problems))
     return BaseModel(folder, parts, _schedule(scheduler))
 
 
@@ -89,18 +89,18 @@ def vocabulary_size(folder: Path) -> int:
         return 0
 
 
-def _read_json(file: Path, complaints: list[str]) -> dict[str, Any]:
-    """The JSON object in `file`; empty, with a complaint, if there is none."""
+def _read_json(file: Path, problems: list[str]) -> dict[str, Any]:
+    """The JSON object in `file`; empty, with a problem, if there is none."""
     shown = "/".join(file.parts[-2:]) if file.name != "model_index.json" else file.name
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        complaints.append(f"{shown} is missing")
+        problems.append(f"{shown} is missing")
         return {}
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        complaints.append(f"{shown} is damaged")
+        problems.append(f"{shown} is damaged")
         return {}
     return content
 
@@ -160,20 +160,20 @@ def _schedule(scheduler: dict[str, Any]) -> Schedule:
     )
 
 
-def _weights(folder: Path, complaints: list[str]) -> tuple[WeightsFile, ...]:
+def _weights(folder: Path, problems: list[str]) -> tuple[WeightsFile, ...]:
     """The files with the part's weights."""
     files = []
-    for path in _weight_paths(folder, complaints):
+    for path in _weight_paths(folder, problems):
         try:
             files.append(read_header(path))
         except FileNotFoundError:
-            complaints.append(f"{folder.name}/{path.name} is missing")
+            problems.append(f"{folder.name}/{path.name} is missing")
         except ModelError as error:
-            complaints.append(str(error))
+            problems.append(str(error))
     return tuple(files)
 
 
-def _weight_paths(folder: Path, complaints: list[str]) -> list[Path]:
+def _weight_paths(folder: Path, problems: list[str]) -> list[Path]:
     """One file, or the shards that an index names; full precision before fp16 before other variants, one file before shards."""
     stem = STEMS[folder.name]
     pattern = rf"{stem}(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?"
@@ -181,15 +181,15 @@ def _weight_paths(folder: Path, complaints: list[str]) -> list[Path]:
     if not found:
         pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".ckpt", ".pt", ".pth"))
         only = f" (there is only {pickles[0]}, a pickle, which can run code when it is opened)" if pickles else ""
-        complaints.append(f"{folder.name}/{stem}.safetensors is missing{only}")
+        problems.append(f"{folder.name}/{stem}.safetensors is missing{only}")
         return []
     first = min(found, key=_preference)
     if first.suffix == ".safetensors":
         return [first]
-    weight_map = _read_json(first, complaints).get("weight_map")
+    weight_map = _read_json(first, problems).get("weight_map")
     shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else set()
     if not shards:
-        complaints.append(f"{folder.name}/{first.name} names no files")
+        problems.append(f"{folder.name}/{first.name} names no files")
     return [folder / Path(shard).name for shard in sorted(shards)]
 
 

@@ -24,8 +24,8 @@ from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from common.background import prefetched
-from common.errors import ModelError, one_list
+from common.background import prefetch
+from common.errors import ModelError, bullet_list
 from training.models.base_model import TOKENIZERS, tokenizers_of
 from training.models.sdxl import BaseModel, Part, Source
 
@@ -140,7 +140,7 @@ def _loaded(part: Part, device: torch.device, dtype: torch.dtype) -> torch.nn.Mo
             file, source = part.find(name)
             return _read(opened[file.path], source).reshape(shapes[name]).to(dtype)
 
-        weights = dict(zip(shapes, prefetched(weight, shapes, _READERS), strict=True))
+        weights = dict(zip(shapes, prefetch(weight, shapes, _READERS), strict=True))
     network.load_state_dict(weights, assign=True)
     return network.to(device).requires_grad_(False).eval()
 
@@ -162,7 +162,7 @@ def _require_fitting(part: Part, shapes: dict[str, tuple[int, ...]]) -> None:
     misfits = part.misfits(shapes)
     if misfits:
         more = [f"and {len(misfits) - _SHOWN} more"] if len(misfits) > _SHOWN else []
-        raise ModelError(one_list(f"{part.files[0].path}: the weights of {part.name} do not fit:", [*misfits[:_SHOWN], *more]))
+        raise ModelError(bullet_list(f"{part.files[0].path}: the weights of {part.name} do not fit:", [*misfits[:_SHOWN], *more]))
 
 
 def _read(opened: safe_open, source: Source) -> torch.Tensor:

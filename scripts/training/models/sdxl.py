@@ -237,7 +237,7 @@ class Part:
         odd = [weight for weight, shape in shapes.items() if there[weight] not in (None, shape)]
         return missing + [f"{weight} has the shape {there[weight]} instead of {shapes[weight]}" for weight in odd]
 
-    def complaints(self) -> list[str]:
+    def problems(self) -> list[str]:
         """What the headers of the files say is wrong."""
         missing = [weight for weight in ESSENTIAL[self.name] if self.find(weight) is None]
         if missing:

@@ -10,7 +10,7 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-from common.errors import ModelError, one_list
+from common.errors import ModelError, bullet_list
 from training.models.sdxl import PREFIXES, STEMS, BaseModel, Part, Schedule
 from training.models.weights import WeightsFile, read_header
 
@@ -52,9 +52,9 @@ def read_file(path: Path) -> BaseModel:
     another = _another_model(file)
     if another:
         raise ModelError(f"{path}: {another}")
-    complaints = [complaint for part in _unconfigured(file).values() for complaint in part.complaints()]
-    if complaints:
-        raise ModelError(one_list(f"{path}: this base model cannot be used:", complaints))
+    problems = [problem for part in _unconfigured(file).values() for problem in part.problems()]
+    if problems:
+        raise ModelError(bullet_list(f"{path}: this base model cannot be used:", problems))
     variant = _variant_of_sdxl(file)
     if variant:
         raise ModelError(f"{path}: {variant}; LoRACat trains on SDXL base models")

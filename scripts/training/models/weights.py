@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import ModelError
-from common.files import whole_file
+from common.files import atomic_write
 
 if TYPE_CHECKING:
     import torch
@@ -116,11 +116,11 @@ def _tensor(entry: dict, data_start: int) -> Tensor:
 
 def write_tensors(path: Path, tensors: dict[str, "torch.Tensor"], metadata: dict[str, str] | None = None) -> None:
     """Write contiguous `tensors` on the CPU to `path`: whole, or not at all. Raises OSError for what the disk refuses."""
-    with whole_file(path) as beside:
+    with atomic_write(path) as beside:
         fill(beside, tensors, metadata)
 
 
-def remove_all_leftovers(folder: Path) -> None:
+def remove_all_partial_files(folder: Path) -> None:
     """Remove the half files in `folder`, ours and safetensors' own; nobody may be writing there."""
     for path in [*folder.glob(".*.part"), *folder.glob(".tmp*")]:
         path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import SettingsError
-from common.files import read_json_lines, refusals_of, write_text
+from common.files import naming_oserror, read_json_lines, write_text
 from training.config import LoggingSettings
 
 
@@ -31,12 +31,12 @@ class MetricsFile:
         self._path, self._file = path, path.open("a", encoding="utf-8")
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        with refusals_of(self._path):
+        with naming_oserror(self._path):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
 
     def finish(self) -> None:
-        with refusals_of(self._path):
+        with naming_oserror(self._path):
             self._file.close()
 
 
@@ -75,7 +75,7 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-class Everybody:
+class TrackerGroup:
     """Tells each of several trackers."""
 
     def __init__(self, trackers: Sequence[Tracker]):
@@ -89,7 +89,7 @@ class Everybody:
 @contextlib.contextmanager
 def open_metrics(
     settings: LoggingSettings, name: str, metrics_file: Path, logs_folder: Path, next_step: int
-) -> Iterator[Everybody]:
+) -> Iterator[TrackerGroup]:
     """The trackers that `settings` ask for, closed at the end: the file always; W&B only when a key is set, so that it
     never stops to ask for one."""
     with contextlib.ExitStack() as opened:
@@ -105,4 +105,4 @@ def open_metrics(
         if settings.wandb_api_key:
             logs_folder.mkdir(parents=True, exist_ok=True)
             add(WeightsAndBiases(settings.wandb_project, name, logs_folder))
-        yield Everybody(trackers)
+        yield TrackerGroup(trackers)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from training.data.batches import TRAIN_TIMESTEPS, Batch, CachedExample, Draw, batch_of, draw, read_sample
+from training.data.batches import TRAIN_TIMESTEPS, Batch, CachedExample, SampleRandomness, batch_of, draw, read_sample
 
 STRATA = 8
 """Timesteps per image, one from each eighth of the noise schedule: the loss differs tenfold between them."""
@@ -55,7 +55,7 @@ class Validator:
         """Fixed noise; the timesteps of the images lie between each other's. The caption is its first variant."""
         within = (index + 0.5) / len(self.examples)
 
-        def fixed(shape: tuple[int, int, int]) -> Draw:
+        def fixed(shape: tuple[int, int, int]) -> SampleRandomness:
             drawn = draw(self.seed, _POSITION + index * STRATA + stratum, shape, variants=1, caption_dropout=0.0)
             return replace(drawn, timestep=int((stratum + within) / STRATA * TRAIN_TIMESTEPS))
 

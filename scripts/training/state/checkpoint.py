@@ -183,7 +183,7 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def lay_aside(folder: Path) -> None:
+def archive_state(folder: Path) -> None:
     """Move the states in `folder`, if there are any, to the first free `<folder>-old-N`; half of a first one is removed."""
     if not _records(folder):
         remove(folder)

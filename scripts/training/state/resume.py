@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.errors import SettingsError, one_list
+from common.errors import SettingsError, bullet_list
 from training.config import RunSettings
 from training.plan import GLOBAL_BATCH, WARMUP_STEPS
 from training.state import checkpoint
@@ -14,14 +14,14 @@ from training.state.checkpoint import Identity, Saved
 EPOCHS, EARLY_STOP = "num_train_epochs", "early_stop_patience"
 
 
-def kept_warmup(saved: Saved, fingerprint: Mapping[str, Any]) -> int:
+def warmup_to_keep(saved: Saved, fingerprint: Mapping[str, Any]) -> int:
     """The warm-up of a run that may be lengthened: the one it began with, whatever the number of its epochs is now."""
     before = saved.identity.fingerprint
     same = all(before.get(key) == fingerprint[key] for key in ("lr_scheduler", "lr_warmup"))
     return before[WARMUP_STEPS] if same and before["lr_scheduler"] == "constant" else fingerprint[WARMUP_STEPS]
 
 
-def continued(folder: Path, saved: Saved, now: Identity) -> Saved:
+def find_resume_point(folder: Path, saved: Saved, now: Identity) -> Saved:
     """The state in `folder` from which the run `now` goes on: `saved`, or an older one that both lengths of the run share.
 
     Raises SettingsError if the run that `saved` belongs to is another one than `now`.
@@ -35,14 +35,14 @@ def continued(folder: Path, saved: Saved, now: Identity) -> Saved:
     if not changes.keys() <= taken or shared is None:
         title = f"{folder} holds a run, stopped at step {saved.progress.next_step}, that began differently:"
         remedy = "set it back to continue that run, or set FRESH=1 to lay it aside and begin anew"
-        raise SettingsError(one_list(title, [*changes.values(), remedy]))
+        raise SettingsError(bullet_list(title, [*changes.values(), remedy]))
     changes |= _changes(before.circumstances, now.circumstances)
     for change in changes.values():
         print(f"changed and taken: {change}", flush=True)
     return shared
 
 
-def shared_by(run: RunSettings, processes: int, saved: Saved | None) -> RunSettings:
+def match_global_batch(run: RunSettings, processes: int, saved: Saved | None) -> RunSettings:
     """`run` with the accumulation by which `processes` take steps of the size that the saved run has, if their number has
     changed since. Raises SettingsError if that does not divide, with what would fit."""
     if saved is None or processes == saved.identity.circumstances["processes"]:

@@ -35,7 +35,7 @@ SAVING_S = 600.0
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Where this process stands among those that train together."""
 
     index: int = 0
@@ -55,13 +55,13 @@ class Place:
         return self.local_index if self.count > 1 else None
 
 
-def place() -> Place:
+def place() -> RankInfo:
     """As the launcher says: ours, torch's and accelerate's set the same variables."""
     found = os.environ
     if "RANK" not in found or "WORLD_SIZE" not in found:
-        return Place()
+        return RankInfo()
     count = int(found["WORLD_SIZE"])
-    return Place(
+    return RankInfo(
         index=int(found["RANK"]),
         count=count,
         local_index=int(found.get("LOCAL_RANK", 0)),
@@ -98,16 +98,16 @@ def launch(command: Sequence[str], settings: ProcessSettings) -> int:
     for local in range(count):
         own = {"RANK": settings.machine_rank * count + local, "LOCAL_RANK": local}
         environment = usual | os.environ | {name: str(value) for name, value in (shared | own).items()}
-        children.append(_started(command, environment, is_first=local == 0))
+        children.append(_started(command, environment, is_main_process=local == 0))
     _pass_signals_on(children)
     return _outcome(children, _failures(children))
 
 
-def _started(command: Sequence[str], environment: dict[str, str], is_first: bool) -> subprocess.Popen:
+def _started(command: Sequence[str], environment: dict[str, str], is_main_process: bool) -> subprocess.Popen:
     """A process in a session of its own: Ctrl-C in a terminal reaches the launcher alone, which passes it on once. What
     others than the first say goes through a pipe, so that they draw no progress bars."""
     how = {"env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
-    if is_first:
+    if is_main_process:
         return subprocess.Popen(command, **how)
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **how)
     threading.Thread(target=_copy, args=(child.stderr,)).start()

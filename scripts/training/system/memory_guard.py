@@ -1,4 +1,4 @@
-"""Guard of the memory that CPU and GPU share, or that a CPU run has for itself: sized before loading, watched while training.
+"""Guard of the memory that CPU and GPU share, or that a CPU run has for itself: sized before loading, memory_guard while training.
 
 On a DGX Spark the machine freezes when this memory runs out; no limit of Docker's sees what the GPU takes, and the
 driver counts the page cache as used. So everything goes by the kernel's own MemAvailable and pressure (PSI).
@@ -66,7 +66,7 @@ KERNEL = MemoryFiles()
 
 
 @dataclass(frozen=True)
-class Floors:
+class Thresholds:
     """How much memory must be available, in bytes; on a DGX Spark 16, 12, 8 and 2 GiB."""
 
     stop: int
@@ -90,11 +90,11 @@ class Floors:
         return min(self.stop // 4, self.total // 64)
 
 
-def floors(setting_gib: float | Literal["auto"], total: int, is_shared: bool) -> Floors | None:
+def floors(setting_gib: float | Literal["auto"], total: int, is_shared: bool) -> Thresholds | None:
     """The floors for a machine of `total` bytes; None: no guard. "auto" guards memory that `is_shared` by GPU and CPU."""
     if setting_gib == "auto":
-        return Floors(int(AUTO_FLOOR * total), total) if is_shared else None
-    return Floors(int(setting_gib * GIB), total) if setting_gib > 0 else None
+        return Thresholds(int(AUTO_FLOOR * total), total) if is_shared else None
+    return Thresholds(int(setting_gib * GIB), total) if setting_gib > 0 else None
 
 
 def largest_other_process() -> tuple[str, int]:
@@ -120,11 +120,11 @@ def comfyui_hint(addresses: str) -> str:
     return ""
 
 
-class Watch:
+class MemoryGuard:
     """A thread that watches the memory. Below the first floor it asks for caches to be emptied, below the second it sends
     MEMORY_SIGNAL to its own process, and far below it ends the process."""
 
-    def __init__(self, limits: Floors, files: MemoryFiles = KERNEL):
+    def __init__(self, limits: Thresholds, files: MemoryFiles = KERNEL):
         self._limits = limits
         self._files = files
         self._low = 0
@@ -156,15 +156,15 @@ class Watch:
 
 
 @contextmanager
-def watched(limits: Floors | None) -> Iterator["Watch | None"]:
-    """Watch the memory while the block runs; yields the Watch, or None without `limits`. The kernel, should it have to end
+def memory_guard(limits: Thresholds | None) -> Iterator["MemoryGuard | None"]:
+    """MemoryGuard the memory while the block runs; yields the MemoryGuard, or None without `limits`. The kernel, should it have to end
     a process, takes this one before others."""
     if limits is None:
         yield None
         return
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")
-    watch, ended = Watch(limits), threading.Event()
+    watch, ended = MemoryGuard(limits), threading.Event()
     thread = threading.Thread(target=watch.run, args=(ended,), name="memory guard", daemon=True)
     thread.start()
     try:

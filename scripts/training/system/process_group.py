@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import MemoryShort, ResourceError, Stopped
-from training.system.launcher import Place
+from training.system.launcher import RankInfo
 
 Made, Item = TypeVar("Made"), TypeVar("Item")
 
@@ -30,13 +30,13 @@ class ProcessLost(ResourceError):
 
 
 @dataclass(frozen=True)
-class Processes:
+class ProcessGroup:
     """All processes of a run, seen from one of them."""
 
-    place: Place = field(default_factory=Place)
+    place: RankInfo = field(default_factory=RankInfo)
 
     @property
-    def is_first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process decides and writes."""
         return self.place.index == 0
 
@@ -54,22 +54,22 @@ class Processes:
         """This process's part of `items` that the processes of one machine share."""
         return items[self.place.local_index :: self.place.local_count]
 
-    def from_first(self, make: Callable[[], Made]) -> Made:
+    def broadcast_object(self, make: Callable[[], Made]) -> Made:
         """What `make` makes in the first process, in every process."""
         if self.place.count == 1:
             return make()
-        made = [make() if self.is_first else None]
+        made = [make() if self.is_main_process else None]
         with _losses_in_our_words():
             dist.broadcast_object_list(made, src=0)
         return made[0]
 
-    def copy_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite `tensors` with those of the first process."""
         with _losses_in_our_words():
             for tensor in tensors if self.place.count > 1 else ():
                 dist.broadcast(tensor, src=0)
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         """Return when every process is here."""
         self.largest(0)
 
@@ -97,13 +97,13 @@ class Processes:
 
 
 @contextlib.contextmanager
-def joined(place: Place) -> Iterator[Processes]:
+def process_group(place: RankInfo) -> Iterator[ProcessGroup]:
     """Meet the other processes. All but the first are quiet: what they would say, the first one says.
 
     Nobody takes leave: NCCL would wait for ever for the CUDA graphs that it is part of. The process ends after this.
     """
     if place.count == 1:
-        yield Processes(place)
+        yield ProcessGroup(place)
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
@@ -119,8 +119,8 @@ def joined(place: Place) -> Iterator[Processes]:
         try:
             with _losses_in_our_words(), _signals_end_at_once():
                 dist.init_process_group(backend, meeting, rank=place.index, world_size=place.count, timeout=PATIENCE)
-                processes = Processes(place)
-                processes.wait_for_all()  # gloo prints lines of its own if one ends while another still connects
+                processes = ProcessGroup(place)
+                processes.barrier()  # gloo prints lines of its own if one ends while another still connects
             have_met = True
             yield processes
         except (Stopped, MemoryShort, ProcessLost) as known:

@@ -23,13 +23,13 @@ _DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
 
-class Aside:
+class WorkerProcess:
     """A process that waits for a function to call."""
 
-    def __init__(self, get_ready: Callable[[], None] | None):
+    def __init__(self, initializer: Callable[[], None] | None):
         ours, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")  # a fork would take half of a CUDA context along
-        self._process = context.Process(target=_serve, args=(theirs, os.getpid(), get_ready), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, os.getpid(), initializer), daemon=True)
         resource_tracker.ensure_running()  # its start would let signals through again
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         self._process.start()  # it never hears of signals: they are this process's to answer
@@ -51,7 +51,7 @@ class Aside:
             raise error
         return made
 
-    def last_call(self, function: Callable[..., Made], *arguments: object) -> Made:
+    def call_and_close(self, function: Callable[..., Made], *arguments: object) -> Made:
         """The same, and the process is ended."""
         try:
             return self.call(function, *arguments)
@@ -68,12 +68,12 @@ class Aside:
 
 
 @contextlib.contextmanager
-def working_aside(get_ready: Callable[[], None] | None = None, *, wanted: bool) -> Iterator[Aside | None]:
-    """A process that calls `get_ready` first, for as long as this block lasts; None if it is not wanted."""
+def worker_process(initializer: Callable[[], None] | None = None, *, wanted: bool) -> Iterator[WorkerProcess | None]:
+    """A process that calls `initializer` first, for as long as this block lasts; None if it is not wanted."""
     if not wanted:
         yield None
         return
-    aside = Aside(get_ready)
+    aside = WorkerProcess(initializer)
     try:
         yield aside
     finally:
@@ -88,23 +88,23 @@ def die_with_parent(parent: int | None = None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _serve(connection: Connection, parent: int, get_ready: Callable[[], None] | None) -> None:
+def _serve(connection: Connection, parent: int, initializer: Callable[[], None] | None) -> None:
     """Answer one call after another, until the parent ends this process."""
     die_with_parent(parent)
-    if get_ready:
-        get_ready()
+    if initializer:
+        initializer()
     while True:
         function, arguments = connection.recv()
         made, error = None, None
         try:
             made = function(*arguments)
         except Exception as raised:
-            error = _for_the_way(raised)
+            error = _picklable(raised)
         sys.stdout.flush()
         connection.send_bytes(pickle.dumps((made, error)))
 
 
-def _for_the_way(error: Exception) -> Exception:
+def _picklable(error: Exception) -> Exception:
     """The exception with its traceback as a note; one that cannot be pickled becomes a RuntimeError that says the same."""
     story = "".join(traceback.format_exception(error))
     error.add_note(story)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
-class Adapted:
+class FusedLoraLinear:
     """n linear layers of one input and one output width side by side, with their LoRAs: y = W x + b + scale * up(down(x))."""
 
     weight: torch.Tensor
@@ -34,8 +34,8 @@ class Adapted:
     """A scalar that requires a gradient, so that the backward runs whatever the input is."""
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    """Adapted, as one product; its parts are not autograd's."""
+class _FusedLoraLinearFunction(torch.autograd.Function):
+    """FusedLoraLinear, as one product; its parts are not autograd's."""
 
     @staticmethod
     def forward(ctx, x, anchor, layer):
@@ -71,7 +71,7 @@ class _AdaptedLinear(torch.autograd.Function):
         return dx.view(*dy.shape[:-1], dx.shape[-1]), None, None
 
 
-class _AdaptedContext(torch.autograd.Function):
+class _FusedContextFunction(torch.autograd.Function):
     """Many adapted layers on one small input that needs no gradient: the keys and values of all cross-attentions."""
 
     @staticmethod
@@ -97,14 +97,14 @@ class _AdaptedContext(torch.autograd.Function):
         return None, None, None
 
 
-def adapted_linear(x: torch.Tensor, layer: Adapted) -> torch.Tensor:
+def fused_lora_linear(x: torch.Tensor, layer: FusedLoraLinear) -> torch.Tensor:
     """[..., in] -> [..., n * out]."""
-    return _AdaptedLinear.apply(x, layer.anchor, layer)
+    return _FusedLoraLinearFunction.apply(x, layer.anchor, layer)
 
 
-def adapted_context(x: torch.Tensor, layer: Adapted) -> tuple[torch.Tensor, ...]:
+def fused_lora_context(x: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, ...]:
     """[..., in] -> n tensors [..., out]; `x` gets no gradient."""
-    return _AdaptedContext.apply(x, layer.anchor, layer)
+    return _FusedContextFunction.apply(x, layer.anchor, layer)
 
 
 def _side_by_side(rows: torch.Tensor, n: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """SDXL's UNet, quickened: the same arithmetic as diffusers' blocks with PEFT's layers in them, in fewer and larger kernels.
 
-`quicken` gives the blocks of a UNet new forwards in place. Queries, keys and values of a self-attention are one product;
-keys and values of all cross-attentions are two for the whole UNet, since they read the same text; images lie channels
+`install_fast_forwards` gives the blocks of a UNet new forwards in place. Queries, keys and values of a self-attention are one
+product; keys and values of all cross-attentions are two for the whole UNet, since they read the same text; images lie channels
 last, so that a transformer reads them without a copy.
 """
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from training.engine.fast import torch_ops as plain_ops
-from training.engine.fast.lora_linear import Adapted, adapted_context, adapted_linear, frozen_conv
+from training.engine.fast.lora_linear import FusedLoraLinear, frozen_conv, fused_lora_context, fused_lora_linear
 from training.method.adapters import CONTEXT, SELF_ATTENTION
 from training.models.loading import BasicTransformerBlock, ResnetBlock2D, Transformer2DModel, UNet2DConditionModel
 
@@ -22,7 +22,7 @@ KeysValues = Mapping[str, torch.Tensor]
 """Name of a cross-attention's `to_k` or `to_v` -> [B, tokens, D]."""
 
 
-Linear = Adapted | torch.nn.Linear
+Linear = FusedLoraLinear | torch.nn.Linear
 
 
 def fast_ops(device: torch.device) -> ModuleType:
@@ -53,7 +53,9 @@ def load_libraries(device: torch.device, dtype: torch.dtype) -> None:
         torch.cuda.synchronize()
 
 
-def quicken(unet: UNet2DConditionModel, stacks: Mapping[str, tuple[tuple[str, ...], Adapted]], ops: ModuleType) -> None:
+def install_fast_forwards(
+    unet: UNet2DConditionModel, stacks: Mapping[str, tuple[tuple[str, ...], FusedLoraLinear]], ops: ModuleType
+) -> None:
     """Give `unet` fast forwards, in place. `stacks` are its adapted layers by name, `ops` is plain_ops or triton_ops."""
     unet.to(memory_format=torch.channels_last)
     contexts = [stack for name, stack in stacks.items() if name.startswith(CONTEXT)]
@@ -71,17 +73,17 @@ def quicken(unet: UNet2DConditionModel, stacks: Mapping[str, tuple[tuple[str, ..
             module.forward = partial(_transformer, module, ops, proj_in, blocks, proj_out)
 
 
-def _keys_values(contexts: list[tuple[tuple[str, ...], Adapted]], hidden: torch.Tensor) -> KeysValues:
+def _keys_values(contexts: list[tuple[tuple[str, ...], FusedLoraLinear]], hidden: torch.Tensor) -> KeysValues:
     """The keys and values of all cross-attentions from the text [B, tokens, D]."""
-    return {name: part for names, layer in contexts for name, part in zip(names, adapted_context(hidden, layer), strict=True)}
+    return {name: part for names, layer in contexts for name, part in zip(names, fused_lora_context(hidden, layer), strict=True)}
 
 
-def _linear_of(name: str, module: torch.nn.Module, stacks: Mapping[str, tuple[tuple[str, ...], Adapted]]) -> Linear:
+def _linear_of(name: str, module: torch.nn.Module, stacks: Mapping[str, tuple[tuple[str, ...], FusedLoraLinear]]) -> Linear:
     return stacks[name][1] if name in stacks else module
 
 
 def _apply(layer: Linear, x: torch.Tensor) -> torch.Tensor:
-    return adapted_linear(x, layer) if isinstance(layer, Adapted) else layer(x)
+    return fused_lora_linear(x, layer) if isinstance(layer, FusedLoraLinear) else layer(x)
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,10 @@ class Block:
 
     norms: tuple[torch.nn.LayerNorm, torch.nn.LayerNorm, torch.nn.LayerNorm]
     heads: int
-    qkv: Adapted
-    out: Adapted
-    cross_q: Adapted
-    cross_out: Adapted
+    qkv: FusedLoraLinear
+    out: FusedLoraLinear
+    cross_q: FusedLoraLinear
+    cross_out: FusedLoraLinear
     key_name: str
     value_name: str
     feed_in: Linear

@@ -1,4 +1,4 @@
-"""The miniature world in a folder: a tiny SDXL, a tiny tagger, a workflow with its node ids, prompts and a face.
+"""the demo environment in a folder: a tiny SDXL, a tiny tagger, a workflow with its node ids, prompts and a face.
 
 The stages meet it through environment variables alone, so it needs nothing of the user's and leaves nothing there.
 """
@@ -37,13 +37,13 @@ NODE_IDS = {"image_loader_node": "1", "positive_prompt_node": "4", "seed_node": 
 
 
 @dataclass(frozen=True)
-class World:
+class DemoEnvironment:
     """A built world; `folder` holds all of it."""
 
     folder: Path
 
     @classmethod
-    def build(cls, folder: Path) -> "World":
+    def build(cls, folder: Path) -> "DemoEnvironment":
         """Make the world in `folder`, which is empty or absent. Takes seconds."""
         world = cls(folder.resolve())
         tiny_sdxl.build(world.models / "tiny-sdxl")
