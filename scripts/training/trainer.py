@@ -57,7 +57,10 @@ def encode(task: Task, aside: WorkerProcess | None = None) -> EncodedData:
     device, dtype = task.precision.device, task.precision.dtype
     models_dir, at_once = task.project.models_dir, has_room(task)
     encoding = Encoding(task.base, models_dir, task.cache, device, dtype, task.processes, at_once)
-    return encode_data(encoding, task.plan, task.settings.data, task.project.trigger_word, task.settings.run.train_seed)
+    plan, settings = task.plan, task.settings
+    trained = list(zip(plan.examples, plan.placements, strict=True))
+    held_out = list(zip(plan.held_out, plan.held_out_placements, strict=True))
+    return encode_data(encoding, trained, held_out, settings.data, task.project.trigger_word, settings.run.train_seed)
 
 
 def _encode_aside(task: Task) -> EncodedData:
