@@ -154,9 +154,9 @@ class CachedExample:
     name: str
     placement: Placement
     latents: Path
-    captions: Path
+    embeddings: Path
     variants: int
-    """How many variants `captions` holds."""
+    """How many variants of the caption `embeddings` holds."""
 
 
 @dataclass(frozen=True)
