@@ -9,18 +9,14 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx2
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-from common.errors import DISK_ERRNOS, ModelError, bullet_list
+from common.errors import ModelError, bullet_list
 from common.files import sha256_of, write_json
-from common.settings import REPOSITORY
+from common.hub import HubError, download, download_command, file_size_bytes
 from training.models.sdxl import STEMS, BaseModel, Part, Schedule
 from training.models.single_file import read_file
 from training.models.weights import WeightsFile, read_header
@@ -232,10 +228,6 @@ _TOKENIZER_FOLDER = "sdxl-tokenizers"
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
 
 
-_FETCH_ERRORS = (OSError, httpx2.HTTPError, RuntimeError, ValueError)
-"""What huggingface_hub raises for a hub that is away, refuses, or breaks off."""
-
-
 def find_base(base_model: str, models_dir: Path) -> BaseModel:
     """The base model of that name in `models_dir`, or at that path: a diffusers folder or a `.safetensors` file.
 
@@ -249,7 +241,7 @@ def find_base(base_model: str, models_dir: Path) -> BaseModel:
     try:
         return read_folder(path) if path.is_dir() else read_file(path)
     except ModelError as error:
-        command = _download(SDXL, models_dir / SDXL.split("/")[1], _NEEDED)
+        command = download_command(SDXL, models_dir / SDXL.split("/")[1], patterns=_NEEDED)
         raise ModelError(f"{error}\nThis fetches SDXL itself:\n  {command}") from None
 
 
@@ -276,8 +268,8 @@ def tokenizers_digest(folder: Path) -> str:
 def require_tokenizers_on_hub(models_dir: Path) -> None:
     """One question to the hub; nothing is fetched. Raises ModelError like `fetch_tokenizers` when it could not be."""
     try:
-        get_hf_file_metadata(hf_hub_url(SDXL, f"{TOKENIZERS[0]}/{_TOKENIZER_FILES[0]}"))
-    except _FETCH_ERRORS:
+        file_size_bytes(SDXL, f"{TOKENIZERS[0]}/{_TOKENIZER_FILES[0]}")
+    except HubError:
         raise ModelError(_tokenizers_missing(models_dir)) from None
 
 
@@ -287,20 +279,15 @@ def fetch_tokenizers(models_dir: Path) -> Path:
     folder = models_dir / _TOKENIZER_FOLDER
     print(f"fetching the tokenizers of {SDXL} into {folder}", flush=True)
     try:
-        for name in TOKENIZERS:
-            for file in _TOKENIZER_FILES:
-                hf_hub_download(SDXL, f"{name}/{file}", local_dir=folder)
-    except _FETCH_ERRORS as error:
-        if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
-            raise
+        download(SDXL, [f"{name}/{file}" for name in TOKENIZERS for file in _TOKENIZER_FILES], folder)
+    except HubError:
         raise ModelError(_tokenizers_missing(models_dir)) from None
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # half files of runs that were killed
     return folder
 
 
 def _tokenizers_missing(models_dir: Path) -> str:
     """What to do when a single file has no tokenizers beside it and they cannot be fetched."""
-    command = _download(SDXL, models_dir / _TOKENIZER_FOLDER, ("tokenizer*/*",))
+    command = download_command(SDXL, models_dir / _TOKENIZER_FOLDER, patterns=("tokenizer*/*",))
     return (
         f"a single file needs CLIP's tokenizer files; no folder in {models_dir} has them, and they cannot be fetched. "
         f"With a network, run:\n  {command}"
@@ -310,18 +297,11 @@ def _tokenizers_missing(models_dir: Path) -> str:
 def _not_there(wanted: str, models_dir: Path) -> str:
     is_repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", wanted, re.ASCII) and not wanted.endswith(".safetensors")
     repository, patterns = (wanted, _ANY_NEEDED) if is_repository and wanted != SDXL else (SDXL, _NEEDED)
-    command = _download(repository, models_dir / repository.split("/")[1], patterns)
+    command = download_command(repository, models_dir / repository.split("/")[1], patterns=patterns)
     return (
         f"base model {wanted!r} is neither in {models_dir} nor a path. Set BASE_MODEL to a diffusers folder or a .safetensors "
         f"file, or fetch one:\n  {command}"
     )
-
-
-def _download(repository: str, folder: Path, patterns: tuple[str, ...]) -> str:
-    """The command that fetches the files of `repository` that match `patterns`."""
-    if folder.is_relative_to(REPOSITORY):  # in a container, the same folder on the host has another path
-        folder = folder.relative_to(REPOSITORY)
-    return " ".join([f"hf download {repository} --local-dir {folder}", *(f"--include '{pattern}'" for pattern in patterns)])
 
 
 DIGESTS = "digests.json"
