@@ -8,11 +8,11 @@ from typing import Any
 
 from collecting.client import ComfyUI, ImageGone
 from collecting.graph import Graph, graph_hash, literal_seeds, node_label, upstream_seeds, upstream_text
-from collecting.image_store import BadImage, DownloadedImage, ImageStore, verified
+from collecting.image_store import DownloadedImage, ImageStore
 from collecting.jobs import InFlight, Job, Plan
 from collecting.journal import Journal
+from common.images import DOWNLOAD_SUFFIXES, BrokenImageError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DOWNLOAD_RETRY_DELAYS_S = (0.5, 1.0, 2.0)
 """Delays between the attempts for an image that arrives damaged."""
 _OTHER_OUTPUTS = {"gifs": "animations", "latents": "latents", "text": "text", "audio": "audio", "video": "videos"}
@@ -77,8 +77,8 @@ class HistoryEntry:
                 skipped.append(f"{file.filename!r} (animated)")
             elif file.kind == "temp":
                 skipped.append(f"{file.filename!r} (preview)")
-            elif not file.filename.lower().endswith(IMAGE_SUFFIXES):
-                skipped.append(f"{file.filename!r} (not a PNG, JPEG or WebP file)")
+            elif not file.filename.lower().endswith(DOWNLOAD_SUFFIXES):
+                skipped.append(f"{file.filename!r} (not a PNG, JPEG or WebP image)")
             else:
                 images.append(file)
         others = [key for key, value in output.items() if key not in ("images", "animated") and value]
@@ -140,8 +140,8 @@ class Harvester:
             for index, file in enumerate(images):
                 try:
                     is_new = self._store_image(file, node, index, flight, entry, graph)
-                except BadImage as error:
-                    result.failures.append(f"{label}, image {index + 1}: {error}")
+                except BrokenImageError as error:
+                    result.failures.append(f"{label}, image {index + 1}: the file {error}")
                 except ImageGone as error:
                     result.failures.append(f"{label}, image {index + 1}: {error}{hint}")
                 else:
@@ -180,13 +180,13 @@ class Harvester:
             return self._store.put(image, line)
 
     def _download(self, file: RemoteFile) -> DownloadedImage:
-        """An image of the server; one that arrives damaged is downloaded again. Raises BadImage or ImageGone."""
+        """An image of the server; one that arrives damaged is downloaded again. Raises BrokenImageError or ImageGone."""
         delays_s = iter(DOWNLOAD_RETRY_DELAYS_S)
         while True:
             delay_s = next(delays_s, None)
             try:
-                return verified(self._server.view(file.filename, file.subfolder, file.kind))
-            except BadImage:
+                return DownloadedImage.from_bytes(self._server.view(file.filename, file.subfolder, file.kind))
+            except BrokenImageError:
                 if delay_s is None:
                     raise
             self._sleep(delay_s)

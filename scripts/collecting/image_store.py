@@ -4,28 +4,19 @@ File names are made here: nothing that the server sends reaches the file system.
 """
 
 import hashlib
-import io
 import re
 import threading
 import unicodedata
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
-from common.dataset_layout import DatasetFolder, find_images, sniff_image_format
+from common.dataset_layout import IMAGE_FORMATS, DatasetFolder, find_images
 from common.files import append_json_line, read_json_lines, remove_partial_files, sha256_of, write_bytes
+from common.images import verify_download
 
-SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 _MAX_PREFIX_LENGTH = 40
-_PNG_END = b"IEND\xae\x42\x60\x82"
-
-
-class BadImage(Exception):
-    """The bytes are not an image that can be stored; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -38,36 +29,11 @@ class DownloadedImage:
     """(width, height)"""
     sha256: str
 
-
-def verified(content: bytes) -> DownloadedImage:
-    """`content` as an image. Raises BadImage unless it is a complete, still PNG, JPEG or WebP image that can be decoded."""
-    if not content:
-        raise BadImage("the file is empty")
-    kind = sniff_image_format(content[:12])
-    if kind not in SUFFIXES:
-        raise BadImage("not a PNG, JPEG or WebP file")
-    if kind == "png" and _PNG_END not in content:
-        raise BadImage("the file is truncated")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            size_px = _decoded_size(content)
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        raise BadImage(f"the image cannot be decoded ({error})") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise BadImage(f"the image has more than {Image.MAX_IMAGE_PIXELS} pixels") from None
-    return DownloadedImage(content, SUFFIXES[kind], size_px, hashlib.sha256(content).hexdigest())
-
-
-def _decoded_size(content: bytes) -> tuple[int, int]:
-    with Image.open(io.BytesIO(content)) as image:
-        image.verify()
-    # verify() checks all checksums but leaves the image unusable, so it is opened again.
-    with Image.open(io.BytesIO(content)) as image:
-        image.load()
-        if getattr(image, "n_frames", 1) > 1:
-            raise BadImage("the file is an animation")
-        return image.size
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "DownloadedImage":
+        """Verify the image file `content`. Raises BrokenImageError unless it is a complete, still PNG, JPEG or WebP image."""
+        image_format, size_px = verify_download(content)
+        return cls(content, IMAGE_FORMATS[image_format][0], size_px, hashlib.sha256(content).hexdigest())
 
 
 class ImageStore:

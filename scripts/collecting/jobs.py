@@ -12,10 +12,11 @@ from typing import Any
 from collecting.config import CollectSettings
 from collecting.graph import Graph, InputRef, graph_hash, literal_seeds
 from collecting.http import parse_addresses
-from collecting.image_store import BadImage, DownloadedImage, verified
+from collecting.image_store import DownloadedImage
 from collecting.journal import Submission
 from collecting.workflow import Workflow, parse_workflow
 from common.errors import SettingsError
+from common.images import BrokenImageError
 from common.settings import REPOSITORY
 
 MAX_SEED = 2**64 - 1
@@ -207,9 +208,9 @@ def _read_face(path: Path | None, problems: list[str]) -> DownloadedImage | None
     if content is None:
         return None
     try:
-        return verified(content)
-    except BadImage as error:
-        problems.append(f"face_reference: {path} cannot be used: {error}; save it as PNG or JPEG")
+        return DownloadedImage.from_bytes(content)
+    except BrokenImageError as error:
+        problems.append(f"face_reference: {path} {error}; save it as a PNG or JPEG image")
         return None
 
 

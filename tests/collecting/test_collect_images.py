@@ -261,7 +261,7 @@ def test_all_invalid_files_are_in_one_list(batch, standin, collect):
     batch.write("FACE_REFERENCE", "face.png", b"not an image")
     result = collect()
     assert result.code == 2
-    for words in ("the workflow has no node 99", "face_reference", "not a PNG, JPEG or WebP"):
+    for words in ("the workflow has no node 99", "face_reference", "face.png is not a PNG, JPEG or WebP image; save it"):
         assert words in result.err
     assert standin.requests == []
 
@@ -442,7 +442,7 @@ def test_image_that_stays_damaged_is_reported_and_never_stored(full, collect, ch
     change("/view", lambda asked, given: truncated if asked.query["filename"].endswith("00002_.png") else None)
     result = collect()
     assert result.code == 1
-    assert "image 1: the file is truncated" in result.out
+    assert "image 1: the file is cut off" in result.out
     assert len(full.images()) == len(full.manifest()) == 2
 
 

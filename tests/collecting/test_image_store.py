@@ -9,9 +9,10 @@ import pytest
 from comfyui_workspace import png
 from PIL import Image
 
-from collecting.image_store import BadImage, ImageStore, safe_prefix, verified
+from collecting.image_store import DownloadedImage, ImageStore, safe_prefix
 from common.dataset_layout import DatasetFolder
 from common.files import append_json_line, read_json_lines
+from common.images import BrokenImageError
 
 
 def encoded(kind: str, **options) -> bytes:
@@ -41,7 +42,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize(("kind", "suffix"), [("PNG", ".png"), ("JPEG", ".jpg"), ("WEBP", ".webp")])
 def test_complete_images_are_accepted_and_get_the_suffix_of_their_format(kind, suffix):
-    image = verified(encoded(kind))
+    image = DownloadedImage.from_bytes(encoded(kind))
     assert (image.suffix, image.size_px) == (suffix, (40, 30))
 
 
@@ -49,41 +50,41 @@ def test_complete_images_are_accepted_and_get_the_suffix_of_their_format(kind, s
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
 def test_truncated_images_are_refused(kind, share):
     content = encoded(kind)
-    with pytest.raises(BadImage):
-        verified(content[: int(len(content) * share)])
+    with pytest.raises(BrokenImageError):
+        DownloadedImage.from_bytes(content[: int(len(content) * share)])
 
 
 def test_png_without_its_last_bytes_is_refused():
-    with pytest.raises(BadImage, match="truncated"):
-        verified(png()[:-1])
+    with pytest.raises(BrokenImageError, match="cut off"):
+        DownloadedImage.from_bytes(png()[:-1])
 
 
 def test_damaged_png_is_refused():
     content = bytearray(encoded("PNG"))
     content[len(content) // 2] ^= 0xFF
-    with pytest.raises(BadImage):
-        verified(bytes(content))
+    with pytest.raises(BrokenImageError):
+        DownloadedImage.from_bytes(bytes(content))
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"", "empty"),
-        (b"not an image", "not a PNG, JPEG or WebP"),
-        (b"<html>log in</html>", "not a PNG, JPEG or WebP"),
-        (encoded("BMP"), "not a PNG, JPEG or WebP"),
-        (encoded("GIF"), "not a PNG, JPEG or WebP"),
+        (b"not an image", "is not a PNG, JPEG or WebP image"),
+        (b"<html>log in</html>", "is not a PNG, JPEG or WebP image"),
+        (encoded("BMP"), "is not a PNG, JPEG or WebP image"),
+        (encoded("GIF"), "is not a PNG, JPEG or WebP image"),
         (animation(), "animation"),
         (bomb(), "pixels"),
     ],
 )
 def test_anything_but_a_still_image_is_refused(content, words):
-    with pytest.raises(BadImage, match=words):
-        verified(content)
+    with pytest.raises(BrokenImageError, match=words):
+        DownloadedImage.from_bytes(content)
 
 
 def test_image_and_its_manifest_line_are_stored_once(folder):
-    store, image = ImageStore(folder), verified(png())
+    store, image = ImageStore(folder), DownloadedImage.from_bytes(png())
     line = store.manifest_line(image, "smile", {"node": "9"})
     assert store.put(image, line) is True
     assert store.put(image, store.manifest_line(image, "other", {"node": "10"})) is False
@@ -97,14 +98,14 @@ def test_image_and_its_manifest_line_are_stored_once(folder):
 def test_unlisted_file_gets_its_manifest_line_and_is_not_stored_twice(folder):
     folder.images.mkdir(parents=True)
     (folder.images / "killed_in_between.png").write_bytes(png())
-    store, image = ImageStore(folder), verified(png())
+    store, image = ImageStore(folder), DownloadedImage.from_bytes(png())
     assert store.put(image, store.manifest_line(image, "smile", {"node": "9"})) is False
     assert [line["file"] for line in read_json_lines(folder.manifest)] == ["images/killed_in_between.png"]
     assert [path.name for path in folder.images.iterdir()] == ["killed_in_between.png"]
 
 
 def test_deleted_image_is_not_stored_again(folder):
-    store, image = ImageStore(folder), verified(png())
+    store, image = ImageStore(folder), DownloadedImage.from_bytes(png())
     line = store.manifest_line(image, "smile", {})
     store.put(image, line)
     (folder.root / line["file"]).unlink()
@@ -115,7 +116,7 @@ def test_deleted_image_is_not_stored_again(folder):
 
 
 def test_file_of_the_user_is_never_overwritten(folder):
-    image = verified(png())
+    image = DownloadedImage.from_bytes(png())
     folder.images.mkdir(parents=True)
     taken = folder.images / f"smile_{image.sha256[:12]}.png"
     taken.write_bytes(png((0, 0, 0)))
@@ -139,7 +140,7 @@ def test_truncated_manifest_line_does_not_hide_the_next(folder):
     append_json_line(folder.manifest, {"sha256": "0", "file": "images/a.png"})
     with folder.manifest.open("a") as manifest:
         manifest.write('{"sha256": "1", "fi')
-    store, image = ImageStore(folder), verified(png())
+    store, image = ImageStore(folder), DownloadedImage.from_bytes(png())
     store.put(image, store.manifest_line(image, "x", {}))
     assert [line["sha256"] for line in read_json_lines(folder.manifest)] == ["0", image.sha256]
 
