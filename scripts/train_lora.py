@@ -15,19 +15,17 @@ from operator import call
 from pathlib import Path
 from typing import Any
 
-from collecting.config import CollectSettings
-from common.background import coming
+from common.background import in_background
 from common.errors import run_main, stop_on_signals
-from common.project import ProjectSettings
+from common.project import ComfyUIAddress, ProjectSettings
 from common.settings import Request, read_request
 from training.config import TrainSettings
 from training.data.dataset import read_inputs
-from training.system.launcher import launch, place, wants_launcher
+from training.system.launcher import launch, needs_launcher, rank_info
 from training.system.worker_process import WorkerProcess, die_with_parent, worker_process
 
 STAGE = "train_lora"
-SECTIONS = {"project": ProjectSettings, "collect": CollectSettings, "train": TrainSettings}
-"""Of [collect] only ComfyUI's address counts, for what a user can do when it holds the memory."""
+SECTIONS = {"project": ProjectSettings, "collect": ComfyUIAddress, "train": TrainSettings}
 
 NVIDIA = Path("/dev/nvidiactl")
 """There if NVIDIA's driver runs."""
@@ -35,16 +33,16 @@ NVIDIA = Path("/dev/nvidiactl")
 
 def main(argv: list[str]) -> None:
     stop_on_signals()
-    if place().count > 1:
-        die_with_parent(place().launcher)  # before the imports: nobody would end a process that the launcher has left
+    if rank_info().world_size > 1:
+        die_with_parent(rank_info().launcher_pid)  # before the imports: nobody would end a process that the launcher has left
     request = read_request(STAGE, __doc__, argv, SECTIONS, validate=validate)
     processes = request.sections["train"].processes
-    if wants_launcher(processes) and not request.check:
+    if needs_launcher(processes) and not request.check:
         sys.exit(launch([sys.executable, __file__, *argv], processes))
-    if place().index == 0:
+    if rank_info().rank == 0:
         print(f"set by you: {request.overridden()}", flush=True)
-    is_quick = NVIDIA.exists() and place().count == 1 and not request.check
-    with worker_process(wanted=is_quick) as reader, worker_process(import_training, wanted=is_quick) as encoder:
+    is_quick = NVIDIA.exists() and rank_info().world_size == 1 and not request.check
+    with worker_process(enabled=is_quick) as reader, worker_process(import_training, enabled=is_quick) as encoder:
         train(request, reader, encoder)
 
 
@@ -53,7 +51,7 @@ def train(request: Request, reader: WorkerProcess | None, encoder: WorkerProcess
     the other encodes images and captions while this one makes the UNet ready."""
     project, settings = request.sections["project"], request.sections["train"]
     read = partial(reader.call_and_close if reader else call, read_inputs, project, settings)
-    with coming(read, begins_now=place().index == 0 and not request.check) as inputs:
+    with in_background(read, start=rank_info().rank == 0 and not request.check) as inputs:
         import_training()
     from common.output_layout import only_run_in
     from training import job as task
@@ -63,10 +61,10 @@ def train(request: Request, reader: WorkerProcess | None, encoder: WorkerProcess
     from training.system.process_group import process_group
 
     if request.check:
-        doctor.check(project, settings, is_ahead=request.is_ahead)
+        doctor.check(project, settings, inputs_pending=request.inputs_pending)
         return
-    with process_group(place()) as processes, only_run_in(project.output_dir) if processes.is_main_process else nullcontext():
-        run = task.decide_together(processes, project, settings, inputs, request.sections["collect"].comfyui_endpoint)
+    with process_group(rank_info()) as processes, only_run_in(project.output_dir) if processes.is_main_process else nullcontext():
+        run = task.decide_together(processes, project, settings, inputs.result, request.sections["collect"].comfyui_endpoint)
         if run.is_finished:
             task.remove_partial_outputs(run)
             print(f"nothing to do: {run.results.lora} is finished, with exactly these settings, images and captions")
@@ -74,7 +72,7 @@ def train(request: Request, reader: WorkerProcess | None, encoder: WorkerProcess
         if processes.is_main_process:
             task.archive_previous_outputs(run)
         task.prepare_device(run)
-        with task.translate_cuda_oom(run), memory_guard(run.room.floors) as guard, carry_out.coming_unet(run) as unet:
+        with task.translate_cuda_oom(run), memory_guard(run.room.thresholds) as guard, carry_out.coming_unet(run) as unet:
             data = carry_out.encode(run, encoder)
             modules = carry_out.train(run, data, unet(), guard)
         if processes.is_main_process:
@@ -85,7 +83,7 @@ def import_training() -> None:
     """Import what takes seconds; the GPU's context is made meanwhile."""
     from training.system.device import wake_gpu
 
-    wake_gpu(place().gpu)
+    wake_gpu(rank_info().gpu)
     import training.trainer  # noqa: F401
 
 

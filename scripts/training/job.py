@@ -8,14 +8,14 @@ import torch
 
 from common.errors import DataError, ResourceError, SettingsError
 from common.files import write_text
-from common.output_layout import Results
+from common.output_layout import OutputLayout
 from common.project import ProjectSettings
 from common.settings import resolved_toml
 from training.config import TrainSettings
 from training.data.cache import Cache
 from training.data.dataset import Inputs, read_images
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, suggest_settings
-from training.models.base_model import base_digest, cache_folder, tokenizers_digest, tokenizers_of
+from training.models.base_model import base_digest, tokenizers_digest, tokenizers_of
 from training.models.sdxl import BaseModel
 from training.models.weights import remove_all_partial_files
 from training.plan import GLOBAL_BATCH, Plan, circumstances, fingerprint, fingerprint_hash, make_plan
@@ -23,7 +23,7 @@ from training.state import checkpoint
 from training.state.checkpoint import Identity, Saved
 from training.state.resume import find_resume_point, match_global_batch, warmup_to_keep
 from training.system.device import Precision, available_bytes, choose_precision, describe, limit_gpu_memory, make_deterministic
-from training.system.memory_guard import comfyui_hint
+from training.system.memory_guard import comfyui_advice
 from training.system.process_group import ProcessGroup
 
 
@@ -38,7 +38,7 @@ class Task:
     base: BaseModel
     plan: Plan
     precision: Precision
-    results: Results
+    results: OutputLayout
     cache: Cache
     identity: Identity
     saved: Saved | None
@@ -55,7 +55,7 @@ def decide_together(
     run = processes.broadcast_object(lambda: decide(processes, project, settings, inputs(), comfyui))
     if processes.is_main_process:
         return run
-    if processes.place.local_index == 0:
+    if processes.local_rank == 0:
         wanted = sorted(example.sha256 for example in run.plan.all_examples)
         if sorted(example.sha256 for example in read_images(project, settings.data)) != wanted:
             raise DataError(f"{project.dataset_dir}: the images are not those of the first machine; copy its folder here")
@@ -66,22 +66,22 @@ def decide_together(
 def decide(processes: ProcessGroup, project: ProjectSettings, settings: TrainSettings, inputs: Inputs, comfyui: str) -> Task:
     """Replace every "auto" by what it means here, and say what the run will do."""
     base, examples = inputs.base, inputs.examples
-    results = Results(project.output_dir, settings.saving.output_name or project.trigger_word)
+    results = OutputLayout(project.output_dir, settings.saving.output_name or project.trigger_word)
     saved = None if settings.saving.fresh else checkpoint.newest(results.state)
-    count = processes.place.count
+    count = processes.world_size
     was_finished = saved is not None and results.is_finished(fingerprint_hash(saved.identity.fingerprint))
     precision = choose_precision(settings.model.mixed_precision, processes.gpu)
-    room = measure_budget(base, examples, settings, precision, processes.place.local_count)
+    room = measure_budget(base, examples, settings, precision, processes.local_world_size)
     samples = saved.identity.fingerprint[GLOBAL_BATCH] // count if saved else None
     settings = resolve_batch_size(settings, room, max(1, len(examples) // count), samples)
     settings = replace(settings, run=match_global_batch(settings.run, count, None if was_finished else saved))
     schedule = base.schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
     plan = make_plan(examples, settings, schedule, count)
     settings = resolved(settings, plan, precision, results.name)
-    settings = fit_to_memory(settings, room, lambda: comfyui_hint(comfyui))
+    settings = fit_to_memory(settings, room, comfyui_advice(comfyui))
     switch = "on" if settings.model.gradient_checkpointing else "off"
     print(f"training on {describe(precision)}, gradient checkpointing {switch}", flush=True)
-    cache = Cache(cache_folder(project.output_dir))
+    cache = Cache(results.cache)
     digests = [base_digest(base, cache.folder, part) for part in base.parts]
     digests.append(tokenizers_digest(tokenizers_of(base, project.models_dir)))
     print(plan.announcement(), flush=True)
@@ -96,7 +96,7 @@ def decide(processes: ProcessGroup, project: ProjectSettings, settings: TrainSet
     return Task(processes, project, settings, base, plan, precision, results, cache, identity, saved, is_finished, room)
 
 
-def continuing(results: Results, saved: Saved, identity: Identity, was_finished: bool) -> Saved | None:
+def continuing(results: OutputLayout, saved: Saved, identity: Identity, was_finished: bool) -> Saved | None:
     """The state from which the run goes on; None if it is a new one. Raises SettingsError if an unfinished run lies there
     that began differently."""
     try:
@@ -128,7 +128,7 @@ def resolved(settings: TrainSettings, plan: Plan, precision: Precision, name: st
 def remove_partial_outputs(task: Task) -> None:
     """Remove what runs have left that were killed while they wrote; nobody else writes there."""
     if task.processes.is_main_process:
-        for folder in (task.results.folder, task.results.state, task.cache.folder / "latents", task.cache.folder / "text"):
+        for folder in (task.results.lora_dir, task.results.state, task.cache.folder / "latents", task.cache.folder / "text"):
             remove_all_partial_files(folder)
         if task.is_finished:
             checkpoint.keep_one(task.results.state, task.plan.common_steps)
@@ -145,15 +145,15 @@ def archive_previous_outputs(task: Task) -> None:
     else:
         task.results.archive_lora()
     remove_partial_outputs(task)
-    write_text(task.results.resolved, resolved_toml({"project": task.project, "train": task.settings}))
+    write_text(task.results.resolved_config, resolved_toml({"project": task.project, "train": task.settings}))
 
 
 def prepare_device(task: Task) -> None:
     """What has to be said before the device computes or holds anything."""
     if task.settings.run.deterministic:
         make_deterministic()
-    if task.room.floors:
-        limit_gpu_memory(task.precision.device, available_bytes(task.precision.device) - task.room.floors.stop)
+    if task.room.thresholds:
+        limit_gpu_memory(task.precision.device, available_bytes(task.precision.device) - task.room.thresholds.stop)
 
 
 @contextlib.contextmanager

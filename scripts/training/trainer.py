@@ -14,10 +14,10 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from common.background import coming, prefetch
-from common.errors import Interruption, StopRequest, reason_for
+from common.background import in_background, prefetch
+from common.errors import Interruption, StopRequest, interruption_for
 from common.files import atomic_write
-from common.output_layout import Results
+from common.output_layout import OutputLayout
 from training.data.batches import BatchReader
 from training.data.cache import EncodedData, Encoding, encode_data
 from training.engine.fast.unet import checkpoint_everything, fast_ops, install_fast_forwards, load_libraries
@@ -71,11 +71,11 @@ def coming_unet(task: Task) -> Iterator[Callable[[], AdaptedUnet]]:
     """A function that returns the UNet and its LoRA. It is made beside the encoding if there is memory for both."""
     libraries, unet = partial(load_libraries, task.precision.device, task.precision.dtype), partial(adapted_unet, task)
     has_room_now = has_room(task)
-    with coming(libraries, begins_now=has_room_now) as loaded, coming(unet, begins_now=has_room_now) as made:
+    with in_background(libraries, start=has_room_now) as loaded, in_background(unet, start=has_room_now) as made:
 
         def ready() -> AdaptedUnet:
-            loaded()
-            return made()
+            loaded.result()
+            return made.result()
 
         yield ready
 
@@ -115,8 +115,8 @@ def train(task: Task, encoded: EncodedData, adapted: AdaptedUnet, guard: MemoryG
                 guard.wants_empty_caches = False
                 gc.collect()
                 torch.cuda.empty_cache()
-            signum = processes.largest(stop.signum)
-            return reason_for(signum) if signum else None
+            signum = processes.all_reduce_max(stop.signum)
+            return interruption_for(signum) if signum else None
 
         progress = run_steps(run, take_step.begin, batches, reader.names, validator, saver, metrics, stop_asked)
         if processes.is_main_process:
@@ -175,8 +175,8 @@ def reader_of(task: Task, encoded: EncodedData) -> BatchReader:
         micro_batch=task.settings.run.train_batch_size,
         global_batch=task.plan.global_batch,
         pin=task.precision.device.type == "cuda",
-        process=task.processes.place.index,
-        processes=task.processes.place.count,
+        process=task.processes.rank,
+        processes=task.processes.world_size,
     )
 
 
@@ -190,10 +190,10 @@ def validator_of(task: Task, encoded: EncodedData, take_step: TrainStep) -> Call
         seed=task.settings.run.train_seed,
         micro_batch=task.settings.run.train_batch_size,
         evaluate=take_step.evaluate,
-        process=task.processes.place.index,
-        processes=task.processes.place.count,
+        process=task.processes.rank,
+        processes=task.processes.world_size,
     )
-    return lambda: task.processes.total(own_part())
+    return lambda: task.processes.all_reduce_sum(own_part())
 
 
 def write_results(task: Task, modules: list[LoraModule], progress: Progress) -> None:
@@ -219,7 +219,7 @@ def finish(task: Task, modules: int) -> None:
     print(f"{path}: {size:.1f} MiB, {modules} modules, all known to ComfyUI; copy it to ComfyUI's models/loras")
 
 
-def write_best(results: Results, modules: list[LoraModule], progress: Progress, last: Description) -> None:
+def write_best(results: OutputLayout, modules: list[LoraModule], progress: Progress, last: Description) -> None:
     """Name the LoRA with the lowest smoothed held-out loss among those that were saved, and write it once more."""
     scored = [one for one in smoothed(progress.validations) if results.lora_after(one.epochs).exists() or one.epochs == last.epochs]
     best = min(scored, key=lambda one: one.loss)
