@@ -8,8 +8,9 @@ from functools import partial
 from common.errors import ResourceError
 from training.config import TrainSettings
 from training.data.dataset import Example
+from training.method.optimizers import OPTIMIZERS
 from training.models.sdxl import BaseModel
-from training.plan import largest_image_px, placed
+from training.plan import placements_of
 from training.system.device import Precision, available_bytes, shares_memory
 from training.system.memory_guard import GIB, PROC, Thresholds, largest_other_process, thresholds
 
@@ -61,17 +62,18 @@ def measure_budget(
 ) -> MemoryBudget:
     """The budget of each of `processes` on this machine, as it is now.
 
-    The need is estimated from the shapes of the UNet's weights: in the computation's dtype; with LoRA weights, gradients and two
-    moments in fp32 and a working copy; and activations, which grow with the pixels of the micro-batch.
+    The need is estimated from the shapes of the UNet's weights: in the computation's dtype; with LoRA weights, gradients and
+    the optimizer's state in fp32 and a copy of the weights; and activations, which grow with the pixels of the micro-batch.
     """
     unet, itemsize = base.parts["unet"], precision.dtype.itemsize
     shapes = {name: tensor.shape for name, tensor in unet.tensors.items()}
     linears = [shape for name, shape in shapes.items() if "transformer_blocks" in name and len(shape) == 2]
-    lora = settings.lora.lora_rank * sum(sum(shape) for shape in linears) * (16 + itemsize)
+    floats = 2 + OPTIMIZERS[settings.optimizer.optimizer].floats_per_weight  # weight, gradient and the optimizer's state
+    lora = int(settings.lora.lora_rank * sum(sum(shape) for shape in linears) * (4 * floats + itemsize))
     weights = itemsize * sum(math.prod(shape) for shape in shapes.values())
     workspaces = _GPU_WORKSPACE_BYTES if precision.device.type == "cuda" else _CPU_WORKSPACE_BYTES
     scale = itemsize / 2 * unet.config["block_out_channels"][0] / _SDXL_WIDTH
-    image_px = largest_image_px(placed(examples, settings.data))
+    image_px = max(place.bucket.width * place.bucket.height for place in placements_of(examples, settings.data))
     is_shared = shares_memory(precision.device)
     return MemoryBudget(
         fixed=weights + lora + workspaces,

@@ -12,7 +12,7 @@ import pytest
 from common.errors import ResourceError
 from training.config import TrainSettings
 from training.memory_budget import MemoryBudget, fit_to_memory, fitting_batch, resolve_batch_size, suggest_settings
-from training.plan import circumstances
+from training.plan import runtime_settings
 from training.system.memory_guard import (
     GIB,
     PROC,
@@ -189,7 +189,7 @@ def test_the_suggestion_for_a_full_gpu_fits():
 
 
 def test_another_batch_in_the_same_step_may_change_between_stop_and_resume():
-    assert {"train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"} <= circumstances(TrainSettings()).keys()
+    assert {"train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"} <= runtime_settings(TrainSettings(), 1).keys()
 
 
 HOG = """

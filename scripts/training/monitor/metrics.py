@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from common.errors import SettingsError
 from common.files import naming_oserror, read_json_lines, write_text
 from training.config import LoggingSettings
+from training.data.buckets import OptimizerStep
+from training.monitor.callbacks import Callback
 
 
 class Tracker(Protocol):
@@ -37,15 +39,15 @@ def open_metrics(
         yield TrackerGroup(trackers)
 
 
-class TrackerGroup:
-    """Passes the metrics on to several trackers."""
+class TrackerGroup(Callback):
+    """Passes the metrics of each step on to several trackers."""
 
     def __init__(self, trackers: list[Tracker]):
         self._trackers = trackers
 
-    def log(self, values: dict[str, Any], step: int) -> None:
+    def after_step(self, step: OptimizerStep, values: dict[str, float]) -> None:
         for tracker in self._trackers:
-            tracker.log(values, step)
+            tracker.log(values, step.number)
 
 
 class MetricsFile:

@@ -1,4 +1,4 @@
-"""The loss of the held-out images, on the same noise and timesteps each time; nothing of the training is touched."""
+"""The validation loss: that of the held-out images, on the same noise and timesteps each time. Training is not changed by it."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +7,10 @@ from pathlib import Path
 
 import torch
 
-from training.data.batches import TRAIN_TIMESTEPS, Batch, CachedExample, SampleRandomness, batch_of, draw, read_sample
+from training.data.batches import Batch, Sample, make_batch, read_sample
+from training.data.buckets import OptimizerStep
+from training.data.cache import CachedExample
+from training.monitor.callbacks import Callback, Progress, Validation, smoothed
 
 STRATA = 8
 """Timesteps per image, one from each eighth of the noise schedule: the loss differs tenfold between them."""
@@ -25,19 +28,21 @@ class Validator:
     empty_caption: Path
     seed: int
     micro_batch: int
+    timesteps: int
+    """Length of the base model's noise schedule."""
     evaluate: Callable[[Iterable[Batch]], float]
-    process: int = 0
-    """Which of the `processes` that share the work this one is."""
-    processes: int = 1
+    rank: int = 0
+    """Which of the `world_size` processes that share the work this one is."""
+    world_size: int = 1
 
     def __call__(self) -> float:
         """This process's part of the mean loss over all held-out images and STRATA timesteps of each."""
         return self.evaluate(self._batches())
 
     def _batches(self) -> Iterator[Batch]:
-        for part in self._parts()[self.process :: self.processes]:
+        for part in self._parts()[self.rank :: self.world_size]:
             samples = [self._sample(index, stratum) for index, stratum in part]
-            yield batch_of(samples, [1.0 / (len(self.examples) * STRATA)] * len(samples), self.micro_batch)
+            yield make_batch(samples, [1.0 / (len(self.examples) * STRATA)] * len(samples), self.micro_batch)
 
     def _parts(self) -> list[list[tuple[int, int]]]:
         """Every (example, stratum), cut into micro-batches of one shape each."""
@@ -51,12 +56,34 @@ class Validator:
             parts += [items[start : start + self.micro_batch] for start in range(0, len(items), self.micro_batch)]
         return parts
 
-    def _sample(self, index: int, stratum: int) -> tuple[torch.Tensor, ...]:
-        """Fixed noise; the timesteps of the images lie between each other's. The caption is its first variant."""
+    def _sample(self, index: int, stratum: int) -> Sample:
+        """Noise and timestep are fixed; the timesteps of the images are spread over the stratum. The caption is its first
+        variant."""
+        example = replace(self.examples[index], variants=1)
+        position = _POSITION + index * STRATA + stratum
+        sample = read_sample(
+            example, self.empty_caption, seed=self.seed, position=position, caption_dropout=0.0, timesteps=self.timesteps
+        )
         within = (index + 0.5) / len(self.examples)
+        return sample | {"timesteps": torch.tensor(int((stratum + within) / STRATA * self.timesteps))}
 
-        def fixed(shape: tuple[int, int, int]) -> SampleRandomness:
-            drawn = draw(self.seed, _POSITION + index * STRATA + stratum, shape, variants=1, caption_dropout=0.0)
-            return replace(drawn, timestep=int((stratum + within) / STRATA * TRAIN_TIMESTEPS))
 
-        return read_sample(self.examples[index], fixed, self.empty_caption)
+class ValidationCallback(Callback):
+    """Measures the validation loss at the end of epochs, in every process."""
+
+    def __init__(self, measure: Callable[[], float], is_due: Callable[[int, int], bool], trackers: Sequence[Callback]):
+        """`measure` returns the loss over all processes; `is_due` says whether it is due when the second number of epochs is
+        complete and the first was; `trackers` are told the result."""
+        self._measure = measure
+        self._is_due = is_due
+        self._trackers = trackers
+
+    def after_epoch(self, step: OptimizerStep, epochs: int, progress: Progress) -> tuple[Progress, str]:
+        if not self._is_due(step.epoch, epochs):
+            return progress, ""
+        loss = self._measure()
+        progress = replace(progress, validations=(*progress.validations, Validation(epochs, loss)))
+        average = smoothed(progress.validations)[-1].loss
+        for tracker in self._trackers:
+            tracker.after_step(step, {"epoch": step.epoch, "validation_loss": loss, "validation_loss_smoothed": average})
+        return progress, f"  validation {loss:.4f} (smoothed {average:.4f})"
