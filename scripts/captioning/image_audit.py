@@ -30,7 +30,7 @@ from common.dataset_layout import (
     name_in,
     repeats_of,
 )
-from common.files import sha256_of, write_json_if_changed
+from common.files import sha256_of, write_json
 from common.images import BrokenImageError, open_rgb
 
 GREY_SIDE_PX = 512
@@ -158,7 +158,7 @@ def look_at_all(folder: DatasetFolder, images: Sequence[ImageFile], workers: int
             remembered[entry.name] = entry
             bar.update()
     known = {path: remembered[name] for path, name in named.items()}
-    write_json_if_changed(record, {"format": _FORMAT, "pictures": [dataclasses.asdict(entry) for entry in known.values()]})
+    write_json(record, {"format": _FORMAT, "pictures": [dataclasses.asdict(entry) for entry in known.values()]})
     return known
 
 
@@ -296,7 +296,7 @@ def write(audit: Audit, folder: DatasetFolder) -> None:
         "captions_without_picture": list(audit.captions_without_image),
         "not_looked_at": audit.not_looked_at,
     }
-    write_json_if_changed(folder.audit, content)
+    write_json(folder.audit, content)
 
 
 def table(audit: Audit) -> str:

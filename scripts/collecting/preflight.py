@@ -1,6 +1,5 @@
 """`--check`: ONE list of everything that would stop the collector, with the remedy for each."""
 
-import os
 import uuid
 from typing import Any
 
@@ -11,6 +10,7 @@ from collecting.http import Address, addresses
 from collecting.jobs import Plan, read_plan
 from common.dataset_layout import DatasetFolder
 from common.errors import ComfyUIError, SettingsError, bullet_list
+from common.files import write_problem
 
 
 def check(settings: CollectSettings, folder: DatasetFolder) -> None:
@@ -50,11 +50,8 @@ def _check_server(address: Address, plan: Plan | None, problems: list[str]) -> N
 
 def check_folder(folder: DatasetFolder, problems: list[str]) -> None:
     """Complain when images could not be written; makes nothing."""
-    nearest = next(place for place in (folder.images, *folder.images.parents) if place.exists())
-    if not nearest.is_dir():
-        problems.append(f"dataset_dir: {nearest} is in the way: it is no folder; move it, or set DATASET_DIR to another place")
-    elif not os.access(nearest, os.W_OK | os.X_OK):
-        problems.append(f"dataset_dir: {nearest} cannot be written to; make it writable for this user, or set DATASET_DIR")
+    if problem := write_problem(folder.images):
+        problems.append(f"dataset_dir: {problem}, or set DATASET_DIR")
 
 
 def _unknown_to_the_server(plan: Plan, known: dict[str, Any]) -> list[str]:

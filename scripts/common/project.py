@@ -1,8 +1,9 @@
-"""`[project]`, `[collect]` and `[caption]` as types: every setting with its default and limits; `[train]`: training/config.py."""
+"""The settings that several stages read. The other sections are defined by their stage: `<stage>/config.py`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from common.settings import setting
 
@@ -19,4 +20,13 @@ class ProjectSettings:
     def validate(self) -> Iterator[str]:
         word = self.trigger_word
         if not word or "," in word or word != " ".join(word.split()) or not word.isprintable():
-            yield f"trigger_word: {word!r} must be one tag: not empty, without commas, control characters or stray spaces"
+            yield f"trigger_word: {word!r} must be a single tag, without commas, control characters or extra spaces"
+
+
+@dataclass(frozen=True)
+class ComfyUIAddress:
+    """The one key of `[collect]` that training reads as well: it appears in advice when memory is short."""
+
+    partial: ClassVar[bool] = True
+
+    comfyui_endpoint: str = setting("http://host.docker.internal:8188")

@@ -170,7 +170,7 @@ class Request:
 
     check: bool
     """Only verify what the stage needs."""
-    is_ahead: bool
+    inputs_pending: bool
     """Stages before this one are still to run: what they bring need not be there for `check`."""
     sections: dict[str, Any]
     """One filled section per table, by the table's name."""
@@ -264,7 +264,7 @@ def resolve(
         problems += validate(filled)
     if problems:
         raise SettingsError(bullet_list("these settings cannot be used:", problems))
-    return Request(check=check is not None, is_ahead=check == "ahead", sections=filled, sources=sources)
+    return Request(check=check is not None, inputs_pending=check == "ahead", sections=filled, sources=sources)
 
 
 def all_keys(section: type) -> Iterator[dataclasses.Field]:
@@ -329,7 +329,8 @@ def _fill(section, table, given, file, environment, flags, sources, problems) ->
             shown = "" if key.metadata["secret"] else f" {raw!r}"
             problems.append(f"{key.name} ({source}):{shown} {error}")
     secret = {key.name: key.metadata.get("secret", False) for key in dataclasses.fields(section)}
-    problems += [f"[{table}] {name}: unknown key in {file.name}" for name in given if name not in secret]
+    if not getattr(section, "partial", False):
+        problems += [f"[{table}] {name}: unknown key in {file.name}" for name in given if name not in secret]
     problems += [f"{name}: a secret stands in no file; set {name.upper()}" for name in given if secret.get(name)]
     if len(problems) > before:
         return None
