@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from common.background import coming, prefetch
+from common.clip_tokens import CHUNK_TOKENS
 from common.errors import DataError
 from common.images import open_rgb
 from training.config import DataSettings
@@ -260,7 +261,7 @@ def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_
     chunks = chunks_needed([example.caption for example in examples], tokenizers, settings.caption_chunks)
     for example in examples:
         if cut := cut_off(example.caption, tokenizers, chunks):
-            print(f"{example.name}: its caption is longer than {75 * chunks} tokens; training does not see: {cut}")
+            print(f"{example.name}: its caption is longer than {CHUNK_TOKENS * chunks} tokens; training does not see: {cut}")
     images, captions = encoding.wanted_images(plan), encoding.wanted_captions([*variants, [""]], chunks)
     encoding.processes.barrier()  # nobody writes before all know what is missing
     share = encoding.processes.share
@@ -273,7 +274,7 @@ def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_
             captions_done()
         encoding.free()
     encoding.processes.barrier()
-    print(f"images: {images}; captions: {captions}, {chunks} x 75 tokens", flush=True)
+    print(f"images: {images}; captions: {captions}, {chunks} x {CHUNK_TOKENS} tokens", flush=True)
     *embeddings, empty = captions.paths
     cached = [
         CachedExample(example.name, placement, latents, embedding, len(texts))

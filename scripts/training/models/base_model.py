@@ -14,19 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from common import clip_tokens
+from common.clip_tokens import TOKENIZERS
 from common.errors import ModelError, bullet_list
 from common.files import sha256_of, write_json
 from common.hub import HubError, download, download_command, file_size_bytes
 from training.models.sdxl import STEMS, BaseModel, Part, Schedule
 from training.models.single_file import read_file
 from training.models.weights import WeightsFile, read_header
-
-TOKENIZERS = ("tokenizer", "tokenizer_2")
-
-
-_WORDS_WITHOUT_MERGE = 2 * 256 + 2
-"""Of CLIP's vocabulary: each byte, each byte that ends a word, and the two special tokens."""
-
 
 _SDXL_UNET = {
     "in_channels": 4,
@@ -60,29 +55,15 @@ def read_folder(folder: Path) -> BaseModel:
     for part in parts.values():
         problems += part.problems() if part.files else []
     problems += [
-        f"{name}/: a tokenizer's files are missing or damaged" for name in TOKENIZERS if not vocabulary_size(folder / name)
+        f"{name}/: a tokenizer's files are missing or damaged"
+        for name in TOKENIZERS
+        if not clip_tokens.read_vocabulary(folder / name)
     ]
     if not problems:
         problems += [*_odd_numbers(_schedule(scheduler), configs["vae"]), *_disagreements(configs)]
     if problems:
         raise ModelError(bullet_list(f"{folder}: this base model cannot be used:", problems))
     return BaseModel(folder, parts, _schedule(scheduler))
-
-
-def vocabulary_size(folder: Path) -> int:
-    """Words of the tokenizer in `folder`; 0 if a file that CLIPTokenizer reads is missing or damaged.
-
-    Its configuration is needed too: it says how to pad.
-    """
-    try:
-        json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            words = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
-            merges = sum(bool(line.strip()) for line in (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:])
-            return words if merges >= words - _WORDS_WITHOUT_MERGE else 0
-        return len(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return 0
 
 
 def _read_json(file: Path, problems: list[str]) -> dict[str, Any]:
@@ -249,9 +230,7 @@ def find_tokenizers(base: BaseModel, models_dir: Path) -> Path | None:
     """The folder that holds `tokenizer/` and `tokenizer_2/` for `base`: its own, or for a single file one in `models_dir`."""
     if base.path.is_dir():
         return base.path
-    words = base.parts["text_encoder"].config["vocab_size"]
-    folders = sorted(child for child in models_dir.iterdir() if child.is_dir()) if models_dir.is_dir() else []
-    return next((folder for folder in folders if all(vocabulary_size(folder / name) == words for name in TOKENIZERS)), None)
+    return clip_tokens.find_tokenizers(models_dir, base.parts["text_encoder"].config["vocab_size"])
 
 
 def tokenizers_of(base: BaseModel, models_dir: Path) -> Path:
