@@ -1,4 +1,4 @@
-"""README.md and the files beside it say what the program does."""
+"""README.md, docs/ and the files next to them describe what the program does."""
 
 import json
 import math
@@ -18,40 +18,46 @@ from common.project import ProjectSettings
 from common.settings import REPOSITORY, SETTINGS_FILE, all_keys
 from training.config import TrainSettings
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
+    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "CONTRIBUTING.md")
+}
+README = PAGES["README.md"]
+ALL_PAGES = "\n".join(PAGES.values())
+MOST_LINES_OF_README = 200
 RUN_SH = (REPOSITORY / "scripts" / "run.sh").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text(encoding="utf-8"))
 SECTIONS = (ProjectSettings, CollectSettings, CaptionSettings, TrainSettings)
 
 KEYS = {key.name.upper(): key for section in SECTIONS for key in all_keys(section)}
 OF_RUN_SH = dict(re.findall(r"\$\{([A-Z_]+):-(\w*)", RUN_SH))
-"""Variables that run.sh reads itself, with what it takes for an empty one."""
+"""Variables that run.sh reads itself, with the value it uses for an empty one."""
 NOT_IN_COMPOSE = {"PYTHON"}
-"""Set by the image, for whatever .venv the mounted repository holds."""
+"""Set by the image, because the mounted repository may contain a .venv of the host."""
 
 
-def table_rows(first_header: str) -> list[list[str]]:
-    """The cells of the rows of README's table whose first header is that; group titles left out."""
-    _, _, after = README.partition(f"| {first_header} |")
+def table_rows(page: str, first_header: str) -> list[list[str]]:
+    """The cells of the rows of the page's table with that first header, without group titles."""
+    _, _, after = PAGES[page].partition(f"| {first_header} |")
     rows = [line.strip("|").split("|") for line in after.split("\n\n")[0].splitlines()[2:]]
     return [[cell.strip() for cell in row] for row in rows if row[1].strip()]
 
 
 def code(cell: str) -> str:
-    """What stands between backticks; an italic word, such as _(empty)_, stands for nothing."""
+    """The text between backticks; an italic word, such as _(empty)_, counts as empty."""
     match = re.fullmatch(r"`([^`]+)`", cell)
     return match[1] if match else ""
 
 
 def as_text(value: object) -> str:
-    """A value of the settings file as one writes it into a variable."""
+    """A value of the settings file as it is written into a variable."""
     if isinstance(value, list):
         return ",".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def defaults() -> dict[str, str]:
-    """Every variable and the value that the settings file gives it."""
+    """Every variable and its value in the settings file."""
 
     def flat(table: dict) -> dict:
         return {k: v for key, value in table.items() for k, v in (flat(value) if isinstance(value, dict) else {key: value}).items()}
@@ -61,11 +67,11 @@ def defaults() -> dict[str, str]:
 
 
 def test_table_of_variables_has_every_variable_once_in_the_order_of_the_file():
-    names = [code(row[0]) for row in table_rows("Variable")]
+    names = [code(row[0]) for row in table_rows("docs/settings.md", "Variable")]
     assert names == [*KEYS, *OF_RUN_SH]
 
 
-@pytest.mark.parametrize("row", table_rows("Variable"), ids=lambda row: code(row[0]))
+@pytest.mark.parametrize("row", table_rows("docs/settings.md", "Variable"), ids=lambda row: code(row[0]))
 def test_table_of_variables_gives_the_defaults_of_the_file(row):
     name, stated = code(row[0]), code(row[1])
     default = defaults()[name]
@@ -83,14 +89,14 @@ def test_compose_passes_every_variable_and_no_other():
 
 
 def test_table_of_exit_codes_is_that_of_the_program():
-    stated = {int(number) for row in table_rows("Code") for number in row[0].split(",")}
+    stated = {int(number) for row in table_rows("docs/troubleshooting.md", "Code") for number in row[0].split(",")}
     failures = {kind.exit_code for kind in (*errors.LoracatError.__subclasses__(), errors.MemoryShort)}
     stops = {errors.Stopped(signum).exit_code for signum in (signal.SIGINT, signal.SIGTERM)}
     assert stated == {errors.EXIT_DONE, errors.EXIT_BUG} | failures | stops
 
 
 def test_keys_of_the_node_table_are_those_the_collector_knows():
-    assert sorted(code(row[0]) for row in table_rows("Key")) == sorted(CONFIG_KEYS)
+    assert sorted(code(row[0]) for row in table_rows("docs/workflows.md", "Key")) == sorted(CONFIG_KEYS)
 
 
 def test_model_files_of_the_workflow_are_listed_with_their_folders():
@@ -98,7 +104,7 @@ def test_model_files_of_the_workflow_are_listed_with_their_folders():
     workflow = json.loads((REPOSITORY / "workflow_api.json").read_text(encoding="utf-8"))
     inputs = [item for node in workflow.values() for item in node["inputs"].items()]
     loaded = {(value, folders[name]) for name, value in inputs if name in folders}
-    assert {(code(row[0]), code(row[1])) for row in table_rows("File")} == loaded
+    assert {(code(row[0]), code(row[1])) for row in table_rows("docs/workflows.md", "File")} == loaded
 
 
 @pytest.mark.parametrize("path", ["face_reference.png", "prompts.json", ".env", ".venv/bin/python", "demo/workspace/face.png"])
@@ -115,10 +121,16 @@ def test_mounted_folders_are_ignored_by_git_but_for_their_marks(folder):
     assert all(name.endswith("/.gitkeep") for name in tracked)
 
 
-def test_paths_that_readme_names_exist_or_are_made_by_a_run():
+def test_readme_is_short_and_leads_to_every_page():
+    assert len(README.splitlines()) <= MOST_LINES_OF_README
+    linked = {link.partition("#")[0] for link in links(README)}
+    assert PAGES.keys() - {"README.md"} <= linked
+
+
+def test_paths_in_the_pages_exist_or_are_created_by_a_run():
     in_other_folders = {"model_index.json", "metrics.jsonl", "training_config_resolved.toml", "models/loras"}
     top = {name.split("/")[0] for name in git("ls-files").stdout.splitlines()}
-    quoted = set(re.findall(r"`([\w./-]+)`", README)) - in_other_folders
+    quoted = set(re.findall(r"`([\w./-]+)`", ALL_PAGES)) - in_other_folders
     with_folders = {name for name in quoted if "/" in name and name.split("/")[0] in top}
     without = {name for name in quoted if re.fullmatch(r"[\w-]+\.(md|json|jsonl|toml|yml|txt|sh|py)", name)}
     assert {"scripts/run.sh", "scripts/training/"} <= with_folders
@@ -127,18 +139,70 @@ def test_paths_that_readme_names_exist_or_are_made_by_a_run():
     assert [name for name in named if not (REPOSITORY / name).exists() and not is_ignored(f"{name}/")] == []
 
 
-def test_make_targets_that_readme_names_exist():
+def test_make_targets_in_the_pages_exist():
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
-    named = set(re.findall(r"(?:^|`)make ([\w-]+)", README, re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([\w-]+)", ALL_PAGES, re.MULTILINE))
     assert {"demo", "test", "check", "clean"} <= named <= targets
 
 
-def test_links_within_readme_lead_somewhere():
-    titles = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
-    for link in re.findall(r"\]\(([^)]+)\)", README):
-        assert link.removeprefix("#") in anchors if link.startswith("#") else (REPOSITORY / link).exists() or "://" in link, link
+def test_every_make_target_is_described():
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    for target in re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[1].split():
+        assert f"make {target}" in ALL_PAGES, target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_a_file_or_to_a_title_in_it(page):
+    for link in links(PAGES[page]):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (REPOSITORY / page).parent / path if path else REPOSITORY / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_link_to_a_missing_title_would_be_found():
+    assert anchors("# Stop and resume\n## Why diffusers?\n") == {"stop-and-resume", "why-diffusers"}
+    assert links("see [this](page.md#a) and [that](https://example.org)") == ["page.md#a", "https://example.org"]
+
+
+def test_messages_quoted_in_troubleshooting_are_in_the_code():
+    text = PAGES["docs/troubleshooting.md"]
+    ours = text[text.index("## ComfyUI") : text.index("## Exit codes")]
+    quoted = re.findall(r"^\*\*`([^`]+)`\.\*\*", ours, re.MULTILINE)
+    assert len(quoted) >= 2
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "scripts").rglob("*.py"))
+    assert [message for message in quoted if message not in code] == []
+
+
+def test_benchmark_lines_that_readme_asks_for_are_those_that_are_printed():
+    section = README[README.index("## Status") : README.index("## Why diffusers")]
+    asked = re.findall(r"`([^`]+)`", section[section.index("paste these lines") :])
+    printed = "\n".join((REPOSITORY / "benchmarks" / name).read_text(encoding="utf-8") for name in ("train.py", "step.py"))
+    lines = [line for line in asked if not line.startswith("docker ")]
+    assert len(lines) >= 5
+    assert [line for line in lines if f'"{line}' not in printed] == []
+
+
+def test_text_files_have_unix_line_ends_in_every_clone():
+    files = [line.split("\t") for line in git("ls-files", "--eol").stdout.splitlines()]
+    assert files
+    for attributes, name in files:
+        in_index, _, rule = attributes.split(maxsplit=2)
+        normalized = rule.strip() == "attr/text=auto eol=lf" and in_index in ("i/lf", "i/none", "i/-text")
+        assert normalized or rule.strip() == "attr/-text", name
+
+
+def links(text: str) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to the titles of a page."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
 def git(*arguments: str) -> subprocess.CompletedProcess:
@@ -146,5 +210,5 @@ def git(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def is_ignored(path: str) -> bool:
-    """Whether git would leave `path` out."""
+    """Whether git ignores `path`."""
     return git("check-ignore", "--quiet", "--no-index", path).returncode == 0
