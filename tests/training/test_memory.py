@@ -189,7 +189,9 @@ def test_the_suggestion_for_a_full_gpu_fits():
 
 
 def test_another_batch_in_the_same_step_may_change_between_stop_and_resume():
-    assert {"train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"} <= runtime_settings(TrainSettings(), 1).keys()
+    assert {"train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"} <= runtime_settings(
+        TrainSettings(), 1
+    ).keys()
 
 
 HOG = """

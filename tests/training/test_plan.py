@@ -155,9 +155,9 @@ def test_other_images_captions_and_models_are_another_run():
     assert fingerprint_of(plan_of(), trigger="person") != same
     assert fingerprint_of(plan_of(), digests=("other", "vae")) != same
     assert fingerprint_of(plan_of(24)) != same
-    for changes in ({"caption": "sks"}, {"repeats": 2}, {"sha256": "0" * 63 + "f"}):
+    for changed in ({"caption": "sks"}, {"repeats": 2}, {"sha256": "0" * 63 + "f"}):
         examples = [example(number) for number in range(25)]
-        examples[24] = replace(examples[24], **changes)
+        examples[24] = replace(examples[24], **changed)
         assert fingerprint_of(make_plan(examples, with_changes(), PLAIN)) != same
     moved = [replace(example(number), path=Path(f"/elsewhere/{number}.png")) for number in range(25)]
     assert fingerprint_of(make_plan(moved, with_changes(), PLAIN)) == same

@@ -9,11 +9,11 @@ import torch
 
 from common.errors import DISK_ERRNOS
 from training.config import OptimizerSettings
-from training.monitor.callbacks import Progress
-from training.system.process_group import ProcessGroup
 from training.method.optimizers import AdamW
+from training.monitor.callbacks import Progress
 from training.state import checkpoint
 from training.state.checkpoint import CheckpointWriter, Identity
+from training.system.process_group import ProcessGroup
 
 IDENTITY = Identity(fingerprint={"rank": 2}, runtime={"workers": 4}, shared_prefix_steps=7)
 
