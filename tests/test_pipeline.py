@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from collecting.jobs import read_entries
-from collecting.workflow import understand
+from collecting.jobs import parse_entries
+from collecting.workflow import parse_workflow
 from common.files import read_json_lines, sha256_of
 from common.settings import REPOSITORY, TABLES, resolve
 from demo.__main__ import emptied
@@ -204,10 +204,10 @@ def test_wrong_input_ends_with_its_exit_code_and_one_message(world, comfyui, tmp
 def test_shipped_workflow_mapping_and_prompts_are_understood_by_the_collector():
     problems: list[str] = []
     read = {name: json.loads((REPOSITORY / name).read_text(encoding="utf-8")) for name in SHIPPED}
-    workflow = understand(read["workflow_api.json"], read["config/workflow_config.json"], problems)
-    entries = read_entries(read["prompts_example.json"], problems)
+    workflow = parse_workflow(read["workflow_api.json"], read["config/workflow_config.json"], problems)
+    entries = parse_entries(read["prompts_example.json"], problems)
     assert problems == []
-    assert len(workflow.kept_nodes) >= 40
+    assert len(workflow.output_nodes) >= 40
     assert not workflow.per_batch
     assert len(entries) == 40
 
