@@ -28,7 +28,7 @@ from captioning.preflight import check, images_in
 from captioning.tag_cache import tagged
 from captioning.tag_selection import TagChoice, known_point
 from captioning.traits import pruning_of
-from common.clip_tokens import find_tokens
+from common.clip_tokens import find_clip_tokens
 from common.dataset_layout import DatasetFolder, ImageFile, caption_owners, caption_path
 from common.errors import DataError, SettingsError, run_main, stop_on_signals
 from common.files import locked, write_json_if_changed
@@ -74,7 +74,7 @@ def caption(
     to_make, to_keep = sorted_out(images, captions, settings.caption_overwrite, tally)
     keep(to_keep, captions, tally)
     make(to_make, known, settings, project, captions, tally)
-    tokens = find_tokens(project.models_dir, train.model.base_model)
+    tokens = find_clip_tokens(project.models_dir, train.model.base_model)
     print(report.table(report.texts(images, folder), project.trigger_word, train.data.caption_chunks, tokens), flush=True)
     tally.report(project.trigger_word)
 

@@ -29,7 +29,6 @@ from common.dataset_layout import (
     find_images,
     name_in,
     repeats_of,
-    sniff_image_format,
 )
 from common.files import sha256_of, write_json_if_changed
 from common.images import BrokenImageError, open_rgb
@@ -72,12 +71,6 @@ class Look:
 
 def look_at(path: Path) -> Look:
     """Decode the image at `path` and measure it. Raises BrokenImageError if the stages cannot use it."""
-    try:
-        with path.open("rb") as file:
-            if sniff_image_format(file.read(12)) is None:
-                raise BrokenImageError("is empty" if path.stat().st_size == 0 else "is not a PNG, JPEG, WebP or BMP image")
-    except OSError as error:
-        raise BrokenImageError(f"cannot be read: {error.strerror}") from None
     image = open_rgb(path)
     grey = image.convert("L")
     grey.thumbnail((GREY_SIDE_PX, GREY_SIDE_PX), Image.Resampling.BOX)

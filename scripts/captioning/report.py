@@ -8,15 +8,11 @@ from captioning.captions import comparable, words_of
 from captioning.journal import UnusableCaptionError, text_of
 from captioning.tag_selection import TagChoice
 from captioning.traits import WORTH_SUGGESTING, Pruning
-from common.clip_tokens import ClipTokens
+from common.clip_tokens import CHUNK_TOKENS, ClipTokens
 from common.dataset_layout import DatasetFolder, ImageFile, name_in
 
 FEW_TAGS = 3
 """An image that is described with fewer tags teaches the trigger word all that is in it."""
-
-
-CHUNK_TOKENS = 75
-"""Tokens of text that one pass of CLIP's text encoders reads."""
 
 
 _TAGS_SHOWN, _NAMES_SHOWN = 20, 5

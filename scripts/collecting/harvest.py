@@ -16,9 +16,7 @@ from collecting.graph import Graph, described, graph_hash, literal_seeds, seeds_
 from collecting.image_store import BadImage, DownloadedImage, ImageStore, verified
 from collecting.jobs import Job, Plan
 from collecting.journal import Progress, Submission
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
+from common.images import DOWNLOAD_SUFFIXES
 
 _CALLED = {"gifs": "animations", "latents": "latents", "text": "text", "audio": "audio", "video": "videos"}
 
@@ -54,7 +52,7 @@ def shown_by(entry: dict[str, Any], node: str) -> Shown:
             skipped.append(f"{file.filename!r} (animated)")
         elif file.kind == "temp":
             skipped.append(f"{file.filename!r} (a preview)")
-        elif not file.filename.lower().endswith(IMAGE_SUFFIXES):
+        elif not file.filename.lower().endswith(DOWNLOAD_SUFFIXES):
             skipped.append(f"{file.filename!r} (no PNG, JPEG or WebP)")
         else:
             images.append(file)

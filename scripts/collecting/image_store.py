@@ -4,27 +4,18 @@ A name is always ours; nothing that the server says reaches the file system. The
 """
 
 import hashlib
-import io
 import re
 import unicodedata
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
-from common.dataset_layout import DatasetFolder, find_images, sniff_image_format
+from common.dataset_layout import IMAGE_FORMATS, DatasetFolder, find_images
 from common.files import append_json_line, read_json_lines, remove_partial_files, sha256_of, write_bytes
-
-SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-
+from common.images import BrokenImageError, verify_download
 
 _LONGEST_PREFIX = 40
-
-
-_PNG_END = b"IEND\xae\x42\x60\x82"
 
 
 class BadImage(Exception):
@@ -43,33 +34,11 @@ class DownloadedImage:
 
 def verified(content: bytes) -> DownloadedImage:
     """`content` as an image. Raises BadImage unless it is a whole, still PNG, JPEG or WebP that decodes."""
-    if not content:
-        raise BadImage("it is empty")
-    kind = sniff_image_format(content[:12])
-    if kind not in SUFFIXES:
-        raise BadImage("it is no PNG, JPEG or WebP")
-    if kind == "png" and _PNG_END not in content:
-        raise BadImage("it is cut off")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            size = _decoded_size(content)
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        raise BadImage(f"it does not decode ({error})") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise BadImage(f"it has more than {Image.MAX_IMAGE_PIXELS} pixels") from None
-    return DownloadedImage(content, SUFFIXES[kind], size, hashlib.sha256(content).hexdigest())
-
-
-def _decoded_size(content: bytes) -> tuple[int, int]:
-    with Image.open(io.BytesIO(content)) as image:
-        image.verify()
-    # verify() reads the checksums up to the end but leaves the image unusable.
-    with Image.open(io.BytesIO(content)) as image:
-        image.load()
-        if getattr(image, "n_frames", 1) > 1:
-            raise BadImage("it is an animation")
-        return image.size
+        image_format, size_px = verify_download(content)
+    except BrokenImageError as error:
+        raise BadImage(f"it {error}") from None
+    return DownloadedImage(content, IMAGE_FORMATS[image_format][0], size_px, hashlib.sha256(content).hexdigest())
 
 
 class ImageStore:

@@ -1,61 +1,83 @@
-"""How many of CLIP's tokens a caption has: what training can use is limited. Needs no torch, only a vocabulary."""
+"""CLIP's tokenizers in model folders: find them, and count a caption's tokens. Needs neither torch nor transformers."""
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+CHUNK_TOKENS = 75
+"""Tokens of text that CLIP's text encoders read at once; with start and end they are 77."""
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+"""Folders of SDXL's two tokenizers in a diffusers model."""
 
-FOLDER = "tokenizer"
-
-
-START, END = "<|startoftext|>", "<|endoftext|>"
-
-
-_PIECES = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_UNMERGED_WORDS = 2 * 256 + 2
+"""Of CLIP's vocabulary: each byte, each byte that ends a word, and the two special tokens."""
+_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 class ClipTokens:
-    """CLIP's tokenizer, from a folder `tokenizer` of the base model."""
+    """CLIP's tokenizer, from a folder `tokenizer` of a base model."""
 
     def __init__(self, folder: Path):
-        whole = folder / "tokenizer.json"
-        self._tokenizer = Tokenizer.from_file(str(whole)) if whole.is_file() else _of_vocabulary(folder)
+        from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+        if not _has_merges(folder):
+            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            return
+        # CLIP's byte pair encoding: lower case, words that end in `</w>`, digits one by one.
+        vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+        tokenizer = Tokenizer(models.BPE.from_file(vocabulary, merges, end_of_word_suffix="</w>", unk_token=_END))
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        pieces = pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        tokenizer.add_special_tokens([_START, _END])
+        self._tokenizer = tokenizer
 
     def count(self, text: str) -> int:
-        """The tokens of `text`, start and end not counted."""
+        """The number of tokens of `text`, without start and end."""
         return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def find_tokens(models_dir: Path, base_model: str) -> ClipTokens | None:
+def find_clip_tokens(models_dir: Path, base_model: str) -> ClipTokens | None:
     """The tokenizer of `base_model`, or of any other model in `models_dir`: all SDXL models share one. None if there is none."""
-    others = sorted(models_dir.iterdir()) if models_dir.is_dir() else []
-    for model in (models_dir / base_model, Path(os.path.expanduser(base_model)), *others):
-        folder = model / FOLDER
-        if _is_clip(folder):
-            return ClipTokens(folder)
+    for model in (models_dir / base_model, Path(os.path.expanduser(base_model)), *_folders_in(models_dir)):
+        with suppress(OSError):
+            if _START in read_vocabulary(model / TOKENIZERS[0]):
+                return ClipTokens(model / TOKENIZERS[0])
     return None
 
 
-def _is_clip(folder: Path) -> bool:
-    """Whether a whole tokenizer of CLIP lies in `folder`, and none of another kind of model."""
-    whole = folder / "tokenizer.json"
+def find_tokenizers(models_dir: Path, vocabulary_size: int) -> Path | None:
+    """The first folder in `models_dir` that has both TOKENIZERS, with vocabularies of this size; None if there is none."""
+    for folder in _folders_in(models_dir):
+        if all(len(read_vocabulary(folder / name)) == vocabulary_size for name in TOKENIZERS):
+            return folder
+    return None
+
+
+def read_vocabulary(folder: Path) -> dict[str, int]:
+    """Word -> id of the tokenizer in `folder`; {} if a file that transformers' CLIPTokenizer reads is missing or damaged.
+
+    Its configuration is one of them: it says how to pad. Raises OSError for a file that may not be read.
+    """
     try:
-        if whole.is_file():
-            return START in json.loads(whole.read_text(encoding="utf-8"))["model"]["vocab"]
-        return START in json.loads((folder / "vocab.json").read_text(encoding="utf-8")) and (folder / "merges.txt").is_file()
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if not _has_merges(folder):
+            return dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
+        words = dict(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
+        merges = sum(bool(line.strip()) for line in (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:])
+        return words if merges >= len(words) - _UNMERGED_WORDS else {}  # else merges.txt is cut off
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return {}
 
 
-def _of_vocabulary(folder: Path) -> Tokenizer:
-    """CLIP's byte pair encoding: lower case, words that end in `</w>`, digits one by one."""
-    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"), end_of_word_suffix="</w>", unk_token=END)
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    pieces = pre_tokenizers.Split(_PIECES, behavior="removed", invert=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.add_special_tokens([START, END])
-    return tokenizer
+def _has_merges(folder: Path) -> bool:
+    """Whether the tokenizer is stored as two files, a vocabulary and merges, which are read in preference to tokenizer.json."""
+    return (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+
+
+def _folders_in(models_dir: Path) -> list[Path]:
+    return sorted(child for child in models_dir.iterdir() if child.is_dir()) if models_dir.is_dir() else []

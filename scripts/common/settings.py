@@ -30,21 +30,29 @@ _IS_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 """Bytes of a variable that are not UTF-8 arrive as surrogates."""
 
 
+MISSING = dataclasses.MISSING
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 def setting(
     default: Any,
     *,
+    role: Literal["result", "runtime", "saving"] | None = None,
+    before: Any = MISSING,
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
     secret: bool = False,
 ) -> Any:
-    """A field of a section: its default and the range of a number. A secret exists as an environment variable only."""
+    """A field of a section: its default and the range of a number. A secret exists as an environment variable only.
+
+    `role` says what a setting of training changes: the `result` (two runs that differ in it are different runs), the
+    `runtime` (speed and memory) or the `saving` (what is written and when). `before` is the value that versions without
+    this setting used: a checkpoint or LoRA that does not record the setting is read as if it had recorded that value.
+    """
     limits = {"at_least": at_least, "above": above, "at_most": at_most}
     metadata = {"limits": {name: limit for name, limit in limits.items() if limit is not None}, "secret": secret}
-    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
+    return dataclasses.field(default=default, metadata=metadata | {"role": role, "before": before}, repr=not secret)
 
 
 def converted(raw: Any, hint: Any, base: Path, *, is_text: bool) -> Any:

@@ -8,39 +8,41 @@ from typing import Literal
 from common.settings import setting
 
 OnOffAuto = bool | Literal["auto"]
+PRODIGY_LEAST_RATE = 0.01
+"""A smaller factor is a rate that was meant for AdamW."""
 
 
 @dataclass(frozen=True)
 class ModelSettings:
     """`[train.model]`: the base that is adapted."""
 
-    base_model: str = setting("stable-diffusion-xl-base-1.0")
+    base_model: str = setting("stable-diffusion-xl-base-1.0", role="runtime")
     """A diffusers folder or a `.safetensors` file: its name in MODELS_DIR, or a path."""
-    prediction_type: Literal["auto", "epsilon", "v_prediction"] = setting("auto")
-    zero_terminal_snr: OnOffAuto = setting("auto")
-    mixed_precision: Literal["bf16", "fp16", "no"] = setting("bf16")
-    gradient_checkpointing: OnOffAuto = setting("auto")
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = setting("auto", role="result")
+    zero_terminal_snr: OnOffAuto = setting("auto", role="result")
+    mixed_precision: Literal["bf16", "fp16", "no"] = setting("bf16", role="result")
+    gradient_checkpointing: OnOffAuto = setting("auto", role="runtime")
 
 
 @dataclass(frozen=True)
 class DataSettings:
     """`[train.data]`: how images and captions become examples."""
 
-    resolution: int = setting(1024, at_least=64, at_most=4096)
+    resolution: int = setting(1024, at_least=64, at_most=4096, role="result")
     """Pixels: a bucket's area is at most `resolution` squared."""
-    bucket_step: int = setting(64, at_least=8, at_most=256)
+    bucket_step: int = setting(64, at_least=8, at_most=256, role="result")
     """Pixels: sides of buckets are multiples of this. The smallest image that is taken has 256 px."""
-    bucket_max_side: int = setting(2048, at_least=64, at_most=8192)
+    bucket_max_side: int = setting(2048, at_least=64, at_most=8192, role="result")
     """Pixels: the longest side of a bucket."""
-    caption_dropout: float = setting(0.05, at_least=0, at_most=1)
+    caption_dropout: float = setting(0.05, at_least=0, at_most=1, role="result")
     """Share of the samples that see the empty caption."""
-    caption_shuffle: bool = setting(True)
-    caption_variants: int = setting(8, at_least=1, at_most=64)
+    caption_shuffle: bool = setting(True, role="result")
+    caption_variants: int = setting(8, at_least=1, at_most=64, role="result")
     """How many shuffles of a caption are encoded."""
-    caption_chunks: int = setting(3, at_least=1, at_most=8)
+    caption_chunks: int = setting(3, at_least=1, at_most=8, role="result")
     """Chunks of 75 tokens that a caption may fill at most."""
-    dataloader_num_workers: int = setting(4, at_least=0, at_most=64)
-    skip_flagged: bool = setting(False)
+    dataloader_num_workers: int = setting(4, at_least=0, at_most=64, role="runtime")
+    skip_flagged: bool = setting(False, role="runtime")
     """Leave out the images that the caption stage's audit flagged."""
 
     def validate(self) -> Iterator[str]:
@@ -54,50 +56,61 @@ class DataSettings:
 class LoraSettings:
     """`[train.lora]`: the adapter."""
 
-    lora_rank: int = setting(32, at_least=1, at_most=1024)
-    lora_alpha: float = setting(32.0, at_least=0.001, at_most=60000)
+    lora_rank: int = setting(32, at_least=1, at_most=1024, role="result")
+    lora_alpha: float = setting(32.0, at_least=0.001, at_most=60000, role="result")
     """The adapter is scaled by alpha / rank. The file holds it in fp16."""
-    lora_targets: Literal["all", "attention"] = setting("all")
+    lora_targets: Literal["all", "attention"] = setting("all", role="result")
+    lora_type: Literal["lora", "dora"] = setting("lora", role="result", before="lora")
+    """"dora" also trains the norm of each row of the adapted weights."""
 
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
     """`[train.objective]`: what is minimised."""
 
-    min_snr_gamma: float | Literal["auto"] = setting("auto", at_least=0)
+    loss: Literal["mse", "huber", "l1"] = setting("mse", role="result", before="mse")
+    min_snr_gamma: float | Literal["auto"] = setting("auto", at_least=0, role="result")
     """0 is off; "auto": 5, off for v-prediction and zero-terminal-SNR bases."""
-    noise_offset: float | Literal["auto"] = setting("auto", at_least=0, at_most=1)
+    noise_offset: float | Literal["auto"] = setting("auto", at_least=0, at_most=1, role="result")
     """0 is off; "auto": 0.0357, off for v-prediction and zero-terminal-SNR bases."""
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """`[train.optimizer]`: AdamW and its learning rate."""
+    """`[train.optimizer]`: the optimizer and its learning rate."""
 
-    learning_rate: float = setting(1e-4, above=0, at_most=1)
-    lr_scheduler: Literal["constant", "linear", "cosine"] = setting("constant")
-    lr_warmup: float = setting(0.05, at_least=0, at_most=1)
+    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = setting("adamw", role="result", before="adamw")
+    learning_rate: float = setting(1e-4, above=0, at_most=1, role="result")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = setting("constant", role="result")
+    lr_warmup: float = setting(0.05, at_least=0, at_most=1, role="result")
     """Share of the optimizer steps over which the rate rises from 0."""
-    weight_decay: float = setting(0.01, at_least=0, at_most=1)
-    adam_beta1: float = setting(0.9, at_least=0, at_most=0.99999)
-    adam_beta2: float = setting(0.999, at_least=0, at_most=0.9999999)
-    adam_epsilon: float = setting(1e-8, above=0, at_most=1)
-    max_grad_norm: float = setting(1.0, at_least=0)
+    weight_decay: float = setting(0.01, at_least=0, at_most=1, role="result")
+    adam_beta1: float = setting(0.9, at_least=0, at_most=0.99999, role="result")
+    adam_beta2: float = setting(0.999, at_least=0, at_most=0.9999999, role="result")
+    adam_epsilon: float = setting(1e-8, above=0, at_most=1, role="result")
+    max_grad_norm: float = setting(1.0, at_least=0, role="result")
     """The gradient is scaled down to this norm; 0 is off."""
+
+    def validate(self) -> Iterator[str]:
+        if self.optimizer == "prodigy" and self.learning_rate < PRODIGY_LEAST_RATE:
+            yield f"optimizer prodigy finds its own rate, of which learning_rate is a factor: set LEARNING_RATE=1 (is {self.learning_rate})"
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """`[train.run]`: how long, and how much at once."""
 
-    train_batch_size: int | Literal["auto"] = setting(4, at_least=1, at_most=4096)
+    train_batch_size: int | Literal["auto"] = setting(4, at_least=1, at_most=4096, role="runtime")
     """Images at once; "auto": as many as fit into the memory, or as the saved run can take."""
-    gradient_accumulation_steps: int = setting(1, at_least=1, at_most=4096)
-    num_train_epochs: int = setting(20, at_least=1, at_most=100000)
-    train_seed: int = setting(0, at_least=0, at_most=2**63 - 1)
-    deterministic: bool = setting(False)
+    gradient_accumulation_steps: int = setting(1, at_least=1, at_most=4096, role="runtime")
+    num_train_epochs: int = setting(20, at_least=1, at_most=100000, role="result")
+    engine: Literal["auto", "fast", "plain"] = setting("auto", role="runtime")
+    """"plain": PEFT's own layers and autograd, the reference; "fast": fused kernels, refused where they do not support the
+    request; "auto": fast where it supports the request, else plain."""
+    train_seed: int = setting(0, at_least=0, at_most=2**63 - 1, role="result")
+    deterministic: bool = setting(False, role="runtime")
     """Only algorithms that give the same bits each time on the same GPU."""
-    memory_floor_gib: float | Literal["auto"] = setting("auto", at_least=0, at_most=4096)
+    memory_floor_gib: float | Literal["auto"] = setting("auto", at_least=0, at_most=4096, role="runtime")
     """GiB of memory below which the run saves its state and ends; 0: no guard; "auto": a sixteenth of the memory where CPU
     and GPU share it and on a CPU, none elsewhere."""
 
@@ -106,14 +119,14 @@ class RunSettings:
 class ProcessSettings:
     """`[train.processes]`: one process per GPU, on one machine or several."""
 
-    num_processes: int = setting(1, at_least=1, at_most=64)
+    num_processes: int = setting(1, at_least=1, at_most=64, role="runtime")
     """On each machine."""
-    num_machines: int = setting(1, at_least=1, at_most=64)
-    machine_rank: int = setting(0, at_least=0, at_most=63)
+    num_machines: int = setting(1, at_least=1, at_most=64, role="runtime")
+    machine_rank: int = setting(0, at_least=0, at_most=63, role="runtime")
     """Which of the machines this is; 0 decides and writes."""
-    main_process_ip: str = setting("127.0.0.1")
+    main_process_ip: str = setting("127.0.0.1", role="runtime")
     """Address of machine 0."""
-    main_process_port: int = setting(0, at_least=0, at_most=65535)
+    main_process_port: int = setting(0, at_least=0, at_most=65535, role="runtime")
     """0: any free port, which only one machine can do."""
 
     def validate(self) -> Iterator[str]:
@@ -127,10 +140,10 @@ class ProcessSettings:
 class ValidationSettings:
     """`[train.validation]`: the loss on images that training does not see."""
 
-    validation_fraction: float | Literal["auto"] = setting("auto", at_least=0, at_most=0.5)
+    validation_fraction: float | Literal["auto"] = setting("auto", at_least=0, at_most=0.5, role="runtime")
     """Share of the images held out; "auto": none of less than 40, else 5 %, at least 2."""
-    validate_every_epochs: int = setting(2, at_least=1)
-    early_stop_patience: int = setting(0, at_least=0)
+    validate_every_epochs: int = setting(2, at_least=1, role="saving")
+    early_stop_patience: int = setting(0, at_least=0, role="result")
     """Validations in a row without a lower smoothed loss after which the run ends; 0: off."""
 
 
@@ -138,13 +151,13 @@ class ValidationSettings:
 class SavingSettings:
     """`[train.saving]`: what is written, and when."""
 
-    output_name: str = setting("")
+    output_name: str = setting("", role="saving")
     """Name of the LoRA file without suffix; empty: the trigger word."""
-    save_every_epochs: int = setting(5, at_least=0)
+    save_every_epochs: int = setting(5, at_least=0, role="saving")
     """0: only the last one."""
-    save_state_every_minutes: float = setting(10.0, above=0)
-    keep_last_states: int = setting(2, at_least=1, at_most=100)
-    fresh: bool = setting(False)
+    save_state_every_minutes: float = setting(10.0, above=0, role="saving")
+    keep_last_states: int = setting(2, at_least=1, at_most=100, role="saving")
+    fresh: bool = setting(False, role="saving")
     """Begin anew and lay the saved state aside."""
 
     def validate(self) -> Iterator[str]:
@@ -159,9 +172,9 @@ class SavingSettings:
 class LoggingSettings:
     """`[train.logging]`: who else is told about the steps."""
 
-    tensorboard: bool = setting(False)
-    wandb_api_key: str = setting("", secret=True)
-    wandb_project: str = setting("loracat")
+    tensorboard: bool = setting(False, role="saving")
+    wandb_api_key: str = setting("", secret=True, role="saving")
+    wandb_project: str = setting("loracat", role="saving")
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,10 @@ def encode(task: Task, aside: WorkerProcess | None = None) -> EncodedData:
     device, dtype = task.precision.device, task.precision.dtype
     models_dir, at_once = task.project.models_dir, has_room(task)
     encoding = Encoding(task.base, models_dir, task.cache, device, dtype, task.processes, at_once)
-    return encode_data(encoding, task.plan, task.settings.data, task.project.trigger_word, task.settings.run.train_seed)
+    plan, settings = task.plan, task.settings
+    trained = list(zip(plan.examples, plan.placements, strict=True))
+    held_out = list(zip(plan.held_out, plan.held_out_placements, strict=True))
+    return encode_data(encoding, trained, held_out, settings.data, task.project.trigger_word, settings.run.train_seed)
 
 
 def _encode_aside(task: Task) -> EncodedData:
@@ -118,7 +121,7 @@ def train(task: Task, encoded: EncodedData, adapted: AdaptedUnet, guard: MemoryG
             signum = processes.largest(stop.signum)
             return reason_for(signum) if signum else None
 
-        progress = run_steps(run, take_step.begin, batches, reader.names, validator, saver, metrics, stop_asked)
+        progress = run_steps(run, take_step.begin, batches, reader.image_names, validator, saver, metrics, stop_asked)
         if processes.is_main_process:
             write_results(task, lora.modules, progress)  # while the last state is still on its way to the disk
     return len(lora.modules)
@@ -174,9 +177,10 @@ def reader_of(task: Task, encoded: EncodedData) -> BatchReader:
         caption_dropout=task.settings.data.caption_dropout,
         micro_batch=task.settings.run.train_batch_size,
         global_batch=task.plan.global_batch,
+        timesteps=task.plan.schedule.timesteps,
         pin=task.precision.device.type == "cuda",
-        process=task.processes.place.index,
-        processes=task.processes.place.count,
+        rank=task.processes.place.index,
+        world_size=task.processes.place.count,
     )
 
 
@@ -189,9 +193,10 @@ def validator_of(task: Task, encoded: EncodedData, take_step: TrainStep) -> Call
         empty_caption=encoded.empty_caption,
         seed=task.settings.run.train_seed,
         micro_batch=task.settings.run.train_batch_size,
+        timesteps=task.plan.schedule.timesteps,
         evaluate=take_step.evaluate,
-        process=task.processes.place.index,
-        processes=task.processes.place.count,
+        rank=task.processes.place.index,
+        world_size=task.processes.place.count,
     )
     return lambda: task.processes.total(own_part())
 

@@ -192,7 +192,7 @@ def test_training_leaves_flagged_images_out_and_no_others(folder, photographs):
     assert [example.name for example in read_examples(folder.images, 1, flagged)] == ["a.png"]
     photographs["rocket"].save(folder.images / "b.png")  # another image, of which the audit says nothing
     assert set(flagged_images(folder, resolution=256)) == {"c.png"}
-    with pytest.raises(DataError, match=r"c.png: is not a PNG"):
+    with pytest.raises(DataError, match=r"c.png: is empty"):
         read_examples(folder.images, 1)
 
 

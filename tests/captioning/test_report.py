@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from captioning.report import table
-from common.clip_tokens import ClipTokens, find_tokens
+from common.clip_tokens import ClipTokens, find_clip_tokens
 
 TEXTS = [
     "nyafyi_woman, 1girl, brown hair, looking at viewer, >_<, ^_^, white shirt",
@@ -48,20 +48,21 @@ def test_vocabulary_of_two_files_is_enough(tokenizer, tmp_path):
 
 
 def test_tokenizer_of_the_base_or_of_any_model_is_found(tokenizer, tmp_path):
-    assert find_tokens(tmp_path, "base") is None
+    assert find_clip_tokens(tmp_path, "base") is None
     shutil.copytree(tokenizer, tmp_path / "other" / "tokenizer")
     (tmp_path / "file.safetensors").write_bytes(b"")
-    assert find_tokens(tmp_path, "base").count("a cat") > 0
-    assert find_tokens(tmp_path / "none", str(tmp_path / "other")).count("a cat") > 0
+    assert find_clip_tokens(tmp_path, "base").count("a cat") > 0
+    assert find_clip_tokens(tmp_path / "none", str(tmp_path / "other")).count("a cat") > 0
 
 
-def test_tokenizers_of_other_models_and_damaged_ones_are_passed_over(tokenizer, tmp_path):
+def test_tokenizers_of_other_models_and_damaged_ones_are_skipped(tokenizer, tmp_path):
     for name, content in {"llm": '{"model": {"vocab": {"a": 0}}}', "half": '{"model"', "list": "[1]"}.items():
         (tmp_path / name / "tokenizer").mkdir(parents=True)
         (tmp_path / name / "tokenizer" / "tokenizer.json").write_text(content)
-    assert find_tokens(tmp_path, "llm") is None
+        (tmp_path / name / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    assert find_clip_tokens(tmp_path, "llm") is None
     shutil.copytree(tokenizer, tmp_path / "sdxl" / "tokenizer")
-    assert find_tokens(tmp_path, "llm").count("a cat") > 0
+    assert find_clip_tokens(tmp_path, "llm").count("a cat") > 0
 
 
 def test_tags_by_frequency_without_the_trigger():

@@ -261,7 +261,7 @@ def test_every_wrong_file_is_in_one_list(batch, standin, collect):
     batch.write("FACE_REFERENCE", "face.png", b"no image")
     result = collect()
     assert result.code == 2
-    for words in ("the workflow has no node 99", "face_reference", "no PNG, JPEG or WebP"):
+    for words in ("the workflow has no node 99", "face_reference", "is not a PNG, JPEG or WebP image"):
         assert words in result.err
     assert standin.requests == []
 

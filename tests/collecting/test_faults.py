@@ -178,9 +178,9 @@ def test_server_that_cannot_be_used_is_one_line_and_exit_4(batch, standin, colle
     ("name", "words"),
     [
         ("image_empty", "it is empty"),
-        ("image_of_html", "it is no PNG, JPEG or WebP"),
+        ("image_of_html", "it is not a PNG, JPEG or WebP image"),
         ("image_cut_off", "it is cut off"),
-        ("image_corrupt", "it does not decode"),
+        ("image_corrupt", "it cannot be decoded"),
         ("image_bomb", "pixels"),
         ("image_gone", "no longer has the file"),
         ("unauthorized", "wants a login"),

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import tomllib
+from collections import Counter
 
 import pytest
 from safetensors import safe_open
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from common.settings import SETTINGS_FILE
 from demo import tiny_sdxl as miniature
+from training.data.batches import Batch
 
 TIMES = ("ss_training_finished_at", "modelspec.date")
 
@@ -176,6 +178,31 @@ def test_a_single_file_trains_the_same_lora_as_its_folder_with_any_number_of_wor
     stage.trained(**finished.variables | {"BASE_MODEL": "one-file", "DATALOADER_NUM_WORKERS": 0})
     assert tensors(stage.lora) == tensors(finished.stage.lora)
     assert metadata(stage.lora)["ss_sd_model_name"] == "one-file"
+
+
+@pytest.mark.parametrize("length", [500, 2000])
+def test_timesteps_are_drawn_from_the_whole_noise_schedule_of_the_base(stage, tiny_sdxl, tmp_path, monkeypatch, length):
+    """In training and in validation, for a base whose schedule is shorter or longer than SDXL's 1000 timesteps."""
+    base = shutil.copytree(tiny_sdxl, tmp_path / "base")
+    scheduler = base / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"num_train_timesteps": length}))
+    seen, to = [], Batch.to
+
+    def recorded(batch, device):
+        seen.extend(batch.timesteps.tolist())
+        return to(batch, device)
+
+    monkeypatch.setattr(Batch, "to", recorded)
+    for name in ("astronaut", "coffee", "chelsea"):
+        stage.add(name)
+    run = {"TRAIN_BATCH_SIZE": 1, "NUM_TRAIN_EPOCHS": 6, "VALIDATION_FRACTION": 0.3, "VALIDATE_EVERY_EPOCHS": 6}
+    stage.trained(BASE_MODEL=base, **run)
+    validation = [int((stratum + 0.5) / 8 * length) for stratum in range(8)]
+    assert seen[-8:] == validation
+    training = list((Counter(seen) - Counter(2 * validation)).elements())  # it is also measured at the beginning
+    assert len(training) == 12
+    assert 0 <= min(training) < length / 4
+    assert length * 3 / 4 <= max(training) < length
 
 
 def test_a_v_prediction_base_with_zero_terminal_snr_in_a_terminal(stage, tiny_sdxl):

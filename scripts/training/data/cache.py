@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from common.background import coming, prefetch
+from common.clip_tokens import CHUNK_TOKENS
 from common.errors import DataError
 from common.images import open_rgb
 from training.config import DataSettings
@@ -33,7 +34,6 @@ from training.models.base_model import base_digest, tokenizers_digest, tokenizer
 from training.models.loading import load_text_encoders, load_tokenizers, load_vae
 from training.models.sdxl import BaseModel
 from training.models.weights import write_tensors
-from training.plan import Plan
 from training.system.process_group import ProcessGroup
 
 FORMAT = 2
@@ -155,9 +155,9 @@ class CachedExample:
     name: str
     placement: Placement
     latents: Path
-    captions: Path
+    embeddings: Path
     variants: int
-    """How many variants `captions` holds."""
+    """How many variants of the caption `embeddings` holds."""
 
 
 @dataclass(frozen=True)
@@ -210,11 +210,10 @@ class Encoding:
         were made."""
         return self.dtype != torch.float32
 
-    def wanted_images(self, plan: Plan) -> Wanted:
-        """Where the latents of each image of `plan` lie."""
+    def wanted_images(self, images: Sequence[tuple[Example, Placement]]) -> Wanted:
+        """Where the latents of each of `images` lie."""
         digest = base_digest(self.base, self.cache.folder, "vae") + (" by tensor cores" if self.uses_tensor_cores else "")
-        items = list(zip(plan.all_examples, plan.all_placements, strict=True))
-        return Wanted.of([(self.cache.image(example, placement, digest), example, placement) for example, placement in items])
+        return Wanted.of([(self.cache.image(example, placement, digest), example, placement) for example, placement in images])
 
     def wanted_captions(self, captions: Sequence[list[str]], chunks: int) -> Wanted:
         """Where the embeddings of each caption lie; a caption is a list of variants."""
@@ -251,17 +250,25 @@ class Encoding:
             torch.cuda.empty_cache()
 
 
-def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_word: str, seed: int) -> EncodedData:
-    """Encode every image and every caption of `plan` that is not in the cache yet. What a caption loses is said."""
-    examples, workers = plan.all_examples, settings.dataloader_num_workers
+def encode_data(
+    encoding: Encoding,
+    trained: Sequence[tuple[Example, Placement]],
+    held_out: Sequence[tuple[Example, Placement]],
+    settings: DataSettings,
+    trigger_word: str,
+    seed: int,
+) -> EncodedData:
+    """Encode every image and every caption that is not in the cache yet. Text that a caption loses is printed."""
+    placed = [*trained, *held_out]
+    examples, workers = [example for example, _ in placed], settings.dataloader_num_workers
     count, shuffle = settings.caption_variants, settings.caption_shuffle
     variants = [caption_variants(example.caption, trigger_word, count, shuffle, seed) for example in examples]
     tokenizers = load_tokenizers(encoding.base, encoding.models_dir)
     chunks = chunks_needed([example.caption for example in examples], tokenizers, settings.caption_chunks)
     for example in examples:
         if cut := cut_off(example.caption, tokenizers, chunks):
-            print(f"{example.name}: its caption is longer than {75 * chunks} tokens; training does not see: {cut}")
-    images, captions = encoding.wanted_images(plan), encoding.wanted_captions([*variants, [""]], chunks)
+            print(f"{example.name}: its caption is longer than {CHUNK_TOKENS * chunks} tokens; training does not see: {cut}")
+    images, captions = encoding.wanted_images(placed), encoding.wanted_captions([*variants, [""]], chunks)
     encoding.processes.barrier()  # nobody writes before all know what is missing
     share = encoding.processes.share
     total = len(share(images.missing)) + len(share(captions.missing))
@@ -273,16 +280,13 @@ def encode_data(encoding: Encoding, plan: Plan, settings: DataSettings, trigger_
             captions_done()
         encoding.free()
     encoding.processes.barrier()
-    print(f"images: {images}; captions: {captions}, {chunks} x 75 tokens", flush=True)
+    print(f"images: {images}; captions: {captions}, {chunks} x {CHUNK_TOKENS} tokens", flush=True)
     *embeddings, empty = captions.paths
     cached = [
         CachedExample(example.name, placement, latents, embedding, len(texts))
-        for example, placement, latents, embedding, texts in zip(
-            examples, plan.all_placements, images.paths, embeddings, variants, strict=True
-        )
+        for (example, placement), latents, embedding, texts in zip(placed, images.paths, embeddings, variants, strict=True)
     ]
-    trained = len(plan.examples)
-    return EncodedData(cached[:trained], cached[trained:], empty)
+    return EncodedData(cached[: len(trained)], cached[len(trained) :], empty)
 
 
 @contextlib.contextmanager

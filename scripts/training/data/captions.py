@@ -7,11 +7,8 @@ from collections import Counter
 
 import torch
 
+from common.clip_tokens import CHUNK_TOKENS
 from training.models.loading import CLIPTokenizer, TextEncoders, Tokenizers
-
-CHUNK_TOKENS = 75
-"""Tokens of text in a chunk; start and end make 77."""
-
 
 _TAG_WORDS = 6
 """A piece between commas that is longer is part of a sentence, not a tag."""

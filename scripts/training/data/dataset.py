@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.dataset_layout import IMAGE_SUFFIXES, DatasetFolder, ImageFile, caption_owners, find_images, name_in, sniff_image_format
+from common.dataset_layout import IMAGE_SUFFIXES, DatasetFolder, ImageFile, caption_owners, find_images, name_in
 from common.errors import DataError, bullet_list
 from common.files import sha256_of
 from common.images import BrokenImageError, open_rgb
@@ -120,15 +120,9 @@ def _caption(image: ImageFile, name: str, problems: list[str]) -> str:
 
 def _size(path: Path, name: str, problems: list[str]) -> tuple[int, int]:
     try:
-        with path.open("rb") as file:
-            if sniff_image_format(file.read(12)) is None:
-                raise BrokenImageError("is not a PNG, JPEG, WebP or BMP image")
         width, height = open_rgb(path).size
     except BrokenImageError as error:
         problems.append(f"{name}: {error}; replace or remove it")
-        return 0, 0
-    except OSError as error:
-        problems.append(f"{name}: cannot be read: {error.strerror}")
         return 0, 0
     if min(width, height) < MIN_SIDE_PX:
         problems.append(f"{name}: {width}x{height} is too small; the shorter side must have at least {MIN_SIDE_PX} px")

@@ -1,4 +1,4 @@
-"""A function of batches as CUDA graphs: one per shape, replayed with a single launch."""
+"""Run a function of batches as CUDA graphs: one per shape, replayed with a single launch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -13,8 +13,8 @@ Step = Callable[[Sequence[Batch]], torch.Tensor]
 class CudaGraphRunner:
     """Runs `step` on batches from the CPU: eagerly for the first batches of a shape, as a CUDA graph from then on.
 
-    `step` may change only tensors that exist before; it must not read anything back. What it returns is overwritten by
-    its next call. Inputs are copied beside the work that is still going on.
+    `step` may change only tensors that exist before it is called, and must not read from the GPU. Its result is overwritten
+    by the next call. Inputs are copied to the GPU while the previous step is still running.
     """
 
     def __init__(self, step: Step, device: torch.device):
@@ -23,20 +23,22 @@ class CudaGraphRunner:
         self._copying = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple, _Graph | None] = {}
-        self._gave_up = False
+        self._disabled = False
 
     def __call__(self, batches: Sequence[Batch]) -> torch.Tensor:
         shape = tuple(getattr(batch, part.name).shape for batch in batches for part in fields(batch))
-        uploaded = self._uploaded(batches)
-        if self._gave_up or shape not in self._graphs:
+        uploaded = self._copied_to_gpu(batches)
+        if self._disabled or shape not in self._graphs:
+            # The first step of a shape runs eagerly: it makes cuDNN, cuBLAS and Triton choose and load their kernels, which a
+            # capture could not.
             self._graphs[shape] = None
             return self._step(uploaded)
         if self._graphs[shape] is None:
-            self._graphs[shape] = self._captured(uploaded)
+            self._graphs[shape] = self._capture(uploaded)
         graph = self._graphs[shape]
         return graph.replay(uploaded) if graph else self._step(uploaded)
 
-    def _uploaded(self, batches: Sequence[Batch]) -> list[Batch]:
+    def _copied_to_gpu(self, batches: Sequence[Batch]) -> list[Batch]:
         """The batches on the GPU, copied on a stream of their own; the current stream waits for them."""
         current = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._copying):
@@ -44,22 +46,23 @@ class CudaGraphRunner:
         current.wait_stream(self._copying)
         for batch in uploaded:
             for part in fields(batch):
+                # Without this the allocator could give the memory away once the copying stream is done with it.
                 getattr(batch, part.name).record_stream(current)
         return uploaded
 
-    def _captured(self, batches: Sequence[Batch]) -> "_Graph | None":
-        """A graph for batches of this shape; None, with a line, if this step cannot be captured: it then stays eager."""
+    def _capture(self, batches: Sequence[Batch]) -> "_Graph | None":
+        """A graph for batches of this shape; None, with a log line, if this step cannot be captured: it then stays eager."""
         try:
             return _Graph(self._step, batches, self._pool)
         except RuntimeError as error:
-            self._gave_up = True
+            self._disabled = True
             reason = str(error).splitlines()[0]
-            print(f"training goes on without CUDA graphs, at less than full speed: {reason}", flush=True)
+            print(f"CUDA graphs: off, training is slower ({reason})", flush=True)
             return None
 
 
 class _Graph:
-    """One captured call of `step`, with input buffers of its own."""
+    """One captured call of `step`, with input buffers of its own. All graphs share one memory pool: only one runs at a time."""
 
     def __init__(self, step: Step, batches: Sequence[Batch], pool: tuple):
         self._inputs = [Batch(**{part.name: getattr(batch, part.name).clone() for part in fields(batch)}) for batch in batches]

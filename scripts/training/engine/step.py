@@ -1,40 +1,26 @@
-"""One training step: nothing outside knows how it is carried out.
+"""One optimizer step: noise, forward, loss, backward, clipping, update.
 
-On a GPU the first step of each shape runs eagerly; the second is captured as a CUDA graph, which later steps replay with
-one launch. All three run the same kernels.
+This is the plain step: PEFT's own layers, autograd, any optimizer, any loss, any adapter. A faster engine replaces the
+UNet's forwards and keeps everything here. On a GPU the first step of each shape runs eagerly; the second is captured as a
+CUDA graph, which later steps replay with one launch. All three run the same kernels.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from training.data.batches import Batch
 from training.engine.cuda_graphs import CudaGraphRunner
-from training.method import diffusion as objective
-from training.method.adapters import LoraWeights
-from training.method.optimizers import AdamW
-from training.models.loading import UNet2DConditionModel
-from training.models.sdxl import PredictionType
+from training.method import diffusion
+from training.method.adapters import Adapter
+from training.method.diffusion import LossConfig
+from training.method.optimizers import Optimizer
 from training.system.device import Precision
 
 MAX_SKIPPED = 20
 """Steps in a row that fp16 may skip while its loss scale halves from 2^16 to below 1."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised, with every "auto" decided."""
-
-    prediction_type: PredictionType
-    alphas_cumprod: torch.Tensor
-    """[1000], fp32, on the device of the step."""
-    min_snr_gamma: float
-    """0: off."""
-    noise_offset: float
-    """0: off."""
-    latent_scaling: float
-    """The VAE's scaling factor."""
 
 
 @dataclass(frozen=True)
@@ -44,67 +30,72 @@ class StepResult:
     loss: float
     """Weighted mean over the real samples of the step."""
     gradient_norm: float
-    """Of all LoRA weights together, before clipping."""
+    """Of all trained weights together, before clipping."""
     diverged: bool = False
-    """Loss or gradient is not finite; the weights are those of the step before, and no later step moves them."""
+    """Loss or gradient is not finite; the weights are those of the step before, and no later step changes them."""
     skipped: bool = False
-    """They are not finite because the scale of fp16's loss was too large; no weight was moved, and the scale is lower now."""
+    """They are not finite because the scale of fp16's loss was too large; no weight was changed, and the scale is lower now."""
 
 
 class TrainStep:
-    """Noise, forward, loss, backward for each micro-batch; then clipping and the optimizer. The loss is fp32.
+    """Trains `adapter` in `unet`; the loss is fp32.
 
-    `all_reduce` adds the gradients and the loss, one flat buffer, up over the processes, in place, before anybody looks
-    at them. None: there is one process.
+    `all_reduce` adds up the gradients and the loss, one flat buffer, over the processes, in place; None for one process.
+    `sync_compute_weights` is called before the first forward of a step, where the layers compute with a copy of the weights.
     """
 
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        weights: LoraWeights,
-        optimizer: AdamW,
-        wanted: Objective,
+        adapter: Adapter,
+        optimizer: Optimizer,
+        config: LossConfig,
         precision: Precision,
         max_grad_norm: float,
         all_reduce: Callable[[torch.Tensor], None] | None = None,
         *,
+        sync_compute_weights: Callable[[], None] = lambda: None,
         captures: bool = True,
     ):
         self.unet = unet
-        self.weights = weights
+        self.adapter = adapter
         self.optimizer = optimizer
-        self.wanted = wanted
+        self.config = config
         self.precision = precision
         self.max_grad_norm = max_grad_norm
         self.all_reduce = all_reduce
+        self.sync_compute_weights = sync_compute_weights
         self.skipped = 0
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.scales_loss)
         self.learning_rate = torch.zeros((), device=precision.device)
-        self.halted = torch.zeros((), device=precision.device)
+        self.diverged = torch.zeros((), device=precision.device)
         """1 from the first loss or gradient on that is not finite."""
-        can_capture = captures and precision.device.type == "cuda" and not precision.scales_loss
-        self.capturer = CudaGraphRunner(self._step, precision.device) if can_capture else None
+        # The scaler decides on the CPU whether an fp16 step is skipped, and so do optimizers that read numbers back.
+        can_capture = captures and precision.device.type == "cuda" and not precision.scales_loss and optimizer.capturable
+        self.graphs = CudaGraphRunner(self._step, precision.device) if can_capture else None
 
     def __call__(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
-        """One optimizer step over its micro-batches, to its end."""
+        """Take one optimizer step over its micro-batches and wait for its end."""
         return self.begin(batches, learning_rate)()
 
     def begin(self, batches: Sequence[Batch], learning_rate: float) -> Callable[[], StepResult]:
-        """Begin one optimizer step over its micro-batches; the call of what is returned waits for its end.
+        """Begin one optimizer step over its micro-batches; calling what is returned waits for its end.
 
         A loss or gradient that is not finite leaves the weights as they were, and so do all steps after it.
         """
         self.learning_rate.fill_(learning_rate)
-        run = self.capturer or self._eager
-        return self._reader(run(batches))
-
-    def _eager(self, batches: Sequence[Batch]) -> torch.Tensor:
-        return self._step([batch.to(self.precision.device) for batch in batches])
+        if self.graphs:
+            return self._reader(self.graphs(batches))
+        return self._reader(self._step([batch.to(self.precision.device) for batch in batches]))
 
     def _step(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """The whole step; [3] fp32: loss, gradient norm, whether it diverged."""
-        sums, gradient, loss_sum = self.weights.sums, self.weights.sums[:-1], self.weights.sums[-1]
-        self.weights.refresh()
+        """The whole step on batches on the device; returns [3] fp32: loss, gradient norm, whether it diverged.
+
+        Nothing in here reads from the GPU or branches on its numbers, or it could not be captured.
+        """
+        sums = self.adapter.sums
+        gradient, loss_sum = sums[:-1], sums[-1]
+        self.sync_compute_weights()
         sums.zero_()
         for batch in batches:
             loss = self.weighted_loss(batch)
@@ -114,17 +105,17 @@ class TrainStep:
             self.all_reduce(sums)
         self.scaler.unscale_(self.optimizer)
         norm = torch.linalg.vector_norm(gradient)
-        is_broken = (~(norm.isfinite() & loss_sum.isfinite())).float()
+        not_finite = (~(norm.isfinite() & loss_sum.isfinite())).float()
         if self.max_grad_norm:
             gradient *= (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         if not self.precision.scales_loss:
-            self.halted.copy_(torch.maximum(self.halted, is_broken))
-        self.scaler.step(self.optimizer, self.learning_rate, None if self.precision.scales_loss else self.halted)
+            self.diverged.copy_(torch.maximum(self.diverged, not_finite))
+        self.scaler.step(self.optimizer, self.learning_rate, None if self.precision.scales_loss else self.diverged)
         self.scaler.update()
-        return torch.stack([loss_sum, norm, is_broken])
+        return torch.stack([loss_sum, norm, not_finite])
 
     def _reader(self, numbers: torch.Tensor) -> Callable[[], StepResult]:
-        """Send `numbers` to the CPU behind the step, and wait for them when they are asked for."""
+        """Copy `numbers` to the CPU behind the step; the returned function waits for them."""
         is_cuda = numbers.device.type == "cuda"
         host = torch.empty(3, pin_memory=True).copy_(numbers, non_blocking=True) if is_cuda else numbers
         arrived = torch.cuda.current_stream().record_event() if is_cuda else None
@@ -132,34 +123,32 @@ class TrainStep:
         def read() -> StepResult:
             if arrived:
                 arrived.synchronize()
-            loss, norm, is_broken = host.tolist()
-            self.skipped = self.skipped + 1 if is_broken else 0
+            loss, norm, not_finite = host.tolist()
+            self.skipped = self.skipped + 1 if not_finite else 0
             may_skip = self.precision.scales_loss and self.skipped <= MAX_SKIPPED
-            return StepResult(loss, norm, diverged=bool(is_broken) and not may_skip, skipped=bool(is_broken) and may_skip)
+            return StepResult(loss, norm, diverged=bool(not_finite) and not may_skip, skipped=bool(not_finite) and may_skip)
 
         return read
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """The loss of `batches` as the weights are; nothing of the training changes."""
-        self.weights.refresh()
+        """The loss of `batches` with the weights as they are; nothing of the training changes."""
+        self.sync_compute_weights()
         return sum(self.weighted_loss(batch.to(self.precision.device)).item() for batch in batches)
 
     def weighted_loss(self, batch: Batch) -> torch.Tensor:
-        """Scalar: the batch's part of the loss of the optimizer step, differentiable in the LoRA weights."""
-        wanted = self.wanted
-        latents = objective.sampled_latents(batch.mean, batch.log_variance, batch.latent_noise, wanted.latent_scaling)
-        noise = objective.offset_noise(batch.noise, batch.offset, wanted.noise_offset)
-        alpha_bar = wanted.alphas_cumprod[batch.timesteps]
-        prediction = self.predict(objective.noised(latents, noise, alpha_bar), batch)
-        answer = objective.target(latents, noise, alpha_bar, wanted.prediction_type)
-        losses = objective.loss_per_sample(prediction, answer)
-        if wanted.min_snr_gamma:
-            losses = losses * objective.min_snr_weight(alpha_bar, wanted.min_snr_gamma, wanted.prediction_type)
-        return (losses * batch.weights).sum()
+        """Scalar: the batch's part of the loss of the optimizer step, differentiable in the adapter's weights."""
+        config = self.config
+        latents = diffusion.sampled_latents(batch.mean, batch.log_variance, batch.latent_noise, config.latent_scaling)
+        noise = diffusion.offset_noise(batch.noise, batch.offset, config.noise_offset)
+        alpha_bar = config.alphas_cumprod[batch.timesteps]
+        prediction = self.predict(diffusion.noised(latents, noise, alpha_bar), batch)
+        target = diffusion.target(latents, noise, alpha_bar, config.prediction_type)
+        losses = diffusion.loss_per_sample(prediction, target, config.loss)
+        return (losses * diffusion.weight_per_sample(alpha_bar, config) * batch.weights).sum()
 
     def predict(self, noisy: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[B, C, h, w] fp32: the UNet's answer, computed in its own dtype."""
+        """[B, C, h, w] fp32: the UNet's prediction, computed in its own dtype."""
         return self.unet(
             noisy.to(self.precision.dtype).contiguous(memory_format=torch.channels_last),
             batch.timesteps,
@@ -167,3 +156,16 @@ class TrainStep:
             added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.add_time_ids},
             return_dict=False,
         )[0].float()
+
+
+def enable_gradient_checkpointing(unet: UNet2DConditionModel) -> None:
+    """Recompute the activations of every ResNet and transformer block in the backward."""
+    unet.enable_gradient_checkpointing(recomputed)
+
+
+def recomputed(block: Callable, *args: object) -> object:
+    """Call `block` and compute its activations again in the backward.
+
+    Nothing in it is random, and saving the generator's state would break the capture of a CUDA graph.
+    """
+    return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)

@@ -1,78 +1,86 @@
-"""The LoRA in the UNet: PEFT injection, the weights in flat buffers, the names of the modules."""
+"""Put trainable low-rank layers into the frozen UNet: ordinary PEFT modules whose parameters are views of one flat buffer."""
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
 
 from common.errors import ModelError
 from training.config import LoraSettings
-from training.engine.fast.lora_linear import FusedLoraLinear
-from training.models.loading import LoraConfig, LoraLinear, UNet2DConditionModel, inject_adapter_in_model, shapes_only
+from training.models.loading import shapes_only
 
 ADAPTER = "default"
-
-
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-
-
+"""PEFT's name of the only adapter."""
 SELF_ATTENTION = "attn1.to_q,to_k,to_v"
-
-
 CONTEXT = "keys and values of the text, width "
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """One adapted linear layer: y = W x + scale * up(down(x)). Both are views of the flat fp32 weights."""
+    """One adapted linear layer. LoRA: y = W x + scale * up(down(x)); DoRA scales each row of W + scale * up @ down to `magnitude`.
+
+    All parameters are fp32 and are PEFT's own: a LoRA file is written from them.
+    """
 
     name: str
-    """Its name in the diffusers UNet."""
+    """Name of the layer in the diffusers UNet."""
     down: torch.Tensor
-    """[rank, in_features], fp32."""
+    """[rank, in_features], PEFT's `lora_A`."""
     up: torch.Tensor
-    """[out_features, rank], fp32."""
+    """[out_features, rank], PEFT's `lora_B`."""
+    magnitude: torch.Tensor | None = None
+    """[out_features], DoRA's row norms (PEFT's `lora_magnitude_vector`); None for a LoRA."""
+    base: torch.Tensor | None = None
+    """[out_features, in_features], the frozen weight, which the export of DoRA needs; None for a LoRA."""
 
 
 @dataclass(frozen=True)
-class LoraWeights:
-    """All LoRA weights of a UNet, P of them, in one flat buffer of each kind, on the UNet's device."""
+class Adapter:
+    """Everything that is trained, P weights in all, on the UNet's device."""
 
+    kind: Literal["lora", "dora"]
+    scale: float
+    """alpha / rank"""
     weights: torch.nn.Parameter
-    """[P], fp32: what is trained, saved and exported. Its `.grad` is there always and is added to in place."""
+    """[P], fp32: the parameters of all PEFT layers one after the other, which optimizer and checkpoints see as one tensor. Its
+    `.grad` always exists and is accumulated in place."""
     sums: torch.Tensor
-    """[P + 1], fp32: the gradient of `weights`, and one element more, for the loss: what processes add up in one go."""
-    working: torch.Tensor
-    """[P] in the UNet's dtype: what the layers compute with; `weights` itself if that is fp32."""
+    """[P + 1], fp32: the gradient of `weights` and one element for the loss, so that processes add up both in one all_reduce."""
     modules: list[LoraModule]
     """In the UNet's order."""
-    stacks: dict[str, tuple[tuple[str, ...], FusedLoraLinear]]
-    """FusedLoraLinear layers that are computed as one: by name, the names of their modules and the stack."""
-
-    def refresh(self) -> None:
-        """Bring `working` to the state of `weights`."""
-        if self.working is not self.weights:
-            self.working.copy_(self.weights.detach())
+    layers: dict[str, LoraLinear]
+    """The PEFT layers by name, in the order in which their parameters are in `weights`."""
 
 
-def inject(unet: UNet2DConditionModel, settings: LoraSettings, seed: int) -> LoraWeights:
-    """Put a LoRA of rank and alpha of `settings` into the frozen `unet`, in place.
+def inject(unet: UNet2DConditionModel, settings: LoraSettings, seed: int) -> Adapter:
+    """Adapt the linear layers of the frozen `unet` that `settings` select, in place.
 
     The weights are fp32 whatever the UNet's dtype is. `down` starts uniform in +-1/sqrt(in_features) (Kaiming with
-    a = sqrt(5), as PyTorch's Linear), from `seed` and the module's name alone; `up` starts at zero (Hu et al. 2021,
-    arXiv 2106.09685, section 4.1). PEFT's layers hold views of `working`, so that the UNet can be used as PEFT made it.
+    a = sqrt(5), as PyTorch's Linear), from `seed` and the layer's name alone; `up` starts at zero (Hu et al. 2021,
+    arXiv 2106.09685, section 4.1), and DoRA's magnitude at the norms of W's rows (Liu et al. 2024, arXiv 2402.09353, section 4.1).
     """
     names = target_modules(unet, settings.lora_targets)
-    config = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=names, lora_dropout=0.0)
-    with shapes_only():  # PEFT's own way, `low_cpu_mem_usage`, changes torch for the threads that load other networks
+    config = LoraConfig(
+        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=names, lora_dropout=0.0,
+        use_dora=settings.lora_type == "dora",
+    )  # fmt: skip
+    # PEFT fills the layers with values that are replaced below. Without memory behind them that takes no time, but DoRA
+    # measures the weights, which PEFT cannot do with one of them on the meta device.
+    with shapes_only() if settings.lora_type == "lora" else nullcontext():
         inject_adapter_in_model(config, unet, adapter_name=ADAPTER)
     layers = {name: module for name, module in unet.named_modules() if isinstance(module, LoraLinear)}
     if sorted(layers) != sorted(names):
-        raise ModelError(f"the LoRA was put into {len(layers)} of {len(names)} linear layers; is this an SDXL UNet?")
-    return _flattened(layers, settings.lora_rank, settings.lora_alpha / settings.lora_rank, seed)
+        raise ModelError(f"only {len(layers)} of {len(names)} linear layers could be adapted; is this an SDXL UNet?")
+    return _with_flat_parameters(layers, settings, seed)
 
 
 def target_modules(unet: UNet2DConditionModel, targets: str) -> list[str]:
@@ -85,65 +93,77 @@ def target_modules(unet: UNet2DConditionModel, targets: str) -> list[str]:
     return linears
 
 
-def _flattened(layers: dict[str, LoraLinear], rank: int, scale: float, seed: int) -> LoraWeights:
-    """Lay the weights of `layers` out in flat buffers, stack by stack, and let PEFT's layers see them."""
-    first = next(iter(layers.values())).base_layer.weight
-    sizes = [rank * (layer.in_features + layer.out_features) for layer in layers.values()]
-    weights = torch.nn.Parameter(torch.zeros(sum(sizes), dtype=torch.float32, device=first.device))
-    sums = torch.zeros(sum(sizes) + 1, dtype=torch.float32, device=first.device)
-    weights.grad = sums[:-1]
-    working = weights if first.dtype == torch.float32 else torch.zeros_like(weights, dtype=first.dtype)
-    anchor = torch.zeros((), device=first.device, requires_grad=True)
-    begin, modules, stacks = 0, {}, {}
-    for stack, names in _stacked(layers).items():
-        n, (out, width) = len(names), layers[names[0]].base_layer.weight.shape
-        middle, end = begin + n * rank * width, begin + n * rank * (width + out)
-
-        def parts(flat: torch.Tensor, begin=begin, middle=middle, end=end, n=n, width=width) -> tuple[torch.Tensor, torch.Tensor]:
-            return flat[begin:middle].view(n * rank, width), flat[middle:end].view(n, -1, rank)
-
-        down, up = parts(weights.detach())
-        working_down, working_up = parts(working.detach())
-        for i, name in enumerate(names):
-            rows = slice(i * rank, (i + 1) * rank)
-            down[rows].copy_(uniform(seed, name, (rank, width), width**-0.5))
-            modules[name] = LoraModule(name, down[rows], up[i])
-            layers[name].lora_A[ADAPTER].weight = torch.nn.Parameter(working_down[rows])
-            layers[name].lora_B[ADAPTER].weight = torch.nn.Parameter(working_up[i])
-        weight, bias = _base_of([layers[name].base_layer for name in names])
-        stacks[stack] = tuple(names), FusedLoraLinear(weight, bias, working_down, working_up, *parts(weights.grad), scale, anchor)
-        begin = end
-    made = LoraWeights(weights, sums, working, [modules[name] for name in layers], stacks)
-    with torch.no_grad():
-        made.refresh()
-    return made
-
-
-def _stacked(layers: dict[str, LoraLinear]) -> dict[str, list[str]]:
-    """Which layers read the same input and can be one product."""
-    stacks: dict[str, list[str]] = {}
-    for name, layer in layers.items():
+def shared_input_groups(layers: Iterable[tuple[str, LoraLinear]]) -> dict[str, list[str]]:
+    """Names of the layers that read the same input, by a name of the group: queries, keys and values of a self-attention, and
+    all keys and values of the text that have the same width. Every other layer is a group of its own."""
+    groups: dict[str, list[str]] = {}
+    for name, layer in layers:
         if re.search(r"\.attn1\.to_[qkv]$", name):
-            stack = f"{name.rpartition('.attn1.')[0]}.{SELF_ATTENTION}"
+            group = f"{name.rpartition('.attn1.')[0]}.{SELF_ATTENTION}"
         elif re.search(r"\.attn2\.to_[kv]$", name):
-            stack = f"{CONTEXT}{layer.out_features}"
+            group = f"{CONTEXT}{layer.out_features}"
         else:
-            stack = name
-        stacks.setdefault(stack, []).append(name)
-    return stacks
+            group = name
+        groups.setdefault(group, []).append(name)
+    return groups
 
 
-def _base_of(linears: Sequence[torch.nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The frozen weights of `linears` below each other; the layers become views of them, so that nothing lies twice."""
-    if len(linears) == 1:
-        return linears[0].weight.detach(), linears[0].bias
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    for linear, rows in zip(linears, weight.split(linears[0].out_features), strict=True):
-        linear.weight = torch.nn.Parameter(rows, requires_grad=False)
-    return weight, None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+def _with_flat_parameters(layers: dict[str, LoraLinear], settings: LoraSettings, seed: int) -> Adapter:
+    """Make the parameters of `layers` views of one flat buffer.
+
+    The order is part of the checkpoint format: group by group, all `down` of a group before all `up`, so that a group can be
+    computed as one product; then all magnitudes.
+    """
+    groups = shared_input_groups(layers.items())
+    ordered = {name: layers[name] for names in groups.values() for name in names}
+    shapes = [(settings.lora_rank, layers[name].in_features) for name in ordered]
+    count = sum(settings.lora_rank * (layer.in_features + layer.out_features) for layer in ordered.values())
+    if settings.lora_type == "dora":
+        count += sum(layer.out_features for layer in ordered.values())
+    device = next(iter(layers.values())).base_layer.weight.device
+    weights = torch.nn.Parameter(torch.zeros(count, dtype=torch.float32, device=device))
+    sums = torch.zeros(count + 1, dtype=torch.float32, device=device)
+    weights.grad = sums[:-1]
+    taken = 0
+
+    def parameter(*shape: int) -> torch.nn.Parameter:
+        """The next weights as a parameter of that shape; autograd adds its gradient to the flat one in place."""
+        nonlocal taken
+        part = slice(taken, taken + int(np.prod(shape)))
+        taken = part.stop
+        view = torch.nn.Parameter(weights.detach()[part].view(shape))
+        view.grad = sums[part].view(shape)
+        return view
+
+    for names in groups.values():
+        for name in names:
+            layers[name].lora_A[ADAPTER].weight = parameter(settings.lora_rank, layers[name].in_features)
+        for name in names:
+            layers[name].lora_B[ADAPTER].weight = parameter(layers[name].out_features, settings.lora_rank)
+    with torch.no_grad():
+        for (name, layer), shape in zip(ordered.items(), shapes, strict=True):
+            layer.lora_A[ADAPTER].weight.copy_(_uniform(seed, name, shape, layer.in_features**-0.5))
+        if settings.lora_type == "dora":
+            for layer in ordered.values():
+                layer.lora_magnitude_vector[ADAPTER].weight = parameter(layer.out_features)
+                layer.lora_magnitude_vector[ADAPTER].weight.copy_(row_norms(layer.base_layer.weight))
+    modules = [_lora_module(name, layer, settings.lora_type) for name, layer in layers.items()]
+    return Adapter(settings.lora_type, settings.lora_alpha / settings.lora_rank, weights, sums, modules, ordered)
 
 
-def uniform(seed: int, name: str, shape: tuple[int, ...], bound: float) -> torch.Tensor:
+def _lora_module(name: str, layer: LoraLinear, kind: str) -> LoraModule:
+    down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    if kind == "lora":
+        return LoraModule(name, down, up)
+    return LoraModule(name, down, up, layer.lora_magnitude_vector[ADAPTER].weight, layer.base_layer.weight)
+
+
+def row_norms(weight: torch.Tensor) -> torch.Tensor:
+    """[out]: the Euclidean norm of each row of `weight` [out, in], fp32."""
+    return torch.linalg.vector_norm(weight.float(), dim=1)
+
+
+def _uniform(seed: int, name: str, shape: tuple[int, ...], bound: float) -> torch.Tensor:
     """fp32 tensor of `shape`, uniform in -bound .. bound, determined by `seed` and `name` alone."""
     counter = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u8")
     generator = np.random.Generator(np.random.Philox(key=seed, counter=counter))

@@ -3,9 +3,33 @@
 alpha_bar is the cumulative product of 1 - beta (Ho et al. 2020, arXiv 2006.11239, section 2), SNR = alpha_bar / (1 - alpha_bar).
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 
 from training.models.sdxl import PredictionType, Schedule
+
+
+LossKind = Literal["mse", "huber", "l1"]
+HUBER_C = 0.1
+"""The error at which the pseudo-Huber loss turns from quadratic to linear; the field's usual value."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised, with every "auto" resolved."""
+
+    prediction_type: PredictionType
+    alphas_cumprod: torch.Tensor
+    """[timesteps], fp32, on the device of the step."""
+    min_snr_gamma: float
+    """0: off."""
+    noise_offset: float
+    """0: off."""
+    latent_scaling: float
+    """The VAE's scaling factor."""
+    loss: LossKind = "mse"
 
 
 def alphas_cumprod(schedule: Schedule) -> torch.Tensor:
@@ -61,6 +85,21 @@ def min_snr_weight(alpha_bar: torch.Tensor, gamma: float, prediction_type: Predi
     return torch.minimum(alpha_bar, gamma * (1 - alpha_bar))
 
 
-def loss_per_sample(prediction: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """[B]: mean squared error over channels and pixels."""
-    return (prediction - wanted).square().flatten(1).mean(dim=1)
+def weight_per_sample(alpha_bar: torch.Tensor, config: LossConfig) -> torch.Tensor:
+    """[B]: how much each sample counts at its noise level; `alpha_bar` is [B]."""
+    if not config.min_snr_gamma:
+        return torch.ones_like(alpha_bar)
+    return min_snr_weight(alpha_bar, config.min_snr_gamma, config.prediction_type)
+
+
+def loss_per_sample(prediction: torch.Tensor, target: torch.Tensor, kind: LossKind) -> torch.Tensor:
+    """[B]: the mean over channels and pixels of e^2 (mse), |e| (l1), or the pseudo-Huber loss 2 c (sqrt(e^2 + c^2) - c) (huber),
+    which is e^2 for small errors e and 2 c |e| for large ones (Song & Dhariwal 2023, arXiv 2310.14189, section 3.3)."""
+    error = prediction - target
+    if kind == "l1":
+        losses = error.abs()
+    elif kind == "huber":
+        losses = 2 * HUBER_C * ((error.square() + HUBER_C**2).sqrt() - HUBER_C)
+    else:
+        losses = error.square()
+    return losses.flatten(1).mean(dim=1)

@@ -9,28 +9,19 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx2
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-from common.errors import DISK_ERRNOS, ModelError, bullet_list
+from common import clip_tokens
+from common.clip_tokens import TOKENIZERS
+from common.errors import ModelError, bullet_list
 from common.files import sha256_of, write_json
-from common.settings import REPOSITORY
+from common.hub import HubError, download, download_command, file_size_bytes
 from training.models.sdxl import STEMS, BaseModel, Part, Schedule
 from training.models.single_file import read_file
 from training.models.weights import WeightsFile, read_header
-
-TOKENIZERS = ("tokenizer", "tokenizer_2")
-
-
-_WORDS_WITHOUT_MERGE = 2 * 256 + 2
-"""Of CLIP's vocabulary: each byte, each byte that ends a word, and the two special tokens."""
-
 
 _SDXL_UNET = {
     "in_channels": 4,
@@ -64,29 +55,15 @@ def read_folder(folder: Path) -> BaseModel:
     for part in parts.values():
         problems += part.problems() if part.files else []
     problems += [
-        f"{name}/: a tokenizer's files are missing or damaged" for name in TOKENIZERS if not vocabulary_size(folder / name)
+        f"{name}/: a tokenizer's files are missing or damaged"
+        for name in TOKENIZERS
+        if not clip_tokens.read_vocabulary(folder / name)
     ]
     if not problems:
         problems += [*_odd_numbers(_schedule(scheduler), configs["vae"]), *_disagreements(configs)]
     if problems:
         raise ModelError(bullet_list(f"{folder}: this base model cannot be used:", problems))
     return BaseModel(folder, parts, _schedule(scheduler))
-
-
-def vocabulary_size(folder: Path) -> int:
-    """Words of the tokenizer in `folder`; 0 if a file that CLIPTokenizer reads is missing or damaged.
-
-    Its configuration is needed too: it says how to pad.
-    """
-    try:
-        json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            words = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
-            merges = sum(bool(line.strip()) for line in (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:])
-            return words if merges >= words - _WORDS_WITHOUT_MERGE else 0
-        return len(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return 0
 
 
 def _read_json(file: Path, problems: list[str]) -> dict[str, Any]:
@@ -232,10 +209,6 @@ _TOKENIZER_FOLDER = "sdxl-tokenizers"
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
 
 
-_FETCH_ERRORS = (OSError, httpx2.HTTPError, RuntimeError, ValueError)
-"""What huggingface_hub raises for a hub that is away, refuses, or breaks off."""
-
-
 def find_base(base_model: str, models_dir: Path) -> BaseModel:
     """The base model of that name in `models_dir`, or at that path: a diffusers folder or a `.safetensors` file.
 
@@ -249,7 +222,7 @@ def find_base(base_model: str, models_dir: Path) -> BaseModel:
     try:
         return read_folder(path) if path.is_dir() else read_file(path)
     except ModelError as error:
-        command = _download(SDXL, models_dir / SDXL.split("/")[1], _NEEDED)
+        command = download_command(SDXL, models_dir / SDXL.split("/")[1], patterns=_NEEDED)
         raise ModelError(f"{error}\nThis fetches SDXL itself:\n  {command}") from None
 
 
@@ -257,9 +230,7 @@ def find_tokenizers(base: BaseModel, models_dir: Path) -> Path | None:
     """The folder that holds `tokenizer/` and `tokenizer_2/` for `base`: its own, or for a single file one in `models_dir`."""
     if base.path.is_dir():
         return base.path
-    words = base.parts["text_encoder"].config["vocab_size"]
-    folders = sorted(child for child in models_dir.iterdir() if child.is_dir()) if models_dir.is_dir() else []
-    return next((folder for folder in folders if all(vocabulary_size(folder / name) == words for name in TOKENIZERS)), None)
+    return clip_tokens.find_tokenizers(models_dir, base.parts["text_encoder"].config["vocab_size"])
 
 
 def tokenizers_of(base: BaseModel, models_dir: Path) -> Path:
@@ -276,8 +247,8 @@ def tokenizers_digest(folder: Path) -> str:
 def require_tokenizers_on_hub(models_dir: Path) -> None:
     """One question to the hub; nothing is fetched. Raises ModelError like `fetch_tokenizers` when it could not be."""
     try:
-        get_hf_file_metadata(hf_hub_url(SDXL, f"{TOKENIZERS[0]}/{_TOKENIZER_FILES[0]}"))
-    except _FETCH_ERRORS:
+        file_size_bytes(SDXL, f"{TOKENIZERS[0]}/{_TOKENIZER_FILES[0]}")
+    except HubError:
         raise ModelError(_tokenizers_missing(models_dir)) from None
 
 
@@ -287,20 +258,15 @@ def fetch_tokenizers(models_dir: Path) -> Path:
     folder = models_dir / _TOKENIZER_FOLDER
     print(f"fetching the tokenizers of {SDXL} into {folder}", flush=True)
     try:
-        for name in TOKENIZERS:
-            for file in _TOKENIZER_FILES:
-                hf_hub_download(SDXL, f"{name}/{file}", local_dir=folder)
-    except _FETCH_ERRORS as error:
-        if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
-            raise
+        download(SDXL, [f"{name}/{file}" for name in TOKENIZERS for file in _TOKENIZER_FILES], folder)
+    except HubError:
         raise ModelError(_tokenizers_missing(models_dir)) from None
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # half files of runs that were killed
     return folder
 
 
 def _tokenizers_missing(models_dir: Path) -> str:
     """What to do when a single file has no tokenizers beside it and they cannot be fetched."""
-    command = _download(SDXL, models_dir / _TOKENIZER_FOLDER, ("tokenizer*/*",))
+    command = download_command(SDXL, models_dir / _TOKENIZER_FOLDER, patterns=("tokenizer*/*",))
     return (
         f"a single file needs CLIP's tokenizer files; no folder in {models_dir} has them, and they cannot be fetched. "
         f"With a network, run:\n  {command}"
@@ -310,18 +276,11 @@ def _tokenizers_missing(models_dir: Path) -> str:
 def _not_there(wanted: str, models_dir: Path) -> str:
     is_repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", wanted, re.ASCII) and not wanted.endswith(".safetensors")
     repository, patterns = (wanted, _ANY_NEEDED) if is_repository and wanted != SDXL else (SDXL, _NEEDED)
-    command = _download(repository, models_dir / repository.split("/")[1], patterns)
+    command = download_command(repository, models_dir / repository.split("/")[1], patterns=patterns)
     return (
         f"base model {wanted!r} is neither in {models_dir} nor a path. Set BASE_MODEL to a diffusers folder or a .safetensors "
         f"file, or fetch one:\n  {command}"
     )
-
-
-def _download(repository: str, folder: Path, patterns: tuple[str, ...]) -> str:
-    """The command that fetches the files of `repository` that match `patterns`."""
-    if folder.is_relative_to(REPOSITORY):  # in a container, the same folder on the host has another path
-        folder = folder.relative_to(REPOSITORY)
-    return " ".join([f"hf download {repository} --local-dir {folder}", *(f"--include '{pattern}'" for pattern in patterns)])
 
 
 DIGESTS = "digests.json"

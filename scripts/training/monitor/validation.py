@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from training.data.batches import TRAIN_TIMESTEPS, Batch, CachedExample, SampleRandomness, batch_of, draw, read_sample
+from training.data.batches import Batch, Sample, make_batch, read_sample
+from training.data.cache import CachedExample
 
 STRATA = 8
 """Timesteps per image, one from each eighth of the noise schedule: the loss differs tenfold between them."""
@@ -25,19 +26,21 @@ class Validator:
     empty_caption: Path
     seed: int
     micro_batch: int
+    timesteps: int
+    """Length of the base model's noise schedule."""
     evaluate: Callable[[Iterable[Batch]], float]
-    process: int = 0
-    """Which of the `processes` that share the work this one is."""
-    processes: int = 1
+    rank: int = 0
+    """Which of the `world_size` processes that share the work this one is."""
+    world_size: int = 1
 
     def __call__(self) -> float:
         """This process's part of the mean loss over all held-out images and STRATA timesteps of each."""
         return self.evaluate(self._batches())
 
     def _batches(self) -> Iterator[Batch]:
-        for part in self._parts()[self.process :: self.processes]:
+        for part in self._parts()[self.rank :: self.world_size]:
             samples = [self._sample(index, stratum) for index, stratum in part]
-            yield batch_of(samples, [1.0 / (len(self.examples) * STRATA)] * len(samples), self.micro_batch)
+            yield make_batch(samples, [1.0 / (len(self.examples) * STRATA)] * len(samples), self.micro_batch)
 
     def _parts(self) -> list[list[tuple[int, int]]]:
         """Every (example, stratum), cut into micro-batches of one shape each."""
@@ -51,12 +54,13 @@ class Validator:
             parts += [items[start : start + self.micro_batch] for start in range(0, len(items), self.micro_batch)]
         return parts
 
-    def _sample(self, index: int, stratum: int) -> tuple[torch.Tensor, ...]:
-        """Fixed noise; the timesteps of the images lie between each other's. The caption is its first variant."""
+    def _sample(self, index: int, stratum: int) -> Sample:
+        """Noise and timestep are fixed; the timesteps of the images are spread over the stratum. The caption is its first
+        variant."""
+        example = replace(self.examples[index], variants=1)
+        position = _POSITION + index * STRATA + stratum
+        sample = read_sample(
+            example, self.empty_caption, seed=self.seed, position=position, caption_dropout=0.0, timesteps=self.timesteps
+        )
         within = (index + 0.5) / len(self.examples)
-
-        def fixed(shape: tuple[int, int, int]) -> SampleRandomness:
-            drawn = draw(self.seed, _POSITION + index * STRATA + stratum, shape, variants=1, caption_dropout=0.0)
-            return replace(drawn, timestep=int((stratum + within) / STRATA * TRAIN_TIMESTEPS))
-
-        return read_sample(self.examples[index], fixed, self.empty_caption)
+        return sample | {"timesteps": torch.tensor(int((stratum + within) / STRATA * self.timesteps))}

@@ -1,41 +1,124 @@
-"""Frozen layers with a LoRA, as one differentiable product each.
+"""Frozen linear layers with their LoRA as one differentiable product, made from the PEFT layers of an adapter.
 
 Autograd would keep the input of every frozen layer and return each LoRA gradient as a tensor of its own, 1444 of them.
-Here frozen layers keep nothing, layers that read the same input are one product, and LoRA gradients are added in place
-to the flat fp32 buffer of `LoraWeights`.
+Here frozen layers keep nothing, layers that read the same input are one product, and LoRA gradients are accumulated in
+place in the adapter's flat fp32 buffer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from training.method.adapters import ADAPTER, Adapter, shared_input_groups
+
 
 @dataclass(frozen=True)
 class FusedLoraLinear:
-    """n linear layers of one input and one output width side by side, with their LoRAs: y = W x + b + scale * up(down(x))."""
+    """n linear layers of equal input and output width as one, with their LoRAs: y = W x + b + scale * up(down(x)).
 
+    The dtype is that of the UNet, except for the gradients.
+    """
+
+    names: tuple[str, ...]
+    """The n layers in the diffusers UNet."""
     weight: torch.Tensor
     """[n * out, in], frozen."""
     bias: torch.Tensor | None
     """[n * out], frozen."""
     down: torch.Tensor
-    """[n * rank, in], in the UNet's dtype, as are the following."""
+    """[n * rank, in]"""
     up: torch.Tensor
     """[n, out, rank]"""
     down_grad: torch.Tensor
-    """Like `down`, fp32: gradients are added to it."""
+    """Shape of `down`, fp32; gradients are added to it."""
     up_grad: torch.Tensor
-    """Like `up`, fp32."""
+    """Shape of `up`, fp32."""
     scale: float
     """alpha / rank"""
-    anchor: torch.Tensor
-    """A scalar that requires a gradient, so that the backward runs whatever the input is."""
+    grad_anchor: torch.Tensor
+    """A scalar that requires a gradient: autograd calls the backward even where the input requires none."""
+
+
+@dataclass(frozen=True)
+class FusedAdapter:
+    """All groups of fused layers, and the copy of the weights that they compute with."""
+
+    adapter: Adapter
+    compute_weights: torch.Tensor
+    """[P] in the UNet's dtype; the adapter's own weights if that is fp32."""
+    groups: dict[str, FusedLoraLinear]
+    """By the name of the group."""
+
+    @torch.no_grad()
+    def sync_compute_weights(self) -> None:
+        """Copy the adapter's fp32 weights to the ones that the layers compute with."""
+        if self.compute_weights is not self.adapter.weights:
+            self.compute_weights.copy_(self.adapter.weights)
+
+
+def fuse(adapter: Adapter) -> FusedAdapter:
+    """Build the fused layers from the PEFT layers of `adapter`.
+
+    In the flat weights all `down` of a group come before all `up`, without a gap: a slice is the weight of a fused product.
+    The frozen weights of a group are joined, and its base layers become views of the joined one, so that none is held twice.
+    """
+    weights = adapter.weights.detach()
+    dtype = next(iter(adapter.layers.values())).base_layer.weight.dtype
+    compute = adapter.weights if dtype == torch.float32 else weights.to(dtype)
+    anchor = torch.zeros((), device=weights.device, requires_grad=True)
+    start, groups = 0, {}
+    for group, names in shared_input_groups(adapter.layers.items()).items():
+        bases = [adapter.layers[name].base_layer for name in names]
+        n, (out, width) = len(names), bases[0].weight.shape
+        rank = adapter.layers[names[0]].lora_A[ADAPTER].weight.shape[0]
+        middle = start + n * rank * width
+        end = middle + n * rank * out
+        down, up, down_grad, up_grad = (
+            flat[part].view(shape)
+            for flat in (compute.detach(), adapter.sums)
+            for part, shape in ((slice(start, middle), (n * rank, width)), (slice(middle, end), (n, out, rank)))
+        )
+        groups[group] = FusedLoraLinear(
+            tuple(names), *_joined(bases), down, up, down_grad, up_grad, adapter.scale, anchor
+        )  # fmt: skip
+        start = end
+    return FusedAdapter(adapter, compute, groups)
+
+
+def _joined(linears: Sequence[torch.nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight [n * out, in] and bias [n * out] of `linears`; their weights become views of it."""
+    if len(linears) == 1:
+        return linears[0].weight.detach(), linears[0].bias
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    for linear, rows in zip(linears, weight.split(linears[0].out_features), strict=True):
+        linear.weight = torch.nn.Parameter(rows, requires_grad=False)
+    return weight, None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+
+
+def fused_lora_linear(x: torch.Tensor, layer: FusedLoraLinear) -> torch.Tensor:
+    """[..., in] -> [..., n * out]."""
+    return _FusedLoraLinearFunction.apply(x, layer.grad_anchor, layer)
+
+
+def fused_lora_context(x: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, ...]:
+    """[..., in] -> n tensors [..., out]; `x` gets no gradient."""
+    return _FusedContextFunction.apply(x, layer.grad_anchor, layer)
+
+
+def frozen_conv(x: torch.Tensor, conv: torch.nn.Conv2d) -> torch.Tensor:
+    """`conv` without its bias."""
+    return _FrozenConv.apply(x, conv.weight, conv.stride, conv.padding)
 
 
 class _FusedLoraLinearFunction(torch.autograd.Function):
-    """FusedLoraLinear, as one product; its parts are not autograd's."""
+    """The product of a FusedLoraLinear, with N rows of input.
+
+    With h = x down^T and g = dy up (both [N, n * rank], skinny), the gradients are
+    d_up = scale dy^T h, d_down = scale g^T x and dx = dy W + scale g down.
+    """
 
     @staticmethod
     def forward(ctx, x, anchor, layer):
@@ -45,8 +128,10 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
         if n == 1:
             y.addmm_(h, layer.up[0].T, alpha=layer.scale)
         else:
-            _side_by_side(y, n).baddbmm_(_side_by_side(h, n), layer.up.mT, alpha=layer.scale)
+            # One batched product adds the n LoRA outputs to their columns of y.
+            _as_groups(y, n).baddbmm_(_as_groups(h, n), layer.up.mT, alpha=layer.scale)
         ctx.layer = layer
+        # The frozen product keeps nothing; x is needed for d_down, and the skinny h is cheaper to keep than to compute again.
         ctx.save_for_backward(rows, h)
         return y.view(*x.shape[:-1], n * out)
 
@@ -60,9 +145,10 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
             g = dy_rows @ layer.up[0]
             _accumulate(layer.up_grad[0], dy_rows.T, h, layer.scale)
         else:
+            # The batched product writes straight into the [N, n * rank] layout that the product with `down` below reads.
             g = h.new_empty(h.shape)
-            torch.bmm(_side_by_side(dy_rows, n), layer.up, out=_side_by_side(g, n))
-            _accumulate(layer.up_grad, _side_by_side(dy_rows, n).mT, _side_by_side(h, n), layer.scale)
+            torch.bmm(_as_groups(dy_rows, n), layer.up, out=_as_groups(g, n))
+            _accumulate(layer.up_grad, _as_groups(dy_rows, n).mT, _as_groups(h, n), layer.scale)
         _accumulate(layer.down_grad, g.T, rows, layer.scale)
         if not ctx.needs_input_grad[0]:
             return None, None, None
@@ -72,14 +158,17 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
 
 
 class _FusedContextFunction(torch.autograd.Function):
-    """Many adapted layers on one small input that needs no gradient: the keys and values of all cross-attentions."""
+    """The same for many layers on one small input that requires no gradient: keys and values of all cross-attentions.
+
+    Each layer's output is a tensor of its own here, because each is used in another block.
+    """
 
     @staticmethod
     def forward(ctx, x, anchor, layer):
         rows = x.reshape(-1, x.shape[-1])
         n, out, rank = layer.up.shape
-        h = (rows @ layer.down.T).view(-1, n, rank).transpose(0, 1).contiguous()
-        y = torch.matmul(rows, layer.weight.view(n, out, -1).mT)
+        h = (rows @ layer.down.T).view(-1, n, rank).transpose(0, 1).contiguous()  # [n, N, rank]
+        y = torch.matmul(rows, layer.weight.view(n, out, -1).mT)  # [n, N, out]
         y.baddbmm_(h, layer.up.mT, alpha=layer.scale)
         ctx.layer = layer
         ctx.save_for_backward(rows, h)
@@ -90,24 +179,14 @@ class _FusedContextFunction(torch.autograd.Function):
     def backward(ctx, *dys):
         layer, (rows, h) = ctx.layer, ctx.saved_tensors
         n, out, rank = layer.up.shape
-        dy = torch.stack([part.reshape(-1, out) for part in dys])
+        dy = torch.stack([part.reshape(-1, out) for part in dys])  # [n, N, out]
         g = torch.bmm(dy, layer.up).transpose(0, 1).reshape(-1, n * rank)
         _accumulate(layer.up_grad, dy.mT, h, layer.scale)
         _accumulate(layer.down_grad, g.T, rows, layer.scale)
         return None, None, None
 
 
-def fused_lora_linear(x: torch.Tensor, layer: FusedLoraLinear) -> torch.Tensor:
-    """[..., in] -> [..., n * out]."""
-    return _FusedLoraLinearFunction.apply(x, layer.anchor, layer)
-
-
-def fused_lora_context(x: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, ...]:
-    """[..., in] -> n tensors [..., out]; `x` gets no gradient."""
-    return _FusedContextFunction.apply(x, layer.anchor, layer)
-
-
-def _side_by_side(rows: torch.Tensor, n: int) -> torch.Tensor:
+def _as_groups(rows: torch.Tensor, n: int) -> torch.Tensor:
     """[N, n * width] as [n, N, width], without a copy."""
     return rows.view(rows.shape[0], n, -1).transpose(0, 1)
 
@@ -118,6 +197,7 @@ def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: fl
     if a.dtype == total.dtype:
         add(total, a, b, alpha=scale, out=total)
     elif a.device.type == "cuda":
+        # cuBLAS multiplies bf16 and accumulates in fp32 anyway; `out_dtype` keeps that sum instead of rounding it.
         add(total, a, b, out_dtype=total.dtype, alpha=scale, out=total)
     else:
         total.add_(torch.matmul(a.to(total.dtype), b.to(total.dtype)), alpha=scale)
@@ -134,13 +214,9 @@ class _FrozenConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
+        # PyTorch's gradient of a convolution wants an input of the right shape even where only dx is computed from dy.
         never_read = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
         dx, _, _ = torch.ops.aten.convolution_backward(
             dy, never_read, ctx.weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, False, False)
         )
         return dx, None, None, None
-
-
-def frozen_conv(x: torch.Tensor, conv: torch.nn.Conv2d) -> torch.Tensor:
-    """`conv` without its bias."""
-    return _FrozenConv.apply(x, conv.weight, conv.stride, conv.padding)

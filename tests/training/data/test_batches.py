@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training.data.batches import Batch, BatchReader, CachedExample, draw
+from training.data.batches import Batch, BatchReader, sample_randomness
 from training.data.buckets import place, run_order
+from training.data.cache import CachedExample
 
 SEED = 21
 DROPOUT = 0.3
@@ -35,8 +36,8 @@ def reader_of(tmp_path):
         )
     save_file({"hidden": torch.full((1, 77, 6), 9.0), "pooled": torch.full((1, 3), 9.0)}, tmp_path / "empty.text")
 
-    def make(micro_batch: int = 2, global_batch: int = 4) -> BatchReader:
-        return BatchReader(examples, tmp_path / "empty.text", SEED, DROPOUT, micro_batch, global_batch, pin=False)
+    def make(micro_batch: int = 2, global_batch: int = 4, timesteps: int = 1000) -> BatchReader:
+        return BatchReader(examples, tmp_path / "empty.text", SEED, DROPOUT, micro_batch, global_batch, timesteps, pin=False)
 
     return make
 
@@ -69,7 +70,7 @@ def test_a_sample_is_what_cache_and_draw_say(reader_of):
         (batch,) = reader(step)
         for slot, index in enumerate(step.examples):
             example = reader.examples[index]
-            drawn = draw(SEED, step.number * 4 + slot, tuple(batch.mean.shape[1:]), example.variants, DROPOUT)
+            drawn = sample_randomness(SEED, step.number * 4 + slot, tuple(batch.mean.shape[1:]), example.variants, DROPOUT, 1000)
             generator = torch.Generator().manual_seed(index)
             mean, log_variance = (torch.randn(batch.mean.shape[1:], generator=generator) for _ in range(2))
             hidden = torch.randn(example.variants, 77, 6, generator=generator)
@@ -121,4 +122,4 @@ def test_padding_has_weight_zero_and_the_real_samples_share_the_step(reader_of):
 def test_names_of_a_step_are_its_images_once_each(reader_of):
     reader = reader_of()
     for step in order_of(reader):
-        assert reader.names(step) == ", ".join(sorted({f"{index}.png" for index in step.examples}))
+        assert reader.image_names(step) == ", ".join(sorted({f"{index}.png" for index in step.examples}))

@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -470,8 +471,8 @@ def test_tokenizers_of_a_file_are_fetched_once_into_models_dir(tiny_single_file,
         (local_dir / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tiny_sdxl / file, local_dir / file)
 
-    monkeypatch.setattr(base_model, "get_hf_file_metadata", lambda url: None)  # it is there
-    monkeypatch.setattr(base_model, "hf_hub_download", from_the_hub)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: SimpleNamespace(size=1))  # it is there
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", from_the_hub)
     base = find_base(str(tiny_single_file), tmp_path)
     assert base_model.find_tokenizers(base, tmp_path) is None
     for _ in range(2):
@@ -488,8 +489,8 @@ def test_tokenizers_of_a_file_without_a_network(tiny_single_file, tmp_path, monk
     def unreachable(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(base_model, "get_hf_file_metadata", lambda url: None)
-    monkeypatch.setattr(base_model, asked, unreachable)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: SimpleNamespace(size=1))
+    monkeypatch.setattr(f"huggingface_hub.{asked}", unreachable)
     with pytest.raises(ModelError) as caught:
         models.load_tokenizers(find_base(str(tiny_single_file), tmp_path), tmp_path)
     assert caught.value.exit_code == 5

@@ -27,8 +27,6 @@ from training.data.cache import (
 from training.data.dataset import read_examples
 from training.models.base_model import find_base
 from training.models.loading import AutoencoderKL
-from training.models.sdxl import Schedule
-from training.plan import make_plan
 
 CPU = torch.device("cpu")
 
@@ -94,18 +92,11 @@ def encoding(stage, folder) -> Encoding:
     return Encoding(find_base(str(stage.base), stage.models), stage.base.parent, Cache(stage.output / folder), CPU, torch.float32)
 
 
-def plan_of(examples):
-    plain = TrainSettings()
-    settings = replace(
-        plain, data=replace(plain.data, resolution=128, bucket_step=8, bucket_max_side=256, dataloader_num_workers=1)
-    )
-    return make_plan(examples, settings, Schedule()), settings.data
-
-
 def encoded(stage, folder, examples):
     """All of `examples` in a cache of its own: the data, and file name -> bytes."""
-    plan, settings = plan_of(examples)
-    data = encode_data(encoding(stage, folder), plan, settings, "sks", seed=0)
+    settings = replace(TrainSettings().data, resolution=128, bucket_step=8, bucket_max_side=256, dataloader_num_workers=1)
+    trained = [(example, placed(example)) for example in examples]
+    data = encode_data(encoding(stage, folder), trained, [], settings, "sks", seed=0)
     files = {path.name: path.read_bytes() for path in (stage.output / folder).glob("*/*.safetensors")}
     return data, files
 

@@ -2,14 +2,16 @@
 
 import random
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
-from training.data.batches import TRAIN_TIMESTEPS, draw
+from training.data.batches import sample_randomness
 from training.method.adapters import uniform
 
 SHAPE = (4, 16, 24)
+draw = partial(sample_randomness, timesteps=1000)
 
 
 def parts(drawn) -> tuple:
@@ -52,10 +54,17 @@ def test_shapes_and_types():
 
 def test_timesteps_are_uniform_and_every_one_comes(many):
     drawn = torch.tensor([draw(1, position, (1, 1, 1), 1, 0).timestep for position in range(20000)])
-    assert drawn.unique().tolist() == list(range(TRAIN_TIMESTEPS))
-    counts = drawn.bincount(minlength=TRAIN_TIMESTEPS).float()
+    assert drawn.unique().tolist() == list(range(1000))
+    counts = drawn.bincount(minlength=1000).float()
     chi_square = ((counts - 20) ** 2 / 20).sum().item()
     assert 999 - 5 * 2 * 999**0.5 < chi_square < 999 + 5 * 2 * 999**0.5  # variance 2 x 999: wider than five deviations
+
+
+def test_timesteps_span_the_schedule_of_the_base_model():
+    for length in (1, 500, 2000):
+        drawn = [sample_randomness(0, position, (1, 1, 1), 8, 0.05, length).timestep for position in range(300)]
+        assert 0 <= min(drawn) <= max(drawn) < length
+        assert max(drawn) >= 0.95 * (length - 1)
 
 
 def test_captions_are_dropped_and_varied_in_the_wanted_shares(many):

@@ -1,0 +1,63 @@
+"""Files from the Hugging Face hub: the only module that calls huggingface_hub, which is imported when it is used.
+
+A caller checks `file_size_bytes` first: it sends one request, while a download without a network retries for minutes.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import DISK_ERRNOS
+from common.settings import REPOSITORY
+
+
+class HubError(Exception):
+    """The hub cannot be reached, refuses the request or breaks the transfer off; the message says why."""
+
+
+def file_size_bytes(repository: str, file: str) -> int:
+    """Size of `file` in `repository` on the hub, 0 if the hub does not report it. One request, no retries. Raises HubError."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    with _as_hub_error():
+        return get_hf_file_metadata(hf_hub_url(repository, file)).size or 0
+
+
+def download(repository: str, files: Sequence[str], folder: Path) -> None:
+    """Download `files` of `repository` into `folder`; files that are there already are not transferred again.
+
+    huggingface_hub downloads to a temporary name and checks the size, so a file that has its final name is complete.
+    Raises HubError, and OSError if the disk is full or may not be written to.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with _as_hub_error():
+        for file in files:
+            hf_hub_download(repository, file, local_dir=folder)
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # partial files of runs that were killed
+
+
+def download_command(repository: str, folder: Path, files: Sequence[str] = (), patterns: Sequence[str] = ()) -> str:
+    """The shell command that downloads `files`, or all files that match `patterns`, of `repository` into `folder`."""
+    if folder.is_relative_to(REPOSITORY):  # in a container, the same folder on the host has another path
+        folder = folder.relative_to(REPOSITORY)
+    includes = [f"--include '{pattern}'" for pattern in patterns]
+    return " ".join(["hf download", repository, *files, f"--local-dir {folder}", *includes])
+
+
+@contextmanager
+def _as_hub_error() -> Iterator[None]:
+    """Turn whatever huggingface_hub raises for a failed request into a HubError."""
+    # HTTPError is the HTTP library's base class for network failures, under the name by which huggingface_hub imports it.
+    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+
+    try:
+        yield
+    except RepositoryNotFoundError:
+        raise HubError("the hub has no such repository, or it is private") from None
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
+            raise
+        lines = str(error).strip().splitlines()
+        raise HubError(lines[0].rstrip(".") if lines else type(error).__name__) from None
