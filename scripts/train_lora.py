@@ -2,7 +2,7 @@
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C while libraries are imported ends it without a traceback
+if __name__ == "__main__":  # Ctrl-C while libraries are imported ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import os
@@ -18,71 +18,55 @@ from typing import Any
 from collecting.config import CollectSettings
 from common.background import coming
 from common.errors import run_main, stop_on_signals
+from common.output_layout import only_run_in
 from common.project import ProjectSettings
-from common.settings import Request, read_request
+from common.settings import read_request
 from training.config import TrainSettings
 from training.data.dataset import read_inputs
 from training.system.launcher import launch, place, wants_launcher
-from training.system.worker_process import WorkerProcess, die_with_parent, worker_process
+from training.system.worker_process import die_with_parent, worker_process
 
 STAGE = "train_lora"
 SECTIONS = {"project": ProjectSettings, "collect": CollectSettings, "train": TrainSettings}
-"""Of [collect] only ComfyUI's address counts, for what a user can do when it holds the memory."""
-
 NVIDIA = Path("/dev/nvidiactl")
-"""There if NVIDIA's driver runs."""
+"""Exists if NVIDIA's driver is loaded."""
 
 
 def main(argv: list[str]) -> None:
     stop_on_signals()
-    if place().count > 1:
-        die_with_parent(place().launcher)  # before the imports: nobody would end a process that the launcher has left
+    ranks = place()
+    if ranks.count > 1:
+        die_with_parent(ranks.launcher)  # before the imports: the launcher may be gone when they are done
     request = read_request(STAGE, __doc__, argv, SECTIONS, validate=validate)
-    processes = request.sections["train"].processes
-    if wants_launcher(processes) and not request.check:
-        sys.exit(launch([sys.executable, __file__, *argv], processes))
-    if place().index == 0:
-        print(f"set by you: {request.overridden()}", flush=True)
-    is_quick = NVIDIA.exists() and place().count == 1 and not request.check
-    with worker_process(wanted=is_quick) as reader, worker_process(import_training, wanted=is_quick) as encoder:
-        train(request, reader, encoder)
-
-
-def train(request: Request, reader: WorkerProcess | None, encoder: WorkerProcess | None) -> None:
-    """Do what was asked for. Where there are other processes, one reads what the run starts from while this one imports, and
-    the other encodes images and captions while this one makes the UNet ready."""
     project, settings = request.sections["project"], request.sections["train"]
-    read = partial(reader.call_and_close if reader else call, read_inputs, project, settings)
-    with coming(read, begins_now=place().index == 0 and not request.check) as inputs:
-        import_training()
-    from common.output_layout import only_run_in
-    from training import job as task
-    from training import preflight as doctor
-    from training import trainer as carry_out
-    from training.system.memory_guard import memory_guard
-    from training.system.process_group import process_group
+    if wants_launcher(settings.processes) and not request.check:
+        sys.exit(launch([sys.executable, __file__, *argv], settings.processes))
+    if ranks.index == 0:
+        print(f"overridden settings: {request.overridden()}", flush=True)
 
-    if request.check:
-        doctor.check(project, settings, is_ahead=request.is_ahead)
-        return
-    with process_group(place()) as processes, only_run_in(project.output_dir) if processes.is_main_process else nullcontext():
-        run = task.decide_together(processes, project, settings, inputs, request.sections["collect"].comfyui_endpoint)
-        if run.is_finished:
-            task.remove_partial_outputs(run)
-            print(f"nothing to do: {run.results.lora} is finished, with exactly these settings, images and captions")
+    # Worker processes read the inputs and encode the data while this one imports libraries and loads the UNet.
+    overlaps = NVIDIA.exists() and ranks.count == 1 and not request.check
+    with worker_process(wanted=overlaps) as reader, worker_process(import_training, wanted=overlaps) as encoder:
+        read = partial(reader.call_and_close if reader else call, read_inputs, project, settings)
+        with coming(read, begins_now=ranks.index == 0 and not request.check) as inputs:
+            import_training()
+        from training import job, preflight, trainer
+        from training.system.process_group import process_group
+
+        if request.check:
+            preflight.check(project, settings, is_ahead=request.is_ahead)
             return
-        if processes.is_main_process:
-            task.archive_previous_outputs(run)
-        task.prepare_device(run)
-        with task.translate_cuda_oom(run), memory_guard(run.room.floors) as guard, carry_out.coming_unet(run) as unet:
-            data = carry_out.encode(run, encoder)
-            modules = carry_out.train(run, data, unet(), guard)
-        if processes.is_main_process:
-            carry_out.finish(run, modules)
+        with process_group(ranks) as group, only_run_in(project.output_dir) if group.is_main_process else nullcontext():
+            run = job.resolve_on_all_ranks(group, project, settings, inputs, request.sections["collect"].comfyui_endpoint)
+            if not run.is_finished:
+                trainer.train(run, group, encoder)
+            elif group.is_main_process:
+                trainer.clean_up(run)
+                print(f"nothing to do: {run.outputs.lora} is finished, with exactly these settings, images and captions")
 
 
 def import_training() -> None:
-    """Import what takes seconds; the GPU's context is made meanwhile."""
+    """Import what takes seconds, while the GPU's context is created in the background."""
     from training.system.device import wake_gpu
 
     wake_gpu(place().gpu)
@@ -90,7 +74,7 @@ def import_training() -> None:
 
 
 def validate(sections: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the settings, once each of them is right: the LoRA may be named after the trigger word."""
+    """What is wrong with the settings together: the LoRA may be named after the trigger word."""
     saving, trigger = sections["train"].saving, sections["project"].trigger_word
     if not saving.output_name:
         yield from (f"{problem}; set OUTPUT_NAME" for problem in replace(saving, output_name=trigger).validate())
@@ -103,4 +87,4 @@ if __name__ == "__main__":
         code = asked.code or 0
     for stream in filter(None, (sys.stdout, sys.stderr)):  # either may have been closed before the start
         stream.flush()
-    os._exit(code)  # everything is on the disk; to take torch down in good order would last a second
+    os._exit(code)  # everything is on disk; NCCL would wait forever for the CUDA graphs that it is part of

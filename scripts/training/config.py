@@ -93,7 +93,7 @@ class OptimizerSettings:
 
     def validate(self) -> Iterator[str]:
         if self.optimizer == "prodigy" and self.learning_rate < PRODIGY_LEAST_RATE:
-            yield f"optimizer prodigy finds its own rate, of which learning_rate is a factor: set LEARNING_RATE=1 (is {self.learning_rate})"
+            yield f"learning_rate is a factor of the rate that prodigy finds: set LEARNING_RATE=1 (is {self.learning_rate})"
 
 
 @dataclass(frozen=True)

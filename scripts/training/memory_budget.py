@@ -9,7 +9,7 @@ from common.errors import ResourceError
 from training.config import TrainSettings
 from training.data.dataset import Example
 from training.models.sdxl import BaseModel, Part
-from training.plan import largest_image_px, placed
+from training.plan import placements_of
 from training.system.device import (
     GIB,
     Precision,
@@ -103,8 +103,9 @@ def measure_budget(
     shared = shares_memory(precision.device)
     limits = floors(settings.run.memory_floor_gib, KERNEL.read().total, shared)
     size = step_memory(base.parts["unet"], settings.lora.lora_rank, precision)
+    image_px = max(place.bucket.width * place.bucket.height for place in placements_of(examples, settings.data))
     available = available_bytes(precision.device) // (processes if shared else 1)
-    return MemoryBudget(size, largest_image_px(placed(examples, settings.data)), available, limits)
+    return MemoryBudget(size, image_px, available, limits)
 
 
 def fit_to_memory(settings: TrainSettings, room: MemoryBudget, hint: Callable[[], str]) -> TrainSettings:

@@ -1,7 +1,4 @@
-"""A decided task carried out: data encoded, UNet loaded, every step taken that is left, LoRA written.
-
-What a run writes on its way, and what its LoRA files say about themselves.
-"""
+"""Train a resolved job: encode the data, build the parts, take the remaining steps, write the LoRA."""
 
 import contextlib
 import gc
@@ -9,158 +6,198 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from tqdm import tqdm
 
 from common.background import coming, prefetch
-from common.errors import Interruption, StopRequest, reason_for
-from common.files import atomic_write
-from common.output_layout import Results
+from common.errors import Interruption, ResourceError, StopRequest, reason_for
+from common.files import atomic_write, write_text
+from common.settings import resolved_toml
+from training import engine
 from training.data.batches import BatchReader
+from training.data.buckets import OptimizerStep
 from training.data.cache import EncodedData, Encoding, encode_data
-from training.engine.fast.unet import checkpoint_everything, fast_ops, install_fast_forwards, load_libraries
-from training.engine.step import Objective, TrainStep
-from training.job import Task, prepare_device
-from training.loop import Progress, Run, run_steps, smoothed
-from training.method.adapters import LoraModule, LoraWeights, inject
-from training.method.diffusion import alphas_cumprod
+from training.engine.step import TrainStep
+from training.job import TrainingJob
+from training.loop import Checkpointer, Schedule, run_steps
+from training.memory_budget import suggest_settings
+from training.method.adapters import Adapter, LoraModule, inject
+from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.export import Description, write_lora
-from training.method.optimizers import AdamW, learning_rate_at
-from training.models.loading import UNet2DConditionModel, load_unet
-from training.monitor.metrics import Tracker, TrackerGroup, open_metrics
-from training.monitor.validation import Validator
-from training.plan import fingerprint_hash
+from training.method.optimizers import OPTIMIZERS, learning_rate_at
+from training.models.loading import load_unet
+from training.models.weights import remove_all_partial_files
+from training.monitor.callbacks import Callback, Progress, smoothed
+from training.monitor.metrics import open_metrics
+from training.monitor.validation import ValidationCallback, Validator
+from training.plan import short_hash
 from training.state import checkpoint
-from training.state.checkpoint import StateWriter
-from training.system.memory_guard import MemoryGuard
+from training.state.checkpoint import CheckpointWriter
+from training.system.device import available_bytes, limit_gpu_memory, make_deterministic
+from training.system.memory_guard import MemoryGuard, memory_guard
+from training.system.process_group import ProcessGroup
 from training.system.worker_process import WorkerProcess
 
-AdaptedUnet = tuple[UNet2DConditionModel, LoraWeights]
+
+def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) -> None:
+    """Take every step that is left of `job`, and write the LoRA. `encoder` is a process that may encode the data."""
+    if group.is_main_process:
+        prepare_outputs(job)
+    prepare_device(job)
+    settings, outputs = job.settings, job.outputs
+    with translate_cuda_oom(job), memory_guard(job.budget.floors) as guard:
+        with unet_in_background(job) as load:
+            data = encode(job, group, encoder)
+            unet, adapter = load()
+        optimizer = OPTIMIZERS[settings.optimizer.optimizer](adapter.weights, settings.optimizer)
+        step = engine.build(
+            job.engine,
+            unet,
+            adapter,
+            optimizer,
+            loss_config(job),
+            job.precision,
+            settings.optimizer.max_grad_norm,
+            group.all_reduce,
+            gradient_checkpointing=settings.model.gradient_checkpointing,
+        )
+        if job.saved:
+            checkpoint.restore(job.saved, group, adapter.weights, optimizer, step.scaler)
+        schedule, reader = schedule_of(job), batch_reader(job, group, data)
+        batches = prefetch(reader, schedule.remaining, settings.data.dataloader_num_workers)
+        remaining = len(schedule.remaining)
+        print(f"{len(adapter.modules)} modules of rank {settings.lora.lora_rank}; {remaining} steps to go", flush=True)
+        with writers(job, group, adapter, step, schedule) as (trackers, savers, checkpointer):
+            callbacks = [*trackers, *validation(job, group, data, step, schedule, trackers), *savers]
+            stop = stop_request(group, guard)
+            progress = run_steps(schedule, step.begin, batches, reader.image_names, callbacks, checkpointer, stop)
+            if group.is_main_process:  # while the last checkpoint is still on its way to the disk
+                write_results(job, adapter.modules, schedule, progress)
+    if group.is_main_process:
+        checkpoint.keep_one(outputs.state, job.plan.shared_prefix_steps)
+        report_results(job, len(adapter.modules))
 
 
-def has_room(task: Task) -> bool:
+def prepare_outputs(job: TrainingJob) -> None:
+    """Archive what earlier runs left, unless this one continues them, and write the resolved settings."""
+    outputs = job.outputs
+    if job.saved is None:
+        earlier = checkpoint.newest(outputs.state)
+        if earlier and outputs.is_finished(short_hash(earlier.identity.fingerprint)):
+            shutil.rmtree(outputs.state)  # its LoRA is complete, and another run follows
+        checkpoint.archive_state(outputs.state)
+        outputs.archive_previous_outputs()
+    else:
+        outputs.archive_lora()
+    clean_up(job)
+    write_text(outputs.resolved, resolved_toml({"project": job.project, "train": job.settings}))
+
+
+def clean_up(job: TrainingJob) -> None:
+    """Remove the partial files of runs that were killed while they wrote; this process is the only one that writes there."""
+    for folder in (job.outputs.folder, job.outputs.state, job.cache.folder / "latents", job.cache.folder / "text"):
+        remove_all_partial_files(folder)
+    if job.is_finished:
+        checkpoint.keep_one(job.outputs.state, job.plan.shared_prefix_steps)
+
+
+def prepare_device(job: TrainingJob) -> None:
+    """Set what must be set before the device computes or holds anything."""
+    if job.settings.run.deterministic:
+        make_deterministic()
+    if job.budget.floors:
+        limit_gpu_memory(job.precision.device, available_bytes(job.precision.device) - job.budget.floors.stop)
+
+
+@contextlib.contextmanager
+def translate_cuda_oom(job: TrainingJob) -> Iterator[None]:
+    """Raise CUDA's out-of-memory error as a ResourceError with the settings that would fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        device = job.precision.device
+        reserved = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+        remedy = suggest_settings(job.settings, job.budget, available_bytes(device) + reserved)
+        raise ResourceError(
+            f"the GPU's memory is full at batch size {job.settings.run.train_batch_size}: {remedy}, and run again"
+        ) from None
+
+
+def has_memory_for_everything(job: TrainingJob) -> bool:
     """Whether the GPU's memory holds encoders and UNet together, which is so where a step leaves the reserve free."""
-    batch, checkpointing = task.settings.run.train_batch_size, task.settings.model.gradient_checkpointing
-    is_roomy = task.room.needed(batch, checkpointing=False) <= task.room.free
-    return task.precision.device.type != "cpu" and not checkpointing and is_roomy
-
-
-def encode(task: Task, aside: WorkerProcess | None = None) -> EncodedData:
-    """Everything that does not change during training, computed once: in the process `aside` if there is memory for the UNet
-    beside it, so that neither waits for the other's interpreter."""
-    if aside and has_room(task):
-        return aside.call_and_close(_encode_aside, task)
-    if aside:
-        aside.end()
-    device, dtype = task.precision.device, task.precision.dtype
-    models_dir, at_once = task.project.models_dir, has_room(task)
-    encoding = Encoding(task.base, models_dir, task.cache, device, dtype, task.processes, at_once)
-    plan, settings = task.plan, task.settings
-    trained = list(zip(plan.examples, plan.placements, strict=True))
-    held_out = list(zip(plan.held_out, plan.held_out_placements, strict=True))
-    return encode_data(encoding, trained, held_out, settings.data, task.project.trigger_word, settings.run.train_seed)
-
-
-def _encode_aside(task: Task) -> EncodedData:
-    tqdm.set_lock(threading.RLock())  # its own, for several processes, would outlive this one when it is ended
-    prepare_device(task)
-    return encode(task)
+    batch, checkpointing = job.settings.run.train_batch_size, job.settings.model.gradient_checkpointing
+    fits = job.budget.needed(batch, checkpointing=False) <= job.budget.free
+    return job.precision.device.type != "cpu" and not checkpointing and fits
 
 
 @contextlib.contextmanager
-def coming_unet(task: Task) -> Iterator[Callable[[], AdaptedUnet]]:
-    """A function that returns the UNet and its LoRA. It is made beside the encoding if there is memory for both."""
-    libraries, unet = partial(load_libraries, task.precision.device, task.precision.dtype), partial(adapted_unet, task)
-    has_room_now = has_room(task)
-    with coming(libraries, begins_now=has_room_now) as loaded, coming(unet, begins_now=has_room_now) as made:
+def unet_in_background(job: TrainingJob) -> Iterator[Callable[[], tuple[UNet2DConditionModel, Adapter]]]:
+    """A function that returns the UNet and its adapter. They are loaded while data is encoded if there is memory for both."""
+    starts_now = has_memory_for_everything(job)
+    device, dtype = job.precision.device, job.precision.dtype
 
-        def ready() -> AdaptedUnet:
-            loaded()
-            return made()
+    def load() -> tuple[UNet2DConditionModel, Adapter]:
+        unet = load_unet(job.base, device, dtype)
+        return unet, inject(unet, job.settings.lora, job.settings.run.train_seed)
 
-        yield ready
-
-
-def adapted_unet(task: Task) -> AdaptedUnet:
-    """The UNet with a fresh LoRA, as fast as it can be."""
-    settings = task.settings
-    unet = load_unet(task.base, task.precision.device, task.precision.dtype)
-    lora = inject(unet, settings.lora, settings.run.train_seed)
-    install_fast_forwards(unet, lora.stacks, fast_ops(task.precision.device))
-    if settings.model.gradient_checkpointing:
-        checkpoint_everything(unet)
-    return unet, lora
-
-
-def train(task: Task, encoded: EncodedData, adapted: AdaptedUnet, guard: MemoryGuard | None) -> int:
-    """Take every step that is left, and write the LoRA. Returns how many modules it has."""
-    settings, precision, processes = task.settings, task.precision, task.processes
-    unet, lora = adapted
-    optimizer = AdamW(lora.weights, settings.optimizer)
-    take_step = TrainStep(
-        unet, lora, optimizer, objective_of(task), precision, settings.optimizer.max_grad_norm, processes.all_reduce
-    )
-    if task.saved and processes.is_main_process:
-        checkpoint.restore(task.saved, lora.weights, optimizer, take_step.scaler)
-    if task.saved:
-        checkpoint.share(task.saved, processes.broadcast, lora.weights, optimizer, take_step.scaler)
-    run, reader = run_of(task), reader_of(task, encoded)
-    batches = prefetch(reader, run.todo, settings.data.dataloader_num_workers)
-    stop = StopRequest()
-    print(f"{len(lora.modules)} modules of rank {settings.lora.lora_rank}; {len(run.todo)} steps to go", flush=True)
-    with recorded(task, lora, take_step, run) as (metrics, saver):
-        validator = validator_of(task, encoded, take_step)
-
-        def stop_asked() -> Interruption | None:
-            if guard and guard.wants_empty_caches:
-                guard.wants_empty_caches = False
-                gc.collect()
-                torch.cuda.empty_cache()
-            signum = processes.largest(stop.signum)
-            return reason_for(signum) if signum else None
-
-        progress = run_steps(run, take_step.begin, batches, reader.image_names, validator, saver, metrics, stop_asked)
-        if processes.is_main_process:
-            write_results(task, lora.modules, progress)  # while the last state is still on its way to the disk
-    return len(lora.modules)
-
-
-@contextlib.contextmanager
-def recorded(task: Task, lora: LoraWeights, take_step: TrainStep, run: Run) -> Iterator[tuple[Tracker, "Saver | NullSaver"]]:
-    """Who is told about the steps, and who writes: nobody but in the first process."""
-    if not task.processes.is_main_process:
-        yield TrackerGroup([]), NullSaver()
-        return
-    results, settings = task.results, task.settings
     with (
-        open_metrics(settings.logging, results.name, results.metrics, results.logs, run.begins.next_step) as metrics,
-        StateWriter(results.state, task.identity, settings.saving.keep_last_states) as states,
+        coming(lambda: engine.warm_up(job.engine, device, dtype), begins_now=starts_now) as warmed_up,
+        coming(load, begins_now=starts_now) as loaded,
     ):
-        yield metrics, Saver(task, lora, take_step, states)
+
+        def wait() -> tuple[UNet2DConditionModel, Adapter]:
+            warmed_up()
+            return loaded()
+
+        yield wait
 
 
-def objective_of(task: Task) -> Objective:
-    return Objective(
-        prediction_type=task.plan.schedule.prediction_type,
-        alphas_cumprod=alphas_cumprod(task.plan.schedule).to(task.precision.device, torch.float32),
-        min_snr_gamma=task.plan.min_snr_gamma,
-        noise_offset=task.plan.noise_offset,
-        latent_scaling=task.base.parts["vae"].config["scaling_factor"],
+def encode(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None = None) -> EncodedData:
+    """Compute once what does not change during training; in the process `encoder`, if there is one and memory for the UNet
+    beside it, so that encoding and loading do not wait for each other's interpreter lock."""
+    if encoder and has_memory_for_everything(job):
+        return encoder.call_and_close(_encode_in_worker, job)
+    if encoder:
+        encoder.end()
+    device, dtype = job.precision.device, job.precision.dtype
+    encoding = Encoding(
+        job.base, job.project.models_dir, job.cache, device, dtype, group, at_once=has_memory_for_everything(job)
+    )  # fmt: skip
+    trained = list(zip(job.plan.examples, job.plan.placements, strict=True))
+    held_out = list(zip(job.plan.held_out, job.plan.held_out_placements, strict=True))
+    seed = job.settings.run.train_seed
+    return encode_data(encoding, trained, held_out, job.settings.data, job.project.trigger_word, seed)
+
+
+def _encode_in_worker(job: TrainingJob) -> EncodedData:
+    tqdm.set_lock(threading.RLock())  # tqdm's own lock, for several processes, would stay behind when this one is killed
+    prepare_device(job)
+    return encode(job, ProcessGroup())
+
+
+def loss_config(job: TrainingJob) -> LossConfig:
+    return LossConfig(
+        prediction_type=job.plan.schedule.prediction_type,
+        alphas_cumprod=alphas_cumprod(job.plan.schedule).to(job.precision.device, torch.float32),
+        min_snr_gamma=job.plan.min_snr_gamma,
+        noise_offset=job.plan.noise_offset,
+        latent_scaling=job.base.parts["vae"].config["scaling_factor"],
+        loss=job.settings.objective.loss,
     )
 
 
-def run_of(task: Task) -> Run:
+def schedule_of(job: TrainingJob) -> Schedule:
     """The steps that are left, and when to write what."""
-    optimizer, saving, plan = task.settings.optimizer, task.settings.saving, task.plan
-    return Run(
+    optimizer, saving, plan = job.settings.optimizer, job.settings.saving, job.plan
+    return Schedule(
         order=plan.order,
-        begins=task.saved.progress if task.saved else Progress(),
+        start=job.saved.progress if job.saved else Progress(),
         epochs=plan.epochs,
-        common_steps=plan.common_steps,
-        validate_every_epochs=task.settings.validation.validate_every_epochs,
-        early_stop_patience=task.settings.validation.early_stop_patience,
+        shared_prefix_steps=plan.shared_prefix_steps,
+        validate_every_epochs=job.settings.validation.validate_every_epochs,
+        early_stop_patience=job.settings.validation.early_stop_patience,
         save_every_epochs=saving.save_every_epochs,
         save_state_every_s=saving.save_state_every_minutes * 60,
         learning_rate_at=lambda step: learning_rate_at(
@@ -169,131 +206,164 @@ def run_of(task: Task) -> Run:
     )
 
 
-def reader_of(task: Task, encoded: EncodedData) -> BatchReader:
+def batch_reader(job: TrainingJob, group: ProcessGroup, data: EncodedData) -> BatchReader:
     return BatchReader(
-        examples=encoded.examples,
-        empty_caption=encoded.empty_caption,
-        seed=task.settings.run.train_seed,
-        caption_dropout=task.settings.data.caption_dropout,
-        micro_batch=task.settings.run.train_batch_size,
-        global_batch=task.plan.global_batch,
-        timesteps=task.plan.schedule.timesteps,
-        pin=task.precision.device.type == "cuda",
-        rank=task.processes.place.index,
-        world_size=task.processes.place.count,
+        examples=data.examples,
+        empty_caption=data.empty_caption,
+        seed=job.settings.run.train_seed,
+        caption_dropout=job.settings.data.caption_dropout,
+        micro_batch=job.settings.run.train_batch_size,
+        global_batch=job.plan.global_batch,
+        timesteps=job.plan.schedule.timesteps,
+        pin=job.precision.device.type == "cuda",
+        rank=group.place.index,
+        world_size=group.place.count,
     )
 
 
-def validator_of(task: Task, encoded: EncodedData, take_step: TrainStep) -> Callable[[], float] | None:
-    """Measures the held-out loss; None if no image is held out."""
-    if not encoded.held_out:
-        return None
+def validation(
+    job: TrainingJob, group: ProcessGroup, data: EncodedData, step: TrainStep, schedule: Schedule, trackers: list[Callback]
+) -> list[Callback]:
+    """The callback that measures the validation loss, if images are held out."""
+    if not data.held_out:
+        return []
     own_part = Validator(
-        examples=encoded.held_out,
-        empty_caption=encoded.empty_caption,
-        seed=task.settings.run.train_seed,
-        micro_batch=task.settings.run.train_batch_size,
-        timesteps=task.plan.schedule.timesteps,
-        evaluate=take_step.evaluate,
-        rank=task.processes.place.index,
-        world_size=task.processes.place.count,
+        examples=data.held_out,
+        empty_caption=data.empty_caption,
+        seed=job.settings.run.train_seed,
+        micro_batch=job.settings.run.train_batch_size,
+        timesteps=job.plan.schedule.timesteps,
+        evaluate=step.evaluate,
+        rank=group.place.index,
+        world_size=group.place.count,
     )
-    return lambda: task.processes.total(own_part())
+    return [ValidationCallback(lambda: group.total(own_part()), schedule.validates_between, trackers)]
 
 
-def write_results(task: Task, modules: list[LoraModule], progress: Progress) -> None:
-    """Write the LoRA, and the one with the lowest held-out loss beside it; both are read back and proved."""
-    run = run_of(task)
-    epochs = run.epochs_done(progress.next_step)
-    if progress.next_step < len(run.order):
-        patience = run.early_stop_patience
-        print(f"ended early after {epochs} epochs: {patience} validations in a row did not lower the held-out loss")
-    description = description_of(task, epochs)
-    if progress.validations:
-        write_best(task.results, modules, progress, description)
-    write_lora(task.results.lora, modules, description)
+def stop_request(group: ProcessGroup, guard: MemoryGuard | None) -> Callable[[], Interruption | None]:
+    """A function that returns why the run has to stop, if any process was asked to. It also empties caches for the guard."""
+    request = StopRequest()
+
+    def reason() -> Interruption | None:
+        if guard and guard.wants_empty_caches:
+            guard.wants_empty_caches = False
+            gc.collect()
+            torch.cuda.empty_cache()
+        signum = group.largest(request.signum)
+        return reason_for(signum) if signum else None
+
+    return reason
 
 
-def finish(task: Task, modules: int) -> None:
-    """When LoRA and states are on the disk: only the state stays from which the run can be lengthened."""
-    checkpoint.keep_one(task.results.state, task.plan.common_steps)
-    if task.precision.device.type == "cuda":
-        print(f"peak GPU memory {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
-    path = task.results.lora
-    size = path.stat().st_size / 2**20
-    print(f"{path}: {size:.1f} MiB, {modules} modules, all known to ComfyUI; copy it to ComfyUI's models/loras")
+@contextlib.contextmanager
+def writers(
+    job: TrainingJob, group: ProcessGroup, adapter: Adapter, step: TrainStep, schedule: Schedule
+) -> Iterator[tuple[list[Callback], list[Callback], Checkpointer]]:
+    """What records the steps, what saves the LoRA, and what saves checkpoints; only the main process writes."""
+    if not group.is_main_process:
+        yield [], [], NullCheckpointer()
+        return
+    outputs, settings = job.outputs, job.settings
+    with (
+        open_metrics(settings.logging, outputs.name, outputs.metrics, outputs.logs, schedule.start.next_step) as tracker,
+        CheckpointWriter(outputs.state, job.identity, settings.saving.keep_last_states) as writer,
+    ):
+        yield [tracker], [LoraSaver(job, adapter.modules, schedule)], TrainingState(adapter, step, writer)
 
 
-def write_best(results: Results, modules: list[LoraModule], progress: Progress, last: Description) -> None:
-    """Name the LoRA with the lowest smoothed held-out loss among those that were saved, and write it once more."""
-    scored = [one for one in smoothed(progress.validations) if results.lora_after(one.epochs).exists() or one.epochs == last.epochs]
-    best = min(scored, key=lambda one: one.loss)
-    if best.epochs == last.epochs:
-        write_lora(results.best, modules, last)
-    else:
-        with atomic_write(results.best) as beside:
-            shutil.copyfile(results.lora_after(best.epochs), beside)
-    print(f"the lowest held-out loss (smoothed {best.loss:.4f}) is that after {best.epochs} epochs: {results.best}")
+class LoraSaver(Callback):
+    """Writes the LoRA files of a run on its way."""
+
+    def __init__(self, job: TrainingJob, modules: list[LoraModule], schedule: Schedule):
+        self._job = job
+        self._modules = modules
+        self._schedule = schedule
+
+    def after_epoch(self, step: OptimizerStep, epochs: int, progress: Progress) -> tuple[Progress, str]:
+        if self._schedule.saves_lora_between(step.epoch, epochs):
+            write_lora(self._job.outputs.lora_after(epochs), self._modules, description(self._job, epochs))
+        return progress, ""
 
 
 @dataclass(frozen=True)
-class Saver:
-    """Writes what the loop asks for."""
+class TrainingState:
+    """Saves weights, optimizer and loss scaling with the progress."""
 
-    task: Task
-    trained: LoraWeights
+    adapter: Adapter
     step: TrainStep
-    states: StateWriter
+    writer: CheckpointWriter
 
-    def state(self, progress: Progress) -> None:
-        """Begin to write everything needed to continue from `progress`."""
-        self.states.begin(checkpoint.snapshot(self.trained.weights, self.step.optimizer, self.step.scaler, progress))
-
-    def check(self) -> None:
-        """Raise what the last save has met, if it is over."""
-        self.states.check()
-
-    def wait(self) -> None:
-        """Wait until what was begun is on the disk."""
-        self.states.wait()
-
-    def lora(self, epochs: int) -> None:
-        """The LoRA as it is after `epochs` epochs."""
-        write_lora(self.task.results.lora_after(epochs), self.trained.modules, description_of(self.task, epochs))
-
-
-class NullSaver:
-    """Saver of the processes that do not write."""
-
-    def state(self, progress: Progress) -> None:
-        pass
+    def save(self, progress: Progress) -> None:
+        self.writer.begin(checkpoint.snapshot(self.adapter.weights, self.step.optimizer, self.step.scaler, progress))
 
     def check(self) -> None:
-        pass
+        self.writer.check()
 
     def wait(self) -> None:
-        pass
-
-    def lora(self, epochs: int) -> None:
-        pass
+        self.writer.wait()
 
 
-def description_of(task: Task, epochs: int) -> Description:
-    settings = task.settings
+class NullCheckpointer:
+    """Checkpointer of the processes that do not write."""
+
+    def save(self, progress: Progress) -> None: ...
+
+    def check(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+def description(job: TrainingJob, epochs: int) -> Description:
+    """What the LoRA file after `epochs` epochs says about itself."""
+    settings, plan = job.settings, job.plan
     return Description(
-        name=task.results.name,
-        trigger_word=task.project.trigger_word,
+        name=job.outputs.name,
+        trigger_word=job.project.trigger_word,
         rank=settings.lora.lora_rank,
         alpha=settings.lora.lora_alpha,
-        base_name=task.base.name,
-        prediction_type=task.plan.schedule.prediction_type,
+        base_name=job.base.name,
+        prediction_type=plan.schedule.prediction_type,
         resolution=settings.data.resolution,
-        captions=[example.caption for example in task.plan.examples],
-        images=len(task.plan.examples),
+        captions=[example.caption for example in plan.examples],
+        images=len(plan.examples),
         epochs=epochs,
-        steps=sum(step.epoch < epochs for step in task.plan.order),
+        steps=sum(step.epoch < epochs for step in plan.order),
         batch_size=settings.run.train_batch_size,
         learning_rate=settings.optimizer.learning_rate,
+        optimizer=OPTIMIZERS[settings.optimizer.optimizer].label,
         seed=settings.run.train_seed,
-        fingerprint=fingerprint_hash(task.identity.fingerprint),
+        fingerprint=short_hash(job.identity.fingerprint),
     )
+
+
+def write_results(job: TrainingJob, modules: list[LoraModule], schedule: Schedule, progress: Progress) -> None:
+    """Write the LoRA, and beside it the one with the lowest validation loss; both are read back and verified."""
+    epochs = schedule.epochs_complete(progress.next_step)
+    if progress.next_step < len(schedule.order):
+        patience = schedule.early_stop_patience
+        print(f"stopping early after {epochs} epochs: {patience} validations in a row did not lower the validation loss")
+    about = description(job, epochs)
+    if progress.validations:
+        write_best(job, modules, progress, about)
+    write_lora(job.outputs.lora, modules, about)
+
+
+def write_best(job: TrainingJob, modules: list[LoraModule], progress: Progress, last: Description) -> None:
+    """Report the LoRA with the lowest smoothed validation loss among those that were saved, and write it once more."""
+    outputs = job.outputs
+    saved = [one for one in smoothed(progress.validations) if outputs.lora_after(one.epochs).exists() or one.epochs == last.epochs]
+    best = min(saved, key=lambda one: one.loss)
+    if best.epochs == last.epochs:
+        write_lora(outputs.best, modules, last)
+    else:
+        with atomic_write(outputs.best) as temporary:
+            shutil.copyfile(outputs.lora_after(best.epochs), temporary)
+    print(f"best validation loss {best.loss:.4f} (smoothed) at epoch {best.epochs}: {outputs.best}")
+
+
+def report_results(job: TrainingJob, modules: int) -> None:
+    if job.precision.device.type == "cuda":
+        print(f"peak GPU memory {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
+    path = job.outputs.lora
+    size = path.stat().st_size / 2**20
+    print(f"{path}: {size:.1f} MiB, {modules} modules, all known to ComfyUI; copy it to ComfyUI's models/loras")

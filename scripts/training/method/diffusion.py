@@ -10,7 +10,6 @@ import torch
 
 from training.models.sdxl import PredictionType, Schedule
 
-
 LossKind = Literal["mse", "huber", "l1"]
 HUBER_C = 0.1
 """The error at which the pseudo-Huber loss turns from quadratic to linear; the field's usual value."""

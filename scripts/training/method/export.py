@@ -47,6 +47,7 @@ class Description:
     steps: int
     batch_size: int
     learning_rate: float
+    optimizer: str
     seed: int
     fingerprint: str
     """Of everything that decided the result: the same fingerprint, the same LoRA."""
@@ -153,7 +154,7 @@ def _metadata(about: Description, data_hash: str) -> dict[str, str]:
         "ss_batch_size_per_device": str(about.batch_size),
         "ss_learning_rate": str(about.learning_rate),
         "ss_unet_lr": str(about.learning_rate),
-        "ss_optimizer": "torch.optim.AdamW",
+        "ss_optimizer": about.optimizer,
         "ss_seed": str(about.seed),
         "ss_tag_frequency": json.dumps({"dataset": dict(tags.most_common())}, ensure_ascii=False),
         "ss_training_finished_at": str(now.timestamp()),

@@ -14,7 +14,6 @@ from torch.optim.adamw import adamw
 from common.errors import SettingsError
 from training.config import OptimizerSettings
 
-
 _DTYPES = {int: torch.int64, float: torch.float64}
 """Numbers of a state are kept at their full precision."""
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from common.errors import SettingsError
 from common.files import naming_oserror, read_json_lines, write_text
 from training.config import LoggingSettings
+from training.data.buckets import OptimizerStep
+from training.monitor.callbacks import Callback
 
 
 class Tracker(Protocol):
@@ -75,15 +77,15 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-class TrackerGroup:
-    """Tells each of several trackers."""
+class TrackerGroup(Callback):
+    """Passes the numbers of each step to several trackers."""
 
     def __init__(self, trackers: Sequence[Tracker]):
         self._trackers = trackers
 
-    def log(self, values: dict[str, Any], step: int) -> None:
+    def after_step(self, step: OptimizerStep, values: dict[str, float]) -> None:
         for tracker in self._trackers:
-            tracker.log(values, step)
+            tracker.log(values, step.number)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The loss of the held-out images, on the same noise and timesteps each time; nothing of the training is touched."""
+"""The validation loss: that of the held-out images, on the same noise and timesteps each time. Training is not changed by it."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from training.data.batches import Batch, Sample, make_batch, read_sample
+from training.data.buckets import OptimizerStep
 from training.data.cache import CachedExample
+from training.monitor.callbacks import Callback, Progress, Validation, smoothed
 
 STRATA = 8
 """Timesteps per image, one from each eighth of the noise schedule: the loss differs tenfold between them."""
@@ -64,3 +66,24 @@ class Validator:
         )
         within = (index + 0.5) / len(self.examples)
         return sample | {"timesteps": torch.tensor(int((stratum + within) / STRATA * self.timesteps))}
+
+
+class ValidationCallback(Callback):
+    """Measures the validation loss at the end of epochs, in every process."""
+
+    def __init__(self, measure: Callable[[], float], is_due: Callable[[int, int], bool], trackers: Sequence[Callback]):
+        """`measure` returns the loss over all processes; `is_due` says whether it is due when the second number of epochs is
+        complete and the first was; `trackers` are told the result."""
+        self._measure = measure
+        self._is_due = is_due
+        self._trackers = trackers
+
+    def after_epoch(self, step: OptimizerStep, epochs: int, progress: Progress) -> tuple[Progress, str]:
+        if not self._is_due(step.epoch, epochs):
+            return progress, ""
+        loss = self._measure()
+        progress = replace(progress, validations=(*progress.validations, Validation(epochs, loss)))
+        average = smoothed(progress.validations)[-1].loss
+        for tracker in self._trackers:
+            tracker.after_step(step, {"epoch": step.epoch, "validation_loss": loss, "validation_loss_smoothed": average})
+        return progress, f"  validation {loss:.4f} (smoothed {average:.4f})"

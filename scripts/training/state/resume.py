@@ -1,4 +1,4 @@
-"""What changed between stop and resume decides whether, and from where, a run continues."""
+"""Whether, and from which checkpoint, a run is continued, given what changed since it was saved."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,59 +7,52 @@ from typing import Any
 
 from common.errors import SettingsError, bullet_list
 from training.config import RunSettings
-from training.plan import GLOBAL_BATCH, WARMUP_STEPS
+from training.plan import GLOBAL_BATCH, WARMUP_STEPS, WORLD_SIZE, changes
 from training.state import checkpoint
-from training.state.checkpoint import Identity, Saved
+from training.state.checkpoint import Checkpoint, Identity
 
 EPOCHS, EARLY_STOP = "num_train_epochs", "early_stop_patience"
 
 
-def warmup_to_keep(saved: Saved, fingerprint: Mapping[str, Any]) -> int:
-    """The warm-up of a run that may be lengthened: the one it began with, whatever the number of its epochs is now."""
+def warmup_to_keep(saved: Checkpoint, fingerprint: Mapping[str, Any]) -> int:
+    """The warm-up steps of a run that may be extended: those it began with, whatever its number of epochs is now."""
     before = saved.identity.fingerprint
     same = all(before.get(key) == fingerprint[key] for key in ("lr_scheduler", "lr_warmup"))
     return before[WARMUP_STEPS] if same and before["lr_scheduler"] == "constant" else fingerprint[WARMUP_STEPS]
 
 
-def find_resume_point(folder: Path, saved: Saved, now: Identity) -> Saved:
-    """The state in `folder` from which the run `now` goes on: `saved`, or an older one that both lengths of the run share.
+def find_resume_point(folder: Path, saved: Checkpoint, now: Identity) -> Checkpoint:
+    """The checkpoint in `folder` from which the run `now` is continued: `saved`, or an older one that is part of both runs.
 
-    Raises SettingsError if the run that `saved` belongs to is another one than `now`.
+    Raises SettingsError if `saved` belongs to another run than `now`.
     """
     before = saved.identity
-    changes = _changes(before.fingerprint, now.fingerprint)
-    taken = {EPOCHS, EARLY_STOP} if now.fingerprint["lr_scheduler"] == "constant" else {EARLY_STOP}
-    shared = saved
-    if EPOCHS in changes:  # their steps differ from where the shorter one of the two ends
-        shared = checkpoint.newest(folder, at_most=min(before.common_steps, now.common_steps))
-    if not changes.keys() <= taken or shared is None:
-        title = f"{folder} holds a run, stopped at step {saved.progress.next_step}, that began differently:"
-        remedy = "set it back to continue that run, or set FRESH=1 to lay it aside and begin anew"
-        raise SettingsError(bullet_list(title, [*changes.values(), remedy]))
-    changes |= _changes(before.circumstances, now.circumstances)
-    for change in changes.values():
-        print(f"changed and taken: {change}", flush=True)
-    return shared
+    found = changes(before.fingerprint, now.fingerprint)
+    allowed = {EPOCHS, EARLY_STOP} if now.fingerprint["lr_scheduler"] == "constant" else {EARLY_STOP}
+    point = saved
+    if EPOCHS in found:  # the steps of the two runs differ from where the shorter one ends
+        point = checkpoint.newest(folder, at_most=min(before.shared_prefix_steps, now.shared_prefix_steps))
+    if not found.keys() <= allowed or point is None:
+        title = f"{folder} holds a run, stopped at step {saved.progress.next_step}, with other settings or data:"
+        remedy = "restore them to continue that run, or set FRESH=1 to archive it and start again"
+        raise SettingsError(bullet_list(title, [*found.values(), remedy]))
+    for change in (found | changes(before.runtime, now.runtime)).values():
+        print(f"setting changed since the checkpoint: {change}", flush=True)
+    return point
 
 
-def match_global_batch(run: RunSettings, processes: int, saved: Saved | None) -> RunSettings:
-    """`run` with the accumulation by which `processes` take steps of the size that the saved run has, if their number has
-    changed since. Raises SettingsError if that does not divide, with what would fit."""
-    if saved is None or processes == saved.identity.circumstances["processes"]:
+def match_global_batch(run: RunSettings, world_size: int, saved: Checkpoint | None) -> RunSettings:
+    """`run` with the gradient accumulation by which `world_size` processes take steps of the size that the saved run has, if
+    their number has changed since. Raises SettingsError if that does not divide, with what would."""
+    if saved is None or world_size == saved.identity.runtime[WORLD_SIZE]:
         return run
-    wanted = saved.identity.fingerprint[GLOBAL_BATCH]
-    accumulation, rest = divmod(wanted, run.train_batch_size * processes)
+    samples = saved.identity.fingerprint[GLOBAL_BATCH]
+    accumulation, rest = divmod(samples, run.train_batch_size * world_size)
     if rest == 0 and accumulation:
         return replace(run, gradient_accumulation_steps=accumulation)
-    fitting = [str(batch) for batch in range(1, wanted + 1) if wanted % (batch * processes) == 0]
+    fitting = [str(batch) for batch in range(1, samples + 1) if samples % (batch * world_size) == 0]
     remedy = f"set TRAIN_BATCH_SIZE to {' or '.join(fitting)}" if fitting else "set NUM_PROCESSES to a divisor of it"
     raise SettingsError(
-        f"the saved run has {wanted} images per step; {processes} processes with batch size {run.train_batch_size} cannot take "
-        f"such steps: {remedy}, or set FRESH=1 to lay it aside and begin anew"
+        f"the saved run has {samples} images per step, which {world_size} processes with batch size {run.train_batch_size} cannot "
+        f"share: {remedy}, or set FRESH=1 to archive it and start again"
     )
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """What is different, by name, in words."""
-    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    return {key: f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in keys}

@@ -157,8 +157,9 @@ class MemoryGuard:
 
 @contextmanager
 def memory_guard(limits: Thresholds | None) -> Iterator["MemoryGuard | None"]:
-    """MemoryGuard the memory while the block runs; yields the MemoryGuard, or None without `limits`. The kernel, should it have to end
-    a process, takes this one before others."""
+    """Watch the memory while the block runs; yields the MemoryGuard, or None without `limits`.
+
+    If the kernel has to kill a process for memory, it takes this one before others."""
     if limits is None:
         yield None
         return

@@ -4,7 +4,7 @@ Queries, keys and values of a self-attention are one product; keys and values of
 UNet, since they read the same text; images are channels last, so that a transformer reads them without a copy.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -18,6 +18,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from training.engine.fast import torch_ops
 from training.engine.fast.lora_linear import FusedAdapter, FusedLoraLinear, frozen_conv, fused_lora_context, fused_lora_linear
+from training.engine.step import recomputed
 from training.method.adapters import CONTEXT, SELF_ATTENTION
 
 KeysValues = Mapping[str, torch.Tensor]
@@ -79,9 +80,7 @@ def install_fast_forwards(unet: UNet2DConditionModel, fused: FusedAdapter, ops: 
 def _keys_values(layers: Mapping[str, torch.nn.Module], groups: Mapping[str, FusedLoraLinear], hidden: torch.Tensor) -> KeysValues:
     """Keys and values of all cross-attentions from the text [B, tokens, D]: adapted ones by group, the others one by one."""
     fused = [group for name, group in groups.items() if name.startswith(CONTEXT)]
-    outputs = {
-        name: part for group in fused for name, part in zip(group.names, fused_lora_context(hidden, group), strict=True)
-    }
+    outputs = {name: part for group in fused for name, part in zip(group.names, fused_lora_context(hidden, group), strict=True)}
     return {name: outputs[name] if name in outputs else layer(hidden) for name, layer in layers.items()}
 
 
@@ -167,9 +166,10 @@ def _transformer(
     """Transformer2DModel: images [B, C, h, w] through the blocks as rows [B, h * w, C], and added to themselves."""
     residual, normed = ops.group_norm(hidden_states, None, module.norm, silu=False)
     x, pending = _apply(proj_in, normed.permute(0, 2, 3, 1).flatten(1, 2)), None
-    run: Callable = partial(recomputed, Block.__call__) if module.gradient_checkpointing and torch.is_grad_enabled() else Block.__call__
+    recomputes = module.gradient_checkpointing and torch.is_grad_enabled()
     for block in blocks:
-        x, pending = run(block, x, pending, encoder_hidden_states[block.key_name], encoder_hidden_states[block.value_name])
+        run = partial(recomputed, block) if recomputes else block
+        x, pending = run(x, pending, encoder_hidden_states[block.key_name], encoder_hidden_states[block.value_name])
     rows = _apply(proj_out, x + pending)
     return (residual + rows.unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2),)
 
