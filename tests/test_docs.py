@@ -186,6 +186,13 @@ def test_benchmark_lines_that_readme_asks_for_are_those_that_are_printed():
     assert [line for line in lines if f'"{line}' not in printed] == []
 
 
+@pytest.mark.parametrize("row", table_rows("CONTRIBUTING.md", "What"), ids=lambda row: code(row[1]))
+def test_recipes_list_exactly_the_files_that_their_examples_touch(row):
+    example, listed = code(row[1]), re.findall(r"`([^`]+)`", row[2])
+    found = git("grep", "--files-with-matches", "--ignore-case", "--word-regexp", example, "--", "scripts").stdout.split()
+    assert sorted(listed) == sorted(found)
+
+
 def test_issue_templates_ask_for_the_preflight_check_and_the_version():
     templates = [path for path in (REPOSITORY / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml"]
     assert len(templates) == 2
