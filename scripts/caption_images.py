@@ -31,12 +31,11 @@ from captioning.traits import pruning_of
 from common.clip_tokens import find_clip_tokens
 from common.dataset_layout import DatasetFolder, ImageFile, caption_owners, caption_path
 from common.errors import DataError, SettingsError, run_main, stop_on_signals
-from common.files import locked, write_json_if_changed
-from common.project import ProjectSettings
+from common.files import locked, write_json
+from common.project import ProjectSettings, SharedTrainSettings
 from common.settings import read_request
-from training.config import TrainSettings
 
-SECTIONS = {"project": ProjectSettings, "caption": CaptionSettings, "train": TrainSettings}
+SECTIONS = {"project": ProjectSettings, "caption": CaptionSettings, "train": SharedTrainSettings}
 FLAGS = {"undo": "put back the captions that the last run changed, and exit; once more for the run before it"}
 
 
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> None:
     project, settings, train = request.sections["project"], without_auto(request.sections["caption"]), request.sections["train"]
     folder = DatasetFolder(project.dataset_dir)
     if request.check:
-        check(folder, settings, project.models_dir, is_ahead=request.is_ahead)
+        check(folder, settings, project.models_dir, inputs_pending=request.inputs_pending)
         return
     alone = locked(folder.images, f"another run is captioning {folder.images}: wait for it to end")
     with alone if folder.images.is_dir() else nullcontext():
@@ -65,7 +64,7 @@ def caption(
     folder: DatasetFolder,
     project: ProjectSettings,
     settings: CaptionSettings,
-    train: TrainSettings,
+    train: SharedTrainSettings,
 ) -> None:
     """Look at every image, see to its caption, and say what came of it."""
     tally = Tally()
@@ -171,7 +170,7 @@ def make(
     choice = TagChoice(store.tags, settings)
     chosen = [choice.chosen(of_image) for of_image in probabilities.values()]
     pruning = pruning_of(store.tags, chosen, settings.caption_prune_traits)
-    write_json_if_changed(folder.records / "traits.json", report.traits(choice, pruning))
+    write_json(folder.records / "traits.json", report.traits(choice, pruning))
     print(report.choice(choice, pruning), end="", flush=True)
     for path, of_image in probabilities.items():
         try:

@@ -1,6 +1,5 @@
 """`--check`: everything that would stop captioning, in one list."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +8,14 @@ from captioning.model_files import found_folder, size_on_hub
 from captioning.tag_cache import load_tagger
 from common.dataset_layout import IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images
 from common.errors import DataError, ResourceError, run_checks
+from common.files import write_problem
 
 
-def check(folder: DatasetFolder, settings: CaptionSettings, models_dir: Path, *, is_ahead: bool) -> None:
-    """Print what is there; raise one list of what is not, with the exit code of the first entry. `is_ahead`: the images
+def check(folder: DatasetFolder, settings: CaptionSettings, models_dir: Path, *, inputs_pending: bool) -> None:
+    """Print what is there; raise one list of what is not, with the exit code of the first entry. `inputs_pending`: the images
     may be yet to come."""
     questions: list[Callable[[], str]] = [
-        lambda: f"{len(find_images(folder.images) if is_ahead else images_in(folder))} images in {folder.images}",
+        lambda: f"{len(find_images(folder.images) if inputs_pending else images_in(folder))} images in {folder.images}",
         lambda: _writable(folder),
         lambda: _usable_model(settings, models_dir),
     ]
@@ -45,10 +45,10 @@ def _accessible(question: Callable[[], str]) -> Callable[[], str]:
 
 
 def _writable(folder: DatasetFolder) -> str:
-    places = {image.path.parent for image in find_images(folder.images)} | {_nearest_existing(folder.records)}
-    locked = sorted(str(place) for place in places if not os.access(place, os.W_OK | os.X_OK))
-    if locked:
-        raise ResourceError(f"{', '.join(locked)}: captions cannot be written there; make it writable for this user")
+    folders = {image.path.parent for image in find_images(folder.images)} | {folder.records}
+    problems = sorted({problem for each in folders if (problem := write_problem(each))})
+    if problems:
+        raise ResourceError(f"captions cannot be written: {'; '.join(problems)}")
     return f"captions can be written to {folder.images}"
 
 
@@ -59,11 +59,6 @@ def _usable_model(settings: CaptionSettings, models_dir: Path) -> str:
         tagger = load_tagger(there, settings, settings.caption_batch_size)
         return f"the tagger in {there} loads on the {tagger.runs_on}, with {len(tagger.tags)} tags"
     size_bytes = size_on_hub(name, models_dir)
-    place = _nearest_existing(models_dir)
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ResourceError(f"{place}: {name} cannot be fetched into it; make it writable for this user")
+    if problem := write_problem(models_dir):
+        raise ResourceError(f"{name} cannot be downloaded: {problem}")
     return f"{name} will be fetched into {models_dir} ({size_bytes / 1e6:.0f} MB)"
-
-
-def _nearest_existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())

@@ -25,7 +25,7 @@ from captioning.model_files import MODEL_FILE, TAGS_FILE, fetched_folder, found_
 from captioning.tag_selection import TagChoice, read_tags
 from captioning.wd14 import Tagger, effect_on_tags, first_batch, inferred
 from common.background import prefetch
-from common.files import atomic_write, sha256_of, write_json_if_changed
+from common.files import atomic_write, sha256_of, write_json
 from common.images import BrokenImageError
 
 _ABOUT = "model.json"
@@ -76,7 +76,7 @@ def store_of_model(root: Path, name: str, model_folder: Path, bf16: bool) -> Tag
         folder = root / hashlib.sha256(digests.encode()).hexdigest()[:16]
         with atomic_write(folder / TAGS_FILE) as beside:
             shutil.copyfile(files[1], beside)
-        write_json_if_changed(folder / _ABOUT, about)
+        write_json(folder / _ABOUT, about)
     return TagStore(folder)
 
 

@@ -1,6 +1,5 @@
 """Checks before collecting: `--check` lists everything that would stop the collector, with a remedy for each problem."""
 
-import os
 import uuid
 from typing import Any
 
@@ -11,6 +10,7 @@ from collecting.http import Address, parse_addresses
 from collecting.jobs import Plan, read_plan
 from common.dataset_layout import DatasetFolder
 from common.errors import ComfyUIError, SettingsError, bullet_list
+from common.files import write_problem
 
 
 def load_plan(settings: CollectSettings, folder: DatasetFolder) -> Plan:
@@ -47,11 +47,8 @@ def check(settings: CollectSettings, folder: DatasetFolder) -> None:
 
 def check_folder(folder: DatasetFolder, problems: list[str]) -> None:
     """Report that images could not be written. Creates nothing."""
-    nearest = next(path for path in (folder.images, *folder.images.parents) if path.exists())
-    if not nearest.is_dir():
-        problems.append(f"dataset_dir: {nearest} is not a folder; move it, or set DATASET_DIR to another folder")
-    elif not os.access(nearest, os.W_OK | os.X_OK):
-        problems.append(f"dataset_dir: {nearest} is not writable; make it writable for this user, or set DATASET_DIR")
+    if problem := write_problem(folder.images):
+        problems.append(f"dataset_dir: {problem}, or set DATASET_DIR")
 
 
 def _check_server(address: Address, plan: Plan | None, problems: list[str]) -> None:

@@ -164,13 +164,17 @@ SETTINGS_FILE = REPOSITORY / "config" / "training_config.toml"
 TABLES = ("project", "collect", "caption", "train")
 
 
+class PartialSection:
+    """Base of a section that has only a part of its table's keys: others belong to another stage and are not unknown keys."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What a script was asked to do."""
 
     check: bool
     """Only verify what the stage needs."""
-    is_ahead: bool
+    inputs_pending: bool
     """Stages before this one are still to run: what they bring need not be there for `check`."""
     sections: dict[str, Any]
     """One filled section per table, by the table's name."""
@@ -264,7 +268,7 @@ def resolve(
         problems += validate(filled)
     if problems:
         raise SettingsError(bullet_list("these settings cannot be used:", problems))
-    return Request(check=check is not None, is_ahead=check == "ahead", sections=filled, sources=sources)
+    return Request(check=check is not None, inputs_pending=check == "ahead", sections=filled, sources=sources)
 
 
 def all_keys(section: type) -> Iterator[dataclasses.Field]:
@@ -304,8 +308,9 @@ def _split_flags(flags: list[str], problems: list[str]) -> dict[str, str]:
     return split
 
 
-def _fill(section, table, given, file, environment, flags, sources, problems) -> Any:
+def _fill(section, table, given, file, environment, flags, sources, problems, is_partial=False) -> Any:
     """One section from its TOML table and the two sources above it; what is wrong is added to `problems`."""
+    is_partial = is_partial or issubclass(section, PartialSection)
     if not isinstance(given, dict):
         problems.append(f"{table}: must be a table, [{table}]")
         given = {}
@@ -316,7 +321,7 @@ def _fill(section, table, given, file, environment, flags, sources, problems) ->
         hint = hints[key.name]
         if dataclasses.is_dataclass(hint):
             inner = given.get(key.name, {})
-            values[key.name] = _fill(hint, f"{table}.{key.name}", inner, file, environment, flags, sources, problems)
+            values[key.name] = _fill(hint, f"{table}.{key.name}", inner, file, environment, flags, sources, problems, is_partial)
             continue
         raw, source = _pick(key, given, file, environment, flags)
         if source == "--set" and key.metadata["secret"]:
@@ -329,7 +334,8 @@ def _fill(section, table, given, file, environment, flags, sources, problems) ->
             shown = "" if key.metadata["secret"] else f" {raw!r}"
             problems.append(f"{key.name} ({source}):{shown} {error}")
     secret = {key.name: key.metadata.get("secret", False) for key in dataclasses.fields(section)}
-    problems += [f"[{table}] {name}: unknown key in {file.name}" for name in given if name not in secret]
+    if not is_partial:
+        problems += [f"[{table}] {name}: unknown key in {file.name}" for name in given if name not in secret]
     problems += [f"{name}: a secret stands in no file; set {name.upper()}" for name in given if secret.get(name)]
     if len(problems) > before:
         return None

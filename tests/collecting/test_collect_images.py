@@ -313,7 +313,7 @@ def test_file_where_the_images_should_go_is_a_wrong_setting(batch, standin, coll
     (batch.dataset / "images").touch()
     result = collect(*flags)
     assert result.code == 2
-    assert "images is not a folder" in result.err
+    assert "images is in the way: it is not a folder" in result.err
     assert standin.submitted == []
 
 

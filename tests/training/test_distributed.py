@@ -52,7 +52,7 @@ def test_a_pair_that_is_stopped_goes_on_alone_and_loses_nothing(images):
     pair.terminate()
     _, said = pair.communicate()
     assert pair.returncode == 143
-    assert said == "train_lora: stopped by SIGTERM; run the same command again to continue\n"
+    assert said == "train_lora: stopped by SIGTERM; run the same command again to resume\n"
     took = len(losses(images))
     assert 3 <= took < 10
     alone = PAIR | long | {"NUM_PROCESSES": 1}
@@ -118,13 +118,13 @@ def test_another_number_of_processes_takes_the_same_steps_or_is_told_what_fits(t
         match_global_batch(run, 3, saved(tmp_path, 16, 1))
 
 
-def test_place_is_what_any_launcher_says(monkeypatch):
-    assert distributed.place() == distributed.RankInfo()
+def test_rank_info_reads_the_variables_of_any_launcher(monkeypatch):
+    assert distributed.rank_info() == distributed.RankInfo()
     for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": 1234}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert distributed.place() == distributed.RankInfo(3, 4, 1, 2, "10.0.0.1", 1234)
-    assert not distributed.wants_launcher(ProcessSettings(num_processes=2))
+    assert distributed.rank_info() == distributed.RankInfo(3, 4, 1, 2, "10.0.0.1", 1234)
+    assert not distributed.needs_launcher(ProcessSettings(num_processes=2))
 
 
 @pytest.fixture

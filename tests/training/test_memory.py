@@ -1,7 +1,6 @@
 """The memory guard: what it reads, what it decides, and a real shortage of memory with the floor scaled to it."""
 
 import contextlib
-import http.server
 import os
 import signal
 import subprocess
@@ -12,21 +11,21 @@ import pytest
 
 from common.errors import ResourceError
 from training.config import TrainSettings
-from training.memory_budget import MemoryBudget, StepMemory, fit_to_memory, fitting_batch, resolve_batch_size, suggest_settings
-from training.plan import circumstances
+from training.memory_budget import MemoryBudget, fit_to_memory, fitting_batch, resolve_batch_size, suggest_settings
+from training.plan import runtime_settings
 from training.system.memory_guard import (
     GIB,
-    KERNEL,
+    PROC,
     Memory,
     MemoryFiles,
     MemoryGuard,
     Thresholds,
-    comfyui_hint,
-    floors,
+    comfyui_advice,
     largest_other_process,
+    thresholds,
 )
 
-SPARK = Thresholds(8 * GIB, 128 * GIB)
+SPARK = Thresholds(reserve=16 * GIB, warn=12 * GIB, stop=8 * GIB, emergency=2 * GIB)
 MEMINFO = """MemTotal:       {total} kB
 MemFree:          1234 kB
 MemAvailable:   {available} kB
@@ -36,88 +35,83 @@ HugePages_Total:       0
 PRESSURE = "some avg10=99.00 avg60=1.00 avg300=0.00 total=1\nfull avg10={full} avg60=0.00 avg300=0.00 total=2\n"
 
 
-class FakeKernel:
-    """Files as those of /proc, with figures that a test sets."""
+class FakeProc:
+    """Files like those in /proc, with figures that a test sets."""
 
     def __init__(self, folder):
         self.files = MemoryFiles(folder / "meminfo", folder / "memory")
 
-    def says(self, available_gib: float, full: str = "0.00") -> MemoryFiles:
+    def set(self, available_gib: float, full: str = "0.00") -> MemoryFiles:
         self.files.meminfo.write_text(MEMINFO.format(total=128 * 2**20, available=int(available_gib * 2**20)), encoding="ascii")
         self.files.pressure.write_text(PRESSURE.format(full=full), encoding="ascii")
         return self.files
 
 
 @pytest.fixture
-def kernel(tmp_path):
-    return FakeKernel(tmp_path)
+def proc(tmp_path):
+    return FakeProc(tmp_path)
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def sent(monkeypatch):
     """The signals that the guard sends."""
-    sent = []
-    monkeypatch.setattr("training.system.memory_guard.os.kill", lambda process, signum: sent.append((process, signum)))
-    return sent
+    signals = []
+    monkeypatch.setattr("training.system.memory_guard.os.kill", lambda process, signum: signals.append((process, signum)))
+    return signals
 
 
-def test_figures_come_from_meminfo_and_pressure(kernel):
-    assert kernel.says(20.5, "3.25").read() == Memory(128 * GIB, int(20.5 * GIB), 3.25)
-    kernel.files.pressure.unlink()
-    assert kernel.files.read().pressure == 0.0
+def test_figures_come_from_meminfo_and_pressure(proc):
+    assert proc.set(20.5, "3.25").read() == Memory(128 * GIB, int(20.5 * GIB), 3.25)
+    proc.files.pressure.unlink()
+    assert proc.files.read().pressure == 0.0
 
 
-def test_this_machine_says_what_it_has():
-    memory = KERNEL.read()
+def test_this_machine_reports_its_memory():
+    memory = PROC.read()
     assert 0 < memory.available <= memory.total
 
 
-def test_floors_of_a_spark_are_16_12_and_8_gib():
-    limits = floors("auto", 128 * GIB, is_shared=True)
-    assert (limits.reserve, limits.warn, limits.stop, limits.emergency) == (16 * GIB, 12 * GIB, 8 * GIB, 2 * GIB)
-    assert floors("auto", 128 * GIB, is_shared=False) is None
-    assert floors(0.0, 128 * GIB, is_shared=True) is None
-    assert floors(3.0, 128 * GIB, is_shared=False) == Thresholds(3 * GIB, 128 * GIB)
+def test_thresholds_of_a_spark_are_16_12_8_and_2_gib():
+    assert thresholds("auto", 128 * GIB, is_shared=True) == SPARK
+    assert thresholds("auto", 128 * GIB, is_shared=False) is None
+    assert thresholds(0.0, 128 * GIB, is_shared=True) is None
+    limits = Thresholds(reserve=11 * GIB, warn=7 * GIB, stop=3 * GIB, emergency=3 * GIB // 4)
+    assert thresholds(3.0, 128 * GIB, is_shared=False) == limits
 
 
-def test_caches_first_then_the_end_after_two_looks(kernel, asked, capsys):
-    watch = MemoryGuard(SPARK, kernel.says(13))
-    watch.look()
-    assert (watch.wants_empty_caches, asked) == (False, [])
-    kernel.says(11)
-    watch.look()
-    assert watch.wants_empty_caches
-    kernel.says(7)
-    watch.look()
-    kernel.says(9)
-    watch.look()
-    kernel.says(7)
-    watch.look()
-    assert asked == []
-    watch.look()
-    assert asked == [(os.getpid(), signal.SIGUSR1)]
-    watch.look()
-    assert len(asked) == 1
-    assert "7.0 GiB of memory are available" in capsys.readouterr().err
+def test_caches_are_freed_first_and_two_low_polls_in_a_row_stop_the_run(proc, sent, capsys):
+    guard = MemoryGuard(SPARK, proc.set(13))
+    guard.poll()
+    assert (guard.wants_empty_caches, sent) == (False, [])
+    proc.set(11)
+    guard.poll()
+    assert guard.wants_empty_caches
+    proc.set(7)
+    guard.poll()
+    proc.set(9)
+    guard.poll()
+    proc.set(7)
+    guard.poll()
+    assert sent == []
+    guard.poll()
+    assert sent == [(os.getpid(), signal.SIGUSR1)]
+    guard.poll()
+    assert len(sent) == 1
+    assert "saving the state and stopping (7.0 GiB available, pressure 0 %)" in capsys.readouterr().err
 
 
-def test_pressure_ends_the_run_although_memory_seems_free(kernel, asked):
-    watch = MemoryGuard(SPARK, kernel.says(50, full="10.01"))
-    watch.look()
-    watch.look()
-    assert len(asked) == 1
+def test_pressure_stops_the_run_although_memory_is_available(proc, sent):
+    guard = MemoryGuard(SPARK, proc.set(50, full="10.01"))
+    guard.poll()
+    guard.poll()
+    assert len(sent) == 1
 
 
-def test_no_time_is_lost_when_nearly_nothing_is_left(kernel, monkeypatch, asked):
+def test_the_guard_exits_at_once_when_nearly_nothing_is_available(proc, monkeypatch, sent):
     codes = []
     monkeypatch.setattr("training.system.memory_guard.os._exit", codes.append)
-    MemoryGuard(SPARK, kernel.says(1.9)).look()
+    MemoryGuard(SPARK, proc.set(1.9)).poll()
     assert codes == [75]
-
-
-SIZE = StepMemory(fixed=10 * GIB, per_pixel=1024, per_pixel_checkpointed=256)
-MEGAPIXELS = 4 * 2**20
-"""4 GiB per image, 1 GiB with checkpointing."""
 
 
 def with_run(batch: int, accumulation: int = 1, checkpointing="auto") -> TrainSettings:
@@ -128,12 +122,13 @@ def with_run(batch: int, accumulation: int = 1, checkpointing="auto") -> TrainSe
     return replace(plain, run=run, model=replace(plain.model, gradient_checkpointing=checkpointing))
 
 
-def room_of(available_gib: int) -> MemoryBudget:
-    return MemoryBudget(SIZE, MEGAPIXELS, available_gib * GIB, SPARK)
+def budget_of(available_gib: int) -> MemoryBudget:
+    """10 GiB fixed, 4 GiB per image, 1 GiB with gradient checkpointing."""
+    return MemoryBudget(10 * GIB, 4 * GIB, GIB, available_gib * GIB, SPARK)
 
 
 def decided(settings: TrainSettings, available_gib: int) -> tuple[int, int, bool]:
-    settings = fit_to_memory(settings, room_of(available_gib), lambda: "; hint")
+    settings = fit_to_memory(settings, budget_of(available_gib), "ADVICE")
     return settings.run.train_batch_size, settings.run.gradient_accumulation_steps, settings.model.gradient_checkpointing
 
 
@@ -142,9 +137,10 @@ def test_batch_becomes_what_fits_and_accumulation_makes_up_for_it(capsys):
     assert capsys.readouterr().out == ""
     assert decided(with_run(4), 41) == (4, 1, True)
     assert decided(with_run(6), 31) == (3, 2, True)
-    said = capsys.readouterr().out
-    assert said.startswith("batch size 6 needs about 16.0 GiB of memory; 31.0 GiB are available, of which 16.0 stay in reserve")
-    assert said.endswith(": it is 3 now\n")
+    assert capsys.readouterr().out == (
+        "batch size 6 -> 3, gradient accumulation 1 -> 2 "
+        "(batch size 6 needs about 16.0 GiB; 31.0 GiB are available, of which 16.0 are reserved)\n"
+    )
     assert decided(with_run(5, 3), 30) == (3, 5, True)
     assert decided(with_run(4, checkpointing=False), 31) == (1, 4, False)
 
@@ -152,7 +148,7 @@ def test_batch_becomes_what_fits_and_accumulation_makes_up_for_it(capsys):
 def test_what_does_not_fit_at_all_is_refused_with_every_figure():
     with pytest.raises(ResourceError) as refused:
         decided(with_run(4), 26)
-    for words in ("11.0 GiB of memory at batch size 1", "26.0 GiB are available", "16.0 stay in reserve", "; hint", "(process "):
+    for words in ("batch size 1 needs about 11.0 GiB", "26.0 GiB are available", "16.0 are reserved", "ADVICE", "(process "):
         assert words in str(refused.value)
 
 
@@ -170,28 +166,32 @@ def test_what_does_not_fit_at_all_is_refused_with_every_figure():
     ],
 )
 def test_auto_is_the_largest_batch_that_fits(available, most, checkpointing, batch, capsys):
-    settings = resolve_batch_size(with_run("auto", 3, checkpointing), room_of(available), most)
+    settings = resolve_batch_size(with_run("auto", 3, checkpointing), budget_of(available), most)
     assert (settings.run.train_batch_size, settings.run.gradient_accumulation_steps) == (batch, 3)
-    assert capsys.readouterr().out.startswith(f"batch size {batch}: the largest for {max(0, available - 16)}.0 GiB and {most} ")
+    assert capsys.readouterr().out.startswith(
+        f"batch size: {batch} (auto: the largest for {max(0, available - 16)}.0 GiB, {most} images"
+    )
 
 
-def test_auto_goes_on_with_the_steps_of_the_saved_run():
+def test_auto_keeps_the_samples_per_step_of_the_checkpoint():
     for available, (batch, accumulation) in {50: (6, 2), 45: (4, 3), 41: (12, 1), 28: (2, 6)}.items():
-        run = resolve_batch_size(with_run("auto"), room_of(available), 100, samples=12).run
+        run = resolve_batch_size(with_run("auto"), budget_of(available), 100, saved_samples=12).run
         assert (run.train_batch_size, run.gradient_accumulation_steps) == (batch, accumulation)
-    assert resolve_batch_size(with_run(7), room_of(50), 100, samples=12) == with_run(7)
+    assert resolve_batch_size(with_run(7), budget_of(50), 100, saved_samples=12) == with_run(7)
 
 
-def test_full_gpu_is_answered_with_what_fits():
-    assert suggest_settings(with_run(4, checkpointing=False), room_of(0), 14 * GIB) == "set GRADIENT_CHECKPOINTING=true"
-    answer = suggest_settings(with_run(8, checkpointing=True), room_of(0), 14 * GIB)
+def test_the_suggestion_for_a_full_gpu_fits():
+    assert suggest_settings(with_run(4, checkpointing=False), budget_of(0), 14 * GIB) == "set GRADIENT_CHECKPOINTING=true"
+    answer = suggest_settings(with_run(8, checkpointing=True), budget_of(0), 14 * GIB)
     assert answer == "set GRADIENT_CHECKPOINTING=true TRAIN_BATCH_SIZE=4 GRADIENT_ACCUMULATION_STEPS=2, which fits"
-    assert "lower RESOLUTION" in suggest_settings(with_run(8, checkpointing=True), room_of(0), 9 * GIB)
+    assert "lower RESOLUTION" in suggest_settings(with_run(8, checkpointing=True), budget_of(0), 9 * GIB)
     assert fitting_batch(7, 8, lambda batch: batch, 100) == 4
 
 
 def test_another_batch_in_the_same_step_may_change_between_stop_and_resume():
-    assert {"train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"} <= circumstances(TrainSettings()).keys()
+    assert {"train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"} <= runtime_settings(
+        TrainSettings(), 1
+    ).keys()
 
 
 HOG = """
@@ -225,38 +225,24 @@ def test_largest_process_is_the_largest_but_this_one():
     assert "(process " in name
 
 
-class ComfyUI(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200 if self.path == "/system_stats" else 404)
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
-
-def test_comfyui_is_named_if_it_answers(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ComfyUI) as server:
-        threading.Thread(target=server.serve_forever).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        assert f"{address}/free" in comfyui_hint(address + "/")
-        with_login = comfyui_hint("http://127.0.0.1:9, " + address.replace("//", "//me:secret@"))
-        assert "/free" in with_login
-        assert "secret" not in with_login
-        server.shutdown()
-    assert comfyui_hint(address) == ""
+def test_the_advice_names_every_comfyui_and_masks_logins():
+    assert comfyui_advice("http://127.0.0.1:8188/").endswith(" http://127.0.0.1:8188/free")
+    advice = comfyui_advice("http://127.0.0.1:9, http://me:secret@spark:8188")
+    assert advice.endswith(" http://127.0.0.1:9/free http://***@spark:8188/free")
+    assert "curl " in advice
+    assert "secret" not in advice
 
 
 def test_a_real_shortage_ends_the_run_with_75_and_the_next_one_goes_on(stage):
-    """The floor lies so high that a program that takes a few GiB gets below it."""
+    """The floor is so high that a program that takes a few GiB gets below it."""
     stage.add("astronaut")
     stage.add("coffee")
-    memory = KERNEL.read()
+    memory = PROC.read()
     floor = (memory.available - memory.total // 16) / GIB - 1.5
     long = {"NUM_TRAIN_EPOCHS": 4000, "SAVE_EVERY_EPOCHS": 0, "LORA_TARGETS": "attention", "MEMORY_FLOOR_GIB": floor}
 
     def take(is_over: threading.Event) -> None:
-        with hogging(max(1, int((KERNEL.read().available / GIB - floor) * 8)), more=24):  # other programs give memory back
+        with hogging(max(1, int((PROC.read().available / GIB - floor) * 8)), more=24):  # other programs give memory back
             is_over.wait(120)
 
     run = stage.disturbed(1, take, **long)

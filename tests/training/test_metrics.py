@@ -92,7 +92,7 @@ def test_with_a_key_the_steps_reach_weights_and_biases(told, tmp_path, wandb, mo
 def test_a_key_that_is_none_is_refused_in_one_line(told, tmp_path, wandb, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "short")
-    with pytest.raises(SettingsError, match=r"Weights & Biases: .*mend WANDB_API_KEY, or leave it empty") as refused:
+    with pytest.raises(SettingsError, match=r"Weights & Biases: .*check WANDB_API_KEY, or leave it empty") as refused:
         told([0], wandb_api_key="short")
     assert "\n" not in str(refused.value)
     assert (tmp_path / "metrics.jsonl").read_text() == ""

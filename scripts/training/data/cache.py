@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from common.background import coming, prefetch
+from common.background import in_background, prefetch
 from common.clip_tokens import CHUNK_TOKENS
 from common.errors import DataError
 from common.images import open_rgb
@@ -223,7 +223,7 @@ class Encoding:
 
     def encode_images(self, wanted: Wanted, workers: int, bar: tqdm) -> None:
         """Encode this process's share of the images that are missing."""
-        if not (own := self.processes.share(wanted.missing)):
+        if not (own := self.processes.shard(wanted.missing)):
             return
         vae = load_vae(self.base, self.device)
 
@@ -237,7 +237,7 @@ class Encoding:
 
     def encode_captions(self, wanted: Wanted, chunks: int, workers: int, bar: tqdm) -> None:
         """Encode this process's share of the captions that are missing."""
-        if not (own := self.processes.share(wanted.missing)):
+        if not (own := self.processes.shard(wanted.missing)):
             return
         encoders = load_text_encoders(self.base, self.models_dir, self.device, torch.float32)
         for _ in encode_captions(own, lambda texts: encode(texts, encoders, chunks), self.dtype, workers):
@@ -270,14 +270,14 @@ def encode_data(
             print(f"{example.name}: its caption is longer than {CHUNK_TOKENS * chunks} tokens; training does not see: {cut}")
     images, captions = encoding.wanted_images(placed), encoding.wanted_captions([*variants, [""]], chunks)
     encoding.processes.barrier()  # nobody writes before all know what is missing
-    share = encoding.processes.share
+    share = encoding.processes.shard
     total = len(share(images.missing)) + len(share(captions.missing))
     with tqdm(total=total, desc="encode", disable=None) as bar, _tensor_cores(encoding.uses_tensor_cores):
         encode_all = partial(encoding.encode_captions, captions, chunks, workers, bar)
-        with coming(encode_all, begins_now=encoding.at_once) as captions_done:
+        with in_background(encode_all, start=encoding.at_once) as captions_done:
             encoding.encode_images(images, workers, bar)
             encoding.free()
-            captions_done()
+            captions_done.result()
         encoding.free()
     encoding.processes.barrier()
     print(f"images: {images}; captions: {captions}, {chunks} x {CHUNK_TOKENS} tokens", flush=True)

@@ -286,11 +286,6 @@ def _not_there(wanted: str, models_dir: Path) -> str:
 DIGESTS = "digests.json"
 
 
-def cache_folder(output_dir: Path) -> Path:
-    """Where everything lies that a run computes once."""
-    return output_dir / "cache"
-
-
 def base_digest(base: BaseModel, folder: Path, part: str) -> str:
     """SHA-256 of one part of the base model, remembered from run to run."""
     key, known = _key_of(base.parts[part]), _remembered(folder)

@@ -48,8 +48,8 @@ def test_everything_that_is_wrong_comes_in_one_list(stage):
 def test_images_that_earlier_stages_bring_need_not_be_there(stage):
     told = stage.run("--check=ahead")
     assert told.returncode == 0, told.stderr
-    assert "0 images so far" in told.stdout
-    for words in ("torch ", "GiB of memory", "GiB are free", "base model"):
+    assert "images: 0 so far" in told.stdout
+    for words in ("torch ", "memory: ", "GiB available", "disk: ", "GiB free", "base model: "):
         assert words in told.stdout
     assert not stage.output.exists()
 
