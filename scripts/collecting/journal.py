@@ -30,7 +30,7 @@ class Submission:
 class Journal:
     """The journal of one data set folder. Jobs are identified by `Job.key`. Threads may share it.
 
-    The attributes hold what the lines say, those of earlier runs included; `record` alone changes them.
+    The attributes are built from the lines, those of earlier runs included; only `record` changes them.
     """
 
     def __init__(self, folder: Path):
