@@ -1,5 +1,5 @@
-"""`python -m benchmarks.step MODEL`: one training step on a UNet, from inside: whether its gradient is PEFT's, and where its
-time goes. MODEL is a base model, a diffusers folder or a single file."""
+"""`python -m benchmarks.step MODEL`: one training step of a UNet in detail: how far its gradient is from PEFT's, and where its
+time goes. MODEL is a base model: a diffusers folder or a single file."""
 
 import argparse
 import re
@@ -32,7 +32,7 @@ FAMILIES = {
     "copies and concatenations": r"copy|cat|memcpy|memset|fill",
     "optimizer": r"adam",
 }
-"""Kernels by their names; the first pattern that is found counts."""
+"""Families of kernels by name; the first pattern that matches counts."""
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def random_batch(unet: UNet2DConditionModel, size: int, side: int) -> Batch:
-    """On the CPU, as the reader makes them."""
+    """A random batch on the CPU, like those of the batch reader."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -78,8 +78,8 @@ def random_batch(unet: UNet2DConditionModel, size: int, side: int) -> Batch:
 
 
 def agreement(step: TrainStep, batch: Batch) -> str:
-    """How far the gradient of `step` is from that of PEFT's layers with fp32 weights under autocast, beside what another
-    attention kernel changes there. From here on the UNet is a fast one."""
+    """The distance of the gradient of `step` from that of PEFT's layers with fp32 weights under autocast, and for comparison how
+    much another attention kernel changes the latter. Installs the fast forwards in the UNet."""
     unet, lora = step.unet, step.weights
     batch = batch.to(step.precision.device)
     reference = gradient_by_peft(step, batch, SDPBackend.FLASH_ATTENTION)
@@ -87,13 +87,13 @@ def agreement(step: TrainStep, batch: Batch) -> str:
     install_fast_forwards(unet, lora.stacks, fast_ops(step.precision.device))
     lora.sums.zero_()
     step.weighted_loss(batch).backward()
-    ours = our_gradient(lora)
-    apart = [((gradient - reference).norm() / reference.norm()).item() for gradient in (ours, other)]
-    return f"gradient: {apart[0]:.2%} of its length from PEFT's under autocast; PEFT's with another attention kernel {apart[1]:.2%}"
+    fast = fast_gradient(lora)
+    distances = [((gradient - reference).norm() / reference.norm()).item() for gradient in (fast, other)]
+    return f"gradient: {distances[0]:.2%} of its norm from PEFT's; PEFT's with another attention kernel {distances[1]:.2%}"
 
 
 def gradient_by_peft(step: TrainStep, batch: Batch, backend: SDPBackend) -> torch.Tensor:
-    """Of every LoRA weight, module by module; the layers are then as they were."""
+    """The gradient of every LoRA weight, module by module, computed by PEFT's layers, which are restored afterwards."""
     unet, modules = step.unet, step.weights.modules
     layers = [unet.get_submodule(module.name) for module in modules]
     before = [(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight) for layer in layers]
@@ -113,8 +113,8 @@ def gradient_by_peft(step: TrainStep, batch: Batch, backend: SDPBackend) -> torc
     return torch.cat(gradients)
 
 
-def our_gradient(lora: LoraWeights) -> torch.Tensor:
-    """The same, from the flat buffers of the stacks."""
+def fast_gradient(lora: LoraWeights) -> torch.Tensor:
+    """The same gradient from the flat buffers of the fast engine."""
     rank, parts = lora.modules[0].down.shape[0], {}
     for names, stack in lora.stacks.values():
         for i, name in enumerate(names):
@@ -123,7 +123,7 @@ def our_gradient(lora: LoraWeights) -> torch.Tensor:
 
 
 def families(step: TrainStep, batch: Batch) -> str:
-    """The time of one step by families of kernels."""
+    """The time of one step by family of kernels."""
     for _ in range(3):
         step([batch], 1e-4)
     is_cuda = step.precision.device.type == "cuda"
@@ -135,7 +135,7 @@ def families(step: TrainStep, batch: Batch) -> str:
         family = next((name for name, pattern in FAMILIES.items() if re.search(pattern, event.name, re.IGNORECASE)), "others")
         times[family] += event.device_time if is_cuda else event.self_cpu_time_total
         counts[family] += 1
-    lines = [f"kernels of one step: {sum(counts.values())}, {sum(times.values()) / 1e3:.1f} ms in all"]
+    lines = [f"kernels of one step: {sum(counts.values())}, {sum(times.values()) / 1e3:.1f} ms in total"]
     lines += [f"  {name:26s} {took / 1e3:7.1f} ms  {counts[name]:5d}" for name, took in times.most_common()]
     return "\n".join(lines)
 

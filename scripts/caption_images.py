@@ -32,11 +32,10 @@ from common.clip_tokens import find_clip_tokens
 from common.dataset_layout import DatasetFolder, ImageFile, caption_owners, caption_path
 from common.errors import DataError, SettingsError, run_main, stop_on_signals
 from common.files import locked, write_json
-from common.project import ProjectSettings
+from common.project import ProjectSettings, SharedTrainSettings
 from common.settings import read_request
-from training.config import TrainSettings
 
-SECTIONS = {"project": ProjectSettings, "caption": CaptionSettings, "train": TrainSettings}
+SECTIONS = {"project": ProjectSettings, "caption": CaptionSettings, "train": SharedTrainSettings}
 FLAGS = {"undo": "put back the captions that the last run changed, and exit; once more for the run before it"}
 
 
@@ -65,7 +64,7 @@ def caption(
     folder: DatasetFolder,
     project: ProjectSettings,
     settings: CaptionSettings,
-    train: TrainSettings,
+    train: SharedTrainSettings,
 ) -> None:
     """Look at every image, see to its caption, and say what came of it."""
     tally = Tally()

@@ -43,7 +43,7 @@ esac
 scripts=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 python=${PYTHON:-$scripts/../.venv/bin/python}
 [[ ${PYTHON:-} || -x $python ]] || python=python3
-packages=(PIL accelerate diffusers huggingface_hub imagehash numpy onnxruntime peft requests safetensors tensorboard tokenizers
+packages=(PIL accelerate diffusers huggingface_hub numpy onnxruntime peft requests safetensors tensorboard tokenizers
     tomli_w torch tqdm transformers wandb websocket)
 "$python" -c 'import sys, importlib.util as u; sys.exit(any(not u.find_spec(p) for p in sys.argv[1:]))' "${packages[@]}" >/dev/null 2>&1 || {
     echo "run.sh: '$python' is no Python that has torch and what requirements.txt names; \`make demo\` makes one in .venv, or set PYTHON" >&2

@@ -186,6 +186,36 @@ def test_benchmark_lines_that_readme_asks_for_are_those_that_are_printed():
     assert [line for line in lines if f'"{line}' not in printed] == []
 
 
+@pytest.mark.parametrize("row", table_rows("CONTRIBUTING.md", "What"), ids=lambda row: code(row[1]))
+def test_recipes_list_exactly_the_files_that_their_examples_touch(row):
+    example, listed = code(row[1]), re.findall(r"`([^`]+)`", row[2])
+    found = git("grep", "--files-with-matches", "--ignore-case", "--word-regexp", example, "--", "scripts").stdout.split()
+    assert sorted(listed) == sorted(found)
+
+
+def test_issue_templates_ask_for_the_preflight_check_and_the_version():
+    templates = [path for path in (REPOSITORY / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml"]
+    assert len(templates) == 2
+    for path in templates:
+        template = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert template.keys() == {"name", "description", "labels", "body"}
+        required = {
+            item["id"]: item["attributes"]["description"]
+            for item in template["body"]
+            if item["type"] != "markdown" and item.get("validations", {}).get("required")
+        }
+        assert "`docker compose run --rm loracat --check`" in required["check"]
+        assert "`docker compose run --rm loracat --version`" in required["version"]
+
+
+def test_ci_runs_what_a_contributor_runs_on_both_architectures():
+    jobs = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    assert [step["run"] for step in jobs["checks"]["steps"] if "run" in step] == [".ci/run"]
+    for job in jobs.values():
+        assert job["strategy"]["matrix"]["runner"] == ["ubuntu-24.04", "ubuntu-24.04-arm"]
+        assert job["runs-on"] == "${{ matrix.runner }}"
+
+
 def test_text_files_have_unix_line_ends_in_every_clone():
     files = [line.split("\t") for line in git("ls-files", "--eol").stdout.splitlines()]
     assert files

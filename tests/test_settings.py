@@ -10,7 +10,7 @@ from captioning.config import CaptionSettings
 from collecting.config import CollectSettings
 from common import settings
 from common.errors import SettingsError
-from common.project import ProjectSettings
+from common.project import ProjectSettings, SharedTrainSettings
 from common.settings import all_keys, resolve, resolved_toml
 from training.config import TrainSettings
 
@@ -61,6 +61,17 @@ def test_everything_wrong_is_said_at_once(tmp_path):
     message = str(refused.value)
     for word in ("lora_rank", "lora_rang", "[trian]", "caption_threshold", "train_seed", "fast", "fp8", "nonsense", "bare"):
         assert word in message
+
+
+def test_a_partial_section_ignores_the_keys_of_other_stages_and_checks_its_own(tmp_path):
+    partial = {"train": SharedTrainSettings}
+    file = write(tmp_path, "[train.data]\nresolution = 768\nbucket_step = 32\n[train.lora]\nlora_rank = 8\n")
+    train = resolve(file, {"CAPTION_CHUNKS": "2"}, ["base_model=mine"], partial).sections["train"]
+    assert (train.data.resolution, train.data.caption_chunks, train.model.base_model) == (768, 2, "mine")
+    with pytest.raises(SettingsError, match="resolution"):
+        resolve(write(tmp_path, "[train.data]\nresolution = 7\n"), {}, [], partial)
+    with pytest.raises(SettingsError, match="lora_rang: unknown key"):
+        resolve(write(tmp_path, "[train.lora]\nlora_rang = 8\n"), {}, [], SECTIONS)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e9", "abc"])

@@ -193,7 +193,7 @@ NODES: dict[str, type[Exception] | None] = {
 }
 """name -> what is raised in the node `on`; None interrupts the prompt. SystemExit ends the worker thread while HTTP lives."""
 
-HISTORY = ("evicted", "forgotten", "ends_between_two_looks")
+HISTORY = ("evicted", "forgotten", "ends_between_two_requests")
 """The history loses an entry before it is read; the server forgets all, as a restart makes it; two looks miss the end."""
 
 SOCKETS = ("websocket_cut", "websocket_noise", "websocket_silent")

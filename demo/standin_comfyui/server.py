@@ -37,7 +37,7 @@ class StandIn:
     It listens on `host` only. `seconds_per_job` is how long a prompt takes that is not wholly cached. `requests` lists what
     was asked, in order.
     `fault` lets something go wrong by its name in `faults`; a test that wants yet another answer replaces `answer`.
-    `wanted_headers` and `base_path` are what a proxy in front insists on, `certificate` is a PEM file with key for https.
+    `required_headers` and `base_path` are what a proxy in front insists on, `certificate` is a PEM file with key for https.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class StandIn:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.touch()
         self.seconds_per_job = seconds_per_job
-        self.wanted_headers: dict[str, str] = {}
+        self.required_headers: dict[str, str] = {}
         self.base_path = ""
-        self.heard: list[dict[str, str]] = []
+        self.request_headers: list[dict[str, str]] = []
         """The headers of every request, in order."""
         self.faults: list[Fault] = []
         self.listeners = Listeners()
@@ -113,8 +113,8 @@ class StandIn:
         self.stop()
 
     def _answer_and_remember(self, asked: Asked) -> Answer:
-        self.heard.append(dict(asked.headers))
-        if any(asked.headers.get(name) != value for name, value in self.wanted_headers.items()):
+        self.request_headers.append(dict(asked.headers))
+        if any(asked.headers.get(name) != value for name, value in self.required_headers.items()):
             return Answer(401, b"<html>401 Authorization Required</html>", "text/html")
         if not asked.path.startswith(f"{self.base_path}/"):
             return Answer(302, b"", None, {"Location": "/login"})
@@ -219,7 +219,7 @@ class StandIn:
         return json_answer({prompt_id: self.worker.history[prompt_id]} if prompt_id in self.worker.history else {})
 
     def _queue(self) -> Answer:
-        if self._spoils("ends_between_two_looks"):
+        if self._spoils("ends_between_two_requests"):
             while self._remaining():
                 time.sleep(0.005)
         return json_answer(self.worker.queue())

@@ -1,11 +1,13 @@
-"""The settings that several stages read. The other sections are defined by their stage: `<stage>/config.py`."""
+"""The settings that several stages read: `[project]`, and the keys of `[train]` that captioning needs.
+
+The other settings are in each stage's own config.py.
+"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
-from common.settings import setting
+from common.settings import PartialSection, setting
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,33 @@ class ProjectSettings:
 
 
 @dataclass(frozen=True)
-class ComfyUIAddress:
+class ComfyUIAddress(PartialSection):
     """The one key of `[collect]` that training reads as well: it appears in advice when memory is short."""
 
-    partial: ClassVar[bool] = True
-
     comfyui_endpoint: str = setting("http://host.docker.internal:8188")
+
+
+@dataclass(frozen=True)
+class SharedModelSettings:
+    """The part of `[train.model]` that captioning reads: the base model's tokenizer counts the tokens of captions."""
+
+    base_model: str = setting("stable-diffusion-xl-base-1.0", role="runtime")
+    """A diffusers folder or a `.safetensors` file: its name in MODELS_DIR, or a path."""
+
+
+@dataclass(frozen=True)
+class SharedDataSettings:
+    """The part of `[train.data]` that captioning reads: what training makes of an image and of a caption."""
+
+    resolution: int = setting(1024, at_least=64, at_most=4096, role="result")
+    """Pixels: a bucket's area is at most `resolution` squared."""
+    caption_chunks: int = setting(3, at_least=1, at_most=8, role="result")
+    """Chunks of 75 tokens that a caption may fill at most."""
+
+
+@dataclass(frozen=True)
+class SharedTrainSettings(PartialSection):
+    """The part of `[train]` that captioning reads; training/config.py has all of it."""
+
+    model: SharedModelSettings = field(default_factory=SharedModelSettings)
+    data: SharedDataSettings = field(default_factory=SharedDataSettings)

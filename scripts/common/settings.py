@@ -164,6 +164,10 @@ SETTINGS_FILE = REPOSITORY / "config" / "training_config.toml"
 TABLES = ("project", "collect", "caption", "train")
 
 
+class PartialSection:
+    """Base of a section that has only a part of its table's keys: others belong to another stage and are not unknown keys."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What a script was asked to do."""
@@ -304,8 +308,9 @@ def _split_flags(flags: list[str], problems: list[str]) -> dict[str, str]:
     return split
 
 
-def _fill(section, table, given, file, environment, flags, sources, problems) -> Any:
+def _fill(section, table, given, file, environment, flags, sources, problems, is_partial=False) -> Any:
     """One section from its TOML table and the two sources above it; what is wrong is added to `problems`."""
+    is_partial = is_partial or issubclass(section, PartialSection)
     if not isinstance(given, dict):
         problems.append(f"{table}: must be a table, [{table}]")
         given = {}
@@ -316,7 +321,7 @@ def _fill(section, table, given, file, environment, flags, sources, problems) ->
         hint = hints[key.name]
         if dataclasses.is_dataclass(hint):
             inner = given.get(key.name, {})
-            values[key.name] = _fill(hint, f"{table}.{key.name}", inner, file, environment, flags, sources, problems)
+            values[key.name] = _fill(hint, f"{table}.{key.name}", inner, file, environment, flags, sources, problems, is_partial)
             continue
         raw, source = _pick(key, given, file, environment, flags)
         if source == "--set" and key.metadata["secret"]:
@@ -329,7 +334,7 @@ def _fill(section, table, given, file, environment, flags, sources, problems) ->
             shown = "" if key.metadata["secret"] else f" {raw!r}"
             problems.append(f"{key.name} ({source}):{shown} {error}")
     secret = {key.name: key.metadata.get("secret", False) for key in dataclasses.fields(section)}
-    if not getattr(section, "partial", False):
+    if not is_partial:
         problems += [f"[{table}] {name}: unknown key in {file.name}" for name in given if name not in secret]
     problems += [f"{name}: a secret stands in no file; set {name.upper()}" for name in given if secret.get(name)]
     if len(problems) > before:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from common.project import SharedDataSettings, SharedModelSettings
 from common.settings import setting
 
 OnOffAuto = bool | Literal["auto"]
@@ -13,11 +14,9 @@ PRODIGY_LEAST_RATE = 0.01
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(SharedModelSettings):
     """`[train.model]`: the base that is adapted."""
 
-    base_model: str = setting("stable-diffusion-xl-base-1.0", role="runtime")
-    """A diffusers folder or a `.safetensors` file: its name in MODELS_DIR, or a path."""
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = setting("auto", role="result")
     zero_terminal_snr: OnOffAuto = setting("auto", role="result")
     mixed_precision: Literal["bf16", "fp16", "no"] = setting("bf16", role="result")
@@ -25,11 +24,9 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class DataSettings(SharedDataSettings):
     """`[train.data]`: how images and captions become examples."""
 
-    resolution: int = setting(1024, at_least=64, at_most=4096, role="result")
-    """Pixels: a bucket's area is at most `resolution` squared."""
     bucket_step: int = setting(64, at_least=8, at_most=256, role="result")
     """Pixels: sides of buckets are multiples of this. The smallest image that is taken has 256 px."""
     bucket_max_side: int = setting(2048, at_least=64, at_most=8192, role="result")
@@ -39,8 +36,6 @@ class DataSettings:
     caption_shuffle: bool = setting(True, role="result")
     caption_variants: int = setting(8, at_least=1, at_most=64, role="result")
     """How many shuffles of a caption are encoded."""
-    caption_chunks: int = setting(3, at_least=1, at_most=8, role="result")
-    """Chunks of 75 tokens that a caption may fill at most."""
     dataloader_num_workers: int = setting(4, at_least=0, at_most=64, role="runtime")
     skip_flagged: bool = setting(False, role="runtime")
     """Leave out the images that the caption stage's audit flagged."""

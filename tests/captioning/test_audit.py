@@ -210,6 +210,23 @@ def test_training_without_anything_left_or_without_an_audit_is_refused(folder):
         flagged_images(folder, resolution=256)
 
 
+IMAGE_HASHES = {
+    "astronaut": "c2d692764c9f550f3228bd90dfb1c09bcc15b60a7b25b5e29cf34a51b50a67ac",
+    "coffee": "bb2483cc209e37f24cf10fc336bc37cf72c29b273240330e60cf9936333c773c",
+    "chelsea": "b1ac5ffee6df46225131214897e25edba410e16552ca376ab8c93d465d07426f",
+    "rocket": "c0d937671396ec201bdfe521127e67a19c7e0381fc7e0381ec7a1387e4f81b0f",
+    "flat": "8000000000000000000000000000000000000000000000000000000000000000",
+}
+"""Computed with ImageHash 4.3.2, which the first version used: the records that it wrote are still read."""
+
+
+@pytest.mark.parametrize("name", IMAGE_HASHES)
+def test_hash_has_the_bits_of_imagehash(tmp_path, photographs, name):
+    image = Image.new("RGB", (300, 200), (40, 40, 40)) if name == "flat" else photographs[name]
+    image.save(tmp_path / "a.png")
+    assert look_at(tmp_path / "a.png").hash == IMAGE_HASHES[name]
+
+
 def test_hash_is_the_same_for_an_image_in_memory_and_on_disk(tmp_path, photographs):
     """Formats without loss give the same look."""
     for suffix in ("png", "bmp"):

@@ -94,7 +94,7 @@ COMPLAINTS = (
     "3_photos/utf16.jpg: its caption utf16.txt is not UTF-8; save it as UTF-8",
     "cut_off.png: cannot be decoded: ",
     "text.png: is not a PNG, JPEG, WebP or BMP image; replace or remove it",
-    "empty.webp: is not a PNG, JPEG, WebP or BMP image; replace or remove it",
+    "empty.webp: is empty; replace or remove it",
     "animation.png: is not a PNG, JPEG, WebP or BMP image; replace or remove it",
     "small.png: 255x400 is too small; the shorter side must have at least 256 px",
     "good.png: would share its caption with good.jpg; rename one of the two",
