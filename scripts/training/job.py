@@ -15,9 +15,9 @@ from training.config import TrainSettings
 from training.data.cache import Cache
 from training.data.dataset import Inputs, read_images
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, suggest_settings
-from training.models.base_model import base_digest, cache_folder, tokenizers_digest, tokenizers_of
+from training.models.base_model import base_digest, cache_folder, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
-from training.models.weights import remove_all_partial_files
+from training.models.weights import remove_partial_weights
 from training.plan import GLOBAL_BATCH, Plan, circumstances, fingerprint, fingerprint_hash, make_plan
 from training.state import checkpoint
 from training.state.checkpoint import Identity, Saved
@@ -82,8 +82,8 @@ def decide(processes: ProcessGroup, project: ProjectSettings, settings: TrainSet
     switch = "on" if settings.model.gradient_checkpointing else "off"
     print(f"training on {describe(precision)}, gradient checkpointing {switch}", flush=True)
     cache = Cache(cache_folder(project.output_dir))
-    digests = [base_digest(base, cache.folder, part) for part in base.parts]
-    digests.append(tokenizers_digest(tokenizers_of(base, project.models_dir)))
+    digests = [base_digest(base, cache.folder, part) for part in base.components]
+    digests.append(tokenizers_digest(find_or_download_tokenizers(base, project.models_dir)))
     print(plan.announcement(), flush=True)
     values = fingerprint(plan, settings, project.trigger_word, digests)
     if saved:
@@ -129,7 +129,7 @@ def remove_partial_outputs(task: Task) -> None:
     """Remove what runs have left that were killed while they wrote; nobody else writes there."""
     if task.processes.is_main_process:
         for folder in (task.results.folder, task.results.state, task.cache.folder / "latents", task.cache.folder / "text"):
-            remove_all_partial_files(folder)
+            remove_partial_weights(folder)
         if task.is_finished:
             checkpoint.keep_one(task.results.state, task.plan.common_steps)
 

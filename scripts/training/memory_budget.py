@@ -8,7 +8,7 @@ from functools import partial
 from common.errors import ResourceError
 from training.config import TrainSettings
 from training.data.dataset import Example
-from training.models.sdxl import BaseModel, Part
+from training.models.sdxl import BaseModel, Component
 from training.plan import largest_image_px, placed
 from training.system.device import (
     GIB,
@@ -32,7 +32,7 @@ class StepMemory:
         return self.fixed + batch_pixels * (self.per_pixel_checkpointed if checkpointing else self.per_pixel)
 
 
-def step_memory(unet: Part, rank: int, precision: Precision) -> StepMemory:
+def step_memory(unet: Component, rank: int, precision: Precision) -> StepMemory:
     """From the sizes of the UNet's weights: they themselves; LoRA weights, gradients and two moments in fp32 and a working
     copy; workspaces; and activations, which grow with the UNet's width."""
     shapes = {name: tensor.shape for name, tensor in unet.tensors.items()}
@@ -102,7 +102,7 @@ def measure_budget(
     """The memory of this machine as it is now, for each of so many `processes` on it."""
     shared = shares_memory(precision.device)
     limits = floors(settings.run.memory_floor_gib, KERNEL.read().total, shared)
-    size = step_memory(base.parts["unet"], settings.lora.lora_rank, precision)
+    size = step_memory(base.components["unet"], settings.lora.lora_rank, precision)
     available = available_bytes(precision.device) // (processes if shared else 1)
     return MemoryBudget(size, largest_image_px(placed(examples, settings.data)), available, limits)
 

@@ -147,7 +147,7 @@ def objective_of(task: Task) -> Objective:
         alphas_cumprod=alphas_cumprod(task.plan.schedule).to(task.precision.device, torch.float32),
         min_snr_gamma=task.plan.min_snr_gamma,
         noise_offset=task.plan.noise_offset,
-        latent_scaling=task.base.parts["vae"].config["scaling_factor"],
+        latent_scaling=task.base.components["vae"].config["scaling_factor"],
     )
 
 
