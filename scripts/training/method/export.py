@@ -17,7 +17,7 @@ from safetensors.torch import save
 from common.errors import ModelError, bullet_list
 from common.files import atomic_write
 from training.method.adapters import LoraModule, row_norms
-from training.models.weights import fill
+from training.models.weights import write_into
 
 COMFYUI_MODULES = Path(__file__).with_name("comfyui_sdxl_modules.csv")
 """Every module name that ComfyUI's SDXL loader takes, with the layer's sizes in full-size SDXL."""
@@ -61,7 +61,7 @@ def write_lora(path: Path, modules: Sequence[LoraModule], about: Description) ->
     if any(name.endswith(".dora_scale") for name in tensors):
         metadata["ss_network_args"] = json.dumps({"dora_wd": "True"})
     with atomic_write(path) as beside:
-        fill(beside, tensors, metadata)
+        write_into(beside, tensors, metadata)
         verify(beside, tensors)
 
 
