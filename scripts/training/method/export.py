@@ -93,7 +93,7 @@ def kohya_tensors(modules: Sequence[LoraModule], alpha: float) -> dict[str, torc
 
 
 def dora_scale(module: LoraModule, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
-    """[out, 1], fp32 on the CPU: m |W| / |W + scale up down|, row by row, for magnitudes m and `down` and `up` as they are exported.
+    """[out, 1], fp32 on the CPU: m |W| / |W + scale up down| by row, for magnitudes m, with `down` and `up` as they are exported.
 
     DoRA's weight is m (W + scale up down) / |W + scale up down| (Liu et al. 2024, arXiv 2402.09353, equation 5), but ComfyUI
     computes dora_scale (W + scale up down) / |W|. Both are the same for the base model that was trained.
