@@ -20,7 +20,10 @@ from training.config import TrainSettings
 
 PAGES = {
     path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
-    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "CONTRIBUTING.md")
+    for path in (
+        *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+        *sorted((REPOSITORY / "docs").glob("*.md")),
+    )
 }
 README = PAGES["README.md"]
 ALL_PAGES = "\n".join(PAGES.values())
@@ -128,9 +131,10 @@ def test_readme_is_short_and_leads_to_every_page():
 
 
 def test_paths_in_the_pages_exist_or_are_created_by_a_run():
-    in_other_folders = {"model_index.json", "metrics.jsonl", "training_config_resolved.toml", "models/loras"}
+    in_other_folders = {"model_index.json", "metrics.jsonl", "training_config_resolved.toml", "models/loras", "main.py"}
     top = {name.split("/")[0] for name in git("ls-files").stdout.splitlines()}
-    quoted = set(re.findall(r"`([\w./-]+)`", ALL_PAGES)) - in_other_folders
+    spans = {word for span in re.findall(r"`([^`\n]+)`", ALL_PAGES) for word in span.split()}
+    quoted = {word for word in spans if re.fullmatch(r"[\w./-]+", word)} - in_other_folders
     with_folders = {name for name in quoted if "/" in name and name.split("/")[0] in top}
     without = {name for name in quoted if re.fullmatch(r"[\w-]+\.(md|json|jsonl|toml|yml|txt|sh|py)", name)}
     assert {"scripts/run.sh", "scripts/training/"} <= with_folders

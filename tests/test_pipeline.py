@@ -1,6 +1,7 @@
 """scripts/run.sh on the demo environment, as a user runs it: the exact files it writes, and its messages about wrong input."""
 
 import csv
+import importlib
 import json
 import re
 import subprocess
@@ -220,3 +221,8 @@ def test_demo_does_not_empty_a_folder_that_it_did_not_create(tmp_path):
     empty_workspace(tmp_path / "workspace")
     (tmp_path / "workspace" / "old.txt").touch()
     assert [path.name for path in empty_workspace(tmp_path / "workspace").iterdir()] == [".made-by-loracat-demo"]
+
+
+@pytest.mark.parametrize("name", ["caption", "collect", "step", "train"])
+def test_benchmarks_use_names_that_exist(name):
+    assert callable(importlib.import_module(f"benchmarks.{name}").main)

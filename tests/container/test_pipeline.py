@@ -33,7 +33,7 @@ def test_whole_pipeline_by_its_flags(clone):
     whole = clone.run()
     assert whole.returncode == 0, whole.stdout
     assert rank_of(clone.lora) == "4"
-    assert "moved to /app/output/lora/archive" in whole.stdout
+    assert "moved the earlier LoRA demo_person to /app/output/lora/archive" in whole.stdout
 
     again = clone.run()
     assert again.returncode == 0, again.stdout
@@ -64,7 +64,7 @@ def test_without_a_face_the_workflow_keeps_its_own_image(clone, comfyui):
     (clone.folder / "face_reference.png").rename(comfyui.folder / "input" / "example.png")
     collected = clone.run("--collect")
     assert collected.returncode == 0, collected.stdout
-    assert "the workflow's own image stays" in collected.stdout
+    assert "the workflow's own image is used" in collected.stdout
     assert not (clone.folder / "face_reference.png").exists()
 
 
@@ -113,7 +113,7 @@ def test_check_passes_on_a_clone_that_is_ready(clone):
     assert checked.returncode == 0, checked.stdout
     lines = checked.stdout.splitlines()
     assert len(lines) <= LINES_OF_A_SCREEN, checked.stdout
-    for word in ("torch", "CPU", "GiB", "tiny-sdxl", "tiny-tagger", "image-steps", "ComfyUI"):
+    for word in ("torch", "CPU", "GiB", "tiny-sdxl", "tiny-tagger", "training samples", "ComfyUI"):
         assert word in checked.stdout
 
 
@@ -122,7 +122,7 @@ def test_check_lists_everything_that_is_wrong_with_its_remedy(clone, comfyui):
     comfyui.stop = lambda: None
     checked = clone.run("--check", BASE_MODEL="absent", CAPTION_MODEL="absent")
     assert checked.returncode == 4, checked.stdout
-    for words in ("--listen 0.0.0.0", "base model 'absent'", "0 images so far"):
+    for words in ("--listen 0.0.0.0", "base model 'absent'", "images: 0 so far"):
         assert words in checked.stdout
     assert len(checked.stdout.splitlines()) <= LINES_OF_A_SCREEN, checked.stdout
 
