@@ -190,8 +190,9 @@ class ServerWorker:
             self._jobs.losses[suspect.key] += 1
             if self._jobs.losses[suspect.key] > MAX_LOSSES:
                 self._in_flight.remove(lost.pop(0))
-                self._fail(suspect, f"ComfyUI lost this prompt {MAX_LOSSES + 1} times (it may crash): check ComfyUI's console")
-
+                self._fail(
+                    suspect, f"ComfyUI lost this prompt {MAX_LOSSES + 1} times (it may be crashing): check ComfyUI's console"
+                )
         for flight in lost:
             self._in_flight.remove(flight)
             self._emit(f"{flight.job.label}: {unknown_prompt_message(self.address.url, flight.submission)}")
