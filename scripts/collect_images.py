@@ -49,7 +49,7 @@ def main() -> None:
 
 def _fill(folder: DatasetFolder, plan: Plan, settings: CollectSettings) -> None:
     """Collect what is still missing of `plan`."""
-    progress = Progress(folder.records)
+    progress = Progress(folder.collect_log)
     store = ImageStore(folder)
     jobs = _jobs(plan, progress)
     _introduce(plan, jobs)

@@ -16,9 +16,6 @@ from typing import Any
 
 from common.files import append_json_line, read_json_lines
 
-FILE_NAME = "collect.jsonl"
-
-
 @dataclass(frozen=True)
 class Submission:
     """One prompt as it was, or is about to be, sent."""
@@ -31,8 +28,8 @@ class Submission:
 class Progress:
     """The record of one data set folder; `key` is the hash that identifies a piece of work. Threads may share it."""
 
-    def __init__(self, folder: Path):
-        self._path = folder / FILE_NAME
+    def __init__(self, path: Path):
+        self._path = path
         self._in_flight: dict[str, Submission] = {}
         self._seeds: dict[str, dict[str, int]] = {}
         self._done: set[str] = set()

@@ -1,11 +1,11 @@
-"""The table at the end, and CLIP's tokens counted without torch."""
+"""The table of captions at the end, and CLIP's tokens counted without torch."""
 
 import json
 import shutil
 
 import pytest
 
-from captioning.report import table
+from captioning.report import caption_table
 from common.clip_tokens import ClipTokens, find_clip_tokens
 
 TEXTS = [
@@ -66,25 +66,25 @@ def test_tokenizers_of_other_models_and_damaged_ones_are_skipped(tokenizer, tmp_
 
 
 def test_tags_by_frequency_without_the_trigger():
-    text = table({"a.txt": "sks, hat, hat, smile, 1girl", "b.txt": "sks, smile, x, y"}, "sks", 3, None)
+    text = caption_table({"a.txt": "sks, hat, hat, smile, 1girl", "b.txt": "sks, smile, x, y"}, "sks", 3, None)
     assert text.splitlines()[:4] == [
-        "tags by frequency, in 2 captions with 5 different tags:",
+        "most frequent of the 5 tags in 2 captions:",
         "  smile                              2  100%",
         "  hat                                1   50%",
         "  1girl                              1   50%",
     ]
     assert "fewer than" not in text
-    assert "lengths in tokens are not counted" in text
+    assert "caption lengths are not checked" in text
 
 
 def test_many_tags_are_counted_and_not_all_shown():
-    text = table({"a.txt": ", ".join(f"tag {number}" for number in range(50))}, "sks", 3, None)
+    text = caption_table({"a.txt": ", ".join(f"tag {number}" for number in range(50))}, "sks", 3, None)
     assert "  and 30 more" in text
 
 
 def test_captions_with_few_tags_and_long_ones_are_named(tokenizer):
     captions = {"a.txt": "sks, hat, dog", "b.txt": "sks", "c.txt": "sks, " + ", ".join(["smile"] * 200), "d.txt": "sks, a, b, c"}
-    text = table(captions, "sks", 1, ClipTokens(tokenizer))
-    assert "2 captions have fewer than 3 tags: a.txt, b.txt" in text
-    assert "1 captions are longer than the 75 tokens that training reads: c.txt" in text
-    assert "longer" not in table({"d.txt": "sks, a, b, c"}, "sks", 1, ClipTokens(tokenizer))
+    text = caption_table(captions, "sks", 1, ClipTokens(tokenizer))
+    assert "captions with fewer than 3 tags: 2 (a.txt, b.txt)" in text
+    assert "captions longer than the 75 tokens that training reads: 1 (c.txt)" in text
+    assert "longer" not in caption_table({"d.txt": "sks, a, b, c"}, "sks", 1, ClipTokens(tokenizer))
