@@ -1,16 +1,17 @@
-# LoRACat on NVIDIA's PyTorch image. Any base with torch, pip and bash will do.
+# LoRACat on NVIDIA's PyTorch image. Any base image with torch, pip and bash works.
 ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.01-py3
 FROM ${BASE_IMAGE}
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 
-# The base's own builds stay: they are pinned in a constraint file that takes the place of the base's, which may pin
-# much more, and are compared afterwards. peft refuses to work beside the old torchao that NVIDIA's image carries.
+# The base image's own builds of torch and its companions must not be replaced: they are pinned in a constraint file, used
+# instead of the base image's (which may pin much more), and compared after the installation. peft refuses to work with the
+# old torchao in NVIDIA's image, so that is removed.
 COPY requirements.txt /opt/loracat/
 RUN cd /opt/loracat; \
     export PIP_CONSTRAINT=$PWD/constraints.txt PIP_BREAK_SYSTEM_PACKAGES=1 PIP_ROOT_USER_ACTION=ignore; \
     of_the_base() { python3 -m pip list --format=freeze | grep -iE '^((pytorch[-_])?triton|torch(vision|audio)?|numpy|flash[-_]attn)=='; }; \
     of_the_base >constraints.txt || true; \
-    grep '^torch==' constraints.txt || { echo "BASE_IMAGE has no torch: take nvcr.io/nvidia/pytorch or an image built on it"; exit 1; }; \
+    grep '^torch==' constraints.txt || { echo "BASE_IMAGE has no torch: use nvcr.io/nvidia/pytorch or an image built on it"; exit 1; }; \
     python3 -m pip uninstall --yes torchao; \
     python3 -m pip install --no-cache-dir --requirement requirements.txt; \
     of_the_base | diff constraints.txt - || { echo "requirements.txt replaced the packages of BASE_IMAGE above"; exit 1; }
@@ -26,6 +27,6 @@ RUN mkdir -p /app/dataset/images /app/output/lora /app/models; \
     chown -R 1000:1000 /app/dataset /app/output /app/models
 
 WORKDIR /app
-# The base's Python, whatever .venv the mounted repository holds.
+# Use the base image's Python, even if the mounted repository contains a .venv.
 ENV PYTHON=python3
 ENTRYPOINT ["/usr/local/bin/loracat"]

@@ -1,16 +1,16 @@
-# make demo    the whole pipeline on a demo environment: no GPU, no Docker, no models
-# make test    every test
-# make check   style of the Python and shell files
+# make demo    run the whole pipeline on the demo environment: no GPU, no Docker, no models
+# make test    run the tests
+# make check   check the style of the Python and shell files
 # make kill-test
 #              kill programs at many instants and run them again; takes minutes
-# make bench   speed of training on this machine's NVIDIA GPU
-# make clean   remove what these made
+# make bench   measure the training speed of this machine's NVIDIA GPU
+# make clean   remove everything that these targets create
 # make container-test BASE_IMAGE=nvcr.io/nvidia/pytorch:26.01-py3
-#              build the image on that base and run the demo environment in it; needs Docker with Compose
+#              build the image on that base image and run the demo environment in it; needs Docker with Compose
 # make arm64-wheels
-#              ask the package index whether every requirement can be had for the container on ARM64
+#              check that every requirement is available for the container on ARM64
 # make arm64-test
-#              install the requirements and train the demo's LoRA in an emulated ARM64 Debian; needs root
+#              install the requirements and train the demo LoRA in an emulated ARM64 Debian; needs root
 PYTHON ?= python3
 VENV := .venv
 SHELL_FILES := $(wildcard scripts/*.sh container/*.sh .ci/run)
@@ -36,7 +36,7 @@ check: $(VENV)/complete
 	$(VENV)/bin/shellcheck $(SHELL_FILES)
 
 container-test: $(VENV)/complete
-	@[ -n "$(BASE_IMAGE)" ] || { echo "Which base? make container-test BASE_IMAGE=nvcr.io/nvidia/pytorch:26.01-py3" >&2; exit 2; }
+	@[ -n "$(BASE_IMAGE)" ] || { echo "BASE_IMAGE is not set: make container-test BASE_IMAGE=nvcr.io/nvidia/pytorch:26.01-py3" >&2; exit 2; }
 	BASE_IMAGE="$(BASE_IMAGE)" $(VENV)/bin/python -m pytest tests/container -m container -v
 
 arm64-wheels: $(VENV)/complete
@@ -49,7 +49,7 @@ clean:
 	rm -rf $(VENV) demo/workspace .pytest_cache .ruff_cache
 	find scripts demo tests -name __pycache__ -prune -exec rm -r {} +
 
-# Made last: an environment without it was interrupted, or belongs to other requirements, and is made anew.
+# Created last: an environment without this file is incomplete or outdated, and is created again.
 $(VENV)/complete: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is Python %d.%d; LoRACat needs 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)" % sys.version_info[:2])'
 	$(PYTHON) -m venv --clear $(VENV)

@@ -1,1 +1,1 @@
-"""What the performance figures in README.md come from; each program runs alone and prints a table."""
+"""Programs that measure speed; each runs on its own and prints its results, which benchmarks/README.md records."""

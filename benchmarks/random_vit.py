@@ -1,4 +1,4 @@
-"""Vision transformers with random weights in the shape of WD14 taggers: what inference costs does not depend on the weights."""
+"""Vision transformers with random weights and the shape of WD14 taggers: the cost of inference does not depend on the weights."""
 
 import csv
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ OPSET, IR_VERSION = 17, 8
 
 @dataclass(frozen=True)
 class Size:
-    """What a vision transformer's cost depends on."""
+    """The dimensions that determine the cost of a vision transformer."""
 
     patch_px: int
     width: int
@@ -30,7 +30,7 @@ SMALL = Size(patch_px=32, width=192, depth=12, heads=3)
 
 
 def build(folder: Path, size: Size) -> Path:
-    """Write `model.onnx` and `selected_tags.csv` into `folder`, unless they are there, and return it."""
+    """Write `model.onnx` and `selected_tags.csv` into `folder`, unless they exist, and return it."""
     if not (folder / "model.onnx").exists():
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "selected_tags.csv").open("w", encoding="utf-8", newline="") as file:
@@ -40,7 +40,7 @@ def build(folder: Path, size: Size) -> Path:
 
 
 class _Graph:
-    """A graph that grows node by node; every method returns the name of its result."""
+    """An ONNX graph, built node by node; every method returns the name of its result."""
 
     def __init__(self, size: Size):
         self.size = size
@@ -57,11 +57,12 @@ class _Graph:
         rows = self.node("Reshape", patches, self.constant(np.array([0, size.width, tokens])))
         hidden = self.node("Add", self.node("Transpose", rows, perm=[0, 2, 1]), self.random(1, tokens, size.width))
         for _ in range(size.depth):
-            hidden = self.node("Add", hidden, self.attention(self.normed(hidden), tokens))
-            hidden = self.node("Add", hidden, self.mlp(self.normed(hidden)))
-        mean = self.node("ReduceMean", self.normed(hidden), axes=[1], keepdims=0)
-        rare = self.constant(self.noise.normal(-4.5, 1.5, TAGS).astype(np.float32))  # some 50 tags reach 0.35, as in real captions
-        self.node("Sigmoid", self.node("Add", self.linear(mean, size.width, TAGS), rare), result="output")
+            hidden = self.node("Add", hidden, self.attention(self.layer_norm(hidden), tokens))
+            hidden = self.node("Add", hidden, self.mlp(self.layer_norm(hidden)))
+        mean = self.node("ReduceMean", self.layer_norm(hidden), axes=[1], keepdims=0)
+        # about 50 tags reach 0.35, as with real taggers
+        tag_bias = self.constant(self.noise.normal(-4.5, 1.5, TAGS).astype(np.float32))
+        self.node("Sigmoid", self.node("Add", self.linear(mean, size.width, TAGS), tag_bias), result="output")
         graph = helper.make_graph(
             self.nodes,
             "random_vit",
@@ -85,8 +86,8 @@ class _Graph:
         )
         scores = self.node("Mul", self.node("MatMul", queries, keys), self.constant(np.float32(head_width**-0.5)))
         mixed = self.node("Transpose", self.node("MatMul", self.node("Softmax", scores, axis=-1), values), perm=[0, 2, 1, 3])
-        process_group = self.node("Reshape", mixed, self.constant(np.array([0, tokens, size.width])))
-        return self.linear(process_group, size.width, size.width)
+        merged_heads = self.node("Reshape", mixed, self.constant(np.array([0, tokens, size.width])))
+        return self.linear(merged_heads, size.width, size.width)
 
     def mlp(self, hidden: str) -> str:
         wide = self.linear(hidden, self.size.width, 4 * self.size.width)
@@ -95,7 +96,7 @@ class _Graph:
         gelu = self.node("Mul", half, self.node("Add", erf, self.constant(np.float32(1))))
         return self.linear(gelu, 4 * self.size.width, self.size.width)
 
-    def normed(self, hidden: str) -> str:
+    def layer_norm(self, hidden: str) -> str:
         ones, zeros = np.ones(self.size.width, np.float32), np.zeros(self.size.width, np.float32)
         return self.node("LayerNormalization", hidden, self.constant(ones), self.constant(zeros), axis=-1, epsilon=1e-6)
 

@@ -1,25 +1,27 @@
-"""`python -m benchmarks.step MODEL`: one training step on a UNet, from inside: whether its gradient is PEFT's, and where its
-time goes. MODEL is a base model, a diffusers folder or a single file."""
+"""`python -m benchmarks.step MODEL`: one training step of a UNet in detail: how far the fast engine's gradient is from PEFT's, and
+where the time of a step goes. MODEL is a base model: a diffusers folder or a single file."""
 
 import argparse
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.helpers import disable_input_dtype_casting
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+from training import engine
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
-from training.engine.fast.unet import fast_ops, install_fast_forwards
-from training.engine.step import Objective, TrainStep
-from training.method.adapters import ADAPTER, LoraWeights, inject
-from training.method.diffusion import alphas_cumprod
+from training.engine.step import TrainStep
+from training.method.adapters import inject
+from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.optimizers import AdamW
 from training.models.base_model import find_base
-from training.models.loading import UNet2DConditionModel, load_unet
+from training.models.loading import load_unet
 from training.models.sdxl import Schedule
 from training.system.device import choose_precision
 
@@ -32,7 +34,7 @@ FAMILIES = {
     "copies and concatenations": r"copy|cat|memcpy|memset|fill",
     "optimizer": r"adam",
 }
-"""Kernels by their names; the first pattern that is found counts."""
+"""Families of kernels by name; the first pattern that matches counts."""
 
 
 def main() -> None:
@@ -46,16 +48,26 @@ def main() -> None:
     lora = inject(unet, LoraSettings(), seed=0)
     with torch.no_grad():
         lora.weights.add_(0.01 * torch.randn_like(lora.weights))
-        lora.refresh()
     alphas = alphas_cumprod(Schedule()).to(precision.device, torch.float32)
-    wanted = Objective("epsilon", alphas, 5.0, 0.0357, 0.13025)
-    step = TrainStep(unet, lora, AdamW(lora.weights, OptimizerSettings()), wanted, precision, max_grad_norm=1.0)
-    print(agreement(step, random_batch(unet, 1, options.latents // 2)), flush=True)
-    print(families(step, random_batch(unet, options.batch, options.latents)), flush=True)
+    config = LossConfig("epsilon", alphas, min_snr_gamma=5.0, noise_offset=0.0357, latent_scaling=0.13025)
+    optimizer = AdamW(lora.weights, OptimizerSettings())
+    build = partial(
+        engine.build, unet=unet, adapter=lora, optimizer=optimizer, config=config, precision=precision, max_grad_norm=1.0
+    )
+
+    batch = random_batch(unet, 1, options.latents // 2).to(precision.device)
+    plain = build("plain")
+    reference, other = (autocast_gradient(plain, batch, backend) for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH))
+    fast = build("fast")  # replaces the forwards of the UNet
+    distances = [((each - reference).norm() / reference.norm()).item() for each in (gradient(fast, batch), other)]
+    print(
+        f"gradient: {distances[0]:.2%} of its norm from PEFT's; PEFT's with another attention kernel {distances[1]:.2%}", flush=True
+    )
+    print(families(fast, random_batch(unet, options.batch, options.latents)), flush=True)
 
 
 def random_batch(unet: UNet2DConditionModel, size: int, side: int) -> Batch:
-    """On the CPU, as the reader makes them."""
+    """A random batch on the CPU, like those of the batch reader."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -77,53 +89,24 @@ def random_batch(unet: UNet2DConditionModel, size: int, side: int) -> Batch:
     )
 
 
-def agreement(step: TrainStep, batch: Batch) -> str:
-    """How far the gradient of `step` is from that of PEFT's layers with fp32 weights under autocast, beside what another
-    attention kernel changes there. From here on the UNet is a fast one."""
-    unet, lora = step.unet, step.weights
-    batch = batch.to(step.precision.device)
-    reference = gradient_by_peft(step, batch, SDPBackend.FLASH_ATTENTION)
-    other = gradient_by_peft(step, batch, SDPBackend.MATH)
-    install_fast_forwards(unet, lora.stacks, fast_ops(step.precision.device))
-    lora.sums.zero_()
-    step.weighted_loss(batch).backward()
-    ours = our_gradient(lora)
-    apart = [((gradient - reference).norm() / reference.norm()).item() for gradient in (ours, other)]
-    return f"gradient: {apart[0]:.2%} of its length from PEFT's under autocast; PEFT's with another attention kernel {apart[1]:.2%}"
-
-
-def gradient_by_peft(step: TrainStep, batch: Batch, backend: SDPBackend) -> torch.Tensor:
-    """Of every LoRA weight, module by module; the layers are then as they were."""
-    unet, modules = step.unet, step.weights.modules
-    layers = [unet.get_submodule(module.name) for module in modules]
-    before = [(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight) for layer in layers]
-    for layer, module in zip(layers, modules, strict=True):
-        layer.lora_A[ADAPTER].weight = torch.nn.Parameter(module.down.clone())
-        layer.lora_B[ADAPTER].weight = torch.nn.Parameter(module.up.clone())
-    device = step.precision.device.type
+def autocast_gradient(plain: TrainStep, batch: Batch, backend: SDPBackend) -> torch.Tensor:
+    """The gradient of all LoRA weights by PEFT's layers with fp32 weights under autocast, with that attention kernel."""
+    device = plain.precision.device.type
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
-    with autocast, disable_input_dtype_casting(unet), sdpa_kernel([backend]):
-        loss = step.weighted_loss(batch)
-    loss.backward()
-    gradients = []
-    for layer, (down, up) in zip(layers, before, strict=True):
-        for part, weight in ((layer.lora_A[ADAPTER], down), (layer.lora_B[ADAPTER], up)):
-            gradients.append(part.weight.grad.flatten())
-            part.weight = weight
-    return torch.cat(gradients)
+    with autocast, disable_input_dtype_casting(plain.unet), sdpa_kernel([backend]):
+        return gradient(plain, batch)
 
 
-def our_gradient(lora: LoraWeights) -> torch.Tensor:
-    """The same, from the flat buffers of the stacks."""
-    rank, parts = lora.modules[0].down.shape[0], {}
-    for names, stack in lora.stacks.values():
-        for i, name in enumerate(names):
-            parts[name] = (stack.down_grad[i * rank : (i + 1) * rank].flatten(), stack.up_grad[i].flatten())
-    return torch.cat([part for module in lora.modules for part in parts[module.name]])
+def gradient(step: TrainStep, batch: Batch) -> torch.Tensor:
+    """[P]: the gradient of all LoRA weights by the engine of `step`."""
+    step.sync_compute_weights()
+    step.adapter.sums.zero_()
+    step.weighted_loss(batch).backward()
+    return step.adapter.sums[:-1].clone()
 
 
 def families(step: TrainStep, batch: Batch) -> str:
-    """The time of one step by families of kernels."""
+    """The time of one step by family of kernels."""
     for _ in range(3):
         step([batch], 1e-4)
     is_cuda = step.precision.device.type == "cuda"
@@ -135,7 +118,7 @@ def families(step: TrainStep, batch: Batch) -> str:
         family = next((name for name, pattern in FAMILIES.items() if re.search(pattern, event.name, re.IGNORECASE)), "others")
         times[family] += event.device_time if is_cuda else event.self_cpu_time_total
         counts[family] += 1
-    lines = [f"kernels of one step: {sum(counts.values())}, {sum(times.values()) / 1e3:.1f} ms in all"]
+    lines = [f"kernels of one step: {sum(counts.values())}, {sum(times.values()) / 1e3:.1f} ms in total"]
     lines += [f"  {name:26s} {took / 1e3:7.1f} ms  {counts[name]:5d}" for name, took in times.most_common()]
     return "\n".join(lines)
 

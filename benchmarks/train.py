@@ -1,7 +1,7 @@
-"""`python -m benchmarks.train`: how fast a LoRA is trained on this GPU, measured as a user meets it. Needs CUDA.
+"""`python -m benchmarks.train`: how fast this GPU trains a LoRA, measured as a user experiences it. Needs CUDA.
 
-Builds a full-size SDXL with random weights and images of its own in a folder (15 GB), runs `scripts/train_lora.py` on
-them, and takes time per step and fixed cost from the times of their lines.
+Builds a full-size SDXL with random weights and generated images in a folder (15 GB), runs `scripts/train_lora.py` on
+them, and derives the time per step and the fixed cost from the times of the log lines.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from training.config import TrainSettings
 ONE_BUCKET = ((1024, 1024),)
 SIX_BUCKETS = ((1024, 1024), (896, 1152), (1152, 896), (832, 1216), (1216, 832), (768, 1344))
 STEP_TFLOP_PER_IMAGE = 14.7
-"""Forward and backward of the UNet at 1024 x 1024 with the LoRA's gradients, counted from the layers' sizes."""
-STEPS_TIMED = 120
-"""Of batch 4; as many images for other batches."""
+"""Forward and backward pass of the UNet at 1024 x 1024 with the gradients of the LoRA, computed from the sizes of the layers."""
+TIMED_STEPS = 120
+"""At batch 4; with other batch sizes, the same number of images."""
 TAGS = "1girl, smile, brown hair, blue eyes, outdoors, tree, standing, upper body, looking at viewer, white shirt"
 
 
@@ -44,8 +44,8 @@ class Job:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/loracat-benchmark"), help="where everything is built")
-    parser.add_argument("--only", default="", help="regular expression: only the measurements whose names match")
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/loracat-benchmark"), help="working folder (15 GB)")
+    parser.add_argument("--only", default="", help="regular expression: run only measurements whose names match")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs an NVIDIA GPU")
@@ -53,35 +53,35 @@ def main() -> None:
     rate = matmul_tflops()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matrix products at {rate:.0f} TFLOP/s (bf16)\n", flush=True)
     torch.cuda.empty_cache()
-    wanted = re.compile(options.only)
-    if wanted.search(FIRST_JOB):
-        forget_kernels()
+    selected = re.compile(options.only)
+    if selected.search(FIRST_JOB):
+        delete_compiled_kernels()
         print(whole_job(options.folder, FIRST_JOB), flush=True)
-    if wanted.search(SECOND_JOB):
-        if not wanted.search(FIRST_JOB):
+    if selected.search(SECOND_JOB):
+        if not selected.search(FIRST_JOB):
             run(options.folder, Job("compile the kernels", "one", 1, JOB_SETTINGS))
         print(whole_job(options.folder, SECOND_JOB), flush=True)
     for name, images, batch, settings in MEASUREMENTS:
-        if wanted.search(name):
-            print(measured(options.folder, name, images, batch, settings, rate), flush=True)
-    if wanted.search("inside a step"):
+        if selected.search(name):
+            print(measure(options.folder, name, images, batch, settings, rate), flush=True)
+    if selected.search("inside a step"):
         subprocess.run([sys.executable, "-m", "benchmarks.step", options.folder / "models" / "random-sdxl"], check=True)
 
 
-FIRST_JOB, SECOND_JOB = "job, first run on this machine", "job, kernels compiled before"
+FIRST_JOB, SECOND_JOB = "job, first run on this machine", "job, kernels already compiled"
 JOB_SETTINGS = {"train_batch_size": 4, "gradient_checkpointing": "auto"}
-"""As the settings' defaults have it."""
+"""The defaults of these settings."""
 MEASUREMENTS = (
     ("batch 4", "one", 4, {}),
     ("batch 1", "one", 1, {}),
     ("batch 4, checkpointing", "one", 4, {"gradient_checkpointing": "true"}),
     ("batch 4, six buckets", "six", 4, {}),
 )
-"""Name, images, batch size, further settings. Checkpointing is off where nothing else is said."""
+"""Name, images, batch size, further settings. Gradient checkpointing is off unless stated otherwise."""
 
 
 def build(folder: Path) -> None:
-    """The base model and the two data sets, unless they are there."""
+    """Build the base model and the two data sets, unless they exist."""
     if (folder / "complete").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -99,7 +99,7 @@ def build(folder: Path) -> None:
 
 
 def image(size: tuple[int, int], seed: int) -> Image.Image:
-    """Soft colours with some grain."""
+    """An image of soft colours with some grain."""
     generator = torch.Generator().manual_seed(seed)
     soft = torch.rand(1, 3, 8, 8, generator=generator)
     pixels = torch.nn.functional.interpolate(soft, size=size[::-1], mode="bicubic", align_corners=False)
@@ -108,7 +108,7 @@ def image(size: tuple[int, int], seed: int) -> Image.Image:
 
 
 def matmul_tflops() -> float:
-    """What a large bf16 matrix product reaches on this card."""
+    """TFLOP/s of a large bf16 matrix product on this GPU."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
         a @ b
@@ -122,12 +122,12 @@ def matmul_tflops() -> float:
 
 
 def run(folder: Path, job: Job) -> tuple[float, str]:
-    """Run train_lora.py from scratch; seconds from start to end, and what it printed, each line with its time."""
+    """Run train_lora.py from scratch; return the seconds it took and its output, each line with its time."""
     output = folder / "output"
     shutil.rmtree(output, ignore_errors=True)
     names = {key.name.upper() for section in (ProjectSettings, TrainSettings) for key in all_keys(section)}
     kept = {name: value for name, value in os.environ.items() if name not in names}
-    ours = {
+    of_benchmark = {
         "trigger_word": "trigger",
         "dataset_dir": folder / job.images,
         "output_dir": output,
@@ -138,7 +138,7 @@ def run(folder: Path, job: Job) -> tuple[float, str]:
         "gradient_checkpointing": "false",
         "validation_fraction": 0,
     }
-    changed = {name.upper(): str(value) for name, value in (ours | job.settings).items() if name.upper() in names}
+    changed = {name.upper(): str(value) for name, value in (of_benchmark | job.settings).items() if name.upper() in names}
     command = [sys.executable, REPOSITORY / "scripts" / "train_lora.py"]
     started, lines = time.monotonic(), []
     process = subprocess.Popen(command, env=kept | changed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -152,12 +152,12 @@ def run(folder: Path, job: Job) -> tuple[float, str]:
     return time.monotonic() - started, log
 
 
-def measured(folder: Path, name: str, images: str, batch: int, settings: dict[str, object], rate: float) -> str:
-    """One line of the table. A short run first compiles the kernels that are missing; then a long one is timed by its own
-    lines, from the end of its second epoch on, when every shape is captured. `rate`: TFLOP/s of matrix products alone."""
+def measure(folder: Path, name: str, images: str, batch: int, settings: dict[str, object], rate: float) -> str:
+    """One line of the table. A short run first compiles missing kernels; then a long run is timed by its log lines, from the
+    end of its second epoch on, when every shape has been captured. `rate`: TFLOP/s of matrix products alone."""
     count = {"one": 32, "six": 48}[images]
     per_epoch = count // batch
-    epochs = 2 + -(-STEPS_TIMED * 4 // batch // per_epoch)
+    epochs = 2 + -(-TIMED_STEPS * 4 // batch // per_epoch)
     for length in (2, epochs):
         job = Job(f"{name}, {length} epochs", images, length, {"train_batch_size": batch} | settings)
         took, log = run(folder, job)
@@ -173,13 +173,13 @@ def measured(folder: Path, name: str, images: str, batch: int, settings: dict[st
 
 
 def whole_job(folder: Path, name: str) -> str:
-    """32 images, 20 epochs, batch 4."""
+    """Run the job, 32 images, 20 epochs, batch 4, and return its time and log."""
     took, log = run(folder, Job(name, "one", 20, JOB_SETTINGS))
     return f"{name:32s} {took:6.1f} s\n{log}"
 
 
-def forget_kernels() -> None:
-    """Remove what Triton and the driver have compiled before, as on a new machine."""
+def delete_compiled_kernels() -> None:
+    """Delete what Triton and the driver have compiled, as on a new machine."""
     for cache in (os.environ.get("TRITON_CACHE_DIR"), Path.home() / ".triton" / "cache", Path.home() / ".nv" / "ComputeCache"):
         if cache:
             shutil.rmtree(cache, ignore_errors=True)

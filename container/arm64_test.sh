@@ -1,34 +1,34 @@
 #!/usr/bin/env bash
-# arm64_test.sh [FOLDER]: in an emulated ARM64 root below FOLDER (default /var/tmp) the requirements install and import, and
-# the demo trains its tiny LoRA. What a DGX Spark's processor meets, without its GPU. Takes about half an hour and 12 GB.
-# Needs root and, from Debian, debootstrap and qemu-user-static. Everything it made is removed, however it ends.
+# arm64_test.sh [FOLDER]: install and import the requirements and run the demo in an emulated ARM64 Debian below FOLDER
+# (default: /var/tmp). This tests what a DGX Spark's processor runs, without its GPU. Takes about half an hour and 12 GB.
+# Needs root and the Debian packages debootstrap and qemu-user-static. Removes everything it has created, even after a failure.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
-need() { command -v "$1" >/dev/null || { echo "arm64_test.sh: $1 is missing: apt-get install $2" >&2 && exit 2; }; }
+need() { command -v "$1" >/dev/null || { echo "arm64_test.sh: $1 is missing: run apt-get install $2" >&2 && exit 2; }; }
 need debootstrap debootstrap
 need qemu-aarch64-static qemu-user-static
-((EUID == 0)) || { echo "arm64_test.sh: only root can do this: sudo make arm64-test" >&2 && exit 2; }
+((EUID == 0)) || { echo "arm64_test.sh: must be run as root: sudo make arm64-test" >&2 && exit 2; }
 
-place=$(mktemp -d "${1:-/var/tmp}/loracat-arm64.XXXXXX")
-root=$place/root formats=/proc/sys/fs/binfmt_misc registered="" mounted=()
+workdir=$(mktemp -d "${1:-/var/tmp}/loracat-arm64.XXXXXX")
+root=$workdir/root formats=/proc/sys/fs/binfmt_misc registered="" mounted=()
 clean_up() {
     for ((n = ${#mounted[@]} - 1; n >= 0; n--)); do umount "${mounted[n]}"; done
     [[ ! $registered ]] || echo -1 >"$formats/qemu-aarch64"
-    rm -rf --one-file-system "$place"
+    rm -rf --one-file-system "$workdir"
 }
 trap clean_up EXIT
 
-# From here on the kernel runs ARM64 programs through qemu. With the flag F it opens qemu now, outside the root.
+# Let the kernel run ARM64 programs through qemu. With the flag F it opens qemu now, outside the emulated root.
 [[ -e $formats/register ]] || mount -t binfmt_misc binfmt_misc "$formats"
 if [[ ! -e $formats/qemu-aarch64 ]]; then
     cat /usr/lib/binfmt.d/qemu-aarch64.conf >"$formats/register"
     registered=yes
 fi
 
-echo "An ARM64 Debian is made in $root."
-debootstrap --arch arm64 --variant=minbase --include=ca-certificates,make,python3,python3-pip,python3-venv bookworm "$root" >"$place/log" ||
-    { tail -n 20 "$place/log" >&2 && exit 1; }
+echo "Creating an ARM64 Debian in $root."
+debootstrap --arch arm64 --variant=minbase --include=ca-certificates,make,python3,python3-pip,python3-venv bookworm "$root" >"$workdir/log" ||
+    { tail -n 20 "$workdir/log" >&2 && exit 1; }
 rm -f "$root"/usr/lib/python3*/EXTERNALLY-MANAGED
 cp -L /etc/resolv.conf "$root/etc/resolv.conf"
 cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
@@ -39,29 +39,29 @@ bind() {
 }
 bind /proc "$root/proc"
 bind /sys "$root/sys"
-# torch asks these two which processor it has, and stops when an ARM64 program finds an x86-64 there: a Cortex-A76 takes its place.
+# torch reads the processor from these files and stops if an ARM64 program finds an x86-64 one: describe a Cortex-A76 instead.
 for cpu in 0 1; do
     printf '%s\t: %s\n' processor $cpu BogoMIPS 100.00 Features 'fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid' \
         'CPU implementer' 0x41 'CPU architecture' 8 'CPU variant' 0x0 'CPU part' 0xd0b 'CPU revision' 1
     echo
-done >"$place/cpuinfo"
-bind "$place/cpuinfo" "$root/proc/cpuinfo"
+done >"$workdir/cpuinfo"
+bind "$workdir/cpuinfo" "$root/proc/cpuinfo"
 in_root() {
     chroot "$root" env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 OMP_NUM_THREADS=1 \
         PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CERT=/etc/ssl/certs/ca-certificates.crt "$@"
 }
 
-# The base image has torch already. It is fetched and unpacked outside of the emulation, which takes a tenth of the time.
+# The base image already has torch. Here it is downloaded and unpacked outside the emulation, which takes a tenth of the time.
 torch=$(grep '^torch==' requirements-dev.txt) numpy=$(grep '^numpy==' requirements-dev.txt) onnx=$(grep '^onnx==' requirements-dev.txt)
 version=$(in_root python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-echo "$torch takes the place of the base image's."
-python3 -m venv "$place/venv"
+echo "Installing $torch in place of the base image's torch."
+python3 -m venv "$workdir/venv"
 platforms=(--platform manylinux2014_aarch64)
 for glibc in {17..36}; do platforms+=(--platform "manylinux_2_${glibc}_aarch64"); done
-"$place/venv/bin/python" -m pip install --quiet --no-compile --only-binary :all: --python-version "$version" --implementation cp \
+"$workdir/venv/bin/python" -m pip install --quiet --no-compile --only-binary :all: --python-version "$version" --implementation cp \
     "${platforms[@]}" --target "$root/usr/local/lib/python$version/dist-packages" "$torch" "$numpy"
 
-echo "The requirements are installed in the emulation."
+echo "Installing the requirements in the emulation."
 mkdir "$root/opt/loracat"
 git ls-files -z | xargs -0 cp --parents --target-directory="$root/opt/loracat"
 in_root python3 -m pip install --no-cache-dir --quiet --requirement /opt/loracat/requirements.txt "$onnx"
@@ -70,6 +70,6 @@ in_root python3 -c '
 import platform, accelerate, diffusers, huggingface_hub, onnxruntime, peft, PIL, requests, safetensors, tensorboard, torch, transformers
 print("imported on", platform.machine(), "with torch", torch.__version__)'
 
-echo "The demo trains its LoRA in the emulation."
+echo "Running the demo in the emulation."
 in_root bash -c 'cd /opt/loracat && PYTHON=python3 python3 -m demo --workspace /var/tmp/demo'
-echo "ARM64: the requirements install and import, and the demo trains its LoRA."
+echo "ARM64 test passed: the requirements install and import, and the demo trains its LoRA."

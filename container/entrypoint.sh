@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# What the container starts: scripts/run.sh as the owner of the data set, so that what it writes belongs to that person.
-# Started with `user:` or `--user` it stays who it is.
+# Entrypoint of the container: runs scripts/run.sh as the owner of the dataset folder, so that all files it writes belong to
+# that user. If the container was started with `user:` or `--user`, the user does not change.
 set -euo pipefail
 
-# NVIDIA's own entrypoint comes first: it prints its banner and looks for the driver. Other bases have none.
+# Run NVIDIA's own entrypoint first, which prints its banner and checks the driver. Other base images have none.
 base=/opt/nvidia/nvidia_entrypoint.sh
 if [[ ! ${LORACAT_ENTERED:-} && -x $base ]]; then
     LORACAT_ENTERED=yes exec "$base" "$0" "$@"
 fi
 
 if ((EUID != 0)) && [[ ! -r /app/scripts/run.sh ]]; then
-    echo "loracat: user $EUID may not read the folder that is /app here: on the host, chmod -R a+rX it, or take its owner" >&2
+    echo "loracat: user $EUID cannot read the folder mounted at /app: on the host, run chmod -R a+rX on it, or start with its owner as --user" >&2
     exit 2
 fi
 
@@ -21,7 +21,7 @@ if ((EUID == 0 && owner != 0)); then
     exec setpriv --reuid "$owner" --regid "$(stat --format %g "$dataset")" --clear-groups "$0" "$@"
 fi
 
-# An owner without a home in the image: whatever the libraries keep goes to the mounted folder and is there next time.
+# This user has no home folder in the image. The caches of the libraries go to the mounted output folder and are kept there.
 cache=${OUTPUT_DIR:-/app/output}/cache
 export USER=loracat HOME=$cache/home HF_HOME=$cache/huggingface MPLCONFIGDIR=$cache/matplotlib
 export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor
@@ -31,12 +31,12 @@ if ! mkdir -p "$HOME" "$HF_HOME" "$MPLCONFIGDIR" "$TRITON_CACHE_DIR" "$TORCHINDU
     exit 6
 fi
 
-# Triton's own ptxas is older than the newest GPUs.
+# The ptxas that Triton ships is too old for the newest GPUs; the one of the CUDA toolkit is not.
 ptxas=/usr/local/cuda/bin/ptxas
 if [[ -x $ptxas ]]; then
     export TRITON_PTXAS_PATH=$ptxas TRITON_PTXAS_BLACKWELL_PATH=$ptxas
 fi
 
-# `hf download ...`: weights arrive as everything else does, owned by the same user. `python3 scripts/...`: a stage alone.
+# `hf download ...` fetches weights, owned by the same user as everything else; `python3 scripts/...` runs a single program.
 [[ ${1:-} != hf && ${1:-} != python3 ]] || exec "$@"
 exec bash /app/scripts/run.sh "$@"

@@ -1,7 +1,7 @@
-"""the demo environment: everything the pipeline needs, small enough for a bare machine."""
+"""The demo environment: everything that the pipeline needs, small enough for a machine without a GPU."""
 
 import sys
 from pathlib import Path
 
-# The rooms of scripts/ are imported as its programs import them, wherever `python -m demo` is started with nothing installed.
+# The packages in scripts/ are imported as its programs import them, without being installed and from any current folder.
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))

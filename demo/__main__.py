@@ -1,4 +1,4 @@
-"""`python -m demo`: the whole pipeline on the demo environment, in a workspace of its own. No GPU, no Docker, no models."""
+"""`python -m demo`: run the whole pipeline on the demo environment, in a separate workspace. No GPU, no Docker, no models."""
 
 import argparse
 import shutil
@@ -12,31 +12,31 @@ from safetensors import safe_open
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORKSPACE = REPOSITORY / "demo" / "workspace"
 MARK = ".made-by-loracat-demo"
-"""Stands in every workspace: a folder without it is somebody else's and is never wiped."""
+"""File that marks a workspace of the demo: a folder without it is never emptied."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
-    parser.add_argument("--workspace", type=Path, default=WORKSPACE, help="folder that is wiped and filled anew")
-    workspace = emptied(parser.parse_args().workspace)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the preparations at once
+    parser.add_argument("--workspace", type=Path, default=WORKSPACE, help="folder to empty and use (default: demo/workspace)")
+    workspace = empty_workspace(parser.parse_args().workspace)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the pipeline runs, Ctrl-C ends the program immediately
 
-    from demo.environment import DemoEnvironment  # diffusers takes seconds to import
+    from demo.environment import DemoEnvironment  # imports diffusers, which takes seconds
 
-    world = DemoEnvironment.build(workspace)
-    print(f"a demo environment is in {world.folder}. What follows is scripts/run.sh on it.\n", flush=True)
-    with world.serve() as comfyui:
-        code = run_pipeline(world.environment(comfyui.url, PYTHON=sys.executable))
+    demo = DemoEnvironment.build(workspace)
+    print(f"Created a demo environment in {demo.folder}. Running scripts/run.sh on it.\n", flush=True)
+    with demo.serve() as comfyui:
+        code = run_pipeline(demo.environment(comfyui.url, PYTHON=sys.executable))
     if code == 0:
-        print(f"\n{described(world.lora)}")
+        print(f"\n{describe_lora(demo.lora)}")
     return code
 
 
-def emptied(workspace: Path) -> Path:
-    """`workspace`, empty but for the mark."""
+def empty_workspace(workspace: Path) -> Path:
+    """Empty or create `workspace`, put the file MARK into it and return it. Refuses a folder that the demo did not create."""
     if workspace.exists():
         if any(workspace.iterdir()) and not (workspace / MARK).exists():
-            sys.exit(f"{workspace}: holds something that is not a demo's; name another folder with --workspace")
+            sys.exit(f"{workspace} contains files that were not created by the demo; choose another folder with --workspace")
         shutil.rmtree(workspace)
     workspace.mkdir(parents=True)
     (workspace / MARK).touch()
@@ -44,25 +44,25 @@ def emptied(workspace: Path) -> Path:
 
 
 def run_pipeline(environment: dict[str, str]) -> int:
-    """run.sh's exit code. Ctrl-C reaches run.sh from the terminal and SIGTERM is passed on: it ends, then we do."""
+    """Run run.sh and return its exit code. The terminal sends Ctrl-C to run.sh as well; SIGTERM is passed on to it."""
     signal.signal(signal.SIGINT, lambda *_: None)
     pipeline = subprocess.Popen([REPOSITORY / "scripts" / "run.sh"], env=environment)
     signal.signal(signal.SIGTERM, lambda *_: pipeline.terminate())
     return pipeline.wait()
 
 
-def described(lora: Path) -> str:
-    """Where the LoRA is and what its header says about it."""
+def describe_lora(lora: Path) -> str:
+    """The path of the LoRA file and a summary of its header."""
     with safe_open(lora, framework="numpy") as file:
-        about, modules = file.metadata(), sum(key.endswith(".alpha") for key in file.keys())  # noqa: SIM118 (not a dict)
+        metadata, modules = file.metadata(), sum(key.endswith(".alpha") for key in file.keys())  # noqa: SIM118 (not a dict)
     return "\n".join(
         [
             f"The LoRA is {lora}",
-            f"  {modules} modules of rank {about['ss_network_dim']}, alpha {about['ss_network_alpha']}, "
-            f"{lora.stat().st_size / 2**20:.1f} MiB, network module {about['ss_network_module']}",
-            f"  trained on {about['ss_num_train_images']} images for {about['ss_num_epochs']} epochs, "
-            f"{about['ss_steps']} steps, on {about['ss_sd_model_name']}",
-            f"  trigger word {about['modelspec.trigger_phrase']}",
+            f"  {modules} modules of rank {metadata['ss_network_dim']}, alpha {metadata['ss_network_alpha']}, "
+            f"{lora.stat().st_size / 2**20:.1f} MiB, network module {metadata['ss_network_module']}",
+            f"  trained on {metadata['ss_num_train_images']} images for {metadata['ss_num_epochs']} epochs, "
+            f"{metadata['ss_steps']} steps, on {metadata['ss_sd_model_name']}",
+            f"  trigger word {metadata['modelspec.trigger_phrase']}",
         ]
     )
 

@@ -1,6 +1,6 @@
-"""the demo environment in a folder: a tiny SDXL, a tiny tagger, a workflow with its node ids, prompts and a face.
+"""The demo environment: a folder with a tiny SDXL, a tiny tagger, a workflow with its node ids, prompts and a face.
 
-The stages meet it through environment variables alone, so it needs nothing of the user's and leaves nothing there.
+It is passed to the stages through environment variables only, so it neither uses nor changes any file of the user.
 """
 
 import os
@@ -38,21 +38,21 @@ NODE_IDS = {"image_loader_node": "1", "positive_prompt_node": "4", "seed_node": 
 
 @dataclass(frozen=True)
 class DemoEnvironment:
-    """A built world; `folder` holds all of it."""
+    """A demo environment; everything is in `folder`."""
 
     folder: Path
 
     @classmethod
     def build(cls, folder: Path) -> "DemoEnvironment":
-        """Make the world in `folder`, which is empty or absent. Takes seconds."""
-        world = cls(folder.resolve())
-        tiny_sdxl.build(world.models / "tiny-sdxl")
-        tiny_tagger.build(world.models / "tiny-tagger")
-        write_json(world.folder / "workflow.json", workflow())
-        write_json(world.folder / "workflow_config.json", NODE_IDS)
-        write_json(world.folder / "prompts.json", [{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(PROMPTS)])
-        scene("portrait in a studio", 1, (384, 384)).save(world.folder / "face.png")
-        return world
+        """Create the demo environment in `folder`, which must be empty or absent. Takes seconds."""
+        demo = cls(folder.resolve())
+        tiny_sdxl.build(demo.models / "tiny-sdxl")
+        tiny_tagger.build(demo.models / "tiny-tagger")
+        write_json(demo.folder / "workflow.json", workflow())
+        write_json(demo.folder / "workflow_config.json", NODE_IDS)
+        write_json(demo.folder / "prompts.json", [{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(PROMPTS)])
+        scene("portrait in a studio", 1, (384, 384)).save(demo.folder / "face.png")
+        return demo
 
     @property
     def models(self) -> Path:
@@ -68,20 +68,20 @@ class DemoEnvironment:
 
     @property
     def lora(self) -> Path:
-        """The LoRA file that a whole run leaves."""
+        """The LoRA file that a complete run writes."""
         return self.output / "lora" / f"{TRIGGER_WORD}.safetensors"
 
     def serve(self) -> StandIn:
-        """A ComfyUI of this world, as a context manager; its address is `url`."""
+        """The stand-in ComfyUI, as a context manager; its address is `url`."""
         return StandIn(self.folder / "comfyui")
 
     def environment(self, comfyui_url: str, **settings: object) -> dict[str, str]:
-        """What run.sh and the stages need; `settings` (lower or upper case) win over the world's own.
+        """Environment variables for run.sh and the stages; `settings` (names in lower or upper case) override those of the demo.
 
-        Settings that the user has in the environment are left out, those in config/training_config.toml are overridden, and
-        nothing is looked up on the network.
+        Settings in the user's environment are removed, those in config/training_config.toml are overridden, and nothing is
+        downloaded.
         """
-        ours = {
+        of_demo = {
             "trigger_word": TRIGGER_WORD,
             "dataset_dir": self.dataset,
             "output_dir": self.output,
@@ -104,10 +104,10 @@ class DemoEnvironment:
             "dataloader_num_workers": 1,
         }
         kept = {name: value for name, value in os.environ.items() if name not in setting_names()}
-        changed = {name.upper(): str(value) for name, value in (defaults() | ours | settings).items()}
-        # Networks this small gain nothing from threads, which wait for each other many times longer on a busy machine.
-        for_the_machine = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        return kept | for_the_machine | changed
+        changed = {name.upper(): str(value) for name, value in (defaults() | of_demo | settings).items()}
+        # Networks this small gain nothing from threads, and on a busy machine threads wait for each other much longer.
+        for_machine = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        return kept | for_machine | changed
 
 
 def setting_names() -> set[str]:
@@ -116,19 +116,19 @@ def setting_names() -> set[str]:
 
 
 def defaults() -> dict[str, str]:
-    """Every setting's default as a variable says it, but for those whose default is that they are not set."""
+    """Every setting's default as the value of a variable, except for settings that are not set by default."""
     keys = [key for section in SECTIONS for key in all_keys(section) if key.default not in (None, "")]
     return {key.name: "," if key.default == () else str(key.default) for key in keys}
 
 
 def workflow() -> dict[str, dict]:
-    """A ComfyUI workflow in API format: the face, a prompt and a seed become one image."""
+    """A ComfyUI workflow in API format that makes one image from the face, a prompt and a seed."""
     width, height = IMAGE_SIZE_PX
     return {
         "1": _node("LoadImage", image="example.png"),
         "2": _node("ImageScale", image=["1", 0], upscale_method="lanczos", width=width, height=height, crop="center"),
         "3": _node("CheckpointLoaderSimple", ckpt_name="tiny_sdxl_random.safetensors"),
-        "4": _node("CLIPTextEncode", clip=["3", 1], text="what prompts.json says"),
+        "4": _node("CLIPTextEncode", clip=["3", 1], text="the prompt from prompts.json"),
         "5": _node("CLIPTextEncode", clip=["3", 1], text="text, watermark"),
         "6": _node(
             "KSampler",

@@ -31,7 +31,7 @@ from captioning.traits import prune_common_traits
 from common.clip_tokens import find_clip_tokens
 from common.dataset_layout import DatasetFolder, ImageFile, caption_owners
 from common.errors import DataError, SettingsError, run_main, stop_on_signals
-from common.files import locked, write_json_if_changed
+from common.files import locked, write_json
 from common.project import ProjectSettings, SharedTrainSettings
 from common.settings import read_request
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     settings = resolve(request.sections["caption"])
     folder = DatasetFolder(project.dataset_dir)
     if request.check:
-        check(folder, settings, project.models_dir, is_ahead=request.is_ahead)
+        check(folder, settings, project.models_dir, inputs_pending=request.inputs_pending)
         return
     lock = locked(folder.images, f"another run is captioning {folder.images}: wait for it to end")
     with lock if folder.images.is_dir() else nullcontext():
@@ -174,7 +174,7 @@ def generate_captions(
     selector = TagSelector(tags, settings)
     selected = [selector.select(of_image) for of_image in probabilities.values()]
     pruning = prune_common_traits(tags, selected, settings.caption_prune_traits)
-    write_json_if_changed(folder.traits, report.traits_record(selector, pruning))
+    write_json(folder.traits, report.traits_record(selector, pruning))
     print(report.selection_notes(selector, pruning), end="", flush=True)
     for image in images:
         if image.path not in probabilities:

@@ -15,49 +15,48 @@ from operator import call
 from pathlib import Path
 from typing import Any
 
-from collecting.config import CollectSettings
-from common.background import coming
+from common.background import in_background
 from common.errors import run_main, stop_on_signals
 from common.output_layout import only_run_in
-from common.project import ProjectSettings
+from common.project import ComfyUIAddress, ProjectSettings
 from common.settings import read_request
 from training.config import TrainSettings
 from training.data.dataset import read_inputs
-from training.system.launcher import launch, place, wants_launcher
+from training.system.launcher import launch, needs_launcher, rank_info
 from training.system.worker_process import die_with_parent, worker_process
 
 STAGE = "train_lora"
-SECTIONS = {"project": ProjectSettings, "collect": CollectSettings, "train": TrainSettings}
+SECTIONS = {"project": ProjectSettings, "collect": ComfyUIAddress, "train": TrainSettings}
 NVIDIA = Path("/dev/nvidiactl")
 """Exists if NVIDIA's driver is loaded."""
 
 
 def main(argv: list[str]) -> None:
     stop_on_signals()
-    ranks = place()
-    if ranks.count > 1:
-        die_with_parent(ranks.launcher)  # before the imports: the launcher may be gone when they are done
+    ranks = rank_info()
+    if ranks.world_size > 1:
+        die_with_parent(ranks.launcher_pid)  # before the imports: the launcher may be gone when they are done
     request = read_request(STAGE, __doc__, argv, SECTIONS, validate=validate)
     project, settings = request.sections["project"], request.sections["train"]
-    if wants_launcher(settings.processes) and not request.check:
+    if needs_launcher(settings.processes) and not request.check:
         sys.exit(launch([sys.executable, __file__, *argv], settings.processes))
-    if ranks.index == 0:
+    if ranks.rank == 0:
         print(f"overridden settings: {request.overridden()}", flush=True)
 
     # Worker processes read the inputs and encode the data while this one imports libraries and loads the UNet.
-    overlaps = NVIDIA.exists() and ranks.count == 1 and not request.check
-    with worker_process(wanted=overlaps) as reader, worker_process(import_training, wanted=overlaps) as encoder:
+    overlaps = NVIDIA.exists() and ranks.world_size == 1 and not request.check
+    with worker_process(enabled=overlaps) as reader, worker_process(import_training, enabled=overlaps) as encoder:
         read = partial(reader.call_and_close if reader else call, read_inputs, project, settings)
-        with coming(read, begins_now=ranks.index == 0 and not request.check) as inputs:
+        with in_background(read, start=ranks.rank == 0 and not request.check) as inputs:
             import_training()
         from training import job, preflight, trainer
         from training.system.process_group import process_group
 
         if request.check:
-            preflight.check(project, settings, is_ahead=request.is_ahead)
+            preflight.check(project, settings, inputs_pending=request.inputs_pending)
             return
         with process_group(ranks) as group, only_run_in(project.output_dir) if group.is_main_process else nullcontext():
-            run = job.resolve_on_all_ranks(group, project, settings, inputs, request.sections["collect"].comfyui_endpoint)
+            run = job.resolve_on_all_ranks(group, project, settings, inputs.result, request.sections["collect"].comfyui_endpoint)
             if not run.is_finished:
                 trainer.train(run, group, encoder)
             elif group.is_main_process:
@@ -69,7 +68,7 @@ def import_training() -> None:
     """Import what takes seconds, while the GPU's context is created in the background."""
     from training.system.device import wake_gpu
 
-    wake_gpu(place().gpu)
+    wake_gpu(rank_info().gpu)
     import training.trainer  # noqa: F401
 
 

@@ -20,7 +20,10 @@ from training.config import TrainSettings
 
 PAGES = {
     path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
-    for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "CONTRIBUTING.md")
+    for path in (
+        *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+        *sorted((REPOSITORY / "docs").glob("*.md")),
+    )
 }
 README = PAGES["README.md"]
 ALL_PAGES = "\n".join(PAGES.values())
@@ -128,9 +131,10 @@ def test_readme_is_short_and_leads_to_every_page():
 
 
 def test_paths_in_the_pages_exist_or_are_created_by_a_run():
-    in_other_folders = {"model_index.json", "metrics.jsonl", "training_config_resolved.toml", "models/loras"}
+    in_other_folders = {"model_index.json", "metrics.jsonl", "training_config_resolved.toml", "models/loras", "main.py"}
     top = {name.split("/")[0] for name in git("ls-files").stdout.splitlines()}
-    quoted = set(re.findall(r"`([\w./-]+)`", ALL_PAGES)) - in_other_folders
+    spans = {word for span in re.findall(r"`([^`\n]+)`", ALL_PAGES) for word in span.split()}
+    quoted = {word for word in spans if re.fullmatch(r"[\w./-]+", word)} - in_other_folders
     with_folders = {name for name in quoted if "/" in name and name.split("/")[0] in top}
     without = {name for name in quoted if re.fullmatch(r"[\w-]+\.(md|json|jsonl|toml|yml|txt|sh|py)", name)}
     assert {"scripts/run.sh", "scripts/training/"} <= with_folders
@@ -184,6 +188,36 @@ def test_benchmark_lines_that_readme_asks_for_are_those_that_are_printed():
     lines = [line for line in asked if not line.startswith("docker ")]
     assert len(lines) >= 5
     assert [line for line in lines if f'"{line}' not in printed] == []
+
+
+@pytest.mark.parametrize("row", table_rows("CONTRIBUTING.md", "What"), ids=lambda row: code(row[1]))
+def test_recipes_list_exactly_the_files_that_their_examples_touch(row):
+    example, listed = code(row[1]), re.findall(r"`([^`]+)`", row[2])
+    found = git("grep", "--files-with-matches", "--ignore-case", "--word-regexp", example, "--", "scripts").stdout.split()
+    assert sorted(listed) == sorted(found)
+
+
+def test_issue_templates_ask_for_the_preflight_check_and_the_version():
+    templates = [path for path in (REPOSITORY / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml"]
+    assert len(templates) == 2
+    for path in templates:
+        template = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert template.keys() == {"name", "description", "labels", "body"}
+        required = {
+            item["id"]: item["attributes"]["description"]
+            for item in template["body"]
+            if item["type"] != "markdown" and item.get("validations", {}).get("required")
+        }
+        assert "`docker compose run --rm loracat --check`" in required["check"]
+        assert "`docker compose run --rm loracat --version`" in required["version"]
+
+
+def test_ci_runs_what_a_contributor_runs_on_both_architectures():
+    jobs = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    assert [step["run"] for step in jobs["checks"]["steps"] if "run" in step] == [".ci/run"]
+    for job in jobs.values():
+        assert job["strategy"]["matrix"]["runner"] == ["ubuntu-24.04", "ubuntu-24.04-arm"]
+        assert job["runs-on"] == "${{ matrix.runner }}"
 
 
 def test_text_files_have_unix_line_ends_in_every_clone():

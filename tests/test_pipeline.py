@@ -1,6 +1,7 @@
-"""scripts/run.sh on the demo environment, as a user runs it: the exact files it leaves, and how it refuses what is wrong."""
+"""scripts/run.sh on the demo environment, as a user runs it: the exact files it writes, and its messages about wrong input."""
 
 import csv
+import importlib
 import json
 import re
 import subprocess
@@ -11,11 +12,11 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from collecting.jobs import read_entries
-from collecting.workflow import understand
+from collecting.jobs import parse_entries
+from collecting.workflow import parse_workflow
 from common.files import read_json_lines, sha256_of
 from common.settings import REPOSITORY, TABLES, resolve
-from demo.__main__ import emptied
+from demo.__main__ import empty_workspace
 from demo.environment import PROMPTS, RUN_SH, SECTIONS, TRIGGER_WORD, DemoEnvironment
 from demo.standin_comfyui.images import scene
 from demo.standin_comfyui.server import StandIn
@@ -26,7 +27,7 @@ QUICK = {"num_train_epochs": 2, "save_every_epochs": 1, "train_batch_size": 5, "
 SHIPPED = ("workflow_api.json", "config/workflow_config.json", "prompts_example.json")
 WORKFLOWS = REPOSITORY / "tests" / "data" / "comfyui" / "workflows"
 
-LEFT_IN_DATASET = {
+FILES_IN_DATASET = {
     "images/node8_<hash>.png": IMAGES,
     "images/node8_<hash>.txt": IMAGES,
     "manifest.jsonl": 1,
@@ -39,59 +40,59 @@ LEFT_IN_DATASET = {
     ".loracat/tags/<hash>/selected_tags.csv": 1,
     ".loracat/tags/<hash>/<hash>.npy": IMAGES,
 }
-LEFT_IN_OUTPUT = {
+FILES_IN_OUTPUT = {
     "cache/digests.json": 1,
     "cache/latents/<hash>.safetensors": IMAGES,
-    "cache/text/<hash>.safetensors": IMAGES + 1,  # and the empty caption
+    "cache/text/<hash>.safetensors": IMAGES + 1,  # the captions and the empty caption
     f"lora/{TRIGGER_WORD}.safetensors": 1,
     f"lora/{TRIGGER_WORD}-000001.safetensors": 1,
     "lora/metrics.jsonl": 1,
     "lora/training_config_resolved.toml": 1,
     "state/.lock": 1,
-    f"state/{TRIGGER_WORD}/step-000000004.json": 1,  # from which the run could be lengthened
+    f"state/{TRIGGER_WORD}/step-000000004.json": 1,  # from which the run can be extended
     f"state/{TRIGGER_WORD}/step-000000004.safetensors": 1,
 }
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> DemoEnvironment:
-    return DemoEnvironment.build(tmp_path_factory.mktemp("world"))
+def demo_env(tmp_path_factory) -> DemoEnvironment:
+    return DemoEnvironment.build(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture(scope="module")
-def comfyui(world):
-    with world.serve() as server:
+def comfyui(demo_env):
+    with demo_env.serve() as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def finished(world, comfyui) -> DemoEnvironment:
-    """The world after one whole run."""
-    done = run(world, comfyui)
+def finished(demo_env, comfyui) -> DemoEnvironment:
+    """The demo environment after one complete run."""
+    done = run(demo_env, comfyui)
     assert done.returncode == 0, done.stderr
-    return world
+    return demo_env
 
 
-def run(world: DemoEnvironment, comfyui: StandIn, *flags: str, **settings: object) -> subprocess.CompletedProcess:
-    environment = world.environment(comfyui.url, **{"PYTHON": sys.executable, **QUICK, **settings})
+def run(demo_env: DemoEnvironment, comfyui: StandIn, *flags: str, **settings: object) -> subprocess.CompletedProcess:
+    environment = demo_env.environment(comfyui.url, **{"PYTHON": sys.executable, **QUICK, **settings})
     return subprocess.run([RUN_SH, *flags], env=environment, capture_output=True, text=True, cwd="/")
 
 
-def left_in(folder: Path) -> dict[str, int]:
-    """How many files of each name there are in `folder`, hashes in names left out."""
+def count_files(folder: Path) -> dict[str, int]:
+    """Number of files of each name in `folder`; hashes in the names are replaced."""
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
     return Counter(re.sub(r"[0-9a-f]{12,}", "<hash>", name) for name in names)
 
 
 def snapshot(*folders: Path) -> dict[Path, tuple[int, bytes]]:
-    """When each file was written, and what is in it."""
+    """Time of modification and contents of each file."""
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
-def test_run_leaves_exactly_these_files(finished):
-    assert left_in(finished.dataset) == LEFT_IN_DATASET
-    assert left_in(finished.output) == LEFT_IN_OUTPUT
+def test_run_writes_exactly_these_files(finished):
+    assert count_files(finished.dataset) == FILES_IN_DATASET
+    assert count_files(finished.output) == FILES_IN_OUTPUT
 
 
 def test_every_image_has_its_manifest_line_and_a_caption_with_the_trigger_first(finished):
@@ -118,17 +119,17 @@ def test_lora_holds_the_three_tensors_of_every_module_that_comfyui_takes(finishe
     assert about["ss_num_train_images"] == str(IMAGES)
 
 
-def test_second_run_asks_for_nothing_and_changes_nothing(finished, comfyui):
-    before, asked = snapshot(finished.dataset, finished.output), len(comfyui.requests)
+def test_second_run_sends_nothing_and_changes_nothing(finished, comfyui):
+    before, sent = snapshot(finished.dataset, finished.output), len(comfyui.requests)
     done = run(finished, comfyui)
     assert done.returncode == 0
     assert "nothing was sent" in done.stdout
     assert done.stdout.count("nothing to do") == 2
     assert snapshot(finished.dataset, finished.output) == before
-    assert comfyui.requests[asked:] == []
+    assert comfyui.requests[sent:] == []
 
 
-def test_check_of_a_world_in_order_returns_0_and_changes_nothing(finished, comfyui):
+def test_check_of_a_complete_environment_returns_0_and_changes_nothing(finished, comfyui):
     before = snapshot(finished.dataset, finished.output)
     done = run(finished, comfyui, "--check")
     assert done.returncode == 0, done.stderr
@@ -150,11 +151,11 @@ def test_check_names_everything_that_is_wrong_with_every_stage(finished, comfyui
     assert "Traceback" not in done.stderr
 
 
-def test_world_does_not_follow_what_a_user_wrote_into_the_settings_file(world, tmp_path):
+def test_demo_ignores_what_a_user_wrote_into_the_settings_file(demo_env, tmp_path):
     mine = "[train.lora]\nlora_targets = 'attention'\n[train.processes]\nnum_processes = 2\n[caption]\ncaption_append = ['mine']\n"
     (tmp_path / "mine.toml").write_text(mine)
     resolved = resolve(
-        tmp_path / "mine.toml", world.environment("http://127.0.0.1:1"), [], dict(zip(TABLES, SECTIONS, strict=True))
+        tmp_path / "mine.toml", demo_env.environment("http://127.0.0.1:1"), [], dict(zip(TABLES, SECTIONS, strict=True))
     )
     assert {resolved.sources[key] for key in ("lora_targets", "num_processes", "caption_append")} == {"environment"}
     assert resolved.sections["caption"].caption_append == ()
@@ -167,14 +168,14 @@ def written(folder: Path, content: object) -> Path:
 
 
 def one_image(folder: Path) -> Path:
-    """A data set of one image, as the user's own."""
+    """A data set with one image, as a user may bring it."""
     (folder / "images").mkdir()
     scene("portrait", 1, (300, 300)).save(folder / "images" / "one.png")
     return folder
 
 
 @pytest.mark.parametrize(
-    ("flag", "settings", "code", "said"),
+    ("flag", "settings", "code", "message"),
     [
         ("--collect", lambda _: {"comfyui_workflow": "/nowhere/workflow.json"}, 2, "/nowhere/workflow.json"),
         ("--collect", lambda _: {"comfyui_workflow": WORKFLOWS / "ui_format_not_api.json"}, 2, "Save (API Format)"),
@@ -193,10 +194,10 @@ def one_image(folder: Path) -> Path:
         ("--tarin", lambda _: {}, 2, "--tarin"),
     ],
 )
-def test_wrong_input_ends_with_its_exit_code_and_one_message(world, comfyui, tmp_path, flag, settings, code, said):
-    done = run(world, comfyui, *([flag] if flag else []), **settings(tmp_path))
+def test_wrong_input_ends_with_its_exit_code_and_one_message(demo_env, comfyui, tmp_path, flag, settings, code, message):
+    done = run(demo_env, comfyui, *([flag] if flag else []), **settings(tmp_path))
     assert done.returncode == code
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith(("collect_images: ", "caption_images: ", "train_lora: ", "run.sh: "))
 
@@ -204,19 +205,24 @@ def test_wrong_input_ends_with_its_exit_code_and_one_message(world, comfyui, tmp
 def test_shipped_workflow_mapping_and_prompts_are_understood_by_the_collector():
     problems: list[str] = []
     read = {name: json.loads((REPOSITORY / name).read_text(encoding="utf-8")) for name in SHIPPED}
-    workflow = understand(read["workflow_api.json"], read["config/workflow_config.json"], problems)
-    entries = read_entries(read["prompts_example.json"], problems)
+    workflow = parse_workflow(read["workflow_api.json"], read["config/workflow_config.json"], problems)
+    entries = parse_entries(read["prompts_example.json"], problems)
     assert problems == []
-    assert len(workflow.kept_nodes) >= 40
+    assert len(workflow.output_nodes) >= 40
     assert not workflow.per_batch
     assert len(entries) == 40
 
 
-def test_demo_wipes_no_folder_that_is_not_its_own(tmp_path):
+def test_demo_does_not_empty_a_folder_that_it_did_not_create(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
-    with pytest.raises(SystemExit, match="not a demo's"):
-        emptied(tmp_path)
+    with pytest.raises(SystemExit, match="not created by the demo"):
+        empty_workspace(tmp_path)
     assert (tmp_path / "thesis.txt").exists()
-    emptied(tmp_path / "workspace")
+    empty_workspace(tmp_path / "workspace")
     (tmp_path / "workspace" / "old.txt").touch()
-    assert [path.name for path in emptied(tmp_path / "workspace").iterdir()] == [".made-by-loracat-demo"]
+    assert [path.name for path in empty_workspace(tmp_path / "workspace").iterdir()] == [".made-by-loracat-demo"]
+
+
+@pytest.mark.parametrize("name", ["caption", "collect", "step", "train"])
+def test_benchmarks_use_names_that_exist(name):
+    assert callable(importlib.import_module(f"benchmarks.{name}").main)

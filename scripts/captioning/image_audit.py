@@ -16,7 +16,7 @@ from tqdm import tqdm
 from captioning.image_stats import HASH_SIDE, ImageStats, measure
 from common.background import prefetch
 from common.dataset_layout import CAPTION_SUFFIX, IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in, repeats_of
-from common.files import sha256_of, write_json_if_changed
+from common.files import sha256_of, write_json
 from common.images import BrokenImageError
 
 INDEX_FORMAT = 1
@@ -68,7 +68,7 @@ def index_images(folder: DatasetFolder, images: Sequence[ImageFile], workers: in
     for image in indexed.values():
         entry = dataclasses.asdict(image)
         entries.append({{"stats": "look"}.get(key, key): value for key, value in entry.items()})
-    write_json_if_changed(folder.image_index, {"format": INDEX_FORMAT, "pictures": entries})
+    write_json(folder.image_index, {"format": INDEX_FORMAT, "pictures": entries})
     return indexed
 
 
@@ -144,7 +144,7 @@ def write_audit(audit: Audit, folder: DatasetFolder) -> None:
         "captions_without_picture": list(audit.captions_without_image),
         "not_looked_at": audit.ignored,
     }
-    write_json_if_changed(folder.audit, content)
+    write_json(folder.audit, content)
 
 
 def _flaws_of(image: IndexedImage, resolution: int) -> Iterator[tuple[str, str]]:

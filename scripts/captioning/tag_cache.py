@@ -24,7 +24,7 @@ from captioning.model_files import MODEL_FILE, TAGS_FILE, download_model, find_m
 from captioning.tag_selection import TagSelector, read_tags
 from captioning.wd14 import Tagger, first_batch, predict
 from common.background import prefetch
-from common.files import atomic_write, sha256_of, write_json_if_changed
+from common.files import atomic_write, sha256_of, write_json
 from common.images import BrokenImageError
 
 _ABOUT_FILE = "model.json"
@@ -119,7 +119,7 @@ def open_cache(root: Path, name: str, model_folder: Path, bf16: bool) -> TagCach
     folder = root / hashlib.sha256(digests.encode()).hexdigest()[:16]
     with atomic_write(folder / TAGS_FILE) as temporary:
         shutil.copyfile(files[1], temporary)
-    write_json_if_changed(folder / _ABOUT_FILE, about)
+    write_json(folder / _ABOUT_FILE, about)
     return TagCache(folder)
 
 

@@ -1,11 +1,12 @@
-"""The routes of one ComfyUI server that LoRACat uses. Every failure is a ComfyUIError of one clear line.
+"""The routes of a ComfyUI server that LoRACat uses. Every failure is a ComfyUIError.
 
 ComfyUIError
-|-- Unanswered      a submission was sent and no answer came: it may run or not
-|-- PromptRefused   the server will not run this workflow
-`-- ImageGone     /view does not give the file that the history names
+|-- SubmissionUnconfirmed   a prompt was sent but no answer came: it may be queued or not
+|-- PromptRejected          the server does not run this workflow
+`-- ImageGone               /view does not return a file that the history names
 """
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -13,16 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from collecting.http import BEHIND_A_PROXY, Address, Away, CutOff, Reply, TooLarge, Transport
+from collecting.http import RETRY_STATUSES, Address, ResponseTooLarge, ServerUnavailable, Transport, TruncatedResponse
 from common.errors import ComfyUIError
 
-MOST_DETAILS = 300
-"""Characters of a validation error that are shown: a list of choices may hold thousands of files."""
+MAX_DETAILS_LENGTH = 300
+"""Characters shown of a validation error: it may list thousands of files as choices."""
 
 
 @dataclass(frozen=True)
 class Queued:
-    """What POST /prompt answered."""
+    """The answer to POST /prompt."""
 
     prompt_id: str
     dropped: list[str]
@@ -31,178 +32,175 @@ class Queued:
 
 @dataclass(frozen=True)
 class Queue:
-    """The ids of the prompts that run, and of those that wait, everybody's."""
+    """Ids of the prompts on the server, those of other clients included."""
 
     running: frozenset[str]
     waiting: frozenset[str]
 
 
-class Unanswered(ComfyUIError):
-    """POST /prompt went out and no answer came back."""
+class SubmissionUnconfirmed(ComfyUIError):
+    """POST /prompt was sent and no answer was received."""
 
 
-class PromptRefused(ComfyUIError):
+class PromptRejected(ComfyUIError):
     """POST /prompt answered 400."""
 
 
 class ImageGone(ComfyUIError):
-    """GET /view will not give this one file; others it may give."""
+    """GET /view does not return this file; it may return others."""
 
 
-class ComfyUI:
-    """One server. Use as a context manager; `client_id` goes with every submission. Not for two threads at once.
+class ComfyUI(contextlib.AbstractContextManager):
+    """A client of one server, for one thread. Use as a context manager; `client_id` is sent with every prompt.
 
-    `patience_s` are the pauses between the tries of one request, `pause` how they are waited for.
+    `retry_delays_s` are the delays between the attempts of one request, `sleep` waits for them.
     """
 
     def __init__(
         self,
         address: Address,
         client_id: str,
-        patience_s: Sequence[float] | None = None,
-        pause: Callable[[float], Any] = time.sleep,
+        retry_delays_s: Sequence[float] | None = None,
+        sleep: Callable[[float], Any] = time.sleep,
     ):
         self.url = address.url
         self._client_id = client_id
-        self._http = Transport(address, patience_s, pause)
-
-    def __enter__(self) -> "ComfyUI":
-        return self
+        self._http = Transport(address, retry_delays_s, sleep)
 
     def __exit__(self, *_exception: object) -> None:
-        self._http.close()
+        self._http.session.close()
 
     def version(self) -> str:
-        """The server's version. Tried only once: raises ComfyUIError when there is no ComfyUI at this address."""
-        stats = self._http.json_of(self._http.once("GET", "/system_stats"), "/system_stats")
+        """The server's version, in one attempt. Raises ComfyUIError when there is no ComfyUI at this address."""
+        stats = self._http.parse_json(self._http.request("GET", "/system_stats"), "/system_stats")
         system = stats.get("system")
         if not isinstance(system, dict):
-            raise self._http.error("is no ComfyUI: /system_stats says nothing about a system")
-        return str(system.get("comfyui_version", "of unknown version"))
+            raise self._http.error("does not answer like ComfyUI: /system_stats has no entry 'system'")
+        return str(system.get("comfyui_version", "(unknown version)"))
 
     def object_info(self) -> dict[str, Any]:
-        """What the server knows about each of its node classes."""
+        """The description of every node class that the server has: {class: {"input": ..., "output": ...}}."""
         return self._get_json("/object_info")
 
     def upload(self, name: str, content: bytes) -> str:
-        """Upload an image; returns the name under which a LoadImage node finds it, which may be another one."""
+        """Upload an image. Returns the name by which a LoadImage node finds it, which may differ from `name`."""
         files = {"image": (name, content, "application/octet-stream")}
-        reply = self._http.repeated("POST", "/upload/image", files=files, data={"type": "input"})
-        stored = self._http.json_of(reply, "/upload/image")
+        reply = self._http.request_with_retry("POST", "/upload/image", files=files, data={"type": "input"})
+        stored = self._http.parse_json(reply, "/upload/image")
         name, subfolder = stored.get("name"), stored.get("subfolder", "")
         if not isinstance(name, str) or not isinstance(subfolder, str) or not name:
-            raise self._http.error(f"did not say under which name it keeps the face, but {stored}")
+            raise self._http.error(f"did not return the name of the uploaded face reference, but {stored}")
         return f"{subfolder}/{name}" if subfolder else name
 
     def submit(self, graph: dict[str, Any], prompt_id: str) -> Queued:
-        """Queue a workflow under our own id.
+        """Queue a workflow under `prompt_id`.
 
-        Raises PromptRefused when it will not run, Unanswered when it is not known whether it will.
+        Raises PromptRejected when it will not run, SubmissionUnconfirmed when it is unknown whether it will.
         """
         body = {"prompt": graph, "client_id": self._client_id, "prompt_id": prompt_id}
         try:
-            reply = self._http.once("POST", "/prompt", json=body)
-        except Away as error:
-            raise Unanswered(str(error)) from None
-        if reply.status in BEHIND_A_PROXY:
-            raise Unanswered(str(self._http.refused(reply, "/prompt")))
+            # Never repeated blindly: the prompt could be queued twice.
+            reply = self._http.request("POST", "/prompt", json=body)
+        except ServerUnavailable as error:
+            raise SubmissionUnconfirmed(str(error)) from None
+        if reply.status in RETRY_STATUSES:
+            raise SubmissionUnconfirmed(str(self._http.status_error(reply, "/prompt")))
         if reply.status == 400:
-            raise PromptRefused("\n".join([f"ComfyUI at {self.url} refuses the workflow:", *_reasons(reply)]))
+            reasons = _rejection_reasons(reply.body)
+            raise PromptRejected("\n".join([f"ComfyUI at {self.url} rejected the workflow:", *reasons]))
         if reply.status >= 500:
-            raise ComfyUIError(str(self._http.refused(reply, "/prompt")))
-        queued = self._http.json_of(reply, "/prompt")
-        return Queued(str(queued.get("prompt_id", prompt_id)), complaints_of(queued.get("node_errors")))
+            raise ComfyUIError(str(self._http.status_error(reply, "/prompt")))
+        queued = self._http.parse_json(reply, "/prompt")
+        return Queued(str(queued.get("prompt_id", prompt_id)), describe_node_errors(queued.get("node_errors")))
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
-        """The history entry of a prompt that has ended; None while it waits or runs, and when it is not known."""
+        """The history entry of a prompt that has ended; None while it waits or runs, or when it is unknown."""
         entry = self._get_json(f"/history/{quote(prompt_id, safe='')}").get(prompt_id)
         return entry if isinstance(entry, dict) else None
 
     def queue(self) -> Queue:
-        """Who runs and who waits. Its answer holds every workflow in the queue whole, so ask it seldom."""
+        """The prompts that run and wait. The answer contains every queued workflow, so it may be large."""
         queue = self._get_json("/queue")
-        return Queue(_ids(queue.get("queue_running")), _ids(queue.get("queue_pending")))
+        ids = []
+        for part in (queue.get("queue_running"), queue.get("queue_pending")):
+            items = part if isinstance(part, list) else []
+            ids.append(frozenset(str(item[1]) for item in items if isinstance(item, list) and len(item) > 1))
+        return Queue(*ids)
 
     def knows(self, prompt_id: str) -> bool:
-        """Whether a prompt waits, runs or has ended here."""
-        return (
-            self.history(prompt_id) is not None
-            or prompt_id in (queue := self.queue()).running | queue.waiting
-            # It may have ended between the two looks.
-            or self.history(prompt_id) is not None
-        )
+        """Whether a prompt waits, runs or has ended on this server."""
+        if self.history(prompt_id) is not None:
+            return True
+        queue = self.queue()
+        # The prompt may have ended between the two requests.
+        return prompt_id in queue.running | queue.waiting or self.history(prompt_id) is not None
 
-    def withdraw(self, prompt_ids: list[str]) -> None:
-        """Take prompts out of the queue; one that runs already is left alone."""
-        self._did(self._http.once("POST", "/queue", json={"delete": prompt_ids}), "/queue")
+    def dequeue(self, prompt_ids: list[str]) -> None:
+        """Remove prompts from the queue; one that is running is not interrupted."""
+        self._post("/queue", {"delete": prompt_ids})
 
-    def free(self) -> None:
-        """Let the server give its models' memory back."""
-        self._did(self._http.once("POST", "/free", json={"unload_models": True, "free_memory": True}), "/free")
+    def free_memory(self) -> None:
+        """Ask the server to unload its models."""
+        self._post("/free", {"unload_models": True, "free_memory": True})
 
     def view(self, filename: str, subfolder: str, kind: str) -> bytes:
-        """The bytes of a file that the history names. Raises ImageGone when it cannot be had."""
+        """The bytes of a file that the history names. Raises ImageGone when the server does not return it."""
         query = {"filename": filename, "subfolder": subfolder, "type": kind}
         try:
-            reply = self._http.repeated("GET", "/view", params=query)
-        except (CutOff, TooLarge) as error:
+            reply = self._http.request_with_retry("GET", "/view", params=query)
+        except (TruncatedResponse, ResponseTooLarge) as error:
             raise ImageGone(f"{filename!r}: {error}") from None
         if reply.status == 404:
             raise ImageGone(f"ComfyUI at {self.url} no longer has the file {filename!r}")
         if 400 <= reply.status < 500:
-            raise ImageGone(f"{filename!r}: {self._http.refused(reply, '/view')}")
+            raise ImageGone(f"{filename!r}: {self._http.status_error(reply, '/view')}")
         if reply.status != 200:
-            raise self._http.refused(reply, "/view")
+            raise self._http.status_error(reply, "/view")
         return reply.body
 
     def _get_json(self, path: str) -> dict[str, Any]:
-        return self._http.json_of(self._http.repeated("GET", path), path)
+        reply = self._http.request_with_retry("GET", path)
+        return self._http.parse_json(reply, path)
 
-    def _did(self, reply: Reply, path: str) -> None:
-        """These routes answer 200 with nothing."""
+    def _post(self, path: str, content: dict[str, Any]) -> None:
+        """A request, sent once, that is answered with status 200 and an empty body."""
+        reply = self._http.request("POST", path, json=content)
         if reply.status != 200:
-            raise self._http.refused(reply, path)
+            raise self._http.status_error(reply, path)
 
 
-def _ids(items: Any) -> frozenset[str]:
-    """The ids in one part of /queue, whose items are lists of five or more."""
-    listed = items if isinstance(items, list) else []
-    return frozenset(str(item[1]) for item in listed if isinstance(item, list) and len(item) > 1)
-
-
-def complaints_of(node_errors: Any) -> list[str]:
-    """The `node_errors` of an answer, one line per problem: node, class, input, what the server wanted."""
+def describe_node_errors(node_errors: Any) -> list[str]:
+    """The `node_errors` of an answer, one line for each problem: node, class, message, input."""
     lines = []
     for node_id, node in node_errors.items() if isinstance(node_errors, dict) else ():
         node = node if isinstance(node, dict) else {}
         errors = node.get("errors") if isinstance(node.get("errors"), list) else []
-        named = f"node {node_id} ({node.get('class_type')})"
-        lines += [f"{named}: {_complaint(error)}" for error in errors] or [f"{named}: the server does not say what is wrong"]
+        label = f"node {node_id} ({node.get('class_type')})"
+        lines += [f"{label}: {_describe_error(error)}" for error in errors] or [f"{label}: ComfyUI gives no reason"]
     return lines
 
 
-def _complaint(error: Any) -> str:
-    """One validation error; where the details are empty, the input is named by what comes with it."""
+def _describe_error(error: Any) -> str:
+    """One validation error; where its details are empty, the input's name takes their place."""
     if not isinstance(error, dict):
         return str(error)
     extra = error.get("extra_info") if isinstance(error.get("extra_info"), dict) else {}
     details = str(error.get("details") or extra.get("input_name") or "")
-    details = details if len(details) <= MOST_DETAILS else f"{details[:MOST_DETAILS]} ..."
+    details = details if len(details) <= MAX_DETAILS_LENGTH else f"{details[:MAX_DETAILS_LENGTH]} ..."
     return f"{error.get('message')}: {details}" if details else str(error.get("message"))
 
 
-def _reasons(reply: Reply) -> list[str]:
-    """Why POST /prompt answered 400; the reason is in node_errors, or else in the error itself."""
+def _rejection_reasons(body: bytes) -> list[str]:
+    """Why POST /prompt answered 400; the reason is in `node_errors`, or else in `error`."""
     try:
-        content = json.loads(reply.body)
+        content = json.loads(body)
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        return [f"  - it does not say why: {reply.body[:200].decode(errors='replace')!r}"]
-    lines = complaints_of(content.get("node_errors"))
+        return [f"  - ComfyUI gives no reason, but answers {body[:200].decode(errors='replace')!r}"]
+    lines = describe_node_errors(content.get("node_errors"))
     if not lines:
         error = content.get("error") or {}
-        lines = [
-            " ".join(str(error[key]) for key in ("message", "details") if error.get(key)) if isinstance(error, dict) else str(error)
-        ]
+        parts = [error[key] for key in ("message", "details") if error.get(key)] if isinstance(error, dict) else [error]
+        lines = [" ".join(map(str, parts))]
     return [f"  - {line}" for line in lines]

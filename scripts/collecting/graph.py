@@ -1,22 +1,20 @@
-"""Pure: a workflow in ComfyUI's API format, {node id: {"class_type": ..., "inputs": {name: literal or [node id, slot]}}}."""
+"""Pure functions on a workflow in ComfyUI's API format.
+
+A graph is {node id: {"class_type": ..., "inputs": {name: literal or [node id, slot]}}}.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 SEED_INPUTS = ("seed", "noise_seed")
-
-
 TEXT_INPUTS = (("text",), ("prompt",), ("text_g", "text_l"), ("clip_l", "t5xxl"), ("value",))
-"""How nodes call a prompt; an encoder of two text models has one input for each."""
-
-
+"""Names of the inputs that hold a prompt; an encoder for two text models has one input for each."""
 Graph = dict[str, dict[str, Any]]
-
-
-_NO_IMAGES = ("animated", "webm", "video", "websocket", "latent")
+_NOT_STILL_IMAGES = ("animated", "webm", "video", "websocket", "latent")
+"""Parts of the class names of nodes that save something other than image files."""
 
 
 @dataclass(frozen=True)
@@ -31,56 +29,42 @@ class InputRef:
 
 
 def is_link(value: Any) -> bool:
-    """Whether an input comes from another node."""
+    """Whether an input is connected to another node, so that its value is [node id, slot]."""
     return isinstance(value, list)
 
 
-def put(graph: Graph, place: InputRef, value: Any) -> None:
-    """Give one input a value."""
-    graph[place.node]["inputs"][place.name] = value
-
-
-def described(graph: Graph, node_id: str) -> str:
-    """`16 (LoadImage)`: a node as the log calls it."""
+def node_label(graph: Graph, node_id: str) -> str:
+    """`16 (LoadImage)`: the node's name in messages."""
     return f"{node_id} ({graph[node_id]['class_type']})" if node_id in graph else node_id
 
 
 def saves_images(node: dict[str, Any]) -> bool:
-    """SaveImage, or a node of a custom pack that by its name or its inputs does the same."""
+    """Whether this is a SaveImage node, or by its name or inputs a node of a custom pack that does the same."""
     name = node["class_type"].lower()
-    if any(word in name for word in _NO_IMAGES):
+    if any(word in name for word in _NOT_STILL_IMAGES):
         return False
     return ("save" in name and "image" in name) or {"filename_prefix", "images"} <= node["inputs"].keys()
 
 
 def literal_seeds(graph: Graph) -> dict[InputRef, int]:
-    """Every `seed` and `noise_seed` of a sampler or noise node that stands in the graph as a number."""
-    return {place: seed for place, seed in _numbers_called_seed(graph).items() if _draws_noise(graph[place.node])}
+    """Every `seed` and `noise_seed` of a sampler or noise node whose value is a number in the graph, not a link."""
+    samplers = set()
+    for node_id, node in graph.items():
+        name = node["class_type"].lower()
+        # Detailers and upscalers sample too; they are recognised by their inputs.
+        if "sampler" in name or "noise" in name or {"sampler_name", "steps", "denoise"} & node["inputs"].keys():
+            samplers.add(node_id)
+    return _seed_values(graph, samplers)
 
 
-def _numbers_called_seed(graph: Graph) -> dict[InputRef, int]:
-    return {
-        InputRef(node_id, name): node["inputs"][name]
-        for node_id, node in graph.items()
-        for name in SEED_INPUTS
-        if type(node["inputs"].get(name)) is int
-    }
+def upstream_seeds(graph: Graph, node_id: str) -> dict[str, int]:
+    """The literal seeds of all nodes that the images of a node depend on, as {"node.input": seed}."""
+    upstream = set(_upstream(graph, node_id))
+    return {str(ref): seed for ref, seed in _seed_values(graph, upstream).items()}
 
 
-def _draws_noise(node: dict[str, Any]) -> bool:
-    """A sampler or noise node by its name, or by its inputs: detailers and upscalers sample, too."""
-    name = node["class_type"].lower()
-    return "sampler" in name or "noise" in name or bool({"sampler_name", "steps", "denoise"} & node["inputs"].keys())
-
-
-def seeds_behind(graph: Graph, node_id: str) -> dict[str, int]:
-    """The literal seeds of any node that the images of a node depend on, as {"node.input": seed}."""
-    behind = set(_upstream(graph, node_id))
-    return {str(place): seed for place, seed in _numbers_called_seed(graph).items() if place.node in behind}
-
-
-def text_behind(graph: Graph, node_id: str) -> str:
-    """The positive texts that the images of a node depend on, the nearest first, one per line."""
+def upstream_text(graph: Graph, node_id: str) -> str:
+    """The positive prompts that the images of a node depend on, the nearest first, one per line."""
     names = {name for group in TEXT_INPUTS for name in group}
     texts: dict[str, None] = {}
     for each in _upstream(graph, node_id):
@@ -91,13 +75,23 @@ def text_behind(graph: Graph, node_id: str) -> str:
 
 
 def graph_hash(graph: Graph) -> str:
-    """SHA-256 of what a graph computes: classes and inputs, not the titles in `_meta`."""
+    """SHA-256 of what a graph computes: classes and inputs, without the titles in `_meta`."""
     essence = {node_id: [node["class_type"], node["inputs"]] for node_id, node in graph.items()}
     return hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest()
 
 
+def _seed_values(graph: Graph, nodes: Collection[str]) -> dict[InputRef, int]:
+    """The seeds of `nodes` that are numbers, in the order of the graph. `type` rather than isinstance: True is not a seed."""
+    return {
+        InputRef(node_id, name): node["inputs"][name]
+        for node_id, node in graph.items()
+        for name in SEED_INPUTS
+        if node_id in nodes and type(node["inputs"].get(name)) is int
+    }
+
+
 def _upstream(graph: Graph, node_id: str) -> Iterator[str]:
-    """The node and all that it needs, the nearest first; what is linked as `negative` is left out."""
+    """The node and everything that it depends on, breadth first; inputs named `negative` are not followed."""
     seen, waiting = {node_id}, [node_id]
     while waiting:
         current = waiting.pop(0)

@@ -1,257 +1,198 @@
-"""Pure: a history entry -> what each node left behind, and how the prompt ended. Nothing in an entry is trusted.
+"""A finished prompt's history entry -> verified images in the data set, and the result of the job."""
 
-What the history names -> verified images in the data set, and the outcome of one piece of work.
-"""
-
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from statistics import median
 from typing import Any
 
 from collecting.client import ComfyUI, ImageGone
-from collecting.graph import Graph, described, graph_hash, literal_seeds, seeds_behind, text_behind
-from collecting.image_store import BadImage, DownloadedImage, ImageStore, verified
-from collecting.jobs import Job, Plan
-from collecting.journal import Progress, Submission
-from common.images import DOWNLOAD_SUFFIXES
+from collecting.graph import Graph, graph_hash, literal_seeds, node_label, upstream_seeds, upstream_text
+from collecting.image_store import DownloadedImage, ImageStore
+from collecting.jobs import InFlight, Job, Plan
+from collecting.journal import Journal
+from common.images import DOWNLOAD_SUFFIXES, BrokenImageError
 
-_CALLED = {"gifs": "animations", "latents": "latents", "text": "text", "audio": "audio", "video": "videos"}
+DOWNLOAD_RETRY_DELAYS_S = (0.5, 1.0, 2.0)
+"""Delays between the attempts for an image that arrives damaged."""
+_OTHER_OUTPUTS = {"gifs": "animations", "latents": "latents", "text": "text", "audio": "audio", "video": "videos"}
+"""Key in a node's output -> its name in the log."""
+
+
+@dataclass
+class JobResult:
+    """How a job ended."""
+
+    job: Job
+    new: int = 0
+    """Number of images that were added to the data set."""
+    known: int = 0
+    """Number of images whose bytes the data set had already."""
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Messages about things that are not failures."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the server, in its words; never a name of ours."""
+    """A file as the server names it; none of this is used as a local file name."""
 
     filename: str
     subfolder: str
     kind: str
+    """output, temp or input"""
 
 
-@dataclass(frozen=True)
-class Shown:
-    """What one node handed to the history."""
+class HistoryEntry:
+    """What a history entry says. Nothing in it is trusted: parts of an unexpected type are read as missing."""
 
-    images: tuple[RemoteFile, ...]
-    skipped: tuple[str, ...]
-    """What it shows besides, in words: nothing of that is an image to train on."""
+    def __init__(self, entry: dict[str, Any]):
+        status = _as_dict(entry.get("status"))
+        listed = status["messages"] if isinstance(status.get("messages"), list) else []
+        messages = [(str(each[0]), each[1]) for each in listed if _is_message(each)]
+        self.failures = _failures(messages) if status.get("status_str") == "error" else []
+        """Why the prompt failed; [] when it succeeded."""
+        cached = next((data.get("nodes") for kind, data in messages if kind == "execution_cached"), None)
+        self.cached_nodes = frozenset(map(str, cached)) if isinstance(cached, list) else frozenset()
+        """The nodes that did not run: their files, if they name any, are older than this prompt."""
+        times_ms = [data["timestamp"] for _, data in messages if isinstance(data.get("timestamp"), int | float)]
+        self.duration_s = (times_ms[-1] - times_ms[0]) / 1000 if len(times_ms) > 1 else None
+        """How long the prompt ran by the server's clock, if the entry says so."""
+        self._outputs = _as_dict(entry.get("outputs"))
 
+    def output(self, node: str) -> tuple[list[RemoteFile], list[str]]:
+        """The still images of a node, and descriptions of everything else in its output.
 
-def shown_by(entry: dict[str, Any], node: str) -> Shown:
-    """The still images of a node. Animations, videos, latents, text and the previews in temp/ are none."""
-    shown = _dict(_dict(entry.get("outputs")).get(node))
-    animated = any(shown.get("animated") or ()) if isinstance(shown.get("animated"), list) else False
-    images, skipped = [], []
-    for record in shown.get("images") if isinstance(shown.get("images"), list) else ():
-        file = _file(record)
-        if file is None:
-            continue
-        if animated:
-            skipped.append(f"{file.filename!r} (animated)")
-        elif file.kind == "temp":
-            skipped.append(f"{file.filename!r} (a preview)")
-        elif not file.filename.lower().endswith(DOWNLOAD_SUFFIXES):
-            skipped.append(f"{file.filename!r} (no PNG, JPEG or WebP)")
-        else:
-            images.append(file)
-    skipped += [_CALLED.get(key, key) for key, value in shown.items() if key not in ("images", "animated") and value]
-    return Shown(tuple(images), tuple(skipped))
-
-
-def _file(record: Any) -> RemoteFile | None:
-    """Nodes of custom packs leave out the subfolder, the type or both."""
-    if not isinstance(record, dict) or not isinstance(record.get("filename"), str):
-        return None
-    return RemoteFile(record["filename"], str(record.get("subfolder") or ""), str(record.get("type") or "output"))
-
-
-def cached_nodes(entry: dict[str, Any]) -> frozenset[str]:
-    """The nodes that did not run: their files, if they name any, are older than this prompt."""
-    nodes = _message(entry, "execution_cached").get("nodes")
-    return frozenset(map(str, nodes)) if isinstance(nodes, list) else frozenset()
-
-
-def failures(entry: dict[str, Any]) -> list[str]:
-    """Why a prompt did not come to a good end; [] when it did. An error and an interruption differ in the last message."""
-    if _dict(entry.get("status")).get("status_str") != "error":
-        return []
-    kind, data = next(reversed(_messages(entry)), ("", {}))
-    where = f"node {data.get('node_id')} ({data.get('node_type')})"
-    if kind == "execution_interrupted":
-        return [f"it was interrupted in ComfyUI at {where}"]
-    if kind == "execution_error":
-        return [f"{where} failed: {data.get('exception_type')}: {' '.join(str(data.get('exception_message')).split())}"]
-    return ["ComfyUI says that it failed, but not why"]
+        Animations, videos, latents, text and the previews in temp/ are not images to train on.
+        """
+        output = _as_dict(self._outputs.get(node))
+        animated = any(output["animated"]) if isinstance(output.get("animated"), list) else False
+        images, skipped = [], []
+        for record in output["images"] if isinstance(output.get("images"), list) else ():
+            if not isinstance(record, dict) or not isinstance(record.get("filename"), str):
+                continue
+            # Nodes of custom packs may leave out the subfolder, the type or both.
+            file = RemoteFile(record["filename"], str(record.get("subfolder") or ""), str(record.get("type") or "output"))
+            if animated:
+                skipped.append(f"{file.filename!r} (animated)")
+            elif file.kind == "temp":
+                skipped.append(f"{file.filename!r} (preview)")
+            elif not file.filename.lower().endswith(DOWNLOAD_SUFFIXES):
+                skipped.append(f"{file.filename!r} (not a PNG, JPEG or WebP image)")
+            else:
+                images.append(file)
+        others = [key for key, value in output.items() if key not in ("images", "animated") and value]
+        return images, skipped + [_OTHER_OUTPUTS.get(key, key) for key in others]
 
 
-def seconds_of(entry: dict[str, Any]) -> float | None:
-    """How long a prompt ran, by the server's clock, if it says so."""
-    times_ms = [data["timestamp"] for _, data in _messages(entry) if isinstance(data.get("timestamp"), int | float)]
-    return (times_ms[-1] - times_ms[0]) / 1000 if len(times_ms) > 1 else None
-
-
-def typical_s(durations_s: list[float]) -> float | None:
-    """What the next prompt will probably take; None before the first."""
-    return median(durations_s[-5:]) if durations_s else None
-
-
-def _messages(entry: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    messages = _dict(entry.get("status")).get("messages")
-    listed = messages if isinstance(messages, list) else []
-    return [(str(each[0]), each[1]) for each in listed if isinstance(each, list) and len(each) == 2 and isinstance(each[1], dict)]
-
-
-def _message(entry: dict[str, Any], wanted: str) -> dict[str, Any]:
-    return next((data for kind, data in _messages(entry) if kind == wanted), {})
-
-
-def _dict(value: Any) -> dict[str, Any]:
+def _as_dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-FETCH_PAUSES_S = (0.5, 1.0, 2.0)
-"""Pauses between the tries of an image that arrives broken."""
+def _is_message(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[1], dict)
 
 
-@dataclass
-class Outcome:
-    """What came of one piece of work."""
-
-    new: int = 0
-    known: int = 0
-    """Images whose bytes were in the data set already."""
-    failures: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    """What is worth a word and no failure."""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A piece of work that came to an end on the server."""
-
-    job: Job
-    submission: Submission
-    entry: dict[str, Any]
-    """Its history entry."""
-    dropped: tuple[str, ...] = ()
-    """What the server said when it took only a part of the workflow."""
+def _failures(messages: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Why a prompt ended with an error. Errors and interruptions differ in the last message only."""
+    kind, data = messages[-1] if messages else ("", {})
+    node = f"node {data.get('node_id')} ({data.get('node_type')})"
+    if kind == "execution_interrupted":
+        return [f"interrupted in ComfyUI at {node}"]
+    if kind == "execution_error":
+        return [f"{node} failed: {data.get('exception_type')}: {' '.join(str(data.get('exception_message')).split())}"]
+    return ["ComfyUI reports a failure without a reason"]
 
 
-Fetched = dict[RemoteFile, dict[str, Any]]
-"""The manifest lines of the files that were fetched from one server, as long as it is surely the same."""
+class Harvester:
+    """Downloads the images of the prompts that one server has finished. For one thread."""
 
-
-class Fetcher:
-    """Keeps the images of finished work. Several threads may use it, each with a server of its own."""
-
-    def __init__(self, plan: Plan, progress: Progress, store: ImageStore, pause: Callable[[float], Any] = time.sleep):
-        self._plan, self._progress, self._store, self._pause = plan, progress, store, pause
+    def __init__(
+        self,
+        plan: Plan,
+        journal: Journal,
+        store: ImageStore,
+        server: ComfyUI,
+        sleep: Callable[[float], Any] = time.sleep,
+    ):
+        self._plan, self._journal, self._store, self._server, self._sleep = plan, journal, store, server, sleep
         self._workflow_hash = graph_hash(plan.workflow.graph)
-        self._lock = threading.Lock()
+        self.downloaded: dict[RemoteFile, dict[str, Any]] = {}
+        """File on the server -> its manifest line. To be cleared when the server may have been restarted or replaced."""
 
-    def outcome_of(self, ended: Ended, server: ComfyUI, fetched: Fetched) -> Outcome:
-        """Fetch what is not there yet and write down that the work is done, or that it failed.
+    def harvest(self, flight: InFlight, entry: HistoryEntry) -> JobResult:
+        """Store the images that are missing and record in the journal whether the job is done or failed.
 
-        Raises Away when the server is gone before everything is here.
+        Raises ServerUnavailable when the server goes away before everything is stored.
         """
-        run = _Run(ended, self._plan, server, fetched)
-        outcome = Outcome()
-        if ended.dropped:
-            outcome.failures += ["ComfyUI runs only a part of the workflow:", *ended.dropped]
-        for node in self._plan.workflow.kept_nodes:
-            self._keep_images_of(node, run, outcome)
-        outcome.failures += failures(ended.entry)
-        if outcome.failures:
-            self._progress.failed(ended.job.key)
-        else:
-            self._progress.done(ended.job.key)
-        return outcome
+        result = JobResult(flight.job)
+        graph = self._plan.graph_for(flight.job, flight.submission.seeds)
+        if flight.dropped:
+            result.failures += ["ComfyUI accepted only a part of the workflow:", *flight.dropped]
+        for node in self._plan.workflow.output_nodes:
+            label = f"node {node_label(graph, node)}"
+            hint = _cache_hint(graph) if node in entry.cached_nodes else ""
+            images, skipped = entry.output(node)
+            if skipped:
+                result.notes.append(f"{label}: skipped {', '.join(skipped)}")
+            if not images and not entry.failures:
+                result.failures.append(f"{label} returned no image{hint}")
+            for index, file in enumerate(images):
+                try:
+                    is_new = self._store_image(file, node, index, flight, entry, graph)
+                except BrokenImageError as error:
+                    result.failures.append(f"{label}, image {index + 1}: the file {error}")
+                except ImageGone as error:
+                    result.failures.append(f"{label}, image {index + 1}: {error}{hint}")
+                else:
+                    result.new += is_new
+                    result.known += not is_new
+        result.failures += entry.failures
+        self._journal.record("failed" if result.failures else "done", key=flight.job.key)
+        return result
 
-    def _keep_images_of(self, node: str, run: "_Run", outcome: Outcome) -> None:
-        """Fetch and store what the node saved; what was stored before is not fetched again."""
-        shown, named = shown_by(run.ended.entry, node), f"node {described(run.graph, node)}"
-        if shown.skipped:
-            outcome.notes.append(f"{named}: skipped {', '.join(shown.skipped)}")
-        if not shown.images and not failures(run.ended.entry):
-            why = run.nothing_new() if node in run.cached else ""
-            outcome.failures.append(f"{named} gave no image{why}")
-        for index, file in enumerate(shown.images):
-            earlier = self._progress.image(run.ended.job.key, node, index) or run.earlier(file, node)
-            if earlier is not None and self._already_there(earlier, node, index, run):
-                outcome.known += 1
-                continue
-            try:
-                is_new = self._keep(self._verified(file, run.server), file, node, index, run)
-            except (BadImage, ImageGone) as error:
-                why = run.nothing_new() if isinstance(error, ImageGone) and node in run.cached else ""
-                outcome.failures.append(f"{named}, image {index + 1}: {error}{why}")
-                continue
-            outcome.new += is_new
-            outcome.known += not is_new
-
-    def _already_there(self, line: dict[str, Any], node: str, index: int, run: "_Run") -> bool:
-        with self._lock:
-            if not self._store.holds(line):
-                return False
-            if self._progress.image(run.ended.job.key, node, index) is None:
-                self._progress.storing(run.ended.job.key, node, index, line)
-            return True
-
-    def _keep(self, image: DownloadedImage, file: RemoteFile, node: str, index: int, run: "_Run") -> bool:
-        """Store an image, its manifest line in the record first; False if its bytes were there already."""
-        job = run.ended.job
-        about = {
-            "prompt_id": run.ended.submission.prompt_id,
+    def _store_image(self, file: RemoteFile, node: str, index: int, flight: InFlight, entry: HistoryEntry, graph: Graph) -> bool:
+        """Download and store one image, after its manifest line was recorded. Returns False if the data set has it already."""
+        job, prompt_id = flight.job, flight.submission.prompt_id
+        position = {"key": job.key, "node": node, "index": index}
+        recorded = self._journal.images.get((job.key, node, index))
+        earlier = recorded or self.downloaded.get(file)
+        # A file name says which image it is only if the node did not run again, or if it was downloaded for this very prompt.
+        if earlier and (recorded or node in entry.cached_nodes or earlier["prompt_id"] == prompt_id):
+            with self._store.lock:
+                if self._store.contains(earlier):
+                    if not recorded:
+                        self._journal.record("picture", **position, line=earlier)
+                    return False
+        image = self._download(file)
+        details = {
+            "prompt_id": prompt_id,
             "node": node,
-            "seeds": seeds_behind(run.graph, node),
-            "prompt": text_behind(run.graph, node) if job.prompt is None else job.prompt,
+            "seeds": upstream_seeds(graph, node),
+            "prompt": upstream_text(graph, node) if job.prompt is None else job.prompt,
             "workflow_sha256": self._workflow_hash,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        with self._lock:
-            line = self._store.line_for(image, job.prefix or f"node{node}", about)
-            self._progress.storing(job.key, node, index, line)
-            run.remember(file, line)
+        with self._store.lock:
+            line = self._store.manifest_line(image, job.prefix or f"node{node}", details)
+            self._journal.record("picture", **position, line=line)
+            self.downloaded[file] = line
             return self._store.put(image, line)
 
-    def _verified(self, file: RemoteFile, server: ComfyUI) -> DownloadedImage:
-        """An image of the server; one that arrives broken is fetched again."""
-        pauses_s = iter(FETCH_PAUSES_S)
+    def _download(self, file: RemoteFile) -> DownloadedImage:
+        """An image of the server; one that arrives damaged is downloaded again. Raises BrokenImageError or ImageGone."""
+        delays_s = iter(DOWNLOAD_RETRY_DELAYS_S)
         while True:
-            pause_s = next(pauses_s, None)
+            delay_s = next(delays_s, None)
             try:
-                return verified(server.view(file.filename, file.subfolder, file.kind))
-            except BadImage:
-                if pause_s is None:
+                return DownloadedImage.from_bytes(self._server.view(file.filename, file.subfolder, file.kind))
+            except BrokenImageError:
+                if delay_s is None:
                     raise
-            self._pause(pause_s)
+            self._sleep(delay_s)
 
 
-class _Run:
-    """One finished submission: what was submitted, what is cached, and which of its files were fetched before."""
-
-    def __init__(self, ended: Ended, plan: Plan, server: ComfyUI, fetched: Fetched):
-        self.ended, self.server = ended, server
-        self.graph: Graph = graph_of(plan, ended.job, ended.submission.seeds)
-        self.cached = cached_nodes(ended.entry)
-        self._fetched, self._now = fetched, set()
-
-    def earlier(self, file: RemoteFile, node: str) -> dict[str, Any] | None:
-        """The manifest line of a file that is surely the one fetched before: named twice, or named by a node that did not run."""
-        return self._fetched.get(file) if node in self.cached or file in self._now else None
-
-    def remember(self, file: RemoteFile, line: dict[str, Any]) -> None:
-        self._fetched[file] = line
-        self._now.add(file)
-
-    def nothing_new(self) -> str:
-        """Why a cached node cannot give its image, and what helps."""
-        seeds = "set GLOBAL_SEED, or NEW_SEEDS=1, for another image, or " if literal_seeds(self.graph) else ""
-        return f": ComfyUI answered from its cache, and what it made before is gone; {seeds}restart ComfyUI to have it made again"
-
-
-def graph_of(plan: Plan, job: Job, seeds: dict[str, int], face_name: str | None = None) -> Graph:
-    """What is submitted for a piece of work; without `face_name` the workflow's own image stays in it."""
-    return plan.workflow.filled(face_name, job.prompt, {place: seeds[str(place)] for place in job.seeds})
+def _cache_hint(graph: Graph) -> str:
+    """Why a cached node has no image, and what to do."""
+    seeds = "set GLOBAL_SEED or NEW_SEEDS=1 to generate a different image, or " if literal_seeds(graph) else ""
+    return f": ComfyUI answered from its cache and the file is gone; {seeds}restart ComfyUI to generate the image again"

@@ -1,111 +1,107 @@
-"""What a server says of itself over the websocket: which node runs, which step, how much of the prompt is done.
+"""What is running now: listens to ComfyUI's websocket, and shows progress in the terminal.
 
-For the display, and as a sign that the server is alive. Nothing is decided by it: with no websocket everything works.
-
-What a person sees while images are collected: lines, and below them what runs now and how long it will take.
+The websocket serves the display and as a sign that the server is working. Nothing is decided by it: collecting works
+without one.
 """
 
+import contextlib
 import json
 import math
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
 import websocket
 from tqdm import tqdm
 
-from collecting.graph import described
-from collecting.harvest import Outcome
+from collecting.graph import literal_seeds, node_label
+from collecting.harvest import JobResult
 from collecting.http import Address
 from collecting.jobs import Plan
 
-SILENCE_S = 30.0
-"""A socket that is silent for so long is opened anew: a proxy may have cut it, or another one with our id has closed."""
-
-
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+SILENCE_TIMEOUT_S = 30.0
+"""A socket without messages for this long is opened again: a proxy may have cut it, or another client took over its id."""
+MIN_RECONNECT_DELAY_S, MAX_RECONNECT_DELAY_S = 1.0, 60.0
+LINE_INTERVAL_S = 60.0
+"""Without a terminal, what is running is logged as a line this often."""
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What runs now."""
+class ExecutionStatus:
+    """The prompt that is running."""
 
     prompt_id: str
     node: str | None = None
+    """The node that is running; None before the first."""
     step: int = 0
     steps: int = 0
-    """Of the node; 1 or less for nodes that have no steps."""
+    """Of the node; at most 1 for nodes without steps."""
     nodes_done: frozenset[str] = frozenset()
     images: frozenset[tuple[str, int]] = frozenset()
     """(node, number of images) of the nodes that have saved."""
 
-    def saved_by(self, nodes: tuple[str, ...]) -> int:
-        return sum(number for node, number in self.images if node in nodes)
 
-
-class Live:
-    """The websocket of one server; `moment` is None while nothing of ours runs, or nothing is known."""
+class WebsocketMonitor:
+    """Follows one server over its websocket. `status` is None while no prompt of ours is running, or nothing is known."""
 
     def __init__(self, address: Address, client_id: str, stopping: threading.Event):
-        self.address = address
-        self.moment: Moment | None = None
-        self.last_sign_s = 0.0
-        """When the server was last seen working, by time.monotonic()."""
+        self.status: ExecutionStatus | None = None
+        self.last_activity_s = 0.0
+        """When the server was last seen working (time.monotonic())."""
+        self._address, self._stopping = address, stopping
         self._url = f"{address.websocket_url}?clientId={quote(client_id, safe='')}"
-        self._stopping = stopping
 
     def listen(self) -> None:
-        """Until everything is stopped; a socket that cannot be had is tried again, ever less often."""
-        pause_s = FIRST_PAUSE_S
+        """Listen until `stopping` is set; a connection that fails is retried with growing delays."""
+        delay_s = MIN_RECONNECT_DELAY_S
         while not self._stopping.is_set():
             try:
                 self._listen_once()
-                pause_s = FIRST_PAUSE_S
+                delay_s = MIN_RECONNECT_DELAY_S
             except (websocket.WebSocketException, OSError, ValueError, RecursionError):
-                self._stopping.wait(pause_s)
-                pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
+                self._stopping.wait(delay_s)
+                delay_s = min(MAX_RECONNECT_DELAY_S, 2 * delay_s)
 
     def _listen_once(self) -> None:
         """One connection, until it breaks or falls silent."""
-        options = {"ca_certs": str(self.address.ca_bundle)} if self.address.ca_bundle else None
-        # The library would send an Origin, which ComfyUI compares with the host, and 403.
+        tls = {"ca_certs": str(self._address.ca_bundle)} if self._address.ca_bundle else None
+        # By default the library sends an Origin, which ComfyUI compares with the host and may refuse with 403.
         connection = websocket.create_connection(
-            self._url, timeout=SILENCE_S, header=self.address.headers, suppress_origin=True, sslopt=options, redirect_limit=0
+            self._url, timeout=SILENCE_TIMEOUT_S, header=self._address.headers, suppress_origin=True, sslopt=tls, redirect_limit=0
         )
         try:
             while not self._stopping.is_set():
-                self._take_in(connection.recv())
+                self._on_message(connection.recv())
         except websocket.WebSocketTimeoutException:
             pass
         finally:
             connection.close(timeout=1)
 
-    def _take_in(self, message: str | bytes) -> None:
-        """One message; binary ones are previews."""
-        if not isinstance(message, str) or not message:
-            if not message:
-                raise websocket.WebSocketConnectionClosedException
-            return
+    def _on_message(self, message: str | bytes) -> None:
+        if not message:
+            raise websocket.WebSocketConnectionClosedException
+        if not isinstance(message, str):
+            return  # a preview image
         content = json.loads(message)
         if isinstance(content, dict) and isinstance(content.get("data"), dict):
-            self._understand(str(content.get("type")), content["data"])
+            self._dispatch(str(content.get("type")), content["data"])
 
-    def _understand(self, kind: str, data: dict[str, Any]) -> None:
-        if kind == "status":
+    def _dispatch(self, kind: str, data: dict[str, Any]) -> None:
+        if kind == "status":  # about the queue, which may move without any work of the server
             return
-        self.last_sign_s = time.monotonic()
-        before = self.moment
-        prompt_id = str(data.get("prompt_id") or (before.prompt_id if before else ""))
-        if before is None or before.prompt_id != prompt_id:
-            before = Moment(prompt_id)
-        self.moment = _after(before, kind, data)
+        self.last_activity_s = time.monotonic()
+        current = self.status
+        prompt_id = str(data.get("prompt_id") or (current.prompt_id if current else ""))
+        if current is None or current.prompt_id != prompt_id:
+            current = ExecutionStatus(prompt_id)
+        self.status = _next_status(current, kind, data)
 
 
-def _after(now: Moment, kind: str, data: dict[str, Any]) -> Moment | None:
-    """Pure: what runs after a message."""
+def _next_status(status: ExecutionStatus, kind: str, data: dict[str, Any]) -> ExecutionStatus | None:
+    """Pure: the status after a message."""
     node = None if data.get("node") is None else str(data["node"])
     match kind:
         case "executing" if node is None:
@@ -113,96 +109,105 @@ def _after(now: Moment, kind: str, data: dict[str, Any]) -> Moment | None:
         case "execution_success" | "execution_error" | "execution_interrupted":
             return None
         case "executing":
-            return _changed(now, node=node, step=0, steps=0, nodes_done=_with(now.nodes_done, now.node))
+            # The node that ran until now is done.
+            return replace(status, node=node, step=0, steps=0, nodes_done=status.nodes_done | {status.node} - {None})
         case "progress":
-            return _changed(now, node=node or now.node, step=_number(data.get("value")), steps=_number(data.get("max")))
+            step, steps = _as_count(data.get("value")), _as_count(data.get("max"))
+            return replace(status, node=node or status.node, step=step, steps=steps)
         case "execution_cached" if isinstance(data.get("nodes"), list):
-            return _changed(now, nodes_done=now.nodes_done | set(map(str, data["nodes"])))
+            return replace(status, nodes_done=status.nodes_done | set(map(str, data["nodes"])))
         case "executed" if node is not None:
             output = data.get("output")
             images = output.get("images") if isinstance(output, dict) else None
             number = len(images) if isinstance(images, list) else 0
-            return _changed(now, nodes_done=_with(now.nodes_done, node), images=now.images | {(node, number)})
-    return now
+            return replace(status, nodes_done=status.nodes_done | {node}, images=status.images | {(node, number)})
+    return status
 
 
-def _changed(now: Moment, **changes: Any) -> Moment:
-    return Moment(**{**vars(now), **changes})
-
-
-def _with(nodes: frozenset[str], node: str | None) -> frozenset[str]:
-    return nodes if node is None else nodes | {node}
-
-
-def _number(value: Any) -> int:
+def _as_count(value: Any) -> int:
     return int(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else 0
 
 
-LINE_EVERY_S = 60.0
-"""Where there is no terminal, what runs now is a line now and then."""
+def describe_plan(plan: Plan, jobs: int, todo: int, missing: int) -> str:
+    """What a run is about to do: the lines that it begins with.
+
+    `todo` of its `jobs` are not done, and `missing` of the images collected so far are no longer in the folder.
+    """
+    workflow = plan.workflow
+    nodes, shown = len(workflow.graph), 12
+    outputs = ", ".join(workflow.output_nodes[:shown]) + (" ..." if len(workflow.output_nodes) > shown else "")
+    lines = [
+        f"Per-batch mode: one submission for each prompt, {jobs} in total"
+        if workflow.per_batch
+        else "Full-workflow mode: one submission",
+        f"Collecting images from {len(workflow.output_nodes)} of {nodes} nodes: {outputs}",
+    ]
+    if plan.face is not None:
+        lines.append(f"Face reference: used in node {node_label(workflow.graph, workflow.face_input.node)}")
+    elif workflow.face_input is None:
+        lines.append("Face reference: not used (workflow_config.json does not set image_loader_node)")
+    else:
+        lines.append("Face reference: none (no FACE_REFERENCE, no face_reference.png); the workflow's own image is used")
+    if not todo:
+        deleted = f" {missing} of the collected images were deleted from the folder and are not collected again." if missing else ""
+        more = " Set NEW_SEEDS=1 to collect another set." if literal_seeds(workflow.graph) else ""
+        lines.append(f"All images were collected before, so nothing was sent to ComfyUI.{deleted}{more}")
+    return "\n".join(lines)
 
 
-class Display:
-    """Use as a context manager. `total` is the number of pieces of work."""
+class Display(contextlib.AbstractContextManager):
+    """Log lines and, in a terminal, a progress bar below them. Use as a context manager; `total` is the number of jobs."""
 
     def __init__(self, plan: Plan, total: int):
-        self._plan, self._total = plan, total
-        self._nodes = plan.workflow.kept_nodes
-        self._done = self._kept = self._made = 0
+        self._graph, self._output_nodes, self._total = plan.workflow.graph, plan.workflow.output_nodes, total
+        self._jobs_done = self._collected = self._generated = 0
         self._started_s = self._last_line_s = time.monotonic()
-        self._bar = tqdm(total=total * len(self._nodes), unit="image", disable=None, bar_format="{percentage:3.0f}%|{bar}| {desc}")
-
-    def __enter__(self) -> "Display":
-        return self
+        bar_format = "{percentage:3.0f}%|{bar}| {desc}"
+        self._bar = tqdm(total=total * len(self._output_nodes), unit="image", disable=None, bar_format=bar_format)
 
     def __exit__(self, *_exception: object) -> None:
         self._bar.close()
 
-    def say(self, line: str) -> None:
-        """One line, above the bar if there is one."""
+    def log(self, line: str) -> None:
+        """Print one line, above the bar if there is one."""
         tqdm.write(line)
         sys.stdout.flush()
 
-    def tell(self, label: str, outcome: Outcome) -> None:
-        """What came of one piece of work."""
-        self._done += 1
-        self._kept += outcome.new + outcome.known
-        self._made = self._kept
-        self.say(f"{self._done}/{self._total} {label}: {_told(outcome)}")
-        for note in outcome.notes + outcome.failures:
-            self.say(f"    {note}")
+    def report(self, result: JobResult) -> None:
+        """Log how a job ended."""
+        self._jobs_done += 1
+        self._collected += result.new + result.known
+        self._generated = self._collected
+        known = f", {result.known} already collected" if result.known else ""
+        failed = "; FAILED:" if result.failures else ""
+        images = "image" if result.new == 1 else "images"
+        self.log(f"{self._jobs_done}/{self._total} {result.job.label}: {result.new} new {images}{known}{failed}")
+        for line in result.notes + result.failures:
+            self.log(f"    {line}")
 
-    def show(self, lives: list[Live]) -> None:
-        """What runs now."""
-        moments = [moment for live in lives if (moment := live.moment) is not None]
-        # Between the end of a prompt and its outcome nobody speaks of its images.
-        made = self._made = max(self._made, self._kept + sum(moment.saved_by(self._nodes) for moment in moments))
-        share = (self._done + sum(map(self._share, moments))) / self._total
-        words = [f"{made}/{max(self._bar.total or 0, made)} images", *map(self._running, moments)]
-        words += [self._time_left(share)] if 0 < share < 1 else []
+    def update(self, monitors: list[WebsocketMonitor]) -> None:
+        """Show what is running: the number of images, node and step of each server, and the time left."""
+        running = [status for monitor in monitors if (status := monitor.status) is not None]
+        saved = sum(number for status in running for node, number in status.images if node in self._output_nodes)
+        # Between the end of a prompt and its result, its images are in no status: the number must not go down.
+        self._generated = max(self._generated, self._collected + saved)
+        total = max(self._bar.total or 0, self._generated)
+        parts = [f"{self._generated}/{total} images"]
+        share = self._jobs_done
+        for status in running:
+            step = f" step {status.step}/{status.steps}" if status.steps > 1 else ""
+            parts.append("starting" if status.node is None else f"node {node_label(self._graph, status.node)}{step}")
+            # The share of this prompt that is done: finished nodes, and the steps of the running one.
+            node_share = min(1.0, status.step / status.steps) if status.steps else 0.0
+            share += min(1.0, (len(status.nodes_done) + node_share) / len(self._graph))
+        share /= self._total
         now_s = time.monotonic()
+        if 0 < share < 1:
+            left_s = (now_s - self._started_s) * (1 - share) / share
+            parts.append(f"{tqdm.format_interval(left_s)} left")
         if not self._bar.disable:
-            self._bar.total = max(self._bar.total, made)
-            self._bar.n = made
-            self._bar.set_description_str(", ".join(words))
-        elif moments and now_s >= self._last_line_s + LINE_EVERY_S:
+            self._bar.total, self._bar.n = total, self._generated
+            self._bar.set_description_str(", ".join(parts))
+        elif running and now_s >= self._last_line_s + LINE_INTERVAL_S:
             self._last_line_s = now_s
-            self.say(", ".join(words))
-
-    def _share(self, moment: Moment) -> float:
-        """How much of its prompt is done, by nodes and by the steps of the running one."""
-        step = min(1.0, moment.step / moment.steps) if moment.steps else 0.0
-        return min(1.0, (len(moment.nodes_done) + step) / len(self._plan.workflow.graph))
-
-    def _running(self, moment: Moment) -> str:
-        where = "starting" if moment.node is None else f"node {described(self._plan.workflow.graph, moment.node)}"
-        return where + (f" step {moment.step}/{moment.steps}" if moment.steps > 1 else "")
-
-    def _time_left(self, share: float) -> str:
-        left_s = (time.monotonic() - self._started_s) * (1 - share) / share
-        return f"{tqdm.format_interval(left_s)} left"
-
-
-def _told(outcome: Outcome) -> str:
-    known = f", {outcome.known} there already" if outcome.known else ""
-    return f"{outcome.new} new {'image' if outcome.new == 1 else 'images'}{known}" + ("; FAILED:" if outcome.failures else "")
+            self.log(", ".join(parts))

@@ -1,176 +1,172 @@
-"""All the servers of one run: who is there, what they already have of ours, and an orderly end."""
+"""All ComfyUI servers of one run: which of them can be used, the threads that work with them, and a clean stop."""
 
+import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 from collecting.client import ComfyUI
-from collecting.harvest import Fetcher
+from collecting.harvest import JobResult
 from collecting.http import Address
 from collecting.image_store import ImageStore
-from collecting.jobs import Job, Plan
-from collecting.journal import Progress
-from collecting.monitor import Live
-from collecting.worker import Board, Finished, GaveUp, Said, Station, forgotten
+from collecting.jobs import Job, JobQueue, Plan
+from collecting.journal import Journal
+from collecting.worker import ServerWorker, unknown_prompt_message
 from common.errors import ComfyUIError, bullet_list
 
-LEAVING_S = 3.0
-"""How long a stop waits for a request that is under way."""
+STOP_TIMEOUT_S = 3.0
+"""How long a stop waits for requests that are under way."""
 
 
-@dataclass
-class Fleet:
-    """Use as a context manager: whatever ends the block, entries of ours that still wait on a server are withdrawn."""
+class ServerPool(contextlib.AbstractContextManager):
+    """Use as a context manager: however the block ends, prompts of this run that still wait on a server are dequeued."""
 
-    addresses: list[Address]
-    plan: Plan
-    progress: Progress
-    store: ImageStore
-    say: Callable[[str], None]
-    delay_s: float
-    stall_timeout_s: float
-    lives: list[Live] = field(default_factory=list)
-    """What each server says of itself while it works."""
-    _stations: list[Station] = field(default_factory=list)
-    _threads: list[threading.Thread] = field(default_factory=list)
-    _events: "queue.SimpleQueue[Any]" = field(default_factory=queue.SimpleQueue)
-    _stopping: threading.Event = field(default_factory=threading.Event)
-
-    def __enter__(self) -> "Fleet":
-        return self
+    def __init__(
+        self,
+        addresses: list[Address],
+        plan: Plan,
+        journal: Journal,
+        store: ImageStore,
+        log: Callable[[str], None],
+        *,
+        delay_s: float,
+        stall_timeout_s: float,
+    ):
+        self.workers: list[ServerWorker] = []
+        self._addresses, self._plan, self._journal, self._store, self._log = addresses, plan, journal, store, log
+        self._delay_s, self._stall_timeout_s = delay_s, stall_timeout_s
+        self._threads: list[threading.Thread] = []
+        self._events: queue.SimpleQueue[str | JobResult | BaseException] = queue.SimpleQueue()
+        """From the threads: log lines, results, and the exceptions that ended a thread."""
+        self._stopping = threading.Event()
 
     def __exit__(self, *_exception: object) -> None:
         self._stopping.set()
-        for station in self._stations:
-            station.wake()
+        for worker in self.workers:
+            worker.stop_download()
         for thread in self._threads:
-            thread.join(LEAVING_S)
-        for live, station in self._pairs():
-            self._withdraw(live.address, station)
+            thread.join(STOP_TIMEOUT_S)
+        for worker in self.workers:
+            if not worker.is_unavailable and (prompt_ids := worker.unfinished_prompts()):
+                self._dequeue(worker.address, prompt_ids)
 
     def start(self, jobs: list[Job]) -> None:
-        """See who is there, take over what earlier runs sent, and set to work.
+        """Connect to the servers, reattach to the prompts of earlier runs, and start the threads.
 
         Raises ComfyUIError when no server can be used.
         """
-        here = self._reachable()
-        fetcher = Fetcher(self.plan, self.progress, self.store, self._stopping.wait)
-        board = Board([])
-        self.lives = [Live(address, self.progress.client_id(), self._stopping) for address in here]
-        self._stations = [self._station(live, board, fetcher) for live in self.lives]
-        board.give_back([job for job in jobs if not self._adopted(job)])
-        for live in self.lives:
-            self._start(live.listen)
-        self._threads = [self._start(work) for station in self._stations for work in (station.work, station.fetch)]
+        job_queue = JobQueue()
+        self.workers = [
+            ServerWorker(
+                address,
+                self._plan,
+                self._journal,
+                self._store,
+                job_queue,
+                self._events.put,
+                self._stopping,
+                delay_s=self._delay_s,
+                stall_timeout_s=self._stall_timeout_s,
+            )
+            for address in self._usable_addresses()
+        ]
+        job_queue.requeue([job for job in jobs if not self._reattach(job)])
+        for worker in self.workers:
+            # A stop does not wait for `listen`: it may be blocked on a silent socket.
+            self._start_thread(worker.monitor.listen)
+            self._threads += [self._start_thread(worker.run), self._start_thread(worker.download)]
 
-    def finished(self, number: int, patience_s: float) -> Iterator[Finished | None]:
-        """`number` pieces of work as they end; None whenever `patience_s` passed without one.
+    def results(self, number: int, timeout_s: float) -> Iterator[JobResult | None]:
+        """`number` results as the jobs end, and None whenever `timeout_s` passes without one.
 
-        Raises ComfyUIError when no server is left, and whatever a thread failed with.
+        Raises ComfyUIError when no server is left, and any other exception that ended a thread.
         """
-        left, reasons = len(self._stations), []
+        failed: list[ComfyUIError] = []
         while number:
             try:
-                event = self._events.get(timeout=patience_s)
+                event = self._events.get(timeout=timeout_s)
             except queue.Empty:
                 yield None
                 continue
             match event:
-                case Finished():
+                case JobResult():
                     number -= 1
                     yield event
-                case Said():
-                    self.say(event.line)
-                case GaveUp():
-                    left -= 1
-                    reasons.append(str(event.error))
-                    if not left:
-                        raise event.error if len(reasons) == 1 else ComfyUIError(bullet_list("no ComfyUI is left:", reasons))
-                    self.say(f"{event.error}. The other servers go on.")
+                case str():
+                    self._log(event)
+                case ComfyUIError():
+                    failed.append(event)
+                    if len(failed) == len(self.workers):
+                        raise _combined("no ComfyUI server is left:", failed)
+                    self._log(f"{event}. Continuing with the other servers.")
                 case BaseException():
                     raise event
 
-    def free(self) -> None:
-        """Let every server give its memory back, unless somebody else's prompts are in its queue."""
-        for live, station in self._pairs():
-            if station.is_away or station.is_over:
+    def free_memory(self) -> None:
+        """Ask every server to unload its models, unless prompts of other clients are in its queue."""
+        for worker in self.workers:
+            if worker.is_unavailable or worker.has_failed:
                 continue
-            with self._client(live.address, ()) as server:
+            with self._client(worker.address, retry_delays_s=()) as server:
                 try:
                     queued = server.queue()
                     if queued.running | queued.waiting:
-                        self.say(f"ComfyUI at {server.url} keeps its models: prompts of somebody else are in its queue.")
+                        self._log(f"ComfyUI at {server.url}: models stay loaded (prompts of other clients are in its queue)")
                         continue
-                    server.free()
-                    self.say(f"ComfyUI at {server.url} was told to free its memory.")
+                    server.free_memory()
+                    self._log(f"ComfyUI at {server.url}: requested to unload its models (COMFYUI_FREE=0 keeps them loaded)")
                 except ComfyUIError as error:
-                    self.say(f"Its memory could not be freed: {error}")
+                    self._log(f"Could not free ComfyUI's memory: {error}")
 
-    def _reachable(self) -> list[Address]:
-        here, reasons = [], []
-        for address in self.addresses:
+    def _usable_addresses(self) -> list[Address]:
+        usable, errors = [], []
+        for address in self._addresses:
             try:
                 with self._client(address) as server:
-                    self.say(f"ComfyUI {server.version()} at {server.url}. Ctrl-C loses nothing: the same command goes on.")
-                here.append(address)
+                    self._log(f"Connected to ComfyUI {server.version()} at {server.url}")
+                usable.append(address)
             except ComfyUIError as error:
-                reasons.append(error)
-        if not here:
-            raise reasons[0] if len(reasons) == 1 else ComfyUIError(bullet_list("no ComfyUI can be used:", list(map(str, reasons))))
-        for error in reasons:
-            self.say(f"{error}. The other servers go on without it.")
-        return here
+                errors.append(error)
+        if not usable:
+            raise _combined("no ComfyUI server can be used:", errors)
+        for error in errors:
+            self._log(f"{error}. Continuing with the other servers.")
+        self._log("Ctrl-C stops safely; run the same command again to continue.")
+        return usable
 
-    def _station(self, live: Live, board: Board, fetcher: Fetcher) -> Station:
-        servers = (self._client(live.address), self._client(live.address))
-        return Station(
-            servers,
-            board,
-            self.plan,
-            self.progress,
-            fetcher,
-            self._events.put,
-            self._stopping,
-            delay_s=self.delay_s,
-            stall_timeout_s=self.stall_timeout_s,
-            life_sign_s=lambda: live.last_sign_s,
-        )
-
-    def _client(self, address: Address, patience_s: tuple[float, ...] | None = None) -> ComfyUI:
-        return ComfyUI(address, self.progress.client_id(), patience_s, self._stopping.wait)
-
-    def _adopted(self, job: Job) -> bool:
-        """What an earlier run sent is looked up on every server before it is sent again."""
-        submission = self.progress.in_flight(job.key)
-        if submission is None or any(station.adopt(job, submission) for station in self._stations):
-            return submission is not None
-        self.say(f"{job.label}: {forgotten(', '.join(station.url for station in self._stations), submission)}")
+    def _reattach(self, job: Job) -> bool:
+        """Whether a server still has the job from an earlier run; every server is asked before it is submitted again."""
+        submission = self._journal.in_flight.get(job.key)
+        if submission is None:
+            return False
+        if any(worker.reattach(job, submission) for worker in self.workers):
+            return True
+        urls = ", ".join(worker.address.url for worker in self.workers)
+        self._log(f"{job.label}: {unknown_prompt_message(urls, submission)}")
         return False
 
-    def _start(self, work: Callable[[], None]) -> threading.Thread:
-        thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+    def _client(self, address: Address, retry_delays_s: Sequence[float] | None = None) -> ComfyUI:
+        return ComfyUI(address, self._journal.client_id(), retry_delays_s, self._stopping.wait)
+
+    def _start_thread(self, target: Callable[[], None]) -> threading.Thread:
+        def run() -> None:
+            try:
+                target()
+            except BaseException as error:  # raised again where the events are read
+                self._events.put(error)
+
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
         return thread
 
-    def _run(self, work: Callable[[], None]) -> None:
-        """A thread: what it fails with is raised where the events are read."""
-        try:
-            work()
-        except BaseException as error:
-            self._events.put(error)
-
-    def _withdraw(self, address: Address, station: Station) -> None:
-        waiting = station.unfinished()
-        if not waiting or station.is_away:
-            return
-        with self._client(address, ()) as server:
+    def _dequeue(self, address: Address, prompt_ids: list[str]) -> None:
+        with self._client(address, retry_delays_s=()) as server:
             try:
-                server.withdraw(waiting)
-                self.say(f"What waits of ours at {server.url} was taken out of its queue; what runs there goes on.")
+                server.dequeue(prompt_ids)
+                self._log(f"Removed this run's waiting prompts from the queue of {server.url} (a running prompt is not stopped)")
             except ComfyUIError as error:
-                self.say(f"What waits of ours stays in the queue: {error}")
+                self._log(f"Could not remove this run's prompts from the queue: {error}")
 
-    def _pairs(self) -> Iterator[tuple[Live, Station]]:
-        return zip(self.lives, self._stations, strict=True)
+
+def _combined(title: str, errors: list[ComfyUIError]) -> ComfyUIError:
+    return errors[0] if len(errors) == 1 else ComfyUIError(bullet_list(title, [str(error) for error in errors]))

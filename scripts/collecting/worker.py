@@ -1,424 +1,297 @@
-"""What a station keeps of a submission, and what it tells the thread that watches it.
+"""One server at work: prompts are submitted before it becomes idle, their ends are noticed, their images are downloaded.
 
-Pure: how often a server is asked, and when it gets its next entry.
-
-What is still to be sent, shared by the stations of all servers, and who is there to send it.
-
-One server at work: it is fed before it can fall idle, what ends is seen soon, and a second thread fetches the images.
+A worker has three threads: `run` submits and watches, `download` stores the images of finished prompts, and
+`monitor.listen` follows the websocket.
 """
 
 import contextlib
-import math
 import queue
 import secrets
 import threading
 import time
 import uuid
-from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
-from collecting.client import ComfyUI, Queue, Unanswered
-from collecting.harvest import Ended, Fetched, Fetcher, Outcome, graph_of, seconds_of, typical_s
-from collecting.http import Away
-from collecting.jobs import Job, Plan
-from collecting.journal import Progress, Submission
+from collecting.client import ComfyUI, Queue, SubmissionUnconfirmed
+from collecting.harvest import Harvester, HistoryEntry, JobResult
+from collecting.http import Address, ServerUnavailable
+from collecting.image_store import ImageStore
+from collecting.jobs import InFlight, Job, JobQueue, Plan
+from collecting.journal import Journal, Submission
+from collecting.monitor import WebsocketMonitor
+from collecting.pacing import Pacing
 from common.errors import ComfyUIError
 
-
-@dataclass
-class Flight:
-    """A submission whose end was not seen yet."""
-
-    job: Job
-    submission: Submission
-    dropped: tuple[str, ...] = ()
-    doubtful_until_s: float = 0.0
-    """Until then, by time.monotonic(), it may still arrive although nobody knows it: its answer was lost."""
-    fetches: int = 0
-    """How often its images could not be fetched because the server went away."""
-
-
-@dataclass(frozen=True)
-class Said:
-    """A line for the log."""
-
-    line: str
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A piece of work that is done or failed."""
-
-    job: Job
-    outcome: Outcome
-
-
-@dataclass(frozen=True)
-class GaveUp:
-    """A station whose server will not do any more work."""
-
-    error: ComfyUIError
-
-
-MOST_WAITING = 6
-"""Entries of ours that wait behind the running one; a stop leaves no more than these."""
-
-
-WORK_AHEAD_S = 4.0
-"""So much work waits, in at most MOST_WAITING entries: a poll that comes late does not let the worker fall idle."""
-
-
-FEED_AT_ONCE_S = 1.5
-"""A worker with less than this waiting is about to fall idle: COMFYUI_DELAY does not hold it up."""
-
-
-def wants_more(waiting: int, typical_s: float | None, since_last_s: float, delay_s: float) -> bool:
-    """Whether the next entry is sent now: enough waits that the worker never falls idle, and no more than that.
-
-    `waiting` entries of ours wait behind the one that runs (-1: none runs), one typically takes `typical_s` (None: not
-    known yet), and the last was sent `since_last_s` ago. `delay_s` spaces submissions only while enough waits.
-    """
-    if waiting < 1:
-        return True
-    if typical_s is None or waiting >= min(MOST_WAITING, math.ceil(WORK_AHEAD_S / max(typical_s, 0.001))):
-        return False
-    return waiting * typical_s < FEED_AT_ONCE_S or since_last_s >= delay_s
-
-
-def poll_interval_s(typical_s: float | None, waited_s: float) -> float:
-    """Fast for short prompts, slow for long ones: an eighth of what one takes, between 0.05 and 2 s.
-
-    Before the first has ended, and for one that takes longer than the others, what it took so far counts.
-    """
-    return min(2.0, max(0.05, max(typical_s or 0.0, waited_s) / 8))
-
-
-class Board:
-    """A list from which every station takes its next piece of work, and to which it gives back what it cannot finish."""
-
-    def __init__(self, jobs: Iterable[Job]):
-        self._waiting = deque(jobs)
-        self._at_work: set[Hashable] = set()
-        self._losses: Counter[str] = Counter()
-        self._lock = threading.Lock()
-
-    def take(self) -> Job | None:
-        with self._lock:
-            return self._waiting.popleft() if self._waiting else None
-
-    def give_back(self, jobs: Iterable[Job]) -> None:
-        """To the front and in their order: they were sent first."""
-        with self._lock:
-            self._waiting.extendleft(reversed(list(jobs)))
-
-    def lost(self, job: Job) -> int:
-        """Count that a server lost this work while it was its turn; returns how often that happened."""
-        with self._lock:
-            self._losses[job.key] += 1
-            return self._losses[job.key]
-
-    def join(self, station: Hashable) -> None:
-        with self._lock:
-            self._at_work.add(station)
-
-    def leave(self, station: Hashable) -> bool:
-        """Whether somebody else is at work, who can take over."""
-        with self._lock:
-            self._at_work.discard(station)
-            return bool(self._at_work)
-
-
-AWAY_S = 300.0
-"""How long a server that was there before may be away; a restart with many custom nodes takes minutes."""
-
-
-LOOK_AT_ALL_EVERY_S = 1.0
-"""At least so long passes between two looks at the whole queue, whose answer may be large."""
-
-
-DOUBT_S = 5.0
-"""A submission without an answer, unknown for so long, has not arrived; sooner it may be on its way through a proxy."""
-
-
+RECONNECT_TIMEOUT_S = 300.0
+"""How long to wait for a server that became unavailable; a restart with many custom nodes takes minutes."""
+QUEUE_CHECK_INTERVAL_S = 1.0
+"""Least time between two requests for the whole queue, whose answer may be large."""
+UNCONFIRMED_S = 5.0
+"""A submission without an answer that is still unknown after this time did not arrive; a proxy may delay it until then."""
 IDLE_WORKER_S = 60.0
-"""A queue in which things wait and nothing runs for so long has lost its worker."""
+"""When prompts wait and none runs for this long, ComfyUI's own worker thread has died."""
+MAX_LOSSES = 3
+"""How often a job is submitted again after a server lost it while it was the next to run."""
+SEED_LIMIT = 2**53
+"""Drawn seeds are smaller: ComfyUI's web page shows only these numbers exactly."""
 
 
-MOST_LOSSES = 3
-"""How often the same work is sent again when servers lose it while it is its turn."""
-
-
-SEED_BELOW = 2**53
-"""Drawn seeds stay below this: the numbers that ComfyUI's web page shows exactly."""
-
-
-class Station:
-    """Feeds and watches one server. `tell` takes Said, Finished and GaveUp, from any thread.
-
-    `life_sign_s` says when the server was last seen working, by other means than asking it.
-    """
+class ServerWorker:
+    """Submits jobs to one server and watches them. `emit` receives log lines and results, from any thread."""
 
     def __init__(
         self,
-        servers: tuple[ComfyUI, ComfyUI],
-        board: Board,
+        address: Address,
         plan: Plan,
-        progress: Progress,
-        fetcher: Fetcher,
-        tell: Callable[[Any], None],
+        journal: Journal,
+        store: ImageStore,
+        jobs: JobQueue,
+        emit: Callable[[str | JobResult], None],
         stopping: threading.Event,
         *,
         delay_s: float,
         stall_timeout_s: float,
-        life_sign_s: Callable[[], float] = lambda: 0.0,
     ):
-        self._server, self._image_server = servers
-        self._board, self._plan, self._progress, self._fetcher = board, plan, progress, fetcher
-        self._tell, self._stopping = tell, stopping
-        self._delay_s, self._stall_timeout_s, self._life_sign_s = delay_s, stall_timeout_s, life_sign_s
-        self.is_away = False
-        """Whether the server went away and is waited for."""
-        self.is_over = False
-        """Whether it was given up."""
-        self._flights: list[Flight] = []
+        self.address = address
+        self.monitor = WebsocketMonitor(address, journal.client_id(), stopping)
+        self.is_unavailable = False
+        """Whether the server does not respond and the worker is waiting for it."""
+        self.has_failed = False
+        """Whether the server was given up."""
+        self._plan, self._journal, self._jobs = plan, journal, jobs
+        self._emit, self._stopping = emit, stopping
+        # Two clients, because a client is for one thread.
+        self._server, image_server = (ComfyUI(address, journal.client_id(), sleep=stopping.wait) for _ in range(2))
+        self._harvester = Harvester(plan, journal, store, image_server, stopping.wait)
+        self._pacing = Pacing(delay_s)
+        self._stall_timeout_s = stall_timeout_s
+        self._in_flight: list[InFlight] = []
+        """The oldest first; ComfyUI runs prompts in the order of submission."""
         self._given_away: list[str] = []
-        self._durations_s: list[float] = []
+        """Ids of prompts that may still be on the server although their jobs are in the job queue again."""
+        self._finished: queue.SimpleQueue[tuple[InFlight, HistoryEntry] | None] = queue.SimpleQueue()
+        """What `run` hands to `download`; None ends it."""
+        self._not_downloaded: queue.SimpleQueue[InFlight] = queue.SimpleQueue()
+        """What `download` hands back to `run`."""
         self._face_name: str | None = None
-        self._fetched: Fetched = {}
-        self._ended: queue.SimpleQueue[tuple[Flight, dict[str, Any]] | None] = queue.SimpleQueue()
-        self._returned: queue.SimpleQueue[Flight] = queue.SimpleQueue()
-        self._last_sent_s = float("-inf")
-        self._turn_since_s = self._last_sign_s = time.monotonic()
-        self._next_look_s = 0.0
-        self._seen: Queue | None = None
+        self._next_queue_check_s = 0.0
+        self._last_queue: Queue | None = None
+        self._last_progress_s = time.monotonic()
 
-    @property
-    def url(self) -> str:
-        return self._server.url
-
-    def adopt(self, job: Job, submission: Submission) -> bool:
-        """Take over what an earlier run sent, if this server knows of it; before the threads run."""
+    def reattach(self, job: Job, submission: Submission) -> bool:
+        """Watch a prompt that an earlier run submitted, if this server knows it. To be called before the threads start."""
         if not self._server.knows(submission.prompt_id):
             return False
-        self._flights.append(Flight(job, submission))
+        self._in_flight.append(InFlight(job, submission))
         return True
 
-    def unfinished(self) -> list[str]:
-        """The prompt ids whose end was not seen here, those that others took over included."""
-        return self._given_away + [flight.submission.prompt_id for flight in self._flights]
+    def unfinished_prompts(self) -> list[str]:
+        """Ids of the prompts that may be on the server, those included whose jobs were given to other servers."""
+        return self._given_away + [flight.submission.prompt_id for flight in self._in_flight]
 
-    def wake(self) -> None:
-        """Let the second thread see that everything is stopped."""
-        self._ended.put(None)
+    def stop_download(self) -> None:
+        self._finished.put(None)
 
-    def work(self) -> None:
-        """The first thread: until everything is stopped, or this server is given up."""
-        self._board.join(self)
-        while not self._stopping.is_set():
+    def run(self) -> None:
+        """First thread: submit and watch until `stopping` is set.
+
+        Raises ComfyUIError when the server cannot be used any more; its jobs are back in the job queue then.
+        """
+        self._jobs.active_workers.add(self)
+        try:
+            while not self._stopping.is_set():
+                try:
+                    self._check_prompts()
+                    while self._pacing.should_submit(len(self._in_flight)) and (job := self._jobs.get()) is not None:
+                        self._submit(job)
+                except ServerUnavailable as error:
+                    self._wait_until_available(error)
+                self._stopping.wait(self._poll_delay_s())
+        except ComfyUIError:
+            if self._stopping.is_set():
+                return
+            self.has_failed = True
+            self._jobs.active_workers.discard(self)
+            self._requeue_all()
+            raise
+
+    def download(self) -> None:
+        """Second thread: store the images of finished prompts until `stop_download` is called."""
+        while (finished := self._finished.get()) is not None and not self._stopping.is_set():
+            flight, entry = finished
             try:
-                self._look()
-                self._feed()
-            except Away as error:
-                if not self._came_back(error):
-                    return self._give_up(error)
-            except ComfyUIError as error:
-                return self._give_up(error)
-            self._stopping.wait(self._pause_s())
-
-    def fetch(self) -> None:
-        """The second thread: the images of what has ended."""
-        while (item := self._ended.get()) is not None and not self._stopping.is_set():
-            flight, entry = item
-            ended = Ended(flight.job, flight.submission, entry, flight.dropped)
-            try:
-                outcome = self._fetcher.outcome_of(ended, self._image_server, self._fetched)
-            except Away as error:
-                self._fetch_later(flight, error)
+                self._emit(self._harvester.harvest(flight, entry))
+            except ServerUnavailable as error:
+                flight.failed_downloads += 1
+                if flight.failed_downloads > MAX_LOSSES:
+                    self._fail(flight.job, str(error))
+                    continue
+                # `run` notices when the server is back, or gives the job to another one.
+                self._not_downloaded.put(flight)
+                if self.has_failed:
+                    self._requeue_all()
             except ComfyUIError as error:
                 self._fail(flight.job, str(error))
-            else:
-                self._tell(Finished(flight.job, outcome))
 
-    def _fetch_later(self, flight: Flight, error: Away) -> None:
-        """The first thread will see the server come back, or give the work to others."""
-        flight.fetches += 1
-        if flight.fetches > MOST_LOSSES:
-            self._fail(flight.job, str(error))
-            return
-        self._returned.put(flight)
-        if self.is_over:
-            self._give_all_back()
+    def _fail(self, job: Job, reason: str) -> None:
+        self._journal.record("failed", key=job.key)
+        self._emit(JobResult(job, failures=[reason]))
 
-    def _fail(self, job: Job, why: str) -> None:
-        self._progress.failed(job.key)
-        self._tell(Finished(job, Outcome(failures=[why])))
-
-    def _look(self) -> None:
-        """See what has ended: the oldest first, and now and then all of it."""
+    def _check_prompts(self) -> None:
+        """Notice which prompts have ended: the oldest at each poll, all of them now and then."""
         self._take_back()
-        while self._flights and (entry := self._server.history(self._flights[0].submission.prompt_id)) is not None:
-            self._note_end(self._flights[0], entry)
-        if self._flights and time.monotonic() >= self._next_look_s:
-            self._look_at_all()
+        while self._in_flight and (entry := self._server.history(self._in_flight[0].submission.prompt_id)) is not None:
+            self._finish(self._in_flight[0], entry)
+        if self._in_flight and time.monotonic() >= self._next_queue_check_s:
+            self._check_queue()
 
-    def _note_end(self, flight: Flight, entry: dict[str, Any]) -> None:
-        self._flights.remove(flight)
-        if (duration_s := seconds_of(entry)) is not None:
-            self._durations_s.append(duration_s)
-        self._turn_since_s = self._last_sign_s = time.monotonic()
-        self._ended.put((flight, entry))
+    def _finish(self, flight: InFlight, raw_entry: dict) -> None:
+        entry = HistoryEntry(raw_entry)
+        self._in_flight.remove(flight)
+        self._pacing.note_end(entry.duration_s)
+        self._last_progress_s = time.monotonic()
+        self._finished.put((flight, entry))
 
-    def _look_at_all(self) -> None:
-        """Find what ended out of its turn, what the server lost, and a worker that is dead."""
-        seen = self._server.queue()
+    def _check_queue(self) -> None:
+        """Find prompts that ended out of order, prompts that the server lost, and a server that makes no progress."""
+        current = self._server.queue()
         lost = []
-        for flight in [each for each in self._flights if each.submission.prompt_id not in seen.running | seen.waiting]:
-            # It may have ended between the two looks.
+        for flight in [each for each in self._in_flight if each.submission.prompt_id not in current.running | current.waiting]:
+            # It may have ended between the two requests.
             entry = self._server.history(flight.submission.prompt_id)
             if entry is not None:
-                self._note_end(flight, entry)
-            elif time.monotonic() >= flight.doubtful_until_s:
+                self._finish(flight, entry)
+            elif time.monotonic() >= flight.unconfirmed_until_s:
                 lost.append(flight)
-        self._send_again(lost)
-        self._watch_the_worker(seen)
-        self._next_look_s = time.monotonic() + max(LOOK_AT_ALL_EVERY_S, 5 * self._pause_s())
+        if lost:
+            self._requeue_lost(lost)
+        self._check_progress(current)
+        self._next_queue_check_s = time.monotonic() + max(QUEUE_CHECK_INTERVAL_S, 5 * self._poll_delay_s())
 
-    def _send_again(self, lost: list[Flight]) -> None:
-        """What the server forgot goes back to the board; only for the one whose turn it was it may have been its own fault."""
-        if not lost:
-            return
-        self._fetched.clear()
-        self._face_name = None
-        if lost[0] is self._flights[0] and self._board.lost(lost[0].job) > MOST_LOSSES:
-            culprit = lost.pop(0)
-            self._flights.remove(culprit)
-            self._fail(culprit.job, f"ComfyUI lost it {MOST_LOSSES + 1} times; does it restart over it? Its terminal says why")
+    def _requeue_lost(self, lost: list[InFlight]) -> None:
+        """Put the jobs of lost prompts back into the job queue; one that may have crashed the server fails in the end."""
+        self._forget_server_state()
+        # Only the oldest prompt was running or about to run, so only this one can be the cause.
+        if lost[0] is self._in_flight[0]:
+            suspect = lost[0].job
+            self._jobs.losses[suspect.key] += 1
+            if self._jobs.losses[suspect.key] > MAX_LOSSES:
+                self._in_flight.remove(lost.pop(0))
+                self._fail(suspect, f"ComfyUI lost this prompt {MAX_LOSSES + 1} times; it may crash ComfyUI: check its console")
         for flight in lost:
-            self._flights.remove(flight)
-            self._tell(Said(f"{flight.job.label}: {forgotten(self.url, flight.submission)}"))
-        self._board.give_back([flight.job for flight in lost])
+            self._in_flight.remove(flight)
+            self._emit(f"{flight.job.label}: {unknown_prompt_message(self.address.url, flight.submission)}")
+        self._jobs.requeue([flight.job for flight in lost])
 
-    def _watch_the_worker(self, seen: Queue) -> None:
-        """Raises ComfyUIError when nothing has moved for too long: HTTP goes on answering when the worker is dead."""
+    def _check_progress(self, current: Queue) -> None:
+        """Raises ComfyUIError when nothing has moved for too long: HTTP still answers when ComfyUI's worker thread has died."""
         now_s = time.monotonic()
-        if self._seen is None or seen.running != self._seen.running:
-            self._last_sign_s = now_s
-        self._seen = seen
-        still_s = now_s - max(self._last_sign_s, self._life_sign_s())
-        idle = seen.waiting and not seen.running
-        if self._flights and still_s >= min(self._stall_timeout_s, IDLE_WORKER_S if idle else float("inf")):
+        if self._last_queue is None or current.running != self._last_queue.running:
+            self._last_progress_s = now_s
+        self._last_queue = current
+        stalled_s = now_s - max(self._last_progress_s, self.monitor.last_activity_s)
+        no_prompt_runs = current.waiting and not current.running
+        limit_s = min(self._stall_timeout_s, IDLE_WORKER_S if no_prompt_runs else float("inf"))
+        if self._in_flight and stalled_s >= limit_s:
             raise ComfyUIError(
-                f"ComfyUI at {self.url} answers, but has done nothing for {still_s:.0f} s while our prompts are in its queue:"
-                " its worker is dead, or a prompt takes longer than COMFYUI_STALL_TIMEOUT; restart ComfyUI and run this again"
+                f"ComfyUI at {self.address.url} answers, but has made no progress for {stalled_s:.0f} s with prompts of this run"
+                " in its queue: its worker thread has died, or a prompt takes longer than COMFYUI_STALL_TIMEOUT;"
+                " restart ComfyUI, or raise COMFYUI_STALL_TIMEOUT, and run the same command again"
             )
 
-    def _feed(self) -> None:
-        while self._wants_more() and (job := self._board.take()) is not None:
-            self._send(job)
-
-    def _wants_more(self) -> bool:
-        since_last_s = time.monotonic() - self._last_sent_s
-        return wants_more(len(self._flights) - 1, typical_s(self._durations_s), since_last_s, self._delay_s)
-
-    def _send(self, job: Job) -> None:
-        """Write down what is about to be sent, then send it."""
-        seeds = self._progress.seeds(job.key) or {
-            str(place): secrets.randbelow(SEED_BELOW) if seed is None else seed for place, seed in job.seeds.items()
+    def _submit(self, job: Job) -> None:
+        """Record in the journal what is about to be submitted, then submit it."""
+        seeds = self._journal.seeds.get(job.key) or {
+            str(ref): secrets.randbelow(SEED_LIMIT) if seed is None else seed for ref, seed in job.seeds.items()
         }
-        flight = Flight(job, Submission(str(uuid.uuid4()), seeds))
+        flight = InFlight(job, Submission(str(uuid.uuid4()), seeds))
         try:
-            graph = graph_of(self._plan, job, seeds, self._uploaded_face())
+            graph = self._plan.graph_for(job, seeds, self._uploaded_face())
         except ComfyUIError:
-            self._board.give_back([job])
+            self._jobs.requeue([job])
             raise
-        self._progress.sent(job.key, flight.submission)
-        if not self._flights:
-            self._turn_since_s = self._last_sign_s = time.monotonic()
-        self._flights.append(flight)
-        self._last_sent_s = time.monotonic()
+        self._journal.record("sent", key=job.key, prompt_id=flight.submission.prompt_id, seeds=seeds)
+        self._pacing.note_submission(is_only=not self._in_flight)
+        if not self._in_flight:
+            self._last_progress_s = time.monotonic()
+        self._in_flight.append(flight)
         try:
             queued = self._server.submit(graph, flight.submission.prompt_id)
-        except Unanswered as error:
-            self._tell(Said(f"{job.label}: {error}; looking whether it arrived"))
-            self._next_look_s, flight.doubtful_until_s = 0.0, time.monotonic() + DOUBT_S
+        except SubmissionUnconfirmed as error:
+            self._emit(f"{job.label}: checking whether it was queued ({error})")
+            self._next_queue_check_s, flight.unconfirmed_until_s = 0.0, time.monotonic() + UNCONFIRMED_S
             return
         flight.dropped = tuple(queued.dropped)
         if queued.prompt_id != flight.submission.prompt_id:
-            # Old servers give ids of their own.
+            # Old versions of ComfyUI ignore the id in the request.
             flight.submission = Submission(queued.prompt_id, seeds)
-            self._progress.sent(job.key, flight.submission)
+            self._journal.record("sent", key=job.key, prompt_id=queued.prompt_id, seeds=seeds)
+
+    def _poll_delay_s(self) -> float:
+        return self._pacing.poll_interval_s() if self._in_flight else 0.1
 
     def _uploaded_face(self) -> str | None:
-        """The face's name on the server; uploaded once, under a name that only these bytes have."""
+        """The name of the face reference on the server; it is uploaded once, under a name that is unique to its bytes."""
         face = self._plan.face
         if face is not None and self._face_name is None:
             self._face_name = self._server.upload(f"loracat_face_{face.sha256[:16]}{face.suffix}", face.content)
         return self._face_name
 
-    def _pause_s(self) -> float:
-        if not self._flights:
-            return 0.1
-        return poll_interval_s(typical_s(self._durations_s), time.monotonic() - self._turn_since_s)
+    def _wait_until_available(self, error: ServerUnavailable) -> None:
+        """Wait for a server that became unavailable. Other active servers get its jobs at once. Raises `error` in the end."""
+        self.is_unavailable = True
+        self._jobs.active_workers.discard(self)
+        others_take_over = bool(self._jobs.active_workers)
+        timeout_s = min(RECONNECT_TIMEOUT_S, self._stall_timeout_s)
+        moved = "Its prompts are given to the other servers. " if others_take_over else ""
+        self._emit(f"{error}. {moved}Trying to reconnect for {timeout_s:.0f} s.")
+        self._forget_server_state()
+        deadline_s, delay_s = time.monotonic() + timeout_s, 0.5
+        while True:
+            if others_take_over:
+                self._requeue_all()
+            if self._stopping.wait(delay_s) or time.monotonic() >= deadline_s:
+                raise error
+            delay_s = min(10.0, 1.5 * delay_s)
+            if self._reconnect():
+                return
 
-    def _came_back(self, error: Away) -> bool:
-        """Wait for a server that went away; who is at work elsewhere gets its entries at once."""
-        self.is_away = True
-        gives_away = self._board.leave(self)
-        if gives_away:
-            self._give_all_back()
-        patience_s = min(AWAY_S, self._stall_timeout_s)
-        self._tell(Said(f"{error}. {'Its work goes to the others. ' if gives_away else ''}Trying again for {patience_s:.0f} s."))
-        self._fetched.clear()
-        self._face_name = None
-        deadline_s, pause_s = time.monotonic() + patience_s, 0.5
-        while not self._stopping.wait(pause_s) and time.monotonic() < deadline_s:
-            if gives_away:
-                self._give_all_back()
-            pause_s = min(10.0, 1.5 * pause_s)
-            if self._answers():
-                self._tell(Said(f"ComfyUI at {self.url} is back."))
-                self._board.join(self)
-                self._next_look_s, self._turn_since_s = 0.0, time.monotonic()
-                self._last_sign_s = time.monotonic()
-                self.is_away = False
-                return True
-        return False
-
-    def _answers(self) -> bool:
-        """Whether the server is back; what was given away is not to run here as well."""
+    def _reconnect(self) -> bool:
         try:
             self._server.version()
         except ComfyUIError:
             return False
         if self._given_away:
+            # Other servers run these jobs now.
             with contextlib.suppress(ComfyUIError):
-                self._server.withdraw(self._given_away)
+                self._server.dequeue(self._given_away)
         self._given_away.clear()
+        self._emit(f"Reconnected to ComfyUI at {self.address.url}.")
+        self._jobs.active_workers.add(self)
+        self._next_queue_check_s, self._pacing.running_since_s = 0.0, time.monotonic()
+        self._last_progress_s = time.monotonic()
+        self.is_unavailable = False
         return True
 
-    def _give_all_back(self) -> None:
+    def _forget_server_state(self) -> None:
+        """The server may have been restarted: file names may be used again, and the face may be gone."""
+        self._harvester.downloaded.clear()
+        self._face_name = None
+
+    def _requeue_all(self) -> None:
+        """Put every job of this server back into the job queue."""
         self._take_back()
-        given, self._flights = self._flights, []
-        self._given_away += [flight.submission.prompt_id for flight in given]
-        self._board.give_back([flight.job for flight in given])
+        flights, self._in_flight = self._in_flight, []
+        self._given_away += [flight.submission.prompt_id for flight in flights]
+        self._jobs.requeue([flight.job for flight in flights])
 
     def _take_back(self) -> None:
-        """What could not be fetched is in flight again."""
+        """Prompts whose images could not be downloaded are in flight again."""
         with contextlib.suppress(queue.Empty):
             while True:
-                self._flights.insert(0, self._returned.get_nowait())
-
-    def _give_up(self, error: ComfyUIError) -> None:
-        if self._stopping.is_set():
-            return
-        self.is_over = True
-        self._board.leave(self)
-        self._give_all_back()
-        self._tell(GaveUp(error))
+                self._in_flight.insert(0, self._not_downloaded.get_nowait())
 
 
-def forgotten(url: str, submission: Submission) -> str:
-    """What the log says of a submission that nobody knows any more."""
-    return f"ComfyUI at {url} knows nothing of prompt {submission.prompt_id}; sending it again"
+def unknown_prompt_message(url: str, submission: Submission) -> str:
+    """The log line for a prompt that was submitted and that no server knows any more."""
+    return f"ComfyUI at {url} does not know prompt {submission.prompt_id}; submitting it again"

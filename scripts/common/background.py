@@ -1,43 +1,54 @@
-"""Threads that work ahead of whoever needs the result."""
+"""Threads that work ahead of the code that needs their results."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-def prefetch(make: Callable[[Item], Made], items: Iterable[Item], workers: int, ahead: int = 0) -> Iterator[Made]:
-    """`map(make, items)` with `workers` threads, `ahead` items or 2 x `workers` ahead, whichever is more; 0 workers: no threads.
+def prefetch(function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int = 0) -> Iterator[Result]:
+    """`map(function, items)` in `workers` threads, up to max(`ahead`, 2 x `workers`) items ahead; 0 workers: no threads.
 
-    An exception of `make` is raised where its item's turn comes.
+    Results keep the order of `items`. An exception is raised where the result of its item is due.
     """
     if workers == 0:
-        yield from map(make, items)
+        yield from map(function, items)
         return
     pool = ThreadPoolExecutor(workers)
-    waiting = deque()
+    pending: deque[Future] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(make, item))
-            if len(waiting) > max(ahead, 2 * workers):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(function, item))
+            if len(pending) > max(ahead, 2 * workers):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@dataclass(frozen=True)
+class Deferred(Generic[Result]):
+    """Like a Future, but `result()` computes the value when it is called."""
+
+    result: Callable[[], Result]
+
+
 @contextmanager
-def coming(make: Callable[[], Made], *, begins_now: bool) -> Iterator[Callable[[], Made]]:
-    """A function that returns what `make` makes: in a thread that begins now, or when it is called."""
-    if not begins_now:
-        yield make
+def in_background(function: Callable[[], Result], *, start: bool) -> Iterator[Future | Deferred]:
+    """Yield an object whose `result()` returns `function()`: computed in a thread from now on if `start`, else when it is called.
+
+    Leaving the block does not wait for the thread.
+    """
+    if not start:
+        yield Deferred(function)
         return
     pool = ThreadPoolExecutor(1)
     try:
-        yield pool.submit(make).result
+        yield pool.submit(function)
     finally:
-        pool.shutdown(wait=False)  # who stops early does not wait for what nobody wants any more
+        pool.shutdown(wait=False)

@@ -1,18 +1,18 @@
-"""What can go wrong, and the exit code each kind of failure ends with.
+"""Failures, signals, and the exit code of each.
 
 LoracatError
 |-- SomeItemsFailed        1   done, but some items failed; each was named
-|-- SettingsError          2   wrong usage or settings, a path that is set and absent included
-|-- DataError              3   unusable input data, an empty data set included
-|-- ComfyUIError           4   ComfyUI unreachable, or nothing came of it
+|-- SettingsError          2   wrong usage or settings, including a path that does not exist
+|-- DataError              3   unusable input data, including an empty data set
+|-- ComfyUIError           4   ComfyUI unreachable, or it returned nothing
 |-- ModelError             5   model files missing or unusable
 `-- ResourceError          6   no memory or no disk
 Interruption
 |-- MemoryShort           75   stopped by the memory guard; the state is saved
 `-- Stopped          130/143   stopped by a signal; the state is saved
 
-Rooms raise these; each script's main runs under `run_main`, which catches them once and prints one line.
-An exception that is not in the tree is a bug: it ends with its traceback and exit code 70.
+Modules raise these; each script's main runs under `run_main`, which catches them once and prints one line.
+Any other exception is a bug: it is printed with its traceback, and the exit code is 70.
 """
 
 import errno
@@ -22,29 +22,21 @@ import traceback
 from collections.abc import Callable, Sequence
 
 EXIT_DONE = 0
-
-
 EXIT_BUG = 70
-
-
 MEMORY_SIGNAL = signal.SIGUSR1
 """What the memory guard sends to its own process."""
-
-
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
-
-
-IN_THE_WAY_ERRNOS = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENODEV)
+PATH_ERRNOS = (errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENODEV)
 
 
 class LoracatError(Exception):
-    """Base of all failures that are not bugs: the message says what, to what, and what to do next."""
+    """Base of all failures that are not bugs. The message says what is wrong, with what, and what to do."""
 
     exit_code: int
 
 
 class SomeItemsFailed(LoracatError):
-    """The stage is done, but some items failed; each was reported when it happened."""
+    """The stage is done, but some items failed; each has been reported."""
 
     exit_code = 1
 
@@ -62,7 +54,7 @@ class DataError(LoracatError):
 
 
 class ComfyUIError(LoracatError):
-    """ComfyUI cannot be reached, refused the workflow, or nothing came of it."""
+    """ComfyUI cannot be reached, refuses the workflow, or returns nothing."""
 
     exit_code = 4
 
@@ -80,88 +72,30 @@ class ResourceError(LoracatError):
 
 
 class Interruption(BaseException):
-    """Base of what comes from outside at any instant; no library that catches `Exception` can swallow it."""
+    """Base of the requests to stop. A BaseException, so that a library that catches `Exception` cannot swallow it."""
 
     exit_code: int
 
 
 class MemoryShort(Interruption):
-    """The machine's memory ran short while training; the state is saved."""
+    """The memory guard asked the stage to stop."""
 
     exit_code = 75
 
     def __init__(self):
-        super().__init__("stopped by the memory guard; close other programs, then run the same command again to continue")
+        super().__init__("stopped by the memory guard; close other programs, then run the same command again to resume")
 
 
 class Stopped(Interruption):
     """A signal asked the stage to stop."""
 
     def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; run the same command again to continue")
+        super().__init__(f"stopped by {signal.Signals(signum).name}; run the same command again to resume")
         self.exit_code = 128 + signum
 
 
-def bullet_list(title: str, problems: Sequence[str]) -> str:
-    """`title` and every problem below it, so that a user mends all of them in one go."""
-    return "\n".join([title, *(f"  - {problem}" for problem in problems)])
-
-
-def run_checks(title: str, questions: Sequence[Callable[[], str]]) -> None:
-    """`--check`: print the answer of every question; what the others raise becomes one list with the first one's exit code."""
-    problems: list[LoracatError] = []
-    for question in questions:
-        try:
-            print(question(), flush=True)
-        except LoracatError as problem:
-            problems.append(problem)
-    if problems:
-        raise type(problems[0])(bullet_list(title, [str(problem) for problem in problems]))
-
-
-def reason_for(signum: int) -> Interruption:
-    """Why a stage stops that this signal asked to."""
-    return MemoryShort() if signum == MEMORY_SIGNAL else Stopped(signum)
-
-
-def stop_on_signals() -> None:
-    """From here on SIGTERM and SIGINT raise `Stopped` in the main thread, and MEMORY_SIGNAL `MemoryShort`; a second one
-    ends the process at once."""
-
-    def stop(signum):
-        raise reason_for(signum)
-
-    _on_first_signal(stop)
-
-
-def _on_first_signal(act: Callable[[int], None]) -> None:
-    signals = (signal.SIGTERM, signal.SIGINT, MEMORY_SIGNAL)
-
-    def handle(signum, _frame):
-        for each in signals:
-            signal.signal(each, signal.SIG_IGN if each == MEMORY_SIGNAL else signal.SIG_DFL)
-        act(signum)
-
-    for each in signals:
-        signal.signal(each, handle)
-
-
-class StopRequest:
-    """From its making on these signals only set `signum`, for a loop that ends between two items; a second one ends the
-    process at once."""
-
-    signum: int = 0
-    """0: nobody asked."""
-
-    def __init__(self):
-        def note(signum):
-            self.signum = signum
-
-        _on_first_signal(note)
-
-
 def run_main(stage: str, main: Callable[[], None]) -> int:
-    """Run `main` and return the stage's exit code; a failure becomes one message on standard error."""
+    """Run `main` and return the exit code of the stage; a failure becomes one message on standard error."""
     try:
         main()
         return EXIT_DONE
@@ -176,7 +110,7 @@ def run_main(stage: str, main: Callable[[], None]) -> int:
 
 
 def as_loracat_error(error: BaseException) -> LoracatError | Interruption | None:
-    """The failure as a class of our tree, or None for a bug."""
+    """The failure as one of the classes above, or None for a bug."""
     if isinstance(error, (LoracatError, Interruption)):
         return error
     if isinstance(error, KeyboardInterrupt):
@@ -186,8 +120,68 @@ def as_loracat_error(error: BaseException) -> LoracatError | Interruption | None
     if isinstance(error, MemoryError):
         return ResourceError("out of memory: close other programs or lower the batch size")
     if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
-        place = f"{error.filename}: " if error.filename else ""
-        return ResourceError(f"{place}{error.strerror}: free disk space, or make the folder writable for this user")
-    if isinstance(error, OSError) and error.errno in IN_THE_WAY_ERRNOS and error.filename:
-        return SettingsError(f"{error.filename}: {error.strerror}: move what lies there, or set another path or name")
+        path = f"{error.filename}: " if error.filename else ""
+        return ResourceError(f"{path}{error.strerror}: free disk space, or make the folder writable for this user")
+    if isinstance(error, OSError) and error.errno in PATH_ERRNOS and error.filename:
+        return SettingsError(f"{error.filename}: {error.strerror}: move what is there, or set another path or name")
     return None
+
+
+def bullet_list(title: str, problems: Sequence[str]) -> str:
+    """`title` with every problem on a line below it, so that the user can fix all of them at once."""
+    return "\n".join([title, *(f"  - {problem}" for problem in problems)])
+
+
+def run_checks(title: str, checks: Sequence[Callable[[], str]]) -> None:
+    """Run every check of `--check` and print the result of each.
+
+    What they raise becomes one list, raised as the class of the first problem.
+    """
+    problems: list[LoracatError] = []
+    for check in checks:
+        try:
+            print(check(), flush=True)
+        except LoracatError as problem:
+            problems.append(problem)
+    if problems:
+        raise type(problems[0])(bullet_list(title, [str(problem) for problem in problems]))
+
+
+def interruption_for(signum: int) -> Interruption:
+    """The exception for a signal that asks the stage to stop."""
+    return MemoryShort() if signum == MEMORY_SIGNAL else Stopped(signum)
+
+
+def stop_on_signals() -> None:
+    """From now on SIGTERM, SIGINT and MEMORY_SIGNAL raise an Interruption in the main thread. A second SIGTERM or SIGINT ends the
+    process at once."""
+
+    def stop(signum):
+        raise interruption_for(signum)
+
+    _on_first_signal(stop)
+
+
+class StopRequest:
+    """From its creation on, the same signals only set `signum`, for a loop that stops between two items."""
+
+    def __init__(self):
+        self.signum = 0
+        """0: no signal has arrived."""
+
+        def note(signum):
+            self.signum = signum
+
+        _on_first_signal(note)
+
+
+def _on_first_signal(act: Callable[[int], None]) -> None:
+    signals = (signal.SIGTERM, signal.SIGINT, MEMORY_SIGNAL)
+
+    def handle(signum, _frame):
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN if each == MEMORY_SIGNAL else signal.SIG_DFL)
+        act(signum)
+
+    for each in signals:
+        signal.signal(each, handle)

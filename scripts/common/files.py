@@ -1,9 +1,6 @@
-"""The contract of the shared folders: which files are images, where a caption lies, what the manifest says.
+"""Files that are complete or absent: atomic writes, JSON lines, hashes and locks. Standard library only.
 
-Standard library only: every stage meets the others here and nowhere else. A file gets its name when it is whole,
-so "exists" never has to mean "maybe complete".
-
-One run at a time.
+A file gets its name only when it is complete, so every stage can take "exists" for "complete".
 """
 
 import contextlib
@@ -14,89 +11,70 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import SettingsError
 
 _UMASK = os.umask(0o077)  # the mask can only be read by setting it
-
-
 os.umask(_UMASK)
 
 
 @contextlib.contextmanager
-def naming_oserror(path: Path) -> Iterator[None]:
-    """Within it, an OSError that names no file, as that of a write to a full disk does not, names `path`."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well, that file is flushed and takes the name `path`.
+    """Yield a temporary path in the folder of `path`; when the block ends, that file is flushed to disk and renamed to `path`.
 
-    When the block raises, the temporary file is removed and `path` is as it was.
+    If the block raises, the temporary file is removed and `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
     os.close(handle)
-    beside = Path(name)
+    temporary = Path(name)
     try:
         with naming_oserror(path):
-            os.chmod(beside, 0o666 & ~_UMASK)
-            yield beside
-            _flush(beside)
-            os.replace(beside, path)
-            _flush(path.parent)
+            os.chmod(temporary, 0o666 & ~_UMASK)
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)  # so that the new name survives a power cut
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove what killed runs were writing into `folder`; a file that is younger than a minute may be somebody's work."""
-    for beside in folder.glob(".*.part"):
-        if beside.stat().st_mtime < time.time() - 60:
-            beside.unlink(missing_ok=True)
+    """Remove temporary files that killed runs left in `folder`. Those of the last minute may belong to a run at work and stay."""
+    for temporary in folder.glob(".*.part"):
+        if temporary.stat().st_mtime < time.time() - 60:
+            temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path`: whole, or not at all."""
-    with atomic_write(path) as beside:
-        beside.write_bytes(content)
+    """Write `content` to `path` atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 with `\\n` line ends to `path`: whole, or not at all."""
+    """Write `text` to `path` atomically, as UTF-8 with `\\n` line ends."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write `content` as readable JSON to `path`: whole, or not at all."""
-    write_text(path, _as_json(content))
-
-
-def write_json_if_changed(path: Path, content: object) -> None:
-    """The same, but a file that says so already is left alone: a stage that is done changes nothing."""
-    if not (path.is_file() and path.read_bytes() == _as_json(content).encode("utf-8")):
-        write_json(path, content)
-
-
-def _as_json(content: object) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
-def sha256_of(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Write `content` to `path` atomically, as indented JSON. A file that holds exactly that already is not touched."""
+    encoded = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+    if not (path.is_file() and path.read_bytes() == encoded):
+        write_bytes(path, encoded)
 
 
 def append_json_line(path: Path, record: dict) -> None:
-    """Append `record` as one line, flushed to the disk; half a line that a killed run left is closed first."""
+    """Append `record` as one line and flush it to disk. An incomplete line that a killed run left is terminated first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n"
     with naming_oserror(path), path.open("ab+") as file:
@@ -110,7 +88,7 @@ def append_json_line(path: Path, record: dict) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The records of a JSON-lines file, [] if it does not exist; half a line that a killed run left is passed over."""
+    """The records of a JSON-lines file, [] if it does not exist. Lines that are not a JSON object are skipped."""
     if not path.exists():
         return []
     records = []
@@ -122,36 +100,8 @@ def read_json_lines(path: Path) -> list[dict]:
     return records
 
 
-def _flush(path: Path) -> None:
-    """fsync a file, or a folder so that a rename in it survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def locked(place: Path, refusal: str) -> Iterator[None]:
-    """Hold the file or folder `place`, which exists; the system lets go of it however the process ends.
-
-    Raises SettingsError with `refusal` if another run holds it. File systems that know no locks keep nobody out.
-    """
-    handle = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingsError(refusal) from None
-        except OSError as error:
-            print(f"{place}: {error.strerror}: nothing keeps a second run out")
-        yield
-    finally:
-        os.close(handle)
-
-
 def read_safetensors_metadata(path: Path) -> dict[str, str]:
-    """The `__metadata__` of a `.safetensors` file's header; {} if it has none. Raises ValueError if there is no such header."""
+    """The `__metadata__` in the header of a `.safetensors` file, {} if it has none. Raises ValueError if the file has no header."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
@@ -159,3 +109,53 @@ def read_safetensors_metadata(path: Path) -> dict[str, str]:
         header = json.loads(file.read(length))
     metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
     return metadata if isinstance(metadata, dict) else {}
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Hold a lock on the existing file or folder `path`. The kernel releases it however the process ends.
+
+    Raises SettingsError with `refusal` if another process holds it. Prints a warning on file systems without locks.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(refusal) from None
+        except OSError as error:
+            print(f"{path}: cannot be locked ({error.strerror}); do not start a second run at the same time")
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def naming_oserror(path: Path) -> Iterator[None]:
+    """Add `path` to an OSError that names no file, such as that of a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the nearest of its parents that exists."""
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def write_problem(folder: Path) -> str | None:
+    """Why this user cannot create files in `folder`, which need not exist yet, and the remedy; None if they can."""
+    nearest = nearest_existing(folder)
+    if not nearest.is_dir():
+        return f"{nearest} is in the way: it is not a folder; move it"
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return f"{nearest} cannot be written to; make it writable for this user"
+    return None

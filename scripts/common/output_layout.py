@@ -1,140 +1,124 @@
-"""The files of a run in OUTPUT_DIR: what they are called, whether a LoRA is finished, and how an older one is kept."""
+"""OUTPUT_DIR: the name of every file and folder in it, whether a LoRA is finished, and how an earlier one is archived."""
 
-import os
 import re
 import shutil
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from common.errors import ResourceError
-from common.files import locked, read_safetensors_metadata
+from common.files import locked, nearest_existing, read_safetensors_metadata, write_problem
 
-LEAST_FREE_BYTES = 4 * 2**30
-"""Caches of some hundred images, two saved states of 1 GB, and the LoRA files."""
-
-
-def require_room(output_dir: Path) -> str:
-    """Say how much disk is free for results; raises ResourceError if that is too little or nothing can be written."""
-    place = next(parent for parent in (output_dir, *output_dir.parents) if parent.exists())
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ResourceError(f"{place}: nothing can be written there; make it writable for this user")
-    free = shutil.disk_usage(place).free
-    if free < LEAST_FREE_BYTES:
-        raise ResourceError(
-            f"{place}: only {free / 2**30:.1f} GiB are free; caches and saved states want {LEAST_FREE_BYTES / 2**30:.0f}"
-        )
-    return f"{free / 2**30:.0f} GiB are free in {place}"
+MIN_FREE_BYTES = 4 * 2**30
+"""Enough for the caches of some hundred images, two saved states of 1 GB, and the LoRA files."""
 
 
-@contextmanager
-def only_run_in(output_dir: Path) -> Iterator[None]:
-    """Keep other runs out of `output_dir`; the system lets go of it however the process ends. Raises SettingsError if
-    another run is there, ResourceError if nothing can be written."""
-    require_room(output_dir)
-    folder = output_dir / "state"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / ".lock"
-    lock.open("a", encoding="utf-8").close()  # unlike touch it leaves the time of a file that is there
-    with locked(lock, f"another run is training into {output_dir}: wait for it, or set OUTPUT_DIR"):
-        yield
+class OutputLayout:
+    """The files and folders of the run called `name`."""
 
-
-@dataclass(frozen=True)
-class Results:
-    """Where the files of the run called `name` lie."""
-
-    output_dir: Path
-    name: str
-
-    @property
-    def folder(self) -> Path:
-        return self.output_dir / "lora"
-
-    @property
-    def lora(self) -> Path:
-        return self.folder / f"{self.name}.safetensors"
-
-    @property
-    def best(self) -> Path:
-        """The saved LoRA with the lowest held-out loss."""
-        return self.folder / f"{self.name}-best.safetensors"
-
-    @property
-    def resolved(self) -> Path:
-        return self.folder / "training_config_resolved.toml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def state(self) -> Path:
-        return self.output_dir / "state" / self.name
-
-    @property
-    def logs(self) -> Path:
-        return self.output_dir / "logs"
+    def __init__(self, output_dir: Path, name: str):
+        self.name = name
+        self.lora_dir = output_dir / "lora"
+        self.lora = self.lora_dir / f"{name}.safetensors"
+        self.best = self.lora_dir / f"{name}-best.safetensors"
+        """The saved LoRA with the lowest validation loss."""
+        self.resolved_config = self.lora_dir / "training_config_resolved.toml"
+        self.metrics = self.lora_dir / "metrics.jsonl"
+        self.archive = self.lora_dir / "archive"
+        self.state = output_dir / "state" / name
+        """Checkpoints; state/checkpoint.py names the files in it."""
+        self.cache = cache_dir(output_dir)
+        self.logs = output_dir / "logs"
 
     def lora_after(self, epoch: int) -> Path:
         """The LoRA as it was after `epoch` epochs."""
-        return self.folder / f"{self.name}-{epoch:06d}.safetensors"
+        return self.lora_dir / f"{self.name}-{epoch:06d}.safetensors"
 
     def is_finished(self, fingerprint: str) -> bool:
-        """Whether the LoRA of exactly this run is there."""
+        """Whether there is a LoRA of exactly the run with this fingerprint."""
         return self.lora.is_file() and read_fingerprint(self.lora) == fingerprint
 
     def archive_lora(self) -> None:
-        """Before a finished run is lengthened: the LoRA it ended with, and its best one, go to `archive/`."""
-        ends = [path for path in (self.best, self.lora) if path.exists()]
-        if ends:
-            self._to_archive(ends)
+        """Before a finished run is extended: move its LoRA and the best one to the archive."""
+        self._move_to_archive([path for path in (self.best, self.lora) if path.exists()])
 
     def archive_previous_outputs(self) -> None:
-        """Before a new run: files of an earlier run of the same name go to `archive/`, and the two files that have no name
-        of their own are named after the LoRA they belong to."""
-        epochs = re.compile(re.escape(self.name) + r"-\d{6}\.safetensors")
-        earlier = [path for path in self._present() if path in (self.lora, self.best) or epochs.fullmatch(path.name)]
+        """Before a new run: move the files of an earlier run with the same name to the archive.
+
+        The resolved config and the metrics have fixed names: those of a run with another name are renamed after it.
+        """
+        saved = re.compile(re.escape(self.name) + r"-\d{6}\.safetensors")
+        present = sorted(self.lora_dir.iterdir()) if self.lora_dir.is_dir() else []
+        earlier = [path for path in present if path in (self.lora, self.best) or saved.fullmatch(path.name)]
+        shared = [path for path in (self.resolved_config, self.metrics) if path.exists()]
         owner = self._owner_of_shared_files()
-        shared = [path for path in (self.resolved, self.metrics) if path.exists()]
         if earlier:
-            self._to_archive([*earlier, *(shared if owner == self.name else ())])
+            self._move_to_archive([*earlier, *(shared if owner == self.name else ())])
         if owner != self.name:
             for path in shared:
-                path.rename(self._free_name(path.with_name(f"{owner}.{path.name}")))
-
-    def _to_archive(self, paths: list[Path]) -> None:
-        archive = self._free_name(self.folder / "archive" / f"{self.name}-{datetime.now():%Y%m%d-%H%M%S}")
-        archive.mkdir(parents=True)
-        for path in paths:
-            path.rename(archive / path.name)
-        print(f"the earlier LoRA of this name was moved to {archive}")
-
-    def _present(self) -> list[Path]:
-        return sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+                path.rename(_unused(path.with_name(f"{owner}.{path.name}")))
 
     def _owner_of_shared_files(self) -> str:
-        """The name in them; this run's if they are damaged."""
+        """The run that wrote the resolved config, by its content; this run if it cannot be read."""
         with suppress(OSError, ValueError, KeyError, TypeError):
-            name = tomllib.loads(self.resolved.read_text(encoding="utf-8"))["train"]["saving"]["output_name"]
+            name = tomllib.loads(self.resolved_config.read_text(encoding="utf-8"))["train"]["saving"]["output_name"]
             return name if Path(name).name == name else self.name
         return self.name
 
-    @staticmethod
-    def _free_name(path: Path) -> Path:
-        number, free = 1, path
-        while free.exists():
-            number += 1
-            free = path.with_name(f"{path.name}-{number}")
-        return free
+    def _move_to_archive(self, paths: list[Path]) -> None:
+        if not paths:
+            return
+        folder = _unused(self.archive / f"{self.name}-{datetime.now():%Y%m%d-%H%M%S}")
+        folder.mkdir(parents=True)
+        for path in paths:
+            path.rename(folder / path.name)
+        print(f"moved the earlier LoRA {self.name} to {folder}")
+
+
+def cache_dir(output_dir: Path) -> Path:
+    """The cache of latents and embeddings, which all runs share."""
+    return output_dir / "cache"
 
 
 def read_fingerprint(lora: Path) -> str | None:
-    """The fingerprint of the run that wrote the LoRA file `lora`; None if another program wrote it, or it is damaged."""
+    """The fingerprint of the run that wrote the LoRA file; None if another program wrote it, or the file is corrupt."""
     try:
         return read_safetensors_metadata(lora).get("loracat_fingerprint")
     except ValueError:
         return None
+
+
+@contextmanager
+def only_run_in(output_dir: Path) -> Iterator[None]:
+    """Lock `output_dir` for this run.
+
+    Raises SettingsError if another run trains into it, ResourceError if it cannot be written to or the disk is full.
+    """
+    check_disk_space(output_dir)
+    lock = output_dir / "state" / ".lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.open("a", encoding="utf-8").close()  # unlike touch, this keeps the modification time
+    with locked(lock, f"another run is training into {output_dir}: wait for it, or set OUTPUT_DIR"):
+        yield
+
+
+def check_disk_space(output_dir: Path) -> str:
+    """Report the free disk space. Raises ResourceError if it is too little, or `output_dir` cannot be written to."""
+    if problem := write_problem(output_dir):
+        raise ResourceError(f"output_dir: {problem}, or set OUTPUT_DIR")
+    folder = nearest_existing(output_dir)
+    free, needed = shutil.disk_usage(folder).free / 2**30, MIN_FREE_BYTES / 2**30
+    if free < needed:
+        raise ResourceError(f"{folder}: {free:.1f} GiB free, but caches and saved states need {needed:.0f} GiB; free disk space")
+    return f"disk: {free:.0f} GiB free in {folder}"
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with the first suffix -2, -3, ... that does not exist."""
+    number, unused = 1, path
+    while unused.exists():
+        number += 1
+        unused = path.with_name(f"{path.name}-{number}")
+    return unused

@@ -22,7 +22,14 @@ class ProjectSettings:
     def validate(self) -> Iterator[str]:
         word = self.trigger_word
         if not word or "," in word or word != " ".join(word.split()) or not word.isprintable():
-            yield f"trigger_word: {word!r} must be one tag: not empty, without commas, control characters or stray spaces"
+            yield f"trigger_word: {word!r} must be a single tag, without commas, control characters or extra spaces"
+
+
+@dataclass(frozen=True)
+class ComfyUIAddress(PartialSection):
+    """The one key of `[collect]` that training reads as well: it appears in advice when memory is short."""
+
+    comfyui_endpoint: str = setting("http://host.docker.internal:8188")
 
 
 @dataclass(frozen=True)

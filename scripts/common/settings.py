@@ -174,7 +174,7 @@ class Request:
 
     check: bool
     """Only verify what the stage needs."""
-    is_ahead: bool
+    inputs_pending: bool
     """Stages before this one are still to run: what they bring need not be there for `check`."""
     sections: dict[str, Any]
     """One filled section per table, by the table's name."""
@@ -268,7 +268,7 @@ def resolve(
         problems += validate(filled)
     if problems:
         raise SettingsError(bullet_list("these settings cannot be used:", problems))
-    return Request(check=check is not None, is_ahead=check == "ahead", sections=filled, sources=sources)
+    return Request(check=check is not None, inputs_pending=check == "ahead", sections=filled, sources=sources)
 
 
 def all_keys(section: type) -> Iterator[dataclasses.Field]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from common.errors import DataError, SettingsError
-from common.output_layout import Results
+from common.output_layout import OutputLayout
 from common.project import ProjectSettings
 from training import engine
 from training.config import TrainSettings
@@ -13,14 +13,14 @@ from training.data.dataset import Inputs, read_images
 from training.engine import EngineName
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size
 from training.method.optimizers import require_usable
-from training.models.base_model import base_digest, cache_folder, tokenizers_digest, tokenizers_of
+from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
 from training.plan import GLOBAL_BATCH, Plan, make_plan, result_fingerprint, runtime_settings, short_hash
 from training.state import checkpoint
 from training.state.checkpoint import Checkpoint, Identity
 from training.state.resume import find_resume_point, match_global_batch, warmup_to_keep
 from training.system.device import Precision, choose_precision, describe
-from training.system.memory_guard import comfyui_hint
+from training.system.memory_guard import comfyui_advice
 from training.system.process_group import ProcessGroup
 
 
@@ -35,7 +35,7 @@ class TrainingJob:
     plan: Plan
     precision: Precision
     engine: EngineName
-    outputs: Results
+    outputs: OutputLayout
     cache: Cache
     identity: Identity
     saved: Checkpoint | None
@@ -52,7 +52,7 @@ def resolve_on_all_ranks(
     job = group.broadcast_object(lambda: resolve_job(group, project, settings, inputs(), comfyui))
     if group.is_main_process:
         return job
-    if group.place.local_index == 0:
+    if group.local_rank == 0:
         expected = sorted(example.sha256 for example in [*job.plan.examples, *job.plan.held_out])
         if sorted(example.sha256 for example in read_images(project, settings.data)) != expected:
             raise DataError(f"{project.dataset_dir}: the images differ from those of the main machine; copy its folder here")
@@ -63,28 +63,28 @@ def resolve_job(
     group: ProcessGroup, project: ProjectSettings, settings: TrainSettings, inputs: Inputs, comfyui: str
 ) -> TrainingJob:
     """Resolve every "auto", log what the run will do, and find out whether it is new, unfinished or finished."""
-    base, examples, world_size = inputs.base, inputs.examples, group.place.count
-    outputs = Results(project.output_dir, settings.saving.output_name or project.trigger_word)
+    base, examples, world_size = inputs.base, inputs.examples, group.world_size
+    outputs = OutputLayout(project.output_dir, settings.saving.output_name or project.trigger_word)
     saved = None if settings.saving.fresh else checkpoint.newest(outputs.state)
     was_finished = saved is not None and outputs.is_finished(short_hash(saved.identity.fingerprint))
     precision = choose_precision(settings.model.mixed_precision, group.gpu)
     require_usable(settings.optimizer.optimizer, precision.device)
     engine_name, reason = engine.choose(settings.run.engine, settings.lora)
-    budget = measure_budget(base, examples, settings, precision, group.place.local_count)
+    budget = measure_budget(base, examples, settings, precision, group.local_world_size)
 
     samples = saved.identity.fingerprint[GLOBAL_BATCH] // world_size if saved else None
     settings = resolve_batch_size(settings, budget, max(1, len(examples) // world_size), samples)
     settings = replace(settings, run=match_global_batch(settings.run, world_size, None if was_finished else saved))
     schedule = base.schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
     plan = make_plan(examples, settings, schedule, world_size)
-    settings = fit_to_memory(_resolved(settings, plan, precision, outputs.name), budget, lambda: comfyui_hint(comfyui))
+    settings = fit_to_memory(_resolved(settings, plan, precision, outputs.name), budget, comfyui_advice(comfyui))
 
     checkpointing = "on" if settings.model.gradient_checkpointing else "off"
     print(f"training on {describe(precision)}; gradient checkpointing: {checkpointing}", flush=True)
     print(f"engine: {engine_name} ({reason})", flush=True)
-    cache = Cache(cache_folder(project.output_dir))
-    digests = [base_digest(base, cache.folder, part) for part in base.parts]
-    digests.append(tokenizers_digest(tokenizers_of(base, project.models_dir)))
+    cache = Cache(outputs.cache)
+    digests = [base_digest(base, cache.folder, part) for part in base.components]
+    digests.append(tokenizers_digest(find_or_download_tokenizers(base, project.models_dir)))
     print(plan.announcement(), flush=True)
 
     fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests)
@@ -100,7 +100,7 @@ def resolve_job(
     )  # fmt: skip
 
 
-def _resume_point(outputs: Results, saved: Checkpoint, identity: Identity, was_finished: bool) -> Checkpoint | None:
+def _resume_point(outputs: OutputLayout, saved: Checkpoint, identity: Identity, was_finished: bool) -> Checkpoint | None:
     """The checkpoint from which the run is continued; None if it is a new one. Raises SettingsError if `saved` belongs to
     another run that is not finished."""
     try:

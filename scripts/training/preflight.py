@@ -1,4 +1,4 @@
-"""The doctor of the training stage: what this machine is, whether all that training needs is there, what a run will take."""
+"""`train_lora.py --check`: the GPU and its driver, memory, disk, the base model, and what a run will do."""
 
 import re
 from collections.abc import Sequence
@@ -8,130 +8,127 @@ import torch
 
 from common.dataset_layout import DatasetFolder, find_images
 from common.errors import ResourceError, run_checks
-from common.output_layout import require_room
+from common.output_layout import check_disk_space
 from common.project import ProjectSettings
 from training.config import TrainSettings
-from training.data.dataset import read_images
-from training.memory_budget import MemoryBudget, measure_budget, resolve_batch_size
+from training.data.dataset import Example, read_images
+from training.memory_budget import measure_budget, resolve_batch_size
 from training.models.base_model import find_base, find_tokenizers, require_tokenizers_on_hub
-from training.models.loading import load_tokenizers, require_fitting
+from training.models.loading import load_tokenizers, require_matching_weights
 from training.models.sdxl import BaseModel
 from training.plan import make_plan
-from training.system.device import GIB, available_bytes, choose_precision
+from training.system.device import available_bytes, choose_precision
+from training.system.memory_guard import GIB
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
-
-
 DEVICE_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
-"""What programs reach the GPU through: NVIDIA's driver on Linux, Windows' under WSL."""
-
-
-_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
-
-
-_BF16_SINCE = (8, 0)
-
-
+"""How programs reach the GPU: NVIDIA's driver on Linux, and Windows' driver under WSL."""
 _IN_CONTAINER = Path("/.dockerenv")
+_ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
+_BF16_SINCE = (8, 0)
+"""The compute capability from which on bf16 is fast."""
 
 
-def check(project: ProjectSettings, settings: TrainSettings, *, is_ahead: bool) -> None:
-    """Answer everything, or raise one list of what is wrong. `is_ahead`: stages before this one still bring what is missing."""
+def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: bool) -> None:
+    """Run every check and print its result; what is wrong is raised as one list.
+
+    `inputs_pending`: earlier stages still have to run, so images and captions may be missing.
+    """
     found: list[BaseModel] = []
 
-    def base_model() -> str:
+    def check_base_model() -> str:
         base = find_base(settings.model.base_model, project.models_dir)
-        require_fitting(base)
+        require_matching_weights(base)
         if find_tokenizers(base, project.models_dir):
             load_tokenizers(base, project.models_dir)
         else:
             require_tokenizers_on_hub(project.models_dir)
         found.append(base)
-        return f"base model {base.path}, {base.schedule.prediction_type}"
+        return f"base model: {base.path} ({base.schedule.prediction_type})"
 
-    def run() -> str:
-        yet_to_come = images_to_come(project) if is_ahead else ""
-        if yet_to_come:
-            return yet_to_come
+    def check_run() -> str:
+        if inputs_pending:
+            images = find_images(DatasetFolder(project.dataset_dir).images)
+            without = sum(not image.caption_path.exists() for image in images)
+            if without or not images:
+                return f"images: {len(images)} so far, {without} without a caption; the run is planned when all are there"
         examples = read_images(project, settings.data)
         if not found:
-            return f"{len(examples)} images with captions in {project.dataset_dir}"
-        schedule = found[0].schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
-        precision = choose_precision(settings.model.mixed_precision)
-        room = measure_budget(found[0], examples, settings, precision, processes=1)
-        with_number = resolve_batch_size(settings, room, len(examples))
-        lines = [make_plan(examples, with_number, schedule).announcement()]
-        if precision.device.type == "cuda":
-            lines.append(memory_needed(with_number.run.train_batch_size, room))
-        return "\n".join(lines)
+            return f"images: {len(examples)} with captions in {project.dataset_dir}"
+        return describe_run(found[0], examples, settings)
 
-    run_checks("training cannot run:", [processor, memory, lambda: require_room(project.output_dir), base_model, run])
+    checks = [check_processor, check_memory, lambda: check_disk_space(project.output_dir), check_base_model, check_run]
+    run_checks("training cannot start:", checks)
 
 
-def images_to_come(project: ProjectSettings) -> str:
-    """What the stages before training still bring, or nothing."""
-    images = find_images(DatasetFolder(project.dataset_dir).images)
-    without = sum(not image.caption_path.exists() for image in images)
-    if images and not without:
-        return ""
-    return f"{len(images)} images so far, {without} without a caption: what a run takes is known when they are there"
+def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettings) -> str:
+    """What a run would do, and on a GPU how much memory a step would need."""
+    schedule = base.schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
+    precision = choose_precision(settings.model.mixed_precision)
+    budget = measure_budget(base, examples, settings, precision, processes=1)
+    settings = resolve_batch_size(settings, budget, len(examples))
+    announcement = make_plan(examples, settings, schedule).announcement()
+    if precision.device.type != "cuda":
+        return announcement
+    batch = settings.run.train_batch_size
+    plain, checkpointed = (budget.needed(batch, checkpointing=switch) / GIB for switch in (False, True))
+    needs = f"about {plain:.0f} GiB, or {checkpointed:.0f} GiB with gradient checkpointing"
+    return f"{announcement}\nGPU memory for batch size {batch}: {needs}"
 
 
-def memory_needed(batch: int, room: MemoryBudget) -> str:
-    """What a step takes of a GPU's memory, in one line."""
-    kept, recomputed = (f"{room.needed(batch, checkpointing=switch) / GIB:.0f} GiB" for switch in (False, True))
-    return f"A step of batch size {batch} takes about {kept} if it keeps its activations, {recomputed} with gradient checkpointing."
-
-
-def processor() -> str:
-    """Which processor training would run on, with which driver and torch. Raises ResourceError when there is a GPU that
-    this torch cannot use."""
+def check_processor() -> str:
+    """The GPU that training would use, with driver and torch. Raises ResourceError if this torch cannot use the GPU."""
+    version = f"torch {torch.__version__}"
     if not any(file.exists() for file in DEVICE_FILES):
-        return f"{_torch()}: no NVIDIA GPU here, training would run on the CPU in fp32, which is for trying things out{_no_gpu()}"
+        return f"GPU: none; training would run on the CPU in fp32, which is only useful for tests ({version}{_why_no_gpu()})"
     if torch.version.cuda is None:
-        raise ResourceError(f"there is an NVIDIA GPU, but {_torch()} is built without CUDA: install one with, or use the container")
+        raise ResourceError(
+            f"{version} is built without CUDA, but there is an NVIDIA GPU: install a CUDA build, or use the container"
+        )
     try:
         torch.cuda.init()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ResourceError(
-            f"{_torch()} cannot use the GPU, driver {driver_version()}: {reason}; update the driver or take an older BASE_IMAGE"
+            f"{version} cannot use the GPU with driver {driver_version()}: {reason}; update the driver or use an older BASE_IMAGE"
         ) from None
     capability = torch.cuda.get_device_capability()
-    built_for = torch.cuda.get_arch_list()
+    architectures = torch.cuda.get_arch_list()
     name = f"{torch.cuda.get_device_name()}, compute capability {capability[0]}.{capability[1]}, driver {driver_version()}"
-    if not has_code_for(capability, built_for):
-        raise ResourceError(f"{name}: {_torch()} has code for {', '.join(built_for)} only; build with a newer BASE_IMAGE")
-    slow = "" if capability >= _BF16_SINCE else "; it is slow in bf16: set MIXED_PRECISION=fp16"
-    return f"{name}; {_torch()} has code for it{slow}"
+    if not has_code_for(capability, architectures):
+        supported = ", ".join(architectures)
+        raise ResourceError(f"{name}: {version} supports only {supported}; build the container with a newer BASE_IMAGE")
+    slow = "" if capability >= _BF16_SINCE else "; bf16 is slow on it: set MIXED_PRECISION=fp16"
+    return f"GPU: {name}, {version}{slow}"
 
 
-def memory() -> str:
-    """How much memory training may take, and whether CPU and GPU share it."""
+def check_memory() -> str:
+    """How much memory training can use, and whether CPU and GPU share it."""
     if not torch.cuda.is_available():
-        return f"{available_bytes(torch.device('cpu')) / GIB:.0f} GiB of memory are available"
+        return f"memory: {available_bytes(torch.device('cpu')) / GIB:.0f} GiB available"
     device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(device)
-    kind = "shared by CPU and GPU" if properties.is_integrated else "of the GPU's own"
-    return f"{properties.total_memory / GIB:.0f} GiB of memory {kind}, {available_bytes(device) / GIB:.0f} GiB of it available"
+    kind = "shared by CPU and GPU" if properties.is_integrated else "on the GPU"
+    return f"memory: {available_bytes(device) / GIB:.0f} GiB available of {properties.total_memory / GIB:.0f} GiB {kind}"
 
 
-def has_code_for(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
-    """Whether a torch built for these architectures (`sm_90`, `compute_120`, ...) runs on a GPU of `capability`.
+def has_code_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Whether a torch built for `architectures` (`sm_90`, `compute_120`, ...) runs on a GPU of this compute capability.
 
-    Machine code runs on its major version from its minor version on, PTX on everything newer; the suffix a binds code to
-    exactly one version, f to its major version (CUDA programming guide, "Compute Capability").
+    Machine code (sm) runs on its major version from its minor version on, PTX (compute) on everything newer. The suffix a binds
+    code to exactly one version, f to its major version (CUDA programming guide, "Compute Capability").
     """
-    return any(_runs_on(capability, *match.groups()) for match in map(_ARCHITECTURE.fullmatch, built_for) if match)
-
-
-def _runs_on(capability: tuple[int, int], kind: str, major: str, minor: str, suffix: str) -> bool:
-    version = (int(major), int(minor))
-    if suffix == "a":
-        return capability == version
-    if kind == "sm" or suffix == "f":
-        return capability[0] == version[0] and capability[1] >= version[1]
-    return capability >= version
+    for kind, major, minor, suffix in (match.groups() for match in map(_ARCHITECTURE.fullmatch, architectures) if match):
+        version = (int(major), int(minor))
+        if suffix == "a":
+            runs = capability == version
+        elif kind == "sm" or suffix == "f":
+            runs = capability[0] == version[0] and capability[1] >= version[1]
+        else:
+            runs = capability >= version
+        if runs:
+            return True
+    return False
 
 
 def driver_version() -> str:
@@ -141,14 +138,10 @@ def driver_version() -> str:
     return found[0] if found else "of unknown version"
 
 
-def _torch() -> str:
-    return f"torch {torch.__version__}"
-
-
-def _no_gpu() -> str:
-    """Why there may be none although the machine has one."""
+def _why_no_gpu() -> str:
+    """Why no GPU is visible although NVIDIA's driver is loaded."""
     if not DRIVER_FILE.exists():
         return ""
     if _IN_CONTAINER.exists():
-        return "; this machine has one, which the service loracat gets and loracat-cpu does not"
-    return f"; the driver {driver_version()} is loaded, but /dev/nvidiactl is missing: run nvidia-smi once"
+        return "; this machine has a GPU: the service loracat can use it, loracat-cpu cannot"
+    return f"; driver {driver_version()} is loaded, but /dev/nvidiactl is missing: run nvidia-smi once"

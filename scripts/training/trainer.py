@@ -11,8 +11,8 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from tqdm import tqdm
 
-from common.background import coming, prefetch
-from common.errors import Interruption, ResourceError, StopRequest, reason_for
+from common.background import in_background, prefetch
+from common.errors import Interruption, ResourceError, StopRequest, interruption_for
 from common.files import atomic_write, write_text
 from common.settings import resolved_toml
 from training import engine
@@ -28,7 +28,7 @@ from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.export import Description, write_lora
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
 from training.models.loading import load_unet
-from training.models.weights import remove_all_partial_files
+from training.models.weights import remove_partial_weights
 from training.monitor.callbacks import Callback, Progress, smoothed
 from training.monitor.metrics import open_metrics
 from training.monitor.validation import ValidationCallback, Validator
@@ -47,7 +47,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
         prepare_outputs(job)
     prepare_device(job)
     settings, outputs = job.settings, job.outputs
-    with translate_cuda_oom(job), memory_guard(job.budget.floors) as guard:
+    with translate_cuda_oom(job), memory_guard(job.budget.thresholds) as guard:
         with unet_in_background(job) as load:
             data = encode(job, group, encoder)
             unet, adapter = load()
@@ -92,13 +92,13 @@ def prepare_outputs(job: TrainingJob) -> None:
     else:
         outputs.archive_lora()
     clean_up(job)
-    write_text(outputs.resolved, resolved_toml({"project": job.project, "train": job.settings}))
+    write_text(outputs.resolved_config, resolved_toml({"project": job.project, "train": job.settings}))
 
 
 def clean_up(job: TrainingJob) -> None:
     """Remove the partial files of runs that were killed while they wrote; this process is the only one that writes there."""
-    for folder in (job.outputs.folder, job.outputs.state, job.cache.folder / "latents", job.cache.folder / "text"):
-        remove_all_partial_files(folder)
+    for folder in (job.outputs.lora_dir, job.outputs.state, job.cache.folder / "latents", job.cache.folder / "text"):
+        remove_partial_weights(folder)
     if job.is_finished:
         checkpoint.keep_one(job.outputs.state, job.plan.shared_prefix_steps)
 
@@ -107,8 +107,8 @@ def prepare_device(job: TrainingJob) -> None:
     """Set what must be set before the device computes or holds anything."""
     if job.settings.run.deterministic:
         make_deterministic()
-    if job.budget.floors:
-        limit_gpu_memory(job.precision.device, available_bytes(job.precision.device) - job.budget.floors.stop)
+    if job.budget.thresholds:
+        limit_gpu_memory(job.precision.device, available_bytes(job.precision.device) - job.budget.thresholds.stop)
 
 
 @contextlib.contextmanager
@@ -143,13 +143,13 @@ def unet_in_background(job: TrainingJob) -> Iterator[Callable[[], tuple[UNet2DCo
         return unet, inject(unet, job.settings.lora, job.settings.run.train_seed)
 
     with (
-        coming(lambda: engine.warm_up(job.engine, device, dtype), begins_now=starts_now) as warmed_up,
-        coming(load, begins_now=starts_now) as loaded,
+        in_background(lambda: engine.warm_up(job.engine, device, dtype), start=starts_now) as warmed_up,
+        in_background(load, start=starts_now) as loaded,
     ):
 
         def wait() -> tuple[UNet2DConditionModel, Adapter]:
-            warmed_up()
-            return loaded()
+            warmed_up.result()
+            return loaded.result()
 
         yield wait
 
@@ -183,7 +183,7 @@ def loss_config(job: TrainingJob) -> LossConfig:
         alphas_cumprod=alphas_cumprod(job.plan.schedule).to(job.precision.device, torch.float32),
         min_snr_gamma=job.plan.min_snr_gamma,
         noise_offset=job.plan.noise_offset,
-        latent_scaling=job.base.parts["vae"].config["scaling_factor"],
+        latent_scaling=job.base.components["vae"].config["scaling_factor"],
         loss=job.settings.objective.loss,
     )
 
@@ -216,8 +216,8 @@ def batch_reader(job: TrainingJob, group: ProcessGroup, data: EncodedData) -> Ba
         global_batch=job.plan.global_batch,
         timesteps=job.plan.schedule.timesteps,
         pin=job.precision.device.type == "cuda",
-        rank=group.place.index,
-        world_size=group.place.count,
+        rank=group.rank,
+        world_size=group.world_size,
     )
 
 
@@ -234,10 +234,10 @@ def validation(
         micro_batch=job.settings.run.train_batch_size,
         timesteps=job.plan.schedule.timesteps,
         evaluate=step.evaluate,
-        rank=group.place.index,
-        world_size=group.place.count,
+        rank=group.rank,
+        world_size=group.world_size,
     )
-    return [ValidationCallback(lambda: group.total(own_part()), schedule.validates_between, trackers)]
+    return [ValidationCallback(lambda: group.all_reduce_sum(own_part()), schedule.validates_between, trackers)]
 
 
 def stop_request(group: ProcessGroup, guard: MemoryGuard | None) -> Callable[[], Interruption | None]:
@@ -249,8 +249,8 @@ def stop_request(group: ProcessGroup, guard: MemoryGuard | None) -> Callable[[],
             guard.wants_empty_caches = False
             gc.collect()
             torch.cuda.empty_cache()
-        signum = group.largest(request.signum)
-        return reason_for(signum) if signum else None
+        signum = group.all_reduce_max(request.signum)
+        return interruption_for(signum) if signum else None
 
     return reason
 

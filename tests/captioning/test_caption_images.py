@@ -226,7 +226,7 @@ def test_damaged_record_loses_only_its_damaged_lines(stage, photographs):
         ({"DATASET_DIR": "/nowhere"}, 3, "/nowhere/images: no images"),
         ({"CAPTION_BATCH_SIZE": "many"}, 2, "must be a whole number"),
         ({"CAPTION_THRESHOLD": "1.5"}, 2, "caption_threshold"),
-        ({"TRIGGER_WORD": "two, words"}, 2, "must be one tag"),
+        ({"TRIGGER_WORD": "two, words"}, 2, "must be a single tag"),
     ],
 )
 def test_unusable_input_ends_with_its_exit_code_and_no_traceback(stage, variables, code, message):
@@ -289,7 +289,8 @@ def test_read_only_folder_is_exit_6_and_check_names_it(photographs, tiny, stage_
             checked, ended = stage.run("--check"), stage.run()
         stage.images.chmod(0o755)
         assert (checked.returncode, ended.returncode) == (6, 6)
-        assert f"{stage.images}: captions cannot be written there" in checked.stderr
+        assert "captions cannot be written: " in checked.stderr
+        assert f"{stage.images} cannot be written to; make it writable" in checked.stderr
         assert "make the folder writable" in ended.stderr
         assert stage.captions() == {}
         tagger.chmod(0)

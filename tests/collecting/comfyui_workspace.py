@@ -1,4 +1,4 @@
-"""What the collector's tests share: recordings, workflows, a face, and a workspace to run the collector in."""
+"""Shared by the tests of collecting: recordings, workflows, a face image, and a workspace to run the collector in."""
 
 import io
 import json
@@ -23,7 +23,7 @@ def recorded(name: str) -> list[dict]:
 
 
 def workflow(name: str) -> dict:
-    """One of the recorded workflows, to be changed at will."""
+    """A new copy of one of the recorded workflows."""
     return json.loads((DATA / "workflows" / name).read_text(encoding="utf-8"))
 
 
@@ -35,7 +35,7 @@ def png(colour: tuple[int, int, int] = (200, 120, 90), size: tuple[int, int] = (
 
 @dataclass
 class Result:
-    """How a run of the collector ended."""
+    """Exit code and output of a run of the collector."""
 
     code: int
     out: str
@@ -54,7 +54,7 @@ class Workspace:
         return self.root / "dataset"
 
     def write(self, key: str, name: str, content: object) -> None:
-        """Write one of the collector's files and let the variable `key` name it."""
+        """Write one of the collector's files and set the variable `key` to its path."""
         path = self.root / name
         if isinstance(content, bytes):
             path.write_bytes(content)
@@ -79,7 +79,7 @@ class Workspace:
         return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*"))}
 
     def start(self, **more: str) -> subprocess.Popen:
-        """The collector as a process of its own."""
+        """Start the collector as a process."""
         environment = {**os.environ, **self.environment, **more}
         return subprocess.Popen(
             [sys.executable, str(COLLECTOR)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

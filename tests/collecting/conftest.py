@@ -20,7 +20,7 @@ def standin(tmp_path: Path) -> Iterator[StandIn]:
 
 @pytest.fixture
 def space(tmp_path: Path, standin: StandIn) -> Workspace:
-    """A workspace whose collector talks to the stand-in, with a face and no waiting between submissions."""
+    """A workspace whose collector talks to the stand-in, with a face and no delay between submissions."""
     made = Workspace(tmp_path)
     made.environment |= {
         "COMFYUI_ENDPOINT": standin.url,
@@ -37,9 +37,9 @@ def space(tmp_path: Path, standin: StandIn) -> Workspace:
 def collect(space: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Result]:
     """Run the collector in this process: `collect("--check", GLOBAL_SEED="5")`."""
     monkeypatch.setattr("collect_images.stop_on_signals", lambda: None)
-    monkeypatch.setattr("collecting.harvest.FETCH_PAUSES_S", (0.0, 0.0))
-    monkeypatch.setattr("collecting.worker.LOOK_AT_ALL_EVERY_S", 0.1)
-    monkeypatch.setattr("collecting.worker.poll_interval_s", lambda typical_s, waited_s: 0.01)
+    monkeypatch.setattr("collecting.harvest.DOWNLOAD_RETRY_DELAYS_S", (0.0, 0.0))
+    monkeypatch.setattr("collecting.worker.QUEUE_CHECK_INTERVAL_S", 0.1)
+    monkeypatch.setattr("collecting.pacing.poll_interval_s", lambda typical_s, waited_s: 0.01)
 
     def run(*flags: str, **variables: str) -> Result:
         for name, value in {**space.environment, **variables}.items():

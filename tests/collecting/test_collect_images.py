@@ -1,4 +1,4 @@
-"""The whole stage against the stand-in: both modes, runs again after kills and faults, and every exit code."""
+"""The whole stage against the stand-in: both modes, resuming after kills and faults, and every exit code."""
 
 import io
 import itertools
@@ -14,14 +14,14 @@ import requests
 from comfyui_workspace import png, workflow
 from PIL import Image
 
-from collecting.graph import InputRef, seeds_behind, text_behind
-from collecting.jobs import read_entries
-from collecting.workflow import understand
+from collecting.graph import InputRef, upstream_seeds, upstream_text
+from collecting.jobs import parse_entries
+from collecting.workflow import parse_workflow
 from common.files import locked, read_json_lines
 from common.settings import REPOSITORY
 from demo.standin_comfyui.catalogue import NODES
 from demo.standin_comfyui.server import StandIn
-from demo.standin_comfyui.wire import Answer
+from demo.standin_comfyui.wire import Response
 
 PROMPTS = [
     {"prompt": "a woman in a garden", "seed": 11, "name": "garden"},
@@ -45,14 +45,14 @@ def full(space):
 
 @pytest.fixture
 def change(standin, monkeypatch):
-    """Let `alter(request, answer)` change what the stand-in answers on `path`; None leaves it as it is."""
+    """Let `alter(request, response)` replace what the stand-in answers on `path`; None leaves it unchanged."""
 
     def install(path, alter):
         real = standin.answer
 
-        def answer(asked):
-            given = real(asked)
-            return (alter(asked, given) or given) if asked.path == path else given
+        def answer(request):
+            response = real(request)
+            return (alter(request, response) or response) if request.path == path else response
 
         monkeypatch.setattr(standin, "answer", answer)
 
@@ -61,15 +61,15 @@ def change(standin, monkeypatch):
 
 @pytest.fixture
 def before_submission(standin, monkeypatch):
-    """Let `act(number, request)` happen before the submission with this number, from 1, reaches the stand-in."""
+    """Call `act(number, request)` before each submission, numbered from 1, reaches the stand-in."""
 
     def install(act):
         real, numbers = standin.answer, itertools.count(1)
 
-        def answer(asked):
-            if (asked.method, asked.path) == ("POST", "/prompt"):
-                asked = act(next(numbers), asked) or asked
-            return real(asked)
+        def answer(request):
+            if (request.method, request.path) == ("POST", "/prompt"):
+                request = act(next(numbers), request) or request
+            return real(request)
 
         monkeypatch.setattr(standin, "answer", answer)
 
@@ -84,7 +84,7 @@ def sent_events(space) -> list[dict]:
     return [line for line in read_json_lines(space.dataset / ".loracat" / "collect.jsonl") if line["event"] == "sent"]
 
 
-def test_per_batch_injects_text_seed_and_face_and_keeps_each_image_with_its_line(batch, standin, collect):
+def test_per_batch_sets_text_seed_and_face_and_stores_each_image_with_its_line(batch, standin, collect):
     result = collect()
     assert (result.code, result.err) == (0, "")
     graphs = submitted(standin)
@@ -106,7 +106,7 @@ def test_per_batch_injects_text_seed_and_face_and_keeps_each_image_with_its_line
     assert [path.name for path in (batch.dataset / ".loracat").iterdir()] == ["collect.jsonl"]
 
 
-def test_full_workflow_is_submitted_once_and_only_images_with_the_prefix_are_fetched(full, standin, collect):
+def test_full_workflow_is_submitted_once_and_only_images_with_the_prefix_are_downloaded(full, standin, collect):
     assert collect().code == 0
     assert len(standin.submitted) == 1
     assert [line["node"] for line in full.manifest()] == ["300", "301", "302"]
@@ -117,21 +117,21 @@ def test_full_workflow_is_submitted_once_and_only_images_with_the_prefix_are_fet
             assert json.loads(image.text["prompt"])[line["node"]]["inputs"]["filename_prefix"].endswith("Z_IMG_FINAL")
 
 
-def test_name_that_the_server_returns_goes_into_the_workflow(batch, standin, collect, change):
+def test_name_that_the_server_returns_is_set_in_the_workflow(batch, standin, collect, change):
     (standin.folder / "input" / "elsewhere").mkdir()
     (standin.folder / "input" / "elsewhere" / "mine.png").write_bytes(png())
-    renamed = Answer(200, b'{"name": "mine.png", "subfolder": "elsewhere", "type": "input"}', "application/json")
-    change("/upload/image", lambda asked, given: renamed)
+    renamed = Response(200, b'{"name": "mine.png", "subfolder": "elsewhere", "type": "input"}', "application/json")
+    change("/upload/image", lambda request, response: renamed)
     assert collect().code == 0
     assert {graph["12"]["inputs"]["image"] for graph in submitted(standin)} == {"elsewhere/mine.png"}
 
 
-def test_without_a_face_the_image_of_the_workflow_stays_and_one_line_says_so(full, standin, collect, monkeypatch):
+def test_without_a_face_the_image_of_the_workflow_is_used_and_this_is_logged_once(full, standin, collect, monkeypatch):
     monkeypatch.setattr("collecting.jobs.DEFAULT_FACE", full.root / "none.png")
     (standin.folder / "input" / "example.png").write_bytes(png())
     result = collect(FACE_REFERENCE="")
     assert result.code == 0
-    assert result.out.count("the workflow's own image stays.\n") == 1
+    assert result.out.count("the workflow's own image is used\n") == 1
     assert submitted(standin)[0]["16"] == workflow("full_workflow_no_model.json")["16"]
     assert ("POST", "/upload/image") not in standin.requests
 
@@ -146,14 +146,14 @@ def test_face_in_the_repository_is_used_when_none_is_set(full, standin, collect,
 def test_finished_stage_run_again_sends_nothing_even_without_a_server(request, standin, collect, mode):
     space = request.getfixturevalue(mode)
     collect()
-    before, asked = space.images(), len(standin.requests)
+    before, requests_before = space.images(), len(standin.requests)
     result = collect(COMFYUI_ENDPOINT="http://127.0.0.1:9")
     assert result.code == 0
     assert "nothing was sent" in result.out
-    assert (space.images(), len(standin.requests)) == (before, asked)
+    assert (space.images(), len(standin.requests)) == (before, requests_before)
 
 
-def test_new_prompt_in_the_list_is_all_that_is_sent(batch, standin, collect):
+def test_only_a_new_prompt_in_the_list_is_sent(batch, standin, collect):
     collect()
     batch.per_batch([{"prompt": "new"}, *PROMPTS])
     result = collect()
@@ -161,7 +161,7 @@ def test_new_prompt_in_the_list_is_all_that_is_sent(batch, standin, collect):
     assert [graph["6"]["inputs"]["text"] for graph in submitted(standin)[3:]] == ["new"]
 
 
-def test_other_face_or_workflow_is_other_work(batch, standin, collect):
+def test_another_face_or_workflow_makes_new_jobs(batch, standin, collect):
     collect()
     batch.write("FACE_REFERENCE", "face.png", png((0, 80, 160)))
     collect()
@@ -175,7 +175,7 @@ def test_other_face_or_workflow_is_other_work(batch, standin, collect):
     assert len(standin.submitted) == 9
 
 
-def test_drawn_seeds_are_written_down_and_differ(batch, standin, collect):
+def test_drawn_seeds_are_recorded_and_differ(batch, standin, collect):
     batch.per_batch([{"prompt": "a woman"}, {"prompt": "a woman"}])
     assert collect().code == 0
     seeds = [line["seeds"]["3.seed"] for line in batch.manifest()]
@@ -203,7 +203,7 @@ def test_without_global_seed_only_the_mapped_seed_changes(batch, standin, collec
     assert [graph["3"]["inputs"]["seed"], graph["31"]["inputs"]["noise_seed"], graph["32"]["inputs"]["noise_seed"]] == [1, 11, 3]
 
 
-def test_full_workflow_keeps_its_seeds_until_new_ones_are_asked_for(space, standin, collect):
+def test_full_workflow_keeps_its_seeds_until_new_ones_are_requested(space, standin, collect):
     space.write("COMFYUI_WORKFLOW", "workflow.json", workflow("every_seed_form.json"))
     space.write("WORKFLOW_CONFIG", "config.json", {})
     for variables in ({}, {}, {"NEW_SEEDS": "1"}, {"NEW_SEEDS": "1"}, {"GLOBAL_SEED": "5"}):
@@ -219,16 +219,16 @@ def test_full_workflow_keeps_its_seeds_until_new_ones_are_asked_for(space, stand
     assert len(space.images()) == 4
 
 
-def test_new_seeds_draws_new_ones_over_those_of_the_entries(batch, standin, collect):
+def test_new_seeds_replaces_the_seeds_of_the_entries(batch, standin, collect):
     assert [collect(NEW_SEEDS="1").code, collect(NEW_SEEDS="1").code] == [0, 0]
     seeds = [graph["3"]["inputs"]["seed"] for graph in submitted(standin)]
     assert len(set(seeds) - {11, 12, 13}) == 6
     assert len(batch.images()) == 6
 
 
-def test_new_seeds_goes_on_with_the_set_that_was_stopped(batch, standin, collect, change):
-    refuse = iter([None, Answer(500, b"", None)])
-    change("/prompt", lambda asked, given: next(refuse, None) if asked.method == "POST" else None)
+def test_new_seeds_continues_the_set_that_was_stopped(batch, standin, collect, change):
+    refuse = iter([None, Response(500, b"", None)])
+    change("/prompt", lambda request, response: next(refuse, None) if request.method == "POST" else None)
     assert collect(NEW_SEEDS="1").code == 4
     first = [event["seeds"] for event in sent_events(batch)]
     assert collect(NEW_SEEDS="1").code == 0
@@ -240,15 +240,15 @@ def test_same_image_twice_is_stored_once(batch, standin, collect):
     batch.per_batch([{"prompt": "a", "seed": 1}, {"prompt": "a", "seed": 1, "name": "again"}])
     result = collect()
     assert result.code == 0
-    assert "again: 0 new images, 1 there already" in result.out
+    assert "again: 0 new images, 1 already collected" in result.out
     assert (len(batch.images()), len(batch.manifest())) == (1, 1)
 
 
-def test_delay_spaces_submissions_only_while_others_of_ours_wait(batch, standin, collect, before_submission):
-    """The second may wait behind the first; the third goes out when nothing waits any more, whatever the delay is."""
+def test_delay_spaces_submissions_only_while_others_wait(batch, standin, collect, before_submission):
+    """The second may wait behind the first; the third is sent when none waits any more, whatever the delay is."""
     standin.worker.seconds_per_job = 0.4
     waiting = []
-    before_submission(lambda number, asked: waiting.append(len(standin.worker.queue()["queue_pending"])))
+    before_submission(lambda number, request: waiting.append(len(standin.worker.queue()["queue_pending"])))
     began = time.monotonic()
     assert collect(COMFYUI_DELAY="60").code == 0
     assert time.monotonic() - began < 30
@@ -256,18 +256,18 @@ def test_delay_spaces_submissions_only_while_others_of_ours_wait(batch, standin,
     assert waiting[2] == 0
 
 
-def test_every_wrong_file_is_in_one_list(batch, standin, collect):
+def test_all_invalid_files_are_in_one_list(batch, standin, collect):
     batch.write("WORKFLOW_CONFIG", "config.json", {"positive_prompt_node": "6", "seed_node": "99"})
-    batch.write("FACE_REFERENCE", "face.png", b"no image")
+    batch.write("FACE_REFERENCE", "face.png", b"not an image")
     result = collect()
     assert result.code == 2
-    for words in ("the workflow has no node 99", "face_reference", "is not a PNG, JPEG or WebP image"):
+    for words in ("the workflow has no node 99", "face_reference", "face.png is not a PNG, JPEG or WebP image; save it"):
         assert words in result.err
     assert standin.requests == []
 
 
 @pytest.mark.parametrize("key", ["COMFYUI_WORKFLOW", "WORKFLOW_CONFIG", "PROMPTS_FILE", "FACE_REFERENCE"])
-def test_path_that_is_set_and_absent_or_a_folder_is_a_wrong_setting(batch, standin, collect, key):
+def test_path_to_a_missing_file_or_a_folder_is_a_wrong_setting(batch, standin, collect, key):
     absent = collect(**{key: str(batch.root / "absent.json")})
     folder = collect(**{key: str(batch.root)})
     assert (absent.code, folder.code) == (2, 2)
@@ -278,21 +278,21 @@ def test_path_that_is_set_and_absent_or_a_folder_is_a_wrong_setting(batch, stand
 
 @pytest.mark.parametrize("content", [b"", b"{", b"null", b"\xff\xfe\x00", b"9" * 5000, b"[" * 100000, b"[NaN]", b'["\\ud83d"]'])
 @pytest.mark.parametrize("key", ["COMFYUI_WORKFLOW", "WORKFLOW_CONFIG", "PROMPTS_FILE"])
-def test_file_that_is_no_json_is_a_wrong_setting(batch, collect, key, content):
+def test_invalid_json_is_a_wrong_setting(batch, collect, key, content):
     batch.write(key, "broken.json", content)
     result = collect()
     assert result.code == 2
     assert key.lower().removesuffix("_file").removeprefix("comfyui_") in result.err
 
 
-def test_byte_order_mark_is_no_obstacle(batch, collect):
+def test_byte_order_mark_is_accepted(batch, collect):
     for key in ("COMFYUI_WORKFLOW", "WORKFLOW_CONFIG", "PROMPTS_FILE"):
         path = Path(batch.environment[key])
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert collect().code == 0
 
 
-def test_page_format_is_refused_with_the_way_out(batch, collect):
+def test_format_of_the_web_page_is_refused_with_a_hint_how_to_export(batch, collect):
     batch.write("COMFYUI_WORKFLOW", "workflow.json", workflow("ui_format_not_api.json"))
     result = collect()
     assert result.code == 2
@@ -300,10 +300,10 @@ def test_page_format_is_refused_with_the_way_out(batch, collect):
 
 
 @pytest.mark.parametrize("url", ["http://", "http://127.0.0.1:99999", "http://two words"])
-def test_endpoint_that_is_no_address_is_in_the_list_of_wrong_settings(batch, collect, url):
+def test_invalid_endpoint_is_in_the_list_of_wrong_settings(batch, collect, url):
     result = collect(COMFYUI_ENDPOINT=url, PROMPTS_FILE=str(batch.root / "absent.json"))
     assert result.code == 2
-    assert "comfyui_endpoint: not the address of a server" in result.err
+    assert "comfyui_endpoint: not a valid URL of a server" in result.err
     assert "prompts_file: there is no file" in result.err
 
 
@@ -313,11 +313,11 @@ def test_file_where_the_images_should_go_is_a_wrong_setting(batch, standin, coll
     (batch.dataset / "images").touch()
     result = collect(*flags)
     assert result.code == 2
-    assert "images is in the way: it is no folder" in result.err
+    assert "images is in the way: it is not a folder" in result.err
     assert standin.submitted == []
 
 
-def test_record_that_somebody_spoilt_is_no_obstacle(batch, collect):
+def test_damaged_journal_is_accepted(batch, collect):
     record = batch.dataset / ".loracat" / "collect.jsonl"
     record.parent.mkdir(parents=True)
     record.write_text('nonsense\n[1]\n{"a": 1}\n{"event": "sent", "ke')
@@ -326,7 +326,7 @@ def test_record_that_somebody_spoilt_is_no_obstacle(batch, collect):
 
 
 def damage(path, name):
-    """Every line that has `name` loses it, and stands there once more for each value of another type."""
+    """Remove `name` from every line that has it, and add the line once more for each value of another type."""
     lines = [line for line in read_json_lines(path) if name in line]
     damaged = [{key: value for key, value in line.items() if key != name} for line in lines]
     damaged += [{**line, name: value} for line in lines for value in (None, [1], {"a": []})]
@@ -334,7 +334,7 @@ def damage(path, name):
 
 
 @pytest.mark.parametrize("name", ["event", "key", "client_id", "prompt_id", "seeds", "node", "index", "line"])
-def test_record_with_lines_of_another_shape_is_no_obstacle(batch, collect, name):
+def test_journal_lines_of_another_shape_are_ignored(batch, collect, name):
     collect()
     images = batch.images()
     damage(batch.dataset / ".loracat" / "collect.jsonl", name)
@@ -344,7 +344,7 @@ def test_record_with_lines_of_another_shape_is_no_obstacle(batch, collect, name)
 
 
 @pytest.mark.parametrize("name", ["file", "sha256"])
-def test_manifest_with_lines_of_another_shape_is_no_obstacle(batch, collect, name):
+def test_manifest_lines_of_another_shape_are_ignored(batch, collect, name):
     collect()
     images, lines = batch.images(), batch.manifest()
     damage(batch.dataset / "manifest.jsonl", name)
@@ -359,7 +359,7 @@ def test_seeds_for_a_workflow_without_any_are_refused(full, collect):
     assert "no seed that GLOBAL_SEED or NEW_SEEDS could set" in collect(GLOBAL_SEED="5").err
 
 
-def test_server_that_is_not_there_is_exit_4_at_once(batch, collect):
+def test_unreachable_server_is_exit_4_at_once(batch, collect):
     began = time.monotonic()
     result = collect(COMFYUI_ENDPOINT="http://127.0.0.1:9")
     assert result.code == 4
@@ -368,11 +368,11 @@ def test_server_that_is_not_there_is_exit_4_at_once(batch, collect):
 
 
 def test_login_page_is_exit_4(batch, collect, change):
-    change("/system_stats", lambda asked, given: Answer(200, b"<html>", "text/html"))
+    change("/system_stats", lambda request, response: Response(200, b"<html>", "text/html"))
     assert collect().code == 4
 
 
-def test_workflow_that_the_server_refuses_is_exit_4_and_named_once(batch, standin, collect):
+def test_workflow_that_the_server_rejects_is_exit_4_with_the_reason_once(batch, standin, collect):
     graph = workflow("per_batch_ksampler.json")
     graph["4"]["inputs"]["ckpt_name"] = "absent.safetensors"
     batch.write("COMFYUI_WORKFLOW", "workflow.json", graph)
@@ -390,11 +390,11 @@ def test_output_that_the_server_drops_is_an_error_that_names_the_node(full, coll
     result = collect()
     assert result.code == 1
     assert "node 500 (LoadImage)" in result.out
-    assert "node 301 (SaveImage) gave no image" in result.out
+    assert "node 301 (SaveImage) returned no image" in result.out
     assert [line["node"] for line in full.manifest()] == ["300", "302"]
 
 
-def test_failed_entry_is_named_the_others_are_done_and_only_it_is_tried_again(batch, standin, collect):
+def test_failed_entry_is_named_the_others_are_done_and_only_it_is_retried(batch, standin, collect):
     standin.fault("node_fails", on="3", times=1)
     first = collect()
     assert first.code == 1
@@ -407,59 +407,57 @@ def test_failed_entry_is_named_the_others_are_done_and_only_it_is_tried_again(ba
     assert len(batch.images()) == 3
 
 
-def test_nothing_came_at_all_is_exit_4(full, standin, collect, change):
-    def spoil(asked, given):
+def test_run_without_any_image_is_exit_4(full, standin, collect, change):
+    def damage_uploads(request, response):
         for path in (standin.folder / "input").iterdir():
-            path.write_text("spoilt")
+            path.write_text("damaged")
 
-    change("/upload/image", spoil)
+    change("/upload/image", damage_uploads)
     result = collect()
     assert result.code == 4
     assert "node 16 (LoadImage) failed" in result.out
     assert full.images() == {}
 
 
-def test_interrupted_in_comfyui_is_named(full, standin, collect):
+def test_interruption_in_comfyui_is_named(full, standin, collect):
     standin.worker.seconds_per_job = 5.0
     threading.Timer(0.3, lambda: standin.worker.interrupt(None)).start()
     result = collect()
     assert result.code == 4
-    assert "it was interrupted in ComfyUI" in result.out
+    assert "interrupted in ComfyUI at node" in result.out
 
 
-@pytest.mark.parametrize("spoilt", [b"", b"<html>", png()[:50], png()[:-6]])
-def test_broken_image_is_fetched_again(full, collect, change, spoilt):
-    answers = iter([spoilt, spoilt])
-    change(
-        "/view", lambda asked, given: Answer(200, content, "image/png") if (content := next(answers, None)) is not None else None
-    )
+@pytest.mark.parametrize("damaged", [b"", b"<html>", png()[:50], png()[:-6]])
+def test_damaged_image_is_downloaded_again(full, collect, change, damaged):
+    answers = iter([Response(200, damaged, "image/png")] * 2)
+    change("/view", lambda request, response: next(answers, None))
     assert collect().code == 0
     assert len(full.images()) == 3
 
 
-def test_image_that_stays_broken_is_reported_and_never_stored(full, collect, change):
-    spoilt = Answer(200, png()[:50], "image/png")
-    change("/view", lambda asked, given: spoilt if asked.query["filename"].endswith("00002_.png") else None)
+def test_image_that_stays_damaged_is_reported_and_never_stored(full, collect, change):
+    truncated = Response(200, png()[:50], "image/png")
+    change("/view", lambda request, response: truncated if request.query["filename"].endswith("00002_.png") else None)
     result = collect()
     assert result.code == 1
-    assert "image 1: it is cut off" in result.out
+    assert "image 1: the file is cut off" in result.out
     assert len(full.images()) == len(full.manifest()) == 2
 
 
 @pytest.mark.parametrize(
-    "answer", [Answer(400), Answer(200, png()[:50], "image/png", {"Content-Length": "500", "Connection": "close"})]
+    "answer", [Response(400), Response(200, png()[:50], "image/png", {"Content-Length": "500", "Connection": "close"})]
 )
-def test_image_that_cannot_be_had_does_not_stop_the_others(full, collect, change, monkeypatch, answer):
-    monkeypatch.setattr("collecting.http.PATIENCE_S", (0.0,))
-    change("/view", lambda asked, given: answer if asked.query["filename"].endswith("00001_.png") else None)
+def test_image_that_cannot_be_downloaded_does_not_stop_the_others(full, collect, change, monkeypatch, answer):
+    monkeypatch.setattr("collecting.http.RETRY_DELAYS_S", (0.0,))
+    change("/view", lambda request, response: answer if request.query["filename"].endswith("00001_.png") else None)
     result = collect()
     assert result.code == 1
     assert "Z_IMG_FINAL_00001_.png" in result.out
     assert len(full.images()) == len(full.manifest()) == 2
 
 
-def test_file_that_was_deleted_on_the_server_is_reported(full, standin, collect, change):
-    change("/view", lambda asked, given: Answer(404))
+def test_file_deleted_on_the_server_is_reported(full, standin, collect, change):
+    change("/view", lambda request, response: Response(404))
     result = collect()
     assert result.code == 4
     assert "no longer has the file" in result.out
@@ -468,20 +466,20 @@ def test_file_that_was_deleted_on_the_server_is_reported(full, standin, collect,
 def test_names_from_the_server_never_reach_the_file_system(full, standin, collect, change):
     image = png((9, 9, 9))
 
-    def rename(asked, given):
-        content = json.loads(given.body)
+    def rename(request, response):
+        content = json.loads(response.body)
         for entry in content.values():
             for shown in entry["outputs"].values():
                 shown["images"] = [{"filename": "../../escape.png", "subfolder": "/etc", "type": "output"}]
-        return Answer(200, json.dumps(content).encode(), given.content_type)
+        return Response(200, json.dumps(content).encode(), response.content_type)
 
     real = standin.answer
-    standin.answer = lambda asked: (
-        Answer(200, image, "image/png")
-        if asked.path == "/view"
-        else rename(asked, real(asked))
-        if asked.path.startswith("/history/")
-        else real(asked)
+    standin.answer = lambda request: (
+        Response(200, image, "image/png")
+        if request.path == "/view"
+        else rename(request, real(request))
+        if request.path.startswith("/history/")
+        else real(request)
     )
     assert collect().code == 0
     (name,) = full.images()
@@ -489,31 +487,35 @@ def test_names_from_the_server_never_reach_the_file_system(full, standin, collec
     assert not list(full.root.rglob("escape*"))
 
 
-def test_image_in_the_temp_folder_of_the_server_is_none_to_keep(full, standin, collect, monkeypatch):
+def test_image_in_the_temp_folder_of_the_server_is_not_collected(full, standin, collect, monkeypatch):
     real = standin.answer
 
-    def answer(asked):
-        given = real(asked)
-        return replace(given, body=given.body.replace(b'"output"', b'"temp"')) if asked.path.startswith("/history/") else given
+    def answer(request):
+        response = real(request)
+        return (
+            replace(response, body=response.body.replace(b'"output"', b'"temp"'))
+            if request.path.startswith("/history/")
+            else response
+        )
 
     monkeypatch.setattr(standin, "answer", answer)
     result = collect()
     assert result.code == 4
-    assert "node 300 (SaveImage) gave no image" in result.out
+    assert "node 300 (SaveImage) returned no image" in result.out
 
 
-def test_answer_that_got_lost_is_looked_up_and_not_sent_again(batch, standin, collect, change):
+def test_submission_without_an_answer_is_looked_up_and_not_sent_again(batch, standin, collect, change):
     lose = iter([True, False, True])
 
-    def cut(asked, given):
-        if asked.method == "POST" and next(lose, False):
+    def cut(request, response):
+        if request.method == "POST" and next(lose, False):
             raise ConnectionAbortedError
         return None
 
     change("/prompt", cut)
     result = collect()
     assert result.code == 0
-    assert "looking whether it arrived" in result.out
+    assert "checking whether it was queued" in result.out
     assert len(standin.submitted) == 3
     assert len(batch.images()) == 3
 
@@ -523,18 +525,17 @@ def test_prompt_that_the_server_forgot_is_sent_again_with_the_same_seed(batch, s
     standin.worker.seconds_per_job = 0.1
     keep_busy(standin)
     forget = iter([lambda: standin.worker.delete_pending(None)])
-    change("/prompt", lambda asked, given: next(forget, lambda: None)())
+    change("/prompt", lambda request, response: next(forget, lambda: None)())
     result = collect()
     assert result.code == 0
-    assert "sending it again" in result.out
-    ours = standin.submitted[1:]
-    assert len(ours) == 2
-    assert ours[0]["prompt_id"] != ours[1]["prompt_id"]
-    assert ours[0]["prompt"] == ours[1]["prompt"]
+    assert "submitting it again" in result.out
+    first, second = standin.submitted[1:]
+    assert first["prompt_id"] != second["prompt_id"]
+    assert first["prompt"] == second["prompt"]
 
 
 def keep_busy(standin: StandIn) -> None:
-    """Give the worker something of somebody else, so that what comes next waits in the queue."""
+    """Submit a prompt of another client, so that the next one waits in the queue."""
     graph = {
         "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 1}},
         "2": {"class_type": "SaveImage", "inputs": {"filename_prefix": "else", "images": ["1", 0]}},
@@ -542,43 +543,43 @@ def keep_busy(standin: StandIn) -> None:
     requests.post(f"{standin.url}/prompt", json={"prompt": graph}, timeout=10)
 
 
-def test_prompt_that_ends_between_two_looks_is_not_taken_for_lost(full, standin, collect, change):
+def test_prompt_that_ends_between_two_requests_is_not_lost(full, standin, collect, change):
     standin.worker.seconds_per_job = 0.1
 
-    def look_late(asked, given):
-        if asked.method == "GET":
+    def answer_late(request, response):
+        if request.method == "GET":
             wait_for(lambda: standin.worker.history)
-            return Answer(200, b'{"queue_running": [], "queue_pending": []}', "application/json")
+            return Response(200, b'{"queue_running": [], "queue_pending": []}', "application/json")
 
-    change("/queue", look_late)
+    change("/queue", answer_late)
     assert collect().code == 0
     assert len(standin.submitted) == 1
 
 
-def test_a_second_collector_is_kept_out_of_the_data_set(batch, standin, collect):
+def test_second_collector_on_the_same_data_set_is_refused(batch, standin, collect):
     batch.dataset.mkdir(exist_ok=True)
     with locked(batch.dataset, ""):
         result = collect()
     assert result.code == 2
-    assert f"another run is collecting into {batch.dataset}: wait for it to end" in result.err
+    assert f"another run is collecting into {batch.dataset}: wait until it has finished" in result.err
     assert standin.submitted == []
     assert collect().code == 0
 
 
-def test_work_that_is_lost_again_and_again_is_given_up(full, standin, collect, change):
-    change("/prompt", lambda asked, given: Answer(200, b'{"prompt_id": "nowhere", "number": 1}', "application/json"))
+def test_job_that_is_lost_repeatedly_fails(full, standin, collect, change):
+    change("/prompt", lambda request, response: Response(200, b'{"prompt_id": "nowhere", "number": 1}', "application/json"))
     standin.worker.stop()
     result = collect()
     assert result.code == 4
-    assert "lost it 4 times" in result.out
+    assert "lost this prompt 4 times" in result.out
 
 
-def test_server_that_gives_ids_of_its_own_is_followed(batch, standin, collect, before_submission):
-    def without_our_id(number, asked):
-        body = {key: value for key, value in asked.json().items() if key != "prompt_id"}
-        return replace(asked, body=json.dumps(body).encode())
+def test_server_that_assigns_its_own_ids_is_supported(batch, standin, collect, before_submission):
+    def without_id(number, request):
+        body = {key: value for key, value in request.json().items() if key != "prompt_id"}
+        return replace(request, body=json.dumps(body).encode())
 
-    before_submission(without_our_id)
+    before_submission(without_id)
     assert collect().code == 0
     assert len(standin.submitted) == len(batch.images()) == 3
 
@@ -592,10 +593,10 @@ def test_ids_are_lower_case_uuids_and_the_client_id_stays(batch, standin, collec
     assert len({body["client_id"] for body in standin.submitted}) == 1
 
 
-def test_submission_is_on_the_disk_before_it_is_sent(batch, collect, before_submission):
+def test_submission_is_on_disk_before_it_is_sent(batch, collect, before_submission):
     known = []
     before_submission(
-        lambda number, asked: known.append(asked.json()["prompt_id"] in {event["prompt_id"] for event in sent_events(batch)})
+        lambda number, request: known.append(request.json()["prompt_id"] in {event["prompt_id"] for event in sent_events(batch)})
     )
     collect()
     assert known == [True, True, True]
@@ -640,7 +641,7 @@ def test_kill_between_the_file_and_its_line_only_adds_the_line(full, standin, co
     assert len(standin.submitted) == 1
 
 
-def test_run_as_a_program_says_plain_lines_and_no_traceback(batch):
+def test_run_as_a_program_prints_plain_lines_and_no_traceback(batch):
     process = batch.start()
     out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (0, "")
@@ -653,7 +654,7 @@ def test_run_as_a_program_says_plain_lines_and_no_traceback(batch):
     assert "Traceback" not in err
 
 
-def test_check_lists_everything_with_its_remedy(batch, standin, collect):
+def test_check_lists_all_problems_with_remedies(batch, standin, collect):
     graph = workflow("per_batch_ksampler.json")
     graph["50"] = {"class_type": "IPAdapterUnifiedLoader", "inputs": {}}
     graph["4"]["inputs"]["ckpt_name"] = "absent.safetensors"
@@ -661,7 +662,7 @@ def test_check_lists_everything_with_its_remedy(batch, standin, collect):
     result = collect("--check")
     assert result.code == 4
     assert "no node class IPAdapterUnifiedLoader: install the custom nodes" in result.err
-    assert "node 4 (CheckpointLoaderSimple): ComfyUI offers no ckpt_name 'absent.safetensors'" in result.err
+    assert "node 4 (CheckpointLoaderSimple): ComfyUI has no ckpt_name 'absent.safetensors'" in result.err
     batch.write("PROMPTS_FILE", "prompts.json", [{"prompt": ""}])
     result = collect("--check", COMFYUI_ENDPOINT="http://127.0.0.1:9", FACE_REFERENCE=str(batch.root / "absent.png"))
     assert result.code == 2
@@ -671,32 +672,32 @@ def test_check_lists_everything_with_its_remedy(batch, standin, collect):
     assert not batch.dataset.exists()
 
 
-def test_check_of_what_is_in_order(batch, full, standin, collect):
+def test_check_without_problems(batch, full, standin, collect):
     assert collect("--check").code == 0
     assert standin.submitted == []
 
 
-def test_default_workflow_and_mapping_and_example_prompts_fit(space, standin, collect):
+def test_default_workflow_mapping_and_example_prompts_are_valid(space, standin, collect):
     graph = json.loads((REPOSITORY / "workflow_api.json").read_text(encoding="utf-8"))
     for node in graph.values():
         for name, folder in NODES[node["class_type"]].listed.items():
-            place = standin.folder / folder
-            place.mkdir(parents=True, exist_ok=True)
-            (place / node["inputs"][name]).touch()
+            models = standin.folder / folder
+            models.mkdir(parents=True, exist_ok=True)
+            (models / node["inputs"][name]).touch()
     space.environment |= {"COMFYUI_WORKFLOW": "", "WORKFLOW_CONFIG": ""}
     assert collect("--check").code == 0
     config = json.loads((REPOSITORY / "config" / "workflow_config.json").read_text(encoding="utf-8"))
-    understood = understand(graph, config, [])
-    assert not understood.per_batch
-    assert understood.face_input == InputRef("16", "image")
-    assert len(understood.kept_nodes) >= 40
-    assert all(len(seeds_behind(graph, node)) == 2 and text_behind(graph, node) for node in understood.kept_nodes)
+    parsed = parse_workflow(graph, config, [])
+    assert not parsed.per_batch
+    assert parsed.face_input == InputRef("16", "image")
+    assert len(parsed.output_nodes) >= 40
+    assert all(len(upstream_seeds(graph, node)) == 2 and upstream_text(graph, node) for node in parsed.output_nodes)
     problems = []
-    assert len(read_entries(json.loads((REPOSITORY / "prompts_example.json").read_text(encoding="utf-8")), problems)) == 40
+    assert len(parse_entries(json.loads((REPOSITORY / "prompts_example.json").read_text(encoding="utf-8")), problems)) == 40
     assert problems == []
 
 
-def test_progress_bar_is_only_for_terminals(batch, collect, monkeypatch):
+def test_progress_bar_is_shown_in_terminals_only(batch, collect, monkeypatch):
     assert "%|" not in collect().err
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     assert collect(NEW_SEEDS="1").code == 0

@@ -1,6 +1,6 @@
-"""kill -9 at any instant and run again: the same set of images, and nothing was made twice.
+"""kill -9 at any instant and run again: the same set of images, and nothing was generated twice.
 
-`make test` takes a handful of instants, `make kill-test` forty in each mode.
+`make test` tries a few instants, `make kill-test` forty in each mode.
 """
 
 import random
@@ -20,7 +20,7 @@ MODES = ("batch", "full")
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Mode -> the images of a run that nobody kills, and how long it talks to the server."""
+    """Mode -> the images of a run that is not killed, and how long it talks to the server."""
     found = {}
 
     def of(mode: str) -> tuple[dict[str, bytes], float]:
@@ -57,16 +57,16 @@ def wait_for(condition) -> None:
 
 
 def ends_with(space, images) -> None:
-    """Run to the end, without a problem; exactly these images are there then."""
+    """Run to the end without errors; then exactly these images are stored."""
     process = space.start()
     out, err = process.communicate(timeout=LONGEST_WAIT_S)
     assert (process.returncode, err) == (0, ""), out
     assert space.images() == images
 
 
-def kill_once(folder: Path, mode: str, wanted: tuple[dict[str, bytes], float], share: float) -> None:
+def kill_once(folder: Path, mode: str, expected: tuple[dict[str, bytes], float], share: float) -> None:
     """Kill after `share` of the time that a whole run talks to the server, then run to the end."""
-    images, whole_s = wanted
+    images, whole_s = expected
     with StandIn(folder / "server", seconds_per_job=SECONDS_PER_JOB) as server:
         space = workspace(folder, mode, server)
         process = space.start()
@@ -81,7 +81,7 @@ def kill_once(folder: Path, mode: str, wanted: tuple[dict[str, bytes], float], s
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("share", [0.05, 0.45, 0.8])
-def test_killed_at_a_handful_of_instants(tmp_path, undisturbed, mode, share):
+def test_killed_at_a_few_instants(tmp_path, undisturbed, mode, share):
     kill_once(tmp_path, mode, undisturbed(mode), share)
 
 
@@ -95,14 +95,14 @@ def test_killed_at_a_random_instant(tmp_path, undisturbed, mode, number):
 @pytest.mark.kill
 @pytest.mark.parametrize("number", range(5))
 def test_killed_again_and_again(tmp_path, undisturbed, number):
-    """Six kills in one run of the work."""
+    """Six kills before the work is done."""
     images, whole_s = undisturbed("batch")
     draws = random.Random(number)
     with StandIn(tmp_path / "server", seconds_per_job=SECONDS_PER_JOB) as server:
         space = workspace(tmp_path, "batch", server)
         for _ in range(6):
-            process, asked = space.start(), len(server.requests)
-            wait_for(lambda asked=asked, process=process: len(server.requests) > asked or process.poll() is not None)
+            process, before = space.start(), len(server.requests)
+            wait_for(lambda before=before, process=process: len(server.requests) > before or process.poll() is not None)
             time.sleep(draws.random() * whole_s / 3)
             process.kill()
             process.communicate()

@@ -1,18 +1,18 @@
-"""Which mode, which inputs and which nodes a mapping means, and what is refused, all at once."""
+"""How a mapping selects the mode, the inputs and the output nodes, and what is refused, all problems at once."""
 
 import copy
 
 import pytest
 from comfyui_workspace import workflow
 
-from collecting.graph import InputRef, graph_hash, literal_seeds, seeds_behind, text_behind
-from collecting.jobs import MAX_SEED, Entry, read_entries
-from collecting.workflow import understand
+from collecting.graph import InputRef, graph_hash, literal_seeds, upstream_seeds, upstream_text
+from collecting.jobs import MAX_SEED, Entry, parse_entries
+from collecting.workflow import parse_workflow
 
 
-def refusals(graph, config) -> str:
+def problems_of(graph, config) -> str:
     problems = []
-    assert understand(graph, config, problems) is None
+    assert parse_workflow(graph, config, problems) is None
     return "\n".join(problems)
 
 
@@ -27,29 +27,29 @@ def mapping():
 
 
 def test_both_prompt_and_seed_node_mean_per_batch(batch, mapping):
-    understood = understand(batch, mapping, [])
-    assert understood.per_batch
-    assert understood.face_input == InputRef("12", "image")
-    assert understood.text_inputs == (InputRef("6", "text"),)
-    assert understood.seed_input == InputRef("3", "seed")
-    assert understood.kept_nodes == ("9",)
+    parsed = parse_workflow(batch, mapping, [])
+    assert parsed.per_batch
+    assert parsed.face_input == InputRef("12", "image")
+    assert parsed.text_inputs == (InputRef("6", "text"),)
+    assert parsed.seed_input == InputRef("3", "seed")
+    assert parsed.output_nodes == ("9",)
 
 
-def test_neither_means_full_workflow_and_the_prefix_chooses_the_nodes():
-    understood = understand(workflow("full_workflow_no_model.json"), workflow("full_workflow_no_model.config.json"), [])
-    assert not understood.per_batch
-    assert understood.kept_nodes == ("300", "301", "302")
+def test_neither_means_full_workflow_and_the_prefix_selects_the_nodes():
+    parsed = parse_workflow(workflow("full_workflow_no_model.json"), workflow("full_workflow_no_model.config.json"), [])
+    assert not parsed.per_batch
+    assert parsed.output_nodes == ("300", "301", "302")
 
 
-def test_without_prefix_and_output_node_every_saving_node_is_kept_but_no_preview():
-    understood = understand(workflow("full_workflow_no_model.json"), {}, [])
-    assert understood.kept_nodes == ("60", "300", "301", "302")
-    assert understood.face_input is None
+def test_without_prefix_and_output_node_every_saving_node_is_used_but_no_preview():
+    parsed = parse_workflow(workflow("full_workflow_no_model.json"), {}, [])
+    assert parsed.output_nodes == ("60", "300", "301", "302")
+    assert parsed.face_input is None
 
 
 @pytest.mark.parametrize("given", ["positive_prompt_node", "seed_node"])
 def test_exactly_one_of_prompt_and_seed_node_is_refused(batch, mapping, given):
-    message = refusals(batch, {given: mapping[given]})
+    message = problems_of(batch, {given: mapping[given]})
     assert "positive_prompt_node" in message
     assert "seed_node" in message
     assert "set both" in message
@@ -57,21 +57,21 @@ def test_exactly_one_of_prompt_and_seed_node_is_refused(batch, mapping, given):
 
 def test_only_mapped_inputs_change(batch, mapping):
     before = copy.deepcopy(batch)
-    understood = understand(batch, mapping, [])
-    filled = understood.filled("faces/me.png", "a woman", {InputRef("3", "seed"): 5})
+    parsed = parse_workflow(batch, mapping, [])
+    built = parsed.build_graph("faces/me.png", "a woman", {InputRef("3", "seed"): 5})
     changed = {
         (node_id, name)
-        for node_id, node in filled.items()
+        for node_id, node in built.items()
         for name, value in node["inputs"].items()
         if value != before[node_id]["inputs"][name]
     }
     assert changed == {("12", "image"), ("6", "text"), ("3", "seed")}
-    assert (filled["12"]["inputs"]["image"], filled["6"]["inputs"]["text"], filled["3"]["inputs"]["seed"]) == (
+    assert (built["12"]["inputs"]["image"], built["6"]["inputs"]["text"], built["3"]["inputs"]["seed"]) == (
         "faces/me.png",
         "a woman",
         5,
     )
-    assert filled["7"] == before["7"]
+    assert built["7"] == before["7"]
     assert batch == before
 
 
@@ -82,57 +82,57 @@ def test_only_mapped_inputs_change(batch, mapping):
         ("TextEncodeQwenImageEditPlus", {"prompt": "x", "clip": ["4", 1], "image1": ["12", 0]}, ("prompt",)),
         ("CLIPTextEncodeSDXL", {"text_g": "x", "text_l": "y", "width": 1024, "clip": ["4", 1]}, ("text_g", "text_l")),
         ("PrimitiveStringMultiline", {"value": "x"}, ("value",)),
-        ("SomebodysEncoder", {"positive_words": "x", "strength": 1.0, "clip": ["4", 1]}, ("positive_words",)),
+        ("CustomEncoder", {"positive_words": "x", "strength": 1.0, "clip": ["4", 1]}, ("positive_words",)),
     ],
 )
-def test_prompt_goes_into_whatever_the_encoder_calls_its_text(batch, mapping, class_type, inputs, expected):
+def test_prompt_is_set_in_the_text_inputs_of_each_kind_of_encoder(batch, mapping, class_type, inputs, expected):
     batch["6"] = {"class_type": class_type, "inputs": inputs}
-    assert tuple(place.name for place in understand(batch, mapping, []).text_inputs) == expected
+    assert tuple(ref.name for ref in parse_workflow(batch, mapping, []).text_inputs) == expected
 
 
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        ({"text": ["7", 0]}, "is a link to 7 (CLIPTextEncode)"),
-        ({"text": "x", "prompt": "y"}, "several texts (text, prompt)"),
-        ({"first": "x", "second": "y"}, "several texts (first, second)"),
-        ({"text_g": "x", "text_l": ["7", 0]}, "text_l of node 6 (CLIPTextEncode) is a link"),
-        ({"clip": ["4", 1]}, "no text; its inputs: clip"),
+        ({"text": ["7", 0]}, "is connected to node 7 (CLIPTextEncode)"),
+        ({"text": "x", "prompt": "y"}, "several text inputs (text, prompt)"),
+        ({"first": "x", "second": "y"}, "several text inputs (first, second)"),
+        ({"text_g": "x", "text_l": ["7", 0]}, "text_l of node 6 (CLIPTextEncode) is connected to node 7"),
+        ({"clip": ["4", 1]}, "no text input (its inputs: clip)"),
     ],
 )
 def test_linked_or_ambiguous_text_is_refused(batch, mapping, inputs, words):
     batch["6"]["inputs"] = inputs
-    assert words in refusals(batch, mapping)
+    assert words in problems_of(batch, mapping)
 
 
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        ({"seed": ["21", 0]}, "seed of node 3 (KSampler) is a link to 21"),
+        ({"seed": ["21", 0]}, "seed of node 3 (KSampler) is connected to node 21"),
         ({"steps": 3}, "no input 'seed'"),
         ({"seed": 1, "noise_seed": 2}, "both seed and noise_seed"),
     ],
 )
 def test_seed_node_without_a_literal_seed_is_refused(batch, mapping, inputs, words):
     batch["3"]["inputs"] = inputs
-    assert words in refusals(batch, mapping)
+    assert words in problems_of(batch, mapping)
 
 
-def test_everything_wrong_with_a_mapping_is_said_at_once(batch):
+def test_all_problems_of_a_mapping_are_reported_at_once(batch):
     config = {"image_loader_node": "6", "positive_prompt_node": "99", "seed_node": "5x", "output_node": "3", "positiv_node": "1"}
-    message = refusals(batch, config)
+    message = problems_of(batch, config)
     for words in (
-        "image_loader_node: node 6 (CLIPTextEncode) has no input 'image'; its inputs: text, clip",
+        "image_loader_node: node 6 (CLIPTextEncode) has no input 'image' (its inputs: text, clip)",
         "the workflow has no node 99; nodes with such an input: 6 (CLIPTextEncode), 7 (CLIPTextEncode)",
         "the workflow has no node 5x; nodes with such an input: 3 (KSampler)",
-        "output_node: 3 (KSampler) saves no images; these do: 9 (SaveImage)",
+        "output_node: node 3 (KSampler) does not save images; nodes that save images: 9 (SaveImage)",
         "unknown key 'positiv_node'",
     ):
         assert words in message
 
 
-def test_prefix_that_no_node_has_names_the_ones_that_exist():
-    message = refusals(workflow("full_workflow_no_model.json"), {"output_prefix": "Z_IMG"})
+def test_prefix_without_a_match_lists_the_prefixes_of_the_workflow():
+    message = problems_of(workflow("full_workflow_no_model.json"), {"output_prefix": "Z_IMG"})
     assert "'Qwen_Consistent_Char/CC', 'Qwen_Consistent_Char/Z_IMG_FINAL'" in message
 
 
@@ -140,7 +140,7 @@ def test_linked_prefix_matches_nothing():
     graph = workflow("full_workflow_no_model.json")
     for node_id in ("60", "300", "301", "302"):
         graph[node_id]["inputs"]["filename_prefix"] = ["60", 0]
-    assert "one that is not written out" in refusals(graph, {"output_prefix": "Qwen"})
+    assert "one that comes from another node" in problems_of(graph, {"output_prefix": "Qwen"})
 
 
 @pytest.mark.parametrize(
@@ -156,33 +156,33 @@ def test_linked_prefix_matches_nothing():
         {"prompt": {}, "client_id": "x"},
     ],
 )
-def test_what_is_no_api_workflow_is_refused_with_the_way_to_export_one(content):
-    assert '"Save (API Format)"' in refusals(content, {})
+def test_other_formats_are_refused_with_a_hint_how_to_export(content):
+    assert '"Save (API Format)"' in problems_of(content, {})
 
 
-def test_link_to_a_node_that_is_not_there_is_refused_where_an_image_needs_it(batch, mapping):
+def test_link_to_a_missing_node_is_refused_where_an_image_depends_on_it(batch, mapping):
     batch["70"] = {"class_type": "VAEDecode", "inputs": {"samples": ["99", 0], "vae": ["4", 2]}}
-    assert understand(batch, mapping, [])
+    assert parse_workflow(batch, mapping, [])
     batch["8"]["inputs"]["samples"] = ["99", 0]
-    assert "node 8 (VAEDecode): input samples comes from node 99, which is not there" in refusals(batch, mapping)
+    assert "node 8 (VAEDecode): input samples is connected to node 99, which does not exist" in problems_of(batch, mapping)
 
 
 @pytest.mark.parametrize(
     "value", [[3, 0], [512, 512], [], ["a", "b"], [0.5, 1], [True, False], [99, True], [512, 512, 3], {"99": 0}, "99"]
 )
-def test_number_of_a_node_and_values_that_are_lists_are_no_dangling_links(batch, mapping, value):
+def test_values_that_are_lists_are_not_links(batch, mapping, value):
     batch["8"]["inputs"]["samples"] = value
-    assert understand(batch, mapping, [])
+    assert parse_workflow(batch, mapping, [])
 
 
 @pytest.mark.parametrize("config", [[], "16", {"seed_node": 3.5, "positive_prompt_node": "6"}, {"output_prefix": 5}])
 def test_mapping_of_another_type_is_refused(batch, config):
-    assert "workflow_config" in refusals(batch, config)
+    assert "workflow_config" in problems_of(batch, config)
 
 
 def test_node_id_may_be_a_number_and_null_means_not_set(batch):
-    understood = understand(batch, {"image_loader_node": 12, "output_node": None}, [])
-    assert understood.face_input == InputRef("12", "image")
+    parsed = parse_workflow(batch, {"image_loader_node": 12, "output_node": None}, [])
+    assert parsed.face_input == InputRef("12", "image")
 
 
 @pytest.mark.parametrize(
@@ -198,17 +198,17 @@ def test_node_id_may_be_a_number_and_null_means_not_set(batch):
 def test_which_nodes_save_images(batch, class_type, saves):
     batch["9"]["class_type"] = class_type
     problems = []
-    understand(batch, {"output_node": "9"}, problems)
+    parse_workflow(batch, {"output_node": "9"}, problems)
     assert (problems == []) is saves
 
 
 def test_workflow_that_saves_nothing_is_refused(batch, mapping):
     batch["9"]["class_type"] = "PreviewImage"
     del batch["9"]["inputs"]["filename_prefix"]
-    assert "no node saves images" in refusals(batch, mapping)
+    assert "no node saves images" in problems_of(batch, mapping)
 
 
-def test_literal_seeds_of_every_form_and_no_links_texts_or_seeds_of_other_nodes():
+def test_literal_seeds_of_every_form_without_links_texts_and_seeds_of_other_nodes():
     graph = workflow("every_seed_form.json")
     graph["60"] = {"class_type": "FaceDetailer", "inputs": {"seed": 4, "steps": 20, "sampler_name": "euler", "image": ["9", 0]}}
     graph["61"] = {"class_type": "WildcardEncode", "inputs": {"seed": 5, "text": "{a|b}"}}
@@ -216,19 +216,19 @@ def test_literal_seeds_of_every_form_and_no_links_texts_or_seeds_of_other_nodes(
     graph["63"] = {"class_type": "RandomNoise", "inputs": {"noise_seed": True}}
     seeds = literal_seeds(graph)
     assert seeds.pop(InputRef("60", "seed")) == 4
-    assert {str(place): seed for place, seed in seeds.items()} == {"3.seed": 1, "31.noise_seed": 2, "32.noise_seed": 3}
+    assert {str(ref): seed for ref, seed in seeds.items()} == {"3.seed": 1, "31.noise_seed": 2, "32.noise_seed": 3}
 
 
-def test_seeds_and_texts_behind_an_image_are_those_it_depends_on():
+def test_upstream_seeds_and_text_are_those_an_image_depends_on():
     graph = workflow("every_seed_form.json")
     graph["50"] = {"class_type": "SaveImage", "inputs": {"images": ["51", 0], "filename_prefix": "x"}}
     graph["51"] = {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}}
-    assert seeds_behind(graph, "50") == {"3.seed": 1}
-    assert seeds_behind(graph, "9") == {"3.seed": 1, "31.noise_seed": 2, "32.noise_seed": 3}
-    assert text_behind(graph, "50") == "placeholder"
+    assert upstream_seeds(graph, "50") == {"3.seed": 1}
+    assert upstream_seeds(graph, "9") == {"3.seed": 1, "31.noise_seed": 2, "32.noise_seed": 3}
+    assert upstream_text(graph, "50") == "placeholder"
 
 
-def test_hash_is_of_what_is_computed_not_of_titles(batch):
+def test_hash_depends_on_what_is_computed_not_on_titles(batch):
     before = graph_hash(batch)
     batch["3"]["_meta"]["title"] = "another title"
     assert graph_hash(dict(reversed(batch.items()))) == before
@@ -238,12 +238,12 @@ def test_hash_is_of_what_is_computed_not_of_titles(batch):
 
 def test_entries_are_read():
     problems = []
-    entries = read_entries([{"prompt": "a", "seed": MAX_SEED, "name": "one"}, {"prompt": "b"}], problems)
+    entries = parse_entries([{"prompt": "a", "seed": MAX_SEED, "name": "one"}, {"prompt": "b"}], problems)
     assert entries == [Entry("a", MAX_SEED, "one"), Entry("b", None, None)]
     assert problems == []
 
 
-def test_everything_wrong_with_the_entries_is_said_at_once():
+def test_all_problems_of_the_entries_are_reported_at_once():
     content = [
         "text",
         {"seed": 1},
@@ -255,27 +255,27 @@ def test_everything_wrong_with_the_entries_is_said_at_once():
         {"prompt": 5, "seed": 1.0},
     ]
     problems = []
-    assert read_entries(content, problems) == []
+    assert parse_entries(content, problems) == []
     message = "\n".join(problems)
     for words in (
         "entry 1: must be an object",
         "entry 2: has no prompt",
-        'entry 3: prompt must be text that is not empty, not " "',
-        "entry 4: seed must be a whole number from 0 to 18446744073709551615, not -1",
-        "entry 5: seed must be a whole number",
-        "entry 5: the name 'twin' is entry 4's already",
+        'entry 3: prompt must be a non-empty string (is " ")',
+        "entry 4: seed must be an integer from 0 to 18446744073709551615 (is -1)",
+        "entry 5: seed must be an integer",
+        "entry 5: the name 'twin' is already used by entry 4",
         "entry 6: unknown key 'steps'",
-        'entry 6: seed must be a whole number from 0 to 18446744073709551615, not "5"',
+        'entry 6: seed must be an integer from 0 to 18446744073709551615 (is "5")',
         "entry 7: seed must be",
         "entry 7: name must be",
-        "entry 8: prompt must be text",
+        "entry 8: prompt must be a non-empty string",
         "entry 8: seed must be",
     ):
         assert words in message, words
 
 
 @pytest.mark.parametrize("content", [[], {}, {"prompt": "a"}, "a", 3])
-def test_what_is_no_list_of_entries_is_refused(content):
+def test_content_that_is_not_a_list_of_entries_is_refused(content):
     problems = []
-    assert read_entries(content, problems) == []
+    assert parse_entries(content, problems) == []
     assert "must be a list" in problems[0]

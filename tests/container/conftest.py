@@ -1,4 +1,4 @@
-"""The image, built once on BASE_IMAGE; clones of the repository to run it in; a ComfyUI that containers reach."""
+"""The image, built once on BASE_IMAGE; clones of the repository to run it in; a stand-in ComfyUI that containers can reach."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ from demo.standin_comfyui.server import StandIn
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory) -> Path:
-    """What every clone is a copy of: the files of the repository, with the demo environment's files in the users' places."""
+    """The files that every clone is a copy of: those of the repository that the image and Compose use."""
     folder = tmp_path_factory.mktemp("template")
     names = ("Dockerfile", ".dockerignore", "docker-compose.yml", "requirements.txt", "workflow_api.json", "prompts_example.json")
     for name in names:
@@ -29,16 +29,16 @@ def template(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def miniature(tmp_path_factory):
-    """the demo environment."""
-    from demo.environment import DemoEnvironment  # diffusers takes seconds to import, which the other tests need not wait for
+def demo_environment(tmp_path_factory):
+    """The demo environment."""
+    from demo.environment import DemoEnvironment  # imports diffusers, which takes seconds; other tests need not wait for it
 
-    return DemoEnvironment.build(tmp_path_factory.mktemp("world"))
+    return DemoEnvironment.build(tmp_path_factory.mktemp("demo"))
 
 
 @pytest.fixture(scope="session")
 def image(template) -> Iterator[str]:
-    """The image, built on BASE_IMAGE; gone when the tests are done."""
+    """The image, built on BASE_IMAGE and removed after the tests."""
     assert BASE_IMAGE, "BASE_IMAGE is not set: make container-test BASE_IMAGE=..."
     built = Clone(template).build()
     assert built.returncode == 0, built.stdout
@@ -51,29 +51,31 @@ def image(template) -> Iterator[str]:
 def copy(template, tmp_path) -> Path:
     """A copy of the clone's files."""
     folder = shutil.copytree(template, tmp_path / "loracat")
-    folder.chmod(0o755)  # as git makes it; pytest's folders are closed to others
+    folder.chmod(0o755)  # as git creates it; pytest's folders are closed to other users
     return folder
 
 
 @pytest.fixture
 def unbuilt(copy) -> Iterator[Clone]:
-    """A clone to build another image from, with another base if need be; both are gone afterwards."""
+    """A clone to build another image from, also on another base; both images are removed afterwards."""
     yield Clone(copy, OTHER_IMAGE)
     docker("image", "rm", "--force", OTHER_IMAGE, OTHER_BASE, check=False)
 
 
 @pytest.fixture
-def clone(image, copy, miniature, comfyui) -> Clone:
-    """A clone of OWNER's with models, workflow, prompts and face in the places where the README has them."""
-    for name, place in {
+def clone(image, copy, demo_environment, comfyui) -> Clone:
+    """A clone that belongs to OWNER, with the demo's models, workflow, prompts and face in the places that README.md names."""
+    for name, target in {
         "workflow.json": "workflow_api.json",
         "workflow_config.json": "config/workflow_config.json",
         "prompts.json": "prompts.json",
         "face.png": "face_reference.png",
     }.items():
-        shutil.copy2(miniature.folder / name, copy / place)
-    shutil.copytree(miniature.models, copy / "models", dirs_exist_ok=True)
-    settings = replace(miniature, folder=Path("/app")).environment(f"http://host.docker.internal:{comfyui.url.rpartition(':')[2]}")
+        shutil.copy2(demo_environment.folder / name, copy / target)
+    shutil.copytree(demo_environment.models, copy / "models", dirs_exist_ok=True)
+    settings = replace(demo_environment, folder=Path("/app")).environment(
+        f"http://host.docker.internal:{comfyui.url.rpartition(':')[2]}"
+    )
     made = Clone(copy, variables={name: value for name, value in settings.items() if not value.startswith("/app")})
     made.give_to(OWNER)
     return made
@@ -81,13 +83,13 @@ def clone(image, copy, miniature, comfyui) -> Clone:
 
 @pytest.fixture(scope="session")
 def address_for_containers(image) -> str:
-    """The address of this machine that containers know as host.docker.internal."""
+    """The address of this machine that is host.docker.internal in containers."""
     asked = docker("run", "--rm", "--add-host", "this:host-gateway", "--entrypoint", "getent", image, "ahostsv4", "this")
     return asked.split()[0]
 
 
 @pytest.fixture
 def comfyui(tmp_path, address_for_containers) -> Iterator[StandIn]:
-    """A stand-in ComfyUI that containers reach."""
+    """A stand-in ComfyUI that containers can reach."""
     with StandIn(tmp_path / "comfyui", host=address_for_containers) as standin:
         yield standin

@@ -1,4 +1,4 @@
-"""Dockerfile, .dockerignore and docker-compose.yml, read without an engine."""
+"""Dockerfile, .dockerignore and docker-compose.yml, checked without a Docker engine."""
 
 import re
 
@@ -7,8 +7,8 @@ import yaml
 from common.settings import REPOSITORY
 
 MOUNTED = ("dataset", "output", "models")
-OF_THE_GPU = {"deploy", "ulimits"}
-KNOWN_TO_BOTH_COMPOSES = {"image", "build", "volumes", "extra_hosts", "shm_size", "init", "stop_grace_period", "environment"}
+GPU_ONLY_KEYS = {"deploy", "ulimits"}
+KEYS_OF_BOTH_COMPOSE_VERSIONS = {"image", "build", "volumes", "extra_hosts", "shm_size", "init", "stop_grace_period", "environment"}
 
 
 def lines(name: str) -> list[str]:
@@ -20,7 +20,7 @@ def services() -> dict[str, dict]:
     return yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
 
 
-def test_build_context_is_what_the_dockerfile_copies_and_nothing_else():
+def test_build_context_contains_exactly_what_the_dockerfile_copies():
     copied = [word for line in lines("Dockerfile") if line.startswith("COPY ") for word in line.split()[1:-1]]
     patterns = lines(".dockerignore")
     assert patterns[0] == "*"
@@ -34,17 +34,17 @@ def test_packages_are_installed_before_anything_that_changes_often():
     assert order[1].startswith("RUN cd /opt/loracat")
 
 
-def test_cpu_service_is_the_other_one_without_the_gpu():
+def test_cpu_service_is_the_gpu_service_without_the_gpu():
     gpu, cpu = services()["loracat"], services()["loracat-cpu"]
     assert set(services()) == {"loracat", "loracat-cpu"}
-    assert {key: value for key, value in gpu.items() if key not in OF_THE_GPU} | {"profiles": ["cpu"]} == cpu
+    assert {key: value for key, value in gpu.items() if key not in GPU_ONLY_KEYS} | {"profiles": ["cpu"]} == cpu
 
 
-def test_compose_file_keeps_to_what_compose_1_29_and_2_both_know():
-    assert set(services()["loracat"]) == KNOWN_TO_BOTH_COMPOSES | OF_THE_GPU
+def test_compose_file_uses_only_keys_of_compose_1_29_and_2():
+    assert set(services()["loracat"]) == KEYS_OF_BOTH_COMPOSE_VERSIONS | GPU_ONLY_KEYS
 
 
-def test_mounts_are_folders_of_which_three_can_be_written():
+def test_mounts_are_folders_and_three_of_them_are_writable():
     mounts = [mount.split(":") for mount in services()["loracat"]["volumes"]]
     assert [".", "/app", "ro"] in mounts
     writable = [mount for mount in mounts if mount[-1] != "ro"]

@@ -1,4 +1,4 @@
-"""The image: what it adds to its base, what it leaves alone, and what never gets into it."""
+"""The image: what it adds to its base image, what it leaves unchanged, and what it must not contain."""
 
 import json
 
@@ -7,7 +7,7 @@ from container_clone import BASE_IMAGE, OTHER_BASE, OTHER_IMAGE, Clone, docker, 
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]
 
-OF_THE_BASE = ("torch", "torchvision", "torchaudio", "triton", "pytorch-triton", "numpy", "flash-attn", "flash_attn")
+BASE_PACKAGES = ("torch", "torchvision", "torchaudio", "triton", "pytorch-triton", "numpy", "flash-attn", "flash_attn")
 MOST_ADDED_BYTES = 1_500_000_000
 SECRET = "a-secret-of-the-user"
 REQUIRED = "import re; print(*(re.split('[=<>]', line)[0] for line in open('/opt/loracat/requirements.txt') if line[:1].isalnum()))"
@@ -27,33 +27,33 @@ def size_bytes(image: str) -> int:
     return int(docker("image", "inspect", image, "--format", "{{.Size}}"))
 
 
-def untouched(base: str, image: str) -> bool:
+def is_unchanged(base: str, image: str) -> bool:
     before, after = packages(base), packages(image)
     assert "torch" in before
-    return all(before.get(name) == after.get(name) for name in OF_THE_BASE)
+    return all(before.get(name) == after.get(name) for name in BASE_PACKAGES)
 
 
-def test_packages_of_the_base_are_untouched(image):
-    assert untouched(BASE_IMAGE, image)
+def test_packages_of_the_base_image_are_unchanged(image):
+    assert is_unchanged(BASE_IMAGE, image)
 
 
-def test_pip_has_no_complaint_about_what_is_added(image):
-    ours = in_image(image, "python3", "-c", REQUIRED).lower().split()
-    assert "diffusers" in ours
+def test_pip_check_finds_no_conflict_in_the_added_packages(image):
+    added = in_image(image, "python3", "-c", REQUIRED).lower().split()
+    assert "diffusers" in added
     check = docker("run", "--rm", "--entrypoint", "python3", image, "-m", "pip", "check", check=False)
-    assert not [line for line in check.lower().splitlines() if line.split()[0] in ours]
+    assert not [line for line in check.lower().splitlines() if line.split()[0] in added]
 
 
-def test_a_base_without_nvidias_entrypoint_will_do(image):
-    said = docker("run", "--rm", "--volume", "/dev/null:/opt/nvidia/nvidia_entrypoint.sh", image, "--help")
-    assert said.startswith("Usage: run.sh")
+def test_base_image_without_nvidias_entrypoint_works(image):
+    output = docker("run", "--rm", "--volume", "/dev/null:/opt/nvidia/nvidia_entrypoint.sh", image, "--help")
+    assert output.startswith("Usage: run.sh")
 
 
-def test_adds_little(image):
+def test_image_adds_little_to_its_base(image):
     assert size_bytes(image) - size_bytes(BASE_IMAGE) < MOST_ADDED_BYTES
 
 
-def test_nothing_of_the_users_gets_into_the_image(image, unbuilt):
+def test_no_file_of_the_user_gets_into_the_image(image, unbuilt):
     folder = unbuilt.folder
     planted = (".env", "face_reference.png", "prompts.json", "models/base.safetensors", "dataset/images/me.png", "notes.txt")
     planted += ("output/lora/me.safetensors", ".git/config", ".venv/bin/python", "scripts/__pycache__/settings.cpython-312.pyc")
@@ -67,13 +67,13 @@ def test_nothing_of_the_users_gets_into_the_image(image, unbuilt):
     )
     assert searched == ""
     assert SECRET not in docker("image", "inspect", OTHER_IMAGE) + docker("history", "--no-trunc", OTHER_IMAGE)
-    held = in_image(OTHER_IMAGE, "find", "/app", "-type", "f").split()
+    files = in_image(OTHER_IMAGE, "find", "/app", "-type", "f").split()
     expected = {f"/app/{name}" for name in Clone(folder).files("config", "scripts") if "__pycache__" not in name}
-    assert set(held) == expected | {"/app/workflow_api.json", "/app/prompts_example.json"}
+    assert set(files) == expected | {"/app/workflow_api.json", "/app/prompts_example.json"}
     assert in_image(OTHER_IMAGE, "find", "/root", "/tmp", "-type", "f", "-size", "+1M") == ""
 
 
-def test_change_of_a_script_builds_no_package_anew(image, unbuilt):
+def test_changing_a_script_does_not_reinstall_packages(image, unbuilt):
     before = layers(image)
     script = unbuilt.folder / "scripts" / "run.sh"
     script.write_text(script.read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
@@ -81,7 +81,7 @@ def test_change_of_a_script_builds_no_package_anew(image, unbuilt):
     after = layers(OTHER_IMAGE)
     assert after != before
     common = sum(one == other for one, other in zip(before, after, strict=True))
-    assert common >= len(layers(BASE_IMAGE)) + 2, "requirements.txt and the packages are the two layers after the base's"
+    assert common >= len(layers(BASE_IMAGE)) + 2, "requirements.txt and the packages are the two layers after the base image's"
 
 
 CONSTRAINTS = {
@@ -95,12 +95,12 @@ CONSTRAINTS = {
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
-def test_base_with_a_constraint_file(unbuilt, constraint):
-    """As NVIDIA's images have it: full in one release, with an old torchao beside it, empty in another."""
+def test_base_image_with_a_constraint_file(unbuilt, constraint):
+    """NVIDIA's images have one: full in some releases, together with an old torchao, and empty in others."""
     base = derived_base(unbuilt, f"RUN mkdir -p /etc/pip; {CONSTRAINTS[constraint]}\nENV PIP_CONSTRAINT=/etc/pip/constraint.txt")
     built = unbuilt.build(base)
     assert built.returncode == 0, built.stdout
-    assert untouched(base, OTHER_IMAGE)
+    assert is_unchanged(base, OTHER_IMAGE)
     assert "torchao" not in packages(OTHER_IMAGE)
     in_image(OTHER_IMAGE, "python3", "-c", PEFT_LORA)
 
@@ -112,7 +112,7 @@ peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["0"]), model)
 """
 
 
-def test_base_without_torch_is_refused(unbuilt):
+def test_base_image_without_torch_is_refused(unbuilt):
     base = derived_base(unbuilt, "RUN pip uninstall --yes torch")
     built = unbuilt.build(base)
     assert built.returncode != 0
@@ -128,7 +128,7 @@ def test_requirement_that_would_replace_torch_fails_the_build(unbuilt):
 
 
 def derived_base(clone: Clone, instructions: str) -> str:
-    """An image made of BASE_IMAGE with `instructions`, for one test."""
+    """An image built from BASE_IMAGE with `instructions`, for one test."""
     folder = clone.folder.parent / "base"
     folder.mkdir()
     (folder / "Dockerfile").write_text(f"FROM {BASE_IMAGE}\n{instructions}\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`docker compose run loracat` on the demo environment: flags, overrides, who owns the files, and what a doctor says."""
+"""`docker compose run loracat` on the demo environment: flags, overrides, owners of files, and the preflight check."""
 
 import os
 
@@ -8,8 +8,8 @@ from safetensors import safe_open
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1200)]
 
-only_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files to other users")
-A_SCREEN = 24
+only_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can change the owner of files")
+LINES_OF_A_SCREEN = 24
 
 
 def rank_of(lora) -> str:
@@ -18,7 +18,7 @@ def rank_of(lora) -> str:
 
 
 def test_whole_pipeline_by_its_flags(clone):
-    brought = clone.files()
+    before = clone.files()
     collected = clone.run("--collect")
     assert collected.returncode == 0, collected.stdout
     assert len(clone.files("dataset/images")) == 10
@@ -33,21 +33,21 @@ def test_whole_pipeline_by_its_flags(clone):
     whole = clone.run()
     assert whole.returncode == 0, whole.stdout
     assert rank_of(clone.lora) == "4"
-    assert "moved to /app/output/lora/archive" in whole.stdout
+    assert "moved the earlier LoRA demo_person to /app/output/lora/archive" in whole.stdout
 
     again = clone.run()
     assert again.returncode == 0, again.stdout
     assert "nothing was sent" in again.stdout
     assert again.stdout.count("nothing to do") == 2
 
-    made = set(clone.files()) - set(brought)
-    assert {name.split("/")[0] for name in made} == {"dataset", "output"}
-    assert {name.split("/")[1] for name in made if name.startswith("output")} <= {"lora", "cache", "state"}
+    created = set(clone.files()) - set(before)
+    assert {name.split("/")[0] for name in created} == {"dataset", "output"}
+    assert {name.split("/")[1] for name in created if name.startswith("output")} <= {"lora", "cache", "state"}
     assert clone.owners() == {OWNER}
-    assert set(brought) <= set(clone.files())
+    assert set(before) <= set(clone.files())
 
 
-def test_missing_files_are_no_folders(clone):
+def test_missing_files_do_not_become_folders(clone):
     for name in ("face_reference.png", "prompts.json"):
         (clone.folder / name).unlink()
     refused = clone.run("--collect")
@@ -60,15 +60,15 @@ def test_missing_files_are_no_folders(clone):
     assert not [name for name in ("face_reference.png", "prompts.json", "workflow_api.json") if (clone.folder / name).exists()]
 
 
-def test_face_that_is_missing_leaves_the_workflows_own_image(clone, comfyui):
+def test_without_a_face_the_workflow_keeps_its_own_image(clone, comfyui):
     (clone.folder / "face_reference.png").rename(comfyui.folder / "input" / "example.png")
     collected = clone.run("--collect")
     assert collected.returncode == 0, collected.stdout
-    assert "the workflow's own image stays" in collected.stdout
+    assert "the workflow's own image is used" in collected.stdout
     assert not (clone.folder / "face_reference.png").exists()
 
 
-def test_settings_of_the_file_hold_without_a_rebuild(clone):
+def test_settings_file_is_read_without_a_rebuild(clone):
     file = clone.folder / "config" / "training_config.toml"
     file.write_text(file.read_text(encoding="utf-8").replace("caption_batch_size = 8", "caption_batch_size = 0"), encoding="utf-8")
     refused = clone.run("--caption", CAPTION_BATCH_SIZE="")
@@ -78,11 +78,11 @@ def test_settings_of_the_file_hold_without_a_rebuild(clone):
 
 
 @only_root
-def test_user_option_decides_who_owns_the_files(clone):
+def test_user_option_sets_the_owner_of_the_files(clone):
     clone.folder.chmod(0o700)
     refused = clone.run("--collect", options=("--user", "4321:4321"))
     assert refused.returncode == 2
-    assert "user 4321 may not read" in refused.stdout
+    assert "user 4321 cannot read" in refused.stdout
     clone.folder.chmod(0o755)
     clone.give_to(4321, *MOUNTED)
     ran = clone.run("--collect", "--caption", options=("--user", "4321:4321"))
@@ -91,57 +91,57 @@ def test_user_option_decides_who_owns_the_files(clone):
 
 
 @only_root
-def test_folders_of_root_are_written_by_root(clone):
+def test_root_writes_to_folders_that_root_owns(clone):
     clone.give_to(0, *MOUNTED)
     assert clone.run("--collect", "--caption").returncode == 0
     assert clone.owners() == {0}
 
 
 @only_root
-def test_folder_of_somebody_else_is_said_with_its_remedy(clone):
+def test_folder_of_another_user_is_reported_with_its_remedy(clone):
     clone.give_to(0, "output")
     refused = clone.run("--collect")
     assert refused.returncode == 6
     assert f"sudo chown -R {OWNER}:{OWNER} output" in refused.stdout
 
 
-def test_doctor_finds_nothing_wrong_with_a_clone_that_is_ready(clone):
+def test_check_passes_on_a_clone_that_is_ready(clone):
     checked = clone.run("--check", "--collect")
     assert checked.returncode == 0, checked.stdout
     assert clone.run("--collect", "--caption").returncode == 0
     checked = clone.run("--check")
     assert checked.returncode == 0, checked.stdout
     lines = checked.stdout.splitlines()
-    assert len(lines) <= A_SCREEN, checked.stdout
-    for word in ("torch", "CPU", "GiB", "tiny-sdxl", "tiny-tagger", "image-steps", "ComfyUI"):
+    assert len(lines) <= LINES_OF_A_SCREEN, checked.stdout
+    for word in ("torch", "CPU", "GiB", "tiny-sdxl", "tiny-tagger", "training samples", "ComfyUI"):
         assert word in checked.stdout
 
 
-def test_doctor_names_everything_that_is_wrong_with_its_remedy(clone, comfyui):
+def test_check_lists_everything_that_is_wrong_with_its_remedy(clone, comfyui):
     comfyui.stop()
     comfyui.stop = lambda: None
     checked = clone.run("--check", BASE_MODEL="absent", CAPTION_MODEL="absent")
     assert checked.returncode == 4, checked.stdout
-    for words in ("--listen 0.0.0.0", "base model 'absent'", "0 images so far"):
+    for words in ("--listen 0.0.0.0", "base model 'absent'", "images: 0 so far"):
         assert words in checked.stdout
-    assert len(checked.stdout.splitlines()) <= A_SCREEN, checked.stdout
+    assert len(checked.stdout.splitlines()) <= LINES_OF_A_SCREEN, checked.stdout
 
 
-def test_caches_and_compiler_are_where_they_last(clone, tmp_path):
-    """What the stages see of the environment: caches in the mounted folder, and the base's ptxas if it has one."""
+def test_caches_and_compiler_are_in_lasting_places(clone, tmp_path):
+    """The environment of the stages: caches in the mounted folder, and the base image's ptxas if it has one."""
     (clone.folder / "scripts" / "run.sh").write_text("env\n", encoding="utf-8")
     ptxas = tmp_path / "ptxas"
     ptxas.touch(mode=0o755)
     seen = clone.run(options=("-v", f"{ptxas}:/usr/local/cuda/bin/ptxas:ro"), WANDB_API_KEY="").stdout.splitlines()
-    for name, place in {
+    for name, folder in {
         "HOME": "home",
         "HF_HOME": "huggingface",
         "MPLCONFIGDIR": "matplotlib",
         "TRITON_CACHE_DIR": "triton",
         "TORCHINDUCTOR_CACHE_DIR": "inductor",
     }.items():
-        assert f"{name}=/app/output/cache/{place}" in seen
-        assert (clone.folder / "output" / "cache" / place).stat().st_uid == OWNER
+        assert f"{name}=/app/output/cache/{folder}" in seen
+        assert (clone.folder / "output" / "cache" / folder).stat().st_uid == OWNER
     assert "TRITON_PTXAS_PATH=/usr/local/cuda/bin/ptxas" in seen
     assert "TRITON_PTXAS_BLACKWELL_PATH=/usr/local/cuda/bin/ptxas" in seen
     assert "WANDB_API_KEY=" in seen

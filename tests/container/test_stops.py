@@ -1,4 +1,4 @@
-"""A container that is stopped or killed in each stage, and what a terminal and a file get to see of it."""
+"""A container that is stopped or killed in each stage, and its output on a terminal and in a file."""
 
 import os
 import pty
@@ -15,18 +15,18 @@ from PIL import Image
 pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
 
 GRACE_S = 120
-"""As docker-compose.yml gives it."""
+"""As in docker-compose.yml."""
 
 
 def wait_for(condition, what: str) -> None:
     deadline = time.monotonic() + 240
     while not condition():
-        assert time.monotonic() < deadline, f"this did not come: {what}"
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
         time.sleep(0.05)
 
 
 class Running:
-    """A run in the background whose output is read as it comes."""
+    """A run in the background whose output is read continuously."""
 
     def __init__(self, clone, *flags: str, **variables: str):
         self.name = f"loracat-test-{uuid.uuid4().hex[:8]}"
@@ -47,14 +47,14 @@ class Running:
 
 
 def many_images(clone, count: int) -> None:
-    """Images that take the tagger some seconds."""
+    """Images that keep the tagger busy for some seconds."""
     folder = clone.folder / "dataset" / "images"
     for number in range(count):
         Image.effect_noise((1600, 1600), 40 + number).convert("RGB").save(folder / f"{number:03}.png", compress_level=1)
     clone.give_to(OWNER, "dataset")
 
 
-# stage -> (variables that make it long, the files it leaves one by one)
+# stage -> (variables that make it long, the files that it writes one by one)
 STAGES = {
     "collect": ({}, "dataset/images/*.png"),
     "caption": ({"CAPTION_BATCH_SIZE": "1"}, "dataset/.loracat/tags/*/*.npy"),
@@ -63,38 +63,38 @@ STAGES = {
 
 
 @pytest.fixture
-def begun(clone, comfyui):
-    """`begun(stage)`: that stage in the middle of its work; gone when the test is."""
+def start_stage(clone, comfyui):
+    """`start_stage(stage)` starts it and waits until it is in the middle of its work; it is removed after the test."""
     started = []
 
-    def begin(stage: str) -> Running:
-        variables, leaves = STAGES[stage]
+    def start(stage: str) -> Running:
+        variables, pattern = STAGES[stage]
         if stage == "collect":
             comfyui.worker.seconds_per_job = 1.0
         if stage == "caption":
             many_images(clone, 60)
         if stage == "train":
-            ready = clone.run("--collect", "--caption")
-            assert ready.returncode == 0, ready.stdout
+            prepared = clone.run("--collect", "--caption")
+            assert prepared.returncode == 0, prepared.stdout
         running = Running(clone, f"--{stage}", **variables)
         started.append(running.name)
-        wait_for(lambda: len(list(clone.folder.glob(leaves))) >= 2 or running.process.poll() is not None, leaves)
+        wait_for(lambda: len(list(clone.folder.glob(pattern))) >= 2 or running.process.poll() is not None, pattern)
         assert running.process.poll() is None, running.output
         return running
 
-    yield begin
+    yield start
     docker("rm", "--force", *started, check=False)
 
 
-def finished(clone, stage: str) -> str:
-    """The same command again, to its end."""
+def finish(clone, stage: str) -> str:
+    """Run the same command again, to its end, and return its output."""
     done = clone.run(f"--{stage}", **STAGES[stage][0])
     assert done.returncode == 0, done.stdout
     assert clone.owners() == {OWNER}
     return done.stdout
 
 
-def is_whole(clone, stage: str) -> bool:
+def is_complete(clone, stage: str) -> bool:
     images = clone.folder / "dataset" / "images"
     files, captions = list(images.glob("*.png")), list(images.glob("*.txt"))
     lines = (clone.folder / "dataset" / "manifest.jsonl").read_text().splitlines() if stage != "caption" else []
@@ -106,35 +106,35 @@ def is_whole(clone, stage: str) -> bool:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_docker_stop_ends_a_stage_with_143_and_it_continues(clone, begun, stage):
-    running = begun(stage)
+def test_docker_stop_ends_a_stage_with_143_and_it_continues(clone, start_stage, stage):
+    running = start_stage(stage)
     processes = docker("top", running.name, "-eo", "pid,uid,args").splitlines()
     users = {line.split()[1] for line in processes if "/app/scripts" in line}
     assert users == {str(OWNER)}
-    began = time.monotonic()
+    stopped_at = time.monotonic()
     docker("stop", running.name)
     assert running.ended() == 143
-    assert time.monotonic() - began < GRACE_S
+    assert time.monotonic() - stopped_at < GRACE_S
     assert "stopped by SIGTERM" in running.output
     assert "Traceback" not in running.output
-    assert not is_whole(clone, stage)
+    assert not is_complete(clone, stage)
     if stage == "train":
         assert list((clone.folder / "output" / "state").glob("*/*"))
-    told = finished(clone, stage)
-    assert is_whole(clone, stage)
-    assert stage != "train" or "continuing at step" in told
+    output = finish(clone, stage)
+    assert is_complete(clone, stage)
+    assert stage != "train" or "continuing at step" in output
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_stage_continues(clone, begun, stage):
-    running = begun(stage)
+def test_killed_stage_continues(clone, start_stage, stage):
+    running = start_stage(stage)
     docker("kill", running.name)
     assert running.ended() == 137
-    finished(clone, stage)
-    assert is_whole(clone, stage)
+    finish(clone, stage)
+    assert is_complete(clone, stage)
 
 
-def test_piped_log_has_whole_lines_only(clone):
+def test_piped_log_has_complete_lines_only(clone):
     log = clone.run("--collect", "--caption").stdout
     assert "\r" not in log
     assert "\x1b" not in log
@@ -152,7 +152,7 @@ def test_terminal_shows_progress(clone):
     while True:
         try:
             seen += os.read(screen, 65536)
-        except OSError:  # the terminal's other end is closed
+        except OSError:  # the other end of the terminal is closed
             break
     os.close(screen)
     assert process.wait() == 0

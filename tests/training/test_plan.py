@@ -1,14 +1,15 @@
-"""What a run will do, what it says about that, and which changes make it another run."""
+"""What a run will do, what it announces, and which changes make it another run."""
 
-from dataclasses import replace
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
+from common.settings import all_keys, setting
 from training.config import TrainSettings
 from training.data.dataset import Example
 from training.models.sdxl import Schedule
-from training.plan import fingerprint, fingerprint_hash, make_plan
+from training.plan import changes, make_plan, result_fingerprint, runtime_settings, short_hash
 
 PLAIN, V, ZERO = Schedule(), Schedule("v_prediction"), Schedule("epsilon", zero_terminal_snr=True)
 
@@ -29,20 +30,24 @@ def plan_of(images: int = 25, schedule: Schedule = PLAIN, **tables):
     return make_plan([example(number) for number in range(images)], with_changes(**tables), schedule)
 
 
-def test_few_image_steps_are_said_with_what_to_set():
+def samples_of(plan) -> int:
+    return sum(len(step.examples) for step in plan.order)
+
+
+def test_few_training_samples_are_reported_with_what_to_set():
     said = plan_of(25).announcement()
-    assert "25 images in 1 bucket(s): 1024x1024 (25)." in said
-    assert "20 epochs, 125 optimizer steps of 4, 500 image-steps" in said
-    assert said.splitlines()[-1].startswith("500 image-steps are few")
+    assert "25 images in 1 bucket(s): 1024x1024 (25)\n" in said
+    assert "20 epochs, 125 optimizer steps of 4, 500 training samples" in said
+    assert said.splitlines()[-1].startswith("500 training samples are few")
     assert "Set NUM_TRAIN_EPOCHS=80" in said  # 80 x 25 = 2000
-    assert plan_of(25, run={"num_train_epochs": 80}).image_steps == 2000
+    assert samples_of(plan_of(25, run={"num_train_epochs": 80})) == 2000
 
 
-def test_from_800_image_steps_on_nothing_is_to_be_set():
+def test_from_800_training_samples_on_there_is_no_warning():
     assert "are few" in plan_of(39).announcement()
     plan = plan_of(40, validation={"validation_fraction": 0.0})
     assert "are few" not in plan.announcement()
-    assert plan.image_steps == 800
+    assert samples_of(plan) == 800
 
 
 @pytest.mark.parametrize(
@@ -63,15 +68,15 @@ def test_images_are_held_out_and_not_trained_on(images, fraction, count):
     plan = plan_of(images, validation={"validation_fraction": fraction})
     assert len(plan.held_out) == len(plan.held_out_placements) == count
     assert len(plan.examples) == len(plan.placements) == images - count
-    assert {e.name for e in plan.all_examples} == {f"{number}.png" for number in range(images)}
-    again = plan_of(images, validation={"validation_fraction": plan.held_out_share})
+    assert {e.name for e in [*plan.examples, *plan.held_out]} == {f"{number}.png" for number in range(images)}
+    again = plan_of(images, validation={"validation_fraction": plan.validation_fraction})
     assert [e.name for e in again.held_out] == [e.name for e in plan.held_out]
     assert ("held out" in plan.announcement()) == (count > 0)
 
 
-def test_repeats_count_as_image_steps():
+def test_repeats_count_as_training_samples():
     plan = make_plan([example(0, repeats=40)], with_changes(), PLAIN)
-    assert plan.image_steps == 800
+    assert samples_of(plan) == 800
 
 
 def test_accumulation_makes_the_steps_larger_and_fewer():
@@ -110,17 +115,29 @@ DIFFERENT = {
     "offset": {"objective": {"noise_offset": 0.0}},
     "gamma": {"objective": {"min_snr_gamma": 1.0}},
     "precision": {"model": {"mixed_precision": "no"}},
+    "loss": {"objective": {"loss": "huber"}},
+    "optimizer": {"optimizer": {"optimizer": "adamw8bit"}},
+    "adapter": {"lora": {"lora_type": "dora"}},
 }
 SAME = {
     "workers": {"data": {"dataloader_num_workers": 9}},
     "saving": {"saving": {"save_every_epochs": 1, "save_state_every_minutes": 1.0, "fresh": True}},
     "logging": {"logging": {"tensorboard": True}},
+    "engine": {"run": {"engine": "plain"}},
     "auto said": {"objective": {"min_snr_gamma": 5.0, "noise_offset": 0.0357}},
 }
 
 
 def fingerprint_of(plan, trigger="sks", digests=("unet", "vae"), **tables) -> str:
-    return fingerprint_hash(fingerprint(plan, with_changes(**tables), trigger, digests))
+    return short_hash(result_fingerprint(plan, resolved(plan, **tables), trigger, digests))
+
+
+def resolved(plan, **tables) -> TrainSettings:
+    """The settings with every "auto" that a fingerprint holds resolved, as a job has them."""
+    settings = with_changes(**tables)
+    objective = replace(settings.objective, min_snr_gamma=plan.min_snr_gamma, noise_offset=plan.noise_offset)
+    schedule = {"prediction_type": plan.schedule.prediction_type, "zero_terminal_snr": plan.schedule.zero_terminal_snr}
+    return replace(settings, objective=objective, model=replace(settings.model, **schedule))
 
 
 @pytest.mark.parametrize("tables", DIFFERENT.values(), ids=DIFFERENT)
@@ -138,9 +155,63 @@ def test_other_images_captions_and_models_are_another_run():
     assert fingerprint_of(plan_of(), trigger="person") != same
     assert fingerprint_of(plan_of(), digests=("other", "vae")) != same
     assert fingerprint_of(plan_of(24)) != same
-    for changes in ({"caption": "sks"}, {"repeats": 2}, {"sha256": "0" * 63 + "f"}):
+    for changed in ({"caption": "sks"}, {"repeats": 2}, {"sha256": "0" * 63 + "f"}):
         examples = [example(number) for number in range(25)]
-        examples[24] = replace(examples[24], **changes)
+        examples[24] = replace(examples[24], **changed)
         assert fingerprint_of(make_plan(examples, with_changes(), PLAIN)) != same
     moved = [replace(example(number), path=Path(f"/elsewhere/{number}.png")) for number in range(25)]
     assert fingerprint_of(make_plan(moved, with_changes(), PLAIN)) == same
+
+
+def test_every_setting_has_exactly_one_role():
+    keys = list(all_keys(TrainSettings))
+    assert keys
+    assert {key.name for key in keys if key.metadata["role"] not in ("result", "runtime", "saving")} == set()
+
+
+def test_fingerprint_and_runtime_settings_hold_every_setting_once():
+    """A setting that is in neither would continue another run without a word; base_model and validation_fraction count by
+    what they name: the weights, and the images that are held out."""
+    plan = plan_of()
+    newer = {"lora": {"lora_type": "dora"}, "objective": {"loss": "l1"}, "optimizer": {"optimizer": "prodigy"}}
+    in_result = result_fingerprint(plan, resolved(plan, **newer), "sks", ("unet",)).keys()
+    in_runtime = runtime_settings(with_changes()).keys()
+    settings = {key.name for key in all_keys(TrainSettings) if not key.metadata["secret"]}
+    assert in_result & in_runtime == set()
+    assert settings - in_result - in_runtime == set()
+
+
+@dataclass(frozen=True)
+class Newer:
+    """Settings of a later version: one more of each kind."""
+
+    lora_rank: int = setting(32, role="result")
+    sharpness: float = setting(0.5, role="result", before=0.0)
+    speed: str = setting("fast", role="runtime")
+
+
+@dataclass(frozen=True)
+class NewerSettings:
+    table: Newer = field(default_factory=Newer)
+
+
+def test_a_setting_that_a_record_does_not_have_is_read_as_what_older_versions_did():
+    record = {"lora_rank": 32}
+    assert changes(record, {"lora_rank": 32}, NewerSettings) == {}
+    assert changes(record, {"lora_rank": 32, "speed": "fast"}, NewerSettings) == {}
+    assert changes(record, {"lora_rank": 32, "sharpness": 0.0}, NewerSettings) == {}
+    assert changes(record, {"lora_rank": 32, "sharpness": 0.5}, NewerSettings) == {"sharpness": "sharpness: 0.0 -> 0.5"}
+    assert changes({"lora_rank": 32, "sharpness": 0.5}, record, NewerSettings) == {"sharpness": "sharpness: 0.5 -> 0.0"}
+    assert changes(record, {}, NewerSettings) == {"lora_rank": "lora_rank: 32 -> not recorded"}
+
+
+def test_settings_that_are_newer_than_the_first_version_declare_what_it_did():
+    """Those of the first version are named here; any other one needs `before`, or old LoRAs would not be recognised."""
+    first = {
+        *("resolution", "bucket_step", "bucket_max_side", "caption_dropout", "caption_shuffle", "caption_variants"),
+        *("caption_chunks", "lora_rank", "lora_alpha", "lora_targets", "min_snr_gamma", "noise_offset", "learning_rate"),
+        *("lr_scheduler", "lr_warmup", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+        *("num_train_epochs", "train_seed", "mixed_precision", "prediction_type", "zero_terminal_snr", "early_stop_patience"),
+    }
+    result = {key.name: key.metadata["before"] for key in all_keys(TrainSettings) if key.metadata["role"] == "result"}
+    assert {name for name, before in result.items() if before is MISSING} == first

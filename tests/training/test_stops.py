@@ -50,11 +50,11 @@ def test_a_second_signal_does_not_wait_for_the_step(images):
     again = images.stopped(images.steps_taken() + 1, signal.SIGINT, **SHORT | LONG_STEPS)
     (taken,) = (line for line in again.stdout.splitlines() if line.startswith("continuing at step "))
     assert int(taken.split()[-1]) >= 1
-    assert (again.returncode, again.stderr) == (130, "train_lora: stopped by SIGINT; run the same command again to continue\n")
+    assert (again.returncode, again.stderr) == (130, "train_lora: stopped by SIGINT; run the same command again to resume\n")
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(images, mount_tmpfs, monkeypatch):
-    monkeypatch.setattr(results, "LEAST_FREE_BYTES", 0)
+    monkeypatch.setattr(results, "MIN_FREE_BYTES", 0)
     mount_tmpfs(images.output, "size=8m")
     filler = images.output / "filler"
 

@@ -133,7 +133,7 @@ def test_new_settings_archive_the_lora_that_is_there(finished, stage):
     shutil.copytree(finished.stage.output, stage.output)
     said = stage.trained(**finished.variables | {"LORA_RANK": 3, "NUM_TRAIN_EPOCHS": 1})
     (archive,) = (stage.output / "lora" / "archive").iterdir()
-    assert f"moved to {archive}" in said
+    assert f"moved the earlier LoRA sks to {archive}" in said
     kept = {path.name: path.read_bytes() for path in archive.iterdir()}
     assert kept == {name.removeprefix("lora/"): content for name, content in finished.files.items() if name.startswith("lora/")}
     left = {path.name for path in (stage.output / "lora").iterdir()}
@@ -163,11 +163,11 @@ def test_batch_size_auto_takes_what_fits_and_goes_on_with_it(stage):
         stage.add(name)
     once = {"TRAIN_BATCH_SIZE": "auto", "NUM_TRAIN_EPOCHS": 1, "LORA_TARGETS": "attention"}
     said = stage.trained(**once)
-    assert "batch size 3: the largest for " in said
+    assert "batch size: 3 (auto: the largest for " in said
     assert "1 optimizer steps of 3" in said
     assert "nothing to do" in stage.trained(**once)
     stage.add("rocket")
-    assert "batch size 3: the largest for " in stage.trained(**once)
+    assert "batch size: 3 (auto: the largest for " in stage.trained(**once)
 
 
 def test_a_single_file_trains_the_same_lora_as_its_folder_with_any_number_of_workers(finished, stage, tiny_single_file, tiny_sdxl):
@@ -303,7 +303,7 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(stage):
     ended = stage.run(LORA_TARGETS="attention")
     assert ended.returncode == 2
     assert ended.stderr.startswith("train_lora: ")
-    assert "move what lies there" in ended.stderr
+    assert "move what is there" in ended.stderr
 
 
 def test_a_year_is_taken_for_repeats_with_a_line(stage):
@@ -335,7 +335,7 @@ def test_a_place_where_nothing_can_be_written(stage, tmp_path):
     (tmp_path / "file").touch()
     ended = stage.run(OUTPUT_DIR=tmp_path / "file")
     assert ended.returncode == 6
-    assert f"{tmp_path / 'file'}: nothing can be written there" in ended.stderr
+    assert f"{tmp_path / 'file'} is in the way: it is not a folder" in ended.stderr
 
 
 def test_a_read_only_disk_is_said_before_training(stage, mount_tmpfs):
@@ -344,7 +344,7 @@ def test_a_read_only_disk_is_said_before_training(stage, mount_tmpfs):
     for flags in (["--check"], []):
         ended = stage.run(*flags)
         assert ended.returncode == 6
-        assert f"{stage.output}: nothing can be written there; make it writable for this user" in ended.stderr
+        assert f"{stage.output} cannot be written to; make it writable for this user" in ended.stderr
         assert "modules of rank" not in ended.stdout
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from common.background import coming, prefetch
+from common.background import in_background, prefetch
 from common.clip_tokens import CHUNK_TOKENS
 from common.errors import DataError
 from common.images import open_rgb
@@ -30,7 +30,7 @@ from training.config import DataSettings
 from training.data.buckets import Placement
 from training.data.captions import caption_variants, chunks_needed, cut_off, encode
 from training.data.dataset import Example
-from training.models.base_model import base_digest, tokenizers_digest, tokenizers_of
+from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.loading import load_text_encoders, load_tokenizers, load_vae
 from training.models.sdxl import BaseModel
 from training.models.weights import write_tensors
@@ -218,12 +218,12 @@ class Encoding:
     def wanted_captions(self, captions: Sequence[list[str]], chunks: int) -> Wanted:
         """Where the embeddings of each caption lie; a caption is a list of variants."""
         digest = "".join(base_digest(self.base, self.cache.folder, part) for part in ("text_encoder", "text_encoder_2"))
-        digest += tokenizers_digest(tokenizers_of(self.base, self.models_dir))
+        digest += tokenizers_digest(find_or_download_tokenizers(self.base, self.models_dir))
         return Wanted.of([(self.cache.caption(variants, chunks, self.dtype, digest), variants) for variants in captions])
 
     def encode_images(self, wanted: Wanted, workers: int, bar: tqdm) -> None:
         """Encode this process's share of the images that are missing."""
-        if not (own := self.processes.share(wanted.missing)):
+        if not (own := self.processes.shard(wanted.missing)):
             return
         vae = load_vae(self.base, self.device)
 
@@ -237,7 +237,7 @@ class Encoding:
 
     def encode_captions(self, wanted: Wanted, chunks: int, workers: int, bar: tqdm) -> None:
         """Encode this process's share of the captions that are missing."""
-        if not (own := self.processes.share(wanted.missing)):
+        if not (own := self.processes.shard(wanted.missing)):
             return
         encoders = load_text_encoders(self.base, self.models_dir, self.device, torch.float32)
         for _ in encode_captions(own, lambda texts: encode(texts, encoders, chunks), self.dtype, workers):
@@ -270,14 +270,14 @@ def encode_data(
             print(f"{example.name}: its caption is longer than {CHUNK_TOKENS * chunks} tokens; training does not see: {cut}")
     images, captions = encoding.wanted_images(placed), encoding.wanted_captions([*variants, [""]], chunks)
     encoding.processes.barrier()  # nobody writes before all know what is missing
-    share = encoding.processes.share
+    share = encoding.processes.shard
     total = len(share(images.missing)) + len(share(captions.missing))
     with tqdm(total=total, desc="encode", disable=None) as bar, _tensor_cores(encoding.uses_tensor_cores):
         encode_all = partial(encoding.encode_captions, captions, chunks, workers, bar)
-        with coming(encode_all, begins_now=encoding.at_once) as captions_done:
+        with in_background(encode_all, start=encoding.at_once) as captions_done:
             encoding.encode_images(images, workers, bar)
             encoding.free()
-            captions_done()
+            captions_done.result()
         encoding.free()
     encoding.processes.barrier()
     print(f"images: {images}; captions: {captions}, {chunks} x {CHUNK_TOKENS} tokens", flush=True)

@@ -152,10 +152,10 @@ def _with_flat_parameters(layers: dict[str, LoraLinear], settings: LoraSettings,
 
 
 def _lora_module(name: str, layer: LoraLinear, kind: str) -> LoraModule:
-    down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    down, up = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
     if kind == "lora":
         return LoraModule(name, down, up)
-    return LoraModule(name, down, up, layer.lora_magnitude_vector[ADAPTER].weight, layer.base_layer.weight)
+    return LoraModule(name, down, up, layer.lora_magnitude_vector[ADAPTER].weight.detach(), layer.base_layer.weight)
 
 
 def row_norms(weight: torch.Tensor) -> torch.Tensor:

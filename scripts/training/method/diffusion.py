@@ -91,7 +91,7 @@ def weight_per_sample(alpha_bar: torch.Tensor, config: LossConfig) -> torch.Tens
     return min_snr_weight(alpha_bar, config.min_snr_gamma, config.prediction_type)
 
 
-def loss_per_sample(prediction: torch.Tensor, target: torch.Tensor, kind: LossKind) -> torch.Tensor:
+def loss_per_sample(prediction: torch.Tensor, target: torch.Tensor, kind: LossKind = "mse") -> torch.Tensor:
     """[B]: the mean over channels and pixels of e^2 (mse), |e| (l1), or the pseudo-Huber loss 2 c (sqrt(e^2 + c^2) - c) (huber),
     which is e^2 for small errors e and 2 c |e| for large ones (Song & Dhariwal 2023, arXiv 2310.14189, section 3.3)."""
     error = prediction - target

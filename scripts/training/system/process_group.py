@@ -1,11 +1,10 @@
-"""What the processes that train together say to each other. Alone, every method answers at once."""
+"""Collective operations between the training processes. With a single process every method returns at once."""
 
 import contextlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -15,123 +14,120 @@ import torch.distributed as dist
 from common.errors import MemoryShort, ResourceError, Stopped
 from training.system.launcher import RankInfo
 
-Made, Item = TypeVar("Made"), TypeVar("Item")
+Value, Item = TypeVar("Value"), TypeVar("Item")
 
-
-PATIENCE = timedelta(minutes=30)
-"""For a process to reach the others, kernels being compiled and caches being filled meanwhile."""
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others, which may be compiling kernels or filling caches."""
 
 
 class ProcessLost(ResourceError):
-    """Another process has ended; its own message, or the launcher's, says why."""
+    """Another process has ended; it, or the launcher, has reported why."""
 
     def __init__(self):
-        super().__init__("another of the processes has ended; the state saved last is whole: run the same command again")
+        super().__init__("another training process has ended; run the same command again to resume from the last checkpoint")
 
 
-@dataclass(frozen=True)
 class ProcessGroup:
-    """All processes of a run, seen from one of them."""
+    """All processes of a run, as seen from one of them."""
 
-    place: RankInfo = field(default_factory=RankInfo)
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this process decides and writes."""
-        return self.place.index == 0
-
-    @property
-    def gpu(self) -> int | None:
-        """The number of this process's GPU; None: the current one."""
-        return self.place.gpu
+    def __init__(self, info: RankInfo | None = None):
+        info = info or RankInfo()
+        self.rank, self.world_size = info.rank, info.world_size
+        self.local_rank, self.local_world_size = info.local_rank, info.local_world_size
+        self.is_main_process = info.rank == 0
+        """Whether this process makes the decisions and writes the files."""
+        self.gpu = info.gpu
+        """Index of this process's GPU; None: the current one."""
 
     @property
     def all_reduce(self) -> Callable[[torch.Tensor], None] | None:
-        """Adds a tensor up over all processes, in place; None for a single one."""
-        return self._add_up if self.place.count > 1 else None
+        """Sums a tensor over all processes, in place; None for a single process."""
+        return self._all_reduce if self.world_size > 1 else None
 
-    def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This process's part of `items` that the processes of one machine share."""
-        return items[self.place.local_index :: self.place.local_count]
+    def _all_reduce(self, tensor: torch.Tensor) -> None:
+        # NCCL reports a lost process asynchronously. A RuntimeError on the GPU means that the step cannot be captured.
+        with contextlib.nullcontext() if tensor.is_cuda else _lost_processes():
+            dist.all_reduce(tensor)
 
-    def broadcast_object(self, make: Callable[[], Made]) -> Made:
-        """What `make` makes in the first process, in every process."""
-        if self.place.count == 1:
-            return make()
-        made = [make() if self.is_main_process else None]
-        with _losses_in_our_words():
-            dist.broadcast_object_list(made, src=0)
-        return made[0]
+    def all_reduce_max(self, number: int) -> int:
+        """The largest `number` of all processes."""
+        return int(self._reduce(number, dist.ReduceOp.MAX, torch.int64))
 
-    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Overwrite `tensors` with those of the first process."""
-        with _losses_in_our_words():
-            for tensor in tensors if self.place.count > 1 else ():
-                dist.broadcast(tensor, src=0)
+    def all_reduce_sum(self, number: float) -> float:
+        """The sum of all processes' `number`."""
+        return self._reduce(number, dist.ReduceOp.SUM, torch.float64)
 
     def barrier(self) -> None:
-        """Return when every process is here."""
-        self.largest(0)
+        """Wait until all processes have called this."""
+        self._reduce(0, dist.ReduceOp.MAX, torch.int64)
 
-    def largest(self, number: int) -> int:
-        """The largest `number` of any process."""
-        return int(self._combined(number, dist.ReduceOp.MAX, torch.int64)) if self.place.count > 1 else number
+    def _reduce(self, number: float, operation: dist.ReduceOp, dtype: torch.dtype) -> float:
+        """Reduce a number on the CPU, so that the GPU is not waited for."""
+        if self.world_size == 1:
+            return number
+        tensor = torch.tensor(number, dtype=dtype)
+        with _lost_processes():
+            dist.all_reduce(tensor, operation)
+        return tensor.item()
 
-    def total(self, number: float) -> float:
-        """The sum of all processes' `number`."""
-        return self._combined(number, dist.ReduceOp.SUM, torch.float64) if self.place.count > 1 else number
+    def broadcast_object(self, make: Callable[[], Value]) -> Value:
+        """What `make` returns in the main process, in every process."""
+        if self.world_size == 1:
+            return make()
+        values = [make() if self.is_main_process else None]
+        with _lost_processes():
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
 
-    def _combined(self, number: float, how: dist.ReduceOp, dtype: torch.dtype) -> float:
-        """On the CPU, so that no GPU is waited for."""
-        combined = torch.tensor(number, dtype=dtype)
-        with _losses_in_our_words():
-            dist.all_reduce(combined, how)
-        return combined.item()
+    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite `tensors` with those of the main process."""
+        with _lost_processes():
+            for tensor in tensors if self.world_size > 1 else ():
+                dist.broadcast(tensor, src=0)
 
-    def _add_up(self, tensor: torch.Tensor) -> None:
-        if tensor.is_cuda:  # NCCL does not answer; a step that cannot be captured must be heard
-            dist.all_reduce(tensor)
-            return
-        with _losses_in_our_words():
-            dist.all_reduce(tensor)
+    def shard(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's part of `items`, which are divided among the processes of one machine."""
+        return items[self.local_rank :: self.local_world_size]
 
 
 @contextlib.contextmanager
-def process_group(place: RankInfo) -> Iterator[ProcessGroup]:
-    """Meet the other processes. All but the first are quiet: what they would say, the first one says.
+def process_group(info: RankInfo) -> Iterator[ProcessGroup]:
+    """Join the other processes. Standard output of all but the main process is discarded: it would repeat the same lines.
 
-    Nobody takes leave: NCCL would wait for ever for the CUDA graphs that it is part of. The process ends after this.
+    The group is never destroyed: NCCL would wait forever for the CUDA graphs that contain its kernels. The process exits after
+    this block.
     """
-    if place.count == 1:
-        yield ProcessGroup(place)
+    if info.world_size == 1:
+        yield ProcessGroup(info)
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(place.local_index)
-    meeting = f"tcp://{place.address}:{place.port}"
-    if place.count > place.local_count:
-        print(f"meeting the other machines at {place.address}:{place.port}", flush=True)
+        torch.cuda.set_device(info.local_rank)
+    is_multi_node = info.world_size > info.local_world_size
+    if is_multi_node:
+        print(f"waiting for the other machines at {info.address}:{info.port}", flush=True)
     with contextlib.ExitStack() as stack:
-        if place.index:
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-        have_met = place.count == place.local_count
+        if info.rank:
+            devnull = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(devnull))
+        has_joined = not is_multi_node
         try:
-            with _losses_in_our_words(), _signals_end_at_once():
-                dist.init_process_group(backend, meeting, rank=place.index, world_size=place.count, timeout=PATIENCE)
-                processes = ProcessGroup(place)
-                processes.barrier()  # gloo prints lines of its own if one ends while another still connects
-            have_met = True
+            with _lost_processes(), _default_signals():
+                init_method = f"tcp://{info.address}:{info.port}"
+                dist.init_process_group(backend, init_method, rank=info.rank, world_size=info.world_size, timeout=TIMEOUT)
+                processes = ProcessGroup(info)
+                processes.barrier()  # gloo logs lines of its own if a process exits while another still connects
+            has_joined = True
             yield processes
         except (Stopped, MemoryShort, ProcessLost) as known:
-            if place.index and have_met:
-                sys.exit(known.exit_code)  # the first process, or whoever ended, has said why
+            if info.rank and has_joined:
+                sys.exit(known.exit_code)  # the main process, or the one that ended, has reported the reason
             raise
 
 
 @contextlib.contextmanager
-def _signals_end_at_once() -> Iterator[None]:
-    """While torch waits for others it does not let Python hear of signals; there is nothing to save yet."""
+def _default_signals() -> Iterator[None]:
+    """End on SIGTERM and SIGINT at once: while torch connects, Python's handlers do not run, and there is nothing to save yet."""
     before = {signum: signal.signal(signum, signal.SIG_DFL) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -141,8 +137,8 @@ def _signals_end_at_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _losses_in_our_words() -> Iterator[None]:
-    """torch.distributed answers with a RuntimeError when another process is gone."""
+def _lost_processes() -> Iterator[None]:
+    """Raise ProcessLost for the RuntimeError with which torch.distributed reports that another process is gone."""
     try:
         yield
     except RuntimeError as error:

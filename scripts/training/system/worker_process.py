@@ -1,4 +1,4 @@
-"""A process beside this one, with an interpreter lock of its own. Standard library only, so that it can begin at once."""
+"""A second Python process that runs functions for this one, without sharing its interpreter lock. Standard library only."""
 
 import contextlib
 import ctypes
@@ -16,106 +16,108 @@ from typing import TypeVar
 
 from common.errors import ResourceError
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
+
+_PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 
 
-_DIE_WITH_PARENT = 1
-"""PR_SET_PDEATHSIG of prctl(2)."""
+@contextlib.contextmanager
+def worker_process(initializer: Callable[[], None] | None = None, *, enabled: bool) -> "Iterator[WorkerProcess | None]":
+    """A worker process that exists while the block runs and calls `initializer` first; None if not `enabled`."""
+    if not enabled:
+        yield None
+        return
+    worker = WorkerProcess(initializer)
+    try:
+        yield worker
+    finally:
+        worker.end()
 
 
 class WorkerProcess:
-    """A process that waits for a function to call."""
+    """A process that waits for functions to call. SIGINT and SIGTERM are blocked in it; it dies with its parent."""
 
     def __init__(self, initializer: Callable[[], None] | None):
-        ours, theirs = multiprocessing.Pipe()
-        context = multiprocessing.get_context("spawn")  # a fork would take half of a CUDA context along
-        self._process = context.Process(target=_serve, args=(theirs, os.getpid(), initializer), daemon=True)
-        resource_tracker.ensure_running()  # its start would let signals through again
+        self._connection, child_end = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")  # a fork would copy half of a CUDA context
+        self._process = context.Process(target=_serve, args=(child_end, os.getpid(), initializer), daemon=True)
+        # The child inherits the signal mask. Starting the resource tracker resets it, so that has to happen before.
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        self._process.start()  # it never hears of signals: they are this process's to answer
+        self._process.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-        self._connection = ours
+        child_end.close()
 
-    def call(self, function: Callable[..., Made], *arguments: object) -> Made:
-        """What `function` returns or raises there; both and the arguments are pickled. Raises ResourceError if the process is
-        gone."""
+    def call(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """Return what `function` returns in the worker, or raise what it raises; everything is pickled.
+
+        Raises ResourceError if the worker has died.
+        """
         try:
             self._connection.send((function, arguments))
-            made, error = pickle.loads(self._connection.recv_bytes())
+            result, error = pickle.loads(self._connection.recv_bytes())
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join()
-            ended = _ending(self._process.exitcode)
-            raise ResourceError(f"a process that worked for this one {ended}; run the same command again") from None
+            ending = _describe_exit(self._process.exitcode)
+            raise ResourceError(f"a worker process {ending}; run the same command again") from None
         if error:
             raise error
-        return made
+        return result
 
-    def call_and_close(self, function: Callable[..., Made], *arguments: object) -> Made:
-        """The same, and the process is ended."""
+    def call_and_close(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """`call`, then end the worker."""
         try:
             return self.call(function, *arguments)
         finally:
             self.end()
 
     def end(self) -> None:
-        """At once, whatever it is doing; a thread waits until the kernel has taken its memory back."""
-        if self._connection.closed:
-            return
-        self._process.kill()
-        self._connection.close()
-        threading.Thread(target=self._process.join, daemon=True).start()
-
-
-@contextlib.contextmanager
-def worker_process(initializer: Callable[[], None] | None = None, *, wanted: bool) -> Iterator[WorkerProcess | None]:
-    """A process that calls `initializer` first, for as long as this block lasts; None if it is not wanted."""
-    if not wanted:
-        yield None
-        return
-    aside = WorkerProcess(initializer)
-    try:
-        yield aside
-    finally:
-        aside.end()
+        """Kill the worker without waiting: a thread waits until the kernel has freed its memory."""
+        if not self._connection.closed:
+            self._process.kill()
+            self._connection.close()
+            threading.Thread(target=self._process.join, daemon=True).start()
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """From now on the kernel kills this process when the one that started it is gone, however that happens. If `parent`
-    started it and is gone already, it dies here."""
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    """Have the kernel kill this process when its parent dies, for whatever reason.
+
+    `parent` is the process that started this one: if it is dead already, this process kills itself now.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if parent not in (None, os.getppid()):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _serve(connection: Connection, parent: int, initializer: Callable[[], None] | None) -> None:
-    """Answer one call after another, until the parent ends this process."""
+    """The worker's main loop: answer calls until the parent kills this process."""
     die_with_parent(parent)
     if initializer:
         initializer()
     while True:
         function, arguments = connection.recv()
-        made, error = None, None
+        result, error = None, None
         try:
-            made = function(*arguments)
+            result = function(*arguments)
         except Exception as raised:
             error = _picklable(raised)
         sys.stdout.flush()
-        connection.send_bytes(pickle.dumps((made, error)))
+        connection.send_bytes(pickle.dumps((result, error)))
 
 
 def _picklable(error: Exception) -> Exception:
-    """The exception with its traceback as a note; one that cannot be pickled becomes a RuntimeError that says the same."""
-    story = "".join(traceback.format_exception(error))
-    error.add_note(story)
+    """`error` with its traceback as a note; if it cannot be pickled, a RuntimeError with the same text."""
+    text = "".join(traceback.format_exception(error))
+    error.add_note(text)
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception as unfit:
-        return RuntimeError(f"{story}which cannot be pickled ({unfit})")
+    except Exception as problem:
+        return RuntimeError(f"{text}which cannot be pickled ({problem})")
     return error
 
 
-def _ending(code: int) -> str:
+def _describe_exit(code: int) -> str:
     if code == -signal.SIGKILL:
         return "was killed, as the kernel does when memory runs out"
-    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"has ended with exit code {code}"
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

@@ -1,4 +1,4 @@
-"""Saved states: exact, found by number, passed over when damaged, removed when two newer ones are whole."""
+"""Checkpoints: exact, found by number, skipped when corrupt, removed when two newer ones are complete."""
 
 import json
 import os
@@ -9,12 +9,13 @@ import torch
 
 from common.errors import DISK_ERRNOS
 from training.config import OptimizerSettings
-from training.loop import Progress
 from training.method.optimizers import AdamW
+from training.monitor.callbacks import Progress
 from training.state import checkpoint
-from training.state.checkpoint import Identity, StateWriter
+from training.state.checkpoint import CheckpointWriter, Identity
+from training.system.process_group import ProcessGroup
 
-IDENTITY = Identity(fingerprint={"rank": 2}, circumstances={"workers": 4}, common_steps=7)
+IDENTITY = Identity(fingerprint={"rank": 2}, runtime={"workers": 4}, shared_prefix_steps=7)
 
 
 class Training:
@@ -38,8 +39,8 @@ class Training:
     def numbers(self) -> dict[str, bytes]:
         return {name: tensor.numpy().tobytes() for name, tensor in self.snapshot().tensors.items()}
 
-    def restored(self, saved: checkpoint.Saved) -> "Training":
-        checkpoint.restore(saved, self.weights, self.optimizer, self.scaler)
+    def restored(self, saved: checkpoint.Checkpoint) -> "Training":
+        checkpoint.restore(saved, ProcessGroup(), self.weights, self.optimizer, self.scaler)
         return self
 
 
@@ -69,7 +70,7 @@ def test_state_is_restored_to_the_last_bit(two_states):
 def test_training_that_goes_on_does_not_change_what_is_being_written(tmp_path, training):
     training.step()
     numbers = training.numbers()
-    with StateWriter(tmp_path, IDENTITY, keep=2) as writer:
+    with CheckpointWriter(tmp_path, IDENTITY, keep=2) as writer:
         writer.begin(training.snapshot())
         training.step()
     assert Training(seed=1).restored(checkpoint.newest(tmp_path)).numbers() == numbers
@@ -153,7 +154,7 @@ def test_the_last_states_are_kept_and_the_one_that_a_longer_run_shares(tmp_path,
         training.step()
         checkpoint.write(tmp_path, training.snapshot(), IDENTITY, keep=2)
     assert sorted(path.stem for path in tmp_path.glob("*.json")) == ["step-000000007", "step-000000009", "step-000000010"]
-    checkpoint.keep_one(tmp_path, at_most=IDENTITY.common_steps)
+    checkpoint.keep_one(tmp_path, at_most=IDENTITY.shared_prefix_steps)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000007.json", "step-000000007.safetensors"]
 
 
@@ -178,7 +179,7 @@ def small_disk(tmp_path, mount_tmpfs):
 def test_full_disk_keeps_the_last_valid_state(small_disk, training):
     training.step()
     numbers = training.numbers()
-    with StateWriter(small_disk, IDENTITY, keep=2) as writer:
+    with CheckpointWriter(small_disk, IDENTITY, keep=2) as writer:
         writer.begin(training.snapshot())
         writer.wait()
         training.step()
@@ -192,7 +193,7 @@ def test_full_disk_keeps_the_last_valid_state(small_disk, training):
 
 def test_writer_says_what_the_disk_refused_as_soon_as_it_is_asked(tmp_path, training):
     (tmp_path / "file").touch()
-    with StateWriter(tmp_path / "file" / "state", IDENTITY, keep=2) as writer:
+    with CheckpointWriter(tmp_path / "file" / "state", IDENTITY, keep=2) as writer:
         writer.begin(training.snapshot())
         (thread,) = [thread for thread in threading.enumerate() if thread.name.startswith("state")]
         while thread.is_alive() and not writer._writing.done():

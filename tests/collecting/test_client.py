@@ -1,16 +1,16 @@
-"""The client: what it sends, what it takes for an answer, and one clear line for everything else."""
+"""The client: what it sends, which answers it accepts, and an error of one line for everything else."""
 
 import socket
 
 import pytest
 from comfyui_workspace import png, recorded
 
-from collecting.client import ComfyUI, ImageGone, PromptRefused, Unanswered
-from collecting.http import Address, addresses
+from collecting.client import ComfyUI, ImageGone, PromptRejected, SubmissionUnconfirmed
+from collecting.http import Address, parse_addresses
 from common.errors import ComfyUIError, SettingsError
-from demo.standin_comfyui.wire import Answer
+from demo.standin_comfyui.wire import Response
 
-HTML = Answer(200, b"<html>please log in</html>", "text/html")
+HTML = Response(200, b"<html>please log in</html>", "text/html")
 
 
 @pytest.fixture
@@ -21,20 +21,20 @@ def client(standin):
 
 @pytest.fixture
 def answers(standin, monkeypatch):
-    """Let the stand-in give these answers, one after the other; returns what was asked."""
+    """Let the stand-in give these answers one after the other, the last one repeatedly; returns the requests."""
 
-    def give(*given):
-        left, asked = list(given), []
+    def give(*responses):
+        left, received = list(responses), []
 
         def answer(request):
-            asked.append(request)
+            received.append(request)
             following = left.pop(0) if len(left) > 1 else left[0]
             if isinstance(following, Exception):
                 raise following
             return following
 
         monkeypatch.setattr(standin, "answer", answer)
-        return asked
+        return received
 
     return give
 
@@ -44,25 +44,25 @@ def graph_of(name: str) -> dict:
 
 
 def test_submission_carries_our_ids_and_no_origin(client, answers):
-    asked = answers(Answer(200, b'{"prompt_id": "own", "number": 1, "node_errors": {}}', "application/json"))
+    received = answers(Response(200, b'{"prompt_id": "own", "number": 1, "node_errors": {}}', "application/json"))
     queued = client.submit({"1": {}}, "own")
     assert (queued.prompt_id, queued.dropped) == ("own", [])
-    assert asked[0].json() == {"prompt": {"1": {}}, "client_id": "client", "prompt_id": "own"}
-    assert "Origin" not in asked[0].headers
+    assert received[0].json() == {"prompt": {"1": {}}, "client_id": "client", "prompt_id": "own"}
+    assert "Origin" not in received[0].headers
 
 
-def test_address_may_have_a_path(standin, answers):
-    asked = answers(Answer(200, b'{"system": {"comfyui_version": "1"}}', "application/json"))
-    with ComfyUI(*addresses(f"{standin.url}/some/path/"), "client") as client:
+def test_address_may_contain_a_path(standin, answers):
+    received = answers(Response(200, b'{"system": {"comfyui_version": "1"}}', "application/json"))
+    with ComfyUI(*parse_addresses(f"{standin.url}/some/path/"), "client") as client:
         assert client.version() == "1"
-    assert asked[0].path == "/some/path/system_stats"
+    assert received[0].path == "/some/path/system_stats"
 
 
-def test_name_that_the_server_returns_is_the_one_to_use(standin, client, answers):
+def test_upload_returns_the_name_that_the_server_chose(standin, client, answers):
     assert client.upload("face.png", png()) == "face.png"
     assert client.upload("face.png", png()) == "face.png"
     assert client.upload("face.png", png((1, 2, 3))) == "face (1).png"
-    answers(Answer(200, b'{"name": "f.png", "subfolder": "a b/c", "type": "input"}', "application/json"))
+    answers(Response(200, b'{"name": "f.png", "subfolder": "a b/c", "type": "input"}', "application/json"))
     assert client.upload("face.png", png()) == "a b/c/f.png"
 
 
@@ -73,7 +73,7 @@ def test_history_is_none_until_there_is_an_entry(standin, client):
     client.submit(graph, "0b5c")
 
     def queued() -> set[str]:
-        queue = client.queue()  # asked once: between two answers a prompt may begin
+        queue = client.queue()  # requested once: between two requests a prompt may start
         return queue.running | queue.waiting
 
     assert queued() == {"0b5c"}
@@ -95,10 +95,10 @@ def test_history_is_none_until_there_is_an_entry(standin, client):
         ("bad_no_outputs", "Prompt has no outputs"),
     ],
 )
-def test_refused_workflow_says_node_class_input_and_wish(client, name, words):
-    with pytest.raises(PromptRefused, match="refuses the workflow") as refused:
+def test_rejected_workflow_names_node_class_input_and_expected_value(client, name, words):
+    with pytest.raises(PromptRejected, match="rejected the workflow") as rejected:
         client.submit(graph_of(name), "id")
-    assert words in str(refused.value)
+    assert words in str(rejected.value)
 
 
 def test_outputs_that_the_server_drops_are_named(client):
@@ -108,7 +108,7 @@ def test_outputs_that_the_server_drops_are_named(client):
     ]
 
 
-def test_connection_refused_asks_the_two_right_questions():
+def test_refused_connection_names_both_likely_causes():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -118,99 +118,102 @@ def test_connection_refused_asks_the_two_right_questions():
     assert "--listen 0.0.0.0" in str(failed.value)
 
 
-def test_unknown_host_is_said(monkeypatch):
+def test_unknown_host_is_named(monkeypatch):
     def unknown(*_arguments, **_more):
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with (
         ComfyUI(Address("http://host.docker.internal:8188"), "client") as client,
-        pytest.raises(ComfyUIError, match="host name is not known"),
+        pytest.raises(ComfyUIError, match="unknown host name"),
     ):
         client.version()
 
 
-@pytest.mark.parametrize("answer", [HTML, Answer(200, b"", None)])
-def test_login_page_is_not_taken_for_json(client, answers, answer):
+@pytest.mark.parametrize("answer", [HTML, Response(200, b"", None)])
+def test_login_page_is_not_read_as_json(client, answers, answer):
     answers(answer)
     with pytest.raises(ComfyUIError, match="instead of JSON"):
         client.history("id")
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'"text"', b"null"])
-def test_json_that_is_no_object_is_an_error_of_one_line(client, answers, body):
-    answers(Answer(200, body, "application/json"))
+def test_json_that_is_not_an_object_is_an_error_of_one_line(client, answers, body):
+    answers(Response(200, body, "application/json"))
     with pytest.raises(ComfyUIError) as failed:
         client.queue()
     assert "\n" not in str(failed.value)
 
 
-def test_get_is_repeated_while_the_server_is_away(client, answers):
-    away = Answer(502, b"bad gateway", "text/html")
-    asked = answers(away, ConnectionAbortedError(), Answer(200, b"{}", "application/json"))
+def test_get_is_repeated_while_the_server_is_unavailable(client, answers):
+    away = Response(502, b"bad gateway", "text/html")
+    received = answers(away, ConnectionAbortedError(), Response(200, b"{}", "application/json"))
     assert client.history("id") is None
-    assert len(asked) == 3
+    assert len(received) == 3
 
 
-def test_get_is_given_up_in_the_end(client, answers):
-    asked = answers(Answer(503, b"", None))
-    with pytest.raises(ComfyUIError, match="503: it is away behind its proxy"):
+def test_get_fails_after_the_last_attempt(client, answers):
+    received = answers(Response(503, b"", None))
+    with pytest.raises(ComfyUIError, match="503: a proxy reports that ComfyUI is unavailable"):
         client.history("id")
-    assert len(asked) == 3
+    assert len(received) == 3
 
 
-@pytest.mark.parametrize("answer", [Answer(502, b"", None), Answer(504, b"", None), ConnectionAbortedError()])
+@pytest.mark.parametrize("answer", [Response(502, b"", None), Response(504, b"", None), ConnectionAbortedError()])
 def test_submission_is_never_repeated_blindly(client, answers, answer):
-    asked = answers(answer)
-    with pytest.raises(Unanswered):
+    received = answers(answer)
+    with pytest.raises(SubmissionUnconfirmed):
         client.submit({}, "id")
-    assert len(asked) == 1
+    assert len(received) == 1
 
 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (Answer(302, b"", None, {"Location": "https://name:pass@login.example/in?token=1"}), "on to https://login.example/in: put"),
-        (Answer(302, b"", None, {"Location": "/login?next=1"}), "/login: put"),
-        (Answer(401, b"", None), "wants a login"),
-        (Answer(403, b"", None), "forbids it"),
-        (Answer(404, b"", None), "is this ComfyUI's own address"),
-        (Answer(413, b"<html>", "text/html"), "too large"),
-        (Answer(500, b"", None), "the terminal in which ComfyUI runs says why"),
-        (Answer(400, b"<html>", "text/html"), "does not say why"),
-        (Answer(418, b"", None), "418"),
+        (
+            Response(302, b"", None, {"Location": "https://name:pass@login.example/in?token=1"}),
+            "/prompt to https://login.example/in: set COMFYUI_ENDPOINT",
+        ),
+        (Response(302, b"", None, {"Location": "/login?next=1"}), "/login: set"),
+        (Response(401, b"", None), "login required"),
+        (Response(403, b"", None), "forbidden"),
+        (Response(404, b"", None), "check that COMFYUI_ENDPOINT is ComfyUI's own address"),
+        (Response(413, b"<html>", "text/html"), "too large"),
+        (Response(500, b"", None), "internal error; check ComfyUI's console"),
+        (Response(400, b"<html>", "text/html"), "gives no reason"),
+        (Response(418, b"", None), "418"),
     ],
 )
-def test_submission_that_is_not_taken_is_explained_and_no_redirect_followed(client, answers, answer, words):
-    asked = answers(answer)
+def test_refused_submission_is_explained_and_redirects_are_not_followed(client, answers, answer, words):
+    received = answers(answer)
     with pytest.raises(ComfyUIError) as failed:
         client.submit({}, "id")
     assert words in str(failed.value)
-    assert len(asked) == 1
+    assert len(received) == 1
 
 
-def test_answer_that_is_cut_off_is_not_taken_for_whole(client, answers):
-    cut = Answer(200, png()[:40], "image/png", {"Content-Length": str(len(png())), "Connection": "close"})
-    answers(cut, cut, Answer(200, png(), "image/png"))
+def test_truncated_response_is_not_accepted(client, answers):
+    cut = Response(200, png()[:40], "image/png", {"Content-Length": str(len(png())), "Connection": "close"})
+    answers(cut, cut, Response(200, png(), "image/png"))
     assert client.view("a.png", "", "output") == png()
     answers(cut)
-    with pytest.raises(ImageGone, match="less than it announces"):
+    with pytest.raises(ImageGone, match="truncated response"):
         client.view("a.png", "", "output")
 
 
-def test_file_that_is_gone_is_told_from_a_server_that_is(client):
+def test_missing_file_is_an_error_of_its_own(client):
     with pytest.raises(ImageGone, match=r"'a\.png'"):
         client.view("a.png", "", "output")
 
 
-def test_password_in_the_address_is_in_no_message():
-    with ComfyUI(*addresses("http://me:hush@127.0.0.1:9/deep"), "client") as client, pytest.raises(ComfyUIError) as failed:
+def test_password_in_the_address_is_not_in_messages():
+    with ComfyUI(*parse_addresses("http://me:hush@127.0.0.1:9/deep"), "client") as client, pytest.raises(ComfyUIError) as failed:
         client.version()
     assert "hush" not in str(failed.value)
     assert "http://127.0.0.1:9/deep" in str(failed.value)
 
 
 @pytest.mark.parametrize("url", ["http://", "http://:8188", "http://[::1", "http://host:port", "http://host:99999"])
-def test_what_is_no_address_is_a_wrong_setting(url):
+def test_invalid_address_is_a_wrong_setting(url):
     with pytest.raises(SettingsError, match="COMFYUI_ENDPOINT"):
-        addresses(url)
+        parse_addresses(url)

@@ -15,9 +15,9 @@ from process_table import children_of, pair_of
 from common.errors import ResourceError, SettingsError
 from common.settings import REPOSITORY
 from training.config import ProcessSettings, RunSettings
-from training.loop import Progress
-from training.plan import GLOBAL_BATCH
-from training.state.checkpoint import Identity, Saved
+from training.monitor.callbacks import Progress
+from training.plan import GLOBAL_BATCH, WORLD_SIZE
+from training.state.checkpoint import Checkpoint, Identity
 from training.state.resume import match_global_batch
 from training.system import launcher as distributed
 
@@ -52,13 +52,13 @@ def test_a_pair_that_is_stopped_goes_on_alone_and_loses_nothing(images):
     pair.terminate()
     _, said = pair.communicate()
     assert pair.returncode == 143
-    assert said == "train_lora: stopped by SIGTERM; run the same command again to continue\n"
+    assert said == "train_lora: stopped by SIGTERM; run the same command again to resume\n"
     took = len(losses(images))
     assert 3 <= took < 10
     alone = PAIR | long | {"NUM_PROCESSES": 1}
     output = images.trained(**alone)
     assert f"continuing at step {took}" in output
-    assert "changed and taken: gradient_accumulation_steps: 1 then, 2 now" in output
+    assert "setting changed since the checkpoint: gradient_accumulation_steps: 1 -> 2" in output
     together = losses(images)
     images.trained(**alone | {"GRADIENT_ACCUMULATION_STEPS": 2, "OUTPUT_DIR": images.output.with_name("alone")})
     images.output = images.output.with_name("alone")
@@ -80,7 +80,7 @@ def test_a_process_that_dies_ends_the_other_and_leaves_a_valid_state(images):
     assert "Traceback" not in said
     assert not [process for process in processes if Path(f"/proc/{process}").exists()]
     again = images.run(**PAIR | {"NUM_PROCESSES": 1, "TRAIN_BATCH_SIZE": 2, "LORA_RANK": 3})
-    assert "began differently" in again.stderr  # the state is valid: it was read
+    assert "with other settings or data" in again.stderr  # the state is valid: it was read
 
 
 def test_processes_whose_launcher_is_killed_while_they_import_end_too(images):
@@ -102,8 +102,8 @@ def test_exit_codes_and_messages_come_through(stage):
     )
 
 
-def saved(folder, global_batch: int, processes: int) -> Saved:
-    return Saved(Progress(), {}, Identity({GLOBAL_BATCH: global_batch}, {"processes": processes}, 9), "", "", folder)
+def saved(folder, global_batch: int, world_size: int) -> Checkpoint:
+    return Checkpoint(Progress(), {}, Identity({GLOBAL_BATCH: global_batch}, {WORLD_SIZE: world_size}, 9), "", "", folder)
 
 
 def test_another_number_of_processes_takes_the_same_steps_or_is_told_what_fits(tmp_path):
@@ -118,13 +118,13 @@ def test_another_number_of_processes_takes_the_same_steps_or_is_told_what_fits(t
         match_global_batch(run, 3, saved(tmp_path, 16, 1))
 
 
-def test_place_is_what_any_launcher_says(monkeypatch):
-    assert distributed.place() == distributed.RankInfo()
+def test_rank_info_reads_the_variables_of_any_launcher(monkeypatch):
+    assert distributed.rank_info() == distributed.RankInfo()
     for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": 1234}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert distributed.place() == distributed.RankInfo(3, 4, 1, 2, "10.0.0.1", 1234)
-    assert not distributed.wants_launcher(ProcessSettings(num_processes=2))
+    assert distributed.rank_info() == distributed.RankInfo(3, 4, 1, 2, "10.0.0.1", 1234)
+    assert not distributed.needs_launcher(ProcessSettings(num_processes=2))
 
 
 @pytest.fixture

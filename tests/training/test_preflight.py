@@ -48,8 +48,8 @@ def test_everything_that_is_wrong_comes_in_one_list(stage):
 def test_images_that_earlier_stages_bring_need_not_be_there(stage):
     told = stage.run("--check=ahead")
     assert told.returncode == 0, told.stderr
-    assert "0 images so far" in told.stdout
-    for words in ("torch ", "GiB of memory", "GiB are free", "base model"):
+    assert "images: 0 so far" in told.stdout
+    for words in ("torch ", "memory: ", "GiB available", "disk: ", "GiB free", "base model: "):
         assert words in told.stdout
     assert not stage.output.exists()
 
@@ -60,4 +60,4 @@ def test_what_a_run_takes_is_said_when_the_images_are_there(stage):
     image.with_suffix(".txt").write_text("a woman")
     told = stage.run("--check", NUM_TRAIN_EPOCHS=20)
     assert told.returncode == 0, told.stderr
-    assert "20 image-steps are few" in told.stdout
+    assert "20 training samples are few" in told.stdout

@@ -13,15 +13,15 @@ from peft.helpers import disable_input_dtype_casting
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from demo import tiny_sdxl
+from training import engine
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
-from training.engine.fast import torch_ops as plain_ops
-from training.engine.fast.unet import checkpoint_everything, fast_ops, install_fast_forwards
-from training.engine.step import Objective, TrainStep
-from training.method import diffusion as objective
-from training.method.adapters import ADAPTER, LoraWeights, inject
-from training.method.diffusion import alphas_cumprod
-from training.method.optimizers import AdamW
+from training.engine.fast import torch_ops
+from training.engine.step import TrainStep
+from training.method import diffusion
+from training.method.adapters import ADAPTER, Adapter, inject
+from training.method.diffusion import LossConfig, alphas_cumprod
+from training.method.optimizers import AdamW, AdamW8bit
 from training.models.base_model import find_base
 from training.models.loading import load_unet
 from training.models.sdxl import Schedule
@@ -38,7 +38,7 @@ def base(tmp_path_factory):
     return tiny_sdxl.build(tmp_path_factory.mktemp("models") / "medium", size=MEDIUM)
 
 
-def fresh(base: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, LoraWeights]:
+def fresh(base: Path, dtype: torch.dtype) -> tuple[torch.nn.Module, Adapter]:
     unet = load_unet(find_base(str(base), base.parent), torch.device("cuda"), dtype)
     return unet, inject(unet, LoraSettings(lora_rank=8, lora_alpha=8.0), seed=3)
 
@@ -63,22 +63,23 @@ def batch_of(seed: int, size: int = 4, height: int = 32, width: int = 32) -> Bat
     ).pinned()
 
 
-def goal() -> Objective:
-    return Objective("epsilon", alphas_cumprod(Schedule()).float().cuda(), 5.0, 0.0357, 0.13025)
+def loss_config() -> LossConfig:
+    return LossConfig("epsilon", alphas_cumprod(Schedule()).float().cuda(), 5.0, 0.0357, 0.13025)
+
+
+def stepper(base: Path, name: str = "fast", **options: bool) -> tuple[TrainStep, Adapter]:
+    """The training step of a fresh adapter in bf16, by the engine `name`."""
+    unet, lora = fresh(base, torch.bfloat16)
+    optimizer, precision = AdamW(lora.weights, OptimizerSettings()), Precision(torch.device("cuda"), torch.bfloat16)
+    return engine.build(name, unet, lora, optimizer, loss_config(), precision, 1.0, **options), lora
 
 
 @functools.cache
 def trained(
-    base: Path, *, captures: bool, recomputes: bool = False, micro_batches: int = 1
+    base: Path, name: str = "fast", *, captures: bool, recomputes: bool = False, micro_batches: int = 1
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and learned changes of 50 steps of ours."""
-    unet, lora = fresh(base, torch.bfloat16)
-    install_fast_forwards(unet, lora.stacks, fast_ops(torch.device("cuda")))
-    if recomputes:
-        checkpoint_everything(unet)
-    optimizer = AdamW(lora.weights, OptimizerSettings())
-    precision = Precision(torch.device("cuda"), torch.bfloat16)
-    step = TrainStep(unet, lora, optimizer, goal(), precision, 1.0, captures=captures)
+    """Losses and learned changes of 50 steps of an engine."""
+    step, lora = stepper(base, name, gradient_checkpointing=recomputes, captures=captures)
     losses = []
     for number in range(STEPS):
         whole = batch_of(number % 10)
@@ -99,22 +100,22 @@ def trained_by_peft(base, backend: SDPBackend) -> tuple[list[float], dict[str, t
     for module in lora.modules:
         layer = unet.get_submodule(module.name)
         for part, start in ((layer.lora_A, module.down), (layer.lora_B, module.up)):
-            part[ADAPTER].weight = torch.nn.Parameter(start.clone())
+            part[ADAPTER].weight = torch.nn.Parameter(start.clone())  # with a gradient of its own
             weights.append(part[ADAPTER].weight)
-    optimizer, wanted, losses = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.01), goal(), []
+    optimizer, config, losses = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.01), loss_config(), []
     for number in range(STEPS):
         batch = batch_of(number % 10).to(torch.device("cuda"))
-        latents = objective.sampled_latents(batch.mean, batch.log_variance, batch.latent_noise, wanted.latent_scaling)
-        noise = objective.offset_noise(batch.noise, batch.offset, wanted.noise_offset)
-        share = wanted.alphas_cumprod[batch.timesteps]
+        latents = diffusion.sampled_latents(batch.mean, batch.log_variance, batch.latent_noise, config.latent_scaling)
+        noise = diffusion.offset_noise(batch.noise, batch.offset, config.noise_offset)
+        share = config.alphas_cumprod[batch.timesteps]
         with torch.autocast("cuda", torch.bfloat16), disable_input_dtype_casting(unet), sdpa_kernel([backend]):
             answer = unet(
-                objective.noised(latents, noise, share).bfloat16(),
+                diffusion.noised(latents, noise, share).bfloat16(),
                 batch.timesteps,
                 encoder_hidden_states=batch.hidden,
                 added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.add_time_ids},
             ).sample
-        loss = objective.loss_per_sample(answer.float(), noise) * objective.min_snr_weight(share, 5.0, "epsilon")
+        loss = diffusion.loss_per_sample(answer.float(), noise) * diffusion.min_snr_weight(share, 5.0, "epsilon")
         (loss * batch.weights).sum().backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -136,7 +137,17 @@ def references(base):
     return trained_by_peft(base, SDPBackend.FLASH_ATTENTION), trained_by_peft(base, SDPBackend.EFFICIENT_ATTENTION)
 
 
-@pytest.mark.parametrize("how", [{"captures": False}, {"captures": True}, {"captures": True, "recomputes": True}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"captures": False},
+        {"captures": True},
+        {"captures": True, "recomputes": True},
+        {"name": "plain", "captures": False},
+        {"name": "plain", "captures": True},
+    ],
+    ids=str,
+)
 def test_fifty_steps_learn_what_peft_learns(base, references, how):
     """AdamW divides by the size of a gradient, so roundings of small gradients become whole steps: two runs of PEFT differ, too.
 
@@ -171,26 +182,16 @@ def test_accumulated_steps_are_those_of_the_whole_batch(base):
 
 def test_shapes_may_come_in_any_order(base):
     """Graphs of several buckets share one memory pool."""
-    unet, lora = fresh(base, torch.bfloat16)
-    install_fast_forwards(unet, lora.stacks, fast_ops(torch.device("cuda")))
-    optimizer = AdamW(lora.weights, OptimizerSettings())
-    precision = Precision(torch.device("cuda"), torch.bfloat16)
-    captured = TrainStep(unet, lora, optimizer, goal(), precision, 1.0)
+    captured, _ = stepper(base)
     shapes = [(32, 32), (24, 40), (40, 24)]
     order = [0, 0, 1, 1, 2, 2, 0, 2, 1, 0, 1, 2, 2, 0, 1]
     losses = [captured([batch_of(i, 4, *shapes[shape])], RATE).loss for i, shape in enumerate(order)]
-    unet, lora = fresh(base, torch.bfloat16)
-    install_fast_forwards(unet, lora.stacks, fast_ops(torch.device("cuda")))
-    eager = TrainStep(unet, lora, AdamW(lora.weights, OptimizerSettings()), goal(), precision, 1.0, captures=False)
+    eager, _ = stepper(base, captures=False)
     assert losses == [eager([batch_of(i, 4, *shapes[shape])], RATE).loss for i, shape in enumerate(order)]
 
 
 def test_broken_step_changes_nothing_in_a_graph(base):
-    unet, lora = fresh(base, torch.bfloat16)
-    install_fast_forwards(unet, lora.stacks, fast_ops(torch.device("cuda")))
-    step = TrainStep(
-        unet, lora, AdamW(lora.weights, OptimizerSettings()), goal(), Precision(torch.device("cuda"), torch.bfloat16), 1.0
-    )
+    step, lora = stepper(base)
     for number in range(3):
         step([batch_of(number)], RATE)
     before = lora.weights.detach().clone()
@@ -209,7 +210,7 @@ def test_group_norm_kernels(silu, with_plus):
 
     norm = randomised(torch.nn.GroupNorm(32, 320, eps=1e-5))
     results = []
-    for ops in (plain_ops, triton_ops):
+    for ops in (torch_ops, triton_ops):
         generator = torch.Generator("cuda").manual_seed(1)
         x = torch.randn(2, 320, 40, 24, device="cuda", generator=generator) + 1
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_(True)
@@ -228,7 +229,7 @@ def test_layer_norm_and_geglu_kernels(adds):
 
     norm = randomised(torch.nn.LayerNorm(640))
     results = []
-    for ops in (plain_ops, triton_ops):
+    for ops in (torch_ops, triton_ops):
         generator = torch.Generator("cuda").manual_seed(1)
         x, y = (torch.randn(2, 37, 640, device="cuda", generator=generator).requires_grad_(True) for _ in range(2))
         total, normed = ops.add_layer_norm(x, y if adds else None, norm)
@@ -245,3 +246,36 @@ def randomised(norm: torch.nn.Module) -> torch.nn.Module:
         norm.weight.copy_(torch.randn(norm.weight.shape, generator=generator))
         norm.bias.copy_(torch.randn(norm.bias.shape, generator=generator))
     return norm.cuda().requires_grad_(False)
+
+
+def test_dora_trains_in_a_graph(base):
+    unet = load_unet(find_base(str(base), base.parent), torch.device("cuda"), torch.bfloat16)
+    lora = inject(unet, LoraSettings(lora_rank=8, lora_alpha=8.0, lora_type="dora"), seed=3)
+    optimizer, precision = AdamW(lora.weights, OptimizerSettings()), Precision(torch.device("cuda"), torch.bfloat16)
+    step = engine.build("plain", unet, lora, optimizer, loss_config(), precision, 1.0)
+    before = [module.magnitude.clone() for module in lora.modules]
+    losses = [step([batch_of(0)], RATE).loss for _ in range(STEPS)]
+    assert losses[-1] < losses[0]
+    assert not any(torch.equal(module.magnitude, start) for module, start in zip(lora.modules, before, strict=True))
+
+
+def test_eight_bit_moments_train_and_continue_exactly(base):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    assert bitsandbytes
+    states = []
+    for interrupted in (False, True):
+        unet, lora = fresh(base, torch.bfloat16)
+        optimizer, precision = AdamW8bit(lora.weights, OptimizerSettings()), Precision(torch.device("cuda"), torch.bfloat16)
+        step = engine.build("fast", unet, lora, optimizer, loss_config(), precision, 1.0)
+        losses = [step([batch_of(number % 10)], RATE).loss for number in range(5)]
+        if interrupted:
+            weights, state = lora.weights.detach().cpu(), {name: value.cpu() for name, value in optimizer.state_dict().items()}
+            unet, lora = fresh(base, torch.bfloat16)
+            lora.weights.data.copy_(weights)
+            optimizer = AdamW8bit(lora.weights, OptimizerSettings())
+            optimizer.load_state_dict(state)
+            step = engine.build("fast", unet, lora, optimizer, loss_config(), precision, 1.0)
+        losses += [step([batch_of(number % 10)], RATE).loss for number in range(5, 10)]
+        states.append((losses, lora.weights.detach().clone()))
+    assert states[0][0] == states[1][0]
+    assert torch.equal(states[0][1], states[1][1])

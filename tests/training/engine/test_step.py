@@ -5,18 +5,18 @@ A step is observed from outside: by what it reports, and by what a plain gradien
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 import pytest
 import torch
 
+from training import engine
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
-from training.engine.fast import torch_ops as plain_ops
-from training.engine.fast.unet import install_fast_forwards
-from training.engine.step import Objective, TrainStep
-from training.method.adapters import ADAPTER, LoraWeights, inject
-from training.method.diffusion import alphas_cumprod
+from training.engine.step import TrainStep
+from training.method.adapters import ADAPTER, Adapter, inject
+from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.optimizers import AdamW
 from training.models.loading import UNet2DConditionModel
 from training.models.sdxl import Schedule
@@ -82,13 +82,19 @@ def part_of(batch: Batch, first: int, last: int) -> Batch:
     return replace(batch, **{part.name: getattr(batch, part.name)[first:last] for part in fields(batch)})
 
 
-def stepper(unet, lora, optimizer, schedule=PLAIN, gamma=5.0, offset=0.0357, max_grad_norm=0.0, dtype=torch.float32) -> TrainStep:
-    install_fast_forwards(unet, lora.stacks, plain_ops)
-    wanted = Objective(schedule.prediction_type, alphas_cumprod(schedule).float(), gamma, offset, SCALING)
-    return TrainStep(unet, lora, optimizer, wanted, Precision(torch.device("cpu"), dtype), max_grad_norm)
+@pytest.fixture(params=["plain", "fast"])
+def stepper(request) -> Callable[..., TrainStep]:
+    """A function that makes the training step of an adapter in a UNet, by either engine."""
+
+    def make(unet, lora, optimizer, schedule=PLAIN, gamma=5.0, offset=0.0357, max_grad_norm=0.0, dtype=torch.float32) -> TrainStep:
+        config = LossConfig(schedule.prediction_type, alphas_cumprod(schedule).float(), gamma, offset, SCALING)
+        precision = Precision(torch.device("cpu"), dtype)
+        return engine.build(request.param, unet, lora, optimizer, config, precision, max_grad_norm)
+
+    return make
 
 
-def in_a_row(lora: LoraWeights) -> torch.Tensor:
+def in_a_row(lora: Adapter) -> torch.Tensor:
     """A copy of all weights, module by module."""
     return torch.cat([part.flatten() for module in lora.modules for part in (module.down, module.up)])
 
@@ -96,26 +102,33 @@ def in_a_row(lora: LoraWeights) -> torch.Tensor:
 class WholeGradient:
     """An optimizer that moves the weights by minus the gradient."""
 
+    capturable = True
+
     def __init__(self, weights: torch.nn.Parameter):
         self.weights = weights
 
-    def step(self, learning_rate: torch.Tensor, halted: torch.Tensor) -> None:
-        assert not halted
+    def step(self, learning_rate: torch.Tensor, found_inf: torch.Tensor) -> None:
+        assert not found_inf
         with torch.no_grad():
             self.weights -= learning_rate * self.weights.grad
 
 
-def observed(lora_unet, batches, **wanted) -> tuple[float, torch.Tensor, float]:
-    """Loss, gradient of all LoRA weights in one row, and reported norm of one step."""
-    unet, lora = lora_unet()
-    before = in_a_row(lora)
-    result = stepper(unet, lora, WholeGradient(lora.weights), **wanted)(batches, learning_rate=1.0)
-    assert not result.diverged
-    return result.loss, before - in_a_row(lora), result.gradient_norm
+@pytest.fixture
+def observed(lora_unet, stepper) -> Callable[..., tuple[float, torch.Tensor, float]]:
+    """A function of batches and options: loss, gradient of all LoRA weights in one row, and reported norm of one step."""
+
+    def observe(batches, **options) -> tuple[float, torch.Tensor, float]:
+        unet, lora = lora_unet()
+        before = in_a_row(lora)
+        result = stepper(unet, lora, WholeGradient(lora.weights), **options)(batches, learning_rate=1.0)
+        assert not result.diverged
+        return result.loss, before - in_a_row(lora), result.gradient_norm
+
+    return observe
 
 
 def reference(lora_unet, batch: Batch, schedule: Schedule, gamma: float, offset: float) -> tuple[float, torch.Tensor]:
-    """The same loss and gradient, written out in float64: only the UNet itself is a function of somebody else."""
+    """The same loss and gradient, written out in float64: only the UNet itself is not."""
     unet, lora = lora_unet()  # as PEFT made it
     unet.double()
     root = [math.sqrt(0.00085) + (math.sqrt(0.012) - math.sqrt(0.00085)) * t / 999 for t in range(1000)]
@@ -173,51 +186,51 @@ def reference(lora_unet, batch: Batch, schedule: Schedule, gamma: float, offset:
         "eps zero-terminal",
     ],
 )
-def test_loss_and_gradient_are_those_of_the_formulas(lora_unet, schedule, gamma, offset, timesteps):
+def test_loss_and_gradient_are_those_of_the_formulas(lora_unet, schedule, gamma, offset, timesteps, observed):
     batch = batch_of(timesteps)
-    loss, gradient, norm = observed(lora_unet, [batch], schedule=schedule, gamma=gamma, offset=offset)
+    loss, gradient, norm = observed([batch], schedule=schedule, gamma=gamma, offset=offset)
     expected_loss, expected = reference(lora_unet, batch, schedule, gamma, offset)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert norm == pytest.approx(expected.norm().item(), rel=1e-4)
     assert (gradient - expected).norm() < 2e-4 * expected.norm()  # float32 against float64
 
 
-def test_accumulated_micro_batches_are_one_batch(lora_unet):
+def test_accumulated_micro_batches_are_one_batch(observed):
     """Two micro-batches of two samples, with what their shares in the step are, do exactly what one of four does."""
     batch = batch_of([50, 300, 600, 900])
-    loss, gradient, norm = observed(lora_unet, [batch])
+    loss, gradient, norm = observed([batch])
     halves = [part_of(batch, 0, 2), part_of(batch, 2, 4)]
-    accumulated_loss, accumulated, accumulated_norm = observed(lora_unet, halves)
+    accumulated_loss, accumulated, accumulated_norm = observed(halves)
     assert accumulated_loss == pytest.approx(loss, rel=1e-5)
     assert accumulated_norm == pytest.approx(norm, rel=1e-4)
     assert (accumulated - gradient).norm() < 1e-4 * gradient.norm()
     for parts in ([part_of(batch, 0, 2)], [part_of(batch, 2, 4)]):
-        _, half, _ = observed(lora_unet, parts)
+        _, half, _ = observed(parts)
         assert (half - gradient).norm() > 0.1 * gradient.norm()
 
 
-def test_padding_counts_nothing(lora_unet):
+def test_padding_counts_nothing(observed):
     """A batch of two real samples and two of weight 0 gives what the two alone give, whatever the padding holds."""
     real = batch_of([50, 300])
     padded = replace(batch_of([50, 300, 600, 900]), weights=torch.tensor([0.5, 0.5, 0.0, 0.0]))
-    loss, gradient, _ = observed(lora_unet, [real])
-    padded_loss, padded_gradient, _ = observed(lora_unet, [padded])
+    loss, gradient, _ = observed([real])
+    padded_loss, padded_gradient, _ = observed([padded])
     assert padded_loss == pytest.approx(loss, rel=1e-5)
     assert (padded_gradient - gradient).norm() < 1e-4 * gradient.norm()
 
 
-def test_gradient_longer_than_the_limit_is_scaled_down_and_its_own_length_reported(lora_unet):
+def test_gradient_longer_than_the_limit_is_scaled_down_and_its_own_length_reported(observed):
     batch = batch_of([300])
-    _, gradient, norm = observed(lora_unet, [batch])
-    _, clipped, reported = observed(lora_unet, [batch], max_grad_norm=norm / 4)
+    _, gradient, norm = observed([batch])
+    _, clipped, reported = observed([batch], max_grad_norm=norm / 4)
     assert reported == pytest.approx(norm, rel=1e-4)
     assert clipped.norm().item() == pytest.approx(norm / 4, rel=1e-3)
     assert (4 * clipped - gradient).norm() < 1e-3 * gradient.norm()
-    _, untouched, _ = observed(lora_unet, [batch], max_grad_norm=4 * norm)
+    _, untouched, _ = observed([batch], max_grad_norm=4 * norm)
     assert (untouched - gradient).norm() < 1e-4 * gradient.norm()
 
 
-def test_rate_of_the_step_is_the_one_that_it_is_given(lora_unet):
+def test_rate_of_the_step_is_the_one_that_it_is_given(lora_unet, stepper):
     """AdamW's first step moves every weight with a gradient by the rate."""
     unet, lora = lora_unet()
     before = in_a_row(lora)
@@ -229,7 +242,7 @@ def test_rate_of_the_step_is_the_one_that_it_is_given(lora_unet):
 
 
 @pytest.mark.parametrize("broken", ["mean", "hidden"])
-def test_loss_that_is_not_finite_leaves_weights_and_moments_as_they_were_and_nothing_moves_them_after(lora_unet, broken):
+def test_loss_that_is_not_finite_leaves_weights_and_moments_as_they_were_and_nothing_moves_them_after(lora_unet, broken, stepper):
     """The result of a step is read when the next one may have begun already: that one must change nothing either."""
     unet, lora = lora_unet()
     optimizer = AdamW(lora.weights, OptimizerSettings())
@@ -237,16 +250,16 @@ def test_loss_that_is_not_finite_leaves_weights_and_moments_as_they_were_and_not
     good, bad = batch_of([300]), batch_of([300])
     getattr(bad, broken)[0, 0] = float("nan")
     assert not step([good], 1e-3).diverged
-    before, moments = in_a_row(lora), copy.deepcopy(optimizer.state)
+    before, moments = in_a_row(lora), copy.deepcopy(optimizer.state_dict())
     result, following = step.begin([good, bad], 1e-3), step.begin([good], 1e-3)
     assert result().diverged
     assert math.isnan(result().loss)
     assert math.isfinite(following().loss)
     assert torch.equal(in_a_row(lora), before)
-    assert all(torch.equal(tensor, moments[name]) for name, tensor in optimizer.state.items())
+    assert all(torch.equal(tensor, moments[name]) for name, tensor in optimizer.state_dict().items())
 
 
-def test_frozen_weights_stay_and_lora_weights_are_fp32(lora_unet):
+def test_frozen_weights_stay_and_lora_weights_are_fp32(lora_unet, stepper):
     unet, lora = lora_unet()
     step = stepper(unet, lora, AdamW(lora.weights, OptimizerSettings()))
     assert lora.weights.dtype == torch.float32
@@ -258,8 +271,8 @@ def test_frozen_weights_stay_and_lora_weights_are_fp32(lora_unet):
     assert not torch.equal(in_a_row(lora), before)
 
 
-def test_fp16_skips_steps_until_the_scale_of_the_loss_fits(plain_unet):
-    """No weight is moved by them, and no loss of theirs is reported for one."""
+def test_fp16_skips_steps_until_the_scale_of_the_loss_fits(plain_unet, stepper):
+    """Skipped steps change no weight, and their loss is not reported as one."""
     unet = copy.deepcopy(plain_unet).half()
     lora = inject(unet, LoraSettings(lora_rank=4, lora_alpha=2.0), seed=7)
     step = stepper(unet, lora, AdamW(lora.weights, OptimizerSettings()), max_grad_norm=1.0, dtype=torch.float16)

@@ -1,4 +1,4 @@
-"""The process beside training: it answers, says what went wrong there, ends with its parent, and changes no result."""
+"""The worker process: calls, errors and signals, its end, and the same results as without it."""
 
 import os
 import signal
@@ -18,12 +18,12 @@ import os, signal, time
 from training.system.worker_process import worker_process
 
 if __name__ == "__main__":
-    with worker_process(wanted=True) as aside:
-        print(aside.call(signal.pthread_sigmask, signal.SIG_BLOCK, ()) >= {signal.SIGINT, signal.SIGTERM})
-        print(aside.call(os.getpid), flush=True)
+    with worker_process(enabled=True) as worker:
+        print(worker.call(signal.pthread_sigmask, signal.SIG_BLOCK, ()) >= {signal.SIGINT, signal.SIGTERM})
+        print(worker.call(os.getpid), flush=True)
         time.sleep(60)
 """
-ENCODES_ASIDE = """
+ENCODES_IN_WORKER = """
 import sys
 from pathlib import Path
 import train_lora
@@ -46,7 +46,7 @@ def fail() -> None:
 
 
 class Stubborn(Exception):
-    """Cannot be made of what it shows."""
+    """Cannot be unpickled: its constructor takes two arguments, and its args hold one."""
 
     def __init__(self, first: str, second: str):
         super().__init__(first + second)
@@ -56,22 +56,22 @@ def fail_stubbornly() -> None:
     raise Stubborn("one", "two")
 
 
-def kill_yourself() -> None:
+def kill_itself() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def exit_in_the_middle() -> None:
+def exit_during_the_call() -> None:
     os._exit(3)
 
 
 @pytest.fixture
-def aside():
-    with worker_process(wanted=True) as aside:
-        yield aside
+def worker():
+    with worker_process(enabled=True) as worker:
+        yield worker
 
 
 def run(folder: Path, code: str, environment: dict[str, str]) -> subprocess.Popen:
-    """A program with `code`; it is a file, because a process beside it imports the same file."""
+    """A program with `code`; it is a file, because its worker process imports the same file."""
     script = folder / "run.py"
     script.write_text(code)
     environment = os.environ | environment | {"PYTHONPATH": str(REPOSITORY / "scripts")}
@@ -79,54 +79,54 @@ def run(folder: Path, code: str, environment: dict[str, str]) -> subprocess.Pope
     return subprocess.Popen([sys.executable, script], env=environment, text=True, **pipes)
 
 
-def test_it_answers_one_call_after_another_in_another_process(aside):
-    assert aside.call(pow, 2, 5) == 32
-    first, second = aside.call(os.getpid), aside.call(os.getpid)
+def test_calls_run_one_after_another_in_another_process(worker):
+    assert worker.call(pow, 2, 5) == 32
+    first, second = worker.call(os.getpid), worker.call(os.getpid)
     assert first == second != os.getpid()
 
 
-def test_what_is_raised_there_is_raised_here_with_its_traceback(aside):
+def test_an_exception_is_raised_here_with_its_traceback(worker):
     with pytest.raises(DataError, match="cup: cannot be used"):
-        aside.call(refuse, "cup")
+        worker.call(refuse, "cup")
     with pytest.raises(KeyError) as caught:
-        aside.call(fail)
+        worker.call(fail)
     assert 'in fail\n    {}["absent"]' in caught.value.__notes__[0]
 
 
-def test_what_cannot_be_pickled_is_told(aside):
+def test_an_exception_that_cannot_be_pickled_becomes_a_runtime_error(worker):
     with pytest.raises(RuntimeError, match="Stubborn: onetwo"):
-        aside.call(fail_stubbornly)
+        worker.call(fail_stubbornly)
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [(kill_yourself, "was killed, as the kernel does"), (exit_in_the_middle, "has ended with exit code 3")]
+    ("end", "message"), [(kill_itself, "was killed, as the kernel does"), (exit_during_the_call, "exited with code 3")]
 )
-def test_its_death_is_one_line(aside, how, said):
-    with pytest.raises(ResourceError, match=said):
-        aside.call(how)
+def test_its_death_is_a_resource_error(worker, end, message):
+    with pytest.raises(ResourceError, match=message):
+        worker.call(end)
 
 
-def test_it_is_not_started_where_it_is_not_wanted():
-    with worker_process(wanted=False) as aside:
-        assert aside is None
+def test_it_is_not_started_if_it_is_not_enabled():
+    with worker_process(enabled=False) as worker:
+        assert worker is None
 
 
-def test_it_is_deaf_to_signals_and_gone_after_the_block():
-    with worker_process(wanted=True) as aside:
-        pid = aside.call(os.getpid)
+def test_it_ignores_signals_and_is_gone_after_the_block():
+    with worker_process(enabled=True) as worker:
+        pid = worker.call(os.getpid)
         os.kill(pid, signal.SIGINT)
         os.kill(pid, signal.SIGTERM)
-        assert aside.call(os.getpid) == pid
+        assert worker.call(os.getpid) == pid
         process = psutil.Process(pid)
     process.wait(timeout=10)
 
 
-def test_a_run_that_encodes_aside_leaves_what_another_leaves(stage, tmp_path):
+def test_encoding_in_a_worker_gives_the_same_files(stage, tmp_path):
     stage.add("astronaut")
     here = stage.trained(NUM_TRAIN_EPOCHS=1)
     before = stage.files()
     stage.output.rename(tmp_path / "first")
-    output, errors = run(tmp_path, ENCODES_ASIDE, stage._environment({"NUM_TRAIN_EPOCHS": 1})).communicate()
+    output, errors = run(tmp_path, ENCODES_IN_WORKER, stage._environment({"NUM_TRAIN_EPOCHS": 1})).communicate()
     assert errors == ""
     assert "images: 1 encoded, 0 in the cache; captions: 2 encoded" in output
     assert "images: 1 encoded, 0 in the cache; captions: 2 encoded" in here
@@ -139,7 +139,7 @@ def test_a_run_that_encodes_aside_leaves_what_another_leaves(stage, tmp_path):
 
 def test_it_ends_with_a_parent_that_is_killed(tmp_path):
     process = run(tmp_path, WAITS, {})
-    assert process.stdout.readline() == "True\n", "the first process beside another hears of signals"
+    assert process.stdout.readline() == "True\n", "signals are not blocked in the first worker of a process"
     pid = int(process.stdout.readline())
     child = psutil.Process(pid)
     process.kill()

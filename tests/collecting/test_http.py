@@ -1,4 +1,4 @@
-"""What stands in front of ComfyUI: paths, logins, tokens, certificates; and what lets us in is shown nowhere."""
+"""Paths, logins, tokens and certificates on the way to ComfyUI; secrets are shown nowhere."""
 
 import json
 import time
@@ -6,7 +6,7 @@ import time
 import pytest
 import trustme
 
-from collecting.http import addresses
+from collecting.http import parse_addresses
 from common.errors import SettingsError
 from demo.standin_comfyui.server import StandIn
 
@@ -33,51 +33,51 @@ def certificates(tmp_path):
 def socket_requests(standin: StandIn) -> list[dict[str, str]]:
     """The headers of the requests that opened a websocket, once there are some."""
     deadline = time.monotonic() + 5
-    while not (found := [headers for headers in standin.heard if headers.get("Upgrade") == "websocket"]):
+    while not (found := [headers for headers in standin.request_headers if headers.get("Upgrade") == "websocket"]):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return found
 
 
-def test_headers_go_with_every_request_and_the_websocket(batch, standin, collect):
+def test_headers_are_sent_with_every_request_and_the_websocket(batch, standin, collect):
     standin.worker.seconds_per_job = 0.2
-    standin.wanted_headers = {"Authorization": f"Bearer {TOKEN}", "CF-Access-Client-Id": "me"}
-    assert collect(COMFYUI_HEADERS=json.dumps(standin.wanted_headers)).code == 0
+    standin.required_headers = {"Authorization": f"Bearer {TOKEN}", "CF-Access-Client-Id": "me"}
+    assert collect(COMFYUI_HEADERS=json.dumps(standin.required_headers)).code == 0
     assert len(batch.images()) == 1
     assert socket_requests(standin)[0]["Authorization"] == f"Bearer {TOKEN}"
 
 
-def test_user_and_password_in_the_address_become_a_login(batch, standin, collect):
-    standin.wanted_headers = {"Authorization": "Basic Y2F0Om5pbmUgbGl2ZXNAaG9tZQ=="}
+def test_user_and_password_in_the_endpoint_are_sent_as_basic_auth(batch, standin, collect):
+    standin.required_headers = {"Authorization": "Basic Y2F0Om5pbmUgbGl2ZXNAaG9tZQ=="}
     url = standin.url.replace("//", "//cat:nine%20lives%40home@")
     assert collect(COMFYUI_ENDPOINT=url).code == 0
     assert len(batch.images()) == 1
 
 
 def test_netrc_does_not_replace_the_token(batch, standin, collect, tmp_path):
-    standin.wanted_headers = {"Authorization": f"Bearer {TOKEN}"}
+    standin.required_headers = {"Authorization": f"Bearer {TOKEN}"}
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password else\n")
-    assert collect(NETRC=str(tmp_path / "netrc"), COMFYUI_HEADERS=json.dumps(standin.wanted_headers)).code == 0
+    assert collect(NETRC=str(tmp_path / "netrc"), COMFYUI_HEADERS=json.dumps(standin.required_headers)).code == 0
 
 
-def test_base_address_with_a_path(batch, standin, collect):
+def test_endpoint_with_a_path(batch, standin, collect):
     standin.worker.seconds_per_job = 0.2
     standin.base_path = "/deep/comfy"
     assert collect(COMFYUI_ENDPOINT=f"{standin.url}/deep/comfy/").code == 0
     assert ("GET", "/ws") in standin.requests
     wrong = collect(COMFYUI_ENDPOINT=standin.url, NEW_SEEDS="1")
     assert wrong.code == 4
-    assert "/login: put the final address into COMFYUI_ENDPOINT" in wrong.err
+    assert "/login: set COMFYUI_ENDPOINT to the final address" in wrong.err
 
 
-def test_no_request_has_an_origin(batch, standin, collect):
+def test_requests_have_no_origin(batch, standin, collect):
     standin.worker.seconds_per_job = 0.2
     assert collect().code == 0
     assert socket_requests(standin)
-    assert not [headers for headers in standin.heard if "Origin" in headers]
+    assert not [headers for headers in standin.request_headers if "Origin" in headers]
 
 
-def test_certificate_of_ones_own(batch, collect, certificates, tmp_path, monkeypatch):
+def test_self_signed_certificate(batch, collect, certificates, tmp_path, monkeypatch):
     certificate, authority = certificates
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "")
     with StandIn(tmp_path / "tls", certificate=certificate, seconds_per_job=0.2) as server:
@@ -89,7 +89,7 @@ def test_certificate_of_ones_own(batch, collect, certificates, tmp_path, monkeyp
         assert len(batch.images()) == 1
 
 
-def test_certificate_file_that_is_not_there_is_a_wrong_setting(batch, collect):
+def test_missing_certificate_file_is_a_wrong_setting(batch, collect):
     result = collect(COMFYUI_CA_BUNDLE=str(batch.root / "absent.pem"))
     assert result.code == 2
     assert "comfyui_ca_bundle: there is no file" in result.err
@@ -109,7 +109,7 @@ def test_certificate_file_that_is_not_there_is_a_wrong_setting(batch, collect):
         "[" * 100000,
     ],
 )
-def test_headers_that_cannot_be_sent_are_a_wrong_setting_and_not_shown(batch, collect, headers):
+def test_invalid_headers_are_a_wrong_setting_and_not_shown(batch, collect, headers):
     result = collect(COMFYUI_HEADERS=headers)
     assert result.code == 2
     assert "comfyui_headers: must be a JSON object" in result.err
@@ -117,10 +117,10 @@ def test_headers_that_cannot_be_sent_are_a_wrong_setting_and_not_shown(batch, co
 
 
 @pytest.mark.parametrize("name", ["Content-Length", "transfer-encoding", "CONTENT-TYPE", "Host", "Connection"])
-def test_header_that_each_request_sets_itself_is_refused(batch, standin, collect, name):
+def test_framing_headers_are_refused(batch, standin, collect, name):
     result = collect(COMFYUI_HEADERS=json.dumps({"X-Token": TOKEN, name: "5"}))
     assert result.code == 2
-    assert f"comfyui_headers: {name} is set by each request itself; leave it out" in result.err
+    assert f"comfyui_headers: {name} is set by the HTTP client for each request; remove it" in result.err
     assert TOKEN not in result.err
     assert standin.requests == []
 
@@ -137,7 +137,7 @@ def test_header_that_each_request_sets_itself_is_refused(batch, standin, collect
         ((), {"COMFYUI_ENDPOINT": "http://cat:nine%20lives%40home@127.0.0.1:9/?token=hush-hush-token"}, 2),
     ],
 )
-def test_secrets_are_in_no_line_and_no_file(batch, standin, collect, flags, variables, code):
+def test_secrets_are_neither_logged_nor_stored(batch, standin, collect, flags, variables, code):
     url = standin.url.replace("//", "//cat:nine%20lives%40home@")
     standin.fault("image_empty", times=1)
     headers = json.dumps({"X-Token": TOKEN})
@@ -158,8 +158,8 @@ def test_settings_are_listed_without_the_secrets(batch, standin, collect, capsys
     assert "hush" not in shown
 
 
-def test_address_may_be_several():
-    found = addresses(" http://one:8188/, https://me:too@two/path,http://one:8188", '{"X-A": "b"}')
+def test_endpoint_may_list_several_addresses():
+    found = parse_addresses(" http://one:8188/, https://me:too@two/path,http://one:8188", '{"X-A": "b"}')
     assert [each.url for each in found] == ["http://one:8188", "https://two/path"]
     assert [each.websocket_url for each in found] == ["ws://one:8188/ws", "wss://two/path/ws"]
     assert [each.headers for each in found] == [{"X-A": "b"}, {"Authorization": "Basic bWU6dG9v", "X-A": "b"}]
@@ -167,20 +167,20 @@ def test_address_may_be_several():
 
 
 @pytest.mark.parametrize("endpoint", ["", " , ", "http://host?token=x", "http://host/#x", "http://host,http://"])
-def test_what_is_no_address_is_refused(endpoint):
+def test_invalid_endpoint_is_refused(endpoint):
     with pytest.raises(SettingsError, match="comfyui_endpoint"):
-        addresses(endpoint)
+        parse_addresses(endpoint)
 
 
 @pytest.mark.parametrize("flags", [(), ("--check",)])
 @pytest.mark.parametrize("host", ["192.168..1", "my..host", ".", ".host", f"{'a' * 80}.local", "\u732b..host"])
-def test_host_name_with_a_typing_error_is_named_as_a_wrong_setting(batch, collect, flags, host):
+def test_invalid_host_name_is_a_wrong_setting(batch, collect, flags, host):
     result = collect(*flags, COMFYUI_ENDPOINT=f"http://me:hush@{host}:8188")
     assert result.code == 2
-    assert f"comfyui_endpoint: http://{host}:8188: between the dots of a host name" in result.err
+    assert f"comfyui_endpoint: http://{host}:8188: invalid host name" in result.err
     assert "hush" not in result.err
 
 
 @pytest.mark.parametrize("host", ["host", "host.local.", "my_host", "b\u00fccher.example", "[::1]", f"{'a' * 63}.local"])
-def test_unusual_host_name_is_no_typing_error(host):
-    assert [each.url for each in addresses(f"http://{host}:8188")] == [f"http://{host}:8188"]
+def test_unusual_host_names_are_valid(host):
+    assert [each.url for each in parse_addresses(f"http://{host}:8188")] == [f"http://{host}:8188"]

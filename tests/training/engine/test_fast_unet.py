@@ -1,4 +1,4 @@
-"""The quickened UNet is the UNet of diffusers with PEFT's layers in it: the same answers and the same gradients.
+"""The UNet with fast forwards is that of diffusers with PEFT's layers: the same predictions and the same gradients.
 
 In float64, because the random weights of the tiny model multiply every rounding; LoRA gradients are fp32 always.
 """
@@ -10,9 +10,11 @@ import torch
 
 from demo import tiny_sdxl
 from training.config import LoraSettings
-from training.engine.fast import torch_ops as plain_ops
-from training.engine.fast.unet import checkpoint_everything, install_fast_forwards
-from training.method.adapters import LoraWeights, inject
+from training.engine.fast import torch_ops
+from training.engine.fast.lora_linear import FusedAdapter, fuse
+from training.engine.fast.unet import install_fast_forwards
+from training.engine.step import enable_gradient_checkpointing
+from training.method.adapters import Adapter, inject
 from training.models.base_model import find_base
 from training.models.loading import load_unet
 
@@ -36,17 +38,25 @@ def inputs(size: tuple[int, int] = (16, 24), batch: int = 2) -> dict:
     }
 
 
-def adapted(unet, targets: str = "all", alpha: float = 6.0) -> tuple[torch.nn.Module, LoraWeights]:
+def adapted(unet, targets: str = "all", alpha: float = 6.0) -> tuple[torch.nn.Module, Adapter]:
     """A copy of the UNet with a LoRA that does something."""
     mine = copy.deepcopy(unet)
     lora = inject(mine, LoraSettings(lora_rank=3, lora_alpha=alpha, lora_targets=targets), seed=1)
     with torch.no_grad():
         lora.weights.copy_(0.05 * torch.randn(lora.weights.shape, generator=torch.Generator().manual_seed(7)))
-        lora.refresh()
     return mine, lora
 
 
-def peft_gradients(unet, lora: LoraWeights) -> dict[str, torch.Tensor]:
+def quick(unet, targets: str = "all") -> tuple[torch.nn.Module, FusedAdapter]:
+    """The same with fast forwards."""
+    network, lora = adapted(unet, targets)
+    fused = fuse(lora)
+    fused.sync_compute_weights()
+    install_fast_forwards(network, fused, torch_ops)
+    return network, fused
+
+
+def peft_gradients(unet, lora: Adapter) -> dict[str, torch.Tensor]:
     """Gradients that autograd left in PEFT's own layers."""
     gradients = {}
     for name, parameter in unet.named_parameters():
@@ -56,11 +66,11 @@ def peft_gradients(unet, lora: LoraWeights) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def flat_gradients(lora: LoraWeights) -> dict[str, torch.Tensor]:
+def flat_gradients(fused: FusedAdapter) -> dict[str, torch.Tensor]:
     gradients = {}
-    for names, stack in lora.stacks.values():
-        for i, (name, down) in enumerate(zip(names, stack.down_grad.chunk(len(names)), strict=True)):
-            gradients[f"{name}.lora_A"], gradients[f"{name}.lora_B"] = down, stack.up_grad[i]
+    for group in fused.groups.values():
+        for i, (name, down) in enumerate(zip(group.names, group.down_grad.chunk(len(group.names)), strict=True)):
+            gradients[f"{name}.lora_A"], gradients[f"{name}.lora_B"] = down, group.up_grad[i]
     return gradients
 
 
@@ -76,36 +86,53 @@ def answered(network: torch.nn.Module) -> torch.Tensor:
 def reference(unet, request) -> tuple[str, torch.Tensor, dict[str, torch.Tensor]]:
     """What is adapted; answer and gradients of diffusers and PEFT."""
     plain, lora = adapted(unet, request.param)
+    plain.double()  # PEFT's parameters, too
     return request.param, answered(plain), peft_gradients(plain, lora)
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_answer_and_every_gradient_are_those_of_diffusers_and_peft(unet, reference, recomputes):
     targets, answer, wanted = reference
-    fast, lora = adapted(unet, targets)
-    install_fast_forwards(fast, lora.stacks, plain_ops)
+    fast, fused = quick(unet, targets)
     if recomputes:
-        checkpoint_everything(fast)
+        enable_gradient_checkpointing(fast)
     torch.testing.assert_close(answered(fast), answer, rtol=1e-6, atol=1e-6)
-    found = flat_gradients(lora)
+    found = flat_gradients(fused)
     assert wanted.keys() == found.keys()
     for name, gradient in wanted.items():
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 def test_gradients_are_added_to_what_is_there(unet):
-    fast, lora = adapted(unet)
-    install_fast_forwards(fast, lora.stacks, plain_ops)
+    fast, fused = quick(unet)
     for times in (1, 2):
         fast(**inputs(), return_dict=False)[0].square().mean().backward()
         if times == 1:
-            once = lora.weights.grad.clone()
-    torch.testing.assert_close(lora.weights.grad, 2 * once, rtol=1e-4, atol=1e-6)
+            once = fused.adapter.weights.grad.clone()
+    torch.testing.assert_close(fused.adapter.weights.grad, 2 * once, rtol=1e-4, atol=1e-6)
 
 
-def test_layers_in_a_stack_lie_in_memory_once(unet):
-    fast, lora = adapted(unet)
-    install_fast_forwards(fast, lora.stacks, plain_ops)
-    for names, stack in lora.stacks.values():
-        base = fast.get_submodule(names[0]).base_layer.weight
-        assert base.untyped_storage().data_ptr() == stack.weight.untyped_storage().data_ptr()
+def test_layers_of_a_group_are_in_memory_once(unet):
+    fast, fused = quick(unet)
+    for group in fused.groups.values():
+        base = fast.get_submodule(group.names[0]).base_layer.weight
+        assert base.untyped_storage().data_ptr() == group.weight.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(
+    "ends", [("attn2.to_q", "ff.net.2"), ("attn1.to_q", "attn1.to_v", "attn2.to_v", "proj_in")], ids=["none of a group", "some"]
+)
+def test_any_choice_of_layers_is_computed_as_diffusers_and_peft_do(unet, monkeypatch, ends):
+    """Groups that are not adapted, or in part, too."""
+    monkeypatch.setattr(
+        "training.method.adapters.target_modules",
+        lambda network, _: [name for name, _ in network.named_modules() if name.endswith(ends)],
+    )
+    plain, lora = adapted(unet)
+    plain.double()
+    expected = answered(plain)
+    fast, fused = quick(unet)
+    torch.testing.assert_close(answered(fast), expected, rtol=1e-6, atol=1e-6)
+    found = flat_gradients(fused)
+    for name, gradient in peft_gradients(plain, lora).items():
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name

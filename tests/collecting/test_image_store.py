@@ -1,4 +1,4 @@
-"""Bytes become an image of the data set only when they are whole, and only once."""
+"""Images are stored only if they are complete, and only once."""
 
 import io
 import os
@@ -9,9 +9,10 @@ import pytest
 from comfyui_workspace import png
 from PIL import Image
 
-from collecting.image_store import BadImage, ImageStore, safe_prefix, verified
+from collecting.image_store import DownloadedImage, ImageStore, safe_prefix
 from common.dataset_layout import DatasetFolder
 from common.files import append_json_line, read_json_lines
+from common.images import BrokenImageError
 
 
 def encoded(kind: str, **options) -> bytes:
@@ -40,29 +41,29 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [("PNG", ".png"), ("JPEG", ".jpg"), ("WEBP", ".webp")])
-def test_whole_images_are_taken_and_named_by_their_bytes(kind, suffix):
-    image = verified(encoded(kind))
+def test_complete_images_are_accepted_and_get_the_suffix_of_their_format(kind, suffix):
+    image = DownloadedImage.from_bytes(encoded(kind))
     assert (image.suffix, image.size_px) == (suffix, (40, 30))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
-def test_cut_off_images_are_refused(kind, share):
+def test_truncated_images_are_refused(kind, share):
     content = encoded(kind)
-    with pytest.raises(BadImage):
-        verified(content[: int(len(content) * share)])
+    with pytest.raises(BrokenImageError):
+        DownloadedImage.from_bytes(content[: int(len(content) * share)])
 
 
 def test_png_without_its_last_bytes_is_refused():
-    with pytest.raises(BadImage, match="cut off"):
-        verified(png()[:-1])
+    with pytest.raises(BrokenImageError, match="cut off"):
+        DownloadedImage.from_bytes(png()[:-1])
 
 
 def test_damaged_png_is_refused():
     content = bytearray(encoded("PNG"))
     content[len(content) // 2] ^= 0xFF
-    with pytest.raises(BadImage):
-        verified(bytes(content))
+    with pytest.raises(BrokenImageError):
+        DownloadedImage.from_bytes(bytes(content))
 
 
 @pytest.mark.parametrize(
@@ -77,55 +78,55 @@ def test_damaged_png_is_refused():
         (bomb(), "pixels"),
     ],
 )
-def test_what_is_no_still_image_is_refused(content, words):
-    with pytest.raises(BadImage, match=words):
-        verified(content)
+def test_anything_but_a_still_image_is_refused(content, words):
+    with pytest.raises(BrokenImageError, match=words):
+        DownloadedImage.from_bytes(content)
 
 
-def test_image_and_its_line_are_stored_once(folder):
-    store, image = ImageStore(folder), verified(png())
-    line = store.line_for(image, "smile", {"node": "9"})
+def test_image_and_its_manifest_line_are_stored_once(folder):
+    store, image = ImageStore(folder), DownloadedImage.from_bytes(png())
+    line = store.manifest_line(image, "smile", {"node": "9"})
     assert store.put(image, line) is True
-    assert store.put(image, store.line_for(image, "other", {"node": "10"})) is False
-    assert ImageStore(folder).put(image, store.line_for(image, "again", {"node": "9"})) is False
+    assert store.put(image, store.manifest_line(image, "other", {"node": "10"})) is False
+    assert ImageStore(folder).put(image, store.manifest_line(image, "again", {"node": "9"})) is False
     assert [path.name for path in folder.images.iterdir()] == [f"smile_{image.sha256[:12]}.png"]
     assert read_json_lines(folder.manifest) == [line]
     assert line == {"file": f"images/smile_{image.sha256[:12]}.png", "sha256": image.sha256, "size_px": [24, 32], "node": "9"}
     assert (folder.root / line["file"]).read_bytes() == png()
 
 
-def test_file_without_a_line_gets_its_line_and_no_twin(folder):
+def test_unlisted_file_gets_its_manifest_line_and_is_not_stored_twice(folder):
     folder.images.mkdir(parents=True)
     (folder.images / "killed_in_between.png").write_bytes(png())
-    store, image = ImageStore(folder), verified(png())
-    assert store.put(image, store.line_for(image, "smile", {"node": "9"})) is False
+    store, image = ImageStore(folder), DownloadedImage.from_bytes(png())
+    assert store.put(image, store.manifest_line(image, "smile", {"node": "9"})) is False
     assert [line["file"] for line in read_json_lines(folder.manifest)] == ["images/killed_in_between.png"]
     assert [path.name for path in folder.images.iterdir()] == ["killed_in_between.png"]
 
 
-def test_image_that_was_taken_out_stays_out(folder):
-    store, image = ImageStore(folder), verified(png())
-    line = store.line_for(image, "smile", {})
+def test_deleted_image_is_not_stored_again(folder):
+    store, image = ImageStore(folder), DownloadedImage.from_bytes(png())
+    line = store.manifest_line(image, "smile", {})
     store.put(image, line)
     (folder.root / line["file"]).unlink()
     again = ImageStore(folder)
     assert again.put(image, line) is False
-    assert again.missing() == 1
+    assert again.count_missing() == 1
     assert list(folder.images.iterdir()) == []
 
 
-def test_a_file_of_the_user_is_never_overwritten(folder):
-    image = verified(png())
+def test_file_of_the_user_is_never_overwritten(folder):
+    image = DownloadedImage.from_bytes(png())
     folder.images.mkdir(parents=True)
     taken = folder.images / f"smile_{image.sha256[:12]}.png"
     taken.write_bytes(png((0, 0, 0)))
     store = ImageStore(folder)
-    assert store.put(image, store.line_for(image, "smile", {})) is True
+    assert store.put(image, store.manifest_line(image, "smile", {})) is True
     assert taken.read_bytes() == png((0, 0, 0))
     assert len(list(folder.images.iterdir())) == 2
 
 
-def test_what_a_killed_run_was_writing_is_removed_but_nothing_fresh(folder):
+def test_old_partial_files_are_removed_and_new_ones_kept(folder):
     folder.images.mkdir(parents=True)
     old, fresh = folder.images / ".old.part", folder.images / ".fresh.part"
     for path in (old, fresh):
@@ -135,12 +136,12 @@ def test_what_a_killed_run_was_writing_is_removed_but_nothing_fresh(folder):
     assert (old.exists(), fresh.exists()) == (False, True)
 
 
-def test_half_a_line_in_the_manifest_does_not_hide_the_next(folder):
+def test_truncated_manifest_line_does_not_hide_the_next(folder):
     append_json_line(folder.manifest, {"sha256": "0", "file": "images/a.png"})
     with folder.manifest.open("a") as manifest:
         manifest.write('{"sha256": "1", "fi')
-    store, image = ImageStore(folder), verified(png())
-    store.put(image, store.line_for(image, "x", {}))
+    store, image = ImageStore(folder), DownloadedImage.from_bytes(png())
+    store.put(image, store.manifest_line(image, "x", {}))
     assert [line["sha256"] for line in read_json_lines(folder.manifest)] == ["0", image.sha256]
 
 
@@ -157,5 +158,5 @@ def test_half_a_line_in_the_manifest_does_not_hide_the_next(folder):
         ("x" * 300, "x" * 40),
     ],
 )
-def test_names_are_made_safe(text, expected):
+def test_file_name_prefix_is_made_safe(text, expected):
     assert safe_prefix(text) == expected

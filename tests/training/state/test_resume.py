@@ -8,8 +8,8 @@ import torch
 from common.errors import SettingsError
 from training.config import TrainSettings
 from training.data.buckets import Bucket, run_order
-from training.loop import Progress
-from training.plan import WARMUP_STEPS, circumstances
+from training.monitor.callbacks import Progress, Validation
+from training.plan import WARMUP_STEPS, runtime_settings
 from training.state import checkpoint
 from training.state.checkpoint import Identity, Snapshot
 from training.state.resume import find_resume_point, warmup_to_keep
@@ -24,15 +24,15 @@ BEGAN = {
 }
 
 
-def saved(folder, step: int = 60, common_steps: int = 95, **fingerprint: object) -> checkpoint.Saved:
-    identity = Identity({**BEGAN, **fingerprint}, {"dataloader_num_workers": 4}, common_steps)
+def saved(folder, step: int = 60, shared_prefix_steps: int = 95, **fingerprint: object) -> checkpoint.Checkpoint:
+    identity = Identity({**BEGAN, **fingerprint}, {"dataloader_num_workers": 4}, shared_prefix_steps)
     state = Snapshot({"weight": torch.zeros(1)}, Progress(step, 0.5), {})
     checkpoint.write(folder, state, identity, keep=2)
     return checkpoint.newest(folder)
 
 
-def now(common_steps: int = 95, workers: int = 4, **fingerprint: object) -> Identity:
-    return Identity({**BEGAN, **fingerprint}, {"dataloader_num_workers": workers}, common_steps)
+def now(shared_prefix_steps: int = 95, workers: int = 4, **fingerprint: object) -> Identity:
+    return Identity({**BEGAN, **fingerprint}, {"dataloader_num_workers": workers}, shared_prefix_steps)
 
 
 def test_the_same_run_goes_on_without_a_word(tmp_path, capsys):
@@ -43,19 +43,19 @@ def test_the_same_run_goes_on_without_a_word(tmp_path, capsys):
 
 def test_workers_and_more_epochs_are_taken_with_a_line(tmp_path, capsys):
     before = saved(tmp_path)
-    assert find_resume_point(tmp_path, before, now(common_steps=190, workers=2, num_train_epochs=20)) == before
+    assert find_resume_point(tmp_path, before, now(shared_prefix_steps=190, workers=2, num_train_epochs=20)) == before
     said = capsys.readouterr().out
-    assert "changed and taken: num_train_epochs: 10 then, 20 now" in said
-    assert "changed and taken: dataloader_num_workers: 4 then, 2 now" in said
+    assert "setting changed since the checkpoint: num_train_epochs: 10 -> 20" in said
+    assert "setting changed since the checkpoint: dataloader_num_workers: 4 -> 2" in said
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"lora_rank": 16}, ["lora_rank: 32 then, 16 now"]),
-        ({"lora_rank": 16, "num_train_epochs": 20}, ["lora_rank: 32 then, 16 now", "num_train_epochs: 10 then, 20 now"]),
-        ({"lr_scheduler": "cosine"}, ["lr_scheduler: 'constant' then, 'cosine' now"]),
-        ({"num_train_epochs": 3, "common": 29}, ["num_train_epochs: 10 then, 3 now"]),
+        ({"lora_rank": 16}, ["lora_rank: 32 -> 16"]),
+        ({"lora_rank": 16, "num_train_epochs": 20}, ["lora_rank: 32 -> 16", "num_train_epochs: 10 -> 20"]),
+        ({"lr_scheduler": "cosine"}, ["lr_scheduler: constant -> cosine"]),
+        ({"num_train_epochs": 3, "common": 29}, ["num_train_epochs: 10 -> 3"]),
     ],
 )
 def test_what_changes_the_result_is_refused_with_both_ways_on(tmp_path, changes, words):
@@ -63,20 +63,20 @@ def test_what_changes_the_result_is_refused_with_both_ways_on(tmp_path, changes,
     common = changes.pop("common", 95)
     with pytest.raises(SettingsError) as refused:
         find_resume_point(tmp_path, before, now(common, **changes))
-    for word in [*words, "set it back", "FRESH=1", "stopped at step 60"]:
+    for word in [*words, "restore them", "FRESH=1", "stopped at step 60"]:
         assert word in str(refused.value)
 
 
 def test_a_falling_rate_cannot_be_lengthened(tmp_path):
     before = saved(tmp_path, lr_scheduler="cosine")
-    with pytest.raises(SettingsError, match="num_train_epochs: 10 then, 20 now"):
-        find_resume_point(tmp_path, before, now(common_steps=190, lr_scheduler="cosine", num_train_epochs=20))
+    with pytest.raises(SettingsError, match="num_train_epochs: 10 -> 20"):
+        find_resume_point(tmp_path, before, now(shared_prefix_steps=190, lr_scheduler="cosine", num_train_epochs=20))
 
 
 def test_a_longer_run_goes_on_from_before_the_short_batches_that_ended_the_shorter_one(tmp_path):
     saved(tmp_path, step=95)
     before = saved(tmp_path, step=97)
-    assert find_resume_point(tmp_path, before, now(common_steps=190, num_train_epochs=20)).progress.next_step == 95
+    assert find_resume_point(tmp_path, before, now(shared_prefix_steps=190, num_train_epochs=20)).progress.next_step == 95
 
 
 def test_a_longer_run_keeps_its_warm_up_and_one_that_falls_does_not(tmp_path):
@@ -100,7 +100,7 @@ def test_a_longer_run_begins_with_the_full_batches_of_a_shorter_one():
 
 def test_only_these_settings_may_change():
     """A setting that decides the result must not slip in here."""
-    assert set(circumstances(TrainSettings())) == {
+    assert set(runtime_settings(TrainSettings())) == {
         "train_batch_size",
         "gradient_accumulation_steps",
         "processes",
@@ -114,11 +114,22 @@ def test_only_these_settings_may_change():
         "dataloader_num_workers",
         "tensorboard",
         "wandb_project",
+        "engine",
+        "base_model",
+        "skip_flagged",
+        "validation_fraction",
+        "num_processes",
+        "num_machines",
+        "machine_rank",
+        "main_process_ip",
+        "main_process_port",
+        "output_name",
+        "fresh",
     }
 
 
 def test_progress_survives_json():
-    progress = Progress().after(0, 0.5).after(1, 0.25).validated(1, 0.75).validated(2, 0.125)
+    progress = replace(Progress().after(0, 0.5).after(1, 0.25), validations=(Validation(1, 0.75), Validation(2, 0.125)))
     assert Progress.from_json(asdict(progress)) == progress
     assert progress.loss_average == 0.98 * 0.5 + 0.02 * 0.25
     assert replace(progress, validations=()).next_step == 2
