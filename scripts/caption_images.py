@@ -72,8 +72,8 @@ def caption(
     indexed = index_images(folder, images, decode_workers())
     audit = audit_images(folder, images, indexed, train.data.resolution)
     write_audit(audit, folder)
-    print(report.audit_table(audit), flush=True)
-    to_generate, to_keep = sort_captions(images, captions, settings.caption_overwrite, counts)
+    print(report.audit_table(audit, folder.audit), flush=True)
+    to_generate, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)
     keep_captions(to_keep, captions, counts)
     generate_captions(to_generate, indexed, settings, project.models_dir, folder, captions, counts)
     tokens = find_clip_tokens(project.models_dir, train.model.base_model)
@@ -116,7 +116,7 @@ def undo(captions: CaptionFiles) -> None:
         print(f"not restored, because edited after that run: {', '.join(result.edited)}")
 
 
-def sort_captions(
+def classify_captions(
     images: list[ImageFile], captions: CaptionFiles, overwrite: bool, counts: CaptionCounts
 ) -> tuple[list[ImageFile], list[ImageFile]]:
     """The images whose captions are generated, and those whose captions are the user's and kept.

@@ -66,8 +66,9 @@ def index_images(folder: DatasetFolder, images: Sequence[ImageFile], workers: in
     indexed = {path: index[name] for path, name in names.items()}
     entries = []
     for image in indexed.values():
-        entry = dataclasses.asdict(image)
-        entries.append({{"stats": "look"}.get(key, key): value for key, value in entry.items()})
+        stats = dataclasses.asdict(image.stats) if image.stats else None
+        entry = {"name": image.name, "stamp": image.stamp, "sha256": image.sha256, "look": stats, "broken": image.broken}
+        entries.append(entry)
     write_json(folder.image_index, {"format": INDEX_FORMAT, "pictures": entries})
     return indexed
 
@@ -95,9 +96,9 @@ def _read_index(record: Path) -> dict[str, IndexedImage]:
     try:
         content = json.loads(record.read_bytes())
         for entry in content["pictures"] if content["format"] == INDEX_FORMAT else ():
-            stats = entry.pop("look")
-            stats = ImageStats(**stats) if stats else None
-            index[entry["name"]] = IndexedImage(**entry | {"stamp": tuple(entry["stamp"]), "stats": stats})
+            stats = ImageStats(**entry["look"]) if entry["look"] else None
+            image = IndexedImage(entry["name"], tuple(entry["stamp"]), entry["sha256"], stats, entry["broken"])
+            index[image.name] = image
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
     return index

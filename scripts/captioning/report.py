@@ -3,6 +3,7 @@
 import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from captioning.captions import normalized, split_tags
 from captioning.image_audit import DUPLICATE, UNREADABLE, Audit
@@ -17,8 +18,8 @@ FEW_TAGS = 3
 _TAGS_SHOWN, _NAMES_SHOWN = 20, 5
 
 
-def audit_table(audit: Audit) -> str:
-    """The flaws in a few lines, one for each kind; `audit.json` has all of them."""
+def audit_table(audit: Audit, record: Path) -> str:
+    """The flaws in a few lines, one for each kind; the file `record` has all of them."""
     by_kind: dict[str, list[str]] = {}
     for name, flaws in audit.flagged.items():
         for kind, flaw in flaws.items():
@@ -31,7 +32,7 @@ def audit_table(audit: Audit) -> str:
         return f"image check: no flaws found in {audit.images} images"
     lines = [f"image check: {len(audit.flagged)} of {audit.images} images are flagged for training at {audit.resolution} px"]
     lines += [f"  {kind:25} {len(names):5}  {_some(names)}" for kind, names in by_kind.items()]
-    lines.append("  the whole list is in .loracat/audit.json of the data set")
+    lines.append(f"  full list: {record}")
     if audit.flagged:
         lines.append("  set SKIP_FLAGGED=1 to train without the flagged images")
     return "\n".join(lines)

@@ -38,7 +38,7 @@ def test_photographs_without_flaws_are_not_flagged(folder, photographs):
     for name, image in photographs.items():
         image.save(folder.images / f"{name}.png")
     assert flaws(folder) == {}
-    assert "no flaws found in 4 images" in audit_table(audited(folder))
+    assert "no flaws found in 4 images" in audit_table(audited(folder), folder.audit)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_captions_without_an_image(folder, photographs):
         (folder.images / name).write_text("x")
     audit = audited(folder)
     assert audit.captions_without_image == ("b.txt",)
-    assert "caption without an image      1  b.txt" in audit_table(audit)
+    assert "caption without an image      1  b.txt" in audit_table(audit, folder.audit)
 
 
 def test_audit_is_written_once_and_names_every_flagged_image(folder, photographs):
@@ -142,7 +142,7 @@ def test_audit_is_written_once_and_names_every_flagged_image(folder, photographs
 def test_long_lists_are_cut_in_the_table_only(folder):
     for number in range(7):
         (folder.images / f"{number}.png").write_bytes(b"")
-    assert "4.png (is empty) and 2 more" in audit_table(audited(folder))
+    assert "4.png (is empty) and 2 more" in audit_table(audited(folder), folder.audit)
     assert len(audited(folder).flagged) == 7
 
 

@@ -29,7 +29,7 @@ def images(stage, photographs):
 
 @pytest.fixture
 def once(images, tiny, tmp_path):
-    """The same captioned, and the model is gone."""
+    """The same data set with captions, after which the model was deleted."""
     images.variables["CAPTION_MODEL"] = str(shutil.copytree(tiny, tmp_path / "wd-vit-tagger-v3"))
     assert images.run().returncode == 0
     shutil.rmtree(tmp_path / "wd-vit-tagger-v3")
