@@ -13,7 +13,7 @@ if __name__ == "__main__":  # Ctrl-C while libraries are imported ends the progr
 
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -59,29 +59,6 @@ def main(argv: list[str]) -> None:
         caption(images, captions, folder, project, settings, train)
 
 
-def caption(
-    images: list[ImageFile],
-    captions: CaptionFiles,
-    folder: DatasetFolder,
-    project: ProjectSettings,
-    settings: CaptionSettings,
-    train: SharedTrainSettings,
-) -> None:
-    """Check every image, caption it or keep its caption, and print what the captions of the data set contain."""
-    counts = CaptionCounts()
-    indexed = index_images(folder, images, decode_workers())
-    audit = audit_images(folder, images, indexed, train.data.resolution)
-    write_audit(audit, folder)
-    print(report.audit_table(audit, folder.audit), flush=True)
-    to_generate, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)
-    keep_captions(to_keep, captions, counts)
-    generate_captions(to_generate, indexed, settings, project.models_dir, folder, captions, counts)
-    tokens = find_clip_tokens(project.models_dir, train.model.base_model)
-    texts = report.read_captions(images, folder)
-    print(report.caption_table(texts, project.trigger_word, train.data.caption_chunks, tokens), flush=True)
-    counts.report(project.trigger_word)
-
-
 def validate(sections: dict[str, Any]) -> Iterator[str]:
     """What is wrong with the settings, once each of them is valid."""
     try:
@@ -116,6 +93,30 @@ def undo(captions: CaptionFiles) -> None:
         print(f"not restored, because edited after that run: {', '.join(result.edited)}")
 
 
+def caption(
+    images: list[ImageFile],
+    captions: CaptionFiles,
+    folder: DatasetFolder,
+    project: ProjectSettings,
+    settings: CaptionSettings,
+    train: SharedTrainSettings,
+) -> None:
+    """Check every image, caption it or keep its caption, and print what the captions of the data set contain."""
+    counts = CaptionCounts()
+    indexed = index_images(folder, images, decode_workers())
+    audit = audit_images(folder, images, indexed, train.data.resolution)
+    write_audit(audit, folder)
+    print(report.audit_table(audit, folder.audit), flush=True)
+    to_generate, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)
+    for image in to_keep:
+        counts.trigger_added += apply_change(counts, captions.ensure_trigger, image.caption_path)
+    generate_captions(to_generate, indexed, settings, project.models_dir, folder, captions, counts)
+    tokens = find_clip_tokens(project.models_dir, train.model.base_model)
+    texts = report.read_captions(images, folder)
+    print(report.caption_table(texts, project.trigger_word, train.data.caption_chunks, tokens), flush=True)
+    counts.report(project.trigger_word)
+
+
 def classify_captions(
     images: list[ImageFile], captions: CaptionFiles, overwrite: bool, counts: CaptionCounts
 ) -> tuple[list[ImageFile], list[ImageFile]]:
@@ -138,18 +139,6 @@ def classify_captions(
         else:
             to_keep.append(image)
     return to_generate, to_keep
-
-
-def keep_captions(images: list[ImageFile], captions: CaptionFiles, counts: CaptionCounts) -> None:
-    """Add the trigger word to the user's captions that lack it."""
-    for image in images:
-        try:
-            changed = captions.ensure_trigger(image.caption_path)
-        except UnusableCaptionError as error:
-            counts.fail(image.caption_path, error)
-            continue
-        counts.trigger_added += changed
-        counts.unchanged += not changed
 
 
 def generate_captions(
@@ -179,13 +168,19 @@ def generate_captions(
     for image in images:
         if image.path not in probabilities:
             continue
-        try:
-            changed = captions.write(image.caption_path, selector.caption_tags(probabilities[image.path], pruning.pruned))
-        except UnusableCaptionError as error:
-            counts.fail(image.caption_path, error)
-            continue
-        counts.captioned += changed
-        counts.unchanged += not changed
+        texts = selector.caption_tags(probabilities[image.path], pruning.pruned)
+        counts.captioned += apply_change(counts, captions.write, image.caption_path, texts)
+
+
+def apply_change(counts: CaptionCounts, change: Callable[..., bool], caption: Path, *arguments: Any) -> bool:
+    """Call `change` on `caption` and return whether the file changed; unchanged captions and failures are counted."""
+    try:
+        is_changed = change(caption, *arguments)
+    except UnusableCaptionError as error:
+        counts.fail(caption, error)
+        return False
+    counts.unchanged += not is_changed
+    return is_changed
 
 
 if __name__ == "__main__":
