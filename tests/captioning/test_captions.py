@@ -55,7 +55,7 @@ def test_a_trigger_of_an_earlier_run_is_replaced(text, merged):
     assert add_trigger(text, "new", earlier=("old", "older")) == merged
 
 
-def test_a_trigger_of_the_users_own_is_not_replaced():
+def test_a_trigger_that_the_user_wrote_is_not_replaced():
     assert add_trigger("old, 1girl", "new", earlier=()) == "new, old, 1girl"
 
 

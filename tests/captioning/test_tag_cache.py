@@ -28,7 +28,7 @@ def images(stage, photographs):
 
 
 @pytest.fixture
-def once(images, tiny, tmp_path):
+def captioned(images, tiny, tmp_path):
     """The same data set with captions, after which the model was deleted."""
     images.variables["CAPTION_MODEL"] = str(shutil.copytree(tiny, tmp_path / "wd-vit-tagger-v3"))
     assert images.run().returncode == 0
@@ -40,65 +40,65 @@ def tags_of(stage) -> dict[str, list[str]]:
     return {name: text.strip().split(", ")[1:] for name, text in stage.captions().items()}
 
 
-def test_other_thresholds_and_selections_cost_no_inference(once):
-    usual = tags_of(once)
-    assert once.run(CAPTION_THRESHOLD=0.6).returncode == 0
-    fewer = tags_of(once)
+def test_other_thresholds_and_selections_cost_no_inference(captioned):
+    usual = tags_of(captioned)
+    assert captioned.run(CAPTION_THRESHOLD=0.6).returncode == 0
+    fewer = tags_of(captioned)
     assert all(set(fewer[name]) <= set(usual[name]) for name in usual)
     assert fewer != usual
-    ended = once.run(CAPTION_THRESHOLD="auto")
+    ended = captioned.run(CAPTION_THRESHOLD="auto")
     assert "caption_threshold: 0.2614 (auto: published for " in ended.stdout
-    assert sum(map(len, tags_of(once).values())) > sum(map(len, usual.values()))
-    assert once.run(CAPTION_THRESHOLD="mcut", CAPTION_MAX_TAGS=3, CAPTION_APPEND="photo").returncode == 0
-    assert all(len(tags) <= 4 and tags[-1] == "photo" for tags in tags_of(once).values())
-    assert "12 captioned" in once.run().stdout
-    assert tags_of(once) == usual
+    assert sum(map(len, tags_of(captioned).values())) > sum(map(len, usual.values()))
+    assert captioned.run(CAPTION_THRESHOLD="mcut", CAPTION_MAX_TAGS=3, CAPTION_APPEND="photo").returncode == 0
+    assert all(len(tags) <= 4 and tags[-1] == "photo" for tags in tags_of(captioned).values())
+    assert "12 captioned" in captioned.run().stdout
+    assert tags_of(captioned) == usual
 
 
-def test_every_setting_of_the_selection_reaches_the_captions(once):
+def test_every_setting_of_the_selection_reaches_the_captions(captioned):
     variables = {"CAPTION_REPLACE_TAGS": "still_life=a still life, smile=a smile", "CAPTION_ALWAYS_FIRST": "a smile"}
     variables |= {"CAPTION_EXCLUDE_TAGS": "*background, nonsense", "CAPTION_RATING_TAGS": "1"}
-    ended = once.run(**variables)
+    ended = captioned.run(**variables)
     assert "tags in the settings that this model does not have: nonsense" in ended.stdout
-    for tags in tags_of(once).values():
+    for tags in tags_of(captioned).values():
         assert not [tag for tag in tags if tag.endswith("background") or tag in ("smile", "still life")]
         assert tags[-1] in tiny_tagger.RATINGS
         assert "a smile" not in tags[1:]
 
 
-def test_traits_are_pruned_for_the_whole_data_set_and_recorded(once):
-    usual = tags_of(once)
+def test_traits_are_pruned_for_the_whole_data_set_and_recorded(captioned):
+    usual = tags_of(captioned)
     shares = {tag: sum(tag in tags for tags in usual.values()) / 12 for tags in usual.values() for tag in tags}
     traits = {
         tag: share for tag, share in shares.items() if tag in ("1girl", "long hair", "freckles") or tag.endswith((" eyes", " hair"))
     }
     min_share = sorted(traits.values())[len(traits) // 2]
-    ended = once.run(CAPTION_PRUNE_TRAITS=min_share)
+    ended = captioned.run(CAPTION_PRUNE_TRAITS=min_share)
     pruned = {tag for tag, share in traits.items() if share >= min_share}
     assert pruned
-    for name, tags in tags_of(once).items():
+    for name, tags in tags_of(captioned).items():
         assert tags == [tag for tag in usual[name] if tag not in pruned]
-    record = json.loads((once.record.parent / "traits.json").read_text())
+    record = json.loads((captioned.record.parent / "traits.json").read_text())
     assert set(record["pruned"]) == pruned
     assert set(record["kept"]) == set(traits) - pruned
     assert record["pictures"] == 12
     assert all(f"{tag} {traits[tag]:.0%}" in ended.stdout for tag in pruned)
-    once.run()
-    assert tags_of(once) == usual
+    captioned.run()
+    assert tags_of(captioned) == usual
 
 
-def test_traits_worth_pruning_are_suggested(once):
-    assert "CAPTION_PRUNE_TRAITS=0.8" not in once.run(CAPTION_THRESHOLD=0.9).stdout
-    suggested = once.run(CAPTION_THRESHOLD=0.01).stdout
+def test_traits_worth_pruning_are_suggested(captioned):
+    assert "CAPTION_PRUNE_TRAITS=0.8" not in captioned.run(CAPTION_THRESHOLD=0.9).stdout
+    suggested = captioned.run(CAPTION_THRESHOLD=0.01).stdout
     assert "traits in at least 80% of the images: " in suggested
     assert "CAPTION_PRUNE_TRAITS=0.8 to leave them out" in suggested
 
 
-def test_captions_of_the_users_are_not_counted_and_not_changed(once):
-    (once.images / "00.txt").write_text("my words")
-    once.run(CAPTION_THRESHOLD=0.6)
-    assert once.captions()["00.txt"] == "nyafyi_woman, my words"
-    assert json.loads((once.record.parent / "traits.json").read_text())["pictures"] == 11
+def test_captions_that_the_user_wrote_are_not_counted_and_not_changed(captioned):
+    (captioned.images / "00.txt").write_text("my words")
+    captioned.run(CAPTION_THRESHOLD=0.6)
+    assert captioned.captions()["00.txt"] == "nyafyi_woman, my words"
+    assert json.loads((captioned.record.parent / "traits.json").read_text())["pictures"] == 11
 
 
 def test_unknown_threshold_is_refused_before_anything_is_written(images):
