@@ -20,7 +20,7 @@ import demo  # noqa: F401  puts scripts/ on the path
 from benchmarks import random_vit
 from captioning.cpu_affinity import decode_workers
 from captioning.image_audit import IndexedImage, index_images
-from captioning.journal import CaptionCounts
+from captioning.report import CaptionCounts
 from captioning.tag_cache import infer, open_cache
 from captioning.wd14 import Tagger, preprocess
 from common.dataset_layout import DatasetFolder, find_images

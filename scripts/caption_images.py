@@ -23,8 +23,9 @@ from captioning import report
 from captioning.config import CaptionSettings
 from captioning.cpu_affinity import decode_workers
 from captioning.image_audit import IndexedImage, audit_images, index_images, write_audit
-from captioning.journal import STAGE, CaptionCounts, CaptionFiles, UnusableCaptionError
+from captioning.journal import CaptionFiles, UnusableCaptionError
 from captioning.preflight import check, require_images
+from captioning.report import STAGE, CaptionCounts
 from captioning.tag_cache import tag_images
 from captioning.tag_selection import TagSelector, published_threshold
 from captioning.traits import prune_common_traits

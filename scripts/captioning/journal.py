@@ -6,18 +6,12 @@ between the two loses nothing.
 
 import base64
 import contextlib
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from captioning.captions import add_trigger, caption_text
 from common.dataset_layout import DatasetFolder, name_in
-from common.errors import SomeItemsFailed
 from common.files import append_json_line, read_json_lines, write_bytes
-
-STAGE = "caption_images"
 
 
 class UnusableCaptionError(ValueError):
@@ -175,30 +169,3 @@ def _to_json(key: str, content: bytes | None) -> dict[str, str | None]:
         return {key: None if content is None else content.decode("utf-8")}
     except UnicodeDecodeError:
         return {f"{key}_base64": base64.b64encode(content).decode("ascii")}
-
-
-@dataclass
-class CaptionCounts:
-    """What became of the captions; each failure is logged when it happens."""
-
-    captioned: int = 0
-    """Captions made of tags."""
-    trigger_added: int = 0
-    """Captions of the user's that gained the trigger word."""
-    unchanged: int = 0
-    failed: int = 0
-
-    def fail(self, path: Path, reason: object) -> None:
-        """Log one failure on standard error."""
-        self.failed += 1
-        tqdm.write(f"{STAGE}: {path}: {reason}", file=sys.stderr)
-
-    def report(self, trigger: str) -> None:
-        """Print the counts. Raises SomeItemsFailed if there were failures."""
-        if not (self.captioned or self.trigger_added or self.failed):
-            print(f"nothing to do: all {self.unchanged} captions are up to date, with the trigger word {trigger}")
-            return
-        counts = f"{self.captioned} captioned, trigger word {trigger} added to {self.trigger_added}, {self.unchanged} unchanged"
-        if self.failed:
-            raise SomeItemsFailed(f"{counts}, {self.failed} failed (see above); fix them and run again")
-        print(counts)

@@ -1,9 +1,13 @@
-"""What the caption stage prints: flaws of the images, the selection of tags, and the finished captions."""
+"""What the caption stage prints: failures and counts, flaws of the images, the selection of tags, the finished captions."""
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 from captioning.captions import normalized, split_tags
 from captioning.image_audit import DUPLICATE, UNREADABLE, Audit
@@ -12,10 +16,39 @@ from captioning.tag_selection import TagSelector
 from captioning.traits import SUGGESTED_MIN_SHARE, TraitPruning
 from common.clip_tokens import CHUNK_TOKENS, ClipTokens
 from common.dataset_layout import DatasetFolder, ImageFile, name_in
+from common.errors import SomeItemsFailed
 
+STAGE = "caption_images"
 FEW_TAGS = 3
 """An image that is described with fewer tags teaches the trigger word everything in it."""
 _TAGS_SHOWN, _NAMES_SHOWN = 20, 5
+
+
+@dataclass
+class CaptionCounts:
+    """What became of the captions; each failure is logged when it happens."""
+
+    captioned: int = 0
+    """Captions made of tags."""
+    trigger_added: int = 0
+    """Captions written by the user that gained the trigger word."""
+    unchanged: int = 0
+    failed: int = 0
+
+    def fail(self, path: Path, reason: object) -> None:
+        """Log one failure on standard error."""
+        self.failed += 1
+        tqdm.write(f"{STAGE}: {path}: {reason}", file=sys.stderr)
+
+    def report(self, trigger: str) -> None:
+        """Print the counts. Raises SomeItemsFailed if there were failures."""
+        if not (self.captioned or self.trigger_added or self.failed):
+            print(f"nothing to do: all {self.unchanged} captions are up to date, with the trigger word {trigger}")
+            return
+        counts = f"{self.captioned} captioned, trigger word {trigger} added to {self.trigger_added}, {self.unchanged} unchanged"
+        if self.failed:
+            raise SomeItemsFailed(f"{counts}, {self.failed} failed (see above); fix them and run again")
+        print(counts)
 
 
 def audit_table(audit: Audit, record: Path) -> str:

@@ -19,8 +19,8 @@ from captioning.captions import Tag
 from captioning.config import CaptionSettings
 from captioning.cpu_affinity import decode_workers
 from captioning.image_audit import IndexedImage, file_stamp
-from captioning.journal import CaptionCounts
 from captioning.model_files import MODEL_FILE, TAGS_FILE, download_model, find_model
+from captioning.report import CaptionCounts
 from captioning.tag_selection import TagSelector, read_tags
 from captioning.wd14 import Tagger, first_batch, predict
 from common.background import prefetch
