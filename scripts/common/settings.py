@@ -281,7 +281,7 @@ class _Resolver:
         self.sources[name] = source
         try:
             if source == "default":
-                return _absolute(raw, REPOSITORY) if isinstance(raw, Path) else raw
+                return REPOSITORY / raw if isinstance(raw, Path) else raw
             is_text = source != self._file_name
             return _within_limits(_convert(raw, hint, Path.cwd() if is_text else REPOSITORY, is_text=is_text), key)
         except FileNotFoundError:
@@ -333,7 +333,7 @@ def _converter(option: Any, base: Path) -> tuple[Callable[[Any, bool], Any], str
         int: (_as_int, "a whole number"),
         float: (_as_float, "a number"),
         str: (lambda raw, _: raw if isinstance(raw, str) and not _NOT_TEXT.search(raw) else None, "text, in UTF-8"),
-        Path: (lambda raw, _: _absolute(Path(raw), base) if isinstance(raw, str) and raw and "\0" not in raw else None, "a path"),
+        Path: (lambda raw, _: _as_path(raw, base), "a path"),
     }
     return converters[option]
 
@@ -369,9 +369,11 @@ def _as_list(raw: Any, is_text: bool) -> tuple[str, ...] | None:
     return tuple(words) if are_words else None
 
 
-def _absolute(path: Path, base: Path) -> Path:
-    """`path`, from `base` if it is relative; `~` is a user's home. Raises ValueError if that user does not exist."""
+def _as_path(raw: Any, base: Path) -> Path | None:
+    """`~` is a user's home. Raises ValueError if that user does not exist."""
+    if not isinstance(raw, str) or not raw or "\0" in raw:
+        return None
     try:
-        return base / path.expanduser()
+        return base / Path(raw).expanduser()
     except RuntimeError:
         raise ValueError("cannot be expanded: no such user") from None

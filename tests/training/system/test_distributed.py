@@ -123,7 +123,7 @@ def test_rank_info_reads_the_variables_of_any_launcher(monkeypatch):
     for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": 1234}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert distributed.rank_info() == distributed.RankInfo(3, 4, 1, 2, "10.0.0.1", 1234)
+    assert distributed.rank_info() == distributed.RankInfo(3, 4, 1, 2, "10.0.0.1", 1234, gpu=1)
     assert not distributed.needs_launcher(ProcessSettings(num_processes=2))
 
 
