@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     lock = locked(folder.images, f"another run is captioning {folder.images}: wait for it to end")
     with lock if folder.images.is_dir() else nullcontext():
         captions = CaptionFiles(folder, project.trigger_word)
-        if "undo" in request.asked:
+        if "undo" in request.flags:
             undo(captions)
             return
         images = require_images(folder)
