@@ -143,6 +143,15 @@ def test_paths_in_the_pages_exist_or_are_created_by_a_run():
     assert [name for name in named if not (REPOSITORY / name).exists() and not is_ignored(f"{name}/")] == []
 
 
+def test_functions_and_classes_in_the_pages_exist():
+    named = re.findall(r"`(\w+)` in `([\w./]+\.py)`", ALL_PAGES)
+    assert len(named) >= 5
+    for name, path in named:
+        assert re.search(rf"^(def|class) {name}\b", (REPOSITORY / path).read_text(encoding="utf-8"), re.MULTILINE), (
+            f"{path}: {name}"
+        )
+
+
 def test_make_targets_in_the_pages_exist():
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
