@@ -1,10 +1,10 @@
 """`python -m benchmarks.collect [--url http://127.0.0.1:8188]`: how busy the collector keeps a ComfyUI.
 
-Without `--url` a stand-in is started. Prompts of a wanted length are made with nodes that need no model (a chain of
+Without `--url` a stand-in is started. Prompts of the requested length are built from nodes that need no model (a chain of
 ImageBlur, or one node of a class that waits, `--sleep-node`), and are new to the server each time. All times are the
-server's own, from its history: busy is the time in which it executed prompts, as a share of the time from the first start
-to the last end; a gap is the time from one end to the next start. Two other ways are measured: what a simple client does,
-one by one with a poll every 2 s; and everything queued at once, which is the most that a server can be kept busy.
+server's own, from its history: "busy" is the time in which it executed prompts, as a share of the time from the first start
+to the last end; a gap is the time from one end to the next start. Two other ways are measured: a simple client that
+submits one prompt after the other and polls every 2 s; and all prompts queued at once, the upper limit.
 """
 
 import argparse
@@ -30,9 +30,9 @@ BLURS_TO_TRY = 8
 ONE_BY_ONE_PROMPTS = 10
 QUEUED_PROMPTS = 20
 Chain = list[tuple[str, dict[str, object]]]
-"""Nodes that an image goes through: class and inputs."""
+"""The nodes that process an image: class and inputs."""
 CASES = ((100, 0.5), (30, 3.0))
-"""How many prompts, and of how many seconds."""
+"""Number of prompts, and seconds that each takes."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,14 @@ class Times:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", help="a ComfyUI; without it a stand-in is started")
-    parser.add_argument("--prompts", type=int, help="how many, instead of the usual two cases")
-    parser.add_argument("--seconds", type=float, default=0.5, help="how long each of --prompts takes")
-    parser.add_argument("--sleep-node", metavar="CLASS", help="a class of the server with the inputs image and seconds")
+    parser.add_argument("--url", help="URL of a ComfyUI server; default: a stand-in is started")
+    parser.add_argument("--prompts", type=int, help="number of prompts, instead of the two default cases")
+    parser.add_argument("--seconds", type=float, default=0.5, help="duration of each of --prompts")
+    parser.add_argument(
+        "--sleep-node",
+        metavar="CLASS",
+        help="instead of ImageBlur, a class with inputs image and seconds",
+    )
     flags = parser.parse_args()
     cases = ((flags.prompts, flags.seconds),) if flags.prompts else CASES
     print("| way | prompts | seconds each | median gap, ms | mean | longest | busy |\n|---|---|---|---|---|---|---|")
@@ -70,14 +74,14 @@ def main() -> None:
 
 
 def measure(url: str, folder: Path, prompts: int, chain: Chain) -> None:
-    """One row per way."""
+    """Print one row for each way."""
     print(times_of(url, collect(url, folder, prompts, chain)).row("the collector"), flush=True)
     print(times_of(url, one_by_one(url, min(prompts, ONE_BY_ONE_PROMPTS), chain)).row("one by one, poll every 2 s"), flush=True)
     print(times_of(url, all_at_once(url, min(prompts, QUEUED_PROMPTS), chain)).row("all queued at once"), flush=True)
 
 
 def workflow(chain: Chain, seed: int = 0, text: str = "") -> dict[str, dict]:
-    """Inputs that a node does not know make the server run it anew when they change; the collector fills in these two."""
+    """The collector sets seed and text. EmptyImage ignores them, but the server runs it again when they change."""
     graph = {"1": _node("EmptyImage", width=512, height=512, batch_size=1, color=8, seed=seed, text=text)}
     for number, (class_type, inputs) in enumerate(chain, start=2):
         graph[str(number)] = _node(class_type, image=[str(number - 1), 0], **inputs)
@@ -89,7 +93,7 @@ def _node(class_type: str, **inputs: object) -> dict:
 
 
 def blurs_for(url: str, seconds: float) -> Chain:
-    """So many blurs that they take so long on this server; the first prompt only warms it up."""
+    """As many blurs as take `seconds` on this server; the first prompt only warms it up."""
     blur = ("ImageBlur", {"blur_radius": 20, "sigma": 5.0})
     for _ in range(2):
         start, end = times_of(url, one_by_one(url, 1, [blur] * BLURS_TO_TRY)).spans[0]
@@ -118,7 +122,7 @@ def collect(url: str, folder: Path, prompts: int, chain: Chain) -> list[str]:
 
 
 def one_by_one(url: str, prompts: int, chain: Chain) -> list[str]:
-    """The next prompt when the one before was seen in the history."""
+    """Submit the next prompt when the previous one is in the history."""
     ids = []
     for number in range(prompts):
         ids.append(queued(url, number, chain))

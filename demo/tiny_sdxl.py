@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from demo.sgm_names import name_in_files, sgm_source
 from training.models.loading import (
     AutoencoderKL,
     CLIPTextConfig,
@@ -21,7 +22,7 @@ from training.models.loading import (
     UNet2DConditionModel,
     shapes_only,
 )
-from training.models.sdxl import STEMS, name_in_files, sgm_source
+from training.models.sdxl import WEIGHT_STEMS
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def build(
     for name, module in _modules(size, max(size.words, len(vocabulary))).items():
         weights = {name_in_files(name, key): _random(key, empty, generator).cpu() for key, empty in module.state_dict().items()}
         (folder / name).mkdir(parents=True, exist_ok=True)
-        save_file(weights, folder / name / f"{STEMS[name]}.safetensors", metadata={"format": "pt"})
+        save_file(weights, folder / name / f"{WEIGHT_STEMS[name]}.safetensors", metadata={"format": "pt"})
         module.config.architectures = [type(module).__name__]
         _write_json(folder / name / "config.json", _plain_config(module))
     _write_tokenizer(folder / "tokenizer", vocabulary, pad=END)
@@ -87,7 +88,7 @@ def write_single_file(folder: Path, file: Path, *, v_pred: bool = False, ztsnr: 
     """Write the weights of the diffusers `folder` to `file` in the original layout, with the marker keys that are asked for."""
     weights: dict[str, torch.Tensor] = {}
     pieces: dict[str, dict[int, torch.Tensor]] = {}
-    for part, stem in STEMS.items():
+    for part, stem in WEIGHT_STEMS.items():
         for name, tensor in load_file(folder / part / f"{stem}.safetensors").items():
             source = sgm_source(part, name)
             tensor = tensor.T.contiguous() if source.transposed else tensor

@@ -16,7 +16,7 @@ LONGEST_FIRST = (
     "test_kill.py",
     "test_train_lora.py",
     "test_distributed.py",
-    "test_memory.py",
+    "test_memory_guard.py",
     "test_fast_unet.py",
     "test_export.py",
     "test_caption_images.py",

@@ -1,7 +1,7 @@
-"""What the repository ships for collecting: the default workflow, its node ids and the example prompts.
+"""The shipped default workflow, its node ids and the example prompts.
 
-`data/object_info_default_workflow.json` is what a ComfyUI 0.3.64 server answered at /object_info, cut down to the node classes
-that the workflow uses and to the types of their inputs and outputs.
+`data/object_info_default_workflow.json` is the answer of a ComfyUI 0.3.64 server at /object_info, reduced to the
+node classes of the workflow and to the types of their inputs and outputs.
 """
 
 import json
@@ -35,7 +35,7 @@ def links(node: dict) -> dict[str, list]:
 
 
 def ancestors(node_id: str) -> set[str]:
-    """Ids of all nodes that the node depends on, itself included. Ends on a cycle too."""
+    """Ids of all nodes that the node depends on, itself included. Terminates on cycles too."""
     found, waiting = set(), [node_id]
     while waiting:
         current = waiting.pop()
@@ -66,9 +66,9 @@ def test_inputs_are_those_the_class_has(class_type):
     for node_id, node in nodes_of(class_type).items():
         assert set(required) <= set(node["inputs"]) <= set(required) | set(optional), node_id
         for name, value in node["inputs"].items():
-            wanted = (required | optional)[name]
-            if wanted in WIDGET_TYPES:
-                assert type(value) in WIDGET_TYPES[wanted], (node_id, name)
+            expected = (required | optional)[name]
+            if expected in WIDGET_TYPES:
+                assert type(value) in WIDGET_TYPES[expected], (node_id, name)
             else:
                 assert isinstance(value, list), (node_id, name)
 
@@ -82,16 +82,16 @@ def test_links_point_to_outputs_of_the_right_type():
             assert inputs[name] in ("*", outputs[slot]), (node_id, name)
 
 
-def test_nothing_waits_for_itself():
+def test_workflow_has_no_cycle():
     TopologicalSorter({i: [source for source, _ in links(node).values()] for i, node in WORKFLOW.items()}).prepare()
 
 
-def test_every_node_serves_an_output():
+def test_every_node_is_needed_by_an_output():
     outputs = [i for i, node in WORKFLOW.items() if CLASSES[node["class_type"]]["output_node"]]
     assert set().union(*map(ancestors, outputs)) == set(WORKFLOW)
 
 
-def test_node_ids_fit_the_workflow():
+def test_node_ids_exist_in_the_workflow():
     assert NODE_IDS == {"image_loader_node": "16", "output_prefix": FINAL}
     assert WORKFLOW["16"]["class_type"] == "LoadImage"
 
@@ -127,10 +127,12 @@ def test_each_shot_has_its_own_prompts_and_seeds():
 
 
 def test_prompts_leave_the_identity_to_the_face_reference():
-    told = re.compile(r"\b(he|she|his|her|him|man|woman|boy|girl|male|female|beard|blonde?|brunette|young|old)\b", re.IGNORECASE)
+    gendered = re.compile(
+        r"\b(he|she|his|her|him|man|woman|boy|girl|male|female|beard|blonde?|brunette|young|old)\b", re.IGNORECASE
+    )
     texts = prompt_texts("TextEncodeQwenImageEditPlus", "prompt") + prompt_texts("CLIPTextEncode", "text")
     texts += [entry["prompt"] for entry in PROMPTS]
-    assert [text for text in texts if told.search(text)] == []
+    assert [text for text in texts if gendered.search(text)] == []
 
 
 def test_sizes_are_sdxl_buckets_of_about_one_megapixel():
@@ -142,13 +144,13 @@ def test_sizes_are_sdxl_buckets_of_about_one_megapixel():
 
 
 def test_every_prompt_is_encoded_before_sampling_begins():
-    """ComfyUI runs what stands before an output first; without these the big models would take turns for every shot."""
+    """ComfyUI runs the nodes before an output first; without the previews the large models would be swapped for every shot."""
     previewed = {node["inputs"]["source"][0] for node in nodes_of("PreviewAny").values()}
     for sampler in nodes_of("KSampler").values():
         assert sampler["inputs"]["positive"][0] in previewed
 
 
-def test_example_prompts_are_forty_and_differ():
+def test_there_are_forty_different_example_prompts():
     assert len(PROMPTS) == 40
     for entry in PROMPTS:
         assert {"prompt", "name"} <= set(entry) <= {"prompt", "name", "seed"}

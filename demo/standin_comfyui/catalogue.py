@@ -1,4 +1,4 @@
-"""The node classes that the stand-in knows, and what `/object_info` says about them.
+"""The node classes of the stand-in, and their descriptions at `/object_info`.
 
 An input's specification is `[type, options]`, or `[list of choices, options]`.
 """
@@ -31,12 +31,12 @@ class NodeClass:
 
 
 def specifications(name: str, folder: Path) -> dict[str, list]:
-    """The specification of every input of a class, with the files that lie in `folder` now as choices."""
+    """The specification of every input of a class, with the files that `folder` contains now as choices."""
     node = NODES[name]
     found = {**node.inputs, **node.optional}
-    for each, place in node.listed.items():
-        lying = (path.name for path in (folder / place).glob("*") if path.is_file())
-        found[each] = [sorted(lying), *found[each][1:]]
+    for each, subfolder in node.listed.items():
+        names = (path.name for path in (folder / subfolder).glob("*") if path.is_file())
+        found[each] = [sorted(names), *found[each][1:]]
     return found
 
 
@@ -69,7 +69,7 @@ _DESCRIBED = {
     "CLIPTextEncode": ("CLIP Text Encode (Prompt)", "conditioning"),
     "KSampler": ("KSampler", "sampling"),
 }
-"""The name and the place in the menu; nothing depends on them."""
+"""Display name and menu category; nothing depends on them."""
 
 NODES: dict[str, NodeClass] = {
     "LoadImage": NodeClass(nodes.load_image, {"image": [[], {"image_upload": True}]}, ("IMAGE", "MASK"), listed={"image": "input"}),
@@ -210,7 +210,7 @@ NODES: dict[str, NodeClass] = {
 
 
 def object_info(name: str, folder: Path) -> dict[str, Any]:
-    """What `/object_info/{name}` says, without the tooltips."""
+    """The answer at `/object_info/{name}`, without the tooltips."""
     node = NODES[name]
     found = specifications(name, folder)
     display_name, category = _DESCRIBED.get(name, (name, ""))

@@ -1,8 +1,7 @@
-"""Everything that a ComfyUI, or what stands in front of it, was seen doing wrong, by name.
+"""Everything that ComfyUI, or a proxy in front of it, was seen doing wrong, by name.
 
-`standin.fault("image_cut_off", times=2)` lets the next two requests that it concerns go wrong; without `times` all do, and
-`after` leaves so many alone first.
-`on` narrows it: to requests whose path begins with it, or to the node with that id.
+`standin.fault("image_cut_off", times=2)` affects the next two requests to which the fault applies; without `times` it affects
+all, and `after` skips that many first. `on` restricts it to requests whose path begins with it, or to the node with that id.
 """
 
 import functools
@@ -15,25 +14,25 @@ from typing import Any
 
 from PIL import Image
 
-from demo.standin_comfyui.wire import Answer, Asked, json_answer
+from demo.standin_comfyui.wire import Request, Response, json_response
 
-Really = Callable[[Asked], Answer]
-"""What the server would answer without the fault."""
+Handler = Callable[[Request], Response]
+"""The server's response without the fault."""
 
 
 @dataclass
 class Fault:
-    """One fault that was asked for: it concerns requests, history entries or nodes, by what `KINDS` says of its name."""
+    """A requested fault: its name says whether it affects requests, history entries, nodes or websockets."""
 
     name: str
     on: str | None = None
     left: int | None = None
-    """How often it still happens; None is always."""
+    """How often it still happens; None: always."""
     after: int = 0
-    """How often it does not happen before."""
+    """How often it is skipped first."""
 
     def happens(self) -> bool:
-        """Whether it happens this time too."""
+        """Whether it happens this time."""
         self.after -= 1
         if self.after >= 0:
             return False
@@ -44,56 +43,56 @@ class Fault:
 
 
 class NodeFails(Exception):
-    """Raised in a node; a subclass is named as the exception that the history shall name."""
+    """Raised in a node; the history names the class of the exception."""
 
 
 class OutOfMemoryError(NodeFails):
-    """As torch calls it."""
+    """Named like the exception of torch."""
 
 
 def _answer(status: int, body: bytes = b"", content_type: str | None = "text/html", **headers: str) -> Callable:
-    return lambda asked, really: Answer(status, body, content_type, headers)
+    return lambda request, handle: Response(status, body, content_type, headers)
 
 
-def _altered(change: Callable[[Answer], Answer]) -> Callable:
-    return lambda asked, really: change(really(asked))
+def _altered(change: Callable[[Response], Response]) -> Callable:
+    return lambda request, handle: change(handle(request))
 
 
 def _with_body(change: Callable[[bytes], bytes]) -> Callable:
     return _altered(lambda answer: replace(answer, body=change(answer.body)))
 
 
-def _reset(asked: Asked, really: Really) -> Answer:
+def _reset(request: Request, handle: Handler) -> Response:
     raise ConnectionAbortedError
 
 
-def _answer_lost(asked: Asked, really: Really) -> Answer:
-    really(asked)
+def _answer_lost(request: Request, handle: Handler) -> Response:
+    handle(request)
     raise ConnectionAbortedError
 
 
-def _slow(asked: Asked, really: Really) -> Answer:
+def _slow(request: Request, handle: Handler) -> Response:
     time.sleep(0.5)
-    return really(asked)
+    return handle(request)
 
 
-def _own_ids(asked: Asked, really: Really) -> Answer:
-    body = {key: value for key, value in asked.json().items() if key != "prompt_id"}
-    return really(replace(asked, body=json.dumps(body).encode()))
+def _own_ids(request: Request, handle: Handler) -> Response:
+    body = {key: value for key, value in request.json().items() if key != "prompt_id"}
+    return handle(replace(request, body=json.dumps(body).encode()))
 
 
-def _prompt_lost(asked: Asked, really: Really) -> Answer:
-    return json_answer({"prompt_id": asked.json()["prompt_id"], "number": 0, "node_errors": {}})
+def _prompt_lost(request: Request, handle: Handler) -> Response:
+    return json_response({"prompt_id": request.json()["prompt_id"], "number": 0, "node_errors": {}})
 
 
-def _half(answer: Answer) -> Answer:
-    """Half of the body, and a head that promises all of it."""
+def _half(answer: Response) -> Response:
+    """Half of the body with a Content-Length for all of it."""
     length = str(len(answer.body))
     return replace(answer, body=answer.body[: len(answer.body) // 2], headers={"Content-Length": length, "Connection": "close"})
 
 
-def _short(answer: Answer) -> Answer:
-    """All of the body, and a head that promises only half of it."""
+def _short(answer: Response) -> Response:
+    """All of the body with a Content-Length for half of it."""
     return replace(answer, headers={"Content-Length": str(len(answer.body) // 2), "Connection": "close"})
 
 
@@ -107,8 +106,8 @@ def _png(size: tuple[int, int]) -> bytes:
 _LOGIN = b"<html><form>Please log in</form></html>"
 _BAD_GATEWAY = b"<html><center><h1>502 Bad Gateway</h1></center></html>"
 
-REQUESTS: dict[str, tuple[str, str, Callable[[Asked, Really], Answer]]] = {
-    # In front of ComfyUI, or its HTTP layer; a method and a path of their own only where it can happen nowhere else.
+REQUESTS: dict[str, tuple[str, str, Callable[[Request, Handler], Response]]] = {
+    # A proxy or ComfyUI's HTTP layer; with a method and a path only where the fault cannot happen elsewhere.
     "reset": ("", "/", _reset),
     "slow": ("", "/", _slow),
     "server_error": ("", "/", _answer(500, b"500 Internal Server Error", "text/plain")),
@@ -145,7 +144,7 @@ REQUESTS: dict[str, tuple[str, str, Callable[[Asked, Really], Answer]]] = {
     # /ws
     "no_websocket": ("GET", "/ws", _answer(404, b"", None)),
 }
-"""name -> method ("" is any), beginning of the path, and what is answered."""
+"""Name -> method ("": any), beginning of the path, and the response."""
 
 
 def _renamed(record: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +152,7 @@ def _renamed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[dict[str, Any]], None]:
-    """An entry in which what each node shows is changed."""
+    """Changes the output of each node in a history entry."""
 
     def alter(entry: dict[str, Any]) -> None:
         entry["outputs"] = {node: change(shown) for node, shown in entry["outputs"].items()}
@@ -183,7 +182,7 @@ ENTRIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "cached_outputs_missing": _no_output_when_cached,
     "status_missing": lambda entry: entry.pop("status"),
 }
-"""name -> what it does to a history entry before it is stored."""
+"""Name -> how it changes a history entry before it is stored."""
 
 NODES: dict[str, type[Exception] | None] = {
     "node_fails": NodeFails,
@@ -191,12 +190,13 @@ NODES: dict[str, type[Exception] | None] = {
     "interrupted": None,
     "worker_exits": SystemExit,
 }
-"""name -> what is raised in the node `on`; None interrupts the prompt. SystemExit ends the worker thread while HTTP lives."""
+"""Name -> what is raised in the node `on`; None interrupts the prompt. SystemExit ends the worker thread, but not HTTP."""
 
 HISTORY = ("evicted", "forgotten", "ends_between_two_requests")
-"""The history loses an entry before it is read; the server forgets all, as a restart makes it; two looks miss the end."""
+"""The history loses an entry before it is read; the server forgets everything, as after a restart; a prompt ends after
+GET /history and before GET /queue."""
 
 SOCKETS = ("websocket_cut", "websocket_noise", "websocket_silent")
-"""The socket ends after its first message; says what nobody understands; says nothing of prompts."""
+"""The websocket is closed after its first message; sends nonsense; sends nothing about prompts."""
 
 KINDS = {*REQUESTS, *ENTRIES, *NODES, *HISTORY, *SOCKETS}

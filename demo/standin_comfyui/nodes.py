@@ -1,6 +1,6 @@
-"""What the stand-in's nodes do: each takes a context and its inputs, and returns one value per output.
+"""The stand-in's nodes: each is a function of a context and its inputs that returns one value per output.
 
-Models and text encoders are stand-ins, so a latent is simply a list of images.
+There are no models and text encoders, so a latent is a list of images.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from demo.standin_comfyui.images import scene
 
 @dataclass(frozen=True)
 class Latent:
-    """Images in disguise; `empty` ones have only their size."""
+    """A latent, represented by images; of an `empty` one only the size counts."""
 
     images: list[Image.Image]
     empty: bool
@@ -29,17 +29,17 @@ class Latent:
 
 @dataclass
 class Context:
-    """What a running node may see besides its inputs."""
+    """What a running node has access to besides its inputs."""
 
     folder: Path
     prompt: dict[str, Any]
     extra_pnginfo: dict[str, Any] | None
     shown: dict[str, Any] = field(default_factory=dict)
-    """What the node hands to the history: {"images": [...]}."""
+    """The node's output for the history: {"images": [...]}."""
 
 
 def input_file(folder: Path, name: str) -> Path:
-    """Where `name`, `name [output]` or `name [temp]` lies."""
+    """The path of `name`, `name [output]` or `name [temp]`."""
     for kind in ("input", "output", "temp"):
         if name.endswith(f"[{kind}]"):
             return folder / kind / name.removesuffix(f"[{kind}]").rstrip()
@@ -47,7 +47,7 @@ def input_file(folder: Path, name: str) -> Path:
 
 
 def file_hash(path: Path) -> str:
-    """What makes a LoadImage node run again."""
+    """SHA-256 of a file; when it changes, a LoadImage node runs again."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -112,10 +112,10 @@ def image_blend(context: Context, image1: list, image2: list, blend_factor: floa
 
 
 def image_add_noise(context: Context, image: list, seed: int, strength: float) -> tuple:
-    draws = random.Random(seed)
+    rng = random.Random(seed)
     noisy = []
     for frame in image:
-        grain = Image.frombytes("RGB", frame.size, draws.randbytes(frame.width * frame.height * 3))
+        grain = Image.frombytes("RGB", frame.size, rng.randbytes(frame.width * frame.height * 3))
         noisy.append(Image.blend(frame, grain, min(1.0, strength)))
     return (noisy,)
 
@@ -137,7 +137,7 @@ def preview_any(context: Context, source: Any) -> tuple:
 
 
 def _write_pngs(context: Context, images: list, prefix: str, kind: str) -> None:
-    """Write one PNG per image, numbered from what lies on the disk, and show them."""
+    """Write one PNG per image, numbered after the files that exist, and list them in the output."""
     base = context.folder / kind
     subfolder, name = os.path.split(os.path.normpath(prefix))
     target = Path(os.path.abspath(base / subfolder))
@@ -166,12 +166,12 @@ def _next_number(folder: Path, name: str) -> int:
 
 
 def loaded(*names: str) -> Callable[..., tuple]:
-    """A loader: its outputs are just names."""
+    """A loader: its outputs are names."""
     return lambda context, **inputs: names
 
 
 def unchanged(first: str) -> Callable[..., tuple]:
-    """A node that hands its input `first` through."""
+    """A node that returns its input `first` unchanged."""
     return lambda context, **inputs: (inputs[first],)
 
 

@@ -1,4 +1,4 @@
-"""The stand-in itself: its folder, its worker and its routes, with the exact shapes of the answers."""
+"""The stand-in server: its folder, its worker and its routes, with the exact shapes of ComfyUI's answers."""
 
 import json
 import mimetypes
@@ -15,9 +15,9 @@ from urllib.parse import unquote
 from demo.standin_comfyui import faults
 from demo.standin_comfyui.catalogue import CHECKPOINTS, NODES, object_info
 from demo.standin_comfyui.faults import Fault
-from demo.standin_comfyui.sockets import Listeners, Socket
-from demo.standin_comfyui.validation import Refused, validate
-from demo.standin_comfyui.wire import MOST_BODY_BYTES, Answer, Asked, Listener, is_foreign_page, json_answer, multipart
+from demo.standin_comfyui.validation import Rejected, validate
+from demo.standin_comfyui.websockets import Websocket, WebsocketClients
+from demo.standin_comfyui.wire import MOST_BODY_BYTES, HttpServer, Request, Response, is_foreign_page, json_response, multipart
 from demo.standin_comfyui.worker import Interrupted, Worker, in_some_order
 
 VERSION = "0.3.64"
@@ -25,19 +25,19 @@ _KINDS = ("input", "output", "temp")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _GET_ONLY = ("/system_stats", "/features", "/view", "/object_info")
 _POST_ONLY = ("/interrupt", "/free")
-_SERVER_FAILED = Answer(
+_SERVER_FAILED = Response(
     500, b"500 Internal Server Error\n\nServer got itself in trouble", "text/plain; charset=utf-8", {"Connection": "close"}
 )
 
 
 class StandIn:
-    """One server over `folder`, which gets input/, output/, temp/ and models/. Use as a context manager, or `start` and `stop`.
+    """One server with the files in `folder`. Use as a context manager, or call `start` and `stop`.
 
-    Loaders offer the files in models/, whatever is in them; checkpoints/ has two from the beginning.
-    It listens on `host` only. `seconds_per_job` is how long a prompt takes that is not wholly cached. `requests` lists what
-    was asked, in order.
-    `fault` lets something go wrong by its name in `faults`; a test that wants yet another answer replaces `answer`.
-    `required_headers` and `base_path` are what a proxy in front insists on, `certificate` is a PEM file with key for https.
+    `folder` gets input/, output/, temp/ and models/. Loaders offer the files in models/, whatever is in them; checkpoints/
+    contains two from the beginning. The server listens on `host` only. `seconds_per_job` is how long a prompt takes unless
+    all of it is cached. `requests` lists the requests in order.
+    `fault` simulates a fault by its name in `faults`; for any other answer a test replaces `answer`.
+    `required_headers` and `base_path` simulate a proxy; `certificate` is a PEM file with certificate and key for https.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class StandIn:
         self.request_headers: list[dict[str, str]] = []
         """The headers of every request, in order."""
         self.faults: list[Fault] = []
-        self.listeners = Listeners()
+        self.websockets = WebsocketClients()
         self.worker = self._new_worker()
         self.requests: list[tuple[str, str]] = []
         self.submitted: list[dict] = []
@@ -78,7 +78,7 @@ class StandIn:
         return f"http{'s' if self._certificate else ''}://{self._host}:{self._port}"
 
     def start(self) -> "StandIn":
-        self._http = Listener(self._host, self._port, self._answer_and_remember, self._listen, self._certificate)
+        self._http = HttpServer(self._host, self._port, self._record_and_answer, self._listen, self._certificate)
         self._port = self._http.server_address[1]
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), name="standin-http", daemon=True)
         self.worker.start()
@@ -92,19 +92,19 @@ class StandIn:
         self.worker.stop()
 
     def restart(self) -> None:
-        """Begin anew at the same address after `stop`: queue, history, cache and numbers are forgotten, input/ and output/ stay."""
+        """Start again at the same address after `stop`: queue, history, cache and numbers are lost, input/ and output/ stay."""
         self._numbers = 0
         self.worker = self._new_worker()
         self.start()
 
     def fault(self, name: str, on: str | None = None, times: int | None = None, after: int = 0) -> None:
-        """Let something go wrong: `faults` says what there is, and what the rest means."""
+        """Simulate a fault; `faults` describes the names and the arguments."""
         if name not in faults.KINDS:
             raise KeyError(f"no such fault: {name}")
         self.faults.append(Fault(name, on, times, after))
 
     def _new_worker(self) -> Worker:
-        return Worker(self.folder, self.seconds_per_job, self.listeners.tell, self._at_node, self._at_end)
+        return Worker(self.folder, self.seconds_per_job, self.websockets.notify, self._at_node, self._at_end)
 
     def __enter__(self) -> "StandIn":
         return self.start()
@@ -112,19 +112,19 @@ class StandIn:
     def __exit__(self, *_exception: object) -> None:
         self.stop()
 
-    def _answer_and_remember(self, asked: Asked) -> Answer:
-        self.request_headers.append(dict(asked.headers))
-        if any(asked.headers.get(name) != value for name, value in self.required_headers.items()):
-            return Answer(401, b"<html>401 Authorization Required</html>", "text/html")
-        if not asked.path.startswith(f"{self.base_path}/"):
-            return Answer(302, b"", None, {"Location": "/login"})
-        asked = replace(asked, path=asked.path.removeprefix(self.base_path))
-        self.requests.append((asked.method, asked.path))
+    def _record_and_answer(self, request: Request) -> Response:
+        self.request_headers.append(dict(request.headers))
+        if any(request.headers.get(name) != value for name, value in self.required_headers.items()):
+            return Response(401, b"<html>401 Authorization Required</html>", "text/html")
+        if not request.path.startswith(f"{self.base_path}/"):
+            return Response(302, b"", None, {"Location": "/login"})
+        request = replace(request, path=request.path.removeprefix(self.base_path))
+        self.requests.append((request.method, request.path))
         for fault in self.faults:
             method, path, answer = faults.REQUESTS.get(fault.name, ("none", "", None))
-            if method in ("", asked.method) and asked.path.startswith(fault.on or path) and fault.happens():
-                return answer(asked, self.answer)
-        return self.answer(asked)
+            if method in ("", request.method) and request.path.startswith(fault.on or path) and fault.happens():
+                return answer(request, self.answer)
+        return self.answer(request)
 
     def _at_node(self, node_id: str) -> None:
         for fault in self.faults:
@@ -136,150 +136,150 @@ class StandIn:
             if fault.name in faults.ENTRIES and fault.happens():
                 faults.ENTRIES[fault.name](entry)
 
-    def _spoils(self, name: str) -> bool:
+    def _has_fault(self, name: str) -> bool:
         return any(fault.name == name and fault.happens() for fault in self.faults)
 
-    def _listen(self, asked: Asked, opened: Socket) -> None:
+    def _listen(self, request: Request, opened: Websocket) -> None:
         """One websocket, until it is closed."""
-        client_id = asked.query.get("clientId") or uuid.uuid4().hex
-        self.listeners.add(client_id, opened, self._remaining(), self.worker.node)
-        if self._spoils("websocket_cut"):
+        client_id = request.query.get("clientId") or uuid.uuid4().hex
+        self.websockets.add(client_id, opened, self._remaining(), self.worker.node)
+        if self._has_fault("websocket_cut"):
             opened.cut()
-        if self._spoils("websocket_noise"):
+        if self._has_fault("websocket_noise"):
             for noise in (b"\x00\x00\x00\x01\xff\xd8", b"\xff\xd8"):
                 opened.send_raw(noise, binary=True)
             for noise in (b"{", b"[1]", b'{"type": 5, "data": null}', b'{"type": "progress", "data": {"value": "x", "max": []}}'):
                 opened.send_raw(noise, binary=False)
-        if self._spoils("websocket_silent"):
-            self.listeners.remove(client_id)
+        if self._has_fault("websocket_silent"):
+            self.websockets.remove(client_id)
         opened.read_until_closed()
-        self.listeners.remove(client_id)
+        self.websockets.remove(client_id)
 
-    def answer(self, asked: Asked) -> Answer:
+    def answer(self, request: Request) -> Response:
         """The answer to one request; what ComfyUI crashes on is a 500 here too."""
-        if is_foreign_page(asked.headers):
-            return Answer(403)
+        if is_foreign_page(request.headers):
+            return Response(403)
         try:
-            return self._route(asked)
+            return self._route(request)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, OSError):
             return _SERVER_FAILED
 
-    def _route(self, asked: Asked) -> Answer:
-        first = "/" + asked.path.split("/")[1]
-        if (asked.method == "POST" and first in _GET_ONLY) or (asked.method == "GET" and first in _POST_ONLY):
+    def _route(self, request: Request) -> Response:
+        first = "/" + request.path.split("/")[1]
+        if (request.method == "POST" and first in _GET_ONLY) or (request.method == "GET" and first in _POST_ONLY):
             allowed = "GET,HEAD" if first in _GET_ONLY else "POST"
-            return Answer(405, b"405: Method Not Allowed", "text/plain; charset=utf-8", {"Allow": allowed})
+            return Response(405, b"405: Method Not Allowed", "text/plain; charset=utf-8", {"Allow": allowed})
         routes = {
-            ("GET", "/system_stats"): lambda: json_answer(_system_stats()),
-            ("GET", "/features"): lambda: json_answer({"supports_preview_metadata": True, "max_upload_size": MOST_BODY_BYTES}),
+            ("GET", "/system_stats"): lambda: json_response(_system_stats()),
+            ("GET", "/features"): lambda: json_response({"supports_preview_metadata": True, "max_upload_size": MOST_BODY_BYTES}),
             ("GET", "/object_info"): lambda: self._object_info(None),
-            ("GET", "/prompt"): lambda: json_answer({"exec_info": {"queue_remaining": self._remaining()}}),
+            ("GET", "/prompt"): lambda: json_response({"exec_info": {"queue_remaining": self._remaining()}}),
             ("GET", "/queue"): self._queue,
-            ("GET", "/ws"): lambda: Answer(101 if "Sec-WebSocket-Key" in asked.headers else 400),
-            ("GET", "/history"): lambda: self._history(asked.query),
-            ("GET", "/view"): lambda: self._view(asked.query),
-            ("POST", "/prompt"): lambda: self._prompt(asked.json()),
-            ("POST", "/upload/image"): lambda: self._upload(asked),
-            ("POST", "/queue"): lambda: self._edit_queue(asked.json()),
-            ("POST", "/history"): lambda: self._edit_history(asked.json()),
-            ("POST", "/interrupt"): lambda: self._interrupt(asked.body),
-            ("POST", "/free"): lambda: self._free(asked.json()),
+            ("GET", "/ws"): lambda: Response(101 if "Sec-WebSocket-Key" in request.headers else 400),
+            ("GET", "/history"): lambda: self._history(request.query),
+            ("GET", "/view"): lambda: self._view(request.query),
+            ("POST", "/prompt"): lambda: self._prompt(request.json()),
+            ("POST", "/upload/image"): lambda: self._upload(request),
+            ("POST", "/queue"): lambda: self._edit_queue(request.json()),
+            ("POST", "/history"): lambda: self._edit_history(request.json()),
+            ("POST", "/interrupt"): lambda: self._interrupt(request.body),
+            ("POST", "/free"): lambda: self._free(request.json()),
         }
-        if (asked.method, asked.path) in routes:
-            return routes[asked.method, asked.path]()
-        last = unquote(asked.path.rpartition("/")[2])
-        if asked.method == "GET" and re.fullmatch("/history/[^/]+", asked.path):
+        if (request.method, request.path) in routes:
+            return routes[request.method, request.path]()
+        last = unquote(request.path.rpartition("/")[2])
+        if request.method == "GET" and re.fullmatch("/history/[^/]+", request.path):
             return self._history_of(last)
-        if asked.method == "GET" and re.fullmatch("/object_info/[^/]+", asked.path):
+        if request.method == "GET" and re.fullmatch("/object_info/[^/]+", request.path):
             return self._object_info(last)
-        return Answer(404)
+        return Response(404)
 
-    def _object_info(self, name: str | None) -> Answer:
+    def _object_info(self, name: str | None) -> Response:
         names = list(NODES) if name is None else [name] if name in NODES else []
-        return json_answer({each: object_info(each, self.folder) for each in names})
+        return json_response({each: object_info(each, self.folder) for each in names})
 
     def _remaining(self) -> int:
         queue = self.worker.queue()
         return len(queue["queue_running"]) + len(queue["queue_pending"])
 
-    def _history(self, query: dict[str, str]) -> Answer:
+    def _history(self, query: dict[str, str]) -> Response:
         entries = list(self.worker.history.items())
         most = int(query["max_items"]) if "max_items" in query else None
         start = int(query.get("offset", -1))
         if start < 0:
             start = 0 if most is None else max(0, len(entries) - most)
-        return json_answer(dict(entries[start:] if most is None else entries[start : start + max(0, most)]))
+        return json_response(dict(entries[start:] if most is None else entries[start : start + max(0, most)]))
 
-    def _history_of(self, prompt_id: str) -> Answer:
-        if prompt_id in self.worker.history and self._spoils("evicted"):
+    def _history_of(self, prompt_id: str) -> Response:
+        if prompt_id in self.worker.history and self._has_fault("evicted"):
             del self.worker.history[prompt_id]
-        if self._spoils("forgotten"):
+        if self._has_fault("forgotten"):
             self.worker.delete_pending(None)
             self.worker.history.clear()
-        return json_answer({prompt_id: self.worker.history[prompt_id]} if prompt_id in self.worker.history else {})
+        return json_response({prompt_id: self.worker.history[prompt_id]} if prompt_id in self.worker.history else {})
 
-    def _queue(self) -> Answer:
-        if self._spoils("ends_between_two_requests"):
+    def _queue(self) -> Response:
+        if self._has_fault("ends_between_two_requests"):
             while self._remaining():
                 time.sleep(0.005)
-        return json_answer(self.worker.queue())
+        return json_response(self.worker.queue())
 
-    def _edit_history(self, wish: dict) -> Answer:
-        if wish.get("clear"):
+    def _edit_history(self, body: dict) -> Response:
+        if body.get("clear"):
             self.worker.history.clear()
-        for prompt_id in wish.get("delete", ()):
+        for prompt_id in body.get("delete", ()):
             self.worker.history.pop(prompt_id, None)
-        return Answer()
+        return Response()
 
-    def _edit_queue(self, wish: dict) -> Answer:
-        if wish.get("clear"):
+    def _edit_queue(self, body: dict) -> Response:
+        if body.get("clear"):
             self.worker.delete_pending(None)
-        if "delete" in wish:
-            self.worker.delete_pending(wish["delete"])
-        return Answer()
+        if "delete" in body:
+            self.worker.delete_pending(body["delete"])
+        return Response()
 
-    def _interrupt(self, body: bytes) -> Answer:
+    def _interrupt(self, body: bytes) -> Response:
         self.worker.interrupt(json.loads(body).get("prompt_id") if body else None)
-        return Answer()
+        return Response()
 
-    def _free(self, wish: dict) -> Answer:
-        if wish.get("free_memory"):
+    def _free(self, body: dict) -> Response:
+        if body.get("free_memory"):
             self.worker.drop_cache()
-        return Answer()
+        return Response()
 
-    def _prompt(self, wish: Any) -> Answer:
-        # A list or a text has no prompt in it; null is what the real server fails over.
-        wish = wish if isinstance(wish, dict) else dict.fromkeys(wish)
-        number = self._number(wish)
-        if "prompt" not in wish:
+    def _prompt(self, body: Any) -> Response:
+        # A list or a string contains no prompt; on null the real server fails.
+        body = body if isinstance(body, dict) else dict.fromkeys(body)
+        number = self._number(body)
+        if "prompt" not in body:
             error = {"type": "no_prompt", "message": "No prompt provided", "details": "No prompt provided", "extra_info": {}}
-            return json_answer({"error": error, "node_errors": {}}, 400)
-        prompt = wish["prompt"]
-        prompt_id = str(wish.get("prompt_id", uuid.uuid4()))
+            return json_response({"error": error, "node_errors": {}}, 400)
+        prompt = body["prompt"]
+        prompt_id = str(body.get("prompt_id", uuid.uuid4()))
         try:
-            outputs, node_errors = validate(prompt, self.folder, wish.get("partial_execution_targets"))
-        except Refused as refused:
-            return json_answer({"error": refused.error, "node_errors": refused.node_errors}, 400)
-        extra_data = wish.get("extra_data", {})
-        if "client_id" in wish:
-            extra_data["client_id"] = wish["client_id"]
-        self.submitted.append(json.loads(json.dumps(wish)))
+            outputs, node_errors = validate(prompt, self.folder, body.get("partial_execution_targets"))
+        except Rejected as rejected:
+            return json_response({"error": rejected.error, "node_errors": rejected.node_errors}, 400)
+        extra_data = body.get("extra_data", {})
+        if "client_id" in body:
+            extra_data["client_id"] = body["client_id"]
+        self.submitted.append(json.loads(json.dumps(body)))
         self.worker.put(number, prompt_id, prompt, extra_data, in_some_order(outputs, prompt_id))
-        return json_answer({"prompt_id": prompt_id, "number": number, "node_errors": node_errors})
+        return json_response({"prompt_id": prompt_id, "number": number, "node_errors": node_errors})
 
-    def _number(self, wish: dict[str, Any]) -> float:
+    def _number(self, body: dict[str, Any]) -> float:
         """Counts every POST, refused ones too."""
-        if "number" in wish:
-            return float(wish["number"])
+        if "number" in body:
+            return float(body["number"])
         with self._numbers_lock:
             number = self._numbers
             self._numbers += 1
-        return -number if wish.get("front") else number
+        return -number if body.get("front") else number
 
-    def _upload(self, asked: Asked) -> Answer:
-        parts = multipart(asked)
+    def _upload(self, request: Request) -> Response:
+        parts = multipart(request)
         if "image" not in parts:
-            return Answer(400)
+            return Response(400)
         filename, content = parts["image"]
         if filename is None:
             return _SERVER_FAILED
@@ -290,31 +290,31 @@ class StandIn:
         base = self.folder / kind
         target = Path(os.path.abspath(os.path.join(base, os.path.normpath(subfolder), filename)))
         if not target.is_relative_to(base):
-            return Answer(400)
+            return Response(400)
         Path(os.path.abspath(base / subfolder)).mkdir(parents=True, exist_ok=True)
         if fields.get("overwrite") not in ("true", "1"):
             target, filename = _free_name(target, filename, content)
         target.write_bytes(content)
-        return json_answer({"name": filename, "subfolder": subfolder, "type": kind})
+        return json_response({"name": filename, "subfolder": subfolder, "type": kind})
 
-    def _view(self, query: dict[str, str]) -> Answer:
+    def _view(self, query: dict[str, str]) -> Response:
         if "filename" not in query:
-            return Answer(404)
+            return Response(404)
         filename, kind = query["filename"], query.get("type", "output")
         annotated = re.fullmatch(r"(.*) \[(input|output|temp)\]", filename)
         if annotated:
             filename, kind = annotated[1], annotated[2]
         if not filename or filename.startswith("/") or ".." in filename or kind not in _KINDS:
-            return Answer(400)
+            return Response(400)
         base = self.folder / kind
         folder = Path(os.path.abspath(os.path.join(base, query.get("subfolder", ""))))
         if not folder.is_relative_to(base):
-            return Answer(403)
+            return Response(403)
         path = folder / os.path.basename(filename)
         if not path.is_file():
-            return Answer(404)
+            return Response(404)
         content_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-        return Answer(200, path.read_bytes(), content_type, {"Content-Disposition": f'filename="{path.name}"'})
+        return Response(200, path.read_bytes(), content_type, {"Content-Disposition": f'filename="{path.name}"'})
 
 
 def _system_stats() -> dict[str, Any]:
@@ -338,7 +338,7 @@ def _system_stats() -> dict[str, Any]:
 
 
 def _free_name(target: Path, filename: str, content: bytes) -> tuple[Path, str]:
-    """`name`, or `name (1)`, `name (2)` ... when other bytes lie there; equal bytes keep their name."""
+    """`name`, or `name (1)`, `name (2)` ... when the file exists with other bytes; equal bytes keep their name."""
     stem, suffix = os.path.splitext(filename)
     number = 0
     while target.exists() and target.read_bytes() != content:

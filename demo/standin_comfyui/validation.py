@@ -1,4 +1,4 @@
-"""What `POST /prompt` refuses, in the shapes in which ComfyUI 0.3.64 refuses it."""
+"""Validation of `POST /prompt`, with the errors of ComfyUI 0.3.64."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,8 +10,8 @@ from demo.standin_comfyui.nodes import input_file
 _CONVERTERS = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
 
 
-class Refused(Exception):
-    """The prompt is refused: `error` and `node_errors` of the answer."""
+class Rejected(Exception):
+    """The prompt is rejected, with `error` and `node_errors` of the answer."""
 
     def __init__(self, kind: str, message: str, details: str = "", node_errors: dict | None = None):
         super().__init__(message)
@@ -22,18 +22,18 @@ class Refused(Exception):
 def validate(prompt: Any, folder: Path, targets: Iterable[str] | None = None) -> tuple[list[str], dict[str, Any]]:
     """The ids of the output nodes that can run, and the errors of those that are dropped; `prompt`'s values are coerced.
 
-    Raises Refused when no output is left, AttributeError or TypeError for what is no prompt at all.
+    Raises Rejected when no output is left, AttributeError or TypeError when `prompt` is not a workflow.
     """
     for node_id in prompt:
-        _must_be_known(node_id, prompt[node_id])
+        _check_class(node_id, prompt[node_id])
     outputs = [node_id for node_id in prompt if NODES[prompt[node_id]["class_type"]].is_output]
     outputs = [node_id for node_id in outputs if targets is None or node_id in targets]
     if not outputs:
-        raise Refused("prompt_no_outputs", "Prompt has no outputs")
+        raise Rejected("prompt_no_outputs", "Prompt has no outputs")
     good, node_errors, details = [], {}, []
     for output in outputs:
-        found = _Complaints(prompt, folder, output)
-        if found.look_at(output, ()):
+        found = _OutputValidation(prompt, folder, output)
+        if found.is_valid(output, ()):
             good.append(output)
             continue
         for node_id, errors in found.errors.items():
@@ -43,29 +43,29 @@ def validate(prompt: Any, folder: Path, targets: Iterable[str] | None = None) ->
             entry["dependent_outputs"].append(output)
         details += [f"{error['message']}: {error['details']}" for error in found.errors.get(output, ())]
     if not good:
-        raise Refused("prompt_outputs_failed_validation", "Prompt outputs failed validation", "\n".join(details), node_errors)
+        raise Rejected("prompt_outputs_failed_validation", "Prompt outputs failed validation", "\n".join(details), node_errors)
     return good, node_errors
 
 
-def _must_be_known(node_id: str, node: Any) -> None:
+def _check_class(node_id: str, node: Any) -> None:
     if "class_type" not in node:
         message = "Cannot execute because a node is missing the class_type property."
-        raise Refused("invalid_prompt", message, f"Node ID '#{node_id}'")
+        raise Rejected("invalid_prompt", message, f"Node ID '#{node_id}'")
     if node["class_type"] not in NODES:
         message = f"Cannot execute because node {node['class_type']} does not exist."
-        raise Refused("invalid_prompt", message, f"Node ID '#{node_id}'")
+        raise Rejected("invalid_prompt", message, f"Node ID '#{node_id}'")
 
 
-class _Complaints:
-    """What is wrong with one output and everything that it needs."""
+class _OutputValidation:
+    """Collects the errors of one output and everything that it depends on."""
 
     def __init__(self, prompt: dict, folder: Path, output: str):
         self.prompt, self.folder, self.output = prompt, folder, output
         self.errors: dict[str, list] = {}
         self._seen: dict[str, bool] = {}
 
-    def look_at(self, node_id: str, below: tuple[str, ...]) -> bool:
-        """Whether the node and its ancestors can run; `below` are the nodes on the way from the output."""
+    def is_valid(self, node_id: str, below: tuple[str, ...]) -> bool:
+        """Whether the node and its ancestors can run; `below` are the nodes between it and the output."""
         if node_id in below:
             return False
         if node_id not in self._seen:
@@ -96,7 +96,7 @@ class _Complaints:
         kind, options = specification[0], (specification[1] if len(specification) > 1 else {})
         extra = {"input_name": name, "input_config": specification, "received_value": value}
         if options.get("image_upload"):
-            self._must_lie_there(node_id, name, value)
+            self._check_file_exists(node_id, name, value)
         elif isinstance(kind, list):
             if value not in kind:
                 self._add(node_id, "value_not_in_list", "Value not in list", f"{name}: {value!r} not in {kind}", extra)
@@ -112,13 +112,13 @@ class _Complaints:
             self._add(node_id, "bad_linked_input", message, name, extra)
             return False
         source, slot = value
-        received, wanted = NODES[self.prompt[source]["class_type"]].output[slot], specification[0]
-        if wanted not in (received, "*"):
-            details = f"{name}, received_type({received}) mismatch input_type({wanted})"
+        received, expected = NODES[self.prompt[source]["class_type"]].output[slot], specification[0]
+        if expected not in (received, "*"):
+            details = f"{name}, received_type({received}) mismatch input_type({expected})"
             extra = {"input_name": name, "input_config": specification, "received_type": received, "linked_node": value}
             self._add(node_id, "return_type_mismatch", "Return type mismatch between linked nodes", details, extra)
             return False
-        return self.look_at(source, (*below, node_id))
+        return self.is_valid(source, (*below, node_id))
 
     def _convert(self, node_id: str, name: str, kind: str, value: Any, extra: dict) -> None:
         try:
@@ -140,7 +140,7 @@ class _Complaints:
             message = f"Value {value} bigger than max of {options['max']}"
             self._add(node_id, "value_bigger_than_max", message, name, extra)
 
-    def _must_lie_there(self, node_id: str, name: str, value: str) -> None:
+    def _check_file_exists(self, node_id: str, name: str, value: str) -> None:
         if not input_file(self.folder, value).exists():
             details = f"{name} - Invalid image file: {value}"
             self._add(node_id, "custom_validation_failed", "Custom validation failed for node", details, {"input_name": name})

@@ -1,4 +1,4 @@
-"""The HTTP under the stand-in: requests and answers as values, multipart bodies, and the threads that carry them."""
+"""The stand-in's HTTP layer: requests and responses as values, multipart bodies, and a threaded server."""
 
 import contextlib
 import json
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from demo.standin_comfyui.sockets import Socket, accepted_key
+from demo.standin_comfyui.websockets import Websocket, accepted_key
 
 MOST_BODY_BYTES = 100 * 1024 * 1024
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What goes back: an empty body has no content type."""
+class Response:
+    """One response; without a body it has no content type."""
 
     status: int = 200
     body: bytes = b""
@@ -31,7 +31,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """One request: the path without `/api`, the query, the headers and the body."""
 
     method: str
@@ -44,28 +44,28 @@ class Asked:
         return json.loads(self.body.decode())
 
 
-def json_answer(content: Any, status: int = 200) -> Answer:
-    return Answer(status, json.dumps(content).encode(), "application/json; charset=utf-8")
+def json_response(content: Any, status: int = 200) -> Response:
+    return Response(status, json.dumps(content).encode(), "application/json; charset=utf-8")
 
 
 def is_foreign_page(headers: Message) -> bool:
-    """An Origin that is not the loopback host it talks to: a web page of somebody else."""
+    """Whether a web page of another site sent the request: its Origin is not the loopback host that it talks to."""
     host, origin = headers.get("Host", ""), headers.get("Origin")
     if origin is None or host.rpartition(":")[0].strip("[]") not in _LOOPBACK:
         return False
     return urlsplit(origin).netloc != host
 
 
-def multipart(asked: Asked) -> dict[str, tuple[str | None, bytes]]:
-    """field -> (file name or None, content), the first of each name; {} when the body is not multipart."""
-    content_type = asked.headers.get("Content-Type", "")
+def multipart(request: Request) -> dict[str, tuple[str | None, bytes]]:
+    """{field: (file name or None, content)}, the first of each name; {} when the body is not multipart."""
+    content_type = request.headers.get("Content-Type", "")
     if content_type.startswith("application/x-www-form-urlencoded"):
-        return {name: (None, values[0].encode()) for name, values in parse_qs(asked.body.decode()).items()}
+        return {name: (None, values[0].encode()) for name, values in parse_qs(request.body.decode()).items()}
     boundary = re.search(r'boundary="?([^";]+)', content_type)
     if not content_type.startswith("multipart/form-data") or not boundary:
         return {}
     parts: dict[str, tuple[str | None, bytes]] = {}
-    for piece in asked.body.split(b"--" + boundary[1].encode())[1:-1]:
+    for piece in request.body.split(b"--" + boundary[1].encode())[1:-1]:
         head, _, content = piece.removeprefix(b"\r\n").partition(b"\r\n\r\n")
         disposition = head.decode("utf-8", "surrogateescape")
         name = re.search(r'[; ]name="((?:[^"\\]|\\.)*)"', disposition)
@@ -75,7 +75,7 @@ def multipart(asked: Asked) -> dict[str, tuple[str | None, bytes]]:
 
 
 def _filename(disposition: str) -> str | None:
-    """The file name in a Content-Disposition; an empty one counts as none, backslashes are escapes."""
+    """The file name in a Content-Disposition; None if it is empty. Backslashes are escapes."""
     encoded = re.search(r"filename\*=utf-8''([^;\r\n]+)", disposition)
     if encoded:
         return unquote(encoded[1])
@@ -83,10 +83,11 @@ def _filename(disposition: str) -> str | None:
     return re.sub(r"\\(.)", r"\1", plain[1]).lstrip("/") or None if plain else None
 
 
-class Listener(ThreadingHTTPServer):
-    """Serves at `host` and `port` (0: a free one); `answer` is called in a thread per connection, `listen` with a websocket.
+class HttpServer(ThreadingHTTPServer):
+    """Serves at `host` and `port` (0: a free one), with a thread for each connection.
 
-    An `answer` that raises ConnectionAbortedError resets the connection.
+    `answer` is called for each request, `listen` for each websocket. When `answer` raises ConnectionAbortedError, the connection
+    is reset.
     """
 
     daemon_threads = True
@@ -95,8 +96,8 @@ class Listener(ThreadingHTTPServer):
         self,
         host: str,
         port: int,
-        answer: Callable[[Asked], Answer],
-        listen: Callable[[Asked, Socket], None],
+        answer: Callable[[Request], Response],
+        listen: Callable[[Request, Websocket], None],
         certificate: Path | None = None,
     ):
         super().__init__((host, port), _Handler)
@@ -116,13 +117,13 @@ class Listener(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def drop_connections(self) -> None:
-        """End what is open, as the end of a process does."""
+        """Close all connections, as the end of a process would."""
         for connection in list(self._connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
+        """A client that disconnected is not an error."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -130,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version = "standin-comfyui"
     wbufsize = -1
     disable_nagle_algorithm = True
-    server: Listener
+    server: HttpServer
 
     def do_GET(self) -> None:
         self._serve("GET")
@@ -145,33 +146,33 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         if length > MOST_BODY_BYTES:
             text = f"Maximum request body size {MOST_BODY_BYTES} exceeded.".encode()
-            self._send(Answer(413, text, "text/plain; charset=utf-8", {"Connection": "close"}), True)
+            self._send(Response(413, text, "text/plain; charset=utf-8", {"Connection": "close"}), True)
             return
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
         path = url.path.removeprefix("/api") if url.path.startswith("/api/") else url.path
-        asked = Asked(method, path, query, self.headers, self.rfile.read(length))
+        request = Request(method, path, query, self.headers, self.rfile.read(length))
         try:
-            answer = self.server.answer(asked)
+            answer = self.server.answer(request)
         except ConnectionAbortedError:
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             raise
         if answer.status == 101:
-            self._open_socket(asked)
+            self._open_websocket(request)
         else:
             self._send(answer, with_body)
 
-    def _open_socket(self, asked: Asked) -> None:
+    def _open_websocket(self, request: Request) -> None:
         self.send_response(101)
         self.send_header("Upgrade", "websocket")
         self.send_header("Connection", "Upgrade")
-        self.send_header("Sec-WebSocket-Accept", accepted_key(asked.headers["Sec-WebSocket-Key"]))
+        self.send_header("Sec-WebSocket-Accept", accepted_key(request.headers["Sec-WebSocket-Key"]))
         self.end_headers()
         self.wfile.flush()
         self.close_connection = True
-        self.server.listen(asked, Socket(self.connection, self.rfile))
+        self.server.listen(request, Websocket(self.connection, self.rfile))
 
-    def _send(self, answer: Answer, with_body: bool) -> None:
+    def _send(self, answer: Response, with_body: bool) -> None:
         self.send_response(answer.status)
         if answer.content_type:
             self.send_header("Content-Type", answer.content_type)
@@ -182,4 +183,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(answer.body)
 
     def log_message(self, *_words: Any) -> None:
-        """Silent: who starts a stand-in sees what was asked in its `requests`."""
+        """Logs nothing: `StandIn.requests` lists the requests."""

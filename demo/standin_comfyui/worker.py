@@ -26,32 +26,32 @@ class Interrupted(Exception):
 class Worker:
     """Runs queued prompts, the smallest number first. All state is in memory, as ComfyUI's is.
 
-    `tell` (client id, kind, data) hears what the websocket says; `at_node` is called before a node runs, and what it raises
-    the node raises; `at_end` may change a history entry before it is stored.
+    `notify` (client id, kind, data) receives the websocket messages; `at_node` is called before a node runs, and the node
+    fails with what it raises; `at_end` may change a history entry before it is stored.
     """
 
     def __init__(
         self,
         folder: Path,
         seconds_per_job: float,
-        tell: Callable[[str | None, str, dict], None] = lambda *_: None,
+        notify: Callable[[str | None, str, dict], None] = lambda *_: None,
         at_node: Callable[[str], None] = lambda _: None,
         at_end: Callable[[dict], None] = lambda _: None,
     ):
         self.folder = folder
-        self._tell, self._at_node, self._at_end = tell, at_node, at_end
+        self._notify, self._at_node, self._at_end = notify, at_node, at_end
         self.seconds_per_job = seconds_per_job
-        """How long a prompt takes of which not everything is cached."""
+        """How long a prompt takes unless all of it is cached."""
         self.history: dict[str, dict] = {}
         self.running: list | None = None
         self.executed_jobs = 0
-        """How many prompts ran that were not cached as a whole."""
+        """How many prompts ran that were not completely cached."""
         self._pending: list[list] = []
         self._changed = threading.Condition()
         self._interrupt = threading.Event()
         self._stopping = self._dead = False
         self.node: str | None = None
-        """The node that runs."""
+        """The node that is running."""
         self._cache: dict[str, tuple[tuple, dict]] = {}
         self._thread = threading.Thread(target=self._work, name="standin-worker", daemon=True)
 
@@ -71,7 +71,7 @@ class Worker:
         with self._changed:
             heapq.heappush(self._pending, [number, prompt_id, prompt, extra_data, outputs])
         for _ in range(2):
-            self.tell_status()
+            self.notify_status()
         with self._changed:
             self._changed.notify()
 
@@ -96,7 +96,7 @@ class Worker:
         self._cache.clear()
 
     def die(self) -> None:
-        """End the thread as a bug does that kills it: nobody is told, and what waits goes on waiting."""
+        """End the thread as a crash would: no message is sent, and waiting prompts stay in the queue."""
         with self._changed:
             self._dead = True
             self._changed.notify()
@@ -113,46 +113,46 @@ class Worker:
             try:
                 entry = self._run(*self.running)
             except SystemExit:
-                return  # the thread is gone, and what it ran stays "running" for ever
+                return  # the thread is gone, and its prompt stays "running" forever
             with self._changed:
                 if len(self.history) > MOST_HISTORY_ENTRIES:
                     del self.history[next(iter(self.history))]
                 self.history[self.running[1]] = entry
                 client_id, prompt_id, self.running, self.node = self.running[3].get("client_id"), self.running[1], None, None
-            self.tell_status()
-            self._tell(client_id, "executing", {"node": None, "prompt_id": prompt_id})
+            self.notify_status()
+            self._notify(client_id, "executing", {"node": None, "prompt_id": prompt_id})
 
-    def tell_status(self) -> None:
+    def notify_status(self) -> None:
         with self._changed:
             remaining = len(self._pending) + (self.running is not None)
-        self._tell(None, "status", {"status": {"exec_info": {"queue_remaining": remaining}}})
+        self._notify(None, "status", {"status": {"exec_info": {"queue_remaining": remaining}}})
 
     def _run(self, number: float, prompt_id: str, prompt: dict, extra_data: dict, outputs: list[str]) -> dict:
         """Execute one prompt; returns its history entry."""
-        watch = _Watch(self, prompt_id, extra_data.get("client_id"), self._tell)
-        watch.event("execution_start")
-        run = _Run(self.folder, prompt, extra_data.get("extra_pnginfo"), self._cache, watch)
+        events = _ExecutionEvents(self, prompt_id, extra_data.get("client_id"), self._notify)
+        events.event("execution_start")
+        run = _Run(self.folder, prompt, extra_data.get("extra_pnginfo"), self._cache, events)
         cached = run.cached_nodes(outputs)
-        watch.event("execution_cached", nodes=cached)
+        events.event("execution_cached", nodes=cached)
         status = "success"
         to_run = len(set(run.reachable(outputs)) - set(cached))
-        watch.seconds_per_node = self.seconds_per_job / max(1, to_run)
+        events.seconds_per_node = self.seconds_per_job / max(1, to_run)
         self.executed_jobs += bool(to_run)
         try:
             for output in outputs:
                 run.execute(output)
-            watch.event("execution_success")
+            events.event("execution_success")
         except Interrupted:
             status = "error"
-            watch.event("execution_interrupted", **run.where())
+            events.event("execution_interrupted", **run.where())
         except Exception as error:
             status = "error"
-            watch.event("execution_error", **run.where(), **_described(error, run))
+            events.event("execution_error", **run.where(), **_described(error, run))
         self._cache = run.results
         entry = {
             "prompt": [number, prompt_id, prompt, extra_data, outputs],
             "outputs": run.shown(),
-            "status": {"status_str": status, "completed": status == "success", "messages": watch.messages},
+            "status": {"status_str": status, "completed": status == "success", "messages": events.messages},
             "meta": {node_id: _meta(node_id) for node_id in run.shown()},
         }
         self._at_end(entry)
@@ -164,59 +164,59 @@ class Worker:
             raise Interrupted
 
     def before(self, node_id: str) -> None:
-        """A node is about to run: raises what it shall fail with."""
+        """A node is about to run: raises the error that it shall fail with."""
         self._at_node(node_id)
         self.take_time(0)
 
 
-class _Watch:
-    """What is told of one prompt while it runs, to the history and to the websocket of its owner."""
+class _ExecutionEvents:
+    """The messages about one prompt while it runs, for its history entry and for the websocket of its client."""
 
-    def __init__(self, worker: Worker, prompt_id: str, client_id: str | None, tell: Callable[[str | None, str, dict], None]):
-        self._worker, self._prompt_id, self._client_id, self._tell = worker, prompt_id, client_id, tell
+    def __init__(self, worker: Worker, prompt_id: str, client_id: str | None, notify: Callable[[str | None, str, dict], None]):
+        self._worker, self._prompt_id, self._client_id, self._notify = worker, prompt_id, client_id, notify
         self.messages: list[list] = []
         self.seconds_per_node = 0.0
         self._states: dict[str, dict[str, Any]] = {}
 
     def event(self, kind: str, **data: Any) -> None:
-        """What the history keeps as well."""
+        """A message that the history entry contains too."""
         self.messages.append([kind, {"prompt_id": self._prompt_id, **data, "timestamp": int(time.time() * 1000)}])
-        self._tell(self._client_id, *self.messages[-1])
+        self._notify(self._client_id, *self.messages[-1])
 
     def runs(self, node_id: str, steps: int) -> None:
-        """A node begins; its time passes in equal steps."""
+        """A node runs; its time passes in equal steps."""
         self._worker.node = node_id
         self._state(node_id, 0.0, 1.0, "running")
-        self._tell(self._client_id, "executing", {"node": node_id, "display_node": node_id, "prompt_id": self._prompt_id})
+        self._notify(self._client_id, "executing", {"node": node_id, "display_node": node_id, "prompt_id": self._prompt_id})
         self._worker.before(node_id)
         for step in range(1, steps + 1):
             self._worker.take_time(self.seconds_per_node / steps)
             if steps > 1:
                 self._state(node_id, step, steps, "running")
                 progress = {"value": step, "max": steps, "prompt_id": self._prompt_id, "node": node_id}
-                self._tell(self._client_id, "progress", progress)
+                self._notify(self._client_id, "progress", progress)
 
     def ends(self, node_id: str, shown: dict[str, Any]) -> None:
         if shown:
             about = {"node": node_id, "display_node": node_id, "output": shown, "prompt_id": self._prompt_id}
-            self._tell(self._client_id, "executed", about)
+            self._notify(self._client_id, "executed", about)
         most = self._states.get(node_id, {"max": 1})["max"]
         self._state(node_id, most, most, "finished")
 
     def _state(self, node_id: str, value: float, most: float, state: str) -> None:
         about = {"value": value, "max": most, "state": state, "node_id": node_id, "prompt_id": self._prompt_id}
         self._states[node_id] = about | {"display_node_id": node_id, "parent_node_id": None, "real_node_id": node_id}
-        self._tell(self._client_id, "progress_state", {"prompt_id": self._prompt_id, "nodes": dict(self._states)})
+        self._notify(self._client_id, "progress_state", {"prompt_id": self._prompt_id, "nodes": dict(self._states)})
 
 
 class _Run:
-    """One execution of one prompt over what the last one left in the cache."""
+    """One execution of one prompt, with the results that the last one left in the cache."""
 
-    def __init__(self, folder: Path, prompt: dict, extra_pnginfo: dict | None, cache: dict, watch: _Watch):
-        self._folder, self._extra, self._cache, self._watch = folder, extra_pnginfo, cache, watch
+    def __init__(self, folder: Path, prompt: dict, extra_pnginfo: dict | None, cache: dict, events: _ExecutionEvents):
+        self._folder, self._extra, self._cache, self._events = folder, extra_pnginfo, cache, events
         self._prompt = copy.deepcopy(prompt)
         self.results: dict[str, tuple[tuple, dict]] = {}
-        """signature of a node -> its values and what it shows."""
+        """Signature of a node -> its values and its output for the history."""
         self.executed: list[str] = []
         self._done: dict[str, tuple[tuple, dict]] = {}
         self._signatures: dict[str, str] = {}
@@ -224,7 +224,7 @@ class _Run:
         self._mark_loaded_files()
 
     def reachable(self, outputs: list[str]) -> list[str]:
-        """The outputs and all that they need, each once."""
+        """The outputs and everything that they depend on, each once."""
         found: dict[str, None] = {}
         waiting = list(outputs)
         while waiting:
@@ -235,7 +235,7 @@ class _Run:
         return list(found)
 
     def cached_nodes(self, outputs: list[str]) -> list[str]:
-        """Those that need not run; their results stay in the cache for the next prompt."""
+        """The nodes that need not run; their results stay in the cache for the next prompt."""
         cached = [node_id for node_id in self.reachable(outputs) if self._signature(node_id) in self._cache]
         self.results |= {self._signature(node_id): self._cache[self._signature(node_id)] for node_id in cached}
         return cached
@@ -250,12 +250,12 @@ class _Run:
             known = self._compute(node_id)
             self.executed.append(node_id)
         if signature not in self._cache or known[1]:
-            self._watch.ends(node_id, known[1])
+            self._events.ends(node_id, known[1])
         self._done[node_id] = self.results[signature] = known
         return known[0]
 
     def shown(self) -> dict[str, dict]:
-        """What finished nodes hand to the history."""
+        """Node id -> output for the history, of the nodes that have finished."""
         return {node_id: shown for node_id, (_, shown) in self._done.items() if shown}
 
     def where(self) -> dict[str, Any]:
@@ -272,7 +272,7 @@ class _Run:
             value = given[name]
             inputs[name] = self.execute(value[0])[value[1]] if isinstance(value, list) else value
         self._node = node_id
-        self._watch.runs(node_id, given["steps"] if isinstance(given.get("steps"), int) else 1)
+        self._events.runs(node_id, given["steps"] if isinstance(given.get("steps"), int) else 1)
         context = Context(self._folder, self._prompt, self._extra)
         return node.run(context, **inputs), context.shown
 
@@ -283,7 +283,7 @@ class _Run:
                 yield value
 
     def _signature(self, node_id: str) -> str:
-        """Equal for nodes that would compute the same: class and inputs, also unknown ones, but not ids and titles."""
+        """Equal for nodes that compute the same: it covers class and inputs, unknown ones too, but not ids and titles."""
         if node_id not in self._signatures:
             node = self._prompt[node_id]
             inputs = {}
@@ -295,7 +295,7 @@ class _Run:
         return self._signatures[node_id]
 
     def _mark_loaded_files(self) -> None:
-        """As the real server does, write the hash of a loaded file into the prompt that the PNG files carry."""
+        """Like ComfyUI, write the hash of a loaded file into the prompt that is embedded in the PNG files."""
         for node in self._prompt.values():
             if node["class_type"] == "LoadImage" and isinstance(node["inputs"].get("image"), str):
                 path = input_file(self._folder, node["inputs"]["image"])
@@ -303,7 +303,7 @@ class _Run:
 
 
 def in_some_order(outputs: list[str], prompt_id: str) -> list[str]:
-    """The outputs in an order that is not the workflow's, but the same for the same id."""
+    """The outputs in an order other than the workflow's, the same for the same id."""
     return random.Random(prompt_id).sample(outputs, len(outputs))
 
 

@@ -137,18 +137,18 @@ def describe_plan(plan: Plan, jobs: int, todo: int, missing: int) -> str:
     nodes, shown = len(workflow.graph), 12
     outputs = ", ".join(workflow.output_nodes[:shown]) + (" ..." if len(workflow.output_nodes) > shown else "")
     lines = [
-        f"Per-batch mode: {jobs} prompts, one submission each" if workflow.per_batch else "Full-workflow mode: one submission",
+        f"Per-batch mode: one submission for each prompt, {jobs} in total"
+        if workflow.per_batch
+        else "Full-workflow mode: one submission",
         f"Collecting images from {len(workflow.output_nodes)} of {nodes} nodes: {outputs}",
     ]
     if plan.face is not None:
-        lines.append(f"Face reference: sent to node {node_label(workflow.graph, workflow.face_input.node)}")
+        lines.append(f"Face reference: used in node {node_label(workflow.graph, workflow.face_input.node)}")
     elif workflow.face_input is None:
         lines.append("Face reference: not used (workflow_config.json does not set image_loader_node)")
     else:
         lines.append("Face reference: none (no FACE_REFERENCE, no face_reference.png); the workflow's own image is used")
-    if todo:
-        lines.append("Ctrl-C stops safely; run the same command again to continue.")
-    else:
+    if not todo:
         deleted = f" {missing} of the collected images were deleted from the folder and are not collected again." if missing else ""
         more = " Set NEW_SEEDS=1 to collect another set." if literal_seeds(workflow.graph) else ""
         lines.append(f"All images were collected before, so nothing was sent to ComfyUI.{deleted}{more}")

@@ -131,6 +131,7 @@ class ServerPool(contextlib.AbstractContextManager):
             raise _combined("no ComfyUI server can be used:", errors)
         for error in errors:
             self._log(f"{error}. Continuing with the other servers.")
+        self._log("Ctrl-C stops safely; run the same command again to continue.")
         return usable
 
     def _reattach(self, job: Job) -> bool:

@@ -218,7 +218,7 @@ class ServerWorker:
         try:
             queued = self._server.submit(graph, flight.submission.prompt_id)
         except SubmissionUnconfirmed as error:
-            self._emit(f"{job.label}: {error}; checking whether it was queued")
+            self._emit(f"{job.label}: checking whether it was queued ({error})")
             self._next_queue_check_s, flight.unconfirmed_until_s = 0.0, time.monotonic() + UNCONFIRMED_S
             return
         flight.dropped = tuple(queued.dropped)

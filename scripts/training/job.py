@@ -13,7 +13,7 @@ from training.data.dataset import Inputs, read_images
 from training.engine import EngineName
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size
 from training.method.optimizers import require_usable
-from training.models.base_model import base_digest, tokenizers_digest, tokenizers_of
+from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
 from training.plan import GLOBAL_BATCH, Plan, make_plan, result_fingerprint, runtime_settings, short_hash
 from training.state import checkpoint
@@ -83,8 +83,8 @@ def resolve_job(
     print(f"training on {describe(precision)}; gradient checkpointing: {checkpointing}", flush=True)
     print(f"engine: {engine_name} ({reason})", flush=True)
     cache = Cache(outputs.cache)
-    digests = [base_digest(base, cache.folder, part) for part in base.parts]
-    digests.append(tokenizers_digest(tokenizers_of(base, project.models_dir)))
+    digests = [base_digest(base, cache.folder, part) for part in base.components]
+    digests.append(tokenizers_digest(find_or_download_tokenizers(base, project.models_dir)))
     print(plan.announcement(), flush=True)
 
     fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests)

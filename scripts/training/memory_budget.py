@@ -65,7 +65,7 @@ def measure_budget(
     The need is estimated from the shapes of the UNet's weights: in the computation's dtype; with LoRA weights, gradients and
     the optimizer's state in fp32 and a copy of the weights; and activations, which grow with the pixels of the micro-batch.
     """
-    unet, itemsize = base.parts["unet"], precision.dtype.itemsize
+    unet, itemsize = base.components["unet"], precision.dtype.itemsize
     shapes = {name: tensor.shape for name, tensor in unet.tensors.items()}
     linears = [shape for name, shape in shapes.items() if "transformer_blocks" in name and len(shape) == 2]
     floats = 2 + OPTIMIZERS[settings.optimizer.optimizer].floats_per_weight  # weight, gradient and the optimizer's state

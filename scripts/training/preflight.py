@@ -14,7 +14,7 @@ from training.config import TrainSettings
 from training.data.dataset import Example, read_images
 from training.memory_budget import measure_budget, resolve_batch_size
 from training.models.base_model import find_base, find_tokenizers, require_tokenizers_on_hub
-from training.models.loading import load_tokenizers, require_fitting
+from training.models.loading import load_tokenizers, require_matching_weights
 from training.models.sdxl import BaseModel
 from training.plan import make_plan
 from training.system.device import available_bytes, choose_precision
@@ -38,7 +38,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
 
     def check_base_model() -> str:
         base = find_base(settings.model.base_model, project.models_dir)
-        require_fitting(base)
+        require_matching_weights(base)
         if find_tokenizers(base, project.models_dir):
             load_tokenizers(base, project.models_dir)
         else:

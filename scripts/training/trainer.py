@@ -28,7 +28,7 @@ from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.export import Description, write_lora
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
 from training.models.loading import load_unet
-from training.models.weights import remove_all_partial_files
+from training.models.weights import remove_partial_weights
 from training.monitor.callbacks import Callback, Progress, smoothed
 from training.monitor.metrics import open_metrics
 from training.monitor.validation import ValidationCallback, Validator
@@ -98,7 +98,7 @@ def prepare_outputs(job: TrainingJob) -> None:
 def clean_up(job: TrainingJob) -> None:
     """Remove the partial files of runs that were killed while they wrote; this process is the only one that writes there."""
     for folder in (job.outputs.lora_dir, job.outputs.state, job.cache.folder / "latents", job.cache.folder / "text"):
-        remove_all_partial_files(folder)
+        remove_partial_weights(folder)
     if job.is_finished:
         checkpoint.keep_one(job.outputs.state, job.plan.shared_prefix_steps)
 
@@ -183,7 +183,7 @@ def loss_config(job: TrainingJob) -> LossConfig:
         alphas_cumprod=alphas_cumprod(job.plan.schedule).to(job.precision.device, torch.float32),
         min_snr_gamma=job.plan.min_snr_gamma,
         noise_offset=job.plan.noise_offset,
-        latent_scaling=job.base.parts["vae"].config["scaling_factor"],
+        latent_scaling=job.base.components["vae"].config["scaling_factor"],
         loss=job.settings.objective.loss,
     )
 

@@ -8,9 +8,9 @@ from comfyui_workspace import png, recorded
 from collecting.client import ComfyUI, ImageGone, PromptRejected, SubmissionUnconfirmed
 from collecting.http import Address, parse_addresses
 from common.errors import ComfyUIError, SettingsError
-from demo.standin_comfyui.wire import Answer
+from demo.standin_comfyui.wire import Response
 
-HTML = Answer(200, b"<html>please log in</html>", "text/html")
+HTML = Response(200, b"<html>please log in</html>", "text/html")
 
 
 @pytest.fixture
@@ -23,18 +23,18 @@ def client(standin):
 def answers(standin, monkeypatch):
     """Let the stand-in give these answers one after the other, the last one repeatedly; returns the requests."""
 
-    def give(*given):
-        left, asked = list(given), []
+    def give(*responses):
+        left, received = list(responses), []
 
         def answer(request):
-            asked.append(request)
+            received.append(request)
             following = left.pop(0) if len(left) > 1 else left[0]
             if isinstance(following, Exception):
                 raise following
             return following
 
         monkeypatch.setattr(standin, "answer", answer)
-        return asked
+        return received
 
     return give
 
@@ -44,25 +44,25 @@ def graph_of(name: str) -> dict:
 
 
 def test_submission_carries_our_ids_and_no_origin(client, answers):
-    asked = answers(Answer(200, b'{"prompt_id": "own", "number": 1, "node_errors": {}}', "application/json"))
+    received = answers(Response(200, b'{"prompt_id": "own", "number": 1, "node_errors": {}}', "application/json"))
     queued = client.submit({"1": {}}, "own")
     assert (queued.prompt_id, queued.dropped) == ("own", [])
-    assert asked[0].json() == {"prompt": {"1": {}}, "client_id": "client", "prompt_id": "own"}
-    assert "Origin" not in asked[0].headers
+    assert received[0].json() == {"prompt": {"1": {}}, "client_id": "client", "prompt_id": "own"}
+    assert "Origin" not in received[0].headers
 
 
 def test_address_may_contain_a_path(standin, answers):
-    asked = answers(Answer(200, b'{"system": {"comfyui_version": "1"}}', "application/json"))
+    received = answers(Response(200, b'{"system": {"comfyui_version": "1"}}', "application/json"))
     with ComfyUI(*parse_addresses(f"{standin.url}/some/path/"), "client") as client:
         assert client.version() == "1"
-    assert asked[0].path == "/some/path/system_stats"
+    assert received[0].path == "/some/path/system_stats"
 
 
 def test_upload_returns_the_name_that_the_server_chose(standin, client, answers):
     assert client.upload("face.png", png()) == "face.png"
     assert client.upload("face.png", png()) == "face.png"
     assert client.upload("face.png", png((1, 2, 3))) == "face (1).png"
-    answers(Answer(200, b'{"name": "f.png", "subfolder": "a b/c", "type": "input"}', "application/json"))
+    answers(Response(200, b'{"name": "f.png", "subfolder": "a b/c", "type": "input"}', "application/json"))
     assert client.upload("face.png", png()) == "a b/c/f.png"
 
 
@@ -130,7 +130,7 @@ def test_unknown_host_is_named(monkeypatch):
         client.version()
 
 
-@pytest.mark.parametrize("answer", [HTML, Answer(200, b"", None)])
+@pytest.mark.parametrize("answer", [HTML, Response(200, b"", None)])
 def test_login_page_is_not_read_as_json(client, answers, answer):
     answers(answer)
     with pytest.raises(ComfyUIError, match="instead of JSON"):
@@ -139,62 +139,62 @@ def test_login_page_is_not_read_as_json(client, answers, answer):
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'"text"', b"null"])
 def test_json_that_is_not_an_object_is_an_error_of_one_line(client, answers, body):
-    answers(Answer(200, body, "application/json"))
+    answers(Response(200, body, "application/json"))
     with pytest.raises(ComfyUIError) as failed:
         client.queue()
     assert "\n" not in str(failed.value)
 
 
 def test_get_is_repeated_while_the_server_is_unavailable(client, answers):
-    away = Answer(502, b"bad gateway", "text/html")
-    asked = answers(away, ConnectionAbortedError(), Answer(200, b"{}", "application/json"))
+    away = Response(502, b"bad gateway", "text/html")
+    received = answers(away, ConnectionAbortedError(), Response(200, b"{}", "application/json"))
     assert client.history("id") is None
-    assert len(asked) == 3
+    assert len(received) == 3
 
 
 def test_get_fails_after_the_last_attempt(client, answers):
-    asked = answers(Answer(503, b"", None))
+    received = answers(Response(503, b"", None))
     with pytest.raises(ComfyUIError, match="503: a proxy reports that ComfyUI is unavailable"):
         client.history("id")
-    assert len(asked) == 3
+    assert len(received) == 3
 
 
-@pytest.mark.parametrize("answer", [Answer(502, b"", None), Answer(504, b"", None), ConnectionAbortedError()])
+@pytest.mark.parametrize("answer", [Response(502, b"", None), Response(504, b"", None), ConnectionAbortedError()])
 def test_submission_is_never_repeated_blindly(client, answers, answer):
-    asked = answers(answer)
+    received = answers(answer)
     with pytest.raises(SubmissionUnconfirmed):
         client.submit({}, "id")
-    assert len(asked) == 1
+    assert len(received) == 1
 
 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
         (
-            Answer(302, b"", None, {"Location": "https://name:pass@login.example/in?token=1"}),
+            Response(302, b"", None, {"Location": "https://name:pass@login.example/in?token=1"}),
             "/prompt to https://login.example/in: set COMFYUI_ENDPOINT",
         ),
-        (Answer(302, b"", None, {"Location": "/login?next=1"}), "/login: set"),
-        (Answer(401, b"", None), "login required"),
-        (Answer(403, b"", None), "forbidden"),
-        (Answer(404, b"", None), "check that COMFYUI_ENDPOINT is ComfyUI's own address"),
-        (Answer(413, b"<html>", "text/html"), "too large"),
-        (Answer(500, b"", None), "internal error; check ComfyUI's console"),
-        (Answer(400, b"<html>", "text/html"), "gives no reason"),
-        (Answer(418, b"", None), "418"),
+        (Response(302, b"", None, {"Location": "/login?next=1"}), "/login: set"),
+        (Response(401, b"", None), "login required"),
+        (Response(403, b"", None), "forbidden"),
+        (Response(404, b"", None), "check that COMFYUI_ENDPOINT is ComfyUI's own address"),
+        (Response(413, b"<html>", "text/html"), "too large"),
+        (Response(500, b"", None), "internal error; check ComfyUI's console"),
+        (Response(400, b"<html>", "text/html"), "gives no reason"),
+        (Response(418, b"", None), "418"),
     ],
 )
 def test_refused_submission_is_explained_and_redirects_are_not_followed(client, answers, answer, words):
-    asked = answers(answer)
+    received = answers(answer)
     with pytest.raises(ComfyUIError) as failed:
         client.submit({}, "id")
     assert words in str(failed.value)
-    assert len(asked) == 1
+    assert len(received) == 1
 
 
 def test_truncated_response_is_not_accepted(client, answers):
-    cut = Answer(200, png()[:40], "image/png", {"Content-Length": str(len(png())), "Connection": "close"})
-    answers(cut, cut, Answer(200, png(), "image/png"))
+    cut = Response(200, png()[:40], "image/png", {"Content-Length": str(len(png())), "Connection": "close"})
+    answers(cut, cut, Response(200, png(), "image/png"))
     assert client.view("a.png", "", "output") == png()
     answers(cut)
     with pytest.raises(ImageGone, match="truncated response"):

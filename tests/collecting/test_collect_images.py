@@ -21,7 +21,7 @@ from common.files import locked, read_json_lines
 from common.settings import REPOSITORY
 from demo.standin_comfyui.catalogue import NODES
 from demo.standin_comfyui.server import StandIn
-from demo.standin_comfyui.wire import Answer
+from demo.standin_comfyui.wire import Response
 
 PROMPTS = [
     {"prompt": "a woman in a garden", "seed": 11, "name": "garden"},
@@ -45,14 +45,14 @@ def full(space):
 
 @pytest.fixture
 def change(standin, monkeypatch):
-    """Let `alter(request, answer)` replace what the stand-in answers on `path`; None leaves it unchanged."""
+    """Let `alter(request, response)` replace what the stand-in answers on `path`; None leaves it unchanged."""
 
     def install(path, alter):
         real = standin.answer
 
-        def answer(asked):
-            given = real(asked)
-            return (alter(asked, given) or given) if asked.path == path else given
+        def answer(request):
+            response = real(request)
+            return (alter(request, response) or response) if request.path == path else response
 
         monkeypatch.setattr(standin, "answer", answer)
 
@@ -66,10 +66,10 @@ def before_submission(standin, monkeypatch):
     def install(act):
         real, numbers = standin.answer, itertools.count(1)
 
-        def answer(asked):
-            if (asked.method, asked.path) == ("POST", "/prompt"):
-                asked = act(next(numbers), asked) or asked
-            return real(asked)
+        def answer(request):
+            if (request.method, request.path) == ("POST", "/prompt"):
+                request = act(next(numbers), request) or request
+            return real(request)
 
         monkeypatch.setattr(standin, "answer", answer)
 
@@ -120,8 +120,8 @@ def test_full_workflow_is_submitted_once_and_only_images_with_the_prefix_are_dow
 def test_name_that_the_server_returns_is_set_in_the_workflow(batch, standin, collect, change):
     (standin.folder / "input" / "elsewhere").mkdir()
     (standin.folder / "input" / "elsewhere" / "mine.png").write_bytes(png())
-    renamed = Answer(200, b'{"name": "mine.png", "subfolder": "elsewhere", "type": "input"}', "application/json")
-    change("/upload/image", lambda asked, given: renamed)
+    renamed = Response(200, b'{"name": "mine.png", "subfolder": "elsewhere", "type": "input"}', "application/json")
+    change("/upload/image", lambda request, response: renamed)
     assert collect().code == 0
     assert {graph["12"]["inputs"]["image"] for graph in submitted(standin)} == {"elsewhere/mine.png"}
 
@@ -146,11 +146,11 @@ def test_face_in_the_repository_is_used_when_none_is_set(full, standin, collect,
 def test_finished_stage_run_again_sends_nothing_even_without_a_server(request, standin, collect, mode):
     space = request.getfixturevalue(mode)
     collect()
-    before, asked = space.images(), len(standin.requests)
+    before, requests_before = space.images(), len(standin.requests)
     result = collect(COMFYUI_ENDPOINT="http://127.0.0.1:9")
     assert result.code == 0
     assert "nothing was sent" in result.out
-    assert (space.images(), len(standin.requests)) == (before, asked)
+    assert (space.images(), len(standin.requests)) == (before, requests_before)
 
 
 def test_only_a_new_prompt_in_the_list_is_sent(batch, standin, collect):
@@ -227,8 +227,8 @@ def test_new_seeds_replaces_the_seeds_of_the_entries(batch, standin, collect):
 
 
 def test_new_seeds_continues_the_set_that_was_stopped(batch, standin, collect, change):
-    refuse = iter([None, Answer(500, b"", None)])
-    change("/prompt", lambda asked, given: next(refuse, None) if asked.method == "POST" else None)
+    refuse = iter([None, Response(500, b"", None)])
+    change("/prompt", lambda request, response: next(refuse, None) if request.method == "POST" else None)
     assert collect(NEW_SEEDS="1").code == 4
     first = [event["seeds"] for event in sent_events(batch)]
     assert collect(NEW_SEEDS="1").code == 0
@@ -248,7 +248,7 @@ def test_delay_spaces_submissions_only_while_others_wait(batch, standin, collect
     """The second may wait behind the first; the third is sent when none waits any more, whatever the delay is."""
     standin.worker.seconds_per_job = 0.4
     waiting = []
-    before_submission(lambda number, asked: waiting.append(len(standin.worker.queue()["queue_pending"])))
+    before_submission(lambda number, request: waiting.append(len(standin.worker.queue()["queue_pending"])))
     began = time.monotonic()
     assert collect(COMFYUI_DELAY="60").code == 0
     assert time.monotonic() - began < 30
@@ -368,7 +368,7 @@ def test_unreachable_server_is_exit_4_at_once(batch, collect):
 
 
 def test_login_page_is_exit_4(batch, collect, change):
-    change("/system_stats", lambda asked, given: Answer(200, b"<html>", "text/html"))
+    change("/system_stats", lambda request, response: Response(200, b"<html>", "text/html"))
     assert collect().code == 4
 
 
@@ -408,7 +408,7 @@ def test_failed_entry_is_named_the_others_are_done_and_only_it_is_retried(batch,
 
 
 def test_run_without_any_image_is_exit_4(full, standin, collect, change):
-    def damage_uploads(asked, given):
+    def damage_uploads(request, response):
         for path in (standin.folder / "input").iterdir():
             path.write_text("damaged")
 
@@ -429,17 +429,15 @@ def test_interruption_in_comfyui_is_named(full, standin, collect):
 
 @pytest.mark.parametrize("damaged", [b"", b"<html>", png()[:50], png()[:-6]])
 def test_damaged_image_is_downloaded_again(full, collect, change, damaged):
-    answers = iter([damaged, damaged])
-    change(
-        "/view", lambda asked, given: Answer(200, content, "image/png") if (content := next(answers, None)) is not None else None
-    )
+    answers = iter([Response(200, damaged, "image/png")] * 2)
+    change("/view", lambda request, response: next(answers, None))
     assert collect().code == 0
     assert len(full.images()) == 3
 
 
 def test_image_that_stays_damaged_is_reported_and_never_stored(full, collect, change):
-    truncated = Answer(200, png()[:50], "image/png")
-    change("/view", lambda asked, given: truncated if asked.query["filename"].endswith("00002_.png") else None)
+    truncated = Response(200, png()[:50], "image/png")
+    change("/view", lambda request, response: truncated if request.query["filename"].endswith("00002_.png") else None)
     result = collect()
     assert result.code == 1
     assert "image 1: the file is cut off" in result.out
@@ -447,11 +445,11 @@ def test_image_that_stays_damaged_is_reported_and_never_stored(full, collect, ch
 
 
 @pytest.mark.parametrize(
-    "answer", [Answer(400), Answer(200, png()[:50], "image/png", {"Content-Length": "500", "Connection": "close"})]
+    "answer", [Response(400), Response(200, png()[:50], "image/png", {"Content-Length": "500", "Connection": "close"})]
 )
 def test_image_that_cannot_be_downloaded_does_not_stop_the_others(full, collect, change, monkeypatch, answer):
     monkeypatch.setattr("collecting.http.RETRY_DELAYS_S", (0.0,))
-    change("/view", lambda asked, given: answer if asked.query["filename"].endswith("00001_.png") else None)
+    change("/view", lambda request, response: answer if request.query["filename"].endswith("00001_.png") else None)
     result = collect()
     assert result.code == 1
     assert "Z_IMG_FINAL_00001_.png" in result.out
@@ -459,7 +457,7 @@ def test_image_that_cannot_be_downloaded_does_not_stop_the_others(full, collect,
 
 
 def test_file_deleted_on_the_server_is_reported(full, standin, collect, change):
-    change("/view", lambda asked, given: Answer(404))
+    change("/view", lambda request, response: Response(404))
     result = collect()
     assert result.code == 4
     assert "no longer has the file" in result.out
@@ -468,20 +466,20 @@ def test_file_deleted_on_the_server_is_reported(full, standin, collect, change):
 def test_names_from_the_server_never_reach_the_file_system(full, standin, collect, change):
     image = png((9, 9, 9))
 
-    def rename(asked, given):
-        content = json.loads(given.body)
+    def rename(request, response):
+        content = json.loads(response.body)
         for entry in content.values():
             for shown in entry["outputs"].values():
                 shown["images"] = [{"filename": "../../escape.png", "subfolder": "/etc", "type": "output"}]
-        return Answer(200, json.dumps(content).encode(), given.content_type)
+        return Response(200, json.dumps(content).encode(), response.content_type)
 
     real = standin.answer
-    standin.answer = lambda asked: (
-        Answer(200, image, "image/png")
-        if asked.path == "/view"
-        else rename(asked, real(asked))
-        if asked.path.startswith("/history/")
-        else real(asked)
+    standin.answer = lambda request: (
+        Response(200, image, "image/png")
+        if request.path == "/view"
+        else rename(request, real(request))
+        if request.path.startswith("/history/")
+        else real(request)
     )
     assert collect().code == 0
     (name,) = full.images()
@@ -492,9 +490,13 @@ def test_names_from_the_server_never_reach_the_file_system(full, standin, collec
 def test_image_in_the_temp_folder_of_the_server_is_not_collected(full, standin, collect, monkeypatch):
     real = standin.answer
 
-    def answer(asked):
-        given = real(asked)
-        return replace(given, body=given.body.replace(b'"output"', b'"temp"')) if asked.path.startswith("/history/") else given
+    def answer(request):
+        response = real(request)
+        return (
+            replace(response, body=response.body.replace(b'"output"', b'"temp"'))
+            if request.path.startswith("/history/")
+            else response
+        )
 
     monkeypatch.setattr(standin, "answer", answer)
     result = collect()
@@ -505,8 +507,8 @@ def test_image_in_the_temp_folder_of_the_server_is_not_collected(full, standin, 
 def test_submission_without_an_answer_is_looked_up_and_not_sent_again(batch, standin, collect, change):
     lose = iter([True, False, True])
 
-    def cut(asked, given):
-        if asked.method == "POST" and next(lose, False):
+    def cut(request, response):
+        if request.method == "POST" and next(lose, False):
             raise ConnectionAbortedError
         return None
 
@@ -523,7 +525,7 @@ def test_prompt_that_the_server_forgot_is_sent_again_with_the_same_seed(batch, s
     standin.worker.seconds_per_job = 0.1
     keep_busy(standin)
     forget = iter([lambda: standin.worker.delete_pending(None)])
-    change("/prompt", lambda asked, given: next(forget, lambda: None)())
+    change("/prompt", lambda request, response: next(forget, lambda: None)())
     result = collect()
     assert result.code == 0
     assert "submitting it again" in result.out
@@ -544,10 +546,10 @@ def keep_busy(standin: StandIn) -> None:
 def test_prompt_that_ends_between_two_requests_is_not_lost(full, standin, collect, change):
     standin.worker.seconds_per_job = 0.1
 
-    def answer_late(asked, given):
-        if asked.method == "GET":
+    def answer_late(request, response):
+        if request.method == "GET":
             wait_for(lambda: standin.worker.history)
-            return Answer(200, b'{"queue_running": [], "queue_pending": []}', "application/json")
+            return Response(200, b'{"queue_running": [], "queue_pending": []}', "application/json")
 
     change("/queue", answer_late)
     assert collect().code == 0
@@ -565,7 +567,7 @@ def test_second_collector_on_the_same_data_set_is_refused(batch, standin, collec
 
 
 def test_job_that_is_lost_repeatedly_fails(full, standin, collect, change):
-    change("/prompt", lambda asked, given: Answer(200, b'{"prompt_id": "nowhere", "number": 1}', "application/json"))
+    change("/prompt", lambda request, response: Response(200, b'{"prompt_id": "nowhere", "number": 1}', "application/json"))
     standin.worker.stop()
     result = collect()
     assert result.code == 4
@@ -573,9 +575,9 @@ def test_job_that_is_lost_repeatedly_fails(full, standin, collect, change):
 
 
 def test_server_that_assigns_its_own_ids_is_supported(batch, standin, collect, before_submission):
-    def without_id(number, asked):
-        body = {key: value for key, value in asked.json().items() if key != "prompt_id"}
-        return replace(asked, body=json.dumps(body).encode())
+    def without_id(number, request):
+        body = {key: value for key, value in request.json().items() if key != "prompt_id"}
+        return replace(request, body=json.dumps(body).encode())
 
     before_submission(without_id)
     assert collect().code == 0
@@ -594,7 +596,7 @@ def test_ids_are_lower_case_uuids_and_the_client_id_stays(batch, standin, collec
 def test_submission_is_on_disk_before_it_is_sent(batch, collect, before_submission):
     known = []
     before_submission(
-        lambda number, asked: known.append(asked.json()["prompt_id"] in {event["prompt_id"] for event in sent_events(batch)})
+        lambda number, request: known.append(request.json()["prompt_id"] in {event["prompt_id"] for event in sent_events(batch)})
     )
     collect()
     assert known == [True, True, True]

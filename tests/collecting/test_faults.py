@@ -10,7 +10,7 @@ from comfyui_workspace import Workspace, workflow
 from common.files import read_json_lines
 from demo.standin_comfyui import faults
 from demo.standin_comfyui.server import StandIn
-from demo.standin_comfyui.wire import json_answer
+from demo.standin_comfyui.wire import json_response
 
 PROMPTS = [{"prompt": f"a woman in image {number}", "seed": number} for number in range(3)]
 
@@ -141,7 +141,7 @@ def test_collector_waits_for_a_server_that_restarts(request, standin, collect, m
         assert [line["prompt"] for line in space.manifest()] == [entry["prompt"] for entry in PROMPTS]
 
 
-# Lasting faults: an error of one line, the other jobs continue, and the exit code tells.
+# Lasting faults: an error of one line, the other jobs continue, and the exit code says so.
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,9 @@ def test_long_prompt_that_reports_steps_on_the_websocket_is_not_stalled(batch, s
 def test_unexpected_json_is_never_a_crash(full, standin, collect, monkeypatch, path, status, body):
     monkeypatch.setattr("collecting.worker.RECONNECT_TIMEOUT_S", 0.1)
     real = standin.answer
-    monkeypatch.setattr(standin, "answer", lambda asked: json_answer(body, status) if asked.path.startswith(path) else real(asked))
+    monkeypatch.setattr(
+        standin, "answer", lambda request: json_response(body, status) if request.path.startswith(path) else real(request)
+    )
     result = collect(COMFYUI_STALL_TIMEOUT="0.3")
     assert result.code in (0, 1, 4)
     assert "Traceback" not in result.err

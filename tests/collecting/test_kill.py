@@ -101,8 +101,8 @@ def test_killed_again_and_again(tmp_path, undisturbed, number):
     with StandIn(tmp_path / "server", seconds_per_job=SECONDS_PER_JOB) as server:
         space = workspace(tmp_path, "batch", server)
         for _ in range(6):
-            process, asked = space.start(), len(server.requests)
-            wait_for(lambda asked=asked, process=process: len(server.requests) > asked or process.poll() is not None)
+            process, before = space.start(), len(server.requests)
+            wait_for(lambda before=before, process=process: len(server.requests) > before or process.poll() is not None)
             time.sleep(draws.random() * whole_s / 3)
             process.kill()
             process.communicate()

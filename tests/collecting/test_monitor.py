@@ -39,13 +39,13 @@ def monitor(standin, monkeypatch):
     thread.start()
     yield monitor
     stopping.set()
-    standin.listeners.all() and standin.listeners.all()[0].cut()
+    standin.websockets.all() and standin.websockets.all()[0].cut()
     thread.join(5)
 
 
 def statuses_of_a_run(monitor: RecordingMonitor, standin) -> list[ExecutionStatus]:
     """Run one prompt; returns every status while it runs."""
-    wait_for(standin.listeners.all)
+    wait_for(standin.websockets.all)
     graph = recorded("golden.json")[-2]["request"]["json"]["prompt"]
     graph["3"]["inputs"]["steps"] = 5
     (standin.folder / "input" / "face_reference.png").write_bytes(png())
@@ -70,8 +70,8 @@ def test_node_step_and_saved_images_are_followed(standin, monitor):
 
 
 def test_broken_websocket_is_opened_again(standin, monitor):
-    wait_for(standin.listeners.all)
-    standin.listeners.all()[0].cut()
+    wait_for(standin.websockets.all)
+    standin.websockets.all()[0].cut()
     wait_for(lambda: standin.requests.count(("GET", "/ws")) >= 2)
     assert [status for status in statuses_of_a_run(monitor, standin) if status.node == "3"]
 

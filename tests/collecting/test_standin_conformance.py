@@ -1,4 +1,4 @@
-"""The stand-in answers as ComfyUI 0.3.64 was recorded to answer: statuses, shapes, and every value that is determined."""
+"""The stand-in gives the answers recorded from ComfyUI 0.3.64: status, shape, and every value that is deterministic."""
 
 import base64
 import io
@@ -15,24 +15,24 @@ from PIL import Image
 
 VOLATILE = {"number", "timestamp", "traceback", "current_inputs", "current_outputs", "executed", "is_changed"}
 SUBSETS = {"sampler_name", "scheduler"}
-"""The stand-in knows fewer of these than ComfyUI."""
+"""Choices of which the stand-in has fewer than ComfyUI."""
 
 
-def send(url: str, asked: dict) -> requests.Response:
+def send(url: str, request: dict) -> requests.Response:
     """One recorded request, to another server."""
-    content: dict[str, Any] = {"headers": dict(asked.get("headers", {}))}
-    if "json" in asked:
-        content["json"] = asked["json"]
-    elif "text" in asked:
-        content["data"] = asked["text"].encode()
-    elif "parts" in asked:
-        content["data"] = multipart(asked["parts"])
+    content: dict[str, Any] = {"headers": dict(request.get("headers", {}))}
+    if "json" in request:
+        content["json"] = request["json"]
+    elif "text" in request:
+        content["data"] = request["text"].encode()
+    elif "parts" in request:
+        content["data"] = multipart(request["parts"])
         content["headers"]["Content-Type"] = "multipart/form-data; boundary=frontier"
     if "Host" in content["headers"] and "127.0.0.1" in content["headers"]["Host"]:
         del content["headers"]["Host"]
     if content["headers"].get("Origin", "").startswith("http://127.0.0.1"):
         content["headers"]["Origin"] = url
-    return requests.request(asked["method"], url + asked["path"], timeout=10, **content)
+    return requests.request(request["method"], url + request["path"], timeout=10, **content)
 
 
 def multipart(parts: list[dict]) -> bytes:
@@ -45,7 +45,7 @@ def multipart(parts: list[dict]) -> bytes:
 
 
 def plain(value: Any, key: str = "") -> Any:
-    """A value without tooltips, and the errors of a node, which come in no fixed order, sorted."""
+    """A value without tooltips, and with the errors of a node sorted, because their order is not fixed."""
     if isinstance(value, dict):
         return {key: plain(each, key) for key, each in value.items() if key not in ("tooltip", "description", "output_tooltips")}
     if isinstance(value, list):
@@ -54,7 +54,7 @@ def plain(value: Any, key: str = "") -> Any:
 
 
 def differences(there: Any, here: Any, where: str, folder: str = "") -> list[str]:
-    """What differs between a recorded value and the stand-in's, by place."""
+    """What differs between a recorded value and the stand-in's, each with its path."""
     if isinstance(there, dict) and isinstance(here, dict):
         if there.keys() != here.keys():
             return [f"{where}: keys {sorted(there)} became {sorted(here)}"]
@@ -74,16 +74,16 @@ def differences(there: Any, here: Any, where: str, folder: str = "") -> list[str
 
 
 def compare(exchange: dict, answer: requests.Response, folder: str = "") -> list[str]:
-    name, wanted = exchange["name"], exchange["answer"]
-    if answer.status_code != wanted["status"]:
-        return [f"{name}: {wanted['status']} became {answer.status_code} {answer.text[:200]}"]
-    if wanted["content_type"] is not None and answer.headers.get("Content-Type") != wanted["content_type"]:
-        return [f"{name}: content type {wanted['content_type']} became {answer.headers.get('Content-Type')}"]
-    if "json" in wanted:
-        return differences(plain(wanted["json"]), plain(answer.json()), name, folder)
-    if "text" in wanted:
-        return [] if answer.text == wanted["text"] else [f"{name}: {wanted['text']!r} became {answer.text!r}"]
-    return [] if len(answer.content) == wanted["length"] else [f"{name}: {wanted['length']} bytes became {len(answer.content)}"]
+    name, expected = exchange["name"], exchange["answer"]
+    if answer.status_code != expected["status"]:
+        return [f"{name}: {expected['status']} became {answer.status_code} {answer.text[:200]}"]
+    if expected["content_type"] is not None and answer.headers.get("Content-Type") != expected["content_type"]:
+        return [f"{name}: content type {expected['content_type']} became {answer.headers.get('Content-Type')}"]
+    if "json" in expected:
+        return differences(plain(expected["json"]), plain(answer.json()), name, folder)
+    if "text" in expected:
+        return [] if answer.text == expected["text"] else [f"{name}: {expected['text']!r} became {answer.text!r}"]
+    return [] if len(answer.content) == expected["length"] else [f"{name}: {expected['length']} bytes became {len(answer.content)}"]
 
 
 def wait_until_idle(url: str) -> None:
@@ -122,17 +122,17 @@ def test_submitting(standin):
     found = []
     for exchange in recorded("prompt.json"):
         answer = send(standin.url, exchange["request"])
-        wanted = exchange["answer"].get("json", {})
-        asked = exchange["request"].get("json")
-        chosen = asked.get("prompt_id", "") if isinstance(asked, dict) else ""
-        if wanted.get("prompt_id") and chosen == "":
-            wanted["prompt_id"] = answer.json().get("prompt_id")
+        expected = exchange["answer"].get("json", {})
+        request = exchange["request"].get("json")
+        chosen = request.get("prompt_id", "") if isinstance(request, dict) else ""
+        if expected.get("prompt_id") and chosen == "":
+            expected["prompt_id"] = answer.json().get("prompt_id")
         found += compare(exchange, answer)
     assert not found, "\n".join(found)
     wait_until_idle(standin.url)
 
 
-def test_numbers_count_refused_submissions_and_turn_round_for_the_front(standin):
+def test_numbers_count_rejected_submissions_and_are_negative_for_the_front(standin):
     prompts = {
         exchange["name"]: exchange["request"]["json"] for exchange in recorded("prompt.json") if "json" in exchange["request"]
     }
@@ -142,8 +142,8 @@ def test_numbers_count_refused_submissions_and_turn_round_for_the_front(standin)
 
 
 def test_viewing(standin):
-    for place in ("output/v", "temp", "input"):
-        (standin.folder / place).mkdir(exist_ok=True)
+    for folder in ("output/v", "temp", "input"):
+        (standin.folder / folder).mkdir(exist_ok=True)
     image = Image.new("RGB", (32, 24), (10, 20, 30))
     for name in ("rgb.png", "a [output].png", "50% #1 & a+b?x=y.png", "prénom 猫.png", "photo.jpg", "pic.webp"):
         image.save(standin.folder / "output" / "v" / name)
@@ -163,15 +163,15 @@ def test_viewing(standin):
     assert head["Content-Disposition"] == 'filename="rgb.png"'
 
 
-def test_a_face_and_both_modes_from_upload_to_images(standin):
+def test_face_and_both_modes_from_upload_to_images(standin):
     exchanges = {exchange["name"]: exchange for exchange in recorded("golden.json")}
     found = []
     for name, exchange in exchanges.items():
         answer = send(standin.url, exchange["request"])
         if "history" in name:
             prompt_id = exchange["request"]["path"].rpartition("/")[2]
-            wanted, got = exchange["answer"]["json"][prompt_id], history(standin.url, prompt_id)[prompt_id]
-            found += differences(comparable(wanted), comparable(got), name)
+            expected, got = exchange["answer"]["json"][prompt_id], history(standin.url, prompt_id)[prompt_id]
+            found += differences(comparable(expected), comparable(got), name)
             assert_images_are_there(standin.url, got)
         else:
             found += compare(exchange, answer)
@@ -179,7 +179,7 @@ def test_a_face_and_both_modes_from_upload_to_images(standin):
 
 
 def comparable(entry: dict) -> dict:
-    """A history entry without what no two servers have in common: numbers, order of the outputs, file numbers."""
+    """A history entry without what differs between servers: numbers, order of the outputs, file numbers."""
     text = re.sub(r"_temp_[a-z]{5}_", "_temp_xxxxx_", re.sub(r"_\d{5}_\.png", "_00000_.png", json.dumps(entry)))
     same = json.loads(text)
     same["prompt"][0], same["prompt"][4] = 0, sorted(same["prompt"][4])
@@ -199,7 +199,7 @@ def assert_images_are_there(url: str, entry: dict) -> None:
                 assert json.loads(image.text["prompt"]).keys() == entry["prompt"][2].keys()
 
 
-def test_repeats_come_from_the_cache_and_name_old_files(standin):
+def test_repeated_prompts_come_from_the_cache_and_name_old_files(standin):
     for step in recorded("cache.json"):
         if step["name"] == "seed_changed":
             (standin.folder / "output" / "rec" / "cache_classic_00001_.png").unlink()
@@ -211,16 +211,16 @@ def test_repeats_come_from_the_cache_and_name_old_files(standin):
 
 def test_free_memory_empties_the_cache(standin):
     step = recorded("cache.json")[0]
-    for wish in ({"unload_models": True}, {"free_memory": True}):
+    for body in ({"unload_models": True}, {"free_memory": True}):
         requests.post(f"{standin.url}/prompt", json={"prompt": step["prompt"]}, timeout=10)
         wait_until_idle(standin.url)
-        requests.post(f"{standin.url}/free", json=wish, timeout=10)
+        requests.post(f"{standin.url}/free", json=body, timeout=10)
     prompt_id = requests.post(f"{standin.url}/prompt", json={"prompt": step["prompt"]}, timeout=10).json()["prompt_id"]
     assert history(standin.url, prompt_id)[prompt_id]["outputs"]["9"]["images"][0]["filename"] == "cache_classic_00002_.png"
 
 
-def test_websocket_says_what_it_says_in_the_same_order(standin):
-    (standin.folder / "input" / "broken.png").write_text("no image")
+def test_websocket_sends_the_same_messages_in_the_same_order(standin):
+    (standin.folder / "input" / "broken.png").write_text("not an image")
     exchanges = recorded("websocket.json")
     before = json.loads(json.dumps(exchanges[0]["prompt"]))
     before["6"]["inputs"]["text"], before["3"]["inputs"]["seed"] = "another", 1
@@ -234,11 +234,11 @@ def test_websocket_says_what_it_says_in_the_same_order(standin):
         while messages[-1]["type"] != "executing" or messages[-1]["data"]["node"] is not None:
             messages.append(json.loads(listener.recv()))
         listener.close()
-        assert list(map(trimmed, messages)) == [in_our_words(message) for message in exchange["messages"]], exchange["name"]
+        assert list(map(trimmed, messages)) == [without_comments(message) for message in exchange["messages"]], exchange["name"]
 
 
 def trimmed(message: dict) -> dict:
-    """A message as websocket.json holds it."""
+    """A message in the format of websocket.json."""
     kind, data = message["type"], message["data"]
     about: dict[str, Any] = {"type": kind, "keys": sorted(key for key in data if key != "timestamp")}
     if kind == "progress_state":
@@ -250,7 +250,7 @@ def trimmed(message: dict) -> dict:
     return about
 
 
-def in_our_words(message: dict) -> dict:
+def without_comments(message: dict) -> dict:
     return {key: message[key] for key in ("type", "keys", "about") if key in message}
 
 
@@ -259,17 +259,17 @@ def errors():
     return {exchange["name"]: exchange["answer"]["json"] for exchange in recorded("errors.json")}
 
 
-def test_a_failed_node_in_the_history(standin, errors):
-    (standin.folder / "input" / "broken.png").write_text("no image")
-    (prompt_id, wanted), *_ = errors["error_loadimage"].items()
-    body = {"prompt": wanted["prompt"][2], "prompt_id": prompt_id}
+def test_failed_node_in_the_history(standin, errors):
+    (standin.folder / "input" / "broken.png").write_text("not an image")
+    (prompt_id, expected), *_ = errors["error_loadimage"].items()
+    body = {"prompt": expected["prompt"][2], "prompt_id": prompt_id}
     assert requests.post(f"{standin.url}/prompt", json=body, timeout=10).status_code == 200
     got = history(standin.url, prompt_id)[prompt_id]
-    wanted["prompt"][0] = got["prompt"][0]
-    assert not differences(wanted, got, "entry", str(standin.folder))
+    expected["prompt"][0] = got["prompt"][0]
+    assert not differences(expected, got, "entry", str(standin.folder))
 
 
-def test_the_queue_and_an_interruption(standin, errors):
+def test_queue_and_interruption(standin, errors):
     standin.worker.seconds_per_job = 5.0
     image = {"1": {"inputs": {"width": 16, "height": 16, "batch_size": 1, "color": 7}, "class_type": "EmptyImage"}}
     save = {"9": {"inputs": {"filename_prefix": "q", "images": ["1", 0]}, "class_type": "SaveImage"}}
@@ -286,10 +286,10 @@ def test_the_queue_and_an_interruption(standin, errors):
     requests.post(f"{standin.url}/queue", json={"clear": True}, timeout=10)
     requests.post(f"{standin.url}/interrupt", json={"prompt_id": ids[0]}, timeout=10)
     got = history(standin.url, ids[0])[ids[0]]["status"]
-    (wanted,) = (entry["status"] for entry in errors["history_interrupted"].values())
-    assert [message[0] for message in got["messages"]] == [message[0] for message in wanted["messages"]]
-    assert got["messages"][-1][1].keys() == wanted["messages"][-1][1].keys()
-    assert (got["status_str"], got["completed"]) == (wanted["status_str"], wanted["completed"])
+    (expected,) = (entry["status"] for entry in errors["history_interrupted"].values())
+    assert [message[0] for message in got["messages"]] == [message[0] for message in expected["messages"]]
+    assert got["messages"][-1][1].keys() == expected["messages"][-1][1].keys()
+    assert (got["status_str"], got["completed"]) == (expected["status_str"], expected["completed"])
     assert history_now(standin.url, ids[1]) == history_now(standin.url, ids[2]) == {}
 
 

@@ -81,9 +81,7 @@ def test_changing_a_script_does_not_reinstall_packages(image, unbuilt):
     after = layers(OTHER_IMAGE)
     assert after != before
     common = sum(one == other for one, other in zip(before, after, strict=True))
-    assert common >= len(layers(BASE_IMAGE)) + 2, (
-        "requirements.txt and the packages are the two layers after the base image's"
-    )
+    assert common >= len(layers(BASE_IMAGE)) + 2, "requirements.txt and the packages are the two layers after the base image's"
 
 
 CONSTRAINTS = {

@@ -60,4 +60,4 @@ def test_what_a_run_takes_is_said_when_the_images_are_there(stage):
     image.with_suffix(".txt").write_text("a woman")
     told = stage.run("--check", NUM_TRAIN_EPOCHS=20)
     assert told.returncode == 0, told.stderr
-    assert "20 image-steps are few" in told.stdout
+    assert "20 training samples are few" in told.stdout

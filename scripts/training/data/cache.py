@@ -30,7 +30,7 @@ from training.config import DataSettings
 from training.data.buckets import Placement
 from training.data.captions import caption_variants, chunks_needed, cut_off, encode
 from training.data.dataset import Example
-from training.models.base_model import base_digest, tokenizers_digest, tokenizers_of
+from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.loading import load_text_encoders, load_tokenizers, load_vae
 from training.models.sdxl import BaseModel
 from training.models.weights import write_tensors
@@ -218,7 +218,7 @@ class Encoding:
     def wanted_captions(self, captions: Sequence[list[str]], chunks: int) -> Wanted:
         """Where the embeddings of each caption lie; a caption is a list of variants."""
         digest = "".join(base_digest(self.base, self.cache.folder, part) for part in ("text_encoder", "text_encoder_2"))
-        digest += tokenizers_digest(tokenizers_of(self.base, self.models_dir))
+        digest += tokenizers_digest(find_or_download_tokenizers(self.base, self.models_dir))
         return Wanted.of([(self.cache.caption(variants, chunks, self.dtype, digest), variants) for variants in captions])
 
     def encode_images(self, wanted: Wanted, workers: int, bar: tqdm) -> None:

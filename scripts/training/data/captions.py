@@ -8,7 +8,7 @@ from collections import Counter
 import torch
 
 from common.clip_tokens import CHUNK_TOKENS
-from training.models.loading import CLIPTokenizer, TextEncoders, Tokenizers
+from training.models.loading import CLIPTokenizer, TextEncoders
 
 _TAG_WORDS = 6
 """A piece between commas that is longer is part of a sentence, not a tag."""
@@ -38,13 +38,13 @@ def caption_variants(caption: str, trigger: str, count: int, shuffle: bool, seed
     return [caption, *(", ".join(order) for order in orders[1:])]
 
 
-def chunks_needed(texts: list[str], tokenizers: Tokenizers, at_most: int) -> int:
+def chunks_needed(texts: list[str], tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], at_most: int) -> int:
     """The chunks that the longest of `texts` fills, 1 to `at_most`."""
     longest = max((len(token_ids(text, tokenizer)) for text in texts for tokenizer in tokenizers), default=0)
     return min(max(1, math.ceil(longest / CHUNK_TOKENS)), at_most)
 
 
-def cut_off(text: str, tokenizers: Tokenizers, chunks: int) -> str:
+def cut_off(text: str, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], chunks: int) -> str:
     """The end of `text` that does not fit into so many chunks, in the tokenizer's spelling; empty if all of it fits."""
     tokenizer = tokenizers[0]
     return tokenizer.decode(token_ids(text, tokenizer)[chunks * CHUNK_TOKENS :]).strip()

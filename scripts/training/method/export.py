@@ -16,8 +16,8 @@ from safetensors.torch import save
 
 from common.errors import ModelError, bullet_list
 from common.files import atomic_write
-from training.method.adapters import LoraModule
-from training.models.weights import fill
+from training.method.adapters import LoraModule, row_norms
+from training.models.weights import write_into
 
 COMFYUI_MODULES = Path(__file__).with_name("comfyui_sdxl_modules.csv")
 """Every module name that ComfyUI's SDXL loader takes, with the layer's sizes in full-size SDXL."""
@@ -58,19 +58,24 @@ def write_lora(path: Path, modules: Sequence[LoraModule], about: Description) ->
     was found among those that ComfyUI takes. Raises ModelError otherwise."""
     tensors = kohya_tensors(modules, about.alpha)
     metadata = _metadata(about, _sha256_of_data(save(tensors)))
+    if any(name.endswith(".dora_scale") for name in tensors):
+        metadata["ss_network_args"] = json.dumps({"dora_wd": "True"})
     with atomic_write(path) as beside:
-        fill(beside, tensors, metadata)
+        write_into(beside, tensors, metadata)
         verify(beside, tensors)
 
 
 def kohya_tensors(modules: Sequence[LoraModule], alpha: float) -> dict[str, torch.Tensor]:
     """`<module>.lora_down.weight` [r, in], `<module>.lora_up.weight` [out, r] and the 0-d `<module>.alpha`, in fp16 on the CPU.
 
-    A layer's change is alpha / r * up @ down. Raises ModelError if a weight is not finite in fp16.
+    A layer's change is alpha / r * up @ down. A DoRA also has `<module>.dora_scale` [out, 1], and all its tensors but alpha are
+    fp32: fp16 would round the norm of a whole row. Raises ModelError if a weight is not finite in fp16.
     """
     parts = [part.detach() for module in modules for part in (module.down, module.up)]
     flat = torch.cat([part.flatten() for part in parts]).to(torch.float16)
     is_finite = bool(flat.isfinite().all())
+    if any(module.magnitude is not None for module in modules):
+        flat = torch.cat([part.flatten() for part in parts])
     weights = iter(flat.cpu().split([part.numel() for part in parts]))
     tensors = {}
     for module in modules:
@@ -78,10 +83,24 @@ def kohya_tensors(modules: Sequence[LoraModule], alpha: float) -> dict[str, torc
         tensors[f"{name}.lora_down.weight"] = next(weights).view_as(module.down).clone()
         tensors[f"{name}.lora_up.weight"] = next(weights).view_as(module.up).clone()
         tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float16)
+        if module.magnitude is not None:
+            down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
+            tensors[f"{name}.dora_scale"] = dora_scale(module, down, up, tensors[f"{name}.alpha"].item() / down.shape[0])
     if not is_finite:
         broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         raise ModelError(f"the LoRA holds values that fp16 cannot (first in {broken[0]}): lower LEARNING_RATE and train again")
     return tensors
+
+
+def dora_scale(module: LoraModule, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    """[out, 1], fp32 on the CPU: m |W| / |W + scale up down| by row, for magnitudes m, with `down` and `up` as they are exported.
+
+    DoRA's weight is m (W + scale up down) / |W + scale up down| (Liu et al. 2024, arXiv 2402.09353, equation 5), but ComfyUI
+    computes dora_scale (W + scale up down) / |W|. Both are the same for the base model that was trained.
+    """
+    base = module.base.detach().float()
+    adapted = base + scale * (up.to(base.device).float() @ down.to(base.device).float())
+    return (module.magnitude * row_norms(base) / row_norms(adapted)).cpu()[:, None]
 
 
 def kohya_name(module: str) -> str:
@@ -110,6 +129,8 @@ def verify(path: Path, written: dict[str, torch.Tensor]) -> None:
     problems += [f"{name}: ComfyUI has no such module and would ignore it" for name in sorted(modules - comfyui_modules())]
     for module in modules:
         parts = {f"{module}.lora_down.weight", f"{module}.lora_up.weight", f"{module}.alpha"}
+        if f"{module}.dora_scale" in written:
+            parts.add(f"{module}.dora_scale")
         problems += [f"{name}: is missing" for name in sorted(parts - read.keys())]
     if problems:
         raise ModelError(bullet_list(f"{path.name}: the LoRA is not what it should be:", problems[:20]))

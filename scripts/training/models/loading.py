@@ -1,9 +1,4 @@
-"""What training takes from diffusers, transformers and PEFT.
-
-Networks without memory: their weights have a shape, until others take their place.
-
-Load the frozen parts of the base model, each alone, straight from its files onto the device.
-"""
+"""The networks of a base model, built by diffusers and transformers and loaded straight from the files onto the device."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,6 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
@@ -25,9 +26,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from common.background import prefetch
+from common.clip_tokens import TOKENIZERS
 from common.errors import ModelError, bullet_list
-from training.models.base_model import TOKENIZERS, tokenizers_of
-from training.models.sdxl import BaseModel, Part, Source
+from training.models.base_model import find_or_download_tokenizers
+from training.models.sdxl import PREFIXES, BaseModel, Component
 
 __all__ = [
     "AutoencoderKL",
@@ -44,20 +46,150 @@ __all__ = [
     "inject_adapter_in_model",
 ]
 
+_NETWORKS = {
+    "unet": UNet2DConditionModel.from_config,
+    "vae": AutoencoderKL.from_config,
+    "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
+    "text_encoder_2": lambda config: CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config)),
+}
+
+_FROM_SINGLE_FILE = {
+    "unet": lambda tensors, network: convert_ldm_unet_checkpoint(tensors, network.config),
+    "vae": lambda tensors, network: convert_ldm_vae_checkpoint(tensors, network.config),
+    "text_encoder": lambda tensors, _: convert_ldm_clip_checkpoint(tensors),
+    "text_encoder_2": lambda tensors, network: convert_open_clip_checkpoint(network, tensors, PREFIXES["text_encoder_2"]),
+}
+"""diffusers' conversions from the original (sgm) layout: tensors under other names, and few of them cut or transposed."""
+
+_OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""Attention in VAEs that an early diffusers wrote."""
+
+_CONFIG_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
+"""What diffusers, transformers and torch raise for numbers that do not belong together."""
+
+_READERS = 4
+"""Threads: one alone does not fill the bus to a GPU."""
+
+_MAX_SHOWN = 5
+"""Mismatches that are printed; a wrong file easily has a thousand."""
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """SDXL's two CLIP text encoders with their tokenizers."""
+
+    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
+    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
+
+
+def load_unet(base: BaseModel, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
+    """The UNet, frozen."""
+    return _load(base.components["unet"], device, dtype)
+
+
+def load_vae(base: BaseModel, device: torch.device) -> AutoencoderKL:
+    """The VAE, frozen, in float32: SDXL's overflows in float16."""
+    return _load(base.components["vae"], device, torch.float32)
+
+
+def load_text_encoders(base: BaseModel, models_dir: Path, device: torch.device, dtype: torch.dtype) -> TextEncoders:
+    """Both text encoders, frozen, with their tokenizers."""
+    first, second = (_load(base.components[name], device, dtype) for name in ("text_encoder", "text_encoder_2"))
+    return TextEncoders(load_tokenizers(base, models_dir), (first, second))
+
+
+def load_tokenizers(base: BaseModel, models_dir: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """The tokenizers of the two text encoders; see `find_or_download_tokenizers` for those of a single file."""
+    folder = find_or_download_tokenizers(base, models_dir)
+    first, second = (CLIPTokenizer.from_pretrained(folder / name, local_files_only=True) for name in TOKENIZERS)
+    return first, second
+
+
+def require_matching_weights(base: BaseModel) -> None:
+    """Compare every weight's name and shape with the networks, without reading a weight. Raises ModelError."""
+    for component in base.components.values():
+        _state_dict(component, _meta_tensors(component), _empty_network(component))
+
+
+def _load(component: Component, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The network of `component` with its weights: frozen, in `dtype`, on `device`. Raises ModelError before a weight is read if
+    they do not match."""
+    network = _empty_network(component)
+    _state_dict(component, _meta_tensors(component), network)
+    with ExitStack() as stack:
+        opened = {file.path: stack.enter_context(safe_open(file.path, "pt", str(device))) for file in component.files}
+        where = {key: opened[file.path] for file in component.files for key in file.tensors if key in component.tensors}
+        read = prefetch(lambda key: where[key].get_tensor(key).to(dtype), where, _READERS)
+        tensors = dict(zip(where, read, strict=True))
+    network.load_state_dict(_state_dict(component, tensors, network), assign=True)
+    return network.to(device).requires_grad_(False).eval()
+
+
+def _empty_network(component: Component) -> torch.nn.Module:
+    """The network with shapes in place of weights. Raises ModelError if its configuration is not valid."""
+    try:
+        with shapes_only():
+            return _NETWORKS[component.name](component.config)
+    except _CONFIG_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{component.name}/config.json: this configuration does not make a network ({reason})") from None
+
+
+def _meta_tensors(component: Component) -> dict[str, torch.Tensor]:
+    """Shapes without values, under the names in the files."""
+    return {key: torch.empty(tensor.shape, device="meta") for key, tensor in component.tensors.items()}
+
+
+def _state_dict(component: Component, tensors: dict[str, torch.Tensor], network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """`tensors` of the component's files as the state dict of `network`. Raises ModelError for missing weights and shapes."""
+    # CLIPTextModel lost its `text_model.` in transformers 5.6; files with and without it exist.
+    found = {name.removeprefix("text_model."): tensor for name, tensor in _diffusers_names(component, tensors, network).items()}
+    weights, missing, mismatches = {}, [], []
+    for name, expected in network.state_dict().items():
+        tensor = found.get(name.removeprefix("text_model."))
+        if tensor is None:
+            missing.append(f"{name} is missing")
+            continue
+        if set(tensor.shape[expected.ndim :]) == {1}:  # a linear layer that is stored as a 1x1 convolution
+            tensor = tensor.reshape(tensor.shape[: expected.ndim])
+        if tensor.shape != expected.shape:
+            mismatches.append(f"{name} has the shape {tuple(tensor.shape)} instead of {tuple(expected.shape)}")
+        weights[name] = tensor
+    if problems := missing + mismatches:
+        more = [f"and {len(problems) - _MAX_SHOWN} more"] if len(problems) > _MAX_SHOWN else []
+        title = f"{component.files[0].path}: the weights of {component.name} do not match its configuration:"
+        raise ModelError(bullet_list(title, [*problems[:_MAX_SHOWN], *more]))
+    return weights
+
+
+def _diffusers_names(component: Component, tensors: dict[str, torch.Tensor], network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """`tensors` under the names that diffusers and transformers give them."""
+    if component.in_single_file:
+        try:
+            converted = _FROM_SINGLE_FILE[component.name](tensors, network)
+        except KeyError as error:
+            raise ModelError(f"{component.files[0].path}: {component.name}: {error.args[0]} is missing") from None
+        untransposed = tensors.get(f"{PREFIXES[component.name]}text_projection.weight")
+        return converted if untransposed is None else converted | {"text_projection.weight": untransposed}
+    if component.name == "vae":
+        for old, new in _OLD_VAE_NAMES.items():
+            tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    return tensors
+
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-    """Modules that are made in this block are on the meta device; only buffers that no file holds are real.
+    """Modules that are created in this block are on the meta device; only buffers that no file holds are real.
 
-    Nothing global is patched: another thread may make or load another network at the same time.
+    Nothing global is patched: another thread may create or load another network at the same time.
     """
-    with torch.device("meta"), _Unfilled():
+    with torch.device("meta"), _SkipInit():
         yield
 
 
-class _Unfilled(TorchFunctionMode):
-    """Weights that are made are not filled: it would take seconds, and torch's compiler, to fill what has no memory.
-    Positions, which no file holds, are counted on the CPU."""
+class _SkipInit(TorchFunctionMode):
+    """Weights are not initialised: for tensors without memory that would take seconds, and import torch's compiler. Positions,
+    which no file holds, are counted on the CPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -66,110 +198,3 @@ class _Unfilled(TorchFunctionMode):
         if function is torch.arange:
             kwargs = {"device": "cpu"} | kwargs
         return function(*args, **kwargs)
-
-
-Tokenizers = tuple[CLIPTokenizer, CLIPTokenizer]
-
-
-@dataclass(frozen=True)
-class TextEncoders:
-    """SDXL's two CLIP text encoders with their tokenizers."""
-
-    tokenizers: Tokenizers
-    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
-
-
-_NETWORKS = {
-    "unet": UNet2DConditionModel.from_config,
-    "vae": AutoencoderKL.from_config,
-    "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
-    "text_encoder_2": lambda config: CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config)),
-}
-
-
-_CONFIG_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
-"""What diffusers, transformers and torch raise for numbers that do not belong together."""
-
-
-_READERS = 4
-"""Threads: one alone does not fill the bus to a GPU."""
-
-
-_SHOWN = 5
-"""Complaints about weights that are printed; a wrong file easily gives a thousand."""
-
-
-def require_fitting(base: BaseModel) -> None:
-    """Compare every weight's name and shape with what the networks expect, without reading one. Raises ModelError."""
-    for part in base.parts.values():
-        _require_fitting(part, _shapes(_without_weights(part)))
-
-
-def load_vae(base: BaseModel, device: torch.device) -> AutoencoderKL:
-    """The VAE, frozen, in float32: SDXL's overflows in float16."""
-    return _loaded(base.parts["vae"], device, torch.float32)
-
-
-def load_text_encoders(base: BaseModel, models_dir: Path, device: torch.device, dtype: torch.dtype) -> TextEncoders:
-    """Both text encoders, frozen, with their tokenizers."""
-    first, second = (_loaded(base.parts[name], device, dtype) for name in ("text_encoder", "text_encoder_2"))
-    return TextEncoders(load_tokenizers(base, models_dir), (first, second))
-
-
-def load_unet(base: BaseModel, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The UNet, frozen."""
-    return _loaded(base.parts["unet"], device, dtype)
-
-
-def load_tokenizers(base: BaseModel, models_dir: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """The tokenizers of the two text encoders. For a single file they are fetched once if no folder in `models_dir` has them."""
-    folder = tokenizers_of(base, models_dir)
-    first, second = (CLIPTokenizer.from_pretrained(folder / name, local_files_only=True) for name in TOKENIZERS)
-    return first, second
-
-
-def _loaded(part: Part, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """The network of `part` with its weights: frozen, in `dtype`, on `device`. Raises ModelError if they do not fit."""
-    network = _without_weights(part)
-    shapes = _shapes(network)
-    _require_fitting(part, shapes)
-    with ExitStack() as stack:
-        opened = {file.path: stack.enter_context(safe_open(file.path, "pt", str(device))) for file in part.files}
-
-        def weight(name: str) -> torch.Tensor:
-            file, source = part.find(name)
-            return _read(opened[file.path], source).reshape(shapes[name]).to(dtype)
-
-        weights = dict(zip(shapes, prefetch(weight, shapes, _READERS), strict=True))
-    network.load_state_dict(weights, assign=True)
-    return network.to(device).requires_grad_(False).eval()
-
-
-def _without_weights(part: Part) -> torch.nn.Module:
-    """The network with shapes in the place of weights. Raises ModelError if its configuration makes none."""
-    try:
-        with shapes_only():
-            return _NETWORKS[part.name](part.config)
-    except _CONFIG_ERRORS as error:
-        raise ModelError(f"{part.name}/config.json: no network can be made of it ({' '.join(str(error).split())})") from None
-
-
-def _shapes(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(weight.shape) for name, weight in network.state_dict().items()}
-
-
-def _require_fitting(part: Part, shapes: dict[str, tuple[int, ...]]) -> None:
-    misfits = part.misfits(shapes)
-    if misfits:
-        more = [f"and {len(misfits) - _SHOWN} more"] if len(misfits) > _SHOWN else []
-        raise ModelError(bullet_list(f"{part.files[0].path}: the weights of {part.name} do not fit:", [*misfits[:_SHOWN], *more]))
-
-
-def _read(opened: safe_open, source: Source) -> torch.Tensor:
-    """The stored tensor as the weight that it stands for."""
-    if source.third is None:
-        tensor = opened.get_tensor(source.key)
-        return tensor.T.contiguous() if source.transposed else tensor
-    rows = opened.get_slice(source.key)
-    height = rows.get_shape()[0] // 3
-    return rows[source.third * height : (source.third + 1) * height]

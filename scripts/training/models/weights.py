@@ -1,7 +1,4 @@
-"""What a `.safetensors` file holds, read from its header. Standard library only.
-
-Tensors to a `.safetensors` file, with the modes and the errors that every other file of ours has.
-"""
+"""`.safetensors` files: their headers, hashes of their tensors, and how one is written. Reading imports no torch."""
 
 import hashlib
 import json
@@ -21,27 +18,24 @@ from common.files import atomic_write
 if TYPE_CHECKING:
     import torch
 
-FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+FLOAT_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 """Bytes per value of the types that weights may have."""
 
-
 _MAX_HEADER_BYTES = 100_000_000
-
-
 _READ_BYTES = 1 << 22
 
-
+_PICKLE = "is a pickle checkpoint, which can run code when it is opened: use the .safetensors of the same model"
 _OTHER_FORMATS = (
-    (b"PK\x03\x04", "is a pickle checkpoint, which can run code when it is opened: use the .safetensors of the same model"),
-    (b"\x80", "is a pickle checkpoint, which can run code when it is opened: use the .safetensors of the same model"),
+    (b"PK\x03\x04", _PICKLE),
+    (b"\x80", _PICKLE),
     (b"GGUF", "is a quantised GGUF file, which cannot be trained on: use the fp16 .safetensors of the same model"),
     (b"version https://git-lfs", "is a Git LFS pointer, not the weights: run `git lfs pull`, or download the file again"),
-    (b"<", "is a web page, not weights: the download wanted a login or failed; download it again"),
+    (b"<", "is a web page, not weights: the download required a login or failed; download it again"),
 )
 
 
 @dataclass(frozen=True)
-class Tensor:
+class StoredTensor:
     """One entry of the header."""
 
     dtype: str
@@ -53,83 +47,77 @@ class Tensor:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A `.safetensors` file that is whole."""
+    """A complete `.safetensors` file."""
 
     path: Path
-    tensors: dict[str, Tensor]
+    tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
 
 
 def read_header(path: Path) -> WeightsFile:
-    """Read the header of `path` and compare it with the file's size; raises ModelError if it is not whole weights."""
+    """Read the header of `path` and compare it with the file's size. Raises ModelError if the file is not complete weights."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)
-        for magic, what in _OTHER_FORMATS:
+        for magic, description in _OTHER_FORMATS:
             # A header's length may begin with the same bytes as a short magic; its JSON then follows after 8 bytes.
             if start.startswith(magic) and start[8:9] != b"{":
-                raise ModelError(f"{path}: {what}")
+                raise ModelError(f"{path}: {description}")
         length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
         if not 0 < length <= min(_MAX_HEADER_BYTES, size - 8) or start[8:9] != b"{":
-            raise ModelError(f"{path}: is damaged or no .safetensors file ({size} bytes): download it again")
+            raise ModelError(f"{path}: is damaged or not a .safetensors file ({size} bytes): download it again")
         file.seek(8)
         raw = file.read(length)
     try:
         header = json.loads(raw)
         metadata = header.pop("__metadata__", {})
-        tensors = {name: _tensor(entry, 8 + length) for name, entry in header.items()}
+        tensors = {name: _stored_tensor(entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{path}: its header is damaged: download it again") from None
-    wanted = max((tensor.end for tensor in tensors.values()), default=8 + length)
-    if size != wanted:
-        raise ModelError(f"{path}: is damaged, it has {size} bytes and its header tells of {wanted}: download it again")
+    expected = max((tensor.end for tensor in tensors.values()), default=8 + length)
+    if size != expected:
+        raise ModelError(f"{path}: is damaged, it has {size} bytes and its header describes {expected}: download it again")
     return WeightsFile(path, tensors, metadata)
 
 
+def _stored_tensor(entry: dict, data_start: int) -> StoredTensor:
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    width = FLOAT_BYTES.get(entry["dtype"])
+    if end < begin or (width and end - begin != width * math.prod(shape)):
+        raise ValueError("offsets do not match the shape")
+    return StoredTensor(entry["dtype"], shape, data_start + begin, data_start + end)
+
+
 def digest(files: Iterable[tuple[WeightsFile, Iterable[str]]]) -> str:
-    """SHA-256 over the names, types, shapes and SHA-256s of these tensors of these files; as many at once as there are cores."""
+    """SHA-256 over the names, types, shapes and SHA-256s of these tensors of these files, hashed in as many threads as cores."""
     tensors = [(name, file.path, file.tensors[name]) for file, names in files for name in sorted(names)]
     total = hashlib.sha256()
     with ThreadPoolExecutor() as pool:
         hashes = pool.map(lambda item: _hash(item[1], item[2]), tensors)
-        for (name, _, tensor), found in zip(tensors, hashes, strict=True):
-            total.update(f"{name} {tensor.dtype} {tensor.shape} {found}\n".encode())
+        for (name, _, tensor), tensor_hash in zip(tensors, hashes, strict=True):
+            total.update(f"{name} {tensor.dtype} {tensor.shape} {tensor_hash}\n".encode())
     return total.hexdigest()
 
 
-def _hash(path: Path, tensor: Tensor) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as opened:
-        opened.seek(tensor.begin)
+def _hash(path: Path, tensor: StoredTensor) -> str:
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(tensor.begin)
         for begin in range(tensor.begin, tensor.end, _READ_BYTES):
-            found.update(opened.read(min(_READ_BYTES, tensor.end - begin)))
-    return found.hexdigest()
-
-
-def _tensor(entry: dict, data_start: int) -> Tensor:
-    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    width = FLOATS.get(entry["dtype"])
-    if end < begin or (width and end - begin != width * math.prod(shape)):
-        raise ValueError("offsets do not fit the shape")
-    return Tensor(entry["dtype"], shape, data_start + begin, data_start + end)
+            sha256.update(file.read(min(_READ_BYTES, tensor.end - begin)))
+    return sha256.hexdigest()
 
 
 def write_tensors(path: Path, tensors: dict[str, "torch.Tensor"], metadata: dict[str, str] | None = None) -> None:
-    """Write contiguous `tensors` on the CPU to `path`: whole, or not at all. Raises OSError for what the disk refuses."""
-    with atomic_write(path) as beside:
-        fill(beside, tensors, metadata)
+    """Write contiguous `tensors` on the CPU to `path`, atomically. Raises OSError if the disk refuses."""
+    with atomic_write(path) as temporary:
+        write_into(temporary, tensors, metadata)
 
 
-def remove_all_partial_files(folder: Path) -> None:
-    """Remove the half files in `folder`, ours and safetensors' own; nobody may be writing there."""
-    for path in [*folder.glob(".*.part"), *folder.glob(".tmp*")]:
-        path.unlink(missing_ok=True)
+def write_into(file: Path, tensors: dict[str, "torch.Tensor"], metadata: dict[str, str] | None = None) -> None:
+    """Write `tensors` into the existing `file`, whose mode is kept. Raises OSError if the disk refuses.
 
-
-def fill(file: Path, tensors: dict[str, "torch.Tensor"], metadata: dict[str, str] | None = None) -> None:
-    """Write `tensors` into the `file` that exists.
-
-    safetensors writes a file of its own, which only this user may read, and renames it; its error hides the disk's.
+    safetensors writes a temporary file that only this user may read and renames it; its own error hides the errno.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file  # imports torch, which reading headers does not need
@@ -143,3 +131,9 @@ def fill(file: Path, tensors: dict[str, "torch.Tensor"], metadata: dict[str, str
             raise
         raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(file.parent)) from None
     file.chmod(mode)
+
+
+def remove_partial_weights(folder: Path) -> None:
+    """Remove what killed runs left in `folder`: partial files of `atomic_write` and of safetensors. No run may be writing."""
+    for path in [*folder.glob(".*.part"), *folder.glob(".tmp*")]:
+        path.unlink(missing_ok=True)

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import ModelError
 from demo import tiny_sdxl as miniature
-from training.models import base_model
-from training.models import loading as models
+from demo.sgm_names import name_in_files, sgm_source
+from training.models import base_model, loading
 from training.models.base_model import find_base
 from training.models.loading import AutoencoderKL, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
-from training.models.sdxl import STEMS, Schedule, name_in_files, sgm_source
-from training.models.single_file import configurations
-from training.models.weights import Tensor, WeightsFile
+from training.models.sdxl import WEIGHT_STEMS, Schedule
+from training.models.single_file import infer_configs
+from training.models.weights import StoredTensor, WeightsFile
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     def refuse(*_):
-        raise AssertionError("the network was asked")
+        raise AssertionError("the network was used")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -35,12 +35,12 @@ def _no_network(monkeypatch):
 
 @pytest.fixture
 def folder(tiny_sdxl, tmp_path) -> Path:
-    """A copy of the tiny SDXL that may be broken."""
+    """A copy of the tiny SDXL that a test may change."""
     return shutil.copytree(tiny_sdxl, tmp_path / "sdxl")
 
 
 def refusal(path: Path, models_dir: Path) -> str:
-    """What is said about the base model at `path`."""
+    """The error message for the base model at `path`."""
     with pytest.raises(ModelError) as caught:
         find_base(str(path), models_dir)
     assert caught.value.exit_code == 5
@@ -52,11 +52,11 @@ def change_json(file: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def all_parts(base, models_dir) -> dict[str, torch.nn.Module]:
-    text_encoders = models.load_text_encoders(base, models_dir, CPU, torch.float32)
+def all_components(base, models_dir) -> dict[str, torch.nn.Module]:
+    text_encoders = loading.load_text_encoders(base, models_dir, CPU, torch.float32)
     return {
-        "unet": models.load_unet(base, CPU, torch.float32),
-        "vae": models.load_vae(base, CPU),
+        "unet": loading.load_unet(base, CPU, torch.float32),
+        "vae": loading.load_vae(base, CPU),
         "text_encoder": text_encoders.encoders[0],
         "text_encoder_2": text_encoders.encoders[1],
     }
@@ -69,17 +69,17 @@ def assert_same_weights(first: torch.nn.Module, second: torch.nn.Module) -> None
 
 
 def test_folder_loads_as_diffusers_loads_it(tiny_sdxl):
-    from diffusers import StableDiffusionXLPipeline  # brings all of diffusers
+    from diffusers import StableDiffusionXLPipeline  # imports all of diffusers
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, local_files_only=True)
-    for name, module in all_parts(find_base(str(tiny_sdxl), tiny_sdxl), tiny_sdxl).items():
+    for name, module in all_components(find_base(str(tiny_sdxl), tiny_sdxl), tiny_sdxl).items():
         assert_same_weights(module, getattr(pipeline, name))
 
 
 def test_single_file_and_folder_give_the_same_modules(tiny_sdxl, tiny_single_file):
-    from_folder = all_parts(find_base(str(tiny_sdxl), tiny_sdxl), tiny_sdxl)
-    from_file = all_parts(find_base(str(tiny_single_file), tiny_sdxl.parent), tiny_sdxl.parent)
-    for name in STEMS:
+    from_folder = all_components(find_base(str(tiny_sdxl), tiny_sdxl), tiny_sdxl)
+    from_file = all_components(find_base(str(tiny_single_file), tiny_sdxl.parent), tiny_sdxl.parent)
+    for name in WEIGHT_STEMS:
         assert_same_weights(from_folder[name], from_file[name])
     tokens = torch.tensor([[525, 70, 12, 526] + [0] * 73])
     for name in ("text_encoder", "text_encoder_2"):
@@ -99,12 +99,12 @@ def _denoised(unet: UNet2DConditionModel) -> torch.Tensor:
 
 
 def test_original_layout_is_what_diffusers_converts(tiny_sdxl, tiny_single_file):
-    """Our map of names against diffusers' own conversion."""
+    """The miniature's file, written with a map of its own, against diffusers' conversion."""
     from diffusers.loaders import single_file_utils
 
     checkpoint = load_file(tiny_single_file)
-    unet, vae, clip_l, clip_g = (load_file(tiny_sdxl / part / f"{stem}.safetensors") for part, stem in STEMS.items())
-    configs = {part: json.loads((tiny_sdxl / part / "config.json").read_text()) for part in STEMS}
+    unet, vae, clip_l, clip_g = (load_file(tiny_sdxl / part / f"{stem}.safetensors") for part, stem in WEIGHT_STEMS.items())
+    configs = {part: json.loads((tiny_sdxl / part / "config.json").read_text()) for part in WEIGHT_STEMS}
     open_clip = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(configs["text_encoder_2"]))
     converted = (
         (unet, single_file_utils.convert_ldm_unet_checkpoint(dict(checkpoint), configs["unet"])),
@@ -119,7 +119,7 @@ def test_original_layout_is_what_diffusers_converts(tiny_sdxl, tiny_single_file)
 
 
 def test_lora_has_the_722_linear_layers_of_sdxl(tiny_sdxl):
-    unet = models.load_unet(find_base(str(tiny_sdxl), tiny_sdxl), CPU, torch.float32)
+    unet = loading.load_unet(find_base(str(tiny_sdxl), tiny_sdxl), CPU, torch.float32)
     linears = [name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear) and "attentions" in name]
     assert len(linears) == 722
     assert len(unet.state_dict()) == 1680
@@ -139,9 +139,9 @@ def test_configuration_of_a_file_of_true_size_is_sdxls():
             source = sgm_source(part, name_in_files(part, name))
             rows, *rest = empty.shape
             shape = (rows, *rest) if source.third is None else (3 * rows, *rest)
-            tensors[source.key] = Tensor("F16", shape[::-1] if source.transposed else shape, 0, 0)
+            tensors[source.key] = StoredTensor("F16", shape[::-1] if source.transposed else shape, 0, 0)
     assert len(tensors) == 2513
-    inferred = configurations(WeightsFile(Path("sdxl.safetensors"), tensors, {}))
+    inferred = infer_configs(WeightsFile(Path("sdxl.safetensors"), tensors, {}))
     for part, wanted in (("unet", SDXL_UNET), ("vae", SDXL_VAE), ("text_encoder", SDXL_CLIP_L), ("text_encoder_2", SDXL_CLIP_G)):
         assert {key: inferred[part][key] for key in wanted} == wanted
 
@@ -191,11 +191,11 @@ SDXL_CLIP_G = {
 }
 
 
-def test_parts_are_frozen_and_of_the_wanted_type_and_nothing_was_initialised(tiny_sdxl):
+def test_components_are_frozen_in_the_requested_type_and_not_initialised(tiny_sdxl):
     base = find_base(str(tiny_sdxl), tiny_sdxl)
     randomness = torch.get_rng_state()
-    unet, vae = models.load_unet(base, CPU, torch.bfloat16), models.load_vae(base, CPU)
-    encoders = models.load_text_encoders(base, tiny_sdxl, CPU, torch.bfloat16).encoders
+    unet, vae = loading.load_unet(base, CPU, torch.bfloat16), loading.load_vae(base, CPU)
+    encoders = loading.load_text_encoders(base, tiny_sdxl, CPU, torch.bfloat16).encoders
     assert torch.equal(torch.get_rng_state(), randomness)
     for module, dtype in ((unet, torch.bfloat16), (vae, torch.float32), *((encoder, torch.bfloat16) for encoder in encoders)):
         assert not module.training
@@ -219,20 +219,20 @@ def test_fp16_files_and_shards_are_weights_too(folder, tiny_sdxl):
     index = {"weight_map": {name: shards[position >= 900] for position, name in enumerate(names)}}
     (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     for part in ("vae", "text_encoder", "text_encoder_2"):
-        (folder / part / f"{STEMS[part]}.safetensors").rename(folder / part / f"{STEMS[part]}.fp16.safetensors")
-    ours = all_parts(find_base(str(folder), folder), folder)
-    for name, module in all_parts(find_base(str(tiny_sdxl), tiny_sdxl), tiny_sdxl).items():
+        (folder / part / f"{WEIGHT_STEMS[part]}.safetensors").rename(folder / part / f"{WEIGHT_STEMS[part]}.fp16.safetensors")
+    ours = all_components(find_base(str(folder), folder), folder)
+    for name, module in all_components(find_base(str(tiny_sdxl), tiny_sdxl), tiny_sdxl).items():
         assert_same_weights(module, ours[name])
     (folder / "unet" / shards[1]).unlink()
     assert f"unet/{shards[1]} is missing" in refusal(folder, folder)
     change_json(folder / "unet" / "diffusion_pytorch_model.safetensors.index.json", weight_map={})
-    assert "unet/diffusion_pytorch_model.safetensors.index.json names no files" in refusal(folder, folder)
+    assert "unet/diffusion_pytorch_model.safetensors.index.json lists no files" in refusal(folder, folder)
 
 
-def test_full_precision_is_taken_before_fp16(folder):
+def test_full_precision_is_preferred_to_fp16(folder):
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({name: weight.float() for name, weight in load_file(file).items()}, file.with_suffix(".fp16.safetensors"))
-    (base_file,) = find_base(str(folder), folder).parts["vae"].files
+    (base_file,) = find_base(str(folder), folder).components["vae"].files
     assert base_file.path == file
 
 
@@ -244,13 +244,13 @@ def test_vae_with_the_old_names_of_attention(folder, tiny_sdxl):
         new = next((new for new in old if f".{new}." in name), None)
         renamed[name.replace(new, old[new]) if new else name] = weight
     save_file(renamed, file)
-    ours = models.load_vae(find_base(str(folder), folder), CPU)
-    assert_same_weights(ours, models.load_vae(find_base(str(tiny_sdxl), tiny_sdxl), CPU))
+    ours = loading.load_vae(find_base(str(folder), folder), CPU)
+    assert_same_weights(ours, loading.load_vae(find_base(str(tiny_sdxl), tiny_sdxl), CPU))
 
 
 def test_digest_follows_the_weights(folder, tiny_sdxl, tiny_single_file):
     def digests(path):
-        return {name: part.digest for name, part in find_base(str(path), folder).parts.items()}
+        return {name: component.digest for name, component in find_base(str(path), folder).components.items()}
 
     before = digests(tiny_sdxl)
     assert digests(folder) == before
@@ -278,7 +278,7 @@ def test_marker_keys_of_a_file(tiny_sdxl, tmp_path, v_pred, ztsnr, expected):
     assert find_base(str(file), tmp_path).schedule == expected
 
 
-def test_modelspec_metadata_says_v_prediction(tiny_single_file, tmp_path):
+def test_modelspec_metadata_declares_v_prediction(tiny_single_file, tmp_path):
     save_file(load_file(tiny_single_file), tmp_path / "a.safetensors", metadata={"modelspec.prediction_type": "v"})
     assert find_base("a", tmp_path).schedule == Schedule("v_prediction")
 
@@ -288,15 +288,15 @@ def test_schedule_of_a_folder(folder):
     assert find_base(str(folder), folder).schedule == Schedule("v_prediction", zero_terminal_snr=True)
 
 
-def test_absent_base_says_how_to_fetch_it(tmp_path):
-    said = refusal(Path("stable-diffusion-xl-base-1.0"), tmp_path)
-    assert f"neither in {tmp_path} nor a path" in said
-    assert f"--local-dir {tmp_path}/stable-diffusion-xl-base-1.0 " in said
+def test_missing_base_model_names_the_download_command(tmp_path):
+    message = refusal(Path("stable-diffusion-xl-base-1.0"), tmp_path)
+    assert f"neither in {tmp_path} nor a path" in message
+    assert f"--local-dir {tmp_path}/stable-diffusion-xl-base-1.0 " in message
     with pytest.raises(ModelError, match=f"hf download Laxhar/noobai-XL-1.1 --local-dir {tmp_path}/noobai-XL-1.1 .*'unet/\\*'"):
         find_base("Laxhar/noobai-XL-1.1", tmp_path)
 
 
-def test_everything_wrong_with_a_folder_is_said_at_once(folder):
+def test_everything_wrong_with_a_folder_is_reported_at_once(folder):
     (folder / "model_index.json").unlink()
     shutil.rmtree(folder / "text_encoder_2")
     (folder / "tokenizer" / "merges.txt").unlink()
@@ -305,7 +305,7 @@ def test_everything_wrong_with_a_folder_is_said_at_once(folder):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with (folder / "text_encoder" / "model.safetensors").open("r+b") as file:
         file.truncate(10_000)
-    said = refusal(folder, folder)
+    message = refusal(folder, folder)
     for problem in (
         "model_index.json is missing",
         "text_encoder_2/config.json is missing",
@@ -316,7 +316,7 @@ def test_everything_wrong_with_a_folder_is_said_at_once(folder):
         "is a Git LFS pointer",
         "is damaged, it has 10000 bytes",
     ):
-        assert problem in said
+        assert problem in message
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_everything_wrong_with_a_folder_is_said_at_once(folder):
         ("unet/config.json", {"cross_attention_dim": 1280}, "is the SDXL refiner"),
         ("unet/config.json", {"in_channels": 9}, "is an inpainting model (9 input channels)"),
         ("unet/config.json", {"transformer_layers_per_block": [0, 2, 4]}, "other blocks than SDXL's"),
-        ("unet/config.json", {"cross_attention_dim": 100}, "wants text embeddings of 100 channels"),
+        ("unet/config.json", {"cross_attention_dim": 100}, "expects text embeddings of 100 channels"),
         ("model_index.json", {"_class_name": "FluxPipeline"}, "another family (FluxPipeline)"),
         ("scheduler/scheduler_config.json", {"_class_name": "EDMDPMSolverMultistepScheduler"}, "is an EDM model"),
         ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is a flow-matching model"),
@@ -341,13 +341,13 @@ def test_folders_of_other_models(folder, file, changes, problem):
     assert problem in refusal(folder, folder)
 
 
-def test_sd_1_5_folder_is_called_by_its_name_and_not_by_what_it_lacks(folder):
+def test_sd_1_5_folder_is_named_instead_of_what_it_lacks(folder):
     change_json(folder / "model_index.json", _class_name="StableDiffusionPipeline")
     change_json(folder / "unet" / "config.json", cross_attention_dim=768)
     shutil.rmtree(folder / "text_encoder_2")
-    said = refusal(folder, folder)
-    assert "is an SD 1.5 model" in said
-    assert "missing" not in said
+    message = refusal(folder, folder)
+    assert "is an SD 1.5 model" in message
+    assert "missing" not in message
 
 
 @pytest.mark.parametrize(
@@ -365,31 +365,31 @@ def test_sd_1_5_folder_is_called_by_its_name_and_not_by_what_it_lacks(folder):
         (b"\x08" + bytes(7) + b'{"a": 1}', "its header is damaged"),
     ],
 )
-def test_files_that_are_no_safetensors(tmp_path, content, problem):
+def test_files_of_other_formats(tmp_path, content, problem):
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
     assert problem in refusal(file, tmp_path)
 
 
 def test_folder_with_a_single_file_in_it(tmp_path):
-    assert "is no diffusers folder" in refusal(tmp_path, tmp_path)
+    assert "is not a diffusers folder" in refusal(tmp_path, tmp_path)
     (tmp_path / "sdxl").mkdir()
     (tmp_path / "sdxl" / "model.safetensors").touch()
     assert f"set BASE_MODEL to a file in it: {tmp_path}/sdxl/model.safetensors" in refusal(Path("sdxl"), tmp_path)
 
 
-def test_what_a_file_is_decides_its_content_and_not_its_name(tiny_single_file, tmp_path):
+def test_the_content_of_a_file_counts_and_not_its_suffix(tiny_single_file, tmp_path):
     file = shutil.copy(tiny_single_file, tmp_path / "model.ckpt")
     assert find_base(str(file), tmp_path).schedule == Schedule()
 
 
 @pytest.mark.parametrize("change", [lambda size: size - 1, lambda size: size // 2, lambda size: size + 1])
-def test_file_of_another_size_than_its_header_tells(tiny_single_file, tmp_path, change):
+def test_file_of_another_size_than_its_header_describes(tiny_single_file, tmp_path, change):
     file = shutil.copy(tiny_single_file, tmp_path / "cut.safetensors")
     size = file.stat().st_size
     with file.open("r+b") as opened:
         opened.truncate(change(size))
-    assert f"it has {change(size)} bytes and its header tells of {size}" in refusal(file, tmp_path)
+    assert f"it has {change(size)} bytes and its header describes {size}" in refusal(file, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_file_of_another_size_than_its_header_tells(tiny_single_file, tmp_path, 
         (["down_blocks.0.resnets.0.conv1.weight"], "holds only a UNet"),
         (["encoder.down.0.block.0.conv1.weight"], "holds only a VAE"),
         (["text_model.embeddings.token_embedding.weight"], "holds only a text encoder"),
-        (["something.else"], "holds no part of an SDXL model"),
+        (["something.else"], "holds no component of an SDXL model"),
     ],
 )
 def test_files_that_hold_something_else(tmp_path, keys, problem):
@@ -439,8 +439,8 @@ def test_files_of_other_sdxl_models(tiny_single_file, tmp_path, changes, problem
     assert problem in refusal(Path("other"), tmp_path)
 
 
-@pytest.mark.parametrize("use", [models.require_fitting, lambda base: models.load_unet(base, CPU, torch.float32)])
-def test_weights_that_do_not_fit_are_named_before_one_is_read(tiny_single_file, tmp_path, use):
+@pytest.mark.parametrize("use", [loading.require_matching_weights, lambda base: loading.load_unet(base, CPU, torch.float32)])
+def test_mismatched_weights_are_named_before_any_is_read(tiny_single_file, tmp_path, use):
     weights = load_file(tiny_single_file)
     del weights[f"{UNET}input_blocks.8.0.out_layers.0.bias"]
     weights[f"{UNET}output_blocks.3.0.out_layers.0.bias"] = torch.zeros(7)
@@ -452,47 +452,71 @@ def test_weights_that_do_not_fit_are_named_before_one_is_read(tiny_single_file, 
     assert "up_blocks.1.resnets.0.norm2.bias has the shape (7,) instead of (64,)" in str(caught.value)
 
 
+def test_a_missing_weight_that_the_conversion_needs_is_named(tiny_single_file, tmp_path):
+    weights = load_file(tiny_single_file)
+    del weights[f"{UNET}label_emb.0.2.bias"]
+    save_file(weights, tmp_path / "odd.safetensors")
+    with pytest.raises(ModelError, match=r"odd\.safetensors: unet: label_emb\.0\.2\.bias is missing"):
+        loading.require_matching_weights(find_base("odd", tmp_path))
+
+
+def test_linear_layers_may_be_stored_as_1x1_convolutions(tiny_single_file, tmp_path, tiny_sdxl):
+    weights = load_file(tiny_single_file)
+    key = f"{UNET}input_blocks.4.1.proj_in.weight"
+    save_file(weights | {key: weights[key][..., None, None].contiguous()}, tmp_path / "a.safetensors")
+    ours = loading.load_unet(find_base("a", tmp_path), CPU, torch.float32)
+    assert_same_weights(ours, loading.load_unet(find_base(str(tiny_sdxl), tmp_path), CPU, torch.float32))
+
+
+def test_text_encoder_without_the_old_prefix(folder, tiny_sdxl):
+    file = folder / "text_encoder" / "model.safetensors"
+    save_file({name.removeprefix("text_model."): weight for name, weight in load_file(file).items()}, file)
+    ours = loading.load_text_encoders(find_base(str(folder), folder), folder, CPU, torch.float32).encoders[0]
+    theirs = loading.load_text_encoders(find_base(str(tiny_sdxl), folder), folder, CPU, torch.float32).encoders[0]
+    assert_same_weights(ours, theirs)
+
+
 def test_file_with_an_untransposed_text_projection(tiny_single_file, tmp_path, tiny_sdxl):
     weights = load_file(tiny_single_file)
     projection = weights.pop("conditioner.embedders.1.model.text_projection")
     weights["conditioner.embedders.1.model.text_projection.weight"] = projection.T.contiguous()
     save_file(weights, tmp_path / "a.safetensors")
-    ours = models.load_text_encoders(find_base("a", tmp_path), tiny_sdxl.parent, CPU, torch.float32).encoders[1]
-    theirs = models.load_text_encoders(find_base(str(tiny_sdxl), tmp_path), tmp_path, CPU, torch.float32).encoders[1]
+    ours = loading.load_text_encoders(find_base("a", tmp_path), tiny_sdxl.parent, CPU, torch.float32).encoders[1]
+    theirs = loading.load_text_encoders(find_base(str(tiny_sdxl), tmp_path), tmp_path, CPU, torch.float32).encoders[1]
     assert_same_weights(ours, theirs)
 
 
-def test_tokenizers_of_a_file_are_fetched_once_into_models_dir(tiny_single_file, tiny_sdxl, tmp_path, monkeypatch, capsys):
-    fetched = []
+def test_tokenizers_of_a_file_are_downloaded_once_into_models_dir(tiny_single_file, tiny_sdxl, tmp_path, monkeypatch, capsys):
+    downloaded = []
 
-    def from_the_hub(repository, file, local_dir):
+    def fake_download(repository, file, local_dir):
         assert repository == "stabilityai/stable-diffusion-xl-base-1.0"
-        fetched.append(file)
+        downloaded.append(file)
         (local_dir / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(tiny_sdxl / file, local_dir / file)
 
-    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: SimpleNamespace(size=1))  # it is there
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", from_the_hub)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: SimpleNamespace(size=1))  # the file exists
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fake_download)
     base = find_base(str(tiny_single_file), tmp_path)
     assert base_model.find_tokenizers(base, tmp_path) is None
     for _ in range(2):
-        first, second = models.load_tokenizers(base, tmp_path)
+        first, second = loading.load_tokenizers(base, tmp_path)
         assert (first.pad_token_id, second.pad_token_id) == (526, 0)
-    assert len(fetched) == 8
-    assert "fetching the tokenizers" in capsys.readouterr().out
+    assert len(downloaded) == 8
+    assert "downloading the tokenizers" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("asked", ["get_hf_file_metadata", "hf_hub_download"])
-def test_tokenizers_of_a_file_without_a_network(tiny_single_file, tmp_path, monkeypatch, asked):
-    """From the beginning, or from the first download on."""
+@pytest.mark.parametrize("unreachable_call", ["get_hf_file_metadata", "hf_hub_download"])
+def test_tokenizers_of_a_file_without_a_network(tiny_single_file, tmp_path, monkeypatch, unreachable_call):
+    """From the start, or from the first download on."""
 
     def unreachable(*_, **__):
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: SimpleNamespace(size=1))
-    monkeypatch.setattr(f"huggingface_hub.{asked}", unreachable)
+    monkeypatch.setattr(f"huggingface_hub.{unreachable_call}", unreachable)
     with pytest.raises(ModelError) as caught:
-        models.load_tokenizers(find_base(str(tiny_single_file), tmp_path), tmp_path)
+        loading.load_tokenizers(find_base(str(tiny_single_file), tmp_path), tmp_path)
     assert caught.value.exit_code == 5
     command = (
         f"hf download stabilityai/stable-diffusion-xl-base-1.0 --local-dir {tmp_path}/sdxl-tokenizers --include 'tokenizer*/*'"
@@ -500,7 +524,7 @@ def test_tokenizers_of_a_file_without_a_network(tiny_single_file, tmp_path, monk
     assert command in str(caught.value)
 
 
-def test_tokenizers_with_another_vocabulary_are_passed_over(tiny_single_file, folder):
+def test_tokenizers_with_another_vocabulary_are_skipped(tiny_single_file, folder):
     change_json(folder / "tokenizer" / "vocab.json", another=527)
     assert base_model.find_tokenizers(find_base(str(tiny_single_file), folder), folder.parent) is None
 
@@ -528,30 +552,30 @@ def test_demo_is_reproducible_and_small(tmp_path, tiny_sdxl):
         (
             "text_encoder/config.json",
             {"hidden_size": "32"},
-            "96 channels, the encoders give ['32', 64]",
+            "96 channels, the text encoders produce ['32', 64]",
         ),
     ],
 )
-def test_numbers_that_are_none_are_named(folder, file, changes, problem):
+def test_invalid_numbers_are_named(folder, file, changes, problem):
     change_json(folder / file, **changes)
     assert problem in refusal(folder, folder.parent)
 
 
-def test_an_index_that_is_a_list_names_no_files(folder):
-    stem = STEMS["unet"]
+def test_an_index_that_is_a_list_lists_no_files(folder):
+    stem = WEIGHT_STEMS["unet"]
     (folder / "unet" / f"{stem}.safetensors").unlink()
     (folder / "unet" / f"{stem}.safetensors.index.json").write_text('{"weight_map": [1]}')
-    assert f"unet/{stem}.safetensors.index.json names no files" in refusal(folder, folder.parent)
+    assert f"unet/{stem}.safetensors.index.json lists no files" in refusal(folder, folder.parent)
 
 
 @pytest.mark.parametrize(
     ("part", "changes"),
     [("unet", {"attention_head_dim": 7}), ("vae", {"block_out_channels": [1]}), ("text_encoder", {"num_attention_heads": 7})],
 )
-def test_a_configuration_that_makes_no_network_is_named_before_any_weight_is_read(folder, part, changes):
+def test_an_invalid_configuration_is_named_before_any_weight_is_read(folder, part, changes):
     change_json(folder / part / "config.json", **changes)
     with pytest.raises(ModelError, match=part):
-        models.require_fitting(find_base(str(folder), folder.parent))
+        loading.require_matching_weights(find_base(str(folder), folder.parent))
 
 
 def test_a_tokenizer_without_its_merges_is_damaged(folder):

@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from training.models import base_model as digests
+from training.models import base_model
 from training.models.base_model import find_base
 from training.models.weights import digest
 
@@ -21,21 +21,21 @@ def test_a_digest_is_remembered_until_its_file_changes(stage, tiny_sdxl, tmp_pat
     monkeypatch.setattr("training.models.sdxl.digest", hashed)
 
     def digest_now() -> str:
-        return digests.base_digest(find_base(str(copied), tmp_path), kept, "vae")
+        return base_model.base_digest(find_base(str(copied), tmp_path), kept, "vae")
 
     first = digest_now()
     assert [digest_now(), len(computed)] == [first, 1]
-    digests.compute_digests(find_base(str(copied), tmp_path), kept)
-    assert len(computed) == 4  # the other three parts
+    base_model.compute_digests(find_base(str(copied), tmp_path), kept)
+    assert len(computed) == 4  # the other three components
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     changed = digest_now()
     assert changed != first
     for damage in ("{ half a", "[1, 2]", "[]", "null", "5"):
-        (kept / digests.DIGESTS).write_text(damage)
+        (kept / base_model.DIGESTS).write_text(damage)
         assert digest_now() == changed
-    remembered = json.loads((kept / digests.DIGESTS).read_text())
-    (kept / digests.DIGESTS).write_text(json.dumps(dict.fromkeys(remembered, 5)))
+    remembered = json.loads((kept / base_model.DIGESTS).read_text())
+    (kept / base_model.DIGESTS).write_text(json.dumps(dict.fromkeys(remembered, 5)))
     assert digest_now() == changed
     assert len(computed) == 11

@@ -54,7 +54,7 @@ def test_zero_terminal_snr_agrees_with_diffusers():
 
 
 def test_settings_win_over_what_the_base_says():
-    said = Schedule("v_prediction", zero_terminal_snr=True)
-    assert said.with_settings("auto", "auto") == said
-    assert said.with_settings("epsilon", "auto") == Schedule("epsilon", zero_terminal_snr=True)
-    assert said.with_settings("auto", False) == Schedule("v_prediction")
+    declared = Schedule("v_prediction", zero_terminal_snr=True)
+    assert declared.with_settings("auto", "auto") == declared
+    assert declared.with_settings("epsilon", "auto") == Schedule("epsilon", zero_terminal_snr=True)
+    assert declared.with_settings("auto", False) == Schedule("v_prediction")

@@ -15,9 +15,9 @@ from process_table import children_of, pair_of
 from common.errors import ResourceError, SettingsError
 from common.settings import REPOSITORY
 from training.config import ProcessSettings, RunSettings
-from training.loop import Progress
-from training.plan import GLOBAL_BATCH
-from training.state.checkpoint import Identity, Saved
+from training.monitor.callbacks import Progress
+from training.plan import GLOBAL_BATCH, WORLD_SIZE
+from training.state.checkpoint import Checkpoint, Identity
 from training.state.resume import match_global_batch
 from training.system import launcher as distributed
 
@@ -58,7 +58,7 @@ def test_a_pair_that_is_stopped_goes_on_alone_and_loses_nothing(images):
     alone = PAIR | long | {"NUM_PROCESSES": 1}
     output = images.trained(**alone)
     assert f"continuing at step {took}" in output
-    assert "changed and taken: gradient_accumulation_steps: 1 then, 2 now" in output
+    assert "setting changed since the checkpoint: gradient_accumulation_steps: 1 -> 2" in output
     together = losses(images)
     images.trained(**alone | {"GRADIENT_ACCUMULATION_STEPS": 2, "OUTPUT_DIR": images.output.with_name("alone")})
     images.output = images.output.with_name("alone")
@@ -80,7 +80,7 @@ def test_a_process_that_dies_ends_the_other_and_leaves_a_valid_state(images):
     assert "Traceback" not in said
     assert not [process for process in processes if Path(f"/proc/{process}").exists()]
     again = images.run(**PAIR | {"NUM_PROCESSES": 1, "TRAIN_BATCH_SIZE": 2, "LORA_RANK": 3})
-    assert "began differently" in again.stderr  # the state is valid: it was read
+    assert "with other settings or data" in again.stderr  # the state is valid: it was read
 
 
 def test_processes_whose_launcher_is_killed_while_they_import_end_too(images):
@@ -102,8 +102,8 @@ def test_exit_codes_and_messages_come_through(stage):
     )
 
 
-def saved(folder, global_batch: int, processes: int) -> Saved:
-    return Saved(Progress(), {}, Identity({GLOBAL_BATCH: global_batch}, {"processes": processes}, 9), "", "", folder)
+def saved(folder, global_batch: int, world_size: int) -> Checkpoint:
+    return Checkpoint(Progress(), {}, Identity({GLOBAL_BATCH: global_batch}, {WORLD_SIZE: world_size}, 9), "", "", folder)
 
 
 def test_another_number_of_processes_takes_the_same_steps_or_is_told_what_fits(tmp_path):

@@ -32,6 +32,7 @@ ABOUT = Description(
     steps=12,
     batch_size=2,
     learning_rate=1e-4,
+    optimizer="torch.optim.AdamW",
     seed=3,
     fingerprint="abc123",
 )

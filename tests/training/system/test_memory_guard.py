@@ -1,4 +1,4 @@
-"""The memory guard: what it reads, what it decides, and a real shortage of memory with the floor scaled to it."""
+"""The memory guard: what it reads, when it acts, and a real shortage of memory with the threshold scaled to it."""
 
 import contextlib
 import os
@@ -9,10 +9,6 @@ import threading
 
 import pytest
 
-from common.errors import ResourceError
-from training.config import TrainSettings
-from training.memory_budget import MemoryBudget, fit_to_memory, fitting_batch, resolve_batch_size, suggest_settings
-from training.plan import runtime_settings
 from training.system.memory_guard import (
     GIB,
     PROC,
@@ -112,86 +108,6 @@ def test_the_guard_exits_at_once_when_nearly_nothing_is_available(proc, monkeypa
     monkeypatch.setattr("training.system.memory_guard.os._exit", codes.append)
     MemoryGuard(SPARK, proc.set(1.9)).poll()
     assert codes == [75]
-
-
-def with_run(batch: int, accumulation: int = 1, checkpointing="auto") -> TrainSettings:
-    from dataclasses import replace
-
-    plain = TrainSettings()
-    run = replace(plain.run, train_batch_size=batch, gradient_accumulation_steps=accumulation)
-    return replace(plain, run=run, model=replace(plain.model, gradient_checkpointing=checkpointing))
-
-
-def budget_of(available_gib: int) -> MemoryBudget:
-    """10 GiB fixed, 4 GiB per image, 1 GiB with gradient checkpointing."""
-    return MemoryBudget(10 * GIB, 4 * GIB, GIB, available_gib * GIB, SPARK)
-
-
-def decided(settings: TrainSettings, available_gib: int) -> tuple[int, int, bool]:
-    settings = fit_to_memory(settings, budget_of(available_gib), "ADVICE")
-    return settings.run.train_batch_size, settings.run.gradient_accumulation_steps, settings.model.gradient_checkpointing
-
-
-def test_batch_becomes_what_fits_and_accumulation_makes_up_for_it(capsys):
-    assert decided(with_run(4), 42) == (4, 1, False)
-    assert capsys.readouterr().out == ""
-    assert decided(with_run(4), 41) == (4, 1, True)
-    assert decided(with_run(6), 31) == (3, 2, True)
-    assert capsys.readouterr().out == (
-        "batch size 6 -> 3, gradient accumulation 1 -> 2 "
-        "(batch size 6 needs about 16.0 GiB; 31.0 GiB are available, of which 16.0 are reserved)\n"
-    )
-    assert decided(with_run(5, 3), 30) == (3, 5, True)
-    assert decided(with_run(4, checkpointing=False), 31) == (1, 4, False)
-
-
-def test_what_does_not_fit_at_all_is_refused_with_every_figure():
-    with pytest.raises(ResourceError) as refused:
-        decided(with_run(4), 26)
-    for words in ("batch size 1 needs about 11.0 GiB", "26.0 GiB are available", "16.0 are reserved", "ADVICE", "(process "):
-        assert words in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("available", "most", "checkpointing", "batch"),
-    [
-        (42, 100, "auto", 4),  # 16 GiB in reserve, 10 for what is always there
-        (50, 100, "auto", 6),
-        (50, 5, "auto", 5),
-        (41, 100, "auto", 15),  # 3 would fit with activations kept
-        (35, 2, "auto", 2),
-        (41, 100, False, 3),
-        (50, 100, True, 24),
-        (20, 100, "auto", 1),
-    ],
-)
-def test_auto_is_the_largest_batch_that_fits(available, most, checkpointing, batch, capsys):
-    settings = resolve_batch_size(with_run("auto", 3, checkpointing), budget_of(available), most)
-    assert (settings.run.train_batch_size, settings.run.gradient_accumulation_steps) == (batch, 3)
-    assert capsys.readouterr().out.startswith(
-        f"batch size: {batch} (auto: the largest for {max(0, available - 16)}.0 GiB, {most} images"
-    )
-
-
-def test_auto_keeps_the_samples_per_step_of_the_checkpoint():
-    for available, (batch, accumulation) in {50: (6, 2), 45: (4, 3), 41: (12, 1), 28: (2, 6)}.items():
-        run = resolve_batch_size(with_run("auto"), budget_of(available), 100, saved_samples=12).run
-        assert (run.train_batch_size, run.gradient_accumulation_steps) == (batch, accumulation)
-    assert resolve_batch_size(with_run(7), budget_of(50), 100, saved_samples=12) == with_run(7)
-
-
-def test_the_suggestion_for_a_full_gpu_fits():
-    assert suggest_settings(with_run(4, checkpointing=False), budget_of(0), 14 * GIB) == "set GRADIENT_CHECKPOINTING=true"
-    answer = suggest_settings(with_run(8, checkpointing=True), budget_of(0), 14 * GIB)
-    assert answer == "set GRADIENT_CHECKPOINTING=true TRAIN_BATCH_SIZE=4 GRADIENT_ACCUMULATION_STEPS=2, which fits"
-    assert "lower RESOLUTION" in suggest_settings(with_run(8, checkpointing=True), budget_of(0), 9 * GIB)
-    assert fitting_batch(7, 8, lambda batch: batch, 100) == 4
-
-
-def test_another_batch_in_the_same_step_may_change_between_stop_and_resume():
-    assert {"train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"} <= runtime_settings(
-        TrainSettings(), 1
-    ).keys()
 
 
 HOG = """

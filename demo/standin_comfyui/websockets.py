@@ -1,4 +1,4 @@
-"""The server's side of the websocket: who listens under which id, and what ComfyUI tells them while it works."""
+"""The server's side of the websocket: which client listens under which id, and the messages that ComfyUI sends."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ def accepted_key(key: str) -> str:
     return base64.b64encode(hashlib.sha1(key.encode() + _GUID).digest()).decode()
 
 
-class Socket:
+class Websocket:
     """One open websocket; `read_until_closed` runs in the thread of its connection."""
 
     def __init__(self, connection: socket.socket, incoming: BinaryIO):
@@ -31,11 +31,11 @@ class Socket:
         self._send(_BINARY if binary else _TEXT, content)
 
     def cut(self) -> None:
-        """End it without a word, as a proxy does."""
+        """Close the connection without a closing frame, as a proxy does."""
         self._connection.shutdown(socket.SHUT_RDWR)
 
     def read_until_closed(self) -> None:
-        """Answer pings and the closing frame; what a client says besides is of no interest."""
+        """Answer pings and the closing frame; everything else from the client is ignored."""
         while (frame := self._frame()) is not None:
             code, content = frame
             if code == _PING:
@@ -54,7 +54,7 @@ class Socket:
             length = int.from_bytes(self._incoming.read(size))
         mask = self._incoming.read(4)
         content = self._incoming.read(length)
-        return head[0] & 15, bytes(byte ^ mask[place % 4] for place, byte in enumerate(content))
+        return head[0] & 15, bytes(byte ^ mask[position % 4] for position, byte in enumerate(content))
 
     def _send(self, code: int, content: bytes) -> None:
         length = len(content)
@@ -65,14 +65,17 @@ class Socket:
             self._connection.sendall(bytes([0x80 | code]) + size + content)
 
 
-class Listeners:
-    """The open sockets by client id. As in ComfyUI, a second one with the same id takes it over, and when the first closes
-    the id is forgotten: the second then hears nothing more."""
+class WebsocketClients:
+    """The open websockets by client id.
+
+    As in ComfyUI, a second one with the same id replaces the first, and when the first is closed the id is forgotten: the
+    second then receives nothing more.
+    """
 
     def __init__(self) -> None:
-        self._sockets: dict[str, Socket] = {}
+        self._sockets: dict[str, Websocket] = {}
 
-    def add(self, client_id: str, opened: Socket, queue_remaining: int, node: str | None) -> None:
+    def add(self, client_id: str, opened: Websocket, queue_remaining: int, node: str | None) -> None:
         self._sockets[client_id] = opened
         opened.send("status", {"status": {"exec_info": {"queue_remaining": queue_remaining}}, "sid": client_id})
         if node is not None:
@@ -81,11 +84,11 @@ class Listeners:
     def remove(self, client_id: str) -> None:
         self._sockets.pop(client_id, None)
 
-    def all(self) -> list[Socket]:
+    def all(self) -> list[Websocket]:
         return list(self._sockets.values())
 
-    def tell(self, client_id: str | None, kind: str, data: dict[str, Any]) -> None:
-        """To the owner of a prompt; status goes to everybody. One that is gone is forgotten."""
+    def notify(self, client_id: str | None, kind: str, data: dict[str, Any]) -> None:
+        """Send a message to the client of a prompt, a status to all. A closed websocket is removed."""
         for each, opened in list(self._sockets.items()):
             if kind == "status" or each == client_id:
                 try:

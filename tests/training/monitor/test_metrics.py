@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common.errors import SettingsError
 from training.config import LoggingSettings
+from training.data.buckets import Bucket, OptimizerStep
 from training.monitor.metrics import open_metrics
 
 
@@ -19,7 +20,7 @@ def told(tmp_path):
         file = tmp_path / "metrics.jsonl"
         with open_metrics(LoggingSettings(**settings), "mia", file, tmp_path / "logs", next_step) as metrics:
             for step in steps:
-                metrics.log({"loss": 1 / (step + 1), "lr": 1e-4}, step)
+                metrics.after_step(OptimizerStep(step, 0, Bucket(64, 64), ()), {"loss": 1 / (step + 1), "lr": 1e-4})
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
     return tell
