@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     alone = locked(folder.images, f"another run is captioning {folder.images}: wait for it to end")
     with alone if folder.images.is_dir() else nullcontext():
         captions = CaptionFiles(folder, project.trigger_word)
-        if "undo" in request.asked:
+        if "undo" in request.flags:
             undo(captions)
             return
         images = images_in(folder)
