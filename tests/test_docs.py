@@ -143,6 +143,14 @@ def test_paths_in_the_pages_exist_or_are_created_by_a_run():
     assert [name for name in named if not (REPOSITORY / name).exists() and not is_ignored(f"{name}/")] == []
 
 
+def test_flags_in_the_pages_are_those_of_run_sh():
+    usage = re.search(r'^usage="(.*?)"$', RUN_SH, re.MULTILINE | re.DOTALL)[1]
+    named = set(re.findall(r"(?:loracat|loracat-cpu|run\.sh)((?: --[a-z]+)+)", ALL_PAGES))
+    flags = {flag for group in named for flag in group.split()}
+    assert {"--check", "--version", "--caption", "--train"} <= flags
+    assert flags <= set(re.findall(r"--[a-z]+", usage))
+
+
 def test_functions_and_classes_in_the_pages_exist():
     named = re.findall(r"`(\w+)` in `([\w./]+\.py)`", ALL_PAGES)
     assert len(named) >= 5
