@@ -15,7 +15,7 @@ from collecting.config import CollectSettings
 from collecting.workflow import CONFIG_KEYS
 from common import errors
 from common.project import ProjectSettings
-from common.settings import REPOSITORY, SETTINGS_FILE, all_keys
+from common.settings import REPOSITORY, SETTINGS_FILE, VERSION, all_keys
 from training.config import TrainSettings
 
 PAGES = {
@@ -212,6 +212,11 @@ def test_recipes_list_exactly_the_files_that_their_examples_touch(row):
     example, listed = code(row[1]), re.findall(r"`([^`]+)`", row[2])
     found = git("grep", "--files-with-matches", "--ignore-case", "--word-regexp", example, "--", "scripts").stdout.split()
     assert sorted(listed) == sorted(found)
+
+
+def test_changelog_begins_with_the_version_of_the_program():
+    changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## \[([^\]]+)\]", changelog, re.MULTILINE)[1] == VERSION
 
 
 def test_issue_templates_ask_for_the_preflight_check_and_the_version():
