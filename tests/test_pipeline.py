@@ -179,7 +179,7 @@ def one_image(folder: Path) -> Path:
         ("--collect", lambda _: {"comfyui_workflow": "/nowhere/workflow.json"}, 2, "/nowhere/workflow.json"),
         ("--collect", lambda _: {"comfyui_workflow": WORKFLOWS / "ui_format_not_api.json"}, 2, "Save (API Format)"),
         ("--collect", lambda _: {"workflow_config": REPOSITORY / "config" / "workflow_config.json"}, 2, "image_loader_node"),
-        ("--collect", lambda tmp: {"workflow_config": written(tmp, {"seed_node": "6"})}, 2, "positive_prompt_node is missing"),
+        ("--collect", lambda tmp: {"workflow_config": written(tmp, {"seed_node": "6"})}, 2, "but positive_prompt_node is not"),
         ("--collect", lambda tmp: {"prompts_file": written(tmp, [])}, 2, "prompts"),
         ("--collect", lambda tmp: {"prompts_file": written(tmp, [{"prompt": " "}])}, 2, "entry 1"),
         ("--collect", lambda _: {"comfyui_endpoint": "127.0.0.1:8188"}, 2, "http://"),
