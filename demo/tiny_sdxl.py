@@ -11,17 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from demo.sgm_names import name_in_files, sgm_source
-from training.models.loading import (
-    AutoencoderKL,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    UNet2DConditionModel,
-    shapes_only,
-)
+from training.models.loading import shapes_only
 from training.models.sdxl import WEIGHT_STEMS
 
 

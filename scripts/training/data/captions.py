@@ -4,11 +4,16 @@ import hashlib
 import math
 import re
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import torch
 
 from common.clip_tokens import CHUNK_TOKENS
-from training.models.loading import CLIPTokenizer, TextEncoders
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+    from training.models.loading import TextEncoders
 
 _TAG_WORDS = 6
 """A piece between commas that is longer is part of a sentence, not a tag."""
@@ -38,25 +43,25 @@ def caption_variants(caption: str, trigger: str, count: int, shuffle: bool, seed
     return [caption, *(", ".join(order) for order in orders[1:])]
 
 
-def chunks_needed(texts: list[str], tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], at_most: int) -> int:
+def chunks_needed(texts: list[str], tokenizers: "tuple[CLIPTokenizer, CLIPTokenizer]", at_most: int) -> int:
     """The chunks that the longest of `texts` fills, 1 to `at_most`."""
     longest = max((len(token_ids(text, tokenizer)) for text in texts for tokenizer in tokenizers), default=0)
     return min(max(1, math.ceil(longest / CHUNK_TOKENS)), at_most)
 
 
-def cut_off(text: str, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], chunks: int) -> str:
+def cut_off(text: str, tokenizers: "tuple[CLIPTokenizer, CLIPTokenizer]", chunks: int) -> str:
     """The end of `text` that does not fit into so many chunks, in the tokenizer's spelling; empty if all of it fits."""
     tokenizer = tokenizers[0]
     return tokenizer.decode(token_ids(text, tokenizer)[chunks * CHUNK_TOKENS :]).strip()
 
 
-def token_ids(text: str, tokenizer: CLIPTokenizer) -> list[int]:
+def token_ids(text: str, tokenizer: "CLIPTokenizer") -> list[int]:
     """The tokens of `text` without start and end. A bracket is a bracket, and `\\(` too, which is how ComfyUI writes one."""
     plain = text.replace("\\(", "(").replace("\\)", ")")
     return tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def in_chunks(tokens: list[int], tokenizer: CLIPTokenizer, chunks: int) -> torch.Tensor:
+def in_chunks(tokens: list[int], tokenizer: "CLIPTokenizer", chunks: int) -> torch.Tensor:
     """int64 [chunks, 77]: each a start, the next 75 tokens, an end and padding; what does not fit is left out."""
     rows = []
     for begin in range(0, chunks * CHUNK_TOKENS, CHUNK_TOKENS):
@@ -66,7 +71,7 @@ def in_chunks(tokens: list[int], tokenizer: CLIPTokenizer, chunks: int) -> torch
 
 
 @torch.no_grad()
-def encode(texts: list[str], text_encoders: TextEncoders, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(texts: list[str], text_encoders: "TextEncoders", chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode the texts as one batch.
 
     Returns the hidden states before the last layer of both encoders side by side, [texts, 77 * chunks, 2048], and the

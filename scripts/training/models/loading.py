@@ -13,14 +13,9 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
 from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -30,21 +25,6 @@ from common.clip_tokens import TOKENIZERS
 from common.errors import ModelError, bullet_list
 from training.models.base_model import find_or_download_tokenizers
 from training.models.sdxl import PREFIXES, BaseModel, Component
-
-__all__ = [
-    "AutoencoderKL",
-    "BasicTransformerBlock",
-    "CLIPTextConfig",
-    "CLIPTextModel",
-    "CLIPTextModelWithProjection",
-    "CLIPTokenizer",
-    "LoraConfig",
-    "LoraLinear",
-    "ResnetBlock2D",
-    "Transformer2DModel",
-    "UNet2DConditionModel",
-    "inject_adapter_in_model",
-]
 
 _NETWORKS = {
     "unet": UNet2DConditionModel.from_config,

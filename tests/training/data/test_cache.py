@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from common.errors import DataError
@@ -26,7 +27,6 @@ from training.data.cache import (
 )
 from training.data.dataset import read_examples
 from training.models.base_model import find_base
-from training.models.loading import AutoencoderKL
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training.data.batches import sample_randomness
-from training.method.adapters import uniform
+from training.method.adapters import _uniform as uniform
 
 SHAPE = (4, 16, 24)
 draw = partial(sample_randomness, timesteps=1000)

@@ -9,14 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from common.errors import ModelError
 from demo import tiny_sdxl as miniature
 from demo.sgm_names import name_in_files, sgm_source
 from training.models import base_model, loading
 from training.models.base_model import find_base
-from training.models.loading import AutoencoderKL, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, UNet2DConditionModel
 from training.models.sdxl import WEIGHT_STEMS, Schedule
 from training.models.single_file import infer_configs
 from training.models.weights import StoredTensor, WeightsFile
