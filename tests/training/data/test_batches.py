@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from training.data.batches import Batch, BatchReader, sample_randomness
-from training.data.buckets import place, run_order
+from training.data.buckets import assign_bucket, run_order
 from training.data.cache import CachedExample
 
 SEED = 21
@@ -20,7 +20,7 @@ def reader_of(tmp_path):
     """`reader_of(micro_batch, global_batch)`: a reader of five cached images of two shapes, two of them with two variants."""
     examples = []
     for index, size in enumerate(SIZES):
-        placement = place(*size, resolution=128, step=64, max_side=256)
+        placement = assign_bucket(*size, resolution=128, step=64, max_side=256)
         shape = (4, placement.bucket.height // 8, placement.bucket.width // 8)
         generator = torch.Generator().manual_seed(index)
         parts = {name: torch.randn(shape, generator=generator) for name in ("mean", "log_variance")}

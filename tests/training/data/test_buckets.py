@@ -6,11 +6,11 @@ from itertools import groupby, pairwise
 
 import pytest
 
-from training.data.buckets import Bucket, place, run_order
+from training.data.buckets import Bucket, assign_bucket, run_order
 
 
-def placed(width: int, height: int):
-    return place(width, height, resolution=1024, step=64, max_side=2048)
+def assigned(width: int, height: int):
+    return assign_bucket(width, height, resolution=1024, step=64, max_side=2048)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def placed(width: int, height: int):
     ],
 )
 def test_crops_and_time_ids(size, bucket, resized, left_top, time_ids):
-    placement = placed(*size)
+    placement = assigned(*size)
     assert placement.bucket == Bucket(*bucket)
     assert (placement.resized_width, placement.resized_height) == resized
     assert (placement.left, placement.top) == left_top
@@ -45,7 +45,7 @@ def test_crops_and_time_ids(size, bucket, resized, left_top, time_ids):
 
 @pytest.mark.parametrize("size", [(800, 1200), (832, 1216), (1000, 1500), (2000, 3000), (1365, 2048)])
 def test_portraits_of_two_to_three_keep_their_area(size):
-    bucket = placed(*size).bucket
+    bucket = assigned(*size).bucket
     assert bucket.width * bucket.height > 0.9 * min(1024**2, size[0] * size[1])
     assert bucket.width / bucket.height == pytest.approx(2 / 3, rel=0.03)
 
@@ -53,7 +53,7 @@ def test_portraits_of_two_to_three_keep_their_area(size):
 def test_what_holds_for_every_image():
     sides = [256, 257, 300, 383, 512, 777, 1023, 1024, 1025, 1499, 2047, 2048, 5000]
     for width, height in [(width, height) for width in sides for height in sides]:
-        placement = placed(width, height)
+        placement = assigned(width, height)
         bucket = placement.bucket
         assert bucket.width % 64 == bucket.height % 64 == 0
         assert bucket.width * bucket.height <= 1024**2
@@ -65,7 +65,7 @@ def test_what_holds_for_every_image():
         assert 0 <= placement.resized_height - bucket.height - 2 * placement.top <= 1
         stretch = (placement.resized_width / width) / (placement.resized_height / height)
         assert abs(stretch - 1) < 1 / min(placement.resized_width, placement.resized_height)
-        turned = placed(height, width)
+        turned = assigned(height, width)
         assert (turned.bucket.width, turned.bucket.height) == (bucket.height, bucket.width)
         assert (turned.left, turned.top) == (placement.top, placement.left)
 
@@ -73,15 +73,15 @@ def test_what_holds_for_every_image():
 def test_crop_is_small_wherever_the_image_is_large_enough():
     for percent in range(25, 401):
         width, height = round(1500 * math.sqrt(percent / 100)), round(1500 / math.sqrt(percent / 100))
-        placement = placed(width, height)
+        placement = assigned(width, height)
         kept = placement.bucket.width * placement.bucket.height / (placement.resized_width * placement.resized_height)
         assert kept > 0.84
 
 
 def test_the_settings_reach_the_buckets():
-    assert place(600, 400, resolution=128, step=64, max_side=128).bucket == Bucket(128, 64)
-    assert place(600, 400, resolution=128, step=8, max_side=256).bucket == Bucket(152, 104)
-    assert place(4000, 1000, resolution=1024, step=64, max_side=1024).bucket == Bucket(1024, 256)
+    assert assign_bucket(600, 400, resolution=128, step=64, max_side=128).bucket == Bucket(128, 64)
+    assert assign_bucket(600, 400, resolution=128, step=8, max_side=256).bucket == Bucket(152, 104)
+    assert assign_bucket(4000, 1000, resolution=1024, step=64, max_side=1024).bucket == Bucket(1024, 256)
 
 
 SQUARE, WIDE, TALL = Bucket(128, 128), Bucket(192, 64), Bucket(64, 192)
