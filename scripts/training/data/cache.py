@@ -97,15 +97,13 @@ class Cache:
 
 
 class CacheEntries:
-    """The files that a run needs: `paths` of each image or caption (equal ones share a file), and those that are `missing`."""
+    """The files that a run needs."""
 
     def __init__(self, items: Sequence[tuple]):
-        """`items`: the file, and what is encoded into it, of each image or caption."""
-        self.paths = [item[0] for item in items]
+        """`items`: (file, what is encoded into it ...) for each image or caption; equal ones share a file."""
+        self.paths: list[Path] = [item[0] for item in items]
         self.missing = list({item[0]: item for item in items if not is_valid_entry(item[0])}.values())
-
-    def __str__(self) -> str:
-        return f"{len(self.missing)} encoded, {len(set(self.paths)) - len(self.missing)} in the cache"
+        self.summary = f"{len(self.missing)} encoded, {len(set(self.paths)) - len(self.missing)} in the cache"
 
 
 def is_valid_entry(path: Path) -> bool:
@@ -171,7 +169,7 @@ class CacheBuilder:
                 texts_encoded.result()
             self._free_memory()
         self.group.barrier()
-        print(f"images: {latents}; captions: {embeddings}, {chunks} x {CHUNK_TOKENS} tokens", flush=True)
+        print(f"images: {latents.summary}; captions: {embeddings.summary}, {chunks} x {CHUNK_TOKENS} tokens", flush=True)
 
         *embedding_paths, empty_caption = embeddings.paths
         cached = [

@@ -70,10 +70,8 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> list[Exampl
     if folders:
         print(f"the number before a folder's name is the repeats per epoch; rename it if it is a year: {', '.join(folders)}")
 
-    def plain(text: str) -> str:
-        return text.replace("_", " ").casefold()
-
-    missing = sum(plain(project.trigger_word) not in plain(example.caption) for example in examples)
+    trigger_word = project.trigger_word.replace("_", " ").casefold()
+    missing = sum(trigger_word not in example.caption.replace("_", " ").casefold() for example in examples)
     if missing:
         finding = f"{missing} of {len(examples)} captions do not contain the trigger word {project.trigger_word!r}"
         print(f"{finding}: run the caption stage again, or ignore this if it is intentional")
