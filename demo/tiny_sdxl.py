@@ -1,7 +1,7 @@
 """SDXL with random weights: the real architecture and file layout, in small widths or in its own.
 
 `build` writes a diffusers folder, `write_single_file` the same weights as one checkpoint in the original (sgm) layout.
-Every tensor is random, norms and biases too, so that a weight in the wrong place cannot go unnoticed.
+Every tensor is random, norms and biases too, so that a weight in the wrong place is noticed.
 `scripts/` must be on sys.path.
 """
 
@@ -11,33 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from demo.sgm_names import name_in_files, sgm_source
-from training.models.loading import (
-    AutoencoderKL,
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    UNet2DConditionModel,
-    shapes_only,
-)
+from training.models.loading import shapes_only
 from training.models.sdxl import WEIGHT_STEMS
 
 
 @dataclass(frozen=True)
 class Size:
-    """What sets one SDXL apart from another: all widths are in channels, text encoders are (width, layers, heads, projection)."""
+    """Dimensions of an SDXL; widths are in channels, text encoders are (width, layers, heads, projection)."""
 
     unet: tuple[int, int, int] = (32, 64, 32)
     heads: tuple[int, int, int] = (1, 1, 1)
     time_ids: int = 8
-    """Channels of each number that the UNet is told beside the pooled text."""
+    """Channels for each number of the size conditioning."""
     vae: tuple[int, int, int, int] = (32, 32, 32, 32)
     clip_l: tuple[int, int, int, int] = (32, 2, 1, 32)
     clip_g: tuple[int, int, int, int] = (64, 3, 1, 64)
     words: int = 0
-    """Rows of the token embeddings; at least those of the vocabulary, which is small always."""
+    """Rows of the token embeddings; at least the size of the vocabulary, which is always small."""
 
 
 TINY = Size()
@@ -67,7 +62,7 @@ def build(
 ) -> Path:
     """Write the model to `folder` in diffusers' layout, fp16 weights (tiny: about 17 MB), and return `folder`.
 
-    The weights are drawn on `device`; other devices draw other weights.
+    The weights are drawn on `device`; another kind of device draws other weights.
     """
     generator = torch.Generator(device).manual_seed(seed)
     vocabulary = _vocabulary()
@@ -85,7 +80,7 @@ def build(
 
 
 def write_single_file(folder: Path, file: Path, *, v_pred: bool = False, ztsnr: bool = False) -> Path:
-    """Write the weights of the diffusers `folder` to `file` in the original layout, with the marker keys that are asked for."""
+    """Write the weights of the diffusers `folder` to `file` in the original layout, with the requested marker keys."""
     weights: dict[str, torch.Tensor] = {}
     pieces: dict[str, dict[int, torch.Tensor]] = {}
     for part, stem in WEIGHT_STEMS.items():
@@ -97,7 +92,7 @@ def write_single_file(folder: Path, file: Path, *, v_pred: bool = False, ztsnr: 
             else:
                 pieces.setdefault(source.key, {})[source.third] = tensor
     weights |= {key: torch.cat([thirds[0], thirds[1], thirds[2]]) for key, thirds in pieces.items()}
-    weights |= {name: torch.zeros(0) for name, wanted in (("v_pred", v_pred), ("ztsnr", ztsnr)) if wanted}
+    weights |= {name: torch.zeros(0) for name, enabled in (("v_pred", v_pred), ("ztsnr", ztsnr)) if enabled}
     weights["conditioner.embedders.0.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     save_file(weights, file, metadata={"format": "pt"})
     return file
@@ -153,7 +148,7 @@ def _clip_config(hidden: int, layers: int, heads: int, projection: int, activati
 
 
 def _random(name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Weights that keep the signal's size; norms near one, biases near zero."""
+    """Weights that keep the variance of a signal; norms near one, biases near zero."""
     noise = torch.randn(like.shape, generator=generator, device=generator.device)
     if name.endswith("bias"):
         return (0.02 * noise).half()

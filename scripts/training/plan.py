@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from common.settings import all_keys
 from training.config import DataSettings, TrainSettings
-from training.data.buckets import OptimizerStep, Placement, place, run_order
+from training.data.buckets import OptimizerStep, Placement, assign_bucket, run_order
 from training.data.dataset import Example
 from training.method.optimizers import warmup_steps
 from training.models.sdxl import Schedule
@@ -116,7 +116,7 @@ def _held_out(examples: Sequence[Example], fraction: float | Literal["auto"]) ->
 
 def placements_of(examples: Sequence[Example], data: DataSettings) -> list[Placement]:
     """The bucket and crop of each example."""
-    return [place(e.width, e.height, data.resolution, data.bucket_step, data.bucket_max_side) for e in examples]
+    return [assign_bucket(e.width, e.height, data.resolution, data.bucket_step, data.bucket_max_side) for e in examples]
 
 
 def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base_digests: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from common.settings import resolved_toml
 from training import engine
 from training.data.batches import BatchReader
 from training.data.buckets import OptimizerStep
-from training.data.cache import EncodedData, Encoding, encode_data
+from training.data.cache import CacheBuilder, EncodedData
 from training.engine.step import TrainStep
 from training.job import TrainingJob
 from training.loop import Checkpointer, Schedule, run_steps
@@ -162,13 +162,12 @@ def encode(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None 
     if encoder:
         encoder.end()
     device, dtype = job.precision.device, job.precision.dtype
-    encoding = Encoding(
-        job.base, job.project.models_dir, job.cache, device, dtype, group, at_once=has_memory_for_everything(job)
-    )  # fmt: skip
+    concurrent = has_memory_for_everything(job)
+    builder = CacheBuilder(job.base, job.project.models_dir, job.cache, device, dtype, group, concurrent)
     trained = list(zip(job.plan.examples, job.plan.placements, strict=True))
     held_out = list(zip(job.plan.held_out, job.plan.held_out_placements, strict=True))
     seed = job.settings.run.train_seed
-    return encode_data(encoding, trained, held_out, job.settings.data, job.project.trigger_word, seed)
+    return builder.build(trained, held_out, job.settings.data, job.project.trigger_word, seed)
 
 
 def _encode_in_worker(job: TrainingJob) -> EncodedData:

@@ -158,12 +158,10 @@ def sample_randomness(
     (C, h, w), for a noise schedule of `timesteps`."""
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, position, 0]))
 
-    def normal(shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
-
-    # The order of the calls is part of the result: a new one goes to the end.
+    # The order of the draws is part of the result: a new one goes to the end.
     timestep = int(generator.integers(timesteps))
     is_dropped = generator.random() < caption_dropout
     variant = int(generator.integers(variants))
-    offset, latent_noise, noise = normal((latent_shape[0], 1, 1)), normal(latent_shape), normal(latent_shape)
+    shapes = ((latent_shape[0], 1, 1), latent_shape, latent_shape)
+    offset, latent_noise, noise = (torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)) for shape in shapes)
     return SampleRandomness(timestep, None if is_dropped else variant, offset, latent_noise, noise)

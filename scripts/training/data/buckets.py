@@ -1,4 +1,4 @@
-"""Sizes -> buckets, crops and time ids; a seed -> the run's order of batches. Pure functions of their arguments."""
+"""Image sizes -> buckets, crops and time ids; a seed -> the order of the run's batches. Pure functions."""
 
 import hashlib
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """One shape of training images, in pixels."""
+    """One shape of training images, in pixels. Its repr is part of the keys in the cache."""
 
     width: int
     height: int
@@ -20,7 +20,10 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Placement:
-    """How an image gets into its bucket: scaled to cover it, then cropped to the centre. All in pixels."""
+    """How an image is fitted into its bucket: scaled to cover it, then cropped to the centre. All in pixels.
+
+    Its repr is part of the keys in the cache.
+    """
 
     original_width: int
     original_height: int
@@ -37,19 +40,19 @@ class Placement:
         return (self.original_height, self.original_width, self.top, self.left, self.bucket.height, self.bucket.width)
 
 
-def place(width: int, height: int, resolution: int, step: int, max_side: int) -> Placement:
-    """Choose the bucket of a `width` x `height` image and its crop there; nothing is ever scaled up.
+def assign_bucket(width: int, height: int, resolution: int, step: int, max_side: int) -> Placement:
+    """Choose the bucket of a `width` x `height` image and its crop; images are never scaled up.
 
-    A large image takes, among the full-area buckets it covers, the one nearest to its aspect ratio. An image that
+    A large image gets, among the full-area buckets that it covers, the one nearest to its aspect ratio. An image that
     covers none of them keeps its size, rounded down to multiples of `step`.
     """
     aspect = math.log(width / height)
-    full = _full_area_buckets(resolution, step, max_side)
-    covered = [bucket for bucket in full if bucket.width <= width and bucket.height <= height]
-    own = Bucket(_rounded_down(width, step, max_side), _rounded_down(height, step, max_side))
-    if own.width * own.height <= resolution**2:
-        covered.append(own)
-    bucket = min(covered, key=lambda b: (abs(math.log(b.width / b.height) - aspect), -b.width * b.height))
+    full_area = _full_area_buckets(resolution, step, max_side)
+    candidates = [bucket for bucket in full_area if bucket.width <= width and bucket.height <= height]
+    own_size = Bucket(*(max(step, min(side, max_side) // step * step) for side in (width, height)))
+    if own_size.width * own_size.height <= resolution**2:
+        candidates.append(own_size)
+    bucket = min(candidates, key=lambda b: (abs(math.log(b.width / b.height) - aspect), -b.width * b.height))
     scale = max(bucket.width / width, bucket.height / height)
     resized_width, resized_height = max(bucket.width, round(width * scale)), max(bucket.height, round(height * scale))
     left, top = (resized_width - bucket.width) // 2, (resized_height - bucket.height) // 2
@@ -57,36 +60,32 @@ def place(width: int, height: int, resolution: int, step: int, max_side: int) ->
 
 
 def _full_area_buckets(resolution: int, step: int, max_side: int) -> list[Bucket]:
-    """For every length of one side the largest other side so that the area stays within `resolution` squared. A shape
-    lying on its side is a bucket as well."""
+    """For every length of one side, the largest other side for which the area is at most `resolution` squared; each shape
+    also turned by 90 degrees."""
     sides = [(side, min(resolution**2 // side // step * step, max_side)) for side in range(step, max_side + 1, step)]
     return sorted({Bucket(*shape) for side, other in sides if other >= step for shape in ((side, other), (other, side))})
 
 
-def _rounded_down(side: int, step: int, max_side: int) -> int:
-    return max(step, min(side, max_side) // step * step)
-
-
 @dataclass(frozen=True)
 class OptimizerStep:
-    """What one update of the weights sees."""
+    """The samples of one update of the weights."""
 
     number: int
     """Counts from 0 over the whole run."""
     epoch: int
-    """Counts from 0; the epoch in which its last image's turn came."""
+    """Counts from 0; the epoch of its last sample."""
     bucket: Bucket
     examples: tuple[int, ...]
     """Indices of the examples; fewer than the global batch only in the last step of a bucket."""
 
 
 def run_order(buckets: Sequence[Bucket], repeats: Sequence[int], epochs: int, global_batch: int, seed: int) -> list[OptimizerStep]:
-    """The whole run: example i is of shape `buckets[i]` and is shown `repeats[i]` times per epoch.
+    """The order of the whole run, in which example i has the shape `buckets[i]` and is seen `repeats[i]` times per epoch.
 
-    Each bucket's images form one stream over all epochs, shuffled anew in each; the stream is cut into global batches,
-    so leftovers of an epoch wait for the next one and only a bucket's very last batch can be short. Within an epoch the
-    batches of all buckets are shuffled together. The short ones end the run, so that a run of more epochs begins with
-    the same full ones.
+    The images of each bucket form one stream over all epochs, shuffled again for each epoch. The stream is cut into global
+    batches: what an epoch leaves over is completed by the next one, and only the very last batch of a bucket can be short.
+    Within an epoch the batches of all buckets are shuffled together. The short ones come last, so that a run with more epochs
+    begins with the same full ones.
     """
     members = defaultdict(list)
     for index, bucket in enumerate(buckets):
@@ -105,5 +104,5 @@ def run_order(buckets: Sequence[Bucket], repeats: Sequence[int], epochs: int, gl
 
 def _shuffled(items: list, *key: object) -> list:
     """`items` in an order that depends on `key` alone, the same on every machine and version."""
-    order = sorted(range(len(items)), key=lambda place: hashlib.sha256(repr((*key, place)).encode()).digest())
-    return [items[place] for place in order]
+    order = sorted(range(len(items)), key=lambda position: hashlib.sha256(repr((*key, position)).encode()).digest())
+    return [items[position] for position in order]

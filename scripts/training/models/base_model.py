@@ -110,11 +110,6 @@ def tokenizers_digest(folder: Path) -> str:
     return hashlib.sha256("".join(sha256_of(file) if file.is_file() else "-" for file in files).encode()).hexdigest()
 
 
-def cache_folder(output_dir: Path) -> Path:
-    """The folder of everything that is computed once for all runs."""
-    return output_dir / "cache"
-
-
 def base_digest(base: BaseModel, folder: Path, name: str) -> str:
     """SHA-256 of one component of the base model, remembered in `folder`: gigabytes are not hashed at every start."""
     component, known = base.components[name], _remembered_digests(folder)

@@ -13,14 +13,9 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
 from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -30,21 +25,6 @@ from common.clip_tokens import TOKENIZERS
 from common.errors import ModelError, bullet_list
 from training.models.base_model import find_or_download_tokenizers
 from training.models.sdxl import PREFIXES, BaseModel, Component
-
-__all__ = [
-    "AutoencoderKL",
-    "BasicTransformerBlock",
-    "CLIPTextConfig",
-    "CLIPTextModel",
-    "CLIPTextModelWithProjection",
-    "CLIPTokenizer",
-    "LoraConfig",
-    "LoraLinear",
-    "ResnetBlock2D",
-    "Transformer2DModel",
-    "UNet2DConditionModel",
-    "inject_adapter_in_model",
-]
 
 _NETWORKS = {
     "unet": UNet2DConditionModel.from_config,
@@ -59,13 +39,13 @@ _FROM_SINGLE_FILE = {
     "text_encoder": lambda tensors, _: convert_ldm_clip_checkpoint(tensors),
     "text_encoder_2": lambda tensors, network: convert_open_clip_checkpoint(network, tensors, PREFIXES["text_encoder_2"]),
 }
-"""diffusers' conversions from the original (sgm) layout: tensors under other names, and few of them cut or transposed."""
+"""diffusers' conversions from the original (sgm) layout. They rename tensors, and split or transpose a few, on any device."""
 
 _OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""Attention in VAEs that an early diffusers wrote."""
+"""Attention layers in VAEs that early versions of diffusers wrote."""
 
 _CONFIG_ERRORS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError, StrictDataclassError)
-"""What diffusers, transformers and torch raise for numbers that do not belong together."""
+"""What diffusers, transformers and torch raise for an inconsistent configuration."""
 
 _READERS = 4
 """Threads: one alone does not fill the bus to a GPU."""
@@ -108,14 +88,12 @@ def load_tokenizers(base: BaseModel, models_dir: Path) -> tuple[CLIPTokenizer, C
 def require_matching_weights(base: BaseModel) -> None:
     """Compare every weight's name and shape with the networks, without reading a weight. Raises ModelError."""
     for component in base.components.values():
-        _state_dict(component, _meta_tensors(component), _empty_network(component))
+        _matching_network(component)
 
 
 def _load(component: Component, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """The network of `component` with its weights: frozen, in `dtype`, on `device`. Raises ModelError before a weight is read if
-    they do not match."""
-    network = _empty_network(component)
-    _state_dict(component, _meta_tensors(component), network)
+    """The network of `component` with its weights: frozen, in `dtype`, on `device`."""
+    network = _matching_network(component)
     with ExitStack() as stack:
         opened = {file.path: stack.enter_context(safe_open(file.path, "pt", str(device))) for file in component.files}
         where = {key: opened[file.path] for file in component.files for key in file.tensors if key in component.tensors}
@@ -125,19 +103,18 @@ def _load(component: Component, device: torch.device, dtype: torch.dtype) -> tor
     return network.to(device).requires_grad_(False).eval()
 
 
-def _empty_network(component: Component) -> torch.nn.Module:
-    """The network with shapes in place of weights. Raises ModelError if its configuration is not valid."""
+def _matching_network(component: Component) -> torch.nn.Module:
+    """The network of `component` with shapes in place of weights. Raises ModelError if the configuration is not valid, or the
+    weights in the files do not match it."""
     try:
         with shapes_only():
-            return _NETWORKS[component.name](component.config)
+            network = _NETWORKS[component.name](component.config)
     except _CONFIG_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{component.name}/config.json: this configuration does not make a network ({reason})") from None
-
-
-def _meta_tensors(component: Component) -> dict[str, torch.Tensor]:
-    """Shapes without values, under the names in the files."""
-    return {key: torch.empty(tensor.shape, device="meta") for key, tensor in component.tensors.items()}
+    stored = {key: torch.empty(tensor.shape, device="meta") for key, tensor in component.tensors.items()}
+    _state_dict(component, stored, network)
+    return network
 
 
 def _state_dict(component: Component, tensors: dict[str, torch.Tensor], network: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from training.data.batches import Batch, BatchReader, sample_randomness
-from training.data.buckets import place, run_order
+from training.data.buckets import assign_bucket, run_order
 from training.data.cache import CachedExample
 
 SEED = 21
@@ -20,7 +20,7 @@ def reader_of(tmp_path):
     """`reader_of(micro_batch, global_batch)`: a reader of five cached images of two shapes, two of them with two variants."""
     examples = []
     for index, size in enumerate(SIZES):
-        placement = place(*size, resolution=128, step=64, max_side=256)
+        placement = assign_bucket(*size, resolution=128, step=64, max_side=256)
         shape = (4, placement.bucket.height // 8, placement.bucket.width // 8)
         generator = torch.Generator().manual_seed(index)
         parts = {name: torch.randn(shape, generator=generator) for name in ("mean", "log_variance")}
@@ -57,13 +57,13 @@ def test_a_run_in_two_halves_is_the_whole_run(reader_of):
     whole = [reader(step) for step in order]
     half = len(order) // 2
     first, second = reader_of(), reader_of()
-    rest = [second(step) for step in order[half:]]  # begun by another process that never saw the first half
+    rest = [second(step) for step in order[half:]]  # in another process, which did not read the first half
     halves = [first(step) for step in order[:half]] + rest
     assert len(halves) == len(whole)
     assert all(same(*pair) for ours, theirs in zip(halves, whole, strict=True) for pair in zip(ours, theirs, strict=True))
 
 
-def test_a_sample_is_what_cache_and_draw_say(reader_of):
+def test_a_sample_combines_cache_and_randomness(reader_of):
     reader = reader_of(micro_batch=4)
     dropped = 0
     for step in order_of(reader):
@@ -94,7 +94,7 @@ def test_a_sample_is_what_cache_and_draw_say(reader_of):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
-def test_micro_batches_are_the_same_samples_whatever_their_size(reader_of, micro_batch):
+def test_micro_batches_of_any_size_hold_the_same_samples(reader_of, micro_batch):
     reader, whole = reader_of(micro_batch), reader_of(4)
     for step in order_of(reader):
         batches, (expected,) = reader(step), whole(step)
@@ -119,7 +119,7 @@ def test_padding_has_weight_zero_and_the_real_samples_share_the_step(reader_of):
     assert short
 
 
-def test_names_of_a_step_are_its_images_once_each(reader_of):
+def test_image_names_of_a_step_are_listed_once_each(reader_of):
     reader = reader_of()
     for step in order_of(reader):
         assert reader.image_names(step) == ", ".join(sorted({f"{index}.png" for index in step.examples}))

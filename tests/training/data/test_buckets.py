@@ -1,4 +1,4 @@
-"""Buckets, crops and time ids by hand-made numbers; the order of a run as promises that hold for any run."""
+"""Buckets, crops and time ids for hand-made sizes; properties that the order of every run has."""
 
 import math
 from collections import Counter
@@ -6,11 +6,11 @@ from itertools import groupby, pairwise
 
 import pytest
 
-from training.data.buckets import Bucket, place, run_order
+from training.data.buckets import Bucket, assign_bucket, run_order
 
 
-def placed(width: int, height: int):
-    return place(width, height, resolution=1024, step=64, max_side=2048)
+def assigned(width: int, height: int):
+    return assign_bucket(width, height, resolution=1024, step=64, max_side=2048)
 
 
 @pytest.mark.parametrize(
@@ -20,13 +20,13 @@ def placed(width: int, height: int):
         ((1100, 1500), (896, 1152), (896, 1222), (0, 35), (1500, 1100, 35, 0, 1152, 896)),
         # The reverse, an image wider than its bucket: scaled to its height, cut left and right.
         ((940, 1500), (768, 1280), (802, 1280), (17, 0), (1500, 940, 0, 17, 1280, 768)),
-        # Both once more lying on their sides.
+        # Both turned by 90 degrees.
         ((1500, 1100), (1152, 896), (1222, 896), (35, 0), (1100, 1500, 0, 35, 896, 1152)),
         ((1500, 940), (1280, 768), (1280, 802), (0, 17), (940, 1500, 17, 0, 768, 1280)),
         # Square, as large and larger.
         ((1024, 1024), (1024, 1024), (1024, 1024), (0, 0), (1024, 1024, 0, 0, 1024, 1024)),
         ((3000, 3000), (1024, 1024), (1024, 1024), (0, 0), (3000, 3000, 0, 0, 1024, 1024)),
-        # Smaller than every bucket of full area: never scaled up, only as much down as the crop to multiples of 64 allows.
+        # Smaller than every bucket of full area: never scaled up, and scaled down only to the crop's multiple of 64.
         ((300, 500), (256, 448), (269, 448), (6, 0), (500, 300, 0, 6, 448, 256)),
         ((1000, 1000), (960, 960), (960, 960), (0, 0), (1000, 1000, 0, 0, 960, 960)),
         ((512, 512), (512, 512), (512, 512), (0, 0), (512, 512, 0, 0, 512, 512)),
@@ -36,7 +36,7 @@ def placed(width: int, height: int):
     ],
 )
 def test_crops_and_time_ids(size, bucket, resized, left_top, time_ids):
-    placement = placed(*size)
+    placement = assigned(*size)
     assert placement.bucket == Bucket(*bucket)
     assert (placement.resized_width, placement.resized_height) == resized
     assert (placement.left, placement.top) == left_top
@@ -45,15 +45,15 @@ def test_crops_and_time_ids(size, bucket, resized, left_top, time_ids):
 
 @pytest.mark.parametrize("size", [(800, 1200), (832, 1216), (1000, 1500), (2000, 3000), (1365, 2048)])
 def test_portraits_of_two_to_three_keep_their_area(size):
-    bucket = placed(*size).bucket
+    bucket = assigned(*size).bucket
     assert bucket.width * bucket.height > 0.9 * min(1024**2, size[0] * size[1])
     assert bucket.width / bucket.height == pytest.approx(2 / 3, rel=0.03)
 
 
-def test_what_holds_for_every_image():
+def test_properties_of_every_placement():
     sides = [256, 257, 300, 383, 512, 777, 1023, 1024, 1025, 1499, 2047, 2048, 5000]
     for width, height in [(width, height) for width in sides for height in sides]:
-        placement = placed(width, height)
+        placement = assigned(width, height)
         bucket = placement.bucket
         assert bucket.width % 64 == bucket.height % 64 == 0
         assert bucket.width * bucket.height <= 1024**2
@@ -65,23 +65,23 @@ def test_what_holds_for_every_image():
         assert 0 <= placement.resized_height - bucket.height - 2 * placement.top <= 1
         stretch = (placement.resized_width / width) / (placement.resized_height / height)
         assert abs(stretch - 1) < 1 / min(placement.resized_width, placement.resized_height)
-        turned = placed(height, width)
+        turned = assigned(height, width)
         assert (turned.bucket.width, turned.bucket.height) == (bucket.height, bucket.width)
         assert (turned.left, turned.top) == (placement.top, placement.left)
 
 
-def test_crop_is_small_wherever_the_image_is_large_enough():
+def test_crop_is_small_if_the_image_is_large_enough():
     for percent in range(25, 401):
         width, height = round(1500 * math.sqrt(percent / 100)), round(1500 / math.sqrt(percent / 100))
-        placement = placed(width, height)
+        placement = assigned(width, height)
         kept = placement.bucket.width * placement.bucket.height / (placement.resized_width * placement.resized_height)
         assert kept > 0.84
 
 
-def test_the_settings_reach_the_buckets():
-    assert place(600, 400, resolution=128, step=64, max_side=128).bucket == Bucket(128, 64)
-    assert place(600, 400, resolution=128, step=8, max_side=256).bucket == Bucket(152, 104)
-    assert place(4000, 1000, resolution=1024, step=64, max_side=1024).bucket == Bucket(1024, 256)
+def test_resolution_step_and_longest_side_are_obeyed():
+    assert assign_bucket(600, 400, resolution=128, step=64, max_side=128).bucket == Bucket(128, 64)
+    assert assign_bucket(600, 400, resolution=128, step=8, max_side=256).bucket == Bucket(152, 104)
+    assert assign_bucket(4000, 1000, resolution=1024, step=64, max_side=1024).bucket == Bucket(1024, 256)
 
 
 SQUARE, WIDE, TALL = Bucket(128, 128), Bucket(192, 64), Bucket(64, 192)
@@ -127,7 +127,7 @@ def test_a_batch_has_one_shape_and_only_the_last_of_a_bucket_is_short():
         assert all(step.epoch == EPOCHS - 1 for step in short)
 
 
-def test_order_is_shuffled_anew_in_every_epoch_and_by_the_seed():
+def test_order_is_shuffled_for_every_epoch_and_by_the_seed():
     steps = order(buckets=[SQUARE] * 12, repeats=[1] * 12, global_batch=1)
     epochs = [[step.examples[0] for step in group] for _, group in groupby(steps, key=lambda step: step.epoch)]
     assert len({tuple(epoch) for epoch in epochs}) == EPOCHS
@@ -142,7 +142,7 @@ def test_buckets_are_mixed_within_an_epoch():
 
 
 def test_order_is_the_same_on_every_machine():
-    """Nothing but the arguments decides: these numbers come from SHA-256 and sorting."""
+    """It depends on the arguments alone: on SHA-256 and sorting."""
     steps = run_order([SQUARE, WIDE, SQUARE, SQUARE, WIDE], [1, 1, 1, 2, 1], epochs=2, global_batch=2, seed=11)
     assert [(step.epoch, str(step.bucket), step.examples) for step in steps] == [
         (0, "192x64", (1, 4)),
@@ -154,7 +154,7 @@ def test_order_is_the_same_on_every_machine():
     ]
 
 
-def test_a_batch_is_the_same_whatever_other_shapes_are_there():
+def test_a_batch_does_not_depend_on_other_shapes():
     """A bucket's stream does not depend on the images of the others."""
     alone = run_order([SQUARE] * 7, REPEATS[:7], EPOCHS, 4, 0)
     among = [step for step in order() if step.bucket == SQUARE]

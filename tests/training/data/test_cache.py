@@ -7,32 +7,31 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from common.errors import DataError
 from training.config import TrainSettings
-from training.data import cache
-from training.data.buckets import place
+from training.data import cache as cache_module
+from training.data.buckets import assign_bucket
 from training.data.cache import (
     Cache,
-    Encoding,
-    encode_captions,
-    encode_data,
-    encode_images,
+    CacheBuilder,
     image_pixels,
-    is_whole,
+    is_valid_entry,
     read_embedding,
     read_latents,
+    write_embeddings,
+    write_latents,
 )
 from training.data.dataset import read_examples
 from training.models.base_model import find_base
-from training.models.loading import AutoencoderKL
 
 CPU = torch.device("cpu")
 
 
-def placed(example):
-    return place(example.width, example.height, resolution=128, step=8, max_side=256)
+def placement_of(example):
+    return assign_bucket(example.width, example.height, resolution=128, step=8, max_side=256)
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def examples(stage):
     stage.add("astronaut", "astronaut.png", "sks, woman")
     stage.add("coffee", "coffee.webp", "sks, cup", lossless=True)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise: the cat lies on its side in the file
+    exif[0x0112] = 6  # rotate clockwise: the cat is on its side in the file
     stage.add("chelsea", "chelsea.jpg", "sks, cat", exif=exif, quality=95)
     rocket = stage.photographs["rocket"].copy()
     fade = np.tile(np.linspace(0, 255, rocket.width).astype(np.uint8), (rocket.height, 1))
@@ -60,125 +59,126 @@ def test_pixels_are_the_image_scaled_and_cropped_to_its_bucket(stage, examples):
         "astronaut": stage.photographs["astronaut"].resize((128, 128), Image.Resampling.LANCZOS),
         "coffee": stage.photographs["coffee"].resize((156, 104), Image.Resampling.LANCZOS).crop((2, 0, 154, 104)),
     }
-    for name, wanted in expected.items():
-        placement = placed(examples[name])
+    for name, image in expected.items():
+        placement = placement_of(examples[name])
         pixels = image_pixels(examples[name], placement)
         assert pixels.dtype == torch.float32
         assert pixels.shape == (3, placement.bucket.height, placement.bucket.width)
-        assert (np.asarray(as_image(pixels)) == np.asarray(wanted)).all()
+        assert (np.asarray(as_image(pixels)) == np.asarray(image)).all()
         assert pixels.min() >= -1
         assert pixels.max() <= 1
 
 
 def test_orientation_is_applied_before_the_bucket_is_chosen(stage, examples):
     cat = examples["chelsea"]
-    placement = placed(cat)
+    placement = placement_of(cat)
     assert (cat.width, cat.height) == (300, 451)
     assert placement.bucket.height > placement.bucket.width
     upright = Image.open(cat.path).convert("RGB").transpose(Image.Transpose.ROTATE_270)
     resized = upright.resize((placement.resized_width, placement.resized_height), Image.Resampling.LANCZOS)
     right, bottom = placement.left + placement.bucket.width, placement.top + placement.bucket.height
-    wanted = resized.crop((placement.left, placement.top, right, bottom))
-    assert (np.asarray(as_image(image_pixels(cat, placement))) == np.asarray(wanted)).all()
+    image = resized.crop((placement.left, placement.top, right, bottom))
+    assert (np.asarray(as_image(image_pixels(cat, placement))) == np.asarray(image)).all()
 
 
-def test_transparency_lies_on_white(examples):
-    pixels = image_pixels(examples["rocket"], placed(examples["rocket"]))
+def test_transparent_images_are_put_on_white(examples):
+    pixels = image_pixels(examples["rocket"], placement_of(examples["rocket"]))
     assert pixels[..., 0].min() > 0.94  # nearly transparent at the left edge
     assert pixels[..., -1].mean() < 0.5
 
 
-def encoding(stage, folder) -> Encoding:
-    return Encoding(find_base(str(stage.base), stage.models), stage.base.parent, Cache(stage.output / folder), CPU, torch.float32)
+def builder(stage, folder) -> CacheBuilder:
+    base = find_base(str(stage.base), stage.models)
+    return CacheBuilder(base, stage.base.parent, Cache(stage.output / folder), CPU, torch.float32)
 
 
-def encoded(stage, folder, examples):
-    """All of `examples` in a cache of its own: the data, and file name -> bytes."""
+def build_cache(stage, folder, examples):
+    """Encode all of `examples` into the cache `folder`; return the data, and file name -> bytes."""
     settings = replace(TrainSettings().data, resolution=128, bucket_step=8, bucket_max_side=256, dataloader_num_workers=1)
-    trained = [(example, placed(example)) for example in examples]
-    data = encode_data(encoding(stage, folder), trained, [], settings, "sks", seed=0)
+    trained = [(example, placement_of(example)) for example in examples]
+    data = builder(stage, folder).build(trained, [], settings, "sks", seed=0)
     files = {path.name: path.read_bytes() for path in (stage.output / folder).glob("*/*.safetensors")}
     return data, files
 
 
 def test_latents_are_the_posterior_of_the_vae(stage, examples):
-    data, _ = encoded(stage, "cache", [examples["coffee"]])
+    data, _ = build_cache(stage, "cache", [examples["coffee"]])
     vae = AutoencoderKL.from_pretrained(stage.base / "vae", dtype=torch.float32)
     with torch.no_grad():
-        wanted = vae.encode(image_pixels(examples["coffee"], placed(examples["coffee"]))[None]).latent_dist
+        expected = vae.encode(image_pixels(examples["coffee"], placement_of(examples["coffee"]))[None]).latent_dist
     mean, log_variance = read_latents(data.examples[0].latents)
     assert mean.dtype == log_variance.dtype == torch.float32
-    torch.testing.assert_close(mean, wanted.mean[0])
-    torch.testing.assert_close(log_variance, wanted.logvar[0])
+    torch.testing.assert_close(mean, expected.mean[0])
+    torch.testing.assert_close(log_variance, expected.logvar[0])
 
 
-def test_what_is_in_the_cache_does_not_depend_on_what_else_was_encoded(stage, examples):
+def test_what_is_in_the_cache_does_not_depend_on_what_else_was_build_cache(stage, examples):
     """Each image alone, all in order, all in another order: the same files with the same bytes."""
     everything = list(examples.values())
-    _, together = encoded(stage, "together", everything)
+    _, together = build_cache(stage, "together", everything)
     assert len(together) == 4 + 5  # latents; captions and the empty one
-    _, backwards = encoded(stage, "backwards", everything[::-1])
+    _, backwards = build_cache(stage, "backwards", everything[::-1])
     assert backwards == together
     for example in everything[:2]:
-        _, alone = encoded(stage, f"alone-{example.name}", [example])
+        _, alone = build_cache(stage, f"alone-{example.name}", [example])
         assert len(alone) == 1 + 2
         assert alone.items() <= together.items()
 
 
-def test_damaged_files_are_encoded_anew_and_whole_ones_left_alone(stage, examples, capsys):
+def test_corrupt_files_are_encoded_again_and_valid_ones_are_kept(stage, examples, capsys):
     everything = list(examples.values())
-    _, before = encoded(stage, "cache", everything)
+    _, before = build_cache(stage, "cache", everything)
     latents, text = (sorted((stage.output / "cache" / kind).glob("*")) for kind in ("latents", "text"))
     latents[0].write_bytes(before[latents[0].name][:-100])
     latents[1].write_bytes(b"")
     latents[2].unlink()
     text[0].write_bytes(bytes(1000))
-    whole = {path: path.stat().st_mtime_ns for path in (latents[3], *text[1:])}
+    valid = {path: path.stat().st_mtime_ns for path in (latents[3], *text[1:])}
     capsys.readouterr()
-    _, after = encoded(stage, "cache", everything)
-    said = capsys.readouterr().out
-    assert "images: 3 encoded, 1 in the cache" in said
-    assert "captions: 1 encoded, 4 in the cache" in said
+    _, after = build_cache(stage, "cache", everything)
+    output = capsys.readouterr().out
+    assert "images: 3 encoded, 1 in the cache" in output
+    assert "captions: 1 encoded, 4 in the cache" in output
     assert after == before
-    assert {path: path.stat().st_mtime_ns for path in whole} == whole
+    assert {path: path.stat().st_mtime_ns for path in valid} == valid
 
 
 def test_two_names_for_the_same_image_share_a_file(stage, examples):
     copy = replace(examples["coffee"], name="copy.webp", path=examples["coffee"].path)
-    data, files = encoded(stage, "cache", [examples["coffee"], copy])
+    data, files = build_cache(stage, "cache", [examples["coffee"], copy])
     assert data.examples[0].latents == data.examples[1].latents
     assert len(files) == 1 + 2
 
 
-def test_whatever_an_image_depends_on_is_in_its_key(examples):
-    example, store = examples["coffee"], Cache(examples["coffee"].path.parent)
-    placement = placed(example)
+def test_everything_that_latents_depend_on_is_in_their_key(examples):
+    example, cache = examples["coffee"], Cache(examples["coffee"].path.parent)
+    placement = placement_of(example)
     keys = [
-        store.image(example, placement, "vae"),
-        store.image(replace(example, sha256="another"), placement, "vae"),
-        store.image(example, replace(placement, left=placement.left + 1), "vae"),
-        store.image(example, place(600, 400, 192, 8, 256), "vae"),
-        store.image(example, placement, "another vae"),
+        cache.latents_path(example, placement, "vae"),
+        cache.latents_path(replace(example, sha256="another"), placement, "vae"),
+        cache.latents_path(example, replace(placement, left=placement.left + 1), "vae"),
+        cache.latents_path(example, assign_bucket(600, 400, 192, 8, 256), "vae"),
+        cache.latents_path(example, placement, "another vae"),
     ]
     assert len(set(keys)) == len(keys)
     renamed = replace(example, path=example.path.with_name("x.png"), name="x.png", caption="", repeats=9)
-    assert store.image(renamed, placement, "vae") == keys[0]
+    assert cache.latents_path(renamed, placement, "vae") == keys[0]
 
 
-def test_whatever_a_caption_depends_on_is_in_its_key(tmp_path):
-    store = Cache(tmp_path)
+def test_everything_that_embeddings_depend_on_is_in_their_key(tmp_path):
+    cache = Cache(tmp_path)
     variants = (("sks, a", "a, sks"), ("sks, a",), ("a, sks", "sks, a"), ("sks, b", "b, sks"))
     keys = [
-        store.caption(*key)
+        cache.embeddings_path(*key)
         for key in itertools.product(variants, (1, 2), (torch.float32, torch.bfloat16), ("encoders", "other encoders"))
     ]
     assert len(set(keys)) == len(keys) == 32
 
 
 def test_another_format_of_the_cache_is_another_key(tmp_path, monkeypatch):
-    first = Cache(tmp_path).caption(["sks"], 1, torch.float32, "encoders")
-    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
-    assert Cache(tmp_path).caption(["sks"], 1, torch.float32, "encoders") != first
+    first = Cache(tmp_path).embeddings_path(["sks"], 1, torch.float32, "encoders")
+    monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
+    assert Cache(tmp_path).embeddings_path(["sks"], 1, torch.float32, "encoders") != first
 
 
 def test_latents_that_are_not_finite_name_their_image(stage, examples):
@@ -186,10 +186,10 @@ def test_latents_that_are_not_finite_name_their_image(stage, examples):
         return torch.full((1, 4, 2, 2), float("nan")), torch.zeros(1, 4, 2, 2)
 
     path = stage.output / "latents" / "a.safetensors"
-    with pytest.raises(DataError, match=r"coffee\.webp: the VAE answers with NaN") as refused:
-        list(encode_images([(path, examples["coffee"], placed(examples["coffee"]))], broken, workers=1))
-    assert refused.value.exit_code == 3
-    assert not is_whole(path)
+    with pytest.raises(DataError, match=r"coffee\.webp: the VAE returns NaN") as error:
+        list(write_latents([(path, examples["coffee"], placement_of(examples["coffee"]))], broken, workers=1))
+    assert error.value.exit_code == 3
+    assert not is_valid_entry(path)
     assert not path.exists()
 
 
@@ -197,22 +197,22 @@ def test_latents_that_are_not_finite_name_their_image(stage, examples):
 def test_embeddings_are_read_back_one_variant_at_a_time(tmp_path, dtype):
     hidden, pooled = torch.randn(3, 77, 8), torch.randn(3, 5)
     path = tmp_path / "text" / "caption.safetensors"
-    assert not is_whole(path)
-    assert list(encode_captions([(path, ["a", "b", "c"])], lambda texts: (hidden, pooled), dtype, workers=1)) == [path]
-    assert is_whole(path)
+    assert not is_valid_entry(path)
+    assert list(write_embeddings([(path, ["a", "b", "c"])], lambda texts: (hidden, pooled), dtype, workers=1)) == [path]
+    assert is_valid_entry(path)
     for variant in range(3):
         ours = read_embedding(path, variant)
         assert torch.equal(ours[0], hidden[variant].to(dtype))
         assert torch.equal(ours[1], pooled[variant].to(dtype))
 
 
-def test_a_file_of_the_other_kind_or_a_folder_is_not_whole(tmp_path):
+def test_a_file_of_the_other_kind_or_a_folder_is_not_valid(tmp_path):
     text, latents = tmp_path / "text" / "a.safetensors", tmp_path / "latents" / "a.safetensors"
-    list(encode_captions([(text, ["a"])], lambda texts: (torch.zeros(1, 77, 8), torch.zeros(1, 5)), torch.float32, workers=0))
+    list(write_embeddings([(text, ["a"])], lambda texts: (torch.zeros(1, 77, 8), torch.zeros(1, 5)), torch.float32, workers=0))
     latents.parent.mkdir()
     shutil.copy(text, latents)
-    assert is_whole(text)
-    assert not is_whole(latents)
+    assert is_valid_entry(text)
+    assert not is_valid_entry(latents)
     latents.unlink()
     latents.mkdir()
-    assert not is_whole(latents)
+    assert not is_valid_entry(latents)

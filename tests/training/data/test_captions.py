@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from training.data.captions import caption_variants, chunks_needed, cut_off, encode, in_chunks, token_ids
+from training.data.captions import (
+    caption_variants,
+    chunks_needed,
+    encode_captions,
+    split_into_chunks,
+    text_beyond,
+    token_ids,
+)
 from training.models.base_model import find_base
 from training.models.loading import TextEncoders, load_text_encoders
 
@@ -25,7 +32,7 @@ def test_first_variant_is_the_caption_and_the_others_shuffle_what_follows_the_tr
         assert sorted(tags) == sorted(CAPTION.split(", "))
 
 
-def test_trigger_that_does_not_stand_first_is_shuffled_like_any_tag():
+def test_trigger_that_is_not_first_is_shuffled_like_any_tag():
     variants = caption_variants("smile, nyafyi_woman, 1girl", "nyafyi_woman", 6, True, 0)
     assert len(variants) == 6
     assert {variant.split(", ")[0] for variant in variants} == {"smile", "nyafyi_woman", "1girl"}
@@ -79,17 +86,17 @@ def test_tags_that_look_like_punctuation_are_tags():
     assert len(caption_variants("nyafyi_woman, :d, ^_^, !?, ...", "nyafyi_woman", 8, True, 0)) == 8
 
 
-def test_chunks_are_filled_to_75_tokens_and_padded_as_each_encoder_wants(encoders):
+def test_chunks_are_filled_to_75_tokens_and_padded_as_each_encoder_requires(encoders):
     first, second = encoders.tokenizers
     start, end = first.bos_token_id, first.eos_token_id
     tokens = token_ids("a" * 80, first)
     assert len(tokens) == 80
-    chunks = in_chunks(tokens, first, 3)
+    chunks = split_into_chunks(tokens, first, 3)
     assert chunks.shape == (3, 77)
     assert chunks[0].tolist() == [start, *tokens[:75], end]
     assert chunks[1].tolist() == [start, *tokens[75:], end] + [end] * 70
     assert chunks[2].tolist() == [start, end] + [end] * 75
-    assert in_chunks(tokens, second, 3)[2].tolist() == [start, end] + [0] * 75
+    assert split_into_chunks(tokens, second, 3)[2].tolist() == [start, end] + [0] * 75
 
 
 @pytest.mark.parametrize(("tokens", "chunks"), [(0, 1), (1, 1), (75, 1), (76, 2), (150, 2), (151, 3), (999, 3)])
@@ -97,13 +104,13 @@ def test_as_many_chunks_as_the_longest_caption_needs(encoders, tokens, chunks):
     assert chunks_needed(["a", "a" * tokens], encoders.tokenizers, at_most=3) == chunks
 
 
-def test_what_is_cut_is_told(encoders):
-    assert cut_off("a" * 75, encoders.tokenizers, 1) == ""
-    assert cut_off("smile, " * 75, encoders.tokenizers, 2) == ""
-    assert cut_off("smile, " * 38, encoders.tokenizers, 1) == ","
+def test_the_text_that_is_cut_is_reported(encoders):
+    assert text_beyond(1, "a" * 75, encoders.tokenizers) == ""
+    assert text_beyond(2, "smile, " * 75, encoders.tokenizers) == ""
+    assert text_beyond(1, "smile, " * 38, encoders.tokenizers) == ","
 
 
-def test_brackets_are_no_emphasis_and_may_be_escaped(encoders):
+def test_brackets_are_plain_text_and_may_be_escaped(encoders):
     tokenizer = encoders.tokenizers[0]
     plain = token_ids("saber (fate)", tokenizer)
     assert token_ids(r"saber \(fate\)", tokenizer) == plain
@@ -112,7 +119,7 @@ def test_brackets_are_no_emphasis_and_may_be_escaped(encoders):
 
 @pytest.mark.parametrize("caption", [CAPTION, "", "A photo (detailed:1.3), année 日本語"])
 def test_one_chunk_is_what_diffusers_encodes(encoders, caption):
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline  # seconds that no other test here needs
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline  # takes seconds, which no other test here needs
 
     pipeline = StableDiffusionXLPipeline(
         vae=None,
@@ -124,24 +131,24 @@ def test_one_chunk_is_what_diffusers_encodes(encoders, caption):
         scheduler=EulerDiscreteScheduler(),
     )
     theirs, _, their_pooled, _ = pipeline.encode_prompt(caption, device="cpu", do_classifier_free_guidance=False)
-    hidden, pooled = encode([caption], encoders, 1)
+    hidden, pooled = encode_captions([caption], encoders, 1)
     assert hidden.dtype == pooled.dtype == torch.float32
     assert torch.equal(hidden, theirs)
     assert torch.equal(pooled, their_pooled)
 
 
 def test_long_caption_is_its_chunks_one_after_another(encoders):
-    hidden, pooled = encode(["smile " * 80], encoders, 3)
+    hidden, pooled = encode_captions(["smile " * 80], encoders, 3)
     assert hidden.shape == (1, 3 * 77, 96)
-    pieces, pieces_pooled = zip(*(encode([text], encoders, 1) for text in ("smile " * 75, "smile " * 5, "")), strict=True)
+    pieces, pieces_pooled = zip(*(encode_captions([text], encoders, 1) for text in ("smile " * 75, "smile " * 5, "")), strict=True)
     torch.testing.assert_close(hidden, torch.cat(pieces, dim=1), rtol=0, atol=1e-5)
     torch.testing.assert_close(pooled, pieces_pooled[0], rtol=0, atol=1e-5)
 
 
 def test_embedding_does_not_depend_on_what_is_encoded_with_it(encoders):
     texts = [CAPTION, "", "smile, " * 60]
-    together, together_pooled = encode(texts, encoders, 2)
+    together, together_pooled = encode_captions(texts, encoders, 2)
     for position, text in enumerate(texts):
-        alone, alone_pooled = encode([text], encoders, 2)
+        alone, alone_pooled = encode_captions([text], encoders, 2)
         torch.testing.assert_close(alone[0], together[position], rtol=1e-4, atol=1e-5)  # the size of a batch moves roundings
         torch.testing.assert_close(alone_pooled[0], together_pooled[position], rtol=1e-4, atol=1e-5)

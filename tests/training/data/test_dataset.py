@@ -27,7 +27,7 @@ def test_every_format_and_n_name_folder(stage):
     stage.add("chelsea", "3_cats/c.webp", "sks, cat")
     stage.add("rocket", "d.bmp", "sks, rocket")
     stage.add("rocket", "12_more rockets/e.jpeg", "sks, rocket, day")
-    stage.add("coffee", "0_laid_aside/f.png", None)
+    stage.add("coffee", "0_unused/f.png", None)
     stage.add("coffee", "elsewhere/g.png", None)
     stage.add("coffee", ".hidden.png", None)
     examples = read_examples(stage.images, workers=2)
@@ -64,20 +64,20 @@ def test_caption_is_its_text_in_one_line(stage, content, caption):
     assert read_examples(stage.images, workers=0)[0].caption == caption
 
 
-def test_magic_bytes_say_what_an_image_is_and_not_its_name(stage):
+def test_magic_bytes_decide_the_format_and_not_the_suffix(stage):
     stage.add("coffee", "really-a-jpeg.png", format="JPEG")
     assert len(read_examples(stage.images, workers=0)) == 1
 
 
 def damage(stage) -> int:
-    """Fill the data set with one good image and one of everything that can be wrong; how many are bad."""
+    """Fill the data set with good images and one of everything that can be wrong; return how many are bad."""
     stage.add("astronaut", "good.png")
     stage.add("astronaut", "no_caption.png", caption=None)
     stage.add("coffee", "latin1.jpg").with_suffix(".txt").write_bytes("sks, niña".encode("latin-1"))
     stage.add("coffee", "3_photos/utf16.jpg").with_suffix(".txt").write_bytes("sks".encode("utf-16"))
     cut = stage.add("rocket", "cut_off.png")
     cut.write_bytes(cut.read_bytes()[:20000])
-    stage.add("rocket", "text.png").write_text("this is no image")
+    stage.add("rocket", "text.png").write_text("this is not an image")
     stage.add("rocket", "empty.webp").write_bytes(b"")
     stage.add("rocket", "animation.png", format="GIF")
     stage.photographs["astronaut"].resize((255, 400)).save(stage.images / "small.png")
@@ -88,7 +88,7 @@ def damage(stage) -> int:
     return 9
 
 
-COMPLAINTS = (
+PROBLEMS = (
     "no_caption.png: has no caption no_caption.txt; run the caption stage",
     "latin1.jpg: its caption latin1.txt is not UTF-8; save it as UTF-8",
     "3_photos/utf16.jpg: its caption utf16.txt is not UTF-8; save it as UTF-8",
@@ -105,12 +105,12 @@ COMPLAINTS = (
 
 def test_everything_wrong_is_one_list(stage):
     bad = damage(stage)
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as error:
         read_examples(stage.images, workers=2)
-    title, *lines = str(refused.value).splitlines()
+    title, *lines = str(error.value).splitlines()
     assert title == f"{stage.images}: {bad} of the 11 images cannot be trained on:"
-    assert len(lines) == len(COMPLAINTS)
-    for problem in COMPLAINTS:
+    assert len(lines) == len(PROBLEMS)
+    for problem in PROBLEMS:
         assert any(line.startswith(f"  - {problem}") for line in lines), problem
 
 
@@ -119,11 +119,11 @@ def test_the_stage_ends_with_that_list_and_writes_nothing(stage):
     ended = stage.run()
     assert ended.returncode == 3
     assert ended.stderr.startswith(f"train_lora: {stage.images}: 9 of the 11 images cannot be trained on:\n")
-    assert all(problem in ended.stderr for problem in COMPLAINTS)
+    assert all(problem in ended.stderr for problem in PROBLEMS)
     assert set(stage.files()) <= {"state/.lock"}
 
 
-def test_an_image_that_may_not_be_read_is_in_the_list_and_no_matter_of_the_disk(stage, monkeypatch):
+def test_an_image_without_read_permission_is_in_the_list_and_not_a_disk_error(stage, monkeypatch):
     stage.add("coffee", "mine.png")
     stage.add("chelsea", "no_caption.png", caption=None)
     plain_open = Path.open
@@ -133,27 +133,27 @@ def test_an_image_that_may_not_be_read_is_in_the_list_and_no_matter_of_the_disk(
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return plain_open(path, *how, **more)
 
-    monkeypatch.setattr(Path, "open", open_some)  # nothing is forbidden to root
+    monkeypatch.setattr(Path, "open", open_some)  # root may read everything
     ended = stage.run()
     assert ended.returncode == 3
     assert "mine.png: cannot be read: Permission denied" in ended.stderr
     assert "no_caption.png: has no caption" in ended.stderr
 
 
-def test_images_of_256_px_are_taken(stage):
+def test_images_of_256_px_are_accepted(stage):
     stage.photographs["astronaut"].resize((256, 256)).save(stage.images / "a.png")
     (stage.images / "a.txt").write_text("sks")
     assert len(read_examples(stage.images, workers=0)) == 1
 
 
-def test_a_folder_that_is_absent_or_empty_says_what_to_do(stage):
+def test_a_missing_or_empty_folder_reports_what_to_do(stage):
     for folder in (stage.images, stage.images / "absent"):
-        with pytest.raises(DataError, match=r"no images .* run the collect stage") as refused:
+        with pytest.raises(DataError, match=r"no images .* run the collect stage") as error:
             read_examples(folder, workers=0)
-        assert refused.value.exit_code == 3
+        assert error.value.exit_code == 3
 
 
-def test_what_lies_among_the_images_and_is_not_used_is_named(stage):
+def test_files_among_the_images_that_are_ignored_are_named(stage):
     stage.add("coffee", "cup.png")
     stage.add("coffee", "2_cups/cup.png")
     stage.add("coffee", "holiday/cup.png")
@@ -161,27 +161,27 @@ def test_what_lies_among_the_images_and_is_not_used_is_named(stage):
     (stage.images / "notes.txt").write_text("notes")
     (stage.images / ".DS_Store").touch()
     assert unused_entries(stage.images) == ["cup.gif", "holiday", "notes.txt"]
-    said = stage.run("--check").stdout
-    assert "not used, because neither image, caption of one, nor N_name folder: cup.gif, holiday, notes.txt" in said
+    output = stage.run("--check").stdout
+    assert "ignored, because neither image, caption of an image, nor N_name folder: cup.gif, holiday, notes.txt" in output
 
 
 def flag(stage, **digests: str) -> None:
-    """An audit that finds fault with these images, as the caption stage writes it."""
+    """Write an audit that flags these images, as the caption stage does."""
     found = {f"{name}.png": {"flaws": {"blurred": "1.2", "small": "300x200"}, "sha256": digest} for name, digest in digests.items()}
     write_json(DatasetFolder(stage.dataset).audit, {"resolution": 64, "flagged": found})
 
 
-def test_flagged_images_are_left_out_when_that_is_wanted_and_they_are_still_the_same(stage):
+def test_flagged_images_are_skipped_if_enabled_and_unchanged(stage):
     paths = {name: stage.add(name) for name in ("astronaut", "coffee", "chelsea")}
-    flag(stage, coffee=sha256_of(paths["coffee"]), chelsea="of an image that was there before", gone="0")
+    flag(stage, coffee=sha256_of(paths["coffee"]), chelsea="of an earlier image", gone="0")
     assert flagged_images(DatasetFolder(stage.dataset), 64) == {"coffee.png": "blurred, small"}
-    said = stage.run("--check", SKIP_FLAGGED=1).stdout
-    assert "left out, because flagged: coffee.png (blurred, small)" in said
+    output = stage.run("--check", SKIP_FLAGGED=1).stdout
+    assert "skipping flagged images: coffee.png (blurred, small)" in output
     assert [example.name for example in read_examples(stage.images, 0, {"coffee.png"})] == ["astronaut.png", "chelsea.png"]
-    assert "left out" not in stage.run("--check").stdout
+    assert "skipping" not in stage.run("--check").stdout
 
 
-def test_images_that_are_all_flagged_or_were_never_looked_at(stage):
+def test_a_data_set_that_is_all_flagged_or_was_never_audited(stage):
     path = stage.add("coffee")
     never = stage.run(SKIP_FLAGGED=1)
     assert never.returncode == 3

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training.data.batches import sample_randomness
-from training.method.adapters import uniform
+from training.method.adapters import _uniform as uniform
 
 SHAPE = (4, 16, 24)
 draw = partial(sample_randomness, timesteps=1000)
@@ -24,7 +24,7 @@ def many():
     return [draw(0, position, SHAPE, 8, 0.05) for position in range(4000)]
 
 
-def test_a_draw_depends_on_seed_and_position_and_on_nothing_else():
+def test_a_draw_depends_on_seed_and_position_alone():
     positions = [0, 1, 2, 77, 2**40]
     alone = {position: parts(draw(5, position, SHAPE, 8, 0.05)) for position in positions}
     random.Random(0).shuffle(positions)
@@ -52,7 +52,7 @@ def test_shapes_and_types():
     assert drawn.noise.dtype == drawn.latent_noise.dtype == drawn.offset.dtype == torch.float32
 
 
-def test_timesteps_are_uniform_and_every_one_comes(many):
+def test_timesteps_are_uniform_and_all_occur(many):
     drawn = torch.tensor([draw(1, position, (1, 1, 1), 1, 0).timestep for position in range(20000)])
     assert drawn.unique().tolist() == list(range(1000))
     counts = drawn.bincount(minlength=1000).float()
@@ -67,7 +67,7 @@ def test_timesteps_span_the_schedule_of_the_base_model():
         assert max(drawn) >= 0.95 * (length - 1)
 
 
-def test_captions_are_dropped_and_varied_in_the_wanted_shares(many):
+def test_captions_are_dropped_and_varied_in_the_requested_shares(many):
     variants = [drawn.variant for drawn in many]
     assert variants.count(None) / len(many) == pytest.approx(0.05, abs=0.015)
     assert [variants.count(variant) / len(many) for variant in range(8)] == pytest.approx([0.95 / 8] * 8, abs=0.02)
@@ -75,7 +75,7 @@ def test_captions_are_dropped_and_varied_in_the_wanted_shares(many):
     assert all(draw(0, position, (1, 1, 1), 8, 1).variant is None for position in range(500))
 
 
-def test_changed_dropout_leaves_everything_else_as_it_was():
+def test_changed_dropout_changes_nothing_else():
     for position in range(20):
         kept, dropped = draw(0, position, SHAPE, 8, 0), draw(0, position, SHAPE, 8, 1)
         assert kept.timestep == dropped.timestep
@@ -97,7 +97,7 @@ def test_noises_are_standard_normal_and_independent(many):
 
 
 def test_positions_and_seeds_share_no_numbers():
-    """No three numbers in a row that one of them draws come at any place in another: their streams do not overlap."""
+    """No three consecutive numbers of one occur anywhere in another: their streams do not overlap."""
     seen = set()
     for seed, position in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2**63 - 1, 0)):
         drawn = draw(seed, position, (4, 128, 128), 8, 0.05)

@@ -53,7 +53,7 @@ def test_zero_terminal_snr_agrees_with_diffusers():
         torch.testing.assert_close(ours.float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-7)
 
 
-def test_settings_win_over_what_the_base_says():
+def test_settings_override_the_base_model():
     declared = Schedule("v_prediction", zero_terminal_snr=True)
     assert declared.with_settings("auto", "auto") == declared
     assert declared.with_settings("epsilon", "auto") == Schedule("epsilon", zero_terminal_snr=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training.data.buckets import place
+from training.data.buckets import assign_bucket
 from training.data.cache import CachedExample
 from training.monitor.validation import STRATA, Validator
 
@@ -18,7 +18,7 @@ def validator_of(tmp_path):
     """`validator_of(evaluate, **changes)`: a validator of three cached images of two shapes."""
     examples = []
     for index, size in enumerate(SIZES):
-        placement = place(*size, resolution=128, step=64, max_side=256)
+        placement = assign_bucket(*size, resolution=128, step=64, max_side=256)
         latents, text = tmp_path / f"{index}.latents", tmp_path / f"{index}.text"
         shape = (4, placement.bucket.height // 8, placement.bucket.width // 8)
         save_file({"mean": torch.full(shape, float(index)), "log_variance": torch.zeros(shape)}, latents)

@@ -1,0 +1,42 @@
+"""What the tests of base models share."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import ModelError
+from training.models import loading
+from training.models.base_model import find_base
+
+CPU = torch.device("cpu")
+
+
+def refusal(path: Path, models_dir: Path) -> str:
+    """The error message for the base model at `path`."""
+    with pytest.raises(ModelError) as caught:
+        find_base(str(path), models_dir)
+    assert caught.value.exit_code == 5
+    assert "hf download stabilityai/stable-diffusion-xl-base-1.0 --local-dir" in str(caught.value)
+    return str(caught.value)
+
+
+def change_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def all_components(base, models_dir) -> dict[str, torch.nn.Module]:
+    text_encoders = loading.load_text_encoders(base, models_dir, CPU, torch.float32)
+    return {
+        "unet": loading.load_unet(base, CPU, torch.float32),
+        "vae": loading.load_vae(base, CPU),
+        "text_encoder": text_encoders.encoders[0],
+        "text_encoder_2": text_encoders.encoders[1],
+    }
+
+
+def assert_same_weights(first: torch.nn.Module, second: torch.nn.Module) -> None:
+    ours, theirs = first.state_dict(), second.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
