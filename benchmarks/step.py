@@ -13,9 +13,9 @@ from peft.helpers import disable_input_dtype_casting
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from training import engine
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
+from training.engine import build_engine
 from training.engine.step import TrainStep
 from training.method.adapters import inject
 from training.method.diffusion import LossConfig, alphas_cumprod
@@ -52,7 +52,7 @@ def main() -> None:
     config = LossConfig("epsilon", alphas, min_snr_gamma=5.0, noise_offset=0.0357, latent_scaling=0.13025)
     optimizer = AdamW(lora.weights, OptimizerSettings())
     build = partial(
-        engine.build, unet=unet, adapter=lora, optimizer=optimizer, config=config, precision=precision, max_grad_norm=1.0
+        build_engine, unet=unet, adapter=lora, optimizer=optimizer, config=config, precision=precision, max_grad_norm=1.0
     )
 
     batch = random_batch(unet, 1, options.latents // 2).to(precision.device)

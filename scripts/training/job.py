@@ -6,18 +6,16 @@ from dataclasses import dataclass, replace
 from common.errors import DataError, SettingsError
 from common.output_layout import OutputLayout
 from common.project import ProjectSettings
-from training import engine
 from training.config import TrainSettings
 from training.data.cache import Cache
 from training.data.dataset import Inputs, read_images
-from training.engine import EngineName
+from training.engine import EngineName, choose_engine
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size
 from training.method.optimizers import require_usable
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
 from training.plan import GLOBAL_BATCH, Plan, make_plan, result_fingerprint, runtime_settings, short_hash
-from training.state import checkpoint
-from training.state.checkpoint import Checkpoint, Identity
+from training.state.checkpoint import Checkpoint, Identity, newest
 from training.state.resume import find_resume_point, match_global_batch, warmup_to_keep
 from training.system.device import Precision, choose_precision, describe
 from training.system.memory_guard import comfyui_advice
@@ -65,11 +63,11 @@ def resolve_job(
     """Resolve every "auto", log what the run will do, and find out whether it is new, unfinished or finished."""
     base, examples, world_size = inputs.base, inputs.examples, group.world_size
     outputs = OutputLayout(project.output_dir, settings.saving.output_name or project.trigger_word)
-    saved = None if settings.saving.fresh else checkpoint.newest(outputs.state)
+    saved = None if settings.saving.fresh else newest(outputs.state)
     was_finished = saved is not None and outputs.is_finished(short_hash(saved.identity.fingerprint))
     precision = choose_precision(settings.model.mixed_precision, group.gpu)
     require_usable(settings.optimizer.optimizer, precision.device)
-    engine_name, reason = engine.choose(settings.run.engine, settings.lora)
+    engine_name, reason = choose_engine(settings.run.engine, settings.lora)
     budget = measure_budget(base, examples, settings, precision, group.local_world_size)
 
     samples = saved.identity.fingerprint[GLOBAL_BATCH] // world_size if saved else None

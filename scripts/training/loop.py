@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from tqdm import tqdm
 
@@ -14,9 +13,12 @@ from training.data.buckets import OptimizerStep
 from training.engine.step import StepResult
 from training.monitor.callbacks import Callback, Progress, smoothed
 
+RunningStep = tuple[OptimizerStep, float, Callable[[], StepResult]]
+"""A step that may still be running on the GPU, its learning rate, and a function that waits for its result."""
+
 
 @dataclass(frozen=True)
-class Schedule:
+class RunSchedule:
     """The steps of a run, where it begins, and when what is due."""
 
     order: list[OptimizerStep]
@@ -57,36 +59,12 @@ class Schedule:
         return self.epochs if next_step == len(self.order) else self.order[next_step].epoch
 
 
-class Checkpointer(Protocol):
-    """Saves what a run is continued from."""
-
-    def save(self, progress: Progress) -> None:
-        """Begin to save the state of the training at `progress`; training may go on."""
-
-    def check(self) -> None:
-        """Raise the error of the last save, if it is over and failed."""
-
-    def wait(self) -> None:
-        """Wait until the last save is on disk."""
-
-
-@dataclass(frozen=True)
-class RunningStep:
-    """A step that may still be running on the GPU."""
-
-    step: OptimizerStep
-    rate: float
-    read: Callable[[], StepResult]
-    """Waits for its end."""
-
-
 def run_steps(
-    schedule: Schedule,
+    schedule: RunSchedule,
     begin: Callable[[list[Batch], float], Callable[[], StepResult]],
     batches: Iterable[list[Batch]],
     image_names: Callable[[OptimizerStep], str],
     callbacks: Sequence[Callback],
-    checkpointer: Checkpointer,
     stop_requested: Callable[[], Interruption | None],
 ) -> Progress:
     """Take the remaining steps of `schedule`; `batches` yields their micro-batches in the same order. Returns the progress.
@@ -95,80 +73,74 @@ def run_steps(
     end the last checkpoint may still be on its way to the disk. Raises what `stop_requested` returns, after the checkpoint
     is saved; SettingsError when loss or gradient is no longer finite.
     """
-    progress, saved_at, running = schedule.start, time.monotonic(), None
+    progress, saved_at = schedule.start, time.monotonic()
+    running: RunningStep | None = None
     total, remaining = (sum(len(step.examples) for step in steps) for steps in (schedule.order, schedule.remaining))
     with tqdm(total=total, initial=total - remaining, unit="img", desc="train", disable=None, dynamic_ncols=True) as bar:
-
-        def finish(step: RunningStep) -> Progress:
-            return _finish_step(step, schedule, progress, image_names, callbacks, checkpointer, bar)
-
         for step, micro_batches in zip(schedule.remaining, batches, strict=True):
             if schedule.ends_early(progress):
                 break
             rate = schedule.learning_rate_at(step.number)
-            begun = RunningStep(step, rate, begin(micro_batches, rate))
+            begun = step, rate, begin(micro_batches, rate)
             if running:
-                progress = finish(running)
+                progress = _finish_step(running, schedule, progress, image_names, callbacks, bar)
             running = begun
-            checkpointer.check()
             reason = stop_requested()
             is_due = time.monotonic() - saved_at > schedule.save_state_every_s or step.number + 1 == schedule.shared_prefix_steps
             ends_epoch = schedule.epochs_complete(step.number + 1) > step.epoch
             if not (reason or is_due or ends_epoch):
                 continue
-            progress, running = finish(begun), None
+            progress, running = _finish_step(begun, schedule, progress, image_names, callbacks, bar), None
             if ends_epoch:
                 progress, line = _end_epoch(step, schedule, progress, callbacks)
                 bar.write(f"{line}  lr {rate:.2e}", file=sys.stdout)
             if reason or is_due or schedule.ends_early(progress):
-                checkpointer.save(progress)
+                for callback in callbacks:
+                    callback.save_state(progress, wait=reason is not None)
                 saved_at = time.monotonic()
             if reason:
-                checkpointer.wait()
                 raise reason
     return progress
 
 
 def _finish_step(
     running: RunningStep,
-    schedule: Schedule,
+    schedule: RunSchedule,
     progress: Progress,
     image_names: Callable[[OptimizerStep], str],
     callbacks: Sequence[Callback],
-    checkpointer: Checkpointer,
     bar: tqdm,
 ) -> Progress:
     """Wait for the end of a step and report it; returns the progress after it."""
-    step, result = running.step, running.read()
+    step, rate, read = running
+    result = read()
     if result.diverged:
-        checkpointer.save(progress)
-        checkpointer.wait()
+        for callback in callbacks:
+            callback.save_state(progress, wait=True)
         raise SettingsError(
             f"step {step.number}: the loss is {result.loss}, the gradient norm {result.gradient_norm} (images: "
             f"{image_names(step)}). This step changed no weight, and the checkpoint before it is saved. Lower LEARNING_RATE, or "
             "set MIXED_PRECISION=bf16, and start again with FRESH=1"
         )
     progress = progress.after(step.number, None if result.skipped else result.loss)
-    values = {"epoch": step.epoch, "lr": running.rate}
+    values = {"epoch": step.epoch, "lr": rate}
     if not result.skipped:
         values |= {"loss": result.loss, "loss_average": progress.loss_average, "gradient_norm": result.gradient_norm}
     for callback in callbacks:
         callback.after_step(step, values)
-    described = f"epoch {step.epoch + 1}/{schedule.epochs} loss {_shown(progress)} lr {running.rate:.2e}"
+    described = f"epoch {step.epoch + 1}/{schedule.epochs} loss {progress.shown_loss} lr {rate:.2e}"
     bar.set_postfix_str(described, refresh=False)
     bar.update(len(step.examples))
     return progress
 
 
-def _end_epoch(step: OptimizerStep, schedule: Schedule, progress: Progress, callbacks: Sequence[Callback]) -> tuple[Progress, str]:
+def _end_epoch(
+    step: OptimizerStep, schedule: RunSchedule, progress: Progress, callbacks: Sequence[Callback]
+) -> tuple[Progress, str]:
     """Run the callbacks of an epoch's end; returns the progress after them, and the epoch's log line."""
     epochs = schedule.epochs_complete(progress.next_step)
-    line = f"epoch {epochs:>4}/{schedule.epochs}  step {step.number + 1:>6}/{len(schedule.order)}  loss {_shown(progress)}"
+    line = f"epoch {epochs:>4}/{schedule.epochs}  step {step.number + 1:>6}/{len(schedule.order)}  loss {progress.shown_loss}"
     for callback in callbacks:
         progress, added = callback.after_epoch(step, epochs, progress)
         line += added
     return progress, line
-
-
-def _shown(progress: Progress) -> str:
-    return "-" if progress.loss_average is None else f"{progress.loss_average:.4f}"

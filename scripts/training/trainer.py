@@ -4,8 +4,7 @@ import contextlib
 import gc
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -15,13 +14,13 @@ from common.background import in_background, prefetch
 from common.errors import Interruption, ResourceError, StopRequest, interruption_for
 from common.files import atomic_write, write_bytes
 from common.settings import resolved_toml
-from training import engine
 from training.data.batches import BatchReader
 from training.data.buckets import OptimizerStep
 from training.data.cache import CacheBuilder, EncodedData
+from training.engine import build_engine, warm_up
 from training.engine.step import TrainStep
 from training.job import TrainingJob
-from training.loop import Checkpointer, Schedule, run_steps
+from training.loop import RunSchedule, run_steps
 from training.memory_budget import suggest_settings
 from training.method.adapters import Adapter, LoraModule, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
@@ -31,10 +30,9 @@ from training.models.loading import load_unet
 from training.models.weights import remove_partial_weights
 from training.monitor.callbacks import Callback, Progress, smoothed
 from training.monitor.metrics import open_metrics
-from training.monitor.validation import ValidationCallback, Validator
+from training.monitor.validation import Validator
 from training.plan import short_hash
-from training.state import checkpoint
-from training.state.checkpoint import CheckpointWriter
+from training.state.checkpoint import CheckpointWriter, Snapshot, archive_state, keep_one, newest, restore, snapshot
 from training.system.device import available_bytes, limit_gpu_memory, make_deterministic
 from training.system.memory_guard import MemoryGuard, memory_guard
 from training.system.process_group import ProcessGroup
@@ -52,7 +50,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             data = encode(job, group, encoder)
             unet, adapter = load()
         optimizer = OPTIMIZERS[settings.optimizer.optimizer](adapter.weights, settings.optimizer)
-        step = engine.build(
+        step = build_engine(
             job.engine,
             unet,
             adapter,
@@ -64,19 +62,19 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             gradient_checkpointing=settings.model.gradient_checkpointing,
         )
         if job.saved:
-            checkpoint.restore(job.saved, group, adapter.weights, optimizer, step.scaler)
+            restore(job.saved, group, adapter.weights, optimizer, step.scaler)
         schedule, reader = schedule_of(job), batch_reader(job, group, data)
         batches = prefetch(reader, schedule.remaining, settings.data.dataloader_num_workers)
         remaining = len(schedule.remaining)
         print(f"{len(adapter.modules)} modules of rank {settings.lora.lora_rank}; {remaining} steps to go", flush=True)
-        with writers(job, group, adapter, step, schedule) as (trackers, savers, checkpointer):
-            callbacks = [*trackers, *validation(job, group, data, step, schedule, trackers), *savers]
+        with writing_callbacks(job, adapter, step, schedule, is_writer=group.is_main_process) as writers:
+            callbacks = [*validation(job, group, data, step, schedule, writers), *writers]
             stop = stop_request(group, guard)
-            progress = run_steps(schedule, step.begin, batches, reader.image_names, callbacks, checkpointer, stop)
+            progress = run_steps(schedule, step.begin, batches, reader.image_names, callbacks, stop)
             if group.is_main_process:  # while the last checkpoint is still on its way to the disk
                 write_results(job, adapter.modules, schedule, progress)
     if group.is_main_process:
-        checkpoint.keep_one(outputs.state, job.plan.shared_prefix_steps)
+        keep_one(outputs.state, job.plan.shared_prefix_steps)
         report_results(job, len(adapter.modules))
 
 
@@ -84,10 +82,10 @@ def prepare_outputs(job: TrainingJob) -> None:
     """Archive what earlier runs left, unless this one continues them, and write the resolved settings."""
     outputs = job.outputs
     if job.saved is None:
-        earlier = checkpoint.newest(outputs.state)
+        earlier = newest(outputs.state)
         if earlier and outputs.is_finished(short_hash(earlier.identity.fingerprint)):
             shutil.rmtree(outputs.state)  # its LoRA is complete, and another run follows
-        checkpoint.archive_state(outputs.state)
+        archive_state(outputs.state)
         outputs.archive_previous_outputs()
     else:
         outputs.archive_lora()
@@ -100,7 +98,7 @@ def clean_up(job: TrainingJob) -> None:
     for folder in (job.outputs.lora_dir, job.outputs.state, job.cache.folder / "latents", job.cache.folder / "text"):
         remove_partial_weights(folder)
     if job.is_finished:
-        checkpoint.keep_one(job.outputs.state, job.plan.shared_prefix_steps)
+        keep_one(job.outputs.state, job.plan.shared_prefix_steps)
 
 
 def prepare_device(job: TrainingJob) -> None:
@@ -143,7 +141,7 @@ def unet_in_background(job: TrainingJob) -> Iterator[Callable[[], tuple[UNet2DCo
         return unet, inject(unet, job.settings.lora, job.settings.run.train_seed)
 
     with (
-        in_background(lambda: engine.warm_up(job.engine, device, dtype), start=starts_now) as warmed_up,
+        in_background(lambda: warm_up(job.engine, device, dtype), start=starts_now) as warmed_up,
         in_background(load, start=starts_now) as loaded,
     ):
 
@@ -187,10 +185,10 @@ def loss_config(job: TrainingJob) -> LossConfig:
     )
 
 
-def schedule_of(job: TrainingJob) -> Schedule:
+def schedule_of(job: TrainingJob) -> RunSchedule:
     """The steps that are left, and when to write what."""
     optimizer, saving, plan = job.settings.optimizer, job.settings.saving, job.plan
-    return Schedule(
+    return RunSchedule(
         order=plan.order,
         start=job.saved.progress if job.saved else Progress(),
         epochs=plan.epochs,
@@ -221,12 +219,12 @@ def batch_reader(job: TrainingJob, group: ProcessGroup, data: EncodedData) -> Ba
 
 
 def validation(
-    job: TrainingJob, group: ProcessGroup, data: EncodedData, step: TrainStep, schedule: Schedule, trackers: list[Callback]
+    job: TrainingJob, group: ProcessGroup, data: EncodedData, step: TrainStep, schedule: RunSchedule, trackers: Sequence[Callback]
 ) -> list[Callback]:
-    """The callback that measures the validation loss, if images are held out."""
+    """The callback that measures the validation loss in every process, if images are held out."""
     if not data.held_out:
         return []
-    own_part = Validator(
+    validator = Validator(
         examples=data.held_out,
         empty_caption=data.empty_caption,
         seed=job.settings.run.train_seed,
@@ -235,8 +233,11 @@ def validation(
         evaluate=step.evaluate,
         rank=group.rank,
         world_size=group.world_size,
+        all_reduce_sum=group.all_reduce_sum,
+        is_due=schedule.validates_between,
+        trackers=trackers,
     )
-    return [ValidationCallback(lambda: group.all_reduce_sum(own_part()), schedule.validates_between, trackers)]
+    return [validator]
 
 
 def stop_request(group: ProcessGroup, guard: MemoryGuard | None) -> Callable[[], Interruption | None]:
@@ -255,25 +256,29 @@ def stop_request(group: ProcessGroup, guard: MemoryGuard | None) -> Callable[[],
 
 
 @contextlib.contextmanager
-def writers(
-    job: TrainingJob, group: ProcessGroup, adapter: Adapter, step: TrainStep, schedule: Schedule
-) -> Iterator[tuple[list[Callback], list[Callback], Checkpointer]]:
-    """What records the steps, what saves the LoRA, and what saves checkpoints; only the main process writes."""
-    if not group.is_main_process:
-        yield [], [], NullCheckpointer()
+def writing_callbacks(
+    job: TrainingJob, adapter: Adapter, step: TrainStep, schedule: RunSchedule, *, is_writer: bool
+) -> Iterator[list[Callback]]:
+    """What records the steps and saves LoRAs and checkpoints. Only one process writes; in the others there is none of it."""
+    if not is_writer:
+        yield []
         return
     outputs, settings = job.outputs, job.settings
+
+    def capture(progress: Progress) -> Snapshot:
+        return snapshot(adapter.weights, step.optimizer, step.scaler, progress)
+
     with (
-        open_metrics(settings.logging, outputs.name, outputs.metrics, outputs.logs, schedule.start.next_step) as tracker,
-        CheckpointWriter(outputs.state, job.identity, settings.saving.keep_last_states) as writer,
+        open_metrics(settings.logging, outputs.name, outputs.metrics, outputs.logs, schedule.start.next_step) as metrics,
+        CheckpointWriter(outputs.state, job.identity, settings.saving.keep_last_states, capture) as checkpoints,
     ):
-        yield [tracker], [LoraSaver(job, adapter.modules, schedule)], TrainingState(adapter, step, writer)
+        yield [metrics, LoraSaver(job, adapter.modules, schedule), checkpoints]
 
 
 class LoraSaver(Callback):
     """Writes the LoRA files of a run on its way."""
 
-    def __init__(self, job: TrainingJob, modules: list[LoraModule], schedule: Schedule):
+    def __init__(self, job: TrainingJob, modules: list[LoraModule], schedule: RunSchedule):
         self._job = job
         self._modules = modules
         self._schedule = schedule
@@ -282,34 +287,6 @@ class LoraSaver(Callback):
         if self._schedule.saves_lora_between(step.epoch, epochs):
             write_lora(self._job.outputs.lora_after(epochs), self._modules, description(self._job, epochs))
         return progress, ""
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """Saves weights, optimizer and loss scaling with the progress."""
-
-    adapter: Adapter
-    step: TrainStep
-    writer: CheckpointWriter
-
-    def save(self, progress: Progress) -> None:
-        self.writer.begin(checkpoint.snapshot(self.adapter.weights, self.step.optimizer, self.step.scaler, progress))
-
-    def check(self) -> None:
-        self.writer.check()
-
-    def wait(self) -> None:
-        self.writer.wait()
-
-
-class NullCheckpointer:
-    """Checkpointer of the processes that do not write."""
-
-    def save(self, progress: Progress) -> None: ...
-
-    def check(self) -> None: ...
-
-    def wait(self) -> None: ...
 
 
 def description(job: TrainingJob, epochs: int) -> Description:
@@ -335,7 +312,7 @@ def description(job: TrainingJob, epochs: int) -> Description:
     )
 
 
-def write_results(job: TrainingJob, modules: list[LoraModule], schedule: Schedule, progress: Progress) -> None:
+def write_results(job: TrainingJob, modules: list[LoraModule], schedule: RunSchedule, progress: Progress) -> None:
     """Write the LoRA, and beside it the one with the lowest validation loss; both are read back and verified."""
     epochs = schedule.epochs_complete(progress.next_step)
     if progress.next_step < len(schedule.order):

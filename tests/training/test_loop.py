@@ -5,9 +5,8 @@ import pytest
 from common.errors import SettingsError
 from training.data.buckets import Bucket, OptimizerStep
 from training.engine.step import StepResult
-from training.loop import Schedule, run_steps
+from training.loop import RunSchedule, run_steps
 from training.monitor.callbacks import Callback, Progress
-from training.trainer import NullCheckpointer
 
 
 class Lines(Callback, list):
@@ -19,12 +18,10 @@ class Lines(Callback, list):
 
 def test_a_step_that_fp16_skipped_has_no_loss_and_leaves_the_average_alone(capsys):
     order = [OptimizerStep(number, number, Bucket(64, 64), (0,)) for number in range(4)]
-    schedule = Schedule(order, Progress(), 4, 4, 0, 1e9, 1, 0, lambda number: 1e-4)
+    schedule = RunSchedule(order, Progress(), 4, 4, 0, 1e9, 1, 0, lambda number: 1e-4)
     skipped, taken = StepResult(float("nan"), float("inf"), skipped=True), StepResult(0.5, 1.0)
     steps, lines = iter([skipped, taken, skipped, taken]), Lines()
-    progress = run_steps(
-        schedule, lambda *_: lambda: next(steps), [[]] * 4, lambda step: "", [lines], NullCheckpointer(), lambda: None
-    )
+    progress = run_steps(schedule, lambda *_: lambda: next(steps), [[]] * 4, lambda step: "", [lines], lambda: None)
     assert progress == Progress(next_step=4, loss_average=0.5)
     assert ["loss" in line for line in lines] == [False, True, False, True]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
@@ -33,7 +30,7 @@ def test_a_step_that_fp16_skipped_has_no_loss_and_leaves_the_average_alone(capsy
 
 
 def test_a_loss_that_is_not_finite_ends_the_run():
-    schedule = Schedule([OptimizerStep(0, 0, Bucket(64, 64), (0,))], Progress(), 1, 1, 0, 1e9, 1, 0, lambda number: 1e-4)
+    schedule = RunSchedule([OptimizerStep(0, 0, Bucket(64, 64), (0,))], Progress(), 1, 1, 0, 1e9, 1, 0, lambda number: 1e-4)
     result = StepResult(float("nan"), 1.0, diverged=True)
     with pytest.raises(SettingsError, match="step 0: the loss is nan"):
-        run_steps(schedule, lambda *_: lambda: result, [[]], lambda step: "a.png", [Lines()], NullCheckpointer(), lambda: None)
+        run_steps(schedule, lambda *_: lambda: result, [[]], lambda step: "a.png", [Lines()], lambda: None)

@@ -17,7 +17,7 @@ from training.system.device import Precision
 EngineName = Literal["fast", "plain"]
 
 
-def choose(requested: Literal["auto", "fast", "plain"], lora: LoraSettings) -> tuple[EngineName, str]:
+def choose_engine(requested: Literal["auto", "fast", "plain"], lora: LoraSettings) -> tuple[EngineName, str]:
     """The engine for a request, and the reason for it in a few words.
 
     Raises SettingsError if the fast engine is requested and does not support the rest of the request.
@@ -38,7 +38,7 @@ def warm_up(name: EngineName, device: torch.device, dtype: torch.dtype) -> None:
         warm_up_libraries(device, dtype)
 
 
-def build(
+def build_engine(
     name: EngineName,
     unet: UNet2DConditionModel,
     adapter: Adapter,

@@ -36,6 +36,11 @@ class Progress:
             average = loss if average is None else 0.98 * average + 0.02 * loss
         return replace(self, next_step=step + 1, loss_average=average)
 
+    @property
+    def shown_loss(self) -> str:
+        """The running average as log lines show it."""
+        return "-" if self.loss_average is None else f"{self.loss_average:.4f}"
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Progress":
         """The progress whose `dataclasses.asdict` is `values`."""
@@ -59,3 +64,6 @@ class Callback:
         """Called when `step` has completed `epochs` epochs, in every process. Returns the progress, changed where the callback
         measured something, and what it adds to the log line of the epoch."""
         return progress, ""
+
+    def save_state(self, progress: Progress, *, wait: bool) -> None:
+        """Save what the run is continued from at `progress`. Training may go on while it is written, unless it has to `wait`."""

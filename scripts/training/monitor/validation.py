@@ -21,8 +21,8 @@ _POSITION = 2**62
 
 
 @dataclass(frozen=True)
-class Validator:
-    """Measures the loss of `examples` in micro-batches, of which `evaluate` takes the weighted losses."""
+class Validator(Callback):
+    """Measures the loss of `examples` in micro-batches, of which `evaluate` takes the weighted losses, at the end of epochs."""
 
     examples: Sequence[CachedExample]
     empty_caption: Path
@@ -34,6 +34,22 @@ class Validator:
     rank: int = 0
     """Which of the `world_size` processes that share the work this one is."""
     world_size: int = 1
+    all_reduce_sum: Callable[[float], float] = float
+    """Adds up the parts of all processes."""
+    is_due: Callable[[int, int], bool] = lambda before, after: True
+    """Whether to measure when the second number of epochs is complete and the first was."""
+    trackers: Sequence[Callback] = ()
+    """These record the result."""
+
+    def after_epoch(self, step: OptimizerStep, epochs: int, progress: Progress) -> tuple[Progress, str]:
+        if not self.is_due(step.epoch, epochs):
+            return progress, ""
+        loss = self.all_reduce_sum(self())
+        progress = replace(progress, validations=(*progress.validations, Validation(epochs, loss)))
+        average = smoothed(progress.validations)[-1].loss
+        for tracker in self.trackers:
+            tracker.after_step(step, {"epoch": step.epoch, "validation_loss": loss, "validation_loss_smoothed": average})
+        return progress, f"  validation {loss:.4f} (smoothed {average:.4f})"
 
     def __call__(self) -> float:
         """This process's part of the mean loss over all held-out images and STRATA timesteps of each."""
@@ -66,24 +82,3 @@ class Validator:
         )
         within = (index + 0.5) / len(self.examples)
         return sample | {"timesteps": torch.tensor(int((stratum + within) / STRATA * self.timesteps))}
-
-
-class ValidationCallback(Callback):
-    """Measures the validation loss at the end of epochs, in every process."""
-
-    def __init__(self, measure: Callable[[], float], is_due: Callable[[int, int], bool], trackers: Sequence[Callback]):
-        """`measure` returns the loss over all processes; `is_due` says whether it is due when the second number of epochs is
-        complete and the first was; `trackers` are told the result."""
-        self._measure = measure
-        self._is_due = is_due
-        self._trackers = trackers
-
-    def after_epoch(self, step: OptimizerStep, epochs: int, progress: Progress) -> tuple[Progress, str]:
-        if not self._is_due(step.epoch, epochs):
-            return progress, ""
-        loss = self._measure()
-        progress = replace(progress, validations=(*progress.validations, Validation(epochs, loss)))
-        average = smoothed(progress.validations)[-1].loss
-        for tracker in self._trackers:
-            tracker.after_step(step, {"epoch": step.epoch, "validation_loss": loss, "validation_loss_smoothed": average})
-        return progress, f"  validation {loss:.4f} (smoothed {average:.4f})"

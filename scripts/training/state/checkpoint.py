@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 
 from common.errors import ModelError
 from common.files import write_json
+from training.data.buckets import OptimizerStep
 from training.method.optimizers import Optimizer
 from training.models.weights import digest, read_header, write_tensors
-from training.monitor.callbacks import Progress
+from training.monitor.callbacks import Callback, Progress
 from training.system.process_group import ProcessGroup
 
 WEIGHTS = "weights"
@@ -96,27 +97,31 @@ def write(folder: Path, state: Snapshot, identity: Identity, keep: int) -> None:
     _remove_others(folder, [path.stem for path in until[:keep]] + [f"step-{identity.shared_prefix_steps:09d}"])
 
 
-class CheckpointWriter:
-    """Writes snapshots in a thread, one after the other. What the disk refuses is raised at the next call."""
+class CheckpointWriter(Callback):
+    """Writes checkpoints in a thread, one after the other. What the disk refuses is raised after the next step.
 
-    def __init__(self, folder: Path, identity: Identity, keep: int):
+    `capture` takes the snapshot of the training at a progress.
+    """
+
+    def __init__(self, folder: Path, identity: Identity, keep: int, capture: Callable[[Progress], Snapshot]):
         self._arguments = (identity, keep)
         self._folder = folder
+        self._capture = capture
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
 
-    def begin(self, state: Snapshot) -> None:
-        """Write `state`; returns at once, unless the previous one is still being written."""
+    def save_state(self, progress: Progress, *, wait: bool) -> None:
         self.wait()
-        self._writing = self._pool.submit(write, self._folder, state, *self._arguments)
+        self._writing = self._pool.submit(write, self._folder, self._capture(progress), *self._arguments)
+        if wait:
+            self.wait()
 
-    def check(self) -> None:
-        """Raise the error of the last save, if it is over and failed."""
+    def after_step(self, step: OptimizerStep, values: dict[str, float]) -> None:
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the last save is on disk."""
+        """Wait until the last checkpoint is on disk; raises the error of writing it."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()

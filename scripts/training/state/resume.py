@@ -8,8 +8,7 @@ from typing import Any
 from common.errors import SettingsError, bullet_list
 from training.config import RunSettings
 from training.plan import GLOBAL_BATCH, WARMUP_STEPS, WORLD_SIZE, changes
-from training.state import checkpoint
-from training.state.checkpoint import Checkpoint, Identity
+from training.state.checkpoint import Checkpoint, Identity, newest
 
 EPOCHS, EARLY_STOP = "num_train_epochs", "early_stop_patience"
 
@@ -31,7 +30,7 @@ def find_resume_point(folder: Path, saved: Checkpoint, now: Identity) -> Checkpo
     allowed = {EPOCHS, EARLY_STOP} if now.fingerprint["lr_scheduler"] == "constant" else {EARLY_STOP}
     point = saved
     if EPOCHS in found:  # the steps of the two runs differ from where the shorter one ends
-        point = checkpoint.newest(folder, at_most=min(before.shared_prefix_steps, now.shared_prefix_steps))
+        point = newest(folder, at_most=min(before.shared_prefix_steps, now.shared_prefix_steps))
     if not found.keys() <= allowed or point is None:
         title = f"{folder} holds a run, stopped at step {saved.progress.next_step}, with other settings or data:"
         remedy = "restore them to continue that run, or set FRESH=1 to archive it and start again"

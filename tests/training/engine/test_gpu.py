@@ -13,9 +13,9 @@ from peft.helpers import disable_input_dtype_casting
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from demo import tiny_sdxl
-from training import engine
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
+from training.engine import build_engine
 from training.engine.fast import torch_ops
 from training.engine.step import TrainStep
 from training.method import diffusion
@@ -71,7 +71,7 @@ def stepper(base: Path, name: str = "fast", **options: bool) -> tuple[TrainStep,
     """The training step of a fresh adapter in bf16, by the engine `name`."""
     unet, lora = fresh(base, torch.bfloat16)
     optimizer, precision = AdamW(lora.weights, OptimizerSettings()), Precision(torch.device("cuda"), torch.bfloat16)
-    return engine.build(name, unet, lora, optimizer, loss_config(), precision, 1.0, **options), lora
+    return build_engine(name, unet, lora, optimizer, loss_config(), precision, 1.0, **options), lora
 
 
 @functools.cache
@@ -252,7 +252,7 @@ def test_dora_trains_in_a_graph(base):
     unet = load_unet(find_base(str(base), base.parent), torch.device("cuda"), torch.bfloat16)
     lora = inject(unet, LoraSettings(lora_rank=8, lora_alpha=8.0, lora_type="dora"), seed=3)
     optimizer, precision = AdamW(lora.weights, OptimizerSettings()), Precision(torch.device("cuda"), torch.bfloat16)
-    step = engine.build("plain", unet, lora, optimizer, loss_config(), precision, 1.0)
+    step = build_engine("plain", unet, lora, optimizer, loss_config(), precision, 1.0)
     before = [module.magnitude.clone() for module in lora.modules]
     losses = [step([batch_of(0)], RATE).loss for _ in range(STEPS)]
     assert losses[-1] < losses[0]
@@ -266,7 +266,7 @@ def test_eight_bit_moments_train_and_continue_exactly(base):
     for interrupted in (False, True):
         unet, lora = fresh(base, torch.bfloat16)
         optimizer, precision = AdamW8bit(lora.weights, OptimizerSettings()), Precision(torch.device("cuda"), torch.bfloat16)
-        step = engine.build("fast", unet, lora, optimizer, loss_config(), precision, 1.0)
+        step = build_engine("fast", unet, lora, optimizer, loss_config(), precision, 1.0)
         losses = [step([batch_of(number % 10)], RATE).loss for number in range(5)]
         if interrupted:
             weights, state = lora.weights.detach().cpu(), {name: value.cpu() for name, value in optimizer.state_dict().items()}
@@ -274,7 +274,7 @@ def test_eight_bit_moments_train_and_continue_exactly(base):
             lora.weights.data.copy_(weights)
             optimizer = AdamW8bit(lora.weights, OptimizerSettings())
             optimizer.load_state_dict(state)
-            step = engine.build("fast", unet, lora, optimizer, loss_config(), precision, 1.0)
+            step = build_engine("fast", unet, lora, optimizer, loss_config(), precision, 1.0)
         losses += [step([batch_of(number % 10)], RATE).loss for number in range(5, 10)]
         states.append((losses, lora.weights.detach().clone()))
     assert states[0][0] == states[1][0]

@@ -9,12 +9,14 @@ import torch
 
 from common.errors import DISK_ERRNOS
 from training.config import OptimizerSettings
+from training.data.buckets import Bucket, OptimizerStep
 from training.method.optimizers import AdamW
 from training.monitor.callbacks import Progress
 from training.state import checkpoint
 from training.state.checkpoint import CheckpointWriter, Identity
 from training.system.process_group import ProcessGroup
 
+STEP = OptimizerStep(0, 0, Bucket(64, 64), (0,))
 IDENTITY = Identity(fingerprint={"rank": 2}, runtime={"workers": 4}, shared_prefix_steps=7)
 
 
@@ -70,8 +72,8 @@ def test_state_is_restored_to_the_last_bit(two_states):
 def test_training_that_goes_on_does_not_change_what_is_being_written(tmp_path, training):
     training.step()
     numbers = training.numbers()
-    with CheckpointWriter(tmp_path, IDENTITY, keep=2) as writer:
-        writer.begin(training.snapshot())
+    with CheckpointWriter(tmp_path, IDENTITY, 2, lambda _: training.snapshot()) as writer:
+        writer.save_state(Progress(), wait=False)
         training.step()
     assert Training(seed=1).restored(checkpoint.newest(tmp_path)).numbers() == numbers
 
@@ -103,7 +105,7 @@ def test_damaged_state_is_named_and_the_one_before_it_counts(two_states, capsys,
     DAMAGES[damage](record, record.with_suffix(".safetensors"))
     saved = checkpoint.newest(folder)
     assert saved.progress.next_step == 1
-    assert capsys.readouterr().out == f"the saved state {record} is damaged and passed over\n"
+    assert capsys.readouterr().out == f"skipping corrupt checkpoint {record}\n"
     resumed = Training(seed=1).restored(saved)
     assert resumed.numbers() == numbers[1]
     resumed.taken = 1
@@ -126,7 +128,7 @@ def test_half_a_save_is_no_state_and_goes_with_the_next_one(two_states, training
     assert sorted(path.name for path in folder.iterdir()) == ["step-000000004.json", "step-000000004.safetensors"]
 
 
-def test_half_of_a_first_save_is_not_laid_aside(tmp_path, training, capsys):
+def test_an_incomplete_first_checkpoint_is_not_archived(tmp_path, training, capsys):
     folder = tmp_path / "state"
     folder.mkdir()
     (folder / ".tmpabc").write_bytes(b"half")
@@ -136,7 +138,7 @@ def test_half_of_a_first_save_is_not_laid_aside(tmp_path, training, capsys):
     checkpoint.write(folder, training.snapshot(), IDENTITY, keep=2)
     checkpoint.archive_state(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["state-old-1"]
-    assert "laid aside in" in capsys.readouterr().out
+    assert "moved to" in capsys.readouterr().out
 
 
 def test_newest_goes_by_number_and_not_by_time(two_states):
@@ -179,11 +181,11 @@ def small_disk(tmp_path, mount_tmpfs):
 def test_full_disk_keeps_the_last_valid_state(small_disk, training):
     training.step()
     numbers = training.numbers()
-    with CheckpointWriter(small_disk, IDENTITY, keep=2) as writer:
-        writer.begin(training.snapshot())
+    with CheckpointWriter(small_disk, IDENTITY, 2, lambda _: training.snapshot()) as writer:
+        writer.save_state(Progress(), wait=False)
         writer.wait()
         training.step()
-        writer.begin(training.snapshot())
+        writer.save_state(Progress(), wait=False)
         with pytest.raises(OSError, match="No space left") as full:
             writer.wait()
     assert full.value.errno in DISK_ERRNOS
@@ -191,16 +193,16 @@ def test_full_disk_keeps_the_last_valid_state(small_disk, training):
     assert sorted(path.name for path in small_disk.iterdir()) == ["step-000000001.json", "step-000000001.safetensors"]
 
 
-def test_writer_says_what_the_disk_refused_as_soon_as_it_is_asked(tmp_path, training):
+def test_writer_raises_what_the_disk_refused_after_the_next_step(tmp_path, training):
     (tmp_path / "file").touch()
-    with CheckpointWriter(tmp_path / "file" / "state", IDENTITY, keep=2) as writer:
-        writer.begin(training.snapshot())
-        (thread,) = [thread for thread in threading.enumerate() if thread.name.startswith("state")]
+    with CheckpointWriter(tmp_path / "file" / "state", IDENTITY, 2, lambda _: training.snapshot()) as writer:
+        writer.save_state(Progress(), wait=False)
+        (thread,) = [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
         while thread.is_alive() and not writer._writing.done():
             thread.join(0.01)
         with pytest.raises(NotADirectoryError):
-            writer.check()
-        writer.check()
+            writer.after_step(STEP, {})
+        writer.after_step(STEP, {})
 
 
 def test_record_is_readable_json(two_states):
