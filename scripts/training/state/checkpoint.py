@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from common.errors import ModelError
 from common.files import write_json
 from training.method.optimizers import Optimizer
-from training.models.weights import digest, read_header, write_tensors
+from training.models.tensor_files import write_tensors
+from training.models.weights import digest, read_header
 from training.monitor.callbacks import Progress
 from training.system.process_group import ProcessGroup
 
