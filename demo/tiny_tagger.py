@@ -18,7 +18,7 @@ OPSET, IR_VERSION = 17, 8
 
 RATINGS = ("general", "sensitive", "questionable", "explicit")
 CHARACTERS = ("hatsune_miku", "hakurei_reimu", "artoria_pendragon_(fate)", "souryuu_asuka_langley", "link")
-# General tags by the feature that speaks for them, "-" in front where its absence does.
+# General tags by the feature that makes them likely, with "-" in front where its absence does.
 GENERAL_TAGS = {
     "bright": "day white_background simple_background looking_at_viewer smile light_smile",
     "-bright": "night dark black_background shadow closed_mouth serious",
@@ -36,7 +36,7 @@ FEATURES = ("bright", "warm", "green", "contrast", "edges")
 
 @dataclass(frozen=True)
 class Shape:
-    """What WD14 exports differ in, and two ways of being none."""
+    """What WD14 exports differ in, and two ways of not being one."""
 
     batch: int | str = "batch_size"
     """A number fixes the batch, as some v2 exports do."""
@@ -45,7 +45,7 @@ class Shape:
     extra_outputs: int = 0
     """Values per image beyond the rows of the tags file."""
     logits: bool = False
-    """True leaves out the sigmoid: the values are no probabilities."""
+    """True leaves out the sigmoid: the values are not probabilities."""
 
 
 def build(folder: Path, seed: int = 0, shape: Shape | None = None) -> Path:
@@ -65,7 +65,7 @@ def build(folder: Path, seed: int = 0, shape: Shape | None = None) -> Path:
 
 
 def tags_and_leanings() -> tuple[list[Tag], np.ndarray]:
-    """All tags in file order, and [features, tags]: +1 or -1 where a feature speaks for or against a tag, else 0."""
+    """All tags in file order, and [features, tags]: +1 or -1 where a feature makes a tag likely or unlikely, else 0."""
     tags = [Tag(name, RATING) for name in RATINGS]
     leanings = [np.zeros(len(FEATURES)) for _ in tags]
     for feature, names in GENERAL_TAGS.items():

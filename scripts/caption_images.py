@@ -1,61 +1,97 @@
-"""Caption every image of DATASET_DIR/images: a WD14 tagger's tags, the trigger word first.
+"""Caption every image of DATASET_DIR/images with the tags of a WD14 tagger, the trigger word first.
 
-An image without a caption is tagged. A caption that this stage made follows the settings: it is made anew when they
-change, from stored probabilities if only the choice of tags has changed. A caption of yours keeps its text and only gains
-a missing trigger word (an empty one becomes the trigger word alone). CAPTION_OVERWRITE=1 replaces yours, too; --undo puts
-back what the last run changed.
+An image without a caption is tagged. A caption that this stage generated follows the settings: when they change, it is
+written again, from cached probabilities if only the selection of tags changed. A caption that you wrote keeps its text and
+only gains the trigger word if it lacks it (an empty one becomes the trigger word alone). CAPTION_OVERWRITE=1 replaces your
+captions, too; --undo restores what the last run changed.
 """
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C while libraries are imported ends it without a traceback
+if __name__ == "__main__":  # Ctrl-C while libraries are imported ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from captioning import image_audit as audit
 from captioning import report
 from captioning.config import CaptionSettings
-from captioning.cpu_affinity import preparing_workers
-from captioning.image_audit import KnownImage, look_at_all
-from captioning.journal import STAGE, CaptionFiles, Tally, UnusableCaptionError
-from captioning.preflight import check, images_in
-from captioning.tag_cache import tagged
-from captioning.tag_selection import TagChoice, known_point
-from captioning.traits import pruning_of
+from captioning.cpu_affinity import decode_workers
+from captioning.image_audit import IndexedImage, audit_images, index_images, write_audit
+from captioning.journal import CaptionFiles, UnusableCaptionError
+from captioning.preflight import check, require_images
+from captioning.report import STAGE, CaptionCounts
+from captioning.tag_cache import tag_images
+from captioning.tag_selection import TagSelector, published_threshold
+from captioning.traits import prune_common_traits
 from common.clip_tokens import find_clip_tokens
-from common.dataset_layout import DatasetFolder, ImageFile, caption_owners, caption_path
+from common.dataset_layout import DatasetFolder, ImageFile, caption_owners
 from common.errors import DataError, SettingsError, run_main, stop_on_signals
 from common.files import locked, write_json
 from common.project import ProjectSettings, SharedTrainSettings
 from common.settings import read_request
 
 SECTIONS = {"project": ProjectSettings, "caption": CaptionSettings, "train": SharedTrainSettings}
-FLAGS = {"undo": "put back the captions that the last run changed, and exit; once more for the run before it"}
+FLAGS = {"undo": "restore the captions that the last run changed, and exit; repeat it for earlier runs"}
 
 
 def main(argv: list[str]) -> None:
     stop_on_signals()
     request = read_request(STAGE, __doc__, argv, SECTIONS, FLAGS, validate)
-    project, settings, train = request.sections["project"], without_auto(request.sections["caption"]), request.sections["train"]
+    project, train = request.sections["project"], request.sections["train"]
+    settings = resolve(request.sections["caption"])
     folder = DatasetFolder(project.dataset_dir)
     if request.check:
         check(folder, settings, project.models_dir, inputs_pending=request.inputs_pending)
         return
-    alone = locked(folder.images, f"another run is captioning {folder.images}: wait for it to end")
-    with alone if folder.images.is_dir() else nullcontext():
+    lock = locked(folder.images, f"another run is captioning {folder.images}: wait for it to end")
+    with lock if folder.images.is_dir() else nullcontext():
         captions = CaptionFiles(folder, project.trigger_word)
-        if "undo" in request.asked:
+        if "undo" in request.flags:
             undo(captions)
             return
-        images = images_in(folder)
-        print(f"{len(images)} images in {folder.images}; set by you: {request.overridden()}", flush=True)
+        images = require_images(folder)
+        print(f"{len(images)} images in {folder.images}; overridden settings: {request.overridden()}", flush=True)
         caption(images, captions, folder, project, settings, train)
+
+
+def validate(sections: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the settings, once each of them is valid."""
+    try:
+        if sections["caption"].caption_threshold == "auto":
+            published_threshold(sections["caption"].caption_model)
+    except SettingsError as unknown:
+        yield str(unknown)
+
+
+def resolve(settings: CaptionSettings) -> CaptionSettings:
+    """The settings with a number in place of the threshold "auto", and without bfloat16 on CPUs that do not have it."""
+    if settings.caption_threshold == "auto":
+        threshold = published_threshold(settings.caption_model)
+        print(f"caption_threshold: {threshold} (auto: published for {settings.caption_model})")
+        settings = replace(settings, caption_threshold=threshold)
+    if settings.caption_bf16 and platform.machine().lower() not in ("aarch64", "arm64"):
+        print("caption_bf16: off (not an ARM CPU)")
+        settings = replace(settings, caption_bf16=False)
+    return settings
+
+
+def undo(captions: CaptionFiles) -> None:
+    try:
+        result = captions.undo()
+    except UnusableCaptionError as error:
+        raise DataError(f"a caption {error}, then undo again") from None
+    if not result.run:
+        print("nothing to undo: no run changed a caption, or all of them are undone")
+        return
+    print(f"run {result.run} is undone: {result.restored} captions restored; {result.earlier} earlier runs can be undone")
+    if result.edited:
+        print(f"not restored, because edited after that run: {', '.join(result.edited)}")
 
 
 def caption(
@@ -66,120 +102,86 @@ def caption(
     settings: CaptionSettings,
     train: SharedTrainSettings,
 ) -> None:
-    """Look at every image, see to its caption, and say what came of it."""
-    tally = Tally()
-    known = look_at_all(folder, images, preparing_workers())
-    report_flaws(folder, images, known, train.data.resolution)
-    to_make, to_keep = sorted_out(images, captions, settings.caption_overwrite, tally)
-    keep(to_keep, captions, tally)
-    make(to_make, known, settings, project, captions, tally)
+    """Check every image, caption it or keep its caption, and print what the captions of the data set contain."""
+    counts = CaptionCounts()
+    indexed = index_images(folder, images, decode_workers())
+    audit = audit_images(folder, images, indexed, train.data.resolution)
+    write_audit(audit, folder)
+    print(report.audit_table(audit, folder.audit), flush=True)
+    to_generate, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)
+    for image in to_keep:
+        counts.trigger_added += apply_change(counts, captions.ensure_trigger, image.caption_path)
+    generate_captions(to_generate, indexed, settings, project.models_dir, folder, captions, counts)
     tokens = find_clip_tokens(project.models_dir, train.model.base_model)
-    print(report.table(report.texts(images, folder), project.trigger_word, train.data.caption_chunks, tokens), flush=True)
-    tally.report(project.trigger_word)
+    texts = report.read_captions(images, folder)
+    print(report.caption_table(texts, project.trigger_word, train.data.caption_chunks, tokens), flush=True)
+    counts.report(project.trigger_word)
 
 
-def validate(sections: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the settings, once each of them is right."""
-    try:
-        if sections["caption"].caption_threshold == "auto":
-            known_point(sections["caption"].caption_model)
-    except SettingsError as unknown:
-        yield str(unknown)
-
-
-def without_auto(settings: CaptionSettings) -> CaptionSettings:
-    """The settings with the threshold "auto" as the number that it stands for."""
-    if settings.caption_threshold != "auto":
-        return settings
-    threshold = known_point(settings.caption_model)
-    print(f"caption_threshold auto is {threshold} for {settings.caption_model}")
-    return replace(settings, caption_threshold=threshold)
-
-
-def undo(captions: CaptionFiles) -> None:
-    try:
-        undone = captions.undo()
-    except UnusableCaptionError as error:
-        raise DataError(f"a caption {error}, then undo again") from None
-    if not undone.run:
-        print("nothing to undo: no run has changed a caption, or all of them are undone")
-        return
-    print(f"{undone.put_back} captions are what they were before run {undone.run}; {undone.earlier} earlier runs can be undone")
-    if undone.edited:
-        print(f"edited since and left alone: {', '.join(undone.edited)}")
-
-
-def report_flaws(folder: DatasetFolder, images: list[ImageFile], known: dict[Path, KnownImage], resolution: int) -> None:
-    """What is wrong with the images, before anything long begins."""
-    found = audit.audit_of(folder, images, known, resolution)
-    audit.write(found, folder)
-    print(audit.table(found), flush=True)
-
-
-def sorted_out(
-    images: list[ImageFile], captions: CaptionFiles, overwrite: bool, tally: Tally
+def classify_captions(
+    images: list[ImageFile], captions: CaptionFiles, overwrite: bool, counts: CaptionCounts
 ) -> tuple[list[ImageFile], list[ImageFile]]:
-    """The images whose captions this stage makes, and those whose caption is the user's and kept.
+    """The images whose captions are generated, and those whose captions are the user's and kept.
 
     Images with the same stem would share one caption: it belongs to the first of them, the others fail.
     """
     owners = caption_owners(images)
-    to_make, to_keep = [], []
+    to_generate, to_keep = [], []
     for image in images:
         caption = image.caption_path
         if (owner := owners[caption]) is not image:
-            tally.fail(image.path, f"would share {caption.name} with {owner.path.name}; rename one of the two images")
+            counts.fail(image.path, f"would share {caption.name} with {owner.path.name}; rename one of the two images")
         elif caption.is_symlink() and not caption.exists():
-            tally.fail(caption, "is a link to nothing; restore its target or remove it")
+            counts.fail(caption, "is a link to a file that does not exist; restore that file or remove the link")
         elif caption.exists() and not caption.is_file():
-            tally.fail(caption, "is not a file; rename it")
+            counts.fail(caption, "is not a file; rename it")
+        elif overwrite or not caption.exists() or captions.is_generated(caption):
+            to_generate.append(image)
         else:
-            (to_make if overwrite or not caption.exists() or captions.is_ours(caption) else to_keep).append(image)
-    return to_make, to_keep
+            to_keep.append(image)
+    return to_generate, to_keep
 
 
-def keep(images: list[ImageFile], captions: CaptionFiles, tally: Tally) -> None:
-    """Captions of the user's gain a missing trigger and are else left as they are."""
-    for image in images:
-        try:
-            changed = captions.keep(image.caption_path)
-        except UnusableCaptionError as error:
-            tally.fail(image.caption_path, error)
-            continue
-        tally.given += changed
-        tally.kept += not changed
-
-
-def make(
+def generate_captions(
     images: list[ImageFile],
-    known: dict[Path, KnownImage],
+    indexed: dict[Path, IndexedImage],
     settings: CaptionSettings,
-    project: ProjectSettings,
+    models_dir: Path,
+    folder: DatasetFolder,
     captions: CaptionFiles,
-    tally: Tally,
+    counts: CaptionCounts,
 ) -> None:
-    """Captions of tags: probabilities first, for what is left out of one caption depends on all of them."""
-    whole = {image.path: known[image.path] for image in images if known[image.path].look}
+    """Write captions of tags: all images are tagged first, because the traits to prune depend on all of them."""
+    readable = {}
     for image in images:
-        if image.path not in whole:
-            tally.fail(image.path, f"{known[image.path].broken}; replace or remove it")
-    if not whole:
+        if indexed[image.path].stats:
+            readable[image.path] = indexed[image.path]
+        else:
+            counts.fail(image.path, f"{indexed[image.path].broken}; replace or remove it")
+    if not readable:
         return
-    folder = DatasetFolder(project.dataset_dir)
-    store, probabilities = tagged(whole, settings, project.models_dir, folder.records, tally)
-    choice = TagChoice(store.tags, settings)
-    chosen = [choice.chosen(of_image) for of_image in probabilities.values()]
-    pruning = pruning_of(store.tags, chosen, settings.caption_prune_traits)
-    write_json(folder.records / "traits.json", report.traits(choice, pruning))
-    print(report.choice(choice, pruning), end="", flush=True)
-    for path, of_image in probabilities.items():
-        try:
-            changed = captions.write(caption_path(path), choice.words(of_image, pruning.pruned))
-        except UnusableCaptionError as error:
-            tally.fail(caption_path(path), error)
+    tags, probabilities = tag_images(readable, settings, models_dir, folder.tag_cache, counts)
+    selector = TagSelector(tags, settings)
+    selected = [selector.select(of_image) for of_image in probabilities.values()]
+    pruning = prune_common_traits(tags, selected, settings.caption_prune_traits)
+    write_json(folder.traits, report.traits_record(selector, pruning))
+    print(report.selection_notes(selector, pruning), end="", flush=True)
+    for image in images:
+        if image.path not in probabilities:
             continue
-        tally.captioned += changed
-        tally.kept += not changed
+        texts = selector.caption_tags(probabilities[image.path], pruning.pruned)
+        counts.captioned += apply_change(counts, captions.write, image.caption_path, texts)
+
+
+def apply_change(counts: CaptionCounts, change: Callable[..., bool], caption: Path, *arguments: Any) -> bool:
+    """Call `change` on `caption` and return whether the file changed; unchanged captions and failures are counted."""
+    try:
+        is_changed = change(caption, *arguments)
+    except UnusableCaptionError as error:
+        counts.fail(caption, error)
+        return False
+    counts.unchanged += not is_changed
+    return is_changed
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def main() -> None:
     plan = load_plan(settings, folder)
     folder.images.mkdir(parents=True, exist_ok=True)
     with locked(folder.root, f"another run is collecting into {folder.root}: wait until it has finished"):
-        journal, store = Journal(folder.records), ImageStore(folder)
+        journal, store = Journal(folder.collect_log), ImageStore(folder)
         jobs = plan.current_jobs(journal.done)
         todo = [job for job in jobs if job.key not in journal.done]
         print(describe_plan(plan, len(jobs), len(todo), store.count_missing()))

@@ -1,37 +1,48 @@
 #!/usr/bin/env bash
-# The stages in their order: collect images, caption them, train the LoRA. `run.sh --help` says how to call it.
+# Run the stages in order: collect images, caption them, train the LoRA. See `run.sh --help`.
 set -euo pipefail
 
-usage="Usage: run.sh [--check] [--collect] [--caption] [--train]
+usage="Usage: run.sh [OPTION]...
 
-  no flag     collect images from ComfyUI, caption them, train the LoRA
+Collect images from ComfyUI, caption them, and train a LoRA for SDXL.
+
+Options:
   --collect, --caption, --train
-              only the stages that are named, always in this order
-  --check     only verify what the stages need; each reports, whatever the others find
-  --help      this text
+              run only these stages (default: all three)
+  --check     check the requirements of each stage and exit
+  --version   print the version and exit
+  --help      print this text and exit
 
-Settings are environment variables and config/training_config.toml. If some items of a stage fail (exit code 1), the
-next stage goes on with what there is and 1 is returned at the end; STRICT=1 stops there. Any other failure ends the
-run with the exit code of its stage. Wrong usage or settings end it with 2 before anything long begins, SIGINT ends it
-with 130 and SIGTERM with 143. With --check the first code that is not 0 is returned."
+The stages always run in the order above. Settings are read from config/training_config.toml and environment variables.
+
+Exit codes:
+  0           all stages are done
+  1           some items of a stage failed; later stages run with what there is (STRICT=1: the run stops there)
+  2           wrong usage or settings; all settings are checked before the first stage starts
+  130, 143    stopped by SIGINT (Ctrl-C) or SIGTERM
+  other       exit code of the stage that failed; later stages do not run
+
+With --check, every stage is checked and the first exit code other than 0 is returned."
 
 refuse() {
     printf 'run.sh: %s\n\n%s\n' "$1" "$usage" >&2
     exit 2
 }
 
-check="" wanted=""
+scripts=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+check="" requested=""
 for flag in "$@"; do
     case $flag in
-        --collect | --caption | --train) wanted+=" $flag " ;;
+        --collect | --caption | --train) requested+=" $flag " ;;
         --check) check=--check ;;
         --help) printf '%s\n' "$usage" && exit 0 ;;
+        --version) sed -n 's/^VERSION = "\(.*\)"$/LoRACat \1/p' "$scripts/common/settings.py" && exit 0 ;;
         *) refuse "unknown argument: $flag" ;;
     esac
 done
 stages=()
 for script in collect_images caption_images train_lora; do
-    [[ $wanted && $wanted != *" --${script%_*} "* ]] || stages+=("$script")
+    [[ $requested && $requested != *" --${script%_*} "* ]] || stages+=("$script")
 done
 strict=${STRICT:-0}
 case ${strict,,} in
@@ -40,26 +51,36 @@ case ${strict,,} in
     *) refuse "STRICT: '$strict' must be true or false" ;;
 esac
 
-scripts=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 python=${PYTHON:-$scripts/../.venv/bin/python}
 [[ ${PYTHON:-} || -x $python ]] || python=python3
-packages=(PIL accelerate diffusers huggingface_hub numpy onnxruntime peft requests safetensors tensorboard tokenizers
-    tomli_w torch tqdm transformers wandb websocket)
-"$python" -c 'import sys, importlib.util as u; sys.exit(any(not u.find_spec(p) for p in sys.argv[1:]))' "${packages[@]}" >/dev/null 2>&1 || {
-    echo "run.sh: '$python' is no Python that has torch and what requirements.txt names; \`make demo\` makes one in .venv, or set PYTHON" >&2
+declare -A packages=( # the modules that a stage imports
+    [collect_images]="PIL requests tomli_w tqdm websocket"
+    [caption_images]="PIL huggingface_hub numpy onnxruntime tokenizers tomli_w tqdm"
+    [train_lora]="PIL accelerate diffusers huggingface_hub numpy peft safetensors tensorboard tokenizers tomli_w torch tqdm
+        transformers wandb"
+)
+find_missing='import sys, importlib.util as u; print("OK", *(name for name in sys.argv[1:] if not u.find_spec(name)))'
+for stage in "${stages[@]}"; do
+    # shellcheck disable=SC2086 # one argument for each name
+    missing=$("$python" -c "$find_missing" ${packages[$stage]} 2>/dev/null) || missing=""
+    missing=${missing##*$'\n'}
+    [[ $missing != OK ]] || continue
+    problem="'$python' lacks modules that $stage.py needs:${missing#OK}"
+    [[ $missing ]] || problem="'$python' cannot be run as Python"
+    echo "run.sh: $problem; install torch and requirements.txt (\`make demo\` does so in .venv), or set PYTHON to another Python" >&2
     exit 2
-}
-export PYTHONUNBUFFERED=1 # one log, in the order in which things happen
+done
+export PYTHONUNBUFFERED=1 # so that the lines of both streams keep their order
 
-# A stage has a process group of its own. Ctrl-C in a terminal then reaches this script alone, which passes it on once:
-# a second signal would end the stage at once, without saving. Ctrl-Z has to be passed on for the same reason.
+# Each stage has its own process group, so Ctrl-C in a terminal reaches only this script, which forwards it once: a second
+# signal would end the stage without saving. For the same reason Ctrl-Z has to be forwarded.
 running="" undelivered="" stopped_by="" signals=0 instead=""
 deliver() {
     [[ $running && $undelivered ]] || return 0
     kill -s "${instead:-$undelivered}" "$running" 2>/dev/null || true
     undelivered=""
 }
-# shellcheck disable=SC2317,SC2329 # the traps call it
+# shellcheck disable=SC2317,SC2329 # called by the traps
 stop() {
     stopped_by=$1 undelivered=$1 signals=$((signals + 1))
     deliver
@@ -73,17 +94,17 @@ pause() {
 trap 'stop INT' INT
 trap 'stop TERM' TERM HUP
 trap pause TSTP
-trap '' TTIN TTOU # a stage is in the terminal's background: writing to it must not suspend the stage
+trap '' TTIN TTOU # a stage runs in the terminal's background; writing to the terminal must not suspend it
 
-# run_stage SCRIPT FLAGS...: run it to its end and leave its exit code in `code`.
+# run_stage SCRIPT FLAGS...: run the script and store its exit code in `code`.
 run_stage() {
-    set -m # the process group
+    set -m # starts a process group
     "$python" "$scripts/$1.py" "${@:2}" </dev/null &
     running=$!
     set +m
     deliver
     local before=-1
-    while ((before != signals)); do # a signal ends `wait`, not the stage
+    while ((before != signals)); do # a signal interrupts `wait`, but not the stage
         before=$signals code=0
         wait "$running" || code=$?
     done
@@ -91,8 +112,8 @@ run_stage() {
     if [[ $stopped_by ]] && ((code <= 1 || code == 143)); then code=$((128 + $(kill -l "$stopped_by"))); fi
 }
 
-# run_all FLAG [LATER]: run every wanted stage with FLAG (all but the first with LATER) and exit with the first code that is
-# not 0, if there is one.
+# run_all FLAG [LATER]: run every requested stage with FLAG, or with LATER from the second on. Exit with the first code other
+# than 0, if there is one.
 run_all() {
     local first=0 flag=$1
     for stage in "${stages[@]}"; do
@@ -105,19 +126,19 @@ run_all() {
 }
 
 if [[ $check ]]; then
-    run_all --check --check=ahead # what a stage brings need not be there before it
+    run_all --check --check=ahead # what an earlier stage produces may be missing
     exit 0
 fi
-instead=TERM                  # to SIGINT Python answers with a traceback while it imports, and here is nothing to save
-run_all --settings >/dev/null # a wrong setting of a later stage must not come up hours later
+instead=TERM                  # on SIGINT Python prints a traceback while it imports; there is nothing to save here
+run_all --settings >/dev/null # report a wrong setting of a later stage now and not after hours
 instead=""
 
 result=0
 for stage in "${stages[@]}"; do
-    echo "$stage begins."
+    echo "$stage: started"
     SECONDS=0
     run_stage "$stage"
-    echo "$stage ended with exit code $code after $SECONDS s."
+    echo "$stage: exit code $code after $SECONDS s"
     if ((code > 1)) || [[ $code == 1 && $strict ]]; then exit "$code"; fi
     ((code == 0)) || result=1
 done

@@ -1,4 +1,4 @@
-"""What all tests share: the order in which files are begun, how many at a time, and the tiny SDXL, built once."""
+"""Shared by all tests: the order of the files, the number of workers, and the tiny SDXL, which is built once."""
 
 import gc
 import os
@@ -8,7 +8,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported; no test may reach the real hub
 
-# Networks this small gain nothing from threads, which wait for each other many times longer on a busy machine.
+# Such small networks gain nothing from threads, which spend their time waiting for each other on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LONGEST_FIRST = (
@@ -22,40 +22,40 @@ LONGEST_FIRST = (
     "test_caption_images.py",
     "test_collect_images.py",
 )
-"""Files that take long; begun last, one of them would keep a single core busy while the others have nothing to do."""
+"""Files that take long: started last, one of them would keep a single core busy while the others are idle."""
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Of `-n auto`: one more than there are cores, because many tests wait for a server, a process or the clock."""
+    """`-n auto`: one more than there are cores, because many tests wait for a server, a process or the clock."""
     return len(os.sched_getaffinity(0)) + 1
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What is there by now stays to the end: the collector of garbage need not look at it again and again, nor so often."""
+    """Exclude what is imported by now from garbage collection, and collect less often."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
+    def position(item: pytest.Item) -> int:
         name = item.path.name
         return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
 
-    items.sort(key=place)
+    items.sort(key=position)
 
 
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory) -> Path:
     """A tiny SDXL as a diffusers folder. Read only: copy it before changing anything."""
-    from demo.tiny_sdxl import build  # diffusers takes seconds to import, which most tests need not wait for
+    from demo.tiny_sdxl import build  # imports diffusers, which takes seconds and most tests do not need
 
     return build(tmp_path_factory.mktemp("models") / "tiny-sdxl")
 
 
 @pytest.fixture(scope="session")
 def tiny_single_file(tiny_sdxl, tmp_path_factory) -> Path:
-    """The same weights as one `.safetensors`, next to no tokenizer."""
+    """The same weights as one `.safetensors`, without a tokenizer beside it."""
     from demo.tiny_sdxl import write_single_file
 
     return write_single_file(tiny_sdxl, tmp_path_factory.mktemp("single") / "tiny-sdxl.safetensors")

@@ -15,7 +15,7 @@ from collecting.config import CollectSettings
 from collecting.workflow import CONFIG_KEYS
 from common import errors
 from common.project import ProjectSettings
-from common.settings import REPOSITORY, SETTINGS_FILE, all_keys
+from common.settings import REPOSITORY, SETTINGS_FILE, VERSION, all_keys
 from training.config import TrainSettings
 
 PAGES = {
@@ -143,6 +143,23 @@ def test_paths_in_the_pages_exist_or_are_created_by_a_run():
     assert [name for name in named if not (REPOSITORY / name).exists() and not is_ignored(f"{name}/")] == []
 
 
+def test_flags_in_the_pages_are_those_of_run_sh():
+    usage = re.search(r'^usage="(.*?)"$', RUN_SH, re.MULTILINE | re.DOTALL)[1]
+    named = set(re.findall(r"(?:loracat|loracat-cpu|run\.sh)((?: --[a-z]+)+)", ALL_PAGES))
+    flags = {flag for group in named for flag in group.split()}
+    assert {"--check", "--version", "--caption", "--train"} <= flags
+    assert flags <= set(re.findall(r"--[a-z]+", usage))
+
+
+def test_functions_and_classes_in_the_pages_exist():
+    named = re.findall(r"`(\w+)` in `([\w./]+\.py)`", ALL_PAGES)
+    assert len(named) >= 5
+    for name, path in named:
+        assert re.search(rf"^(def|class) {name}\b", (REPOSITORY / path).read_text(encoding="utf-8"), re.MULTILINE), (
+            f"{path}: {name}"
+        )
+
+
 def test_make_targets_in_the_pages_exist():
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
@@ -195,6 +212,11 @@ def test_recipes_list_exactly_the_files_that_their_examples_touch(row):
     example, listed = code(row[1]), re.findall(r"`([^`]+)`", row[2])
     found = git("grep", "--files-with-matches", "--ignore-case", "--word-regexp", example, "--", "scripts").stdout.split()
     assert sorted(listed) == sorted(found)
+
+
+def test_changelog_begins_with_the_version_of_the_program():
+    changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## \[([^\]]+)\]", changelog, re.MULTILINE)[1] == VERSION
 
 
 def test_issue_templates_ask_for_the_preflight_check_and_the_version():

@@ -1,6 +1,5 @@
 """scripts/run.sh on the demo environment, as a user runs it: the exact files it writes, and its messages about wrong input."""
 
-import csv
 import importlib
 import json
 import re
@@ -15,12 +14,12 @@ from safetensors import safe_open
 from collecting.jobs import parse_entries
 from collecting.workflow import parse_workflow
 from common.files import read_json_lines, sha256_of
-from common.settings import REPOSITORY, TABLES, resolve
+from common.settings import REPOSITORY, TABLES, VERSION, resolve
 from demo.__main__ import empty_workspace
+from demo.comfyui_modules import unet_layers
 from demo.environment import PROMPTS, RUN_SH, SECTIONS, TRIGGER_WORD, DemoEnvironment
 from demo.standin_comfyui.images import scene
 from demo.standin_comfyui.server import StandIn
-from training.method.export import COMFYUI_MODULES
 
 IMAGES = len(PROMPTS)
 QUICK = {"num_train_epochs": 2, "save_every_epochs": 1, "train_batch_size": 5, "resolution": 64, "caption_variants": 1}
@@ -108,14 +107,14 @@ def test_every_image_has_its_manifest_line_and_a_caption_with_the_trigger_first(
 
 
 def test_lora_holds_the_three_tensors_of_every_module_that_comfyui_takes(finished):
-    with COMFYUI_MODULES.open(encoding="utf-8", newline="") as file:
-        known = {row["kohya_module"] for row in csv.DictReader(file)}
+    layers = {layer.kohya for layer in unet_layers() if ".attentions." in layer.diffusers}
     with safe_open(finished.lora, framework="numpy") as lora:
         tensors, about = Counter(key.partition(".")[0] for key in lora.keys()), lora.metadata()  # noqa: SIM118 (not a dict)
     assert len(tensors) == 722
-    assert tensors.keys() <= known
+    assert tensors.keys() == layers
     assert set(tensors.values()) == {3}
     assert about["modelspec.trigger_phrase"] == TRIGGER_WORD
+    assert about["loracat_version"] == VERSION
     assert about["ss_num_train_images"] == str(IMAGES)
 
 
@@ -180,7 +179,7 @@ def one_image(folder: Path) -> Path:
         ("--collect", lambda _: {"comfyui_workflow": "/nowhere/workflow.json"}, 2, "/nowhere/workflow.json"),
         ("--collect", lambda _: {"comfyui_workflow": WORKFLOWS / "ui_format_not_api.json"}, 2, "Save (API Format)"),
         ("--collect", lambda _: {"workflow_config": REPOSITORY / "config" / "workflow_config.json"}, 2, "image_loader_node"),
-        ("--collect", lambda tmp: {"workflow_config": written(tmp, {"seed_node": "6"})}, 2, "positive_prompt_node is missing"),
+        ("--collect", lambda tmp: {"workflow_config": written(tmp, {"seed_node": "6"})}, 2, "but positive_prompt_node is not"),
         ("--collect", lambda tmp: {"prompts_file": written(tmp, [])}, 2, "prompts"),
         ("--collect", lambda tmp: {"prompts_file": written(tmp, [{"prompt": " "}])}, 2, "entry 1"),
         ("--collect", lambda _: {"comfyui_endpoint": "127.0.0.1:8188"}, 2, "http://"),

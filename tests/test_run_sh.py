@@ -1,5 +1,6 @@
-"""run.sh with stages that only write down how they were called: order, flags, exit codes and signals."""
+"""run.sh with fake stages that record how they are called: order, flags, exit codes and signals."""
 
+import ast
 import contextlib
 import os
 import re
@@ -13,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from common.settings import REPOSITORY
+from common.settings import REPOSITORY, VERSION
 
 SCRIPTS = ("collect_images", "caption_images", "train_lora")
 PATIENCE_S = 60
-"""How long a loaded machine may take for anything; an idle one takes a fraction of a second."""
-# What a stage does is in the file <name>.does: an exit code, or "wait" for a signal, as `errors.stop_on_signals` has it,
-# and then take its time to save, or (with "wait for ever") never end saving. What it does now is in the file `marks`.
+"""How long anything may take on a loaded machine; an idle one needs a fraction of a second."""
+# The file <name>.does tells a fake stage what to do: exit with a code, or "wait" for a signal and then save, or "wait for ever",
+# which never finishes saving. The stage writes what it is doing into the file `marks`.
 STAGE = """
 import os, signal, sys, time
 from pathlib import Path
@@ -58,8 +59,8 @@ except InterruptedError as stopped:
 """
 
 
-class House:
-    """A repository with the real run.sh and false stages."""
+class Checkout:
+    """A checkout with the real run.sh and fake stages."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -70,6 +71,7 @@ class House:
             (self.scripts / f"{name}.py").write_text(STAGE, encoding="utf-8")
 
     def let(self, name: str, does: object) -> None:
+        """Set what the stage `name` does."""
         (self.scripts / f"{name}.does").write_text(str(does), encoding="utf-8")
 
     def calls(self) -> list[str]:
@@ -77,7 +79,7 @@ class House:
         return calls.read_text(encoding="utf-8").splitlines() if calls.exists() else []
 
     def wait_for_mark(self, mark: str) -> None:
-        """Until a stage says that it does `mark`."""
+        """Wait until a stage has written `mark`."""
         marks = self.scripts / "marks"
         wait_until(lambda: marks.exists() and mark in marks.read_text(encoding="utf-8").splitlines())
 
@@ -93,9 +95,9 @@ class House:
 
 
 @pytest.fixture(autouse=True)
-def signals_that_arrive():
-    """A shell that starts the tests in the background has SIGINT and SIGHUP ignored, and bash cannot trap what its parent
-    ignored: what this process handles, its children have at its default again."""
+def default_signals():
+    """Reset SIGINT and SIGHUP in the processes that the tests start: a shell ignores them in background jobs, and bash cannot trap
+    a signal that its parent ignores."""
     before = {signum: signal.signal(signum, signal.default_int_handler) for signum in (signal.SIGINT, signal.SIGHUP)}
     yield
     for signum, handler in before.items():
@@ -103,8 +105,8 @@ def signals_that_arrive():
 
 
 @pytest.fixture
-def house(tmp_path):
-    return House(tmp_path / "a house")
+def checkout(tmp_path):
+    return Checkout(tmp_path / "a checkout")
 
 
 @pytest.mark.parametrize(
@@ -117,183 +119,243 @@ def house(tmp_path):
         (("--caption", "--train", "--collect"), SCRIPTS),
     ],
 )
-def test_stages_run_in_their_order_after_all_settings_were_looked_at(house, flags, stages):
-    done = house.run(*flags)
+def test_stages_run_in_order_after_all_settings_are_checked(checkout, flags, stages):
+    done = checkout.run(*flags)
     assert done.returncode == 0
-    assert house.calls() == [*(f"{stage} --settings" for stage in stages), *stages]
+    assert checkout.calls() == [*(f"{stage} --settings" for stage in stages), *stages]
     assert "a list of settings" not in done.stdout
 
 
 @pytest.mark.parametrize("code", [2, 4, 75])
-def test_first_stage_that_fails_ends_the_run(house, code):
-    house.let("caption_images", code)
-    assert house.run().returncode == code
-    assert house.stages_run() == ["collect_images", "caption_images"]
+def test_first_stage_that_fails_ends_the_run(checkout, code):
+    checkout.let("caption_images", code)
+    assert checkout.run().returncode == code
+    assert checkout.stages_run() == ["collect_images", "caption_images"]
 
 
-def test_failed_items_are_passed_over_and_returned_at_the_end(house):
-    house.let("collect_images", 1)
-    assert house.run().returncode == 1
-    assert house.stages_run() == list(SCRIPTS)
-    house.let("train_lora", 5)
-    assert house.run().returncode == 5
+def test_failed_items_do_not_stop_the_run_but_set_its_exit_code(checkout):
+    checkout.let("collect_images", 1)
+    assert checkout.run().returncode == 1
+    assert checkout.stages_run() == list(SCRIPTS)
+    checkout.let("train_lora", 5)
+    assert checkout.run().returncode == 5
 
 
 @pytest.mark.parametrize("strict", ["1", "true"])
-def test_strict_stops_at_failed_items(house, strict):
-    house.let("collect_images", 1)
-    assert house.run(STRICT=strict).returncode == 1
-    assert house.stages_run() == ["collect_images"]
+def test_strict_stops_at_failed_items(checkout, strict):
+    checkout.let("collect_images", 1)
+    assert checkout.run(STRICT=strict).returncode == 1
+    assert checkout.stages_run() == ["collect_images"]
 
 
 @pytest.mark.parametrize("strict", ["", "0", "false"])
-def test_strict_can_be_off(house, strict):
-    house.let("collect_images", 1)
-    assert house.run(STRICT=strict).returncode == 1
-    assert house.stages_run() == list(SCRIPTS)
+def test_strict_can_be_off(checkout, strict):
+    checkout.let("collect_images", 1)
+    assert checkout.run(STRICT=strict).returncode == 1
+    assert checkout.stages_run() == list(SCRIPTS)
 
 
-def test_wrong_setting_of_a_later_stage_stops_the_run_before_anything_begins(house):
-    house.let("train_lora--settings", 2)
-    done = house.run()
+def test_wrong_setting_of_a_later_stage_stops_the_run_before_it_starts(checkout):
+    checkout.let("train_lora--settings", 2)
+    done = checkout.run()
     assert done.returncode == 2
     assert "train_lora on stderr" in done.stderr
-    assert house.stages_run() == []
+    assert checkout.stages_run() == []
 
 
 @pytest.mark.parametrize(("flags", "stages"), [((), SCRIPTS), (("--train",), SCRIPTS[2:]), (("--train", "--caption"), SCRIPTS[1:])])
-def test_check_asks_every_stage_and_returns_the_first_failure(house, flags, stages):
-    house.let("caption_images", 5)
-    house.let("train_lora", 3)
-    assert house.run("--check", *flags).returncode == (3 if len(stages) == 1 else 5)
-    assert house.calls() == [f"{stages[0]} --check", *(f"{stage} --check=ahead" for stage in stages[1:])]
+def test_check_runs_for_every_stage_and_returns_the_first_failure(checkout, flags, stages):
+    checkout.let("caption_images", 5)
+    checkout.let("train_lora", 3)
+    assert checkout.run("--check", *flags).returncode == (3 if len(stages) == 1 else 5)
+    assert checkout.calls() == [f"{stages[0]} --check", *(f"{stage} --check=ahead" for stage in stages[1:])]
 
 
-def test_check_that_finds_nothing_wrong_returns_0(house):
-    assert house.run("--check").returncode == 0
+def test_check_without_problems_returns_0(checkout):
+    assert checkout.run("--check").returncode == 0
 
 
 @pytest.mark.parametrize(
     ("flags", "environment"),
     [(["--colect"], {}), (["train"], {}), ([""], {}), (["--train", "-x"], {}), (["--train=1"], {}), ([], {"STRICT": "maybe"})],
 )
-def test_wrong_usage_is_refused_with_the_usage(house, flags, environment):
-    done = house.run(*flags, **environment)
+def test_wrong_usage_prints_the_usage(checkout, flags, environment):
+    done = checkout.run(*flags, **environment)
     assert done.returncode == 2
     assert done.stderr.startswith("run.sh: ")
     assert "Usage: run.sh" in done.stderr
     assert done.stdout == ""
-    assert house.calls() == []
+    assert checkout.calls() == []
 
 
-def test_help_shows_the_usage_and_runs_nothing(house):
-    done = house.run("--train", "--help")
+def test_help_shows_the_usage_and_runs_nothing(checkout):
+    done = checkout.run("--train", "--help")
     assert done.returncode == 0
     assert done.stdout.startswith("Usage: run.sh")
-    assert house.calls() == []
+    assert checkout.calls() == []
 
 
-def test_runs_through_a_symbolic_link_and_by_its_name_alone(house, tmp_path):
+def test_runs_through_a_symbolic_link_and_by_its_name_alone(checkout, tmp_path):
     link = tmp_path / "elsewhere" / "loracat"
     link.parent.mkdir()
-    link.symlink_to(os.path.relpath(house.scripts / "run.sh", link.parent))
-    subprocess.run([link, "--train"], env=house.environment(), check=True, cwd=tmp_path)
-    subprocess.run(["bash", "run.sh", "--train"], env=house.environment(), check=True, cwd=house.scripts)
-    assert house.stages_run() == ["train_lora", "train_lora"]
+    link.symlink_to(os.path.relpath(checkout.scripts / "run.sh", link.parent))
+    subprocess.run([link, "--train"], env=checkout.environment(), check=True, cwd=tmp_path)
+    subprocess.run(["bash", "run.sh", "--train"], env=checkout.environment(), check=True, cwd=checkout.scripts)
+    assert checkout.stages_run() == ["train_lora", "train_lora"]
 
 
-def test_python_is_that_of_the_repository_unless_named(house):
-    own = house.root / ".venv" / "bin" / "python"
+def test_python_of_the_repository_is_used_unless_another_is_set(checkout):
+    own = checkout.root / ".venv" / "bin" / "python"
     own.parent.mkdir(parents=True)
     own.write_text(f'#!/bin/sh\necho own python\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
     own.chmod(0o755)
-    assert "own python" in house.run("--train", PYTHON="").stdout
-    assert "own python" not in house.run("--train").stdout
+    assert "own python" in checkout.run("--train", PYTHON="").stdout
+    assert "own python" not in checkout.run("--train").stdout
 
 
-@pytest.mark.parametrize("python", ["/nowhere/python", "/tmp", "/bin/false"])
-def test_a_python_that_is_not_there_or_lacks_packages_is_one_line(house, python):
-    done = house.run("--train", PYTHON=python)
-    assert (done.returncode, house.stages_run()) == (2, [])
-    assert done.stderr.startswith(f"run.sh: '{python}' is no Python that has torch")
+@pytest.mark.parametrize("python", ["/nowhere/python", "/tmp", "/bin/false", "/bin/true"])
+def test_a_python_that_cannot_be_run_is_one_line(checkout, python):
+    done = checkout.run("--train", PYTHON=python)
+    assert (done.returncode, checkout.stages_run()) == (2, [])
+    assert done.stderr.startswith(f"run.sh: '{python}' cannot be run as Python; install torch and requirements.txt")
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_python_is_asked_for_every_package_that_requirements_name():
-    asked = re.search(r"^packages=\(([^)]*)\)", (REPOSITORY / "scripts" / "run.sh").read_text(), re.MULTILINE)[1].split()
+@pytest.fixture
+def lacking(tmp_path):
+    """A function that makes a Python without some modules."""
+
+    def make(*modules: str) -> str:
+        finder = (
+            f"import importlib.util as u; real = u.find_spec; u.find_spec = lambda n, *a: None if n in {modules} else real(n, *a)"
+        )
+        (tmp_path / "sitecustomize.py").write_text(finder, encoding="utf-8")
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\nPYTHONPATH="{tmp_path}" exec "{sys.executable}" "$@"\n', encoding="utf-8")
+        python.chmod(0o755)
+        return str(python)
+
+    return make
+
+
+def test_a_stage_runs_without_the_packages_of_the_others(checkout, lacking):
+    python = lacking("torch", "wandb", "onnxruntime")
+    assert checkout.run("--collect", PYTHON=python).returncode == 0
+    assert checkout.stages_run() == ["collect_images"]
+    done = checkout.run("--collect", "--train", PYTHON=python)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"run.sh: '{python}' lacks modules that train_lora.py needs: torch wandb; install torch and")
+    assert checkout.stages_run() == ["collect_images"]
+
+
+IMPORTED_BY_LIBRARIES = {"train_lora": {"accelerate", "tensorboard"}}
+"""peft imports accelerate, torch.utils.tensorboard imports tensorboard."""
+
+
+def test_every_stage_is_checked_for_the_packages_that_it_imports():
+    text = (REPOSITORY / "scripts" / "run.sh").read_text(encoding="utf-8")
+    required = {name: set(modules.split()) for name, modules in re.findall(r'^    \[(\w+)\]="([^"]*)"$', text, re.MULTILINE)}
     module_of = {"pillow": "PIL", "websocket-client": "websocket"}
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
-    names = [line.partition("==")[0].lower() for line in lines if not line.startswith("#")]
-    assert asked == sorted({module_of.get(name, name.replace("-", "_")) for name in names} | {"numpy", "torch"})
+    names = [line.partition("==")[0].lower() for line in lines if line and not line.startswith("#")]
+    pinned = {module_of.get(name, name.replace("-", "_")) for name in names} | {"numpy", "torch"}
+    imported = {name: third_party_imports(name) & pinned | IMPORTED_BY_LIBRARIES.get(name, set()) for name in SCRIPTS}
+    assert required == imported
+    assert set().union(*required.values()) == pinned
+
+
+def third_party_imports(script: str) -> set[str]:
+    """The packages that a stage and every module it can reach import, at any time."""
+    found, waiting = set(), [REPOSITORY / "scripts" / f"{script}.py"]
+    seen = set(waiting)
+    while waiting:
+        for node in ast.walk(ast.parse(waiting.pop().read_text(encoding="utf-8"))):
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
+            for name in names:
+                path = REPOSITORY / "scripts" / name.replace(".", "/")
+                files = [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
+                waiting += [file for file in files if file not in seen]
+                seen.update(files)
+                found.add(name.split(".")[0])
+    return found
+
+
+def test_version_is_printed_without_any_python(checkout):
+    done = subprocess.run(
+        [REPOSITORY / "scripts" / "run.sh", "--version"], env=checkout.environment(PYTHON="/nowhere"), capture_output=True
+    )
+    assert (done.returncode, done.stdout.decode()) == (0, f"LoRACat {VERSION}\n")
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)])
 @pytest.mark.parametrize("to_the_group", [False, True])
-def test_signal_is_passed_on_once_and_waited_for(house, signum, code, to_the_group):
-    house.let("caption_images", "wait")
-    with started(house, stdout=subprocess.PIPE, start_new_session=True) as run:
-        house.wait_for_mark("waits")
+def test_signal_is_forwarded_once_and_waited_for(checkout, signum, code, to_the_group):
+    checkout.let("caption_images", "wait")
+    with started(checkout, stdout=subprocess.PIPE, start_new_session=True) as run:
+        checkout.wait_for_mark("waits")
         (os.killpg if to_the_group else os.kill)(run.pid, signum)
         output = run.communicate(timeout=PATIENCE_S)[0].decode()
     assert run.returncode == code
     assert "saved\n" in output
-    assert house.stages_run() == ["collect_images", "caption_images"]
+    assert checkout.stages_run() == ["collect_images", "caption_images"]
 
 
-def test_ctrl_c_while_the_settings_are_looked_at_ends_without_a_traceback(house):
-    """A Python that still imports its libraries has no handler of ours."""
+def test_ctrl_c_while_the_settings_are_checked_prints_no_traceback(checkout):
+    """A Python that still imports libraries has no signal handler yet."""
     importing = "import time; from pathlib import Path; Path(__file__).with_name('marks').write_text('imports'); time.sleep(300)"
-    (house.scripts / "caption_images.py").write_text(importing, encoding="utf-8")
-    command = [house.scripts / "run.sh", "--caption", "--train"]
-    with subprocess.Popen(command, env=house.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
-        house.wait_for_mark("imports")
+    (checkout.scripts / "caption_images.py").write_text(importing, encoding="utf-8")
+    command = [checkout.scripts / "run.sh", "--caption", "--train"]
+    with subprocess.Popen(command, env=checkout.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+        checkout.wait_for_mark("imports")
         run.send_signal(signal.SIGINT)
         output = run.communicate(timeout=PATIENCE_S)[0]
     assert (run.returncode, output) == (130, b"")
 
 
-def test_second_signal_ends_the_stage_at_once(house):
-    house.let("train_lora", "wait for ever")
-    with started(house, "--train", stdout=subprocess.PIPE) as run:
-        house.wait_for_mark("waits")
+def test_second_signal_ends_the_stage_at_once(checkout):
+    checkout.let("train_lora", "wait for ever")
+    with started(checkout, "--train", stdout=subprocess.PIPE) as run:
+        checkout.wait_for_mark("waits")
         run.send_signal(signal.SIGTERM)
-        house.wait_for_mark("saves")
+        checkout.wait_for_mark("saves")
         run.send_signal(signal.SIGTERM)
         assert b"saved" not in run.communicate(timeout=PATIENCE_S)[0]
     assert run.returncode == 143
 
 
-def test_stage_that_ends_well_under_a_signal_is_the_last(house):
-    script = house.scripts / "collect_images.py"
+def test_stage_that_succeeds_despite_a_signal_is_the_last(checkout):
+    script = checkout.scripts / "collect_images.py"
     script.write_text(STAGE.replace("sys.exit(128 + stopped.args[0])", "sys.exit(0)"), encoding="utf-8")
-    house.let("collect_images", "wait")
-    with started(house) as run:
-        house.wait_for_mark("waits")
+    checkout.let("collect_images", "wait")
+    with started(checkout) as run:
+        checkout.wait_for_mark("waits")
         run.send_signal(signal.SIGTERM)
         assert run.wait(PATIENCE_S) == 143
-    assert house.stages_run() == ["collect_images"]
+    assert checkout.stages_run() == ["collect_images"]
 
 
-def test_ctrl_c_in_a_terminal_reaches_the_stage_once(house):
-    house.let("train_lora", "wait")
-    code, screen = on_terminal(house, house.scripts / "run.sh", "--train", keys=b"\x03")
+def test_ctrl_c_in_a_terminal_reaches_the_stage_once(checkout):
+    checkout.let("train_lora", "wait")
+    code, screen = on_terminal(checkout, checkout.scripts / "run.sh", "--train", keys=b"\x03")
     assert code == 130
     assert "stderr is a terminal, read: ''" in screen
     assert "saved" in screen
 
 
-def test_terminal_that_suspends_background_writers_does_not_suspend_a_stage(house):
-    house.let("train_lora", "wait")
+def test_terminal_that_suspends_background_writers_does_not_suspend_a_stage(checkout):
+    checkout.let("train_lora", "wait")
     in_such_a_terminal = ("bash", "-c", 'stty tostop; exec "$0" "$@"')
-    code, screen = on_terminal(house, *in_such_a_terminal, house.scripts / "run.sh", "--train", keys=b"\x03")
+    code, screen = on_terminal(checkout, *in_such_a_terminal, checkout.scripts / "run.sh", "--train", keys=b"\x03")
     assert code == 130
     assert "saved" in screen
 
 
-def test_ctrl_z_suspends_the_stage_too(house):
-    house.let("train_lora", "wait")
-    with started(house, "--train") as run:
-        house.wait_for_mark("waits")
+def test_ctrl_z_suspends_the_stage_too(checkout):
+    checkout.let("train_lora", "wait")
+    with started(checkout, "--train") as run:
+        checkout.wait_for_mark("waits")
         stage = int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text(encoding="utf-8"))
         run.send_signal(signal.SIGTSTP)
         wait_until(lambda: (state_of(run.pid), state_of(stage)) == ("T", "T"))
@@ -304,24 +366,24 @@ def test_ctrl_z_suspends_the_stage_too(house):
 
 
 @contextlib.contextmanager
-def started(house: House, *flags: str, **how: object) -> Iterator[subprocess.Popen]:
-    """run.sh at work. However the test ends, nothing of it is left."""
-    command = [house.scripts / "run.sh", *flags]
-    with subprocess.Popen(command, env=house.environment(), stderr=subprocess.DEVNULL, **how) as run:
+def started(checkout: Checkout, *flags: str, **how: object) -> Iterator[subprocess.Popen]:
+    """run.sh, which is ended in any case when the block is left."""
+    command = [checkout.scripts / "run.sh", *flags]
+    with subprocess.Popen(command, env=checkout.environment(), stderr=subprocess.DEVNULL, **how) as run:
         try:
             yield run
         finally:
-            while run.poll() is None:  # the first signal asks the stage to end, the next ones insist
+            while run.poll() is None:  # the first signal asks the stage to end, the next ones force it
                 run.terminate()
                 time.sleep(0.2)
 
 
-def on_terminal(house: House, *command: str | Path, keys: bytes) -> tuple[int, str]:
-    """`command` on a terminal of its own, `keys` pressed once its stage waits: its exit code and the screen."""
+def on_terminal(checkout: Checkout, *command: str | Path, keys: bytes) -> tuple[int, str]:
+    """Run `command` on a terminal and press `keys` when its stage waits. Returns its exit code and the screen."""
     spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
-    how = {"env": house.environment(), "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    how = {"env": checkout.environment(), "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", spawn, *command], **how) as terminal:
-        house.wait_for_mark("waits")
+        checkout.wait_for_mark("waits")
         terminal.stdin.write(keys)
         terminal.stdin.flush()
         screen = terminal.stdout.read().decode()
@@ -336,5 +398,5 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 
 def state_of(pid: int) -> str:
-    """The letter that ps shows: S sleeps, T is suspended."""
+    """The state that ps shows: S for sleeping, T for suspended."""
     return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]

@@ -1,6 +1,7 @@
-"""TOML < environment < flags, typed, and refused all at once."""
+"""Settings: TOML < environment < flags, typed, and all problems at once."""
 
 import os
+import re
 import tomllib
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from captioning.config import CaptionSettings
 from collecting.config import CollectSettings
 from common import settings
 from common.errors import SettingsError
-from common.project import ProjectSettings, SharedTrainSettings
-from common.settings import all_keys, resolve, resolved_toml
+from common.project import ComfyUIAddress, ProjectSettings, SharedTrainSettings
+from common.settings import all_keys, read_request, resolve, resolved_toml
 from training.config import TrainSettings
 
 SECRETS = ("wandb_api_key", "comfyui_headers")
@@ -53,7 +54,7 @@ def test_empty_variable_means_not_set(tmp_path):
     assert request.sections["collect"].global_seed is None
 
 
-def test_everything_wrong_is_said_at_once(tmp_path):
+def test_all_problems_are_reported_at_once(tmp_path):
     text = '[train.lora]\nlora_rank = "big"\nlora_rang = 3\n[trian]\n'
     text += "[caption]\ncaption_threshold = 2.0\n[train.run]\ntrain_seed = true\n"
     with pytest.raises(SettingsError) as refused:
@@ -80,18 +81,18 @@ def test_learning_rate_out_of_range_is_refused(tmp_path, value):
         resolve(write(tmp_path, ""), {"LEARNING_RATE": value}, [], SECTIONS)
 
 
-def test_relative_paths_belong_to_the_repository_in_the_file_and_to_the_current_folder_outside(tmp_path, monkeypatch):
+def test_relative_paths_start_at_the_repository_in_the_file_and_at_the_current_directory_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     request = resolve(write(tmp_path, ""), {"FACE_REFERENCE": "me.png"}, [], SECTIONS)
     assert request.sections["project"].dataset_dir == settings.REPOSITORY / "dataset"
     assert request.sections["collect"].face_reference == tmp_path / "me.png"
 
 
-def test_home_of_somebody_unknown_and_a_path_that_no_system_takes_are_refused(tmp_path):
+def test_home_of_an_unknown_user_and_a_path_with_a_null_byte_are_refused(tmp_path):
     file = write(tmp_path, '[project]\nmodels_dir = "a\\u0000b"\n')
     with pytest.raises(SettingsError) as refused:
-        resolve(file, {"DATASET_DIR": "~nobody-has-this-name/images"}, [], SECTIONS)
-    assert "dataset_dir (environment): '~nobody-has-this-name/images' begins with the home of a user" in str(refused.value)
+        resolve(file, {"DATASET_DIR": "~unknown-user/images"}, [], SECTIONS)
+    assert "dataset_dir (environment): '~unknown-user/images' cannot be expanded: no such user" in str(refused.value)
     assert "models_dir (settings.toml): 'a\\x00b' must be a path" in str(refused.value)
 
 
@@ -107,34 +108,34 @@ def test_home_of_somebody_unknown_and_a_path_that_no_system_takes_are_refused(tm
         ('[caption]\ncaption_append = ["a", ""]\n', "caption_append .*must be a list of words"),
     ],
 )
-def test_values_that_nothing_could_hold_are_refused(tmp_path, text, problem):
+def test_values_that_cannot_be_represented_are_refused(tmp_path, text, problem):
     with pytest.raises(SettingsError, match=problem):
         resolve(write(tmp_path, text), {}, [], SECTIONS)
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
+def test_bytes_that_are_not_text_are_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"trigger_word .*must be text, in UTF-8"):
         resolve(write(tmp_path, ""), {"TRIGGER_WORD": os.fsdecode(b"\xff\xfe")}, [], SECTIONS)
 
 
-def test_a_mark_at_the_beginning_of_the_file_is_passed_over(tmp_path):
+def test_a_byte_order_mark_is_ignored(tmp_path):
     (tmp_path / "settings.toml").write_text("[train.lora]\nlora_rank = 8\n", encoding="utf-8-sig")
     assert resolve(tmp_path / "settings.toml", {}, [], SECTIONS).sections["train"].lora.lora_rank == 8
 
 
-def test_a_current_folder_that_is_gone_is_said(tmp_path, monkeypatch):
+def test_a_deleted_current_directory_is_reported(tmp_path, monkeypatch):
     file, gone = write(tmp_path, ""), tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    with pytest.raises(SettingsError, match="the current folder is gone"):
+    with pytest.raises(SettingsError, match="the current directory no longer exists"):
         resolve(file, {"OUTPUT_DIR": "here"}, [], SECTIONS)
 
 
-def test_secret_comes_from_its_variable_only_and_is_shown_nowhere(tmp_path):
+def test_secret_comes_from_its_variable_only_and_is_never_shown(tmp_path):
     request = resolve(write(tmp_path, ""), {"WANDB_API_KEY": "hush"}, [], SECTIONS)
     assert request.sections["train"].logging.wandb_api_key == "hush"
-    assert "hush" not in request.described() + repr(request) + resolved_toml(request.sections)
+    assert "hush" not in "".join(request.described()) + repr(request) + resolved_toml(request.sections)
     with pytest.raises(SettingsError, match="WANDB_API_KEY") as refused:
         resolve(write(tmp_path, '[train.logging]\nwandb_api_key = "hush"\n'), {}, [], SECTIONS)
     assert "hush" not in str(refused.value)
@@ -147,3 +148,23 @@ def test_resolved_file_gives_the_same_settings_again(tmp_path):
     request = resolve(write(tmp_path, ""), {"LORA_RANK": "5", "CAPTION_EXCLUDE_TAGS": "a b, c"}, [], SECTIONS)
     again = resolve(write(tmp_path, resolved_toml(request.sections)), {}, [], SECTIONS)
     assert again.sections == request.sections
+
+
+def test_a_partial_section_agrees_with_the_whole_one_and_ignores_its_other_keys(tmp_path):
+    partial = {"collect": ComfyUIAddress, "train": SharedTrainSettings}
+    for name, section in partial.items():
+        whole = {key.name: key for key in all_keys(SECTIONS[name])}
+        for key in all_keys(section):
+            assert (key.default, key.metadata) == (whole[key.name].default, whole[key.name].metadata)
+    file = write(tmp_path, '[collect]\ncomfyui_delay = 2\ncomfyui_endpoint = "http://spark:8188"\n[train.lora]\nlora_rank = 4\n')
+    assert resolve(file, {}, [], partial).sections["collect"].comfyui_endpoint == "http://spark:8188"
+    with pytest.raises(SettingsError, match=r"\[collect\] comfyui_delai: unknown key"):
+        resolve(write(tmp_path, "[collect]\ncomfyui_delai = 2\n"), {}, [], SECTIONS)
+
+
+def test_version_is_that_of_the_changelog(capsys):
+    with pytest.raises(SystemExit):
+        read_request("train_lora", "", ["--version"], SECTIONS)
+    assert capsys.readouterr().out == f"LoRACat {settings.VERSION}\n"
+    changelog = (settings.REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## \[(.+?)\]", changelog, re.MULTILINE)[1] == settings.VERSION

@@ -56,7 +56,7 @@ def test_nothing_is_collected_or_captioned_again(world):
     before = files_in(world.dataset)
     with world.serve() as comfyui:
         assert "nothing was sent" in run(world, "collect_images", comfyui.url)
-    assert "nothing to do: all 2 captions are there" in run(world, "caption_images", **FINISHED)
+    assert "nothing to do: all 2 captions are up to date" in run(world, "caption_images", **FINISHED)
     assert files_in(world.dataset) == before
 
 

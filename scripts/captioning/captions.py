@@ -1,16 +1,15 @@
-"""Tags, words and the text of a caption; a trigger word -> into a caption that exists. Pure."""
+"""How tags and the trigger word become the text of a caption, and how an existing caption gains the trigger word. Pure."""
 
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 GENERAL, CHARACTER, RATING = 0, 4, 9
-
-
-# In these tags the underscore is part of a face; in all others it stands for a space.
+"""Categories of tags in WD14's `selected_tags.csv`."""
 KAOMOJI = frozenset(
     "0_0 (o)_(o) +_+ +_- ._. <o>_<o> <|>_<|> =_= >_< 3_3 6_9 >_o @_@ ^_^ o_o u_u x_x |_| ||_||".split()  # noqa: SIM905
 )
+"""Tags in which the underscore is part of a face; in all others it stands for a space."""
 
 
 @dataclass(frozen=True)
@@ -20,47 +19,43 @@ class Tag:
     name: str
     """With underscores, as in the file."""
     category: int
-    """GENERAL, CHARACTER or RATING; other categories never become words of a caption."""
+    """GENERAL, CHARACTER or RATING; tags of other categories are never used in captions."""
 
 
-def spoken(tag: str) -> str:
-    """A tag as captions write it: with spaces, unless it is a face."""
-    return tag if tag in KAOMOJI else tag.replace("_", " ")
+def tag_to_text(name: str) -> str:
+    """A tag's name as captions spell it: with spaces, except in KAOMOJI."""
+    return name if name in KAOMOJI else name.replace("_", " ")
 
 
-def comparable(tag: str) -> str:
-    """The same for every spelling of a tag: with underscores or spaces, in any case."""
+def normalized(tag: str) -> str:
+    """The same text for every spelling of a tag: with underscores or spaces, in any case."""
     return tag.replace("_", " ").strip().casefold()
 
 
-def caption_text(trigger: str, words: Sequence[str]) -> str:
-    """The trigger first, then the words; a word that equals the trigger is not repeated."""
-    return ", ".join([trigger, *(word for word in words if comparable(word) != comparable(trigger))])
+def split_tags(text: str) -> list[str]:
+    """The tags between the commas of `text`, each on one line."""
+    return [tag for tag in (" ".join(piece.split()) for piece in text.split(",")) if tag]
 
 
-def words_of(text: str) -> list[str]:
-    """The pieces between the commas of a caption, the trigger among them."""
-    return [word for word in (" ".join(piece.split()) for piece in text.split(",")) if word]
+def caption_text(trigger: str, tags: Sequence[str]) -> str:
+    """The caption of an image with these `tags`: the trigger word first; a tag that equals it is not repeated."""
+    return ", ".join([trigger, *(tag for tag in tags if normalized(tag) != normalized(trigger))])
 
 
-def with_trigger(text: str, trigger: str, earlier: Collection[str] = ()) -> str:
-    """A caption of the user's with the trigger in it.
+def add_trigger(text: str, trigger: str, earlier: Collection[str] = ()) -> str:
+    """A caption that the user wrote, with the trigger word in it.
 
-    `earlier` are triggers that we put in front of this caption before: one that still leads it goes. If the trigger then
-    stands anywhere in the text, as a tag or as a word of a sentence, the text stays as it is; else it gains the trigger
-    in front. An empty text becomes the trigger alone.
+    `earlier` are the trigger words that former runs put in front of this caption: if one of them still leads it, it is
+    removed. If the trigger word then occurs anywhere in the text, as a tag or in a sentence, the text is not changed;
+    otherwise the trigger word is put in front. An empty text becomes the trigger word alone.
     """
     first, _, rest = text.partition(",")
     if first.strip() == trigger:
         return text
     if first.strip() in earlier:
         text = rest.lstrip()
-    if _stands_in(trigger, text):
+    # As a whole word and in any case, because SDXL's text encoders ignore case.
+    words = r"\s+".join(re.escape(word) for word in trigger.split())
+    if re.search(rf"(?<![\w-]){words}(?![\w-])", text, re.IGNORECASE):
         return text
     return f"{trigger}, {text.lstrip()}" if text.strip() else f"{trigger}\n"
-
-
-def _stands_in(trigger: str, text: str) -> bool:
-    """Whether the trigger stands in the text as a whole word. In any case: SDXL's text encoders do not tell A from a."""
-    words = r"\s+".join(re.escape(word) for word in trigger.split())
-    return re.search(rf"(?<![\w-]){words}(?![\w-])", text, re.IGNORECASE) is not None

@@ -1,4 +1,4 @@
-"""`[project]`, `[collect]` and `[caption]` as types: every setting with its default and limits; `[train]`: training/config.py."""
+"""The settings of the caption stage, with their defaults and limits."""
 
 import re
 from collections.abc import Iterator
@@ -10,27 +10,34 @@ from common.settings import setting
 
 @dataclass(frozen=True)
 class CaptionSettings:
-    """`[caption]`: the WD14 tagger and what becomes of its tags."""
+    """`[caption]`: the WD14 tagger, and how captions are made of its tags."""
 
     caption_model: str = setting("SmilingWolf/wd-swinv2-tagger-v3")
+    """`owner/repository` on Hugging Face, the name of a folder in MODELS_DIR, or a path."""
     caption_provider: Literal["auto", "cpu", "cuda"] = setting("auto")
     caption_bf16: bool = setting(False)
+    """Matrix products in bfloat16, on ARM CPUs."""
     caption_batch_size: int = setting(8, at_least=1, at_most=1024)
+    """Images that the tagger processes at once."""
     caption_threshold: float | Literal["auto", "mcut"] = setting(0.35, above=0, at_most=1)
+    """Probability from which a general tag is used; "auto": as published for the model; "mcut": for each image, see `mcut`."""
     caption_character_tags: bool = setting(False)
     caption_character_threshold: float | Literal["mcut"] = setting(0.85, above=0, at_most=1)
     caption_rating_tags: bool = setting(False)
     caption_exclude_tags: tuple[str, ...] = setting(())
-    """In any spelling; `*` stands for anything."""
+    """In any spelling; `*` matches any text."""
     caption_replace_tags: tuple[str, ...] = setting(())
-    """Pairs `a=b`."""
+    """Pairs `old=new`."""
     caption_always_first: tuple[str, ...] = setting(())
+    """Tags that follow the trigger word in captions that have them."""
     caption_append: tuple[str, ...] = setting(())
+    """Tags at the end of every caption."""
     caption_max_tags: int = setting(0, at_least=0)
-    """0 is no limit."""
+    """0: no limit."""
     caption_prune_traits: float = setting(0.0, at_least=0, at_most=1)
-    """Share of the images; 0 is off."""
+    """Share of the images from which a trait of the person is left out of all captions; 0: off."""
     caption_overwrite: bool = setting(False)
+    """Replace captions that the user wrote, too."""
 
     def validate(self) -> Iterator[str]:
         for pair in self.caption_replace_tags:

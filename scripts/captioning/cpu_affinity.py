@@ -1,48 +1,49 @@
-"""Which of the machine's cores are worth an inference thread.
+"""Which of the machine's cores run inference threads, and pinning threads to them.
 
 A matrix product that is split evenly over fast and slow cores waits for the slow ones. On a DGX Spark, 10 of the 20 cores
-are fast; the others decode and prepare images meanwhile.
+are fast: they run the model, and the others decode images meanwhile.
 """
 
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CPU_FOLDER = Path("/sys/devices/system/cpu")
+MIN_PERFORMANCE_SHARE = 0.8
+"""Cores with at least this share of the fastest one's speed are performance cores: equal cores report slightly different speeds."""
+MAX_DECODE_WORKERS = 8
 
 
-BIG_FROM = 0.8
-"""Cores with at least this share of the fastest one's capacity are big ones: firmware gives equal cores slightly different tops."""
+def performance_cores(cpus: set[int] | None = None, folder: Path = CPU_FOLDER) -> list[set[int]]:
+    """The performance cores, each as the numbers of its hardware threads; [] if all cores are equal.
 
-
-MOST_WORKERS = 8
-
-
-def big_cores(cpus: set[int] | None = None, folder: Path = CPU_FOLDER) -> list[set[int]]:
-    """The big cores if the cores differ, else none; each core as the numbers of its hardware threads.
-
-    `cpus` are the numbers of those this process may run on; None asks the system.
+    `cpus` are the numbers of the CPUs to choose from, by default those that this process may use.
     """
     cpus = os.sched_getaffinity(0) if cpus is None else cpus
-    capacities = {cpu: _capacity(folder / f"cpu{cpu}") for cpu in cpus}
-    if not cpus or None in capacities.values():
+    speeds = {}
+    for cpu in cpus:
+        # The kernel's measure of a core's speed, where it has one (ARM), or the highest frequency in kHz.
+        about = folder / f"cpu{cpu}"
+        speeds[cpu] = _read_number(about / "cpu_capacity") or _read_number(about / "cpufreq" / "cpuinfo_max_freq")
+    if not cpus or None in speeds.values():
         return []
-    big = [cpu for cpu, capacity in capacities.items() if capacity >= BIG_FROM * max(capacities.values())]
-    if len(big) == len(cpus):
+    fast = [cpu for cpu, speed in speeds.items() if speed >= MIN_PERFORMANCE_SHARE * max(speeds.values())]
+    if len(fast) == len(cpus):
         return []
     cores: dict[tuple[int, int], set[int]] = {}
-    for cpu in sorted(big):
-        cores.setdefault(_core(folder / f"cpu{cpu}", cpu), set()).add(cpu)
+    for cpu in sorted(fast):
+        topology = folder / f"cpu{cpu}" / "topology"
+        core, package = _read_number(topology / "core_id"), _read_number(topology / "physical_package_id")
+        cores.setdefault((cpu, -1) if core is None else (core, package or 0), set()).add(cpu)
     return list(cores.values())
 
 
 @contextmanager
-def kept_on(cpus: set[int]) -> Iterator[None]:
-    """Keep the calling thread, and no other one, on `cpus` meanwhile; an empty set leaves it alone.
+def pinned_to(cpus: set[int]) -> Iterator[None]:
+    """Pin the calling thread to `cpus` within the block; an empty set changes nothing.
 
-    A system that refuses makes it slower, and nothing worse.
+    If the system refuses, the thread runs unpinned, which is only slower.
     """
     if not cpus:
         yield
@@ -57,29 +58,13 @@ def kept_on(cpus: set[int]) -> Iterator[None]:
             os.sched_setaffinity(0, before)
 
 
-def preparing_workers() -> int:
-    """Threads that decode and prepare images during inference."""
+def decode_workers() -> int:
+    """Number of threads that decode images during inference: the cores that do not run it, from 2 to MAX_DECODE_WORKERS."""
     cpus = len(os.sched_getaffinity(0))
-    return max(2, min(MOST_WORKERS, cpus - (len(big_cores()) or cpus)))
+    return max(2, min(MAX_DECODE_WORKERS, cpus - (len(performance_cores()) or cpus)))
 
 
-def is_arm() -> bool:
-    """Whether ONNX Runtime's bfloat16 fast path can matter at all."""
-    return platform.machine().lower() in ("aarch64", "arm64")
-
-
-def _capacity(cpu: Path) -> int | None:
-    """The kernel's measure of a core's speed, where it has one (ARM), or its highest frequency in kHz."""
-    return _number(cpu / "cpu_capacity") or _number(cpu / "cpufreq" / "cpuinfo_max_freq")
-
-
-def _core(cpu: Path, number: int) -> tuple[int, int]:
-    """What two hardware threads of one core have in common."""
-    core, package = _number(cpu / "topology" / "core_id"), _number(cpu / "topology" / "physical_package_id")
-    return (number, -1) if core is None else (core, package or 0)
-
-
-def _number(file: Path) -> int | None:
+def _read_number(file: Path) -> int | None:
     try:
         return int(file.read_text())
     except (OSError, ValueError):

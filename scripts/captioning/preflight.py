@@ -1,10 +1,11 @@
 """`--check`: everything that would stop captioning, in one list."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from captioning.config import CaptionSettings
-from captioning.model_files import found_folder, size_on_hub
+from captioning.model_files import find_model, model_size_on_hub
 from captioning.tag_cache import load_tagger
 from common.dataset_layout import IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images
 from common.errors import DataError, ResourceError, run_checks
@@ -12,53 +13,49 @@ from common.files import write_problem
 
 
 def check(folder: DatasetFolder, settings: CaptionSettings, models_dir: Path, *, inputs_pending: bool) -> None:
-    """Print what is there; raise one list of what is not, with the exit code of the first entry. `inputs_pending`: the images
-    may be yet to come."""
-    questions: list[Callable[[], str]] = [
-        lambda: f"{len(find_images(folder.images) if inputs_pending else images_in(folder))} images in {folder.images}",
-        lambda: _writable(folder),
-        lambda: _usable_model(settings, models_dir),
+    """Print what the stage has; raise one list of what is missing, with the exit code of the first entry.
+
+    `inputs_pending`: the collect stage is still to run, so that images may be missing.
+    """
+    checks = [
+        lambda: f"{len(find_images(folder.images) if inputs_pending else require_images(folder))} images in {folder.images}",
+        lambda: _check_folders(folder),
+        lambda: _check_model(settings, models_dir),
     ]
-    run_checks("captioning cannot run:", [_accessible(question) for question in questions])
+    run_checks("captioning cannot run:", [partial(_naming_unreadable_file, check) for check in checks])
 
 
-def images_in(folder: DatasetFolder) -> list[ImageFile]:
+def require_images(folder: DatasetFolder) -> list[ImageFile]:
     """The images of the data set. Raises DataError if there are none."""
     images = find_images(folder.images)
     if not images:
-        raise DataError(
-            f"{folder.images}: no images ({', '.join(IMAGE_SUFFIXES)}); put yours there, or run the collect stage first"
-        )
+        raise DataError(f"{folder.images}: no images ({', '.join(IMAGE_SUFFIXES)}); put some there, or run the collect stage first")
     return images
 
 
-def _accessible(question: Callable[[], str]) -> Callable[[], str]:
-    """The question, with a file that may not be read as one more thing that is wrong."""
-
-    def ask() -> str:
-        try:
-            return question()
-        except OSError as error:
-            raise ResourceError(f"{error.filename}: {error.strerror}; make it accessible for this user") from None
-
-    return ask
+def _naming_unreadable_file(check: Callable[[], str]) -> str:
+    """The result of `check`; a file that may not be read becomes one more problem of the list."""
+    try:
+        return check()
+    except OSError as error:
+        raise ResourceError(f"{error.filename}: {error.strerror}; make it accessible to this user") from None
 
 
-def _writable(folder: DatasetFolder) -> str:
+def _check_folders(folder: DatasetFolder) -> str:
     folders = {image.path.parent for image in find_images(folder.images)} | {folder.records}
-    problems = sorted({problem for each in folders if (problem := write_problem(each))})
+    problems = sorted({problem for path in folders if (problem := write_problem(path))})
     if problems:
         raise ResourceError(f"captions cannot be written: {'; '.join(problems)}")
     return f"captions can be written to {folder.images}"
 
 
-def _usable_model(settings: CaptionSettings, models_dir: Path) -> str:
+def _check_model(settings: CaptionSettings, models_dir: Path) -> str:
     name = settings.caption_model
-    there = found_folder(name, models_dir)
-    if there:
-        tagger = load_tagger(there, settings, settings.caption_batch_size)
-        return f"the tagger in {there} loads on the {tagger.runs_on}, with {len(tagger.tags)} tags"
-    size_bytes = size_on_hub(name, models_dir)
+    model_folder = find_model(name, models_dir)
+    if model_folder:
+        tagger = load_tagger(model_folder, settings, settings.caption_batch_size)
+        return f"tagger {model_folder}: loads on the {tagger.device}, {len(tagger.tags)} tags"
+    size_bytes = model_size_on_hub(name, models_dir)
     if problem := write_problem(models_dir):
         raise ResourceError(f"{name} cannot be downloaded: {problem}")
-    return f"{name} will be fetched into {models_dir} ({size_bytes / 1e6:.0f} MB)"
+    return f"tagger {name}: will be downloaded to {models_dir} ({size_bytes / 1e6:.0f} MB)"

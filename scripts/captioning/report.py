@@ -1,93 +1,140 @@
-"""What is said about the choice of tags, and the table at the end: what the captions of the data set say."""
+"""What the caption stage prints: failures and counts, flaws of the images, the selection of tags, the finished captions."""
 
 import contextlib
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from captioning.captions import comparable, words_of
-from captioning.journal import UnusableCaptionError, text_of
-from captioning.tag_selection import TagChoice
-from captioning.traits import WORTH_SUGGESTING, Pruning
+from tqdm import tqdm
+
+from captioning.captions import normalized, split_tags
+from captioning.image_audit import DUPLICATE, UNREADABLE, Audit
+from captioning.journal import UnusableCaptionError, read_caption
+from captioning.tag_selection import TagSelector
+from captioning.traits import SUGGESTED_MIN_SHARE, TraitPruning
 from common.clip_tokens import CHUNK_TOKENS, ClipTokens
 from common.dataset_layout import DatasetFolder, ImageFile, name_in
+from common.errors import SomeItemsFailed
 
+STAGE = "caption_images"
 FEW_TAGS = 3
-"""An image that is described with fewer tags teaches the trigger word all that is in it."""
-
-
+"""An image that is described with fewer tags teaches the trigger word everything in it."""
 _TAGS_SHOWN, _NAMES_SHOWN = 20, 5
 
 
-def choice(choice: TagChoice, pruning: Pruning) -> str:
-    """Lines about entries that no tag answers to, and about the person's traits: left out, kept, or worth leaving out."""
+@dataclass
+class CaptionCounts:
+    """What became of the captions; each failure is logged when it happens."""
+
+    captioned: int = 0
+    """Captions made of tags."""
+    trigger_added: int = 0
+    """Captions written by the user that gained the trigger word."""
+    unchanged: int = 0
+    failed: int = 0
+
+    def fail(self, path: Path, reason: object) -> None:
+        """Log one failure on standard error."""
+        self.failed += 1
+        tqdm.write(f"{STAGE}: {path}: {reason}", file=sys.stderr)
+
+    def report(self, trigger: str) -> None:
+        """Print the counts. Raises SomeItemsFailed if there were failures."""
+        if not (self.captioned or self.trigger_added or self.failed):
+            print(f"nothing to do: all {self.unchanged} captions are up to date, with the trigger word {trigger}")
+            return
+        counts = f"{self.captioned} captioned, trigger word {trigger} added to {self.trigger_added}, {self.unchanged} unchanged"
+        if self.failed:
+            raise SomeItemsFailed(f"{counts}, {self.failed} failed (see above); fix them and run again")
+        print(counts)
+
+
+def audit_table(audit: Audit, record: Path) -> str:
+    """The flaws in a few lines, one for each kind; the file `record` has all of them."""
+    by_kind: dict[str, list[str]] = {}
+    for name, flaws in audit.flagged.items():
+        for kind, flaw in flaws.items():
+            by_kind.setdefault(kind, []).append(f"{name} ({flaw})" if kind in (UNREADABLE, DUPLICATE) else name)
+    if audit.captions_without_image:
+        by_kind["caption without an image"] = list(audit.captions_without_image)
+    if audit.ignored:
+        by_kind["ignored"] = [f"{name} ({what})" for name, what in audit.ignored.items()]
+    if not by_kind:
+        return f"image check: no flaws found in {audit.images} images"
+    lines = [f"image check: {len(audit.flagged)} of {audit.images} images are flagged for training at {audit.resolution} px"]
+    lines += [f"  {kind:25} {len(names):5}  {_some(names)}" for kind, names in by_kind.items()]
+    lines.append(f"  full list: {record}")
+    if audit.flagged:
+        lines.append("  set SKIP_FLAGGED=1 to train without the flagged images")
+    return "\n".join(lines)
+
+
+def selection_notes(selector: TagSelector, pruning: TraitPruning) -> str:
+    """Settings that match no tag, and the person's traits: which are left out, which are kept, or which to leave out."""
     lines = []
-    if unknown := choice.without_effect():
-        lines.append(f"this model has no such tags: {', '.join(unknown)}")
-    if pruning.least:
-        lines.append(f"left out, because at least {pruning.least:.0%} of the images have it: {_shares(choice, pruning.pruned)}")
-        lines.append(f"the person's traits that stay: {_shares(choice, pruning.kept)}")
-    elif suggested := pruning.suggested():
-        lines.append(f"the person's traits in nearly all images: {_shares(choice, suggested)}")
+    if selector.unknown_entries:
+        lines.append(f"tags in the settings that this model does not have: {', '.join(selector.unknown_entries)}")
+    if pruning.min_share:
+        left_out, kept = _shares(selector, pruning.pruned), _shares(selector, pruning.kept)
+        lines.append(f"traits left out of the captions (in at least {pruning.min_share:.0%} of the images): {left_out}")
+        lines.append(f"traits kept in the captions: {kept}")
+    elif pruning.suggested:
+        suggested = _shares(selector, pruning.suggested)
+        lines.append(f"traits in at least {SUGGESTED_MIN_SHARE:.0%} of the images: {suggested}")
         lines.append(
-            f"  CAPTION_PRUNE_TRAITS={WORTH_SUGGESTING} leaves them out of the captions, so that the trigger word learns them"
+            f"  set CAPTION_PRUNE_TRAITS={SUGGESTED_MIN_SHARE} to leave them out of the captions, "
+            "so that the trigger word learns them"
         )
     return "".join(f"{line}\n" for line in lines)
 
 
-def traits(choice: TagChoice, pruning: Pruning) -> dict:
-    """The same about traits for the record `traits.json`: share of the images by tag."""
+def traits_record(selector: TagSelector, pruning: TraitPruning) -> dict:
+    """The content of `traits.json`: share of the images by trait."""
     pruned, kept = (
-        {choice.word(index): round(share, 4) for index, share in shares.items()} for shares in (pruning.pruned, pruning.kept)
+        {selector.texts[index]: round(share, 4) for index, share in shares.items()} for shares in (pruning.pruned, pruning.kept)
     )
-    return {"pictures": pruning.images, "caption_prune_traits": pruning.least, "pruned": pruned, "kept": kept}
+    return {"pictures": pruning.images, "caption_prune_traits": pruning.min_share, "pruned": pruned, "kept": kept}
 
 
-def table(captions: Mapping[str, str], trigger: str, chunks: int, tokens: ClipTokens | None) -> str:
-    """`captions` (name -> text) in a few lines: tags by frequency, captions that training cuts off, captions of few tags.
+def read_captions(images: Sequence[ImageFile], folder: DatasetFolder) -> dict[str, str]:
+    """Name -> text of every caption that exists and can be read."""
+    texts = {}
+    for image in images:
+        if not image.caption_path.is_file():  # reading a pipe would block
+            continue
+        with contextlib.suppress(UnusableCaptionError):
+            texts[name_in(folder.images, image.caption_path)] = read_caption(image.caption_path)
+    return texts
 
-    Training reads at most `chunks` chunks of CLIP's tokens; without `tokens` nothing is said about length.
+
+def caption_table(captions: Mapping[str, str], trigger: str, chunks: int, tokens: ClipTokens | None) -> str:
+    """`captions` (name -> text) in a few lines: the most frequent tags, captions of few tags, captions that training cuts off.
+
+    Training reads at most `chunks` chunks of CLIP's tokens; without `tokens`, lengths are not checked.
     """
-    of_each = {
-        name: [word for word in words_of(text) if comparable(word) != comparable(trigger)] for name, text in captions.items()
-    }
-    frequency = Counter(word for words in of_each.values() for word in dict.fromkeys(words))
-    lines = [f"tags by frequency, in {len(captions)} captions with {len(frequency)} different tags:"]
-    lines += _frequent(frequency, len(captions))
-    few = [name for name, words in of_each.items() if len(words) < FEW_TAGS]
-    if few:
-        lines.append(f"{len(few)} captions have fewer than {FEW_TAGS} tags: {_some(few)}")
-    most = chunks * CHUNK_TOKENS
+    tags_of = {name: [tag for tag in split_tags(text) if normalized(tag) != normalized(trigger)] for name, text in captions.items()}
+    frequency = Counter(tag for tags in tags_of.values() for tag in dict.fromkeys(tags))
+    lines = [f"most frequent of the {len(frequency)} tags in {len(captions)} captions:"]
+    lines += [f"  {tag:30} {count:5}  {count / len(captions):4.0%}" for tag, count in frequency.most_common(_TAGS_SHOWN)]
+    if len(frequency) > _TAGS_SHOWN:
+        lines.append(f"  and {len(frequency) - _TAGS_SHOWN} more")
+    if few := [name for name, tags in tags_of.items() if len(tags) < FEW_TAGS]:
+        lines.append(f"captions with fewer than {FEW_TAGS} tags: {len(few)} ({_some(few)})")
+    max_tokens = chunks * CHUNK_TOKENS
     if tokens is None:
-        lines.append("lengths in tokens are not counted: no model in MODELS_DIR has a tokenizer")
-    elif long := [name for name, text in captions.items() if tokens.count(text) > most]:
-        lines.append(f"{len(long)} captions are longer than the {most} tokens that training reads: {_some(long)}")
-        lines.append("  their ends are cut off; set CAPTION_MAX_TAGS, or raise CAPTION_CHUNKS")
+        lines.append("caption lengths are not checked (no model in MODELS_DIR has CLIP's tokenizer)")
+    elif long := [name for name, text in captions.items() if tokens.count(text) > max_tokens]:
+        lines.append(f"captions longer than the {max_tokens} tokens that training reads: {len(long)} ({_some(long)})")
+        lines.append("  training cuts off their ends; set CAPTION_MAX_TAGS, or raise CAPTION_CHUNKS")
     return "\n".join(lines)
 
 
-def texts(images: Sequence[ImageFile], folder: DatasetFolder) -> dict[str, str]:
-    """Name -> text of every caption that is there and can be read."""
-    found = {}
-    for image in images:
-        if not image.caption_path.is_file():  # a pipe would be waited for
-            continue
-        with contextlib.suppress(UnusableCaptionError):
-            found[name_in(folder.images, image.caption_path)] = text_of(image.caption_path)
-    return found
+def _shares(selector: TagSelector, shares: Mapping[int, float]) -> str:
+    return ", ".join(f"{selector.texts[index]} {share:.0%}" for index, share in shares.items()) or "none"
 
 
-def _frequent(frequency: Counter[str], captions: int) -> Iterator[str]:
-    for word, count in frequency.most_common(_TAGS_SHOWN):
-        yield f"  {word:30} {count:5}  {count / captions:4.0%}"
-    rest = len(frequency) - _TAGS_SHOWN
-    if rest > 0:
-        yield f"  and {rest} more"
-
-
-def _shares(choice: TagChoice, shares: Mapping[int, float]) -> str:
-    return ", ".join(f"{choice.word(index)} {share:.0%}" for index, share in shares.items()) or "none"
-
-
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     more = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,8 +1,9 @@
-"""Which tags describe the person, and which of those nearly every image has: they belong to the trigger word. Pure.
+"""Tags that describe the person, and which of them nearly every image has: the trigger word should learn those. Pure.
 
-A trait that stands in every caption is learned as its tag's, and the trigger word alone does not bring it back. Left out
-of the captions, the trait has no other name than the trigger. What a person can change between two images stays in the
-captions: clothing, jewellery, hair ornaments, make-up, expression, gaze, pose, background, light, framing.
+A trait that is in every caption is learned as the meaning of its tag, and the trigger word alone does not reproduce it. A
+trait that is left out of the captions can only be learned as part of the trigger word. Whatever a person can change between
+two images stays in the captions: clothing, jewellery, hair ornaments, make-up, expression, gaze, pose, background, light,
+framing.
 """
 
 from collections import Counter
@@ -10,10 +11,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from captioning.captions import Tag, comparable, words_of
-from captioning.tag_selection import matching
+from captioning.captions import Tag, normalized, split_tags
+from captioning.tag_selection import match_tags
 
-# Each word in capitals below stands for all of these in turn, `*` for anything.
+SUGGESTED_MIN_SHARE = 0.8
+"""Traits in at least this share of the images are suggested for pruning while caption_prune_traits is off."""
+SUGGESTED_MIN_IMAGES = 8
+"""With fewer images, a share is too uncertain for a suggestion."""
+
 WORDS = {
     "COLOUR": """
         aqua, black, blonde, blue, brown, green, grey, orange, pink, purple, red, silver, white, yellow, amber, golden,
@@ -29,8 +34,7 @@ WORDS = {
     "SIZE": "flat, small, medium, large, huge, gigantic",
     "SEX": "female, male, woman, man, girl, boy",
 }
-
-
+"""What the words in capitals in TRAITS stand for: each of these in turn."""
 TRAITS = {
     "hair colour": "COLOUR hair, split-color hair, streaked hair, colored inner hair, colored tips, roots (hair)",
     "hair length": "LENGTH hair, big hair, bald, bald SEX, buzz cut",
@@ -80,53 +84,43 @@ TRAITS = {
         halo, monster girl, monster boy, robot, android, extra ears, extra eyes, extra arms
     """,
 }
-
-
-WORTH_SUGGESTING = 0.8
-"""The share from which a trait is suggested for pruning while the setting is off."""
-
-
-ENOUGH_IMAGES = 8
-"""With fewer images, a share says too little to suggest anything."""
+"""Aspect of the person -> the tags that describe it. `*` matches any text."""
 
 
 @dataclass(frozen=True)
-class Pruning:
+class TraitPruning:
     """The person's traits in a data set: tag index -> share of the images that have it, the most frequent first."""
 
     images: int
-    least: float
-    """The share from which a trait is pruned; 0 is off."""
+    min_share: float
+    """Traits in at least this share of the images are pruned; 0: off."""
     pruned: dict[int, float]
     kept: dict[int, float]
-
-    def suggested(self) -> dict[int, float]:
-        """The traits that pruning would leave out, were it on."""
-        if self.least or self.images < ENOUGH_IMAGES:
-            return {}
-        return {index: share for index, share in self.kept.items() if share >= WORTH_SUGGESTING}
+    suggested: dict[int, float]
+    """Traits worth pruning, while pruning is off."""
 
 
-def pruning_of(tags: Sequence[Tag], chosen: Sequence[Collection[int]], least: float) -> Pruning:
-    """`chosen` are the tags (as indices) of every image; traits in at least the share `least` of them are pruned."""
-    of_person = described([tag.name for tag in tags])
-    traits = {index for index, tag in enumerate(tags) if comparable(tag.name) in of_person}
-    counts = Counter(index for of_image in chosen for index in of_image if index in traits)
-    shares = {index: count / len(chosen) for index, count in counts.most_common()}
-    pruned = {index: share for index, share in shares.items() if least and share >= least}
-    return Pruning(len(chosen), least, pruned, {index: share for index, share in shares.items() if index not in pruned})
+def prune_common_traits(tags: Sequence[Tag], selected: Sequence[Collection[int]], min_share: float) -> TraitPruning:
+    """Prune the traits that at least `min_share` of the images have; `selected` are the tags (as indices) of each image."""
+    aspects = find_traits([tag.name for tag in tags])
+    traits = {index for index, tag in enumerate(tags) if normalized(tag.name) in aspects}
+    counts = Counter(index for of_image in selected for index in of_image if index in traits)
+    shares = {index: count / len(selected) for index, count in counts.most_common()}
+    pruned = {index: share for index, share in shares.items() if min_share and share >= min_share}
+    kept = {index: share for index, share in shares.items() if index not in pruned}
+    may_suggest = not min_share and len(selected) >= SUGGESTED_MIN_IMAGES
+    suggested = {index: share for index, share in kept.items() if may_suggest and share >= SUGGESTED_MIN_SHARE}
+    return TraitPruning(len(selected), min_share, pruned, kept, suggested)
 
 
-def described(names: Collection[str]) -> dict[str, str]:
-    """Those of the tags `names` that describe the person, in comparable spelling -> the aspect in TRAITS."""
-    known = {comparable(name) for name in names}
-    return {name: aspect for aspect, listed in TRAITS.items() for name in matching(known, _spelt_out(listed))}
-
-
-def _spelt_out(listed: str) -> list[str]:
-    """The entries of a list in TRAITS with every word in capitals replaced by all that it stands for."""
-    spelt = []
-    for entry in words_of(listed):
-        choices = [words_of(WORDS[word]) if word in WORDS else [word] for word in entry.split()]
-        spelt += [" ".join(words) for words in product(*choices)]
-    return spelt
+def find_traits(names: Collection[str]) -> dict[str, str]:
+    """Those of the tags `names` that describe the person, in normalized spelling -> the aspect in TRAITS."""
+    known = {normalized(name) for name in names}
+    aspects = {}
+    for aspect, listed in TRAITS.items():
+        patterns = []
+        for entry in split_tags(listed):
+            choices = [split_tags(WORDS[word]) if word in WORDS else [word] for word in entry.split()]
+            patterns += [" ".join(words) for words in product(*choices)]
+        aspects |= dict.fromkeys(match_tags(known, patterns), aspect)
+    return aspects

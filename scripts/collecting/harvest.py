@@ -44,7 +44,7 @@ class RemoteFile:
 
 
 class HistoryEntry:
-    """What a history entry says. Nothing in it is trusted: parts of an unexpected type are read as missing."""
+    """A parsed history entry. Nothing in it is trusted: parts of an unexpected type are treated as missing."""
 
     def __init__(self, entry: dict[str, Any]):
         status = _as_dict(entry.get("status"))
@@ -157,7 +157,7 @@ class Harvester:
         position = {"key": job.key, "node": node, "index": index}
         recorded = self._journal.images.get((job.key, node, index))
         earlier = recorded or self.downloaded.get(file)
-        # A file name says which image it is only if the node did not run again, or if it was downloaded for this very prompt.
+        # A file name identifies an image only if the node did not run again, or if the file was downloaded for the same prompt.
         if earlier and (recorded or node in entry.cached_nodes or earlier["prompt_id"] == prompt_id):
             with self._store.lock:
                 if self._store.contains(earlier):

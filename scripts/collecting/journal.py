@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from common.files import append_json_line, read_json_lines
 
-FILE_NAME = "collect.jsonl"
 Event = Literal["client", "sent", "picture", "done", "failed"]
 """client: our client_id, written once; sent: a prompt is about to be submitted; picture: an image is about to be stored,
 with its manifest line; done, failed: the job has ended and nothing more will come of it."""
@@ -28,12 +27,12 @@ class Submission:
 
 
 class Journal:
-    """The journal of one data set folder. Jobs are identified by `Job.key`. Threads may share it.
+    """The journal in the file `path`. Jobs are identified by `Job.key`. Threads may share it.
 
-    The attributes hold what the lines say, those of earlier runs included; `record` alone changes them.
+    The attributes are built from the lines, those of earlier runs included; only `record` changes them.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, path: Path):
         self.done: set[str] = set()
         """Keys of the jobs that are done."""
         self.in_flight: dict[str, Submission] = {}
@@ -43,7 +42,7 @@ class Journal:
         self.images: dict[tuple[str, str, int], dict[str, Any]] = {}
         """(job key, node, index of the image in the node's output) -> manifest line of the image."""
         self._client_id: str | None = None
-        self._path = folder / FILE_NAME
+        self._path = path
         self._lock = threading.Lock()
         for line in read_json_lines(self._path):
             self._apply(line)

@@ -45,7 +45,7 @@ class ExecutionStatus:
 
 
 class WebsocketMonitor:
-    """Follows one server over its websocket. `status` is None while no prompt of ours is running, or nothing is known."""
+    """Follows one server over its websocket. `status` is None while no prompt of this run is running, or nothing is known."""
 
     def __init__(self, address: Address, client_id: str, stopping: threading.Event):
         self.status: ExecutionStatus | None = None
@@ -136,10 +136,9 @@ def describe_plan(plan: Plan, jobs: int, todo: int, missing: int) -> str:
     workflow = plan.workflow
     nodes, shown = len(workflow.graph), 12
     outputs = ", ".join(workflow.output_nodes[:shown]) + (" ..." if len(workflow.output_nodes) > shown else "")
+    per_batch = f"Per-batch mode: one submission for each prompt, {jobs} in total"
     lines = [
-        f"Per-batch mode: one submission for each prompt, {jobs} in total"
-        if workflow.per_batch
-        else "Full-workflow mode: one submission",
+        per_batch if workflow.per_batch else "Full-workflow mode: one submission",
         f"Collecting images from {len(workflow.output_nodes)} of {nodes} nodes: {outputs}",
     ]
     if plan.face is not None:

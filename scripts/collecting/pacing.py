@@ -36,11 +36,12 @@ def poll_interval_s(typical_s: float | None, running_s: float) -> float:
 
 
 class Pacing:
-    """The state of one server that `should_submit` and `poll_interval_s` are asked with."""
+    """Both decisions for one server, from the durations of its last prompts."""
 
     def __init__(self, delay_s: float):
         self._delay_s = delay_s
         self._durations_s: deque[float] = deque(maxlen=5)
+        self._typical_s: float | None = None
         self._last_submission_s = float("-inf")
         self.running_since_s = time.monotonic()
         """When the oldest prompt in flight became the next to run (time.monotonic())."""
@@ -56,14 +57,12 @@ class Pacing:
         self.running_since_s = time.monotonic()
         if duration_s is not None:
             self._durations_s.append(duration_s)
+            self._typical_s = median(self._durations_s)
 
     def should_submit(self, in_flight: int) -> bool:
         since_last_s = time.monotonic() - self._last_submission_s
-        return should_submit(in_flight - 1, self._typical_s(), since_last_s, self._delay_s)
+        return should_submit(in_flight - 1, self._typical_s, since_last_s, self._delay_s)
 
     def poll_interval_s(self) -> float:
         running_s = time.monotonic() - self.running_since_s
-        return poll_interval_s(self._typical_s(), running_s)
-
-    def _typical_s(self) -> float | None:
-        return median(self._durations_s) if self._durations_s else None
+        return poll_interval_s(self._typical_s, running_s)

@@ -1,9 +1,10 @@
 """All ComfyUI servers of one run: which of them can be used, the threads that work with them, and a clean stop."""
 
 import contextlib
+import functools
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from collecting.client import ComfyUI
 from collecting.harvest import JobResult
@@ -39,6 +40,7 @@ class ServerPool(contextlib.AbstractContextManager):
         self._events: queue.SimpleQueue[str | JobResult | BaseException] = queue.SimpleQueue()
         """From the threads: log lines, results, and the exceptions that ended a thread."""
         self._stopping = threading.Event()
+        self._client = functools.partial(ComfyUI, client_id=journal.client_id(), sleep=self._stopping.wait)
 
     def __exit__(self, *_exception: object) -> None:
         self._stopping.set()
@@ -144,9 +146,6 @@ class ServerPool(contextlib.AbstractContextManager):
         urls = ", ".join(worker.address.url for worker in self.workers)
         self._log(f"{job.label}: {unknown_prompt_message(urls, submission)}")
         return False
-
-    def _client(self, address: Address, retry_delays_s: Sequence[float] | None = None) -> ComfyUI:
-        return ComfyUI(address, self._journal.client_id(), retry_delays_s, self._stopping.wait)
 
     def _start_thread(self, target: Callable[[], None]) -> threading.Thread:
         def run() -> None:

@@ -67,7 +67,7 @@ class ServerWorker:
         self._stall_timeout_s = stall_timeout_s
         self._in_flight: list[InFlight] = []
         """The oldest first; ComfyUI runs prompts in the order of submission."""
-        self._given_away: list[str] = []
+        self._requeued_ids: list[str] = []
         """Ids of prompts that may still be on the server although their jobs are in the job queue again."""
         self._finished: queue.SimpleQueue[tuple[InFlight, HistoryEntry] | None] = queue.SimpleQueue()
         """What `run` hands to `download`; None ends it."""
@@ -87,7 +87,7 @@ class ServerWorker:
 
     def unfinished_prompts(self) -> list[str]:
         """Ids of the prompts that may be on the server, those included whose jobs were given to other servers."""
-        return self._given_away + [flight.submission.prompt_id for flight in self._in_flight]
+        return self._requeued_ids + [flight.submission.prompt_id for flight in self._in_flight]
 
     def stop_download(self) -> None:
         self._finished.put(None)
@@ -115,27 +115,40 @@ class ServerWorker:
             self._requeue_all()
             raise
 
-    def download(self) -> None:
-        """Second thread: store the images of finished prompts until `stop_download` is called."""
-        while (finished := self._finished.get()) is not None and not self._stopping.is_set():
-            flight, entry = finished
-            try:
-                self._emit(self._harvester.harvest(flight, entry))
-            except ServerUnavailable as error:
-                flight.failed_downloads += 1
-                if flight.failed_downloads > MAX_LOSSES:
-                    self._fail(flight.job, str(error))
-                    continue
-                # `run` notices when the server is back, or gives the job to another one.
-                self._not_downloaded.put(flight)
-                if self.has_failed:
-                    self._requeue_all()
-            except ComfyUIError as error:
-                self._fail(flight.job, str(error))
+    def _submit(self, job: Job) -> None:
+        """Record in the journal what is about to be submitted, then submit it."""
+        seeds = self._journal.seeds.get(job.key) or {
+            str(ref): secrets.randbelow(SEED_LIMIT) if seed is None else seed for ref, seed in job.seeds.items()
+        }
+        flight = InFlight(job, Submission(str(uuid.uuid4()), seeds))
+        try:
+            graph = self._plan.graph_for(job, seeds, self._uploaded_face())
+        except ComfyUIError:
+            self._jobs.requeue([job])
+            raise
+        self._journal.record("sent", key=job.key, prompt_id=flight.submission.prompt_id, seeds=seeds)
+        self._pacing.note_submission(is_only=not self._in_flight)
+        if not self._in_flight:
+            self._last_progress_s = time.monotonic()
+        self._in_flight.append(flight)
+        try:
+            queued = self._server.submit(graph, flight.submission.prompt_id)
+        except SubmissionUnconfirmed as error:
+            self._emit(f"{job.label}: checking whether it was queued ({error})")
+            self._next_queue_check_s, flight.unconfirmed_until_s = 0.0, time.monotonic() + UNCONFIRMED_S
+            return
+        flight.dropped = tuple(queued.dropped)
+        if queued.prompt_id != flight.submission.prompt_id:
+            # Old versions of ComfyUI ignore the id in the request.
+            flight.submission = Submission(queued.prompt_id, seeds)
+            self._journal.record("sent", key=job.key, prompt_id=queued.prompt_id, seeds=seeds)
 
-    def _fail(self, job: Job, reason: str) -> None:
-        self._journal.record("failed", key=job.key)
-        self._emit(JobResult(job, failures=[reason]))
+    def _uploaded_face(self) -> str | None:
+        """The name of the face reference on the server; it is uploaded once, under a name that is unique to its bytes."""
+        face = self._plan.face
+        if face is not None and self._face_name is None:
+            self._face_name = self._server.upload(f"loracat_face_{face.sha256[:16]}{face.suffix}", face.content)
+        return self._face_name
 
     def _check_prompts(self) -> None:
         """Notice which prompts have ended: the oldest at each poll, all of them now and then."""
@@ -177,7 +190,9 @@ class ServerWorker:
             self._jobs.losses[suspect.key] += 1
             if self._jobs.losses[suspect.key] > MAX_LOSSES:
                 self._in_flight.remove(lost.pop(0))
-                self._fail(suspect, f"ComfyUI lost this prompt {MAX_LOSSES + 1} times; it may crash ComfyUI: check its console")
+                self._fail(
+                    suspect, f"ComfyUI lost this prompt {MAX_LOSSES + 1} times (it may be crashing): check ComfyUI's console"
+                )
         for flight in lost:
             self._in_flight.remove(flight)
             self._emit(f"{flight.job.label}: {unknown_prompt_message(self.address.url, flight.submission)}")
@@ -199,43 +214,8 @@ class ServerWorker:
                 " restart ComfyUI, or raise COMFYUI_STALL_TIMEOUT, and run the same command again"
             )
 
-    def _submit(self, job: Job) -> None:
-        """Record in the journal what is about to be submitted, then submit it."""
-        seeds = self._journal.seeds.get(job.key) or {
-            str(ref): secrets.randbelow(SEED_LIMIT) if seed is None else seed for ref, seed in job.seeds.items()
-        }
-        flight = InFlight(job, Submission(str(uuid.uuid4()), seeds))
-        try:
-            graph = self._plan.graph_for(job, seeds, self._uploaded_face())
-        except ComfyUIError:
-            self._jobs.requeue([job])
-            raise
-        self._journal.record("sent", key=job.key, prompt_id=flight.submission.prompt_id, seeds=seeds)
-        self._pacing.note_submission(is_only=not self._in_flight)
-        if not self._in_flight:
-            self._last_progress_s = time.monotonic()
-        self._in_flight.append(flight)
-        try:
-            queued = self._server.submit(graph, flight.submission.prompt_id)
-        except SubmissionUnconfirmed as error:
-            self._emit(f"{job.label}: checking whether it was queued ({error})")
-            self._next_queue_check_s, flight.unconfirmed_until_s = 0.0, time.monotonic() + UNCONFIRMED_S
-            return
-        flight.dropped = tuple(queued.dropped)
-        if queued.prompt_id != flight.submission.prompt_id:
-            # Old versions of ComfyUI ignore the id in the request.
-            flight.submission = Submission(queued.prompt_id, seeds)
-            self._journal.record("sent", key=job.key, prompt_id=queued.prompt_id, seeds=seeds)
-
     def _poll_delay_s(self) -> float:
         return self._pacing.poll_interval_s() if self._in_flight else 0.1
-
-    def _uploaded_face(self) -> str | None:
-        """The name of the face reference on the server; it is uploaded once, under a name that is unique to its bytes."""
-        face = self._plan.face
-        if face is not None and self._face_name is None:
-            self._face_name = self._server.upload(f"loracat_face_{face.sha256[:16]}{face.suffix}", face.content)
-        return self._face_name
 
     def _wait_until_available(self, error: ServerUnavailable) -> None:
         """Wait for a server that became unavailable. Other active servers get its jobs at once. Raises `error` in the end."""
@@ -261,11 +241,11 @@ class ServerWorker:
             self._server.version()
         except ComfyUIError:
             return False
-        if self._given_away:
+        if self._requeued_ids:
             # Other servers run these jobs now.
             with contextlib.suppress(ComfyUIError):
-                self._server.dequeue(self._given_away)
-        self._given_away.clear()
+                self._server.dequeue(self._requeued_ids)
+        self._requeued_ids.clear()
         self._emit(f"Reconnected to ComfyUI at {self.address.url}.")
         self._jobs.active_workers.add(self)
         self._next_queue_check_s, self._pacing.running_since_s = 0.0, time.monotonic()
@@ -282,7 +262,7 @@ class ServerWorker:
         """Put every job of this server back into the job queue."""
         self._take_back()
         flights, self._in_flight = self._in_flight, []
-        self._given_away += [flight.submission.prompt_id for flight in flights]
+        self._requeued_ids += [flight.submission.prompt_id for flight in flights]
         self._jobs.requeue([flight.job for flight in flights])
 
     def _take_back(self) -> None:
@@ -290,6 +270,28 @@ class ServerWorker:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._in_flight.insert(0, self._not_downloaded.get_nowait())
+
+    def download(self) -> None:
+        """Second thread: store the images of finished prompts until `stop_download` is called."""
+        while (finished := self._finished.get()) is not None and not self._stopping.is_set():
+            flight, entry = finished
+            try:
+                self._emit(self._harvester.harvest(flight, entry))
+            except ServerUnavailable as error:
+                flight.failed_downloads += 1
+                if flight.failed_downloads > MAX_LOSSES:
+                    self._fail(flight.job, str(error))
+                    continue
+                # `run` notices when the server is back, or gives the job to another one.
+                self._not_downloaded.put(flight)
+                if self.has_failed:
+                    self._requeue_all()
+            except ComfyUIError as error:
+                self._fail(flight.job, str(error))
+
+    def _fail(self, job: Job, reason: str) -> None:
+        self._journal.record("failed", key=job.key)
+        self._emit(JobResult(job, failures=[reason]))
 
 
 def unknown_prompt_message(url: str, submission: Submission) -> str:

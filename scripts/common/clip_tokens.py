@@ -43,7 +43,7 @@ class ClipTokens:
 
 def find_clip_tokens(models_dir: Path, base_model: str) -> ClipTokens | None:
     """The tokenizer of `base_model`, or of any other model in `models_dir`: all SDXL models share one. None if there is none."""
-    for model in (models_dir / base_model, Path(os.path.expanduser(base_model)), *_folders_in(models_dir)):
+    for model in (models_dir / base_model, Path(os.path.expanduser(base_model)), *sorted(models_dir.glob("*"))):
         with suppress(OSError):
             if _START in read_vocabulary(model / TOKENIZERS[0]):
                 return ClipTokens(model / TOKENIZERS[0])
@@ -52,7 +52,7 @@ def find_clip_tokens(models_dir: Path, base_model: str) -> ClipTokens | None:
 
 def find_tokenizers(models_dir: Path, vocabulary_size: int) -> Path | None:
     """The first folder in `models_dir` that has both TOKENIZERS, with vocabularies of this size; None if there is none."""
-    for folder in _folders_in(models_dir):
+    for folder in sorted(models_dir.glob("*")):
         if all(len(read_vocabulary(folder / name)) == vocabulary_size for name in TOKENIZERS):
             return folder
     return None
@@ -77,7 +77,3 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
 def _has_merges(folder: Path) -> bool:
     """Whether the tokenizer is stored as two files, a vocabulary and merges, which are read in preference to tokenizer.json."""
     return (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-
-
-def _folders_in(models_dir: Path) -> list[Path]:
-    return sorted(child for child in models_dir.iterdir() if child.is_dir()) if models_dir.is_dir() else []

@@ -1,12 +1,12 @@
-"""The contract of the shared folders: which files are images, where a caption lies, what the manifest says.
+"""Names and meaning of the files in DATASET_DIR: which of them are images, where their captions and the records are.
 
-Standard library only: every stage meets the others here and nowhere else. A file gets its name when it is whole,
-so "exists" never has to mean "maybe complete".
+Stages share the data set only through these files. A file gets its name when it is complete, so that a file that exists
+can be trusted. Standard library only.
 """
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,63 +15,70 @@ IMAGE_FORMATS = {"png": (".png",), "jpeg": (".jpg", ".jpeg"), "webp": (".webp",)
 IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 CAPTION_SUFFIX = ".txt"
 
-
-RECORD_FOLDER = ".loracat"
-
-
-_MAGIC_BYTES = (("png", b"\x89PNG\r\n\x1a\n"), ("jpeg", b"\xff\xd8\xff"), ("bmp", b"BM"))
-
-
+_MAGIC_BYTES = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff", "bmp": b"BM"}
 _REPEATS_FOLDER = re.compile(r"(\d{1,5})_.+")
 
 
-@dataclass(frozen=True)
 class DatasetFolder:
-    """`DATASET_DIR` and what lies where in it."""
+    """The path of every file and folder in `DATASET_DIR`."""
 
-    root: Path
-
-    @property
-    def images(self) -> Path:
-        """Images and their captions."""
-        return self.root / "images"
-
-    @property
-    def manifest(self) -> Path:
-        """One JSON line per collected image."""
-        return self.root / "manifest.jsonl"
-
-    @property
-    def records(self) -> Path:
-        """What the stages write down for themselves."""
-        return self.root / RECORD_FOLDER
-
-    @property
-    def audit(self) -> Path:
-        """What the caption stage found to be wrong with images; training leaves those out if it is told to."""
-        return self.records / "audit.json"
+    def __init__(self, root: Path):
+        self.root = root
+        # For the user: images with their captions, and one JSON line for each collected image.
+        self.images = root / "images"
+        self.manifest = root / "manifest.jsonl"
+        # Records of the stages: what the collect stage sent and received, ...
+        self.records = root / ".loracat"
+        self.collect_log = self.records / "collect.jsonl"
+        # ... every change that the caption stage made to a caption, measurements of the images, the flaws that were found
+        # (training skips such images on request), the share of images with each trait, and the tagger's probabilities.
+        self.caption_log = self.records / "captions.jsonl"
+        self.image_index = self.records / "pictures.json"
+        self.audit = self.records / "audit.json"
+        self.traits = self.records / "traits.json"
+        self.tag_cache = self.records / "tags"
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image of the data set; `repeats` is how often one epoch shows it (`N_name` folders, else 1)."""
+    """An image of the data set; `repeats` is how often one epoch uses it (N in a folder `N_name`, else 1)."""
 
     path: Path
     repeats: int
 
     @property
     def caption_path(self) -> Path:
-        """The same stem with `.txt`."""
-        return caption_path(self.path)
+        """The file of the same stem with CAPTION_SUFFIX."""
+        return self.path.with_suffix(CAPTION_SUFFIX)
 
 
-def caption_path(image: Path) -> Path:
-    """Where the caption of `image` lies."""
-    return image.with_suffix(CAPTION_SUFFIX)
+def find_images(folder: Path) -> list[ImageFile]:
+    """All images in `folder` and in its `N_name` folders, sorted by relative path.
+
+    Other folders, hidden files and files with another suffix do not belong to the data set. A folder `0_name` holds images
+    that are excluded from it.
+    """
+    children = list(folder.iterdir()) if folder.is_dir() else []
+    found = [(path, 1) for path in children]
+    for child in children:
+        if repeats := repeats_of(child):
+            found += [(path, repeats) for path in child.iterdir()]
+    images = [
+        ImageFile(path, repeats)
+        for path, repeats in found
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    ]
+    return sorted(images, key=lambda image: image.path.relative_to(folder).as_posix())
+
+
+def repeats_of(folder: Path) -> int | None:
+    """N of a folder `N_name`, None for every other file or folder."""
+    match = _REPEATS_FOLDER.fullmatch(folder.name)
+    return int(match[1]) if match and folder.is_dir() else None
 
 
 def caption_owners(images: Iterable[ImageFile]) -> dict[Path, ImageFile]:
-    """Where captions lie -> the image that each belongs to: of images with the same stem the first."""
+    """Caption file -> the image that it belongs to: the first one, where several images have the same stem."""
     owners: dict[Path, ImageFile] = {}
     for image in images:
         owners.setdefault(image.caption_path, image)
@@ -79,37 +86,12 @@ def caption_owners(images: Iterable[ImageFile]) -> dict[Path, ImageFile]:
 
 
 def name_in(folder: Path, path: Path) -> str:
-    """What the records call a file in `folder`: its relative path; bytes of a name that are not UTF-8 become escapes."""
+    """The name of a file in `folder` in the records: its relative path, with bytes that are not UTF-8 as escapes."""
     return os.fsencode(path.relative_to(folder)).decode("utf-8", "backslashreplace")
 
 
-def find_images(folder: Path) -> list[ImageFile]:
-    """All images in `folder` and in its `N_name` folders, sorted by relative path.
-
-    Other folders, hidden files and files with another suffix are not images of the data set. A folder `0_name`
-    holds images that are laid aside.
-    """
-    found = [ImageFile(path, 1) for path in _image_files(folder)]
-    for child in folder.iterdir() if folder.is_dir() else ():
-        if repeats := repeats_of(child):
-            found += [ImageFile(path, repeats) for path in _image_files(child)]
-    return sorted(found, key=lambda image: image.path.relative_to(folder).as_posix())
-
-
-def repeats_of(folder: Path) -> int | None:
-    """N of a folder `N_name`, None for every other entry."""
-    match = _REPEATS_FOLDER.fullmatch(folder.name)
-    return int(match[1]) if match and folder.is_dir() else None
-
-
-def _image_files(folder: Path) -> Iterator[Path]:
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file():
-            yield path
-
-
 def sniff_image_format(head: bytes) -> str | None:
-    """`png`, `jpeg`, `webp` or `bmp` by the magic bytes in the first 12 bytes of a file, else None."""
+    """The format (a key of IMAGE_FORMATS) that the magic bytes in the first 12 bytes of a file stand for, None if unknown."""
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "webp"
-    return next((name for name, magic in _MAGIC_BYTES if head.startswith(magic)), None)
+    return next((name for name, magic in _MAGIC_BYTES.items() if head.startswith(magic)), None)

@@ -82,9 +82,6 @@ class MemoryShort(Interruption):
 
     exit_code = 75
 
-    def __init__(self):
-        super().__init__("stopped by the memory guard; close other programs, then run the same command again to resume")
-
 
 class Stopped(Interruption):
     """A signal asked the stage to stop."""
@@ -149,7 +146,9 @@ def run_checks(title: str, checks: Sequence[Callable[[], str]]) -> None:
 
 def interruption_for(signum: int) -> Interruption:
     """The exception for a signal that asks the stage to stop."""
-    return MemoryShort() if signum == MEMORY_SIGNAL else Stopped(signum)
+    if signum == MEMORY_SIGNAL:
+        return MemoryShort("stopped by the memory guard; close other programs, then run the same command again to resume")
+    return Stopped(signum)
 
 
 def stop_on_signals() -> None:

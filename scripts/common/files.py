@@ -61,11 +61,6 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically, as UTF-8 with `\\n` line ends."""
-    write_bytes(path, text.encode("utf-8"))
-
-
 def write_json(path: Path, content: object) -> None:
     """Write `content` to `path` atomically, as indented JSON. A file that holds exactly that already is not touched."""
     encoded = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8")

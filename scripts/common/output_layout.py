@@ -29,7 +29,8 @@ class OutputLayout:
         self.archive = self.lora_dir / "archive"
         self.state = output_dir / "state" / name
         """Checkpoints; state/checkpoint.py names the files in it."""
-        self.cache = cache_dir(output_dir)
+        self.cache = output_dir / "cache"
+        """Latents and embeddings, which all runs share."""
         self.logs = output_dir / "logs"
 
     def lora_after(self, epoch: int) -> Path:
@@ -37,12 +38,19 @@ class OutputLayout:
         return self.lora_dir / f"{self.name}-{epoch:06d}.safetensors"
 
     def is_finished(self, fingerprint: str) -> bool:
-        """Whether there is a LoRA of exactly the run with this fingerprint."""
-        return self.lora.is_file() and read_fingerprint(self.lora) == fingerprint
+        """Whether there is a LoRA of exactly the run with this fingerprint. One that is corrupt or from another program is not."""
+        if not self.lora.is_file():
+            return False
+        try:
+            return read_safetensors_metadata(self.lora).get("loracat_fingerprint") == fingerprint
+        except ValueError:
+            return False
 
     def archive_lora(self) -> None:
         """Before a finished run is extended: move its LoRA and the best one to the archive."""
-        self._move_to_archive([path for path in (self.best, self.lora) if path.exists()])
+        paths = [path for path in (self.best, self.lora) if path.exists()]
+        if paths:
+            self._move_to_archive(paths)
 
     def archive_previous_outputs(self) -> None:
         """Before a new run: move the files of an earlier run with the same name to the archive.
@@ -68,26 +76,11 @@ class OutputLayout:
         return self.name
 
     def _move_to_archive(self, paths: list[Path]) -> None:
-        if not paths:
-            return
         folder = _unused(self.archive / f"{self.name}-{datetime.now():%Y%m%d-%H%M%S}")
         folder.mkdir(parents=True)
         for path in paths:
             path.rename(folder / path.name)
         print(f"moved the earlier LoRA {self.name} to {folder}")
-
-
-def cache_dir(output_dir: Path) -> Path:
-    """The cache of latents and embeddings, which all runs share."""
-    return output_dir / "cache"
-
-
-def read_fingerprint(lora: Path) -> str | None:
-    """The fingerprint of the run that wrote the LoRA file; None if another program wrote it, or the file is corrupt."""
-    try:
-        return read_safetensors_metadata(lora).get("loracat_fingerprint")
-    except ValueError:
-        return None
 
 
 @contextmanager

@@ -22,7 +22,7 @@ class ProjectSettings:
     def validate(self) -> Iterator[str]:
         word = self.trigger_word
         if not word or "," in word or word != " ".join(word.split()) or not word.isprintable():
-            yield f"trigger_word: {word!r} must be a single tag, without commas, control characters or extra spaces"
+            yield f"trigger_word: {word!r} must be one tag, without commas, control characters or extra spaces"
 
 
 @dataclass(frozen=True)

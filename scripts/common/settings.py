@@ -1,11 +1,9 @@
-"""One setting: its field in a section, its value from text or TOML, its value as TOML and as it may be shown.
+"""Command line and settings: TOML file < environment < `--set`, as frozen typed values, with all problems reported at once.
 
-Settings: TOML < environment < flags, as frozen typed values.
-
-A section is a frozen dataclass whose fields are made with `setting(...)`; it is one table of
-`config/training_config.toml`, and a field that is itself a section is a table inside it. Every key has one environment
-variable, its name in capitals; an empty variable means "not set". Everything that is wrong is refused at once.
-Relative paths in the file are relative to the repository, in variables and flags to the current directory.
+A section is a frozen dataclass whose fields are made with `setting(...)`. It is one table of `config/training_config.toml`; a
+field that is itself a section is a table inside it. Every key has one environment variable, its name in capitals; an empty
+variable means "not set". Relative paths in the file are relative to the repository, those in variables and flags to the current
+directory.
 """
 
 import argparse
@@ -17,7 +15,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,12 +24,17 @@ import tomli_w
 
 from common.errors import SettingsError, bullet_list
 
-_IS_NO_TEXT = re.compile("[\0\ud800-\udfff]")
-"""Bytes of a variable that are not UTF-8 arrive as surrogates."""
-
-
+VERSION = "2.0.0"
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+SETTINGS_FILE = REPOSITORY / "config" / "training_config.toml"
+TABLES = ("project", "collect", "caption", "train")
 MISSING = dataclasses.MISSING
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
+"""Bytes of a variable that are not UTF-8 appear as surrogates."""
+
+Validate = Callable[[dict[str, Any]], Iterable[str]]
+"""Checks settings across sections: filled sections by the names of their tables -> problems."""
 
 
 def setting(
@@ -55,26 +58,271 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata | {"role": role, "before": before}, repr=not secret)
 
 
-def converted(raw: Any, hint: Any, base: Path, *, is_text: bool) -> Any:
-    """`raw` as the type `hint`; raises ValueError. Text is parsed; a TOML value must have the type already. Relative paths
-    begin at `base`."""
+class PartialSection:
+    """Base of a section with only some of its table's keys; the others belong to another stage and are not unknown keys."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line, the environment and the settings file ask for."""
+
+    check: bool
+    """Check the requirements of the stage and exit."""
+    inputs_pending: bool
+    """Earlier stages still have to run: a check accepts that their outputs are missing."""
+    sections: dict[str, Any]
+    """The filled sections, by the names of their tables."""
+    sources: dict[str, str]
+    """Where the value of each key comes from: `default`, the file's name, `environment` or `--set`."""
+    flags: frozenset[str] = frozenset()
+    """Those of the stage's own flags that are given."""
+
+    def described(self, sources: Iterable[str] | None = None) -> list[str]:
+        """One `key = value  (source)` for each key, or for each that comes from one of `sources`. Secrets are masked."""
+        lines = []
+        for name, value, is_secret in _flat_values(*self.sections.values()):
+            if sources is None or self.sources[name] in sources:
+                shown = ("set" if value else "not set") if is_secret else without_logins(as_toml(value))
+                lines.append(f"{name} = {shown!r}  ({self.sources[name]})")
+        return lines
+
+    def overridden(self) -> str:
+        """The settings from environment and flags, in one line."""
+        lines = self.described(("environment", "--set"))
+        return ", ".join(line.rpartition("  (")[0] for line in lines) or "none"
+
+
+def read_request(
+    stage: str,
+    description: str,
+    argv: list[str],
+    sections: dict[str, type],
+    flags: Mapping[str, str] | None = None,
+    validate: Validate = lambda _: (),
+) -> Request:
+    """Parse the command line and fill `sections` (table name -> section class). `flags` are the stage's own: name -> help.
+
+    Raises SettingsError with every problem at once. `--help`, `--version` and `--settings` print and exit.
+    """
+    parser = argparse.ArgumentParser(prog=f"{stage}.py", description=description)
+    parser.add_argument(
+        "--check",
+        nargs="?",
+        const="now",
+        choices=("now", "ahead"),
+        help="check the requirements of this stage and exit; with =ahead, images and captions may still be missing",
+    )
+    parser.add_argument("--settings", action="store_true", help="print all settings and where each comes from, and exit")
+    parser.add_argument(
+        "--config", type=Path, default=SETTINGS_FILE, metavar="FILE", help="settings file (default: config/training_config.toml)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; can be given several times"
+    )
+    parser.add_argument("--version", action="version", version=f"LoRACat {VERSION}", help="print the version and exit")
+    for name, text in (flags or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+
+    def refuse(message: str) -> None:
+        raise SettingsError(f"{message}; see --help")
+
+    parser.error = refuse
+    arguments = parser.parse_args(argv)
+    request = resolve(arguments.config, os.environ, arguments.set, sections, validate, check=arguments.check)
+    if arguments.settings:
+        print("\n".join(request.described()))
+        raise SystemExit(0)
+    if request.check:
+        print(f"{stage} of LoRACat {VERSION}", flush=True)
+    return dataclasses.replace(request, flags=frozenset(name for name in flags or {} if vars(arguments)[name]))
+
+
+def resolve(
+    file: Path,
+    environment: Mapping[str, str],
+    overrides: list[str],
+    sections: dict[str, type],
+    validate: Validate = lambda _: (),
+    *,
+    check: str | None = None,
+) -> Request:
+    """Fill `sections` from the TOML `file`, then `environment`, then `overrides` (`KEY=VALUE`).
+
+    Raises SettingsError with every problem at once: unknown keys, wrong types, values out of range, and what `validate` yields.
+    """
+    tables = _read_toml(file)
+    resolver = _Resolver(file, environment, overrides)
+    for name in tables:
+        if name not in TABLES:
+            resolver.problems.append(f"[{name}]: unknown table in {file.name}; known: {', '.join(TABLES)}")
+    filled = {name: resolver.fill(section, name, tables.get(name, {})) for name, section in sections.items()}
+    problems = [*resolver.problems, *(f"--set {key}: unknown key" for key in resolver.overrides)]
+    if None not in filled.values():
+        problems += validate(filled)
+    if problems:
+        raise SettingsError(bullet_list("invalid settings:", problems))
+    return Request(check=check is not None, inputs_pending=check == "ahead", sections=filled, sources=resolver.sources)
+
+
+def resolved_toml(sections: dict[str, Any]) -> str:
+    """The filled sections as TOML in the layout of the settings file, without secrets."""
+
+    def as_table(section: Any) -> dict[str, Any]:
+        table = {}
+        for key in dataclasses.fields(section):
+            value = getattr(section, key.name)
+            if dataclasses.is_dataclass(value):
+                table[key.name] = as_table(value)
+            elif not key.metadata["secret"]:
+                table[key.name] = as_toml(value)
+        return table
+
+    return tomli_w.dumps({name: as_table(section) for name, section in sections.items()})
+
+
+def all_keys(section: type) -> Iterator[dataclasses.Field]:
+    """Every key of a section, including those of the tables inside it."""
+    hints = typing.get_type_hints(section)
+    for key in dataclasses.fields(section):
+        if dataclasses.is_dataclass(hints[key.name]):
+            yield from all_keys(hints[key.name])
+        else:
+            yield key
+
+
+def as_toml(value: Any) -> Any:
+    """A value as it is written in the settings file."""
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def without_logins(value: Any) -> Any:
+    """`value` with `***@` for `user:password@` in an address."""
+    return re.sub(r"//[^/\s]*@", "//***@", value) if isinstance(value, str) else value
+
+
+def _flat_values(*sections: Any) -> Iterator[tuple[str, Any, bool]]:
+    """Name, value and whether it is a secret, of every key."""
+    for section in sections:
+        for key in dataclasses.fields(section):
+            value = getattr(section, key.name)
+            if dataclasses.is_dataclass(value):
+                yield from _flat_values(value)
+            else:
+                yield key.name, value, key.metadata["secret"]
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise SettingsError(f"{file}: settings file not found; choose another one with --config") from None
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"{file}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read as a settings file: {error.strerror}") from None
+
+
+class _Resolver:
+    """The three sources of values, and what was found wrong with them."""
+
+    def __init__(self, file: Path, environment: Mapping[str, str], overrides: list[str]):
+        self._file_name, self._environment = file.name, environment
+        self.sources: dict[str, str] = {}
+        """Key -> the source that its value comes from."""
+        self.problems = [f"--set {each}: must be KEY=VALUE" for each in overrides if "=" not in each]
+        pairs = (each.partition("=") for each in overrides if "=" in each)
+        self.overrides = {key.strip().lower(): value for key, _, value in pairs}
+        """Those that no section has used yet."""
+
+    def fill(self, section: type, table: str, given: Any, is_partial: bool = False) -> Any:
+        """An instance of `section` from its TOML table `given` and the stronger sources; None if there are problems."""
+        is_partial = is_partial or issubclass(section, PartialSection)
+        before = len(self.problems)
+        if not isinstance(given, dict):
+            self.problems.append(f"{table}: must be a table, [{table}]")
+            given = {}
+        hints, fields = typing.get_type_hints(section), dataclasses.fields(section)
+        values = {}
+        for key in fields:
+            hint = hints[key.name]
+            if dataclasses.is_dataclass(hint):
+                values[key.name] = self.fill(hint, f"{table}.{key.name}", given.get(key.name, {}), is_partial)
+            else:
+                values[key.name] = self._value(key, hint, given)
+        if not is_partial:
+            known = {key.name for key in fields}
+            self.problems += [f"[{table}] {name}: unknown key in {self._file_name}" for name in given if name not in known]
+        if len(self.problems) > before:
+            return None
+        filled = section(**values)
+        if hasattr(section, "validate"):
+            self.problems += filled.validate()
+        return filled
+
+    def _value(self, key: dataclasses.Field, hint: Any, given: dict[str, Any]) -> Any:
+        """The value of one key from the strongest source that has it."""
+        name, variable, is_secret = key.name, key.name.upper(), key.metadata["secret"]
+        if is_secret and (name in given or name in self.overrides):
+            self.overrides.pop(name, None)
+            self.problems.append(f"{name}: a secret is read from the environment only; set {variable}")
+            return None
+        if name in self.overrides:
+            raw, source = self.overrides.pop(name), "--set"
+        elif self._environment.get(variable, "") != "":
+            raw, source = self._environment[variable], "environment"
+        elif name in given:
+            raw, source = given[name], self._file_name
+        else:
+            raw, source = key.default, "default"
+        self.sources[name] = source
+        try:
+            if source == "default":
+                return REPOSITORY / raw if isinstance(raw, Path) else raw
+            is_text = source != self._file_name
+            return _within_limits(_convert(raw, hint, Path.cwd() if is_text else REPOSITORY, is_text=is_text), key)
+        except FileNotFoundError:
+            raise SettingsError("the current directory no longer exists: change to another one") from None
+        except ValueError as error:
+            self.problems.append(f"{name} ({source}):{'' if is_secret else f' {raw!r}'} {error}")
+            return None
+
+
+def _within_limits(value: Any, key: dataclasses.Field) -> Any:
+    """`value` if it is within the limits of its field; raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    tests = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
+    limits = key.metadata["limits"]
+    if not all(tests[name](value, limit) for name, limit in limits.items()):
+        bounds = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
+        raise ValueError(f"must be {bounds}")
+    return value
+
+
+def _convert(raw: Any, hint: Any, base: Path, *, is_text: bool) -> Any:
+    """`raw` as the type `hint`; raises ValueError. Text is parsed; a TOML value must have the type already. Relative paths start
+    at `base`."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if type(None) in options and raw == "":
         return None
-    wanted = []
+    expected = []
     for option in options:
         if option is type(None):
             continue
         convert, name = _converter(option, base)
-        wanted.append(name)
+        expected.append(name)
         value = convert(raw, is_text)
         if value is not None:
             return value
-    raise ValueError(f"must be {' or '.join(wanted)}")
+    raise ValueError(f"must be {' or '.join(expected)}")
 
 
 def _converter(option: Any, base: Path) -> tuple[Callable[[Any, bool], Any], str]:
-    """A function (raw, is text) -> value or None, and how a person would call what is wanted."""
+    """A function (raw, is text) -> value or None, and the name of the expected type for a user."""
     if typing.get_origin(option) is Literal:
         choices = typing.get_args(option)
         return lambda raw, _: next((choice for choice in choices if choice == raw), None), "one of " + ", ".join(choices)
@@ -84,8 +332,8 @@ def _converter(option: Any, base: Path) -> tuple[Callable[[Any, bool], Any], str
         bool: (_as_bool, "true or false"),
         int: (_as_int, "a whole number"),
         float: (_as_float, "a number"),
-        str: (lambda raw, _: raw if isinstance(raw, str) and not _IS_NO_TEXT.search(raw) else None, "text, in UTF-8"),
-        Path: (lambda raw, _: absolute(Path(raw), base) if isinstance(raw, str) and raw and "\0" not in raw else None, "a path"),
+        str: (lambda raw, _: raw if isinstance(raw, str) and not _NOT_TEXT.search(raw) else None, "text, in UTF-8"),
+        Path: (lambda raw, _: _as_path(raw, base), "a path"),
     }
     return converters[option]
 
@@ -121,267 +369,11 @@ def _as_list(raw: Any, is_text: bool) -> tuple[str, ...] | None:
     return tuple(words) if are_words else None
 
 
-def absolute(path: Path, base: Path) -> Path:
-    """`path`, from `base` if it is relative; `~` is the user's home. Raises ValueError for the home of somebody unknown."""
-    try:
-        return base / path.expanduser()
-    except RuntimeError:
-        raise ValueError("begins with the home of a user whom this machine does not know") from None
-
-
-def checked(value: Any, key: dataclasses.Field) -> Any:
-    """`value` if it lies within the limits of its field; raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return value
-    tests = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
-    limits = key.metadata["limits"]
-    if not all(tests[name](value, limit) for name, limit in limits.items()):
-        bounds = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
-        raise ValueError(f"must be {bounds}")
-    return value
-
-
-def as_toml(value: Any) -> Any:
-    """A value as the settings file would hold it."""
-    if value is None:
-        return ""
-    if isinstance(value, tuple):
-        return list(value)
-    return str(value) if isinstance(value, Path) else value
-
-
-def without_logins(value: Any) -> Any:
-    """A value as it may be shown: `user:password@` in an address becomes `***@`."""
-    return re.sub(r"//[^/\s]*@", "//***@", value) if isinstance(value, str) else value
-
-
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
-
-
-SETTINGS_FILE = REPOSITORY / "config" / "training_config.toml"
-
-
-TABLES = ("project", "collect", "caption", "train")
-
-
-class PartialSection:
-    """Base of a section that has only a part of its table's keys: others belong to another stage and are not unknown keys."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a script was asked to do."""
-
-    check: bool
-    """Only verify what the stage needs."""
-    inputs_pending: bool
-    """Stages before this one are still to run: what they bring need not be there for `check`."""
-    sections: dict[str, Any]
-    """One filled section per table, by the table's name."""
-    sources: dict[str, str]
-    """Where each key's value came from: `default`, the file's name, `environment` or `--set`."""
-    asked: frozenset[str] = frozenset()
-    """The stage's own flags that were given."""
-
-    def described(self) -> str:
-        """One line per key: its value and where it came from; secrets are not shown."""
-        lines = []
-        for section in self.sections.values():
-            for name, value, secret in _flat_values(section):
-                shown = ("set" if value else "not set") if secret else without_logins(as_toml(value))
-                lines.append(f"{name} = {shown!r}  ({self.sources[name]})")
-        return "\n".join(lines)
-
-    def overridden(self) -> str:
-        """The values that did not come from the file, in one line."""
-        shown = [line.rpartition("  (")[0] for line in self.described().splitlines() if line.endswith(("(environment)", "(--set)"))]
-        return ", ".join(shown) or "nothing"
-
-
-Contradictions = Callable[[dict[str, Any]], typing.Iterable[str]]
-"""Filled sections, by the names of their tables -> what is wrong with them."""
-
-
-def read_request(
-    stage: str,
-    description: str,
-    argv: list[str],
-    sections: dict[str, type],
-    flags: typing.Mapping[str, str] | None = None,
-    validate: Contradictions = lambda _: (),
-) -> Request:
-    """Parse the flags and fill `sections` (table name -> section class). `flags` are the stage's own: name -> help.
-    `validate` says what is wrong with the filled sections together.
-
-    Raises SettingsError with every problem at once. `--help` and `--settings` print and end the program.
-    """
-    parser = argparse.ArgumentParser(prog=f"{stage}.py", description=description)
-    parser.add_argument(
-        "--check",
-        nargs="?",
-        const="now",
-        choices=("now", "ahead"),
-        help="verify everything the stage needs, print one list, and exit; ahead: earlier stages still bring images and captions",
-    )
-    parser.add_argument("--settings", action="store_true", help="print every setting and where it came from, and exit")
-    parser.add_argument("--config", type=Path, default=SETTINGS_FILE, metavar="FILE", help="another settings file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="set one key; wins over everything")
-    for name, text in (flags or {}).items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-    parser.error = _refuse_flags
-    given = parser.parse_args(argv)
-    request = resolve(given.config, os.environ, given.set, sections, validate, check=given.check)
-    if given.settings:
-        print(request.described())
-        raise SystemExit(0)
-    return dataclasses.replace(request, asked=frozenset(name for name in flags or {} if vars(given)[name]))
-
-
-def _refuse_flags(message: str) -> None:
-    raise SettingsError(f"{message}; --help shows the flags")
-
-
-def resolve(
-    file: Path,
-    environment: typing.Mapping[str, str],
-    flags: list[str],
-    sections: dict[str, type],
-    validate: Contradictions = lambda _: (),
-    *,
-    check: str | None = None,
-) -> Request:
-    """Fill `sections` from the TOML `file`, then `environment`, then `flags` (`KEY=VALUE`).
-
-    Raises SettingsError with every problem at once: unknown keys, wrong types, values out of range, validate.
-    """
-    problems: list[str] = []
-    tables = _read_toml(file)
-    problems += [f"[{name}]: unknown table in {file.name}; known: {', '.join(TABLES)}" for name in tables if name not in TABLES]
-    from_flags = _split_flags(flags, problems)
-    sources: dict[str, str] = {}
-    filled = {
-        name: _fill(section, name, tables.get(name, {}), file, environment, from_flags, sources, problems)
-        for name, section in sections.items()
-    }
-    problems += [f"--set {key}: unknown key" for key in from_flags]
-    if None not in filled.values():
-        problems += validate(filled)
-    if problems:
-        raise SettingsError(bullet_list("these settings cannot be used:", problems))
-    return Request(check=check is not None, inputs_pending=check == "ahead", sections=filled, sources=sources)
-
-
-def all_keys(section: type) -> Iterator[dataclasses.Field]:
-    """Every field of a section that is a key, tables inside it included."""
-    hints = typing.get_type_hints(section)
-    for key in dataclasses.fields(section):
-        if dataclasses.is_dataclass(hints[key.name]):
-            yield from all_keys(hints[key.name])
-        else:
-            yield key
-
-
-def resolved_toml(sections: dict[str, Any]) -> str:
-    """The filled sections as TOML in the layout of the settings file, secrets left out."""
-    return tomli_w.dumps({name: _section_as_toml(section) for name, section in sections.items()})
-
-
-def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise SettingsError(f"{file}: there is no such settings file; name another with --config") from None
-    except (ValueError, RecursionError) as error:
-        raise SettingsError(f"{file}: not valid TOML: {error}") from None
-    except OSError as error:
-        raise SettingsError(f"{file}: cannot be read as a settings file: {error.strerror}") from None
-
-
-def _split_flags(flags: list[str], problems: list[str]) -> dict[str, str]:
-    split = {}
-    for flag in flags:
-        key, equals, value = flag.partition("=")
-        if equals:
-            split[key.strip().lower()] = value
-        else:
-            problems.append(f"--set {flag}: must be KEY=VALUE")
-    return split
-
-
-def _fill(section, table, given, file, environment, flags, sources, problems, is_partial=False) -> Any:
-    """One section from its TOML table and the two sources above it; what is wrong is added to `problems`."""
-    is_partial = is_partial or issubclass(section, PartialSection)
-    if not isinstance(given, dict):
-        problems.append(f"{table}: must be a table, [{table}]")
-        given = {}
-    before = len(problems)
-    hints = typing.get_type_hints(section)
-    values = {}
-    for key in dataclasses.fields(section):
-        hint = hints[key.name]
-        if dataclasses.is_dataclass(hint):
-            inner = given.get(key.name, {})
-            values[key.name] = _fill(hint, f"{table}.{key.name}", inner, file, environment, flags, sources, problems, is_partial)
-            continue
-        raw, source = _pick(key, given, file, environment, flags)
-        if source == "--set" and key.metadata["secret"]:
-            problems.append(f"{key.name}: a secret stands in no command; set {key.name.upper()}")
-            continue
-        sources[key.name] = source
-        try:
-            values[key.name] = checked(_value(raw, hint, source), key)
-        except ValueError as error:
-            shown = "" if key.metadata["secret"] else f" {raw!r}"
-            problems.append(f"{key.name} ({source}):{shown} {error}")
-    secret = {key.name: key.metadata.get("secret", False) for key in dataclasses.fields(section)}
-    if not is_partial:
-        problems += [f"[{table}] {name}: unknown key in {file.name}" for name in given if name not in secret]
-    problems += [f"{name}: a secret stands in no file; set {name.upper()}" for name in given if secret.get(name)]
-    if len(problems) > before:
+def _as_path(raw: Any, base: Path) -> Path | None:
+    """`~` is a user's home. Raises ValueError if that user does not exist."""
+    if not isinstance(raw, str) or not raw or "\0" in raw:
         return None
-    made = section(**values)
-    if hasattr(section, "validate"):
-        problems += made.validate()
-    return made
-
-
-def _pick(key, given, file, environment, flags) -> tuple[Any, str]:
-    """The raw value of a key and its source; the strongest source that has one wins."""
-    if key.name in flags:
-        return flags.pop(key.name), "--set"
-    if environment.get(key.name.upper(), "") != "":
-        return environment[key.name.upper()], "environment"
-    if key.name in given and not key.metadata["secret"]:
-        return given[key.name], file.name
-    return key.default, "default"
-
-
-def _value(raw: Any, hint: Any, source: str) -> Any:
-    """`raw` as the type `hint`; raises ValueError. Paths are relative to the place where `source` was written."""
-    if source == "default":
-        return absolute(raw, REPOSITORY) if isinstance(raw, Path) else raw
-    is_text = source in ("environment", "--set")
     try:
-        return converted(raw, hint, Path.cwd() if is_text else REPOSITORY, is_text=is_text)
-    except FileNotFoundError:
-        raise SettingsError("the current folder is gone: cd into one that is there") from None
-
-
-def _flat_values(section: Any) -> Iterator[tuple[str, Any, bool]]:
-    for key in dataclasses.fields(section):
-        value = getattr(section, key.name)
-        if dataclasses.is_dataclass(value):
-            yield from _flat_values(value)
-        else:
-            yield key.name, value, key.metadata["secret"]
-
-
-def _section_as_toml(section: Any) -> dict[str, Any]:
-    table = {}
-    for key in dataclasses.fields(section):
-        value = getattr(section, key.name)
-        if dataclasses.is_dataclass(value):
-            table[key.name] = _section_as_toml(value)
-        elif not key.metadata["secret"]:
-            table[key.name] = as_toml(value)
-    return table
+        return base / Path(raw).expanduser()
+    except RuntimeError:
+        raise ValueError("cannot be expanded: no such user") from None

@@ -115,7 +115,8 @@ def fit_to_memory(settings: TrainSettings, budget: MemoryBudget, advice: str) ->
 
     Raises ResourceError, ending in `advice`, if not even one image fits.
     """
-    requested, samples = settings.run.train_batch_size, samples_per_step(settings)
+    requested = settings.run.train_batch_size
+    samples = requested * settings.run.gradient_accumulation_steps
     checkpointing = settings.model.gradient_checkpointing
     if checkpointing == "auto":
         checkpointing = budget.needed(requested, checkpointing=False) > budget.free
@@ -138,7 +139,8 @@ def fit_to_memory(settings: TrainSettings, budget: MemoryBudget, advice: str) ->
 
 def suggest_settings(settings: TrainSettings, budget: MemoryBudget, available: int) -> str:
     """What to set after the GPU ran out of memory with `available` bytes usable, so that the run can resume from its checkpoint."""
-    batch, samples = settings.run.train_batch_size, samples_per_step(settings)
+    batch = settings.run.train_batch_size
+    samples = batch * settings.run.gradient_accumulation_steps
 
     needed = partial(budget.needed, checkpointing=True)
     if not settings.model.gradient_checkpointing and needed(batch) <= available:
@@ -154,8 +156,3 @@ def fitting_batch(limit: int, samples: int, needed: Callable[[int], int], availa
     not even one image fits."""
     fitting = [batch for batch in range(1, limit + 1) if samples % batch == 0 and needed(batch) <= available]
     return max(fitting, default=0)
-
-
-def samples_per_step(settings: TrainSettings) -> int:
-    """Samples of one process in one optimizer step."""
-    return settings.run.train_batch_size * settings.run.gradient_accumulation_steps

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common.background import in_background, prefetch
 from common.errors import Interruption, ResourceError, StopRequest, interruption_for
-from common.files import atomic_write, write_text
+from common.files import atomic_write, write_bytes
 from common.settings import resolved_toml
 from training import engine
 from training.data.batches import BatchReader
@@ -92,7 +92,7 @@ def prepare_outputs(job: TrainingJob) -> None:
     else:
         outputs.archive_lora()
     clean_up(job)
-    write_text(outputs.resolved_config, resolved_toml({"project": job.project, "train": job.settings}))
+    write_bytes(outputs.resolved_config, resolved_toml({"project": job.project, "train": job.settings}).encode("utf-8"))
 
 
 def clean_up(job: TrainingJob) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from captioning import journal as caption_files
+from captioning import journal
 from captioning.journal import CaptionFiles
-from common import dataset_layout as dataset_folder
+from common import files
 from common.dataset_layout import DatasetFolder
 from common.files import locked
 from demo import tiny_tagger
@@ -40,7 +40,7 @@ def test_every_image_gets_a_caption_with_the_trigger_first_and_a_second_run_chan
     save(photographs, stage.images, astronaut="a.png", coffee="b.webp", rocket="c.JPG", chelsea="3_cats/d.bmp")
     ended = stage.run_process(CAPTION_MODEL=tagger)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert "4 captioned, 0 given the trigger nyafyi_woman, 0 kept" in ended.stdout
+    assert "4 captioned, trigger word nyafyi_woman added to 0, 0 unchanged" in ended.stdout
     captions = stage.captions()
     assert list(captions) == ["3_cats/d.txt", "a.txt", "b.txt", "c.txt"]
     for text in captions.values():
@@ -55,10 +55,10 @@ def test_every_image_gets_a_caption_with_the_trigger_first_and_a_second_run_chan
         *(f".loracat/{name}" for name in ("captions.jsonl", "pictures.json", "audit.json", "traits.json")),
     }
     assert len(stage.stored()) == 4
-    tagger.rename(tmp_path / "gone")  # no model is needed when nothing is to be tagged
+    tagger.rename(tmp_path / "gone")  # the model is not needed when every image is cached
     again = stage.run_process(CAPTION_MODEL=tagger)
     assert (again.returncode, again.stderr) == (0, "")
-    assert "nothing to do: all 4 captions are there" in again.stdout
+    assert "nothing to do: all 4 captions are up to date" in again.stdout
     assert state_of(stage.images.parent) == before
 
 
@@ -78,14 +78,14 @@ def test_settings_reach_the_captions(stage, photographs):
     assert stage.captions() == {"a.txt": "sks\n"}
 
 
-def test_captions_of_the_users_keep_their_text_and_gain_the_trigger(stage, photographs):
+def test_captions_that_the_user_wrote_keep_their_text_and_gain_the_trigger(stage, photographs):
     save(photographs, stage.images, astronaut="a.png", coffee="b.png", chelsea="c.png", rocket="d.png")
     (stage.images / "a.txt").write_bytes("an astronaut, höher\r\n".encode())
     (stage.images / "b.txt").write_text("a photo of nyafyi_woman with coffee")
     (stage.images / "c.txt").write_bytes(b"\xef\xbb\xbfa cat")
     (stage.images / "d.txt").write_text("")
-    ended = stage.run(CAPTION_MODEL="Nobody/absent")
-    assert "0 captioned, 3 given the trigger nyafyi_woman, 1 kept" in ended.stdout
+    ended = stage.run(CAPTION_MODEL="someone/absent")
+    assert "0 captioned, trigger word nyafyi_woman added to 3, 1 unchanged" in ended.stdout
     assert (stage.images / "a.txt").read_bytes() == "nyafyi_woman, an astronaut, höher\r\n".encode()
     assert stage.captions() | {"a.txt": ""} == {
         "a.txt": "",
@@ -95,7 +95,7 @@ def test_captions_of_the_users_keep_their_text_and_gain_the_trigger(stage, photo
     }
 
 
-def test_new_trigger_replaces_the_one_that_we_wrote_and_nothing_of_the_users(stage, photographs):
+def test_new_trigger_replaces_the_one_of_earlier_runs_and_nothing_that_the_user_wrote(stage, photographs):
     save(photographs, stage.images, astronaut="a.png", coffee="b.png", chelsea="c.png", rocket="d.png")
     (stage.images / "b.txt").write_text("a cup of coffee")
     (stage.images / "c.txt").write_text("nyafyi_woman, a cat")
@@ -104,7 +104,7 @@ def test_new_trigger_replaces_the_one_that_we_wrote_and_nothing_of_the_users(sta
     edited = stage.captions()["d.txt"].strip() + ", a thing I added"
     (stage.images / "d.txt").write_text(edited)
     ended = stage.run(TRIGGER_WORD="sks person")
-    assert "1 captioned, 3 given the trigger sks person, 0 kept" in ended.stdout
+    assert "1 captioned, trigger word sks person added to 3, 0 unchanged" in ended.stdout
     assert stage.captions() == {
         "a.txt": f"sks person, {tags}\n",
         "b.txt": "sks person, a cup of coffee",
@@ -131,7 +131,7 @@ def test_trigger_that_is_also_a_tag_comes_and_goes_without_a_trace(stage, photog
     assert stage.captions()["a.txt"] == before
 
 
-def test_overwrite_tags_anew(stage, photographs):
+def test_overwrite_tags_again(stage, photographs):
     save(photographs, stage.images, astronaut="a.png", coffee="b.png")
     stage.run()
     before = stage.captions()
@@ -154,12 +154,12 @@ def test_broken_images_are_named_and_the_others_done(stage, photographs):
             assert ended.stderr.count(f"{name}: ") == 1
         assert "3 failed" in ended.stderr
         assert list(stage.captions()) == ["a.txt", "e.txt"]
-    assert "2 kept" in ended.stderr
+    assert "2 unchanged" in ended.stderr
 
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_caption_that_is_no_file_is_named_and_not_opened(stage, photographs, make):
+def test_caption_that_is_not_a_file_is_named_and_not_opened(stage, photographs, make):
     save(photographs, stage.images, astronaut="a.png", coffee="b.png")
     make(stage.images / "a.txt")
     ended = stage.run()
@@ -168,14 +168,14 @@ def test_caption_that_is_no_file_is_named_and_not_opened(stage, photographs, mak
     assert "1 captioned" in ended.stderr
 
 
-def test_a_caption_that_is_a_link_to_nothing_is_named_and_stays(stage, photographs, tmp_path):
+def test_a_caption_that_is_a_broken_link_is_named_and_kept(stage, photographs, tmp_path):
     save(photographs, stage.images, astronaut="a.png", coffee="b.png")
     absent = tmp_path / "not mounted" / "b.txt"
     (stage.images / "b.txt").symlink_to(absent)
     for variables in ({}, {"CAPTION_OVERWRITE": 1}):
         ended = stage.run(**variables)
         assert ended.returncode == 1
-        assert "b.txt: is a link to nothing; restore its target or remove it" in ended.stderr
+        assert "b.txt: is a link to a file that does not exist; restore that file or remove the link" in ended.stderr
         assert (stage.images / "b.txt").readlink() == absent
         assert not absent.exists()
     assert (stage.images / "a.txt").is_file()
@@ -210,7 +210,7 @@ def test_names_in_any_script_are_fine(stage, photographs):
     assert all(text.startswith("sks, ") for text in stage.captions().values())
 
 
-def test_record_that_is_damaged_costs_only_what_it_said(stage, photographs):
+def test_damaged_record_loses_only_its_damaged_lines(stage, photographs):
     save(photographs, stage.images, astronaut="a.png")
     stage.run()
     stage.record.write_bytes(stage.record.read_bytes()[:-40] + b'\n[1]\n{"other": 1}\nnull\n')
@@ -220,19 +220,19 @@ def test_record_that_is_damaged_costs_only_what_it_said(stage, photographs):
 
 
 @pytest.mark.parametrize(
-    ("variables", "code", "said"),
+    ("variables", "code", "message"),
     [
         ({}, 3, "no images"),
         ({"DATASET_DIR": "/nowhere"}, 3, "/nowhere/images: no images"),
         ({"CAPTION_BATCH_SIZE": "many"}, 2, "must be a whole number"),
         ({"CAPTION_THRESHOLD": "1.5"}, 2, "caption_threshold"),
-        ({"TRIGGER_WORD": "two, words"}, 2, "must be one tag"),
+        ({"TRIGGER_WORD": "two, words"}, 2, "must be a single tag"),
     ],
 )
-def test_what_cannot_be_used_ends_with_its_code_and_no_traceback(stage, variables, code, said):
+def test_unusable_input_ends_with_its_exit_code_and_no_traceback(stage, variables, code, message):
     ended = stage.run_process(**variables)
     assert ended.returncode == code
-    assert said in ended.stderr
+    assert message in ended.stderr
 
 
 def test_unknown_flag_is_refused(stage):
@@ -247,14 +247,14 @@ def test_unusable_model_is_exit_5_and_no_caption_is_written(stage, photographs, 
     assert stage.captions() == {}
 
 
-def test_check_says_everything_that_is_wrong_and_changes_nothing(stage, photographs, tmp_path):
+def test_check_lists_everything_that_is_wrong_and_changes_nothing(stage, photographs, tmp_path):
     broken = tiny_tagger.build(tmp_path / "broken")
     (broken / "model.onnx").write_bytes(b"nothing")
     ended = stage.run("--check", CAPTION_MODEL=broken)
     assert ended.returncode == 3
     assert ended.stderr.count("\n  - ") == 2
     assert "no images" in ended.stderr
-    assert "no ONNX model" in ended.stderr
+    assert "not an ONNX model" in ended.stderr
     save(photographs, stage.images, astronaut="a.png")
     before = state_of(tmp_path)
     ended = stage.run("--check")
@@ -289,7 +289,8 @@ def test_read_only_folder_is_exit_6_and_check_names_it(photographs, tiny, stage_
             checked, ended = stage.run("--check"), stage.run()
         stage.images.chmod(0o755)
         assert (checked.returncode, ended.returncode) == (6, 6)
-        assert f"captions cannot be written: {stage.images} cannot be written to" in checked.stderr
+        assert "captions cannot be written: " in checked.stderr
+        assert f"{stage.images} cannot be written to; make it writable" in checked.stderr
         assert "make the folder writable" in ended.stderr
         assert stage.captions() == {}
         tagger.chmod(0)
@@ -356,7 +357,7 @@ def run_until(stage, stored: int, **variables):
     return process
 
 
-def test_a_second_run_is_kept_out_of_the_data_set(stage):
+def test_a_second_run_on_the_same_data_set_is_refused(stage):
     with locked(stage.images, ""):
         for flags in ((), ("--undo",)):
             ended = stage.run(*flags)
@@ -373,7 +374,7 @@ def test_killed_run_continues_and_ends_with_the_same_captions(stage, photographs
     done = len(stage.stored())
     assert 5 <= done < 24
     ended = stage.run(CAPTION_BATCH_SIZE=1)
-    assert f"{24 - done} images to tag" in ended.stdout
+    assert f"tagging {24 - done} images" in ended.stdout
     assert "24 captioned" in ended.stdout
     interrupted = stage.captions()
     shutil.rmtree(stage.record.parent)
@@ -394,7 +395,7 @@ def test_signal_stops_the_stage_with_its_code(stage, photographs, signum, code):
     assert not list(stage.images.parent.rglob(".*.part"))
 
 
-def test_damaged_lines_of_the_record_are_passed_over(stage, photographs):
+def test_damaged_lines_of_the_record_are_skipped(stage, photographs):
     save(photographs, stage.images, astronaut="a.png")
     stage.run()
     before = stage.captions()
@@ -404,9 +405,9 @@ def test_damaged_lines_of_the_record_are_passed_over(stage, photographs):
     with stage.record.open("a") as record:
         record.writelines(json.dumps(line | {"run": 2} | damage) + "\n" for damage in damages)
     (stage.record.parent / "pictures.json").write_text("[" * 5000)
-    assert "nothing to do: all 1 captions are there" in stage.run().stdout
+    assert "nothing to do: all 1 captions are up to date" in stage.run().stdout
     assert stage.captions() == before
-    assert "1 captions are what they were before run 1" in stage.run("--undo").stdout
+    assert "run 1 is undone: 1 captions restored" in stage.run("--undo").stdout
     assert stage.captions() == {}
 
 
@@ -429,12 +430,12 @@ def dying_at(moment: int):
 
     with pytest.MonkeyPatch.context() as patched:
         for name in ("append_json_line", "write_bytes"):
-            patched.setattr(caption_files, name, or_dies(getattr(caption_files, name)))
+            patched.setattr(journal, name, or_dies(getattr(journal, name)))
         yield
 
 
 @pytest.mark.parametrize("moment", range(8))
-def test_a_change_of_trigger_that_is_cut_off_anywhere_ends_as_if_it_had_not_been(tmp_path, moment):
+def test_a_change_of_trigger_that_is_interrupted_anywhere_is_completed_by_the_next_run(tmp_path, moment):
     folder = DatasetFolder(tmp_path)
     made, kept = [folder.images / f"{name}.txt" for name in "ab"], [folder.images / f"{name}.txt" for name in "cd"]
     words = [["1girl"], ["new", "smile"]]
@@ -442,9 +443,9 @@ def test_a_change_of_trigger_that_is_cut_off_anywhere_ends_as_if_it_had_not_been
 
     def run(trigger) -> list[bool]:
         captions = CaptionFiles(folder, trigger)
-        assert all(captions.is_ours(path) for path in made if path.exists())
+        assert all(captions.is_generated(path) for path in made if path.exists())
         return [captions.write(path, of_path) for path, of_path in zip(made, words, strict=True)] + [
-            captions.keep(path) for path in kept
+            captions.ensure_trigger(path) for path in kept
         ]
 
     for path in kept:
@@ -458,7 +459,7 @@ def test_a_change_of_trigger_that_is_cut_off_anywhere_ends_as_if_it_had_not_been
 
 
 @pytest.mark.parametrize("moment", range(9))
-def test_undo_that_is_cut_off_anywhere_is_undone_all_the_same(tmp_path, moment):
+def test_undo_that_is_interrupted_anywhere_is_completed_by_the_next_one(tmp_path, moment):
     folder = DatasetFolder(tmp_path)
     paths = [folder.images / f"{name}.txt" for name in "abcd"]
     folder.images.mkdir()
@@ -489,10 +490,10 @@ def test_undo_goes_back_run_by_run_and_leaves_what_was_edited_since(stage, photo
     assert stage.captions()["c.txt"].startswith("sks, ")
     ended = stage.run("--undo")
     assert ended.returncode == 0
-    assert "2 captions are what they were before run 2; 1 earlier runs can be undone" in ended.stdout
-    assert "edited since and left alone: a.txt" in ended.stdout
+    assert "run 2 is undone: 2 captions restored; 1 earlier runs can be undone" in ended.stdout
+    assert "not restored, because edited after that run: a.txt" in ended.stdout
     assert stage.captions_as_bytes() == first | {"a.txt": b"edited"}
-    assert "edited since and left alone: a.txt" in stage.run("--undo").stdout
+    assert "not restored, because edited after that run: a.txt" in stage.run("--undo").stdout
     assert stage.captions_as_bytes() == {"a.txt": b"edited", "b.txt": b"my coffee", "c.txt": "höher".encode("latin-1")}
     assert "nothing to undo" in stage.run("--undo").stdout
 
@@ -501,7 +502,7 @@ def test_undo_of_the_first_run_leaves_nothing_of_it_and_the_next_run_makes_it_ag
     save(photographs, stage.images, astronaut="a.png", coffee="3_b/b.png")
     stage.run()
     before = stage.captions()
-    assert "2 captions are what they were" in stage.run("--undo").stdout
+    assert "2 captions restored" in stage.run("--undo").stdout
     assert stage.captions() == {}
     assert "2 captioned" in stage.run().stdout
     assert stage.captions() == before
@@ -509,7 +510,7 @@ def test_undo_of_the_first_run_leaves_nothing_of_it_and_the_next_run_makes_it_ag
 
 @pytest.fixture
 def uninterrupted(stage, photographs):
-    """A data set of every kind of caption, and what a run that nobody disturbs makes of it."""
+    """A data set of every kind of caption, and the captions after an uninterrupted run."""
     save(photographs, stage.images, astronaut="a.png", coffee="b.png", chelsea="c.png", rocket="2_d/d.png")
     (stage.images / "b.txt").write_text("my coffee")
     (stage.images / "c.txt").write_text("my nyafyi_woman")
@@ -537,8 +538,8 @@ def test_death_before_any_file_that_is_written_and_a_second_run_give_the_same_ca
         return act
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(dataset_folder.os, "replace", or_dies(os.replace))
-        patched.setattr(caption_files, "append_json_line", or_dies(caption_files.append_json_line))
+        patched.setattr(files.os, "replace", or_dies(os.replace))
+        patched.setattr(journal, "append_json_line", or_dies(journal.append_json_line))
         with contextlib.suppress(KilledError):
             stage.run()
     assert died == [moment]

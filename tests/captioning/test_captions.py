@@ -1,14 +1,14 @@
-"""How tags are written, and a trigger word that stands first and once."""
+"""How captions spell tags, and that they have the trigger word first and once."""
 
 import pytest
 
-from captioning.captions import KAOMOJI, caption_text, spoken, with_trigger, words_of
+from captioning.captions import KAOMOJI, add_trigger, caption_text, split_tags, tag_to_text
 
 
 def test_underscores_become_spaces_except_in_faces():
-    assert spoken("brown_hair") == "brown hair"
-    assert spoken("artoria_pendragon_(fate)") == "artoria pendragon (fate)"
-    assert all(spoken(face) == face for face in KAOMOJI)
+    assert tag_to_text("brown_hair") == "brown hair"
+    assert tag_to_text("artoria_pendragon_(fate)") == "artoria pendragon (fate)"
+    assert all(tag_to_text(face) == face for face in KAOMOJI)
     assert len(KAOMOJI) == 19
 
 
@@ -37,8 +37,8 @@ def test_trigger_is_first_and_once():
     ],
 )
 def test_a_caption_keeps_its_text_and_gains_a_missing_trigger(text, merged):
-    assert with_trigger(text, "sks") == merged
-    assert with_trigger(merged, "sks") == merged
+    assert add_trigger(text, "sks") == merged
+    assert add_trigger(merged, "sks") == merged
 
 
 @pytest.mark.parametrize(
@@ -51,18 +51,18 @@ def test_a_caption_keeps_its_text_and_gains_a_missing_trigger(text, merged):
         ("new, old, 1girl", "new, old, 1girl"),
     ],
 )
-def test_a_trigger_that_we_wrote_in_front_is_replaced(text, merged):
-    assert with_trigger(text, "new", earlier=("old", "older")) == merged
+def test_a_trigger_of_an_earlier_run_is_replaced(text, merged):
+    assert add_trigger(text, "new", earlier=("old", "older")) == merged
 
 
-def test_a_trigger_of_the_users_own_is_not_replaced():
-    assert with_trigger("old, 1girl", "new", earlier=()) == "new, old, 1girl"
+def test_a_trigger_that_the_user_wrote_is_not_replaced():
+    assert add_trigger("old, 1girl", "new", earlier=()) == "new, old, 1girl"
 
 
 def test_a_trigger_of_several_words_is_found_across_any_space():
-    assert with_trigger("a photo of my  cat", "my cat") == "a photo of my  cat"
-    assert with_trigger("my catalogue", "my cat") == "my cat, my catalogue"
+    assert add_trigger("a photo of my  cat", "my cat") == "a photo of my  cat"
+    assert add_trigger("my catalogue", "my cat") == "my cat, my catalogue"
 
 
-def test_words_of_a_caption():
-    assert words_of(" sks,1girl ,, a  cat\n,") == ["sks", "1girl", "a cat"]
+def test_tags_of_a_caption():
+    assert split_tags(" sks,1girl ,, a  cat\n,") == ["sks", "1girl", "a cat"]

@@ -1,4 +1,4 @@
-"""The tagger's files are found on the disk, or fetched once and whole, or the user is told how to get them."""
+"""The tagger's files are found on the disk, or downloaded once and completely, or the error names the command that does it."""
 
 import contextlib
 import hashlib
@@ -11,54 +11,54 @@ from pathlib import Path
 
 import pytest
 
-from captioning.model_files import FILES, found_folder
+from captioning.model_files import FILES, find_model
 
-NAME = "Somebody/some-tagger"
+NAME = "someone/some-tagger"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-COMMAND = "hf download Somebody/some-tagger model.onnx selected_tags.csv --local-dir"
+COMMAND = "hf download someone/some-tagger model.onnx selected_tags.csv --local-dir"
 
 
 def put(tiny: Path, folder: Path) -> Path:
     return Path(shutil.copytree(tiny, folder))
 
 
-@pytest.mark.parametrize("place", ["some-tagger", "Somebody/some-tagger"])
+@pytest.mark.parametrize("place", ["some-tagger", "someone/some-tagger"])
 def test_model_in_models_dir_is_found_without_any_network(tmp_path, tiny, monkeypatch, place):
     monkeypatch.setattr(socket, "socket", None)
-    assert found_folder(NAME, tmp_path) is None
-    assert found_folder(NAME, tmp_path) or put(tiny, tmp_path / place) == found_folder(NAME, tmp_path)
+    assert find_model(NAME, tmp_path) is None
+    assert find_model(NAME, tmp_path) or put(tiny, tmp_path / place) == find_model(NAME, tmp_path)
 
 
 def test_path_to_a_folder_is_taken_as_it_is(tmp_path, tiny, monkeypatch):
     put(tiny, tmp_path / "elsewhere" / "mine")
-    assert found_folder(str(tmp_path / "elsewhere" / "mine"), tmp_path / "models") == tmp_path / "elsewhere" / "mine"
-    assert found_folder("mine", tmp_path / "elsewhere") == tmp_path / "elsewhere" / "mine"
+    assert find_model(str(tmp_path / "elsewhere" / "mine"), tmp_path / "models") == tmp_path / "elsewhere" / "mine"
+    assert find_model("mine", tmp_path / "elsewhere") == tmp_path / "elsewhere" / "mine"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert found_folder("~/elsewhere/mine", tmp_path / "models") == tmp_path / "elsewhere" / "mine"
+    assert find_model("~/elsewhere/mine", tmp_path / "models") == tmp_path / "elsewhere" / "mine"
     put(tiny, tmp_path / "models" / "other")
-    assert found_folder(str(tmp_path / "absent" / "other"), tmp_path / "models") is None
+    assert find_model(str(tmp_path / "absent" / "other"), tmp_path / "models") is None
 
 
 @pytest.mark.parametrize("missing", FILES)
-def test_half_a_model_is_not_found(tmp_path, tiny, missing):
+def test_model_with_a_missing_file_is_not_found(tmp_path, tiny, missing):
     (put(tiny, tmp_path / "some-tagger") / missing).unlink()
-    assert found_folder(NAME, tmp_path) is None
+    assert find_model(NAME, tmp_path) is None
 
 
 @pytest.mark.parametrize("network", [{"HF_HUB_OFFLINE": 1}, {"HF_HUB_OFFLINE": 0, "HF_ENDPOINT": "http://127.0.0.1:9"}])
-def test_offline_and_absent_is_exit_5_with_the_command_that_fetches_it(stage, photographs, network):
+def test_missing_model_without_a_network_is_exit_5_with_the_download_command(stage, photographs, network):
     photographs["coffee"].save(stage.images / "a.png")
     before = time.monotonic()
     for flags in [(), ("--check",)]:
         ended = stage.run_process(*flags, CAPTION_MODEL=NAME, **network)
         assert ended.returncode == 5
         assert f"{COMMAND} {stage.models / 'some-tagger'}" in ended.stderr
-    assert time.monotonic() - before < 40  # it asks once; huggingface_hub itself would go on asking for minutes
+    assert time.monotonic() - before < 40  # one request; huggingface_hub itself would retry for minutes
     assert not stage.models.exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "said"),
+    ("name", "code", "message"),
     [
         ("/nowhere/tagger", 2, "/nowhere/tagger is not a folder"),
         ("tagger", 5, "does not hold model.onnx and selected_tags.csv"),
@@ -66,11 +66,11 @@ def test_offline_and_absent_is_exit_5_with_the_command_that_fetches_it(stage, ph
         ("ä ö/ü?", 5, "owner/name"),
     ],
 )
-def test_wrong_model_names_are_refused(stage, photographs, name, code, said):
+def test_wrong_model_names_are_refused(stage, photographs, name, code, message):
     photographs["coffee"].save(stage.images / "a.png")
     ended = stage.run(CAPTION_MODEL=name)
     assert ended.returncode == code
-    assert said in ended.stderr
+    assert message in ended.stderr
 
 
 def test_folder_without_one_of_the_files_is_refused(stage, photographs, tiny, tmp_path):
@@ -81,7 +81,7 @@ def test_folder_without_one_of_the_files_is_refused(stage, photographs, tiny, tm
     assert "has no selected_tags.csv; put it there" in ended.stderr
 
 
-def test_absent_model_is_fetched_once(stage, photographs, tiny):
+def test_missing_model_is_downloaded_once(stage, photographs, tiny):
     photographs["coffee"].save(stage.images / "a.png")
     with hub(tiny) as served:
         checked = stage.run_process("--check", CAPTION_MODEL=NAME, HF_HUB_OFFLINE=0, HF_ENDPOINT=served.endpoint)
@@ -92,11 +92,11 @@ def test_absent_model_is_fetched_once(stage, photographs, tiny):
     assert sorted(path.name for path in (stage.models / "some-tagger").iterdir()) == sorted(FILES)
     caption = stage.captions()["a.txt"]
     (stage.images / "a.txt").unlink()
-    assert stage.run(CAPTION_MODEL=NAME).returncode == 0  # and the network is gone
+    assert stage.run(CAPTION_MODEL=NAME).returncode == 0  # without a network
     assert stage.captions() == {"a.txt": caption}
 
 
-def test_only_the_file_that_is_missing_is_fetched(stage, photographs, tiny):
+def test_only_the_missing_file_is_downloaded(stage, photographs, tiny):
     photographs["coffee"].save(stage.images / "a.png")
     (put(tiny, stage.models / "some-tagger") / "selected_tags.csv").unlink()
     with hub(tiny) as served:
@@ -104,7 +104,7 @@ def test_only_the_file_that_is_missing_is_fetched(stage, photographs, tiny):
         assert not [line for line in served.requests if line.startswith("GET") and "model.onnx" in line]
 
 
-def test_transfer_that_comes_short_leaves_nothing_that_looks_whole(stage, photographs, tiny):
+def test_truncated_download_leaves_no_file_under_the_final_name(stage, photographs, tiny):
     photographs["coffee"].save(stage.images / "a.png")
     with hub(tiny, cut_short=True) as served:
         ended = stage.run_process(CAPTION_MODEL=NAME, HF_HUB_OFFLINE=0, HF_ENDPOINT=served.endpoint)
@@ -113,7 +113,7 @@ def test_transfer_that_comes_short_leaves_nothing_that_looks_whole(stage, photog
     assert not (stage.models / "some-tagger" / "model.onnx").exists()
 
 
-def test_fetch_that_is_killed_begins_again(stage, photographs, tiny):
+def test_killed_download_starts_again(stage, photographs, tiny):
     photographs["coffee"].save(stage.images / "a.png")
     with hub(tiny, stall=True) as served:
         process = stage.start(CAPTION_MODEL=NAME, HF_HUB_OFFLINE=0, HF_ENDPOINT=served.endpoint)
@@ -130,9 +130,9 @@ def test_fetch_that_is_killed_begins_again(stage, photographs, tiny):
 def test_repository_that_the_hub_does_not_have_is_named(stage, photographs, tiny):
     photographs["coffee"].save(stage.images / "a.png")
     with hub(tiny) as served:
-        ended = stage.run_process(CAPTION_MODEL="Somebody/else", HF_HUB_OFFLINE=0, HF_ENDPOINT=served.endpoint)
+        ended = stage.run_process(CAPTION_MODEL="someone/else", HF_HUB_OFFLINE=0, HF_ENDPOINT=served.endpoint)
     assert ended.returncode == 5
-    assert "Somebody/else is not in" in ended.stderr
+    assert "someone/else is not in" in ended.stderr
     assert "no such repository" in ended.stderr
 
 

@@ -1,4 +1,4 @@
-"""Every kind of odd image, file and folder among the images: a caption, or one line that says what is wrong."""
+"""Every kind of odd image, file and folder among the images gets a caption, or one line that says what is wrong."""
 
 import os
 import shutil
@@ -133,24 +133,24 @@ UNUSABLE = {
 }
 
 
-@pytest.mark.parametrize(("write", "said"), UNUSABLE.items(), ids=lambda of: getattr(of, "__name__", "").removeprefix("write_"))
-def test_images_that_cannot_be_used_are_one_line_and_the_others_are_done(stage, image, write, said):
+@pytest.mark.parametrize(("write", "message"), UNUSABLE.items(), ids=lambda of: getattr(of, "__name__", "").removeprefix("write_"))
+def test_images_that_cannot_be_used_are_one_line_and_the_others_are_done(stage, image, write, message):
     write(image, stage.images / "a.png")
     image.save(stage.images / "b.png")
     for _ in range(2):
         ended = stage.run(RESOLUTION=64, BUCKET_STEP=64)
         assert ended.returncode == 1
         first, *others = ended.stderr.splitlines()
-        assert f"a.png: {said}" in first
+        assert f"a.png: {message}" in first
         assert first.endswith("; replace or remove it")
         assert len(others) == 1  # the counts
         assert list(stage.captions()) == ["b.txt"]
     assert "unreadable                    1  a.png (" in ended.stdout
 
 
-def test_only_unusable_images_need_no_model(stage, image):
+def test_without_usable_images_no_model_is_needed(stage, image):
     write_text(image, stage.images / "a.png")
-    ended = stage.run(CAPTION_MODEL="Nobody/absent")
+    ended = stage.run(CAPTION_MODEL="someone/absent")
     assert ended.returncode == 1
     assert "0 captioned" in ended.stderr
 
@@ -162,14 +162,14 @@ def test_folders_and_links_among_the_images(stage, image, tmp_path):
     (stage.images / "circle.png").symlink_to(stage.images / "circle.png")
     (stage.images / "folder.png").mkdir()
     (stage.images / "notes").mkdir()
-    for folder in ("2_face", "faces", "0_aside"):
+    for folder in ("2_face", "faces", "0_excluded"):
         (stage.images / folder).mkdir()
         image.rotate(len(folder) * 10).save(stage.images / folder / "a.png")
     ended = stage.run(RESOLUTION=64, BUCKET_STEP=64)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert list(stage.captions()) == ["2_face/a.txt", "link.txt"]
-    line = next(line for line in ended.stdout.splitlines() if line.startswith("  not looked at"))
-    assert line.split(maxsplit=4)[3:] == [
+    line = next(line for line in ended.stdout.splitlines() if line.startswith("  ignored"))
+    assert line.split(maxsplit=2)[1:] == [
         "4",
         "circle.png (a link to nothing), faces (a folder with images; call it N_name for N repeats to use it), "
         "folder.png (a folder), nothing.png (a link to nothing)",
@@ -204,5 +204,5 @@ def test_name_that_is_not_utf8(stage, image):
     assert stage.run().returncode == 0
     assert os.path.exists(path.replace(b".png", b".txt"))
     assert "nothing to do" in stage.run().stdout
-    assert "1 captions are what they were" in stage.run("--undo").stdout
+    assert "1 captions restored" in stage.run("--undo").stdout
     assert not os.path.exists(path.replace(b".png", b".txt"))

@@ -1,9 +1,9 @@
-"""What describes a person is told from what a person wears, does, and stands in."""
+"""Tags that describe the person are distinguished from tags of clothing, actions and surroundings."""
 
 import pytest
 
 from captioning.captions import GENERAL, Tag
-from captioning.traits import TRAITS, WORDS, described, pruning_of
+from captioning.traits import TRAITS, WORDS, find_traits, prune_common_traits
 
 OF_THE_PERSON = """
 long_hair very_long_hair short_hair medium_hair black_hair light_brown_hair blonde_hair platinum_blonde_hair
@@ -34,16 +34,16 @@ mature_content animal_print black_bow grey_background pink_lips
 
 @pytest.mark.parametrize("name", OF_THE_PERSON)
 def test_tags_of_the_person(name):
-    assert described([name])
+    assert find_traits([name])
 
 
 @pytest.mark.parametrize("name", CAN_CHANGE)
 def test_tags_that_stay(name):
-    assert not described([name])
+    assert not find_traits([name])
 
 
-def test_every_aspect_is_told():
-    assert described(["blue eyes", "Long Hair", "1girl"]) == {
+def test_every_trait_has_its_aspect():
+    assert find_traits(["blue eyes", "Long Hair", "1girl"]) == {
         "blue eyes": "eyes",
         "long hair": "hair length",
         "1girl": "age and sex",
@@ -62,11 +62,11 @@ def test_lists_are_written_cleanly():
 NAMES = ["1girl", "brown_hair", "blue_eyes", "smile", "white_shirt", "freckles"]
 
 
-def pruned_names(least, images):
+def pruned_names(min_share, images):
     tags = [Tag(name, GENERAL) for name in NAMES]
-    pruning = pruning_of(tags, [[NAMES.index(name) for name in image.split()] for image in images], least)
+    pruning = prune_common_traits(tags, [[NAMES.index(name) for name in image.split()] for image in images], min_share)
     return [
-        {NAMES[index]: share for index, share in shares.items()} for shares in (pruning.pruned, pruning.kept, pruning.suggested())
+        {NAMES[index]: share for index, share in shares.items()} for shares in (pruning.pruned, pruning.kept, pruning.suggested)
     ]
 
 

@@ -138,7 +138,7 @@ def test_piped_log_has_complete_lines_only(clone):
     log = clone.run("--collect", "--caption").stdout
     assert "\r" not in log
     assert "\x1b" not in log
-    assert "caption_images begins." in log.splitlines()
+    assert "caption_images: started" in log.splitlines()
 
 
 def test_terminal_shows_progress(clone):
@@ -158,4 +158,4 @@ def test_terminal_shows_progress(clone):
     assert process.wait() == 0
     assert b"tagging" in seen
     assert b"10/10" in seen
-    assert b"caption_images ended with exit code 0" in seen
+    assert b"caption_images: exit code 0" in seen

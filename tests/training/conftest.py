@@ -1,4 +1,4 @@
-"""What the training tests share: real photographs, and the train stage as a user runs it."""
+"""Shared by the tests of training: real photographs, and the train stage as a user runs it."""
 
 import contextlib
 import io
@@ -34,8 +34,7 @@ def photographs() -> dict[str, Image.Image]:
 
 @pytest.fixture
 def mount_tmpfs() -> Iterator[Callable[[Path, str], None]]:
-    """A function that mounts a tmpfs with options at a folder, which it makes. That needs privileges that not every machine
-    gives."""
+    """A function that creates a folder and mounts a tmpfs with options there. Skips the test where this user may not mount."""
     mounted = []
 
     def mount(folder: Path, options: str) -> None:
@@ -56,14 +55,14 @@ def stage(tmp_path, tiny_sdxl, photographs):
 
 
 class Terminal(io.StringIO):
-    """Text that is written to a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
 class Stage:
-    """train_lora.py on a workspace of its own, with settings for a run of seconds."""
+    """train_lora.py in its own workspace, with settings for a run of seconds."""
 
     def __init__(self, workspace: Path, base: Path, photographs: dict[str, Image.Image]):
         self.dataset, self.output, self.models = (workspace / name for name in ("dataset", "output", "models"))
@@ -87,26 +86,26 @@ class Stage:
             "HF_HUB_OFFLINE": 1,
         }
 
-    def add(self, photograph: str, place: str = "", caption: str | None = "sks, photo, outdoors", **how: object) -> Path:
-        """Save a photograph with its caption in the data set, as `how` Pillow is told to; where it lies."""
-        path = self.images / (place or f"{photograph}.png")
-        path.parent.mkdir(exist_ok=True)
-        self.photographs[photograph].save(path, **{"compress_level": 0} | how)  # which takes PNG a twentieth of the time
+    def add(self, photograph: str, path: str = "", caption: str | None = "sks, photo, outdoors", **how: object) -> Path:
+        """Save a photograph and its caption in the data set; `how` goes to Pillow. Returns the image's path."""
+        file = self.images / (path or f"{photograph}.png")
+        file.parent.mkdir(exist_ok=True)
+        self.photographs[photograph].save(file, **{"compress_level": 0} | how)  # uncompressed PNG takes a twentieth of the time
         if caption is not None:
-            path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-        return path
+            file.with_suffix(".txt").write_text(caption, encoding="utf-8")
+        return file
 
     def start(self, *flags: str, **variables: object) -> subprocess.Popen:
-        """The stage as a process of its own."""
+        """Start the stage as a process."""
         command = [sys.executable, str(REPOSITORY / "scripts" / "train_lora.py"), *flags]
         environment = self._environment(variables)
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, env=environment, text=True, **pipes)
 
     def run(self, *flags: str, terminal: bool = False, **variables: object) -> subprocess.CompletedProcess:
-        """The stage within this process, which saves seconds of imports. Whatever happens, a user never sees a traceback.
+        """Run the stage in this process, which saves the time of the imports. It must never print a traceback.
 
-        In a `terminal` there are progress bars on standard error.
+        On a `terminal` there are progress bars on standard error.
         """
         handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
         output, errors = io.StringIO(), Terminal() if terminal else io.StringIO()
@@ -121,12 +120,11 @@ class Stage:
         return subprocess.CompletedProcess(flags, code, output.getvalue(), errors.getvalue())
 
     def stopped(self, steps: int, signum: signal.Signals, **variables: object) -> subprocess.CompletedProcess:
-        """A long run within this process that gets a signal as soon as it has taken so many steps."""
+        """Run in this process and send a signal after so many steps."""
         return self.disturbed(steps, lambda is_over: os.kill(os.getpid(), signum), **variables)
 
     def disturbed(self, steps: int, disturb: Callable[[threading.Event], None], **variables: object) -> subprocess.CompletedProcess:
-        """A long run within this process. As soon as it has taken so many steps, a thread calls `disturb` with what will say
-        that the run is over."""
+        """Run in this process. After so many steps a thread calls `disturb` with an event that is set when the run is over."""
         is_over = threading.Event()
 
         def wait_and_disturb() -> None:
@@ -145,12 +143,12 @@ class Stage:
             thread.join()
 
     def steps_taken(self) -> int:
-        """Lines in metrics.jsonl: so many steps are over, where nothing is held out."""
+        """Lines in metrics.jsonl: the steps taken, if no images are held out."""
         metrics = self.output / "lora" / "metrics.jsonl"
         return len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
 
     def wait_for_steps(self, process: subprocess.Popen, count: int) -> None:
-        """Wait until a run that goes on has taken so many steps."""
+        """Wait until a running process has taken so many steps."""
         until = time.monotonic() + 120
         while self.steps_taken() < count:
             assert process.poll() is None, process.communicate()
@@ -158,7 +156,7 @@ class Stage:
             time.sleep(0.005)
 
     def trained(self, **variables: object) -> str:
-        """A run that must succeed and say nothing on standard error; its output."""
+        """Run, expect success and nothing on standard error, and return the output."""
         ended = self.run(**variables)
         assert (ended.returncode, ended.stderr) == (0, "")
         return ended.stdout
@@ -175,11 +173,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that is done. Read only."""
+    """A finished run. Read only."""
 
     stage: Stage
     variables: dict[str, object]
-    """What it was run with beside the stage's own settings."""
+    """Its settings, in addition to the stage's own."""
     output: str
     """What it printed."""
     files: dict[str, bytes]
@@ -188,7 +186,7 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, tiny_sdxl, photographs) -> Finished:
-    """Four photographs, one of each format, one of them twice per epoch; two epochs at a rate that shows."""
+    """Four photographs, one of each format, one of them repeated three times per epoch; two epochs at a high learning rate."""
     stage = Stage(tmp_path_factory.mktemp("finished"), tiny_sdxl, photographs)
     stage.add("astronaut", caption="sks, woman, smile, orange suit")
     stage.add("coffee", "coffee.jpg", caption="sks, cup, table")

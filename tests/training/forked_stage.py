@@ -1,7 +1,7 @@
-"""Runs of the train stage as processes that need not import torch each time: this program imports once and forks.
+"""Runs the train stage in forked processes, so that torch is imported only once.
 
-It reads one JSON object per line, {"variables": ..., "log": ...}, answers with the process id of the run, and with its
-wait status when it has ended.
+Reads one JSON object per line, {"variables": ..., "log": ...}. Prints the process id of the run, and its wait status when it has
+ended.
 """
 
 import json
@@ -12,13 +12,13 @@ import torch
 
 import train_lora
 from common.errors import run_main
-from training import trainer as carry_out  # noqa: F401 - what main would import
+from training import trainer  # noqa: F401 - what main would import
 
 torch.set_num_threads(1)
 
 
 def run(variables: dict[str, str], log: str) -> int:
-    """Be the stage, from here to its end."""
+    """Run the stage in this process and return its exit code."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)

@@ -1,4 +1,4 @@
-"""What the kernel says about other processes."""
+"""Other processes, as /proc shows them."""
 
 import subprocess
 import time
@@ -10,7 +10,7 @@ def children_of(process: int) -> list[int]:
 
 
 def pair_of(launcher: subprocess.Popen) -> list[int]:
-    """The two processes that `launcher` starts, as soon as they are there."""
+    """Wait for the two processes that `launcher` starts."""
     while len(pair := children_of(launcher.pid)) < 2:
         assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.005)
@@ -18,7 +18,7 @@ def pair_of(launcher: subprocess.Popen) -> list[int]:
 
 
 def has_ended(process: int) -> bool:
-    """Also if nobody has asked for its exit code yet."""
+    """Whether the process has exited, including one whose exit code has not been read yet."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "XZ"
     except (FileNotFoundError, ProcessLookupError):

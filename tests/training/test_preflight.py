@@ -1,4 +1,4 @@
-"""`train_lora.py --check`: what it says of a machine, a base model and images, and what it complains about."""
+"""`train_lora.py --check`: its report on GPU, base model and images, and the problems that it lists."""
 
 import pytest
 
@@ -24,7 +24,7 @@ OF_2_10 = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
         ((12, 1), (), False),
     ],
 )
-def test_code_for_a_gpu(capability, built_for, runs):
+def test_which_architectures_run_on_a_gpu(capability, built_for, runs):
     assert has_code_for(capability, built_for) == runs
 
 
@@ -38,26 +38,26 @@ def test_driver_version_is_read_from_the_kernel_module(tmp_path, monkeypatch):
     assert driver_version() == "580.95.05"
 
 
-def test_everything_that_is_wrong_comes_in_one_list(stage):
-    told = stage.run("--check", BASE_MODEL="absent")
-    assert told.returncode == 5
-    assert "absent" in told.stderr
-    assert "no images" in told.stderr
+def test_all_problems_are_in_one_list(stage):
+    checked = stage.run("--check", BASE_MODEL="absent")
+    assert checked.returncode == 5
+    assert "absent" in checked.stderr
+    assert "no images" in checked.stderr
 
 
-def test_images_that_earlier_stages_bring_need_not_be_there(stage):
-    told = stage.run("--check=ahead")
-    assert told.returncode == 0, told.stderr
-    assert "images: 0 so far" in told.stdout
+def test_images_may_be_missing_while_earlier_stages_have_to_run(stage):
+    checked = stage.run("--check=ahead")
+    assert checked.returncode == 0, checked.stderr
+    assert "images: 0 so far" in checked.stdout
     for words in ("torch ", "memory: ", "GiB available", "disk: ", "GiB free", "base model: "):
-        assert words in told.stdout
+        assert words in checked.stdout
     assert not stage.output.exists()
 
 
-def test_what_a_run_takes_is_said_when_the_images_are_there(stage):
+def test_the_run_is_described_when_all_images_have_captions(stage):
     image = stage.add("astronaut", caption=None)
     assert "1 without a caption" in stage.run("--check=ahead").stdout
     image.with_suffix(".txt").write_text("a woman")
-    told = stage.run("--check", NUM_TRAIN_EPOCHS=20)
-    assert told.returncode == 0, told.stderr
-    assert "20 training samples are few" in told.stdout
+    checked = stage.run("--check", NUM_TRAIN_EPOCHS=20)
+    assert checked.returncode == 0, checked.stderr
+    assert "20 training samples are few" in checked.stdout

@@ -13,7 +13,7 @@ from common.dataset_layout import IMAGE_SUFFIXES, DatasetFolder, ImageFile, capt
 from common.errors import DataError, bullet_list
 from common.files import sha256_of
 from common.images import BrokenImageError, open_rgb
-from common.output_layout import cache_dir
+from common.output_layout import OutputLayout
 from common.project import ProjectSettings
 from training.config import DataSettings, TrainSettings
 from training.models.base_model import compute_digests, find_base
@@ -54,7 +54,7 @@ def read_inputs(project: ProjectSettings, settings: TrainSettings) -> Inputs:
     """Read headers and hash weights, decode images and read captions. Raises ModelError, or DataError with everything that
     is wrong with the data."""
     base = find_base(settings.model.base_model, project.models_dir)
-    compute_digests(base, cache_dir(project.output_dir))
+    compute_digests(base, OutputLayout(project.output_dir, project.trigger_word).cache)
     return Inputs(base, read_images(project, settings.data))
 
 

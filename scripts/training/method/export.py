@@ -1,4 +1,7 @@
-"""LoRA modules -> the .safetensors file that ComfyUI and A1111 load: kohya's layout, sgm names, read back and compared."""
+"""Write LoRA modules to the .safetensors file that ComfyUI and A1111 load: kohya's layout with the original (sgm) block names.
+
+A file is read back, compared, and checked against the modules that ComfyUI loads before it gets its name.
+"""
 
 import csv
 import hashlib
@@ -16,23 +19,20 @@ from safetensors.torch import save
 
 from common.errors import ModelError, bullet_list
 from common.files import atomic_write
+from common.settings import VERSION
 from training.method.adapters import LoraModule, row_norms
 from training.models.tensor_files import write_into
 
 COMFYUI_MODULES = Path(__file__).with_name("comfyui_sdxl_modules.csv")
-"""Every module name that ComfyUI's SDXL loader takes, with the layer's sizes in full-size SDXL."""
-
-
+"""The module names that ComfyUI loads for SDXL, with the sizes of the layers; demo/comfyui_modules.py derives them."""
 _BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d)\.attentions\.([0-2])\.(.+)")
-"""A fourth attention module would get the name of the next block's first one."""
-
-
+"""A fourth attention module would get the name of the first one of the next block."""
 _MID_BLOCK = "mid_block.attentions.0."
 
 
 @dataclass(frozen=True)
 class Description:
-    """What the file says about itself."""
+    """What the metadata of the file is made of."""
 
     name: str
     trigger_word: str
@@ -50,32 +50,31 @@ class Description:
     optimizer: str
     seed: int
     fingerprint: str
-    """Of everything that decided the result: the same fingerprint, the same LoRA."""
+    """Of everything that decides the result: runs with the same fingerprint give the same LoRA."""
 
 
 def write_lora(path: Path, modules: Sequence[LoraModule], about: Description) -> None:
-    """Write the LoRA in fp16 to `path`; it gets that name only after it was read back, compared, and every module name
-    was found among those that ComfyUI takes. Raises ModelError otherwise."""
+    """Write the LoRA to `path` and verify it. Raises ModelError, and leaves no file, if the verification fails."""
     tensors = kohya_tensors(modules, about.alpha)
-    metadata = _metadata(about, _sha256_of_data(save(tensors)))
+    content = save(tensors)
+    header_bytes = int.from_bytes(content[:8], "little")
+    metadata = _metadata(about, data_hash=hashlib.sha256(memoryview(content)[8 + header_bytes :]).hexdigest())
     if any(name.endswith(".dora_scale") for name in tensors):
         metadata["ss_network_args"] = json.dumps({"dora_wd": "True"})
-    with atomic_write(path) as beside:
-        write_into(beside, tensors, metadata)
-        verify(beside, tensors)
+    with atomic_write(path) as temporary:
+        write_into(temporary, tensors, metadata)
+        verify(temporary, tensors, path.name)
 
 
 def kohya_tensors(modules: Sequence[LoraModule], alpha: float) -> dict[str, torch.Tensor]:
     """`<module>.lora_down.weight` [r, in], `<module>.lora_up.weight` [out, r] and the 0-d `<module>.alpha`, in fp16 on the CPU.
 
     A layer's change is alpha / r * up @ down. A DoRA also has `<module>.dora_scale` [out, 1], and all its tensors but alpha are
-    fp32: fp16 would round the norm of a whole row. Raises ModelError if a weight is not finite in fp16.
+    fp32: fp16 would round the norm of a whole row. Raises ModelError if a value is not finite in that type.
     """
+    dtype = torch.float16 if all(module.magnitude is None for module in modules) else torch.float32
     parts = [part.detach() for module in modules for part in (module.down, module.up)]
-    flat = torch.cat([part.flatten() for part in parts]).to(torch.float16)
-    is_finite = bool(flat.isfinite().all())
-    if any(module.magnitude is not None for module in modules):
-        flat = torch.cat([part.flatten() for part in parts])
+    flat = torch.cat([part.flatten() for part in parts]).to(dtype)  # one conversion and one copy for all of them
     weights = iter(flat.cpu().split([part.numel() for part in parts]))
     tensors = {}
     for module in modules:
@@ -86,9 +85,10 @@ def kohya_tensors(modules: Sequence[LoraModule], alpha: float) -> dict[str, torc
         if module.magnitude is not None:
             down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
             tensors[f"{name}.dora_scale"] = dora_scale(module, down, up, tensors[f"{name}.alpha"].item() / down.shape[0])
-    if not is_finite:
-        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        raise ModelError(f"the LoRA holds values that fp16 cannot (first in {broken[0]}): lower LEARNING_RATE and train again")
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        what = f"values that {str(dtype).removeprefix('torch.')} cannot represent"
+        raise ModelError(f"the LoRA contains {what} (first in {broken[0]}): lower LEARNING_RATE and train again")
     return tensors
 
 
@@ -104,57 +104,51 @@ def dora_scale(module: LoraModule, down: torch.Tensor, up: torch.Tensor, scale: 
 
 
 def kohya_name(module: str) -> str:
-    """A layer's name in diffusers' UNet -> its kohya name by SDXL's original (sgm) numbering of blocks."""
+    """The kohya name of a layer of diffusers' UNet, with the original (sgm) block numbers. Raises ModelError if it has none."""
     if module.startswith(_MID_BLOCK):
         block, rest = "middle_block_1", module.removeprefix(_MID_BLOCK)
     elif match := _BLOCK.fullmatch(module):
         side, i, j, rest = match[1], int(match[2]), int(match[3]), match[4]
         block = f"input_blocks_{3 * i + j + 1}_1" if side == "down_blocks" else f"output_blocks_{3 * i + j}_1"
     else:
-        raise ModelError(f"{module}: no layer of SDXL's transformer blocks; ComfyUI would ignore it")
+        raise ModelError(f"{module} is not a layer of SDXL's attention modules; ComfyUI would ignore it")
     return f"lora_unet_{block}_{rest.replace('.', '_')}"
 
 
-def verify(path: Path, written: dict[str, torch.Tensor]) -> None:
-    """Read the LoRA at `path` back and compare it with what was `written`; check every module against ComfyUI's names.
+def verify(path: Path, written: dict[str, torch.Tensor], name: str | None = None) -> None:
+    """Read the file at `path` and check that it contains the tensors `written`, bit for bit, in modules that ComfyUI loads.
 
-    Raises ModelError naming what would be wrong in ComfyUI.
+    Raises ModelError with every problem. It calls the file `name`, which a temporary file does not have yet.
     """
     with safe_open(path, framework="pt") as file:
-        read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    differing = [name for name in written if name not in read or not _same(read[name], written[name])]
-    modules = {name.split(".", 1)[0] for name in read}
-    problems = [f"{name}: read back differently" for name in differing]
-    problems += [f"{name}: nobody wrote it" for name in sorted(read.keys() - written.keys())]
-    problems += [f"{name}: ComfyUI has no such module and would ignore it" for name in sorted(modules - comfyui_modules())]
-    for module in modules:
-        parts = {f"{module}.lora_down.weight", f"{module}.lora_up.weight", f"{module}.alpha"}
-        if f"{module}.dora_scale" in written:
-            parts.add(f"{module}.dora_scale")
-        problems += [f"{name}: is missing" for name in sorted(parts - read.keys())]
+        read = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    problems = []
+    for key, expected in written.items():
+        found = read.get(key)
+        is_same = found is not None and (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        if not is_same or found.numpy().tobytes() != expected.numpy().tobytes():  # faster than comparing fp16 values
+            problems.append(f"{key}: differs after reading it back")
+    problems += [f"{key}: unexpected tensor" for key in sorted(read.keys() - written.keys())]
+    modules = {key.split(".", 1)[0] for key in read}
+    problems += [f"{module}: not a module that ComfyUI loads" for module in sorted(modules - comfyui_modules())]
+    for module in sorted(modules):
+        expected = {f"{module}.lora_down.weight", f"{module}.lora_up.weight", f"{module}.alpha"}
+        problems += [f"{key}: missing" for key in sorted(expected - read.keys())]
     if problems:
-        raise ModelError(bullet_list(f"{path.name}: the LoRA is not what it should be:", problems[:20]))
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """To the last bit; a CPU compares bytes faster than halves."""
-    return (one.shape, one.dtype) == (other.shape, other.dtype) and one.numpy().tobytes() == other.numpy().tobytes()
+        raise ModelError(bullet_list(f"{name or path.name}: verification of the exported LoRA failed:", problems[:20]))
 
 
 def comfyui_modules() -> set[str]:
-    """The module names in kohya's layout that ComfyUI's SDXL loader takes."""
+    """The names of the modules that ComfyUI loads for SDXL."""
     with COMFYUI_MODULES.open(encoding="utf-8", newline="") as file:
         return {row["kohya_module"] for row in csv.DictReader(file)}
 
 
-def _sha256_of_data(content: bytes) -> str:
-    """SHA-256 of a safetensors file's bytes behind its header: the hash that model managers know it by."""
-    header_bytes = int.from_bytes(content[:8], "little")
-    return hashlib.sha256(memoryview(content)[8 + header_bytes :]).hexdigest()
-
-
 def _metadata(about: Description, data_hash: str) -> dict[str, str]:
-    """Header entries that A1111, Forge, ComfyUI and model managers read. Every value is a string; no path is among them."""
+    """Header entries that A1111, Forge, ComfyUI and model managers read, all of them strings; no paths.
+
+    `data_hash`: SHA-256 of the file without its header, by which model managers recognise it.
+    """
     now = datetime.now(UTC)
     tags = Counter(tag for caption in about.captions for tag in (part.strip() for part in caption.split(",")) if tag)
     size = f"{about.resolution}x{about.resolution}"
@@ -189,6 +183,7 @@ def _metadata(about: Description, data_hash: str) -> dict[str, str]:
         "modelspec.prediction_type": "v" if is_v else "epsilon",
         "modelspec.trigger_phrase": about.trigger_word,
         "modelspec.hash_sha256": f"0x{data_hash}",
+        "loracat_version": VERSION,
         "loracat_fingerprint": about.fingerprint,
         **({"ss_v_parameterization": "True"} if is_v else {}),
     }

@@ -33,7 +33,8 @@ class Precision:
 def choose_precision(mixed_precision: Literal["bf16", "fp16", "no"], gpu: int | None = None) -> Precision:
     """The GPU with index `gpu` (None: the current one) in `mixed_precision`; without a GPU the CPU in fp32."""
     if torch.cuda.is_available():
-        return Precision(_gpu_device(gpu), _DTYPES[mixed_precision])
+        device = torch.device("cuda") if gpu is None else torch.device("cuda", gpu)
+        return Precision(device, _DTYPES[mixed_precision])
     return Precision(torch.device("cpu"), torch.float32)
 
 
@@ -48,13 +49,9 @@ def wake_gpu(gpu: int | None) -> None:
 
     def create() -> None:
         if torch.cuda.is_available():
-            torch.empty(1, device=_gpu_device(gpu))
+            torch.empty(1, device="cuda" if gpu is None else gpu)
 
     threading.Thread(target=create, daemon=True).start()
-
-
-def _gpu_device(gpu: int | None) -> torch.device:
-    return torch.device("cuda") if gpu is None else torch.device("cuda", gpu)
 
 
 def make_deterministic() -> None:
@@ -85,7 +82,8 @@ def available_bytes(device: torch.device) -> int:
 def limit_gpu_memory(device: torch.device, max_bytes: int) -> None:
     """Limit torch to `max_bytes` on a GPU that shares the machine's memory, so that it raises OutOfMemoryError before the machine
     freezes."""
-    if device.type == "cuda" and shares_memory(device):
-        total = torch.cuda.get_device_properties(device).total_memory
-        index = torch.cuda.current_device() if device.index is None else device.index
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max_bytes / total), index)
+    if device.type == "cpu" or not shares_memory(device):
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max_bytes / total), index)

@@ -42,11 +42,8 @@ class RankInfo:
     port: int = 0
     launcher_pid: int | None = None
     """The process that started this one, if it is LoRACat's own launcher."""
-
-    @property
-    def gpu(self) -> int | None:
-        """Index of this process's GPU; None for a single process, which uses the current one."""
-        return self.local_rank if self.world_size > 1 else None
+    gpu: int | None = None
+    """Index of this process's GPU; None for a single process, which uses the current one."""
 
 
 def rank_info() -> RankInfo:
@@ -54,15 +51,16 @@ def rank_info() -> RankInfo:
     environment = os.environ
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return RankInfo()
-    world_size = int(environment["WORLD_SIZE"])
+    world_size, local_rank = int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", 0))
     return RankInfo(
         rank=int(environment["RANK"]),
         world_size=world_size,
-        local_rank=int(environment.get("LOCAL_RANK", 0)),
+        local_rank=local_rank,
         local_world_size=int(environment.get("LOCAL_WORLD_SIZE", world_size)),
         address=environment.get("MASTER_ADDR", "127.0.0.1"),
         port=int(environment.get("MASTER_PORT", 29500)),
         launcher_pid=int(environment["LORACAT_LAUNCHER_PID"]) if "LORACAT_LAUNCHER_PID" in environment else None,
+        gpu=local_rank if world_size > 1 else None,
     )
 
 

@@ -23,9 +23,6 @@ TIMEOUT = timedelta(minutes=30)
 class ProcessLost(ResourceError):
     """Another process has ended; it, or the launcher, has reported why."""
 
-    def __init__(self):
-        super().__init__("another training process has ended; run the same command again to resume from the last checkpoint")
-
 
 class ProcessGroup:
     """All processes of a run, as seen from one of them."""
@@ -38,16 +35,8 @@ class ProcessGroup:
         """Whether this process makes the decisions and writes the files."""
         self.gpu = info.gpu
         """Index of this process's GPU; None: the current one."""
-
-    @property
-    def all_reduce(self) -> Callable[[torch.Tensor], None] | None:
+        self.all_reduce = _all_reduce if self.world_size > 1 else None
         """Sums a tensor over all processes, in place; None for a single process."""
-        return self._all_reduce if self.world_size > 1 else None
-
-    def _all_reduce(self, tensor: torch.Tensor) -> None:
-        # NCCL reports a lost process asynchronously. A RuntimeError on the GPU means that the step cannot be captured.
-        with contextlib.nullcontext() if tensor.is_cuda else _lost_processes():
-            dist.all_reduce(tensor)
 
     def all_reduce_max(self, number: int) -> int:
         """The largest `number` of all processes."""
@@ -81,13 +70,23 @@ class ProcessGroup:
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite `tensors` with those of the main process."""
+        if self.world_size == 1:
+            return
         with _lost_processes():
-            for tensor in tensors if self.world_size > 1 else ():
+            for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
     def shard(self, items: Sequence[Item]) -> Sequence[Item]:
         """This process's part of `items`, which are divided among the processes of one machine."""
         return items[self.local_rank :: self.local_world_size]
+
+
+def _all_reduce(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:  # NCCL reports a lost process later; a RuntimeError here means that the step cannot be captured
+        dist.all_reduce(tensor)
+        return
+    with _lost_processes():
+        dist.all_reduce(tensor)
 
 
 @contextlib.contextmanager
@@ -144,4 +143,5 @@ def _lost_processes() -> Iterator[None]:
     except RuntimeError as error:
         if "out of memory" in str(error):
             raise
-        raise ProcessLost from None
+        message = "another training process has ended; run the same command again to resume from the last checkpoint"
+        raise ProcessLost(message) from None

@@ -74,10 +74,11 @@ class WorkerProcess:
 
     def end(self) -> None:
         """Kill the worker without waiting: a thread waits until the kernel has freed its memory."""
-        if not self._connection.closed:
-            self._process.kill()
-            self._connection.close()
-            threading.Thread(target=self._process.join, daemon=True).start()
+        if self._connection.closed:
+            return
+        self._process.kill()
+        self._connection.close()
+        threading.Thread(target=self._process.join, daemon=True).start()
 
 
 def die_with_parent(parent: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The LoRA file: what a program that loads it computes, what its keys and header say, and what never leaves the program."""
+"""The LoRA file: its keys, header and verification, and the image that a pipeline makes with it."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from common.errors import ModelError
+from common.settings import VERSION
 from training.method import export
 from training.method.adapters import LoraModule
 from training.method.export import Description, kohya_name, verify, write_lora
@@ -79,7 +80,7 @@ def test_keys_shapes_and_types_are_kohyas(written):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
 
 
-def test_header_says_what_programs_look_for(written):
+def test_header_has_the_entries_that_programs_read(written):
     about = metadata(written[0])
     expected = {
         "ss_v2": "False",
@@ -101,6 +102,7 @@ def test_header_says_what_programs_look_for(written):
         "modelspec.prediction_type": "epsilon",
         "modelspec.trigger_phrase": "sks",
         "loracat_fingerprint": "abc123",
+        "loracat_version": VERSION,
     }
     assert expected.items() <= about.items()
     assert all(isinstance(value, str) for value in about.values())
@@ -124,7 +126,7 @@ def test_hash_is_of_the_bytes_behind_the_header(written):
     assert about["modelspec.hash_sha256"] == f"0x{digest}"
 
 
-def test_header_tells_nothing_about_the_users_folders(finished):
+def test_header_contains_no_paths_of_the_user(finished):
     said = metadata(finished.stage.lora)
     assert not [value for value in said.values() if str(finished.stage.dataset.parent) in value or "rockets" in value]
 
@@ -148,33 +150,45 @@ def test_a_module_that_comfyui_would_ignore_fails_the_run(tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_layer_that_comfyui_does_not_know_fails_the_whole_stage(stage, monkeypatch):
-    """From main to exit code: no LoRA, one problem for each module."""
+def test_a_module_that_comfyui_does_not_load_fails_the_stage(stage, monkeypatch):
+    """From main to exit code: no LoRA file, one problem for each module."""
     known = export.comfyui_modules() - {"lora_unet_middle_block_1_proj_in"}
     monkeypatch.setattr(export, "comfyui_modules", lambda: known)
     stage.add("astronaut")
     ended = stage.run(NUM_TRAIN_EPOCHS=1)
     assert ended.returncode == 5
-    assert "lora_unet_middle_block_1_proj_in: ComfyUI has no such module and would ignore it" in ended.stderr
+    assert "lora_unet_middle_block_1_proj_in: not a module that ComfyUI loads" in ended.stderr
     assert not stage.lora.exists()
 
 
-def test_values_that_fp16_cannot_hold_are_no_lora(tmp_path):
+def test_values_that_fp16_cannot_represent_are_refused(tmp_path):
     broken = module(NAMES[0])
     with torch.no_grad():
         broken.up[0, 0] = 1e6
-    with pytest.raises(ModelError, match="values that fp16 cannot"):
+    with pytest.raises(ModelError, match="values that float16 cannot represent"):
         write_lora(tmp_path / "lora.safetensors", [broken], ABOUT)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_reads_back_differently_is_refused(written, tmp_path):
+def test_a_dora_with_a_value_that_is_not_finite_is_refused(tmp_path):
+    """Its tensors are fp32, where fp16's range does not matter."""
+    lora = module(NAMES[0])
+    with torch.no_grad():
+        lora.up[0, 0] = 1e6
+    dora = replace(lora, magnitude=torch.ones(5), base=torch.ones(5, 6))
+    write_lora(tmp_path / "lora.safetensors", [dora], ABOUT)
+    with pytest.raises(ModelError, match="values that float32 cannot represent"):
+        write_lora(tmp_path / "broken.safetensors", [replace(dora, magnitude=torch.full((5,), torch.nan))], ABOUT)
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+def test_a_file_that_differs_after_reading_it_back_is_refused(written, tmp_path):
     tensors = load_file(written[0])
     name = f"{kohya_name(NAMES[0])}.lora_up.weight"
     changed, lacking = dict(tensors), dict(tensors)
     changed[name] = tensors[name] + 1
     del lacking[f"{kohya_name(NAMES[1])}.alpha"]
-    for number, (other, words) in enumerate(((changed, f"{name}: read back differently"), (lacking, "alpha: is missing"))):
+    for number, (other, words) in enumerate(((changed, f"{name}: differs after reading it back"), (lacking, "alpha: missing"))):
         save_file(other, tmp_path / f"{number}.safetensors")
         with pytest.raises(ModelError, match=words):
             verify(tmp_path / f"{number}.safetensors", tensors)
@@ -204,7 +218,7 @@ def image(pipeline: Callable) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' scheduler and NumPy 2
-def test_lora_changes_the_image_of_a_pipeline_as_if_it_was_merged_by_hand(finished, tiny_sdxl, tmp_path):
+def test_lora_changes_the_image_of_a_pipeline_like_one_merged_by_hand(finished, tiny_sdxl, tmp_path):
     """The file was trained with alpha 1 and rank 2: half of up @ down."""
     unet = load_unet(find_base(str(tiny_sdxl), tmp_path), torch.device("cpu"), torch.float32)
     from diffusers import StableDiffusionXLPipeline  # brings all of diffusers, which no other test here needs

@@ -1,4 +1,4 @@
-"""Two processes, real ones: the same losses as one, signals, exit codes and deaths, through run.sh."""
+"""Two real processes, through run.sh: the same losses as with one, signals, exit codes, and killed processes."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from training.monitor.callbacks import Progress
 from training.plan import GLOBAL_BATCH, WORLD_SIZE
 from training.state.checkpoint import Checkpoint, Identity
 from training.state.resume import match_global_batch
-from training.system import launcher as distributed
+from training.system import launcher
 
 RUN_SH = REPOSITORY / "scripts" / "run.sh"
 PAIR = {"NUM_PROCESSES": 2, "TRAIN_BATCH_SIZE": 1, "LORA_TARGETS": "attention", "PYTHON": sys.executable}
@@ -27,7 +27,7 @@ PAIR = {"NUM_PROCESSES": 2, "TRAIN_BATCH_SIZE": 1, "LORA_TARGETS": "attention", 
 
 @pytest.fixture
 def images(stage):
-    """Five images of one shape: a step of two is left with one in the end."""
+    """Five images of one shape: the last step of two has only one."""
     for number, name in enumerate(("astronaut", "coffee", "chelsea", "rocket", "astronaut")):
         stage.add(name, f"{number}.png", caption=f"sks, photo {number}")
     return stage
@@ -43,16 +43,15 @@ def losses(stage) -> list[float]:
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
-def test_a_pair_that_is_stopped_goes_on_alone_and_loses_nothing(images):
-    """The pair is stopped by SIGTERM; one process with twice the accumulation ends the run. The losses are those of one
-    process that nobody stopped."""
+def test_a_stopped_pair_is_resumed_by_one_process_with_the_same_losses(images):
+    """SIGTERM stops the pair; one process with twice the accumulation finishes, with the losses of an uninterrupted one."""
     long = {"NUM_TRAIN_EPOCHS": 4, "LEARNING_RATE": 0.001, "SAVE_EVERY_EPOCHS": 0}
     pair = through_run_sh(images, **long)
     images.wait_for_steps(pair, 3)
     pair.terminate()
-    _, said = pair.communicate()
+    _, stderr = pair.communicate()
     assert pair.returncode == 143
-    assert said == "train_lora: stopped by SIGTERM; run the same command again to resume\n"
+    assert stderr == "train_lora: stopped by SIGTERM; run the same command again to resume\n"
     took = len(losses(images))
     assert 3 <= took < 10
     alone = PAIR | long | {"NUM_PROCESSES": 1}
@@ -66,38 +65,38 @@ def test_a_pair_that_is_stopped_goes_on_alone_and_loses_nothing(images):
     assert len(together) == 10
 
 
-def test_a_process_that_dies_ends_the_other_and_leaves_a_valid_state(images):
+def test_a_killed_process_ends_the_other_and_leaves_a_valid_checkpoint(images):
     pair = through_run_sh(images, NUM_TRAIN_EPOCHS=2000, SAVE_EVERY_EPOCHS=0, SAVE_STATE_EVERY_MINUTES=1e-6)
     images.wait_for_steps(pair, 2)
-    (launcher,) = children_of(pair.pid)
-    processes = children_of(launcher)
+    (launcher_pid,) = children_of(pair.pid)
+    processes = children_of(launcher_pid)
     os.kill(processes[1], signal.SIGKILL)
     begin = time.monotonic()
-    _, said = pair.communicate(timeout=60)
+    _, stderr = pair.communicate(timeout=60)
     assert time.monotonic() - begin < 60
     assert pair.returncode == 6
-    assert "process 2 of 2 on this machine was ended by SIGKILL" in said
-    assert "Traceback" not in said
+    assert "process 2 of 2 on this machine was ended by SIGKILL" in stderr
+    assert "Traceback" not in stderr
     assert not [process for process in processes if Path(f"/proc/{process}").exists()]
     again = images.run(**PAIR | {"NUM_PROCESSES": 1, "TRAIN_BATCH_SIZE": 2, "LORA_RANK": 3})
-    assert "with other settings or data" in again.stderr  # the state is valid: it was read
+    assert "with other settings or data" in again.stderr  # the checkpoint is valid: it was read
 
 
-def test_processes_whose_launcher_is_killed_while_they_import_end_too(images):
-    """Their output would stay open if they went on."""
-    launcher = images.start(**PAIR)
-    pair_of(launcher)
-    launcher.kill()
-    launcher.communicate(timeout=5)
+def test_processes_end_if_their_launcher_is_killed_while_they_import(images):
+    """Their output would stay open if they continued."""
+    process = images.start(**PAIR)
+    pair_of(process)
+    process.kill()
+    process.communicate(timeout=5)
     assert not images.output.exists()
 
 
-def test_exit_codes_and_messages_come_through(stage):
+def test_exit_codes_and_messages_are_passed_on(stage):
     none = through_run_sh(stage)
-    _, said = none.communicate()
-    assert none.returncode == 3, said
+    _, stderr = none.communicate()
+    assert none.returncode == 3, stderr
     assert (
-        said == f"train_lora: {stage.images}: no images (.png, .jpg, .jpeg, .webp, .bmp); put them there or run the collect "
+        stderr == f"train_lora: {stage.images}: no images (.png, .jpg, .jpeg, .webp, .bmp); put them there or run the collect "
         "stage, then the caption stage\n"
     )
 
@@ -106,7 +105,7 @@ def saved(folder, global_batch: int, world_size: int) -> Checkpoint:
     return Checkpoint(Progress(), {}, Identity({GLOBAL_BATCH: global_batch}, {WORLD_SIZE: world_size}, 9), "", "", folder)
 
 
-def test_another_number_of_processes_takes_the_same_steps_or_is_told_what_fits(tmp_path):
+def test_another_number_of_processes_takes_the_same_steps_or_is_refused(tmp_path):
     run = RunSettings(train_batch_size=4, gradient_accumulation_steps=3)
     assert match_global_batch(run, 2, None) == run
     assert match_global_batch(run, 2, saved(tmp_path, 16, 2)) == run
@@ -119,28 +118,28 @@ def test_another_number_of_processes_takes_the_same_steps_or_is_told_what_fits(t
 
 
 def test_rank_info_reads_the_variables_of_any_launcher(monkeypatch):
-    assert distributed.rank_info() == distributed.RankInfo()
+    assert launcher.rank_info() == launcher.RankInfo()
     for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": 1234}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert distributed.rank_info() == distributed.RankInfo(3, 4, 1, 2, "10.0.0.1", 1234)
-    assert not distributed.needs_launcher(ProcessSettings(num_processes=2))
+    assert launcher.rank_info() == launcher.RankInfo(3, 4, 1, 2, "10.0.0.1", 1234, gpu=1)
+    assert not launcher.needs_launcher(ProcessSettings(num_processes=2))
 
 
 @pytest.fixture
-def handlers_kept():
-    """A launcher takes signals for itself, as long as its process lasts."""
+def signal_handlers():
+    """Restores the handlers that the launcher replaces."""
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
     yield
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
 
 
-@pytest.mark.usefixtures("handlers_kept")
-def test_the_first_process_has_all_the_time_it_needs_to_save(tmp_path, monkeypatch):
-    """The other one, which has nothing to save, is gone long before."""
-    monkeypatch.setattr(distributed, "GRACE_S", 0.2)
-    monkeypatch.setattr(distributed, "SIGTERM_S", 0.2)
+@pytest.mark.usefixtures("signal_handlers")
+def test_rank_0_has_the_time_that_it_needs_to_save(tmp_path, monkeypatch):
+    """The other rank, which has nothing to save, exits long before."""
+    monkeypatch.setattr(launcher, "GRACE_S", 0.2)
+    monkeypatch.setattr(launcher, "SIGTERM_S", 0.2)
     saves = f"time.sleep(1.5); open({str(tmp_path / 'saved')!r}, 'w').close(); sys.exit(143)"
     program = f"""
 import os, signal, sys, time
@@ -162,13 +161,13 @@ time.sleep(60)
     thread = threading.Thread(target=stop)
     thread.start()
     try:
-        assert distributed.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2)) == 143
+        assert launcher.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2)) == 143
     finally:
         thread.join()
     assert (tmp_path / "saved").exists()
 
 
-@pytest.mark.usefixtures("handlers_kept")
+@pytest.mark.usefixtures("signal_handlers")
 @pytest.mark.parametrize(
     ("programs", "code"),
     [
@@ -180,12 +179,12 @@ time.sleep(60)
     ],
 )
 def test_launcher_ends_with_the_code_of_the_cause(programs, code, monkeypatch):
-    monkeypatch.setattr(distributed, "SAVING_S", 0.5)
-    monkeypatch.setattr(distributed, "GRACE_S", 0.5)
-    monkeypatch.setattr(distributed, "SIGTERM_S", 0.5)
+    monkeypatch.setattr(launcher, "SAVING_S", 0.5)
+    monkeypatch.setattr(launcher, "GRACE_S", 0.5)
+    monkeypatch.setattr(launcher, "SIGTERM_S", 0.5)
     program = f"import os, signal, sys, time\nexec({programs!r}[int(os.environ['RANK'])])"
     if isinstance(code, str):
         with pytest.raises(ResourceError, match=code):
-            distributed.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2))
+            launcher.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2))
     else:
-        assert distributed.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2)) == code
+        assert launcher.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2)) == code

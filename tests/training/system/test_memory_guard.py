@@ -124,7 +124,7 @@ time.sleep(600)
 
 @contextlib.contextmanager
 def hogging(pieces: int, more: int = 0):
-    """Another program that takes so many pieces of 128 MiB, and has them when the block begins; then it takes `more`, slowly."""
+    """Another program that holds so many pieces of 128 MiB when the block starts, and then takes `more`, slowly."""
     hog = subprocess.Popen([sys.executable, "-c", HOG, str(pieces), str(pieces + more)], stdout=subprocess.PIPE)
     try:
         assert hog.stdout.readline() == b"holding\n"
@@ -149,7 +149,7 @@ def test_the_advice_names_every_comfyui_and_masks_logins():
     assert "secret" not in advice
 
 
-def test_a_real_shortage_ends_the_run_with_75_and_the_next_one_goes_on(stage):
+def test_a_real_shortage_ends_the_run_with_75_and_the_next_one_resumes(stage):
     """The floor is so high that a program that takes a few GiB gets below it."""
     stage.add("astronaut")
     stage.add("coffee")
@@ -158,7 +158,7 @@ def test_a_real_shortage_ends_the_run_with_75_and_the_next_one_goes_on(stage):
     long = {"NUM_TRAIN_EPOCHS": 4000, "SAVE_EVERY_EPOCHS": 0, "LORA_TARGETS": "attention", "MEMORY_FLOOR_GIB": floor}
 
     def take(is_over: threading.Event) -> None:
-        with hogging(max(1, int((PROC.read().available / GIB - floor) * 8)), more=24):  # other programs give memory back
+        with hogging(max(1, int((PROC.read().available / GIB - floor) * 8)), more=24):  # other programs free memory meanwhile
             is_over.wait(120)
 
     run = stage.disturbed(1, take, **long)

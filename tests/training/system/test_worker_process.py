@@ -28,11 +28,20 @@ import sys
 from pathlib import Path
 import train_lora
 from common.errors import run_main
+from training.system.worker_process import WorkerProcess
 
 if __name__ == "__main__":
-    from training import trainer as carry_out
+    from training import trainer
     train_lora.NVIDIA = Path("/")  # as on a machine with a GPU
-    carry_out.has_room = lambda task: True
+    assert callable(trainer.has_memory_for_everything)
+    trainer.has_memory_for_everything = lambda job: True
+    call_and_close = WorkerProcess.call_and_close
+
+    def reported(worker, function, *arguments):
+        print("worker process:", function.__name__)
+        return call_and_close(worker, function, *arguments)
+
+    WorkerProcess.call_and_close = reported
     sys.exit(run_main("train_lora", lambda: train_lora.main([])))
 """
 
@@ -128,6 +137,8 @@ def test_encoding_in_a_worker_gives_the_same_files(stage, tmp_path):
     stage.output.rename(tmp_path / "first")
     output, errors = run(tmp_path, ENCODES_IN_WORKER, stage._environment({"NUM_TRAIN_EPOCHS": 1})).communicate()
     assert errors == ""
+    assert "worker process: read_inputs\n" in output
+    assert "worker process: _encode_in_worker\n" in output
     assert "images: 1 encoded, 0 in the cache; captions: 2 encoded" in output
     assert "images: 1 encoded, 0 in the cache; captions: 2 encoded" in here
     after = stage.files()

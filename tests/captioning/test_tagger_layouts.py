@@ -96,7 +96,7 @@ def test_captions_of_every_family_of_taggers(stage, layout):
     choice = {"CAPTION_THRESHOLD": "auto", "CAPTION_CHARACTER_TAGS": 1, "CAPTION_RATING_TAGS": 1, "CAPTION_BATCH_SIZE": 2}
     ended = stage.run(CAPTION_MODEL=layout.repository, TRIGGER_WORD="sks", **choice)
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert f"3 images to tag on the CPU, {1 if layout.batch == 1 else 2} at a time" in ended.stdout
+    assert f"tagging 3 images on the CPU, {1 if layout.batch == 1 else 2} at a time" in ended.stdout
     assert [np.load(path).shape for path in stage.stored()] == [(layout.rows,)] * 3
     assert stage.captions() == {
         f"{name}.txt": f"sks, {name} theme, hatsune miku, >_<, just above, questionable\n" for name in ("blue", "green", "red")

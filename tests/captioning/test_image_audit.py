@@ -1,4 +1,4 @@
-"""Flaws of real photographs are found, sound ones are left in peace, and training can leave out what was flagged."""
+"""Flaws of real photographs are found, images without flaws are not flagged, and training can skip flagged images."""
 
 import io
 import json
@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
-from captioning import image_audit as known_images
-from captioning.image_audit import KnownImage, Look, audit_of, blur, look_at, look_at_all, near_duplicates, table, write
+from captioning import image_audit
+from captioning.image_audit import IndexedImage, audit_images, find_near_duplicates, index_images, write_audit
+from captioning.image_stats import ImageStats, measure, measure_blur
+from captioning.report import audit_table
 from common.dataset_layout import DatasetFolder, find_images
 from common.errors import DataError
 from common.files import sha256_of
@@ -25,18 +27,18 @@ def folder(tmp_path):
 
 def audited(folder, resolution=256):
     images = find_images(folder.images)
-    return audit_of(folder, images, look_at_all(folder, images, workers=2), resolution)
+    return audit_images(folder, images, index_images(folder, images, workers=2), resolution)
 
 
 def flaws(folder, resolution=256):
     return {name: sorted(found) for name, found in audited(folder, resolution).flagged.items()}
 
 
-def test_sound_photographs_are_not_flagged(folder, photographs):
+def test_photographs_without_flaws_are_not_flagged(folder, photographs):
     for name, image in photographs.items():
         image.save(folder.images / f"{name}.png")
     assert flaws(folder) == {}
-    assert "nothing found wrong with any of the 4" in table(audited(folder))
+    assert "no flaws found in 4 images" in audit_table(audited(folder), folder.audit)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_too_small_for_the_training_is_by_area(folder, photographs, size, resolu
     assert flaws(folder, resolution) == ({"a.png": ["too small"]} if is_small else {})
 
 
-def test_blurred_images_are_found_and_a_blurred_background_is_none(folder, photographs):
+def test_blurred_images_are_flagged_and_a_blurred_background_is_not(folder, photographs):
     for name, image in photographs.items():
         large = image.resize((512, 512 * image.height // image.width))
         blurred = large.filter(ImageFilter.GaussianBlur(4))
@@ -70,14 +72,14 @@ def test_blurred_images_are_found_and_a_blurred_background_is_none(folder, photo
 def test_motion_blur_is_blur(photographs):
     levels = np.asarray(photographs["coffee"].convert("L"), np.float32)
     moved = sum(np.roll(levels, shift, axis=1) for shift in range(12)) / 12
-    assert blur(levels) < 0.3
-    assert blur(moved) > 0.45
-    assert blur(moved.T.copy()) == pytest.approx(blur(moved), abs=0.05)
+    assert measure_blur(levels) < 0.3
+    assert measure_blur(moved) > 0.45
+    assert measure_blur(moved.T.copy()) == pytest.approx(measure_blur(moved), abs=0.05)
 
 
 def test_even_and_tiny_surfaces_are_not_blurred():
-    assert blur(np.full((400, 300), 128, np.float32)) == 0
-    assert blur(np.zeros((1, 500), np.float32)) == 0
+    assert measure_blur(np.full((400, 300), 128, np.float32)) == 0
+    assert measure_blur(np.zeros((1, 500), np.float32)) == 0
 
 
 def test_nearly_black_and_nearly_white(folder, photographs):
@@ -109,12 +111,12 @@ def test_near_duplicates_are_found_and_the_largest_one_stays(folder, photographs
     )
 
 
-def test_a_thousand_images_are_compared_in_no_time():
+def test_a_duplicate_is_found_among_a_thousand_images():
     draw = random.Random(0)
-    look = {"width": 512, "height": 512, "animated": False, "blur": 0.1, "dark": 0, "bright": 255}
-    images = [KnownImage(f"{i}", (), f"{i}", Look(**look, hash=f"{draw.getrandbits(256):064x}")) for i in range(1000)]
-    twin = KnownImage("twin", (), "twin", Look(**look, hash=f"{int(images[5].look.hash, 16) ^ 0xFF:064x}"))
-    assert near_duplicates([*images, twin]) == {"twin": "5"}
+    stats = {"width": 512, "height": 512, "animated": False, "blur": 0.1, "dark": 0, "bright": 255}
+    images = [IndexedImage(f"{i}", (), f"{i}", ImageStats(**stats, hash=f"{draw.getrandbits(256):064x}")) for i in range(1000)]
+    twin = IndexedImage("twin", (), "twin", ImageStats(**stats, hash=f"{int(images[5].stats.hash, 16) ^ 0xFF:064x}"))
+    assert find_near_duplicates([*images, twin]) == {"twin": "5"}
 
 
 def test_captions_without_an_image(folder, photographs):
@@ -123,40 +125,40 @@ def test_captions_without_an_image(folder, photographs):
         (folder.images / name).write_text("x")
     audit = audited(folder)
     assert audit.captions_without_image == ("b.txt",)
-    assert "caption without an image      1  b.txt" in table(audit)
+    assert "caption without an image      1  b.txt" in audit_table(audit, folder.audit)
 
 
-def test_audit_is_written_once_and_names_what_it_looked_at(folder, photographs):
+def test_audit_is_written_once_and_names_every_flagged_image(folder, photographs):
     photographs["coffee"].save(folder.images / "a.png")
     (folder.images / "b.png").write_bytes(b"")
-    write(audited(folder), folder)
+    write_audit(audited(folder), folder)
     written, when = json.loads(folder.audit.read_text()), folder.audit.stat().st_mtime_ns
     assert written["flagged"] == {"b.png": {"sha256": sha256_of(folder.images / "b.png"), "flaws": {"unreadable": "is empty"}}}
     assert (written["pictures"], written["resolution"]) == (2, 256)
-    write(audited(folder), folder)
+    write_audit(audited(folder), folder)
     assert folder.audit.stat().st_mtime_ns == when
 
 
 def test_long_lists_are_cut_in_the_table_only(folder):
     for number in range(7):
         (folder.images / f"{number}.png").write_bytes(b"")
-    assert "3.png (is empty) and 3 more" in table(audited(folder))
+    assert "4.png (is empty) and 2 more" in audit_table(audited(folder), folder.audit)
     assert len(audited(folder).flagged) == 7
 
 
-def test_only_new_and_changed_images_are_looked_at(folder, photographs, monkeypatch):
-    looked = []
-    monkeypatch.setattr(known_images, "look_at", lambda path: looked.append(path.name) or look_at(path))
+def test_only_new_and_changed_images_are_measured(folder, photographs, monkeypatch):
+    measured = []
+    monkeypatch.setattr(image_audit, "measure", lambda path: measured.append(path.name) or measure(path))
     for name in "abc":
         photographs["coffee"].save(folder.images / f"{name}.png")
     images = find_images(folder.images)
-    first = look_at_all(folder, images, workers=1)
-    assert looked == ["a.png", "b.png", "c.png"]
-    assert look_at_all(folder, images, workers=1) == first
+    first = index_images(folder, images, workers=1)
+    assert measured == ["a.png", "b.png", "c.png"]
+    assert index_images(folder, images, workers=1) == first
     photographs["rocket"].save(folder.images / "b.png")
     (folder.images / "c.png").unlink()
-    second = look_at_all(folder, find_images(folder.images), workers=1)
-    assert looked == ["a.png", "b.png", "c.png", "b.png"]
+    second = index_images(folder, find_images(folder.images), workers=1)
+    assert measured == ["a.png", "b.png", "c.png", "b.png"]
     assert [image.name for image in second.values()] == ["a.png", "b.png"]
     assert second[folder.images / "b.png"].sha256 == sha256_of(folder.images / "b.png")
 
@@ -164,33 +166,33 @@ def test_only_new_and_changed_images_are_looked_at(folder, photographs, monkeypa
 @pytest.mark.parametrize(
     "damage", [b"", b"[]", b'{"format": 1, "pictures": [{"name": 3}]}', b'{"format": 99, "pictures": []}', b"\xff"]
 )
-def test_damaged_record_costs_a_second_look(folder, photographs, damage):
+def test_damaged_record_means_that_images_are_measured_again(folder, photographs, damage):
     photographs["coffee"].save(folder.images / "a.png")
     images = find_images(folder.images)
-    first = look_at_all(folder, images, workers=1)
+    first = index_images(folder, images, workers=1)
     (folder.records / "pictures.json").write_bytes(damage)
-    assert look_at_all(folder, images, workers=1) == first
+    assert index_images(folder, images, workers=1) == first
 
 
-def test_image_that_is_none_has_no_look(tmp_path):
+def test_file_that_is_not_an_image_is_refused(tmp_path):
     (tmp_path / "a.png").write_text("no")
     with pytest.raises(BrokenImageError, match="is not a PNG, JPEG, WebP or BMP image"):
-        look_at(tmp_path / "a.png")
+        measure(tmp_path / "a.png")
     with pytest.raises(BrokenImageError, match="cannot be read: No such file"):
-        look_at(tmp_path / "b.png")
+        measure(tmp_path / "b.png")
 
 
-def test_training_leaves_flagged_images_out_and_no_others(folder, photographs):
+def test_training_skips_flagged_images_and_no_others(folder, photographs):
     photographs["coffee"].save(folder.images / "a.png")
     photographs["coffee"].resize((270, 180)).save(folder.images / "b.png")
     (folder.images / "c.png").write_bytes(b"")
     for name in "abc":
         (folder.images / f"{name}.txt").write_text("sks")
-    write(audited(folder, resolution=256), folder)
+    write_audit(audited(folder, resolution=256), folder)
     flagged = flagged_images(folder, resolution=256)
     assert flagged == {"b.png": "too small, near-duplicate", "c.png": "unreadable"}
     assert [example.name for example in read_examples(folder.images, 1, flagged)] == ["a.png"]
-    photographs["rocket"].save(folder.images / "b.png")  # another image, of which the audit says nothing
+    photographs["rocket"].save(folder.images / "b.png")  # another image, which the audit has not seen
     assert set(flagged_images(folder, resolution=256)) == {"c.png"}
     with pytest.raises(DataError, match=r"c.png: is empty"):
         read_examples(folder.images, 1)
@@ -200,7 +202,7 @@ def test_training_without_anything_left_or_without_an_audit_is_refused(folder):
     (folder.images / "a.png").write_bytes(b"")
     with pytest.raises(DataError, match="run the caption stage first"):
         flagged_images(folder, resolution=256)
-    write(audited(folder), folder)
+    write_audit(audited(folder), folder)
     with pytest.raises(DataError, match="all 1 images are flagged"):
         read_examples(folder.images, 1, flagged_images(folder, resolution=256))
     with pytest.raises(DataError, match="was made for 256 px; run the caption stage again with RESOLUTION=512"):
@@ -224,14 +226,14 @@ IMAGE_HASHES = {
 def test_hash_has_the_bits_of_imagehash(tmp_path, photographs, name):
     image = Image.new("RGB", (300, 200), (40, 40, 40)) if name == "flat" else photographs[name]
     image.save(tmp_path / "a.png")
-    assert look_at(tmp_path / "a.png").hash == IMAGE_HASHES[name]
+    assert measure(tmp_path / "a.png").hash == IMAGE_HASHES[name]
 
 
 def test_hash_is_the_same_for_an_image_in_memory_and_on_disk(tmp_path, photographs):
-    """Formats without loss give the same look."""
+    """Lossless formats give the same measurements."""
     for suffix in ("png", "bmp"):
         photographs["chelsea"].save(tmp_path / f"a.{suffix}")
     stream = io.BytesIO()
     photographs["chelsea"].save(stream, "WEBP", lossless=True)
     (tmp_path / "a.webp").write_bytes(stream.getvalue())
-    assert look_at(tmp_path / "a.png") == look_at(tmp_path / "a.bmp") == look_at(tmp_path / "a.webp")
+    assert measure(tmp_path / "a.png") == measure(tmp_path / "a.bmp") == measure(tmp_path / "a.webp")

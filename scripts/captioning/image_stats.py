@@ -1,0 +1,107 @@
+"""Measure one image: size, sharpness, brightness and a perceptual hash, from which the audit finds flaws and duplicates."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common.images import open_rgb
+
+GREY_SIDE_PX = 512
+"""Images are scaled down to this before they are measured, so that the limits of the audit hold for any size."""
+HASH_SIDE = 16
+"""The perceptual hash has HASH_SIDE² bits. 64 bits do not distinguish two expressions in front of the same background."""
+_WINDOW_PX = 9
+_TILES = 4
+_EVEN = 0.5
+"""A tile whose neighbouring pixels differ by less than this on average, of 255, is an even surface: neither sharp nor blurred."""
+
+
+@dataclass(frozen=True)
+class ImageStats:
+    """Measurements of one decoded image."""
+
+    width: int
+    """Pixels, after EXIF orientation."""
+    height: int
+    animated: bool
+    blur: float
+    """0 sharp .. 1 blurred, of the sharpest part: a blurred background is not a flaw."""
+    dark: int
+    """Grey level, 0..255, that 1 % of the pixels are darker than."""
+    bright: int
+    """Grey level, 0..255, that 1 % of the pixels are brighter than."""
+    hash: str
+    """Perceptual hash, hexadecimal, HASH_SIDE² bits."""
+
+
+def measure(path: Path) -> ImageStats:
+    """Decode and measure the image at `path`. Raises BrokenImageError if it cannot be used."""
+    image = open_rgb(path)
+    with Image.open(path) as file:
+        animated = getattr(file, "is_animated", False)
+    grey = image.convert("L")
+    grey.thumbnail((GREY_SIDE_PX, GREY_SIDE_PX), Image.Resampling.BOX)
+    levels = np.asarray(grey, dtype=np.float32)
+    dark, bright = np.percentile(levels, (1, 99))
+    return ImageStats(
+        width=image.width,
+        height=image.height,
+        animated=animated,
+        blur=round(measure_blur(levels), 3),
+        dark=int(dark),
+        bright=int(bright),
+        hash=perceptual_hash(grey),
+    )
+
+
+def measure_blur(levels: np.ndarray) -> float:
+    """Grey `levels` float32 [height, width], 0..255 -> 0 sharp .. 1 blurred, of the sharpest of 4 x 4 tiles.
+
+    Crété et al. 2007, "The blur effect": the share of the variation between neighbours that is lost when the image is
+    blurred along that axis; a blurred image loses little. The greater value of both axes counts, so that motion blur is
+    blur. 0 for an even surface.
+    """
+    if min(levels.shape) < 2 * _WINDOW_PX:
+        return 0.0
+    return max(_blur_along_rows(values) for values in (levels, levels.T))
+
+
+def _blur_along_rows(levels: np.ndarray) -> float:
+    padded = np.pad(levels, [(0, 0), (_WINDOW_PX // 2 + 1, _WINDOW_PX // 2)], mode="edge")
+    sums = np.cumsum(padded, axis=1, dtype=np.float64)
+    softened = (sums[:, _WINDOW_PX:] - sums[:, :-_WINDOW_PX]) / _WINDOW_PX  # a box filter: differences of running sums
+    steps = np.abs(np.diff(levels, axis=1))
+    lost = np.maximum(steps - np.abs(np.diff(softened, axis=1)), 0)
+    values = []
+    for steps_in_rows, lost_in_rows in zip(np.array_split(steps, _TILES), np.array_split(lost, _TILES), strict=True):
+        columns = np.array_split(steps_in_rows, _TILES, axis=1), np.array_split(lost_in_rows, _TILES, axis=1)
+        for steps_in, lost_in in zip(*columns, strict=True):
+            if steps_in.mean() > _EVEN:
+                values.append(1 - float(lost_in.sum() / steps_in.sum()))
+    return min(values, default=0.0)
+
+
+def perceptual_hash(grey: Image.Image) -> str:
+    """HASH_SIDE² bits, hexadecimal: which of the lowest frequencies of the image are stronger than their median.
+
+    The bits are those of ImageHash's `phash`: a Lanczos resize to a square of 4 x HASH_SIDE pixels, then a DCT of type II
+    without normalisation along both axes. http://www.hackerfactor.com/blog/index.php?/archives/432-Looks-Like-It.html
+    """
+    side = 4 * HASH_SIDE
+    levels = np.asarray(grey.resize((side, side), Image.Resampling.LANCZOS), dtype=np.float64)
+    low = _dct(_dct(levels, axis=0), axis=1)[:HASH_SIDE, :HASH_SIDE]
+    return np.packbits(low > np.median(low)).tobytes().hex()
+
+
+def _dct(values: np.ndarray, axis: int) -> np.ndarray:
+    """The discrete cosine transform of type II along `axis`: the FFT of the values followed by their mirror image.
+
+    A product with a matrix of cosines is less exact: where coefficients are 0, as in even surfaces, it leaves rounding errors,
+    on which the bits of the hash would depend.
+    """
+    values = np.moveaxis(values, axis, -1)
+    count = values.shape[-1]
+    spectrum = np.fft.rfft(np.concatenate([values, values[..., ::-1]], axis=-1))[..., :count]
+    return np.moveaxis((spectrum * np.exp(-0.5j * np.pi * np.arange(count) / count)).real, -1, axis)

@@ -1,0 +1,87 @@
+"""CLIP's tokenizers are found in model folders, and tokens are counted as training counts them, without torch."""
+
+import json
+import shutil
+
+import pytest
+
+from common.clip_tokens import ClipTokens, find_clip_tokens, find_tokenizers, read_vocabulary
+
+TEXTS = [
+    "nyafyi_woman, 1girl, brown hair, looking at viewer, >_<, ^_^, white shirt",
+    "A photo of SKS, isn't it? 2024 höher 猫 и кот  🐈 <3 ;)",
+    "artoria pendragon (fate), k-on!, \u00e9\u0301 e\u0301, don't they're I'll we've I'm he'd",
+    "",
+    "<|endoftext|> a\tb\nc",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_sdxl):
+    return tiny_sdxl / "tokenizer"
+
+
+def test_tokens_are_those_of_the_training(tokenizer, tmp_path):
+    from transformers import CLIPTokenizer
+
+    tokenizer_of_training = CLIPTokenizer.from_pretrained(tokenizer)
+    expected = [len(tokenizer_of_training(text, add_special_tokens=False)["input_ids"]) for text in TEXTS]
+    assert [ClipTokens(tokenizer).count(text) for text in TEXTS] == expected
+    in_one = tmp_path / "whole"
+    tokenizer_of_training.save_pretrained(in_one)
+    assert (in_one / "tokenizer.json").is_file()
+    assert [ClipTokens(in_one).count(text) for text in TEXTS] == expected
+
+
+def test_vocabulary_of_two_files_is_enough(tokenizer, tmp_path):
+    from transformers import CLIPTokenizer
+
+    tokenizer_of_training = CLIPTokenizer.from_pretrained(tokenizer)
+    tokenizer_of_training.save_pretrained(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"]))
+    expected = [len(tokenizer_of_training(text, add_special_tokens=False)["input_ids"]) for text in TEXTS]
+    assert [ClipTokens(tmp_path).count(text) for text in TEXTS] == expected
+
+
+def test_tokenizer_of_the_base_or_of_any_model_is_found(tokenizer, tmp_path):
+    assert find_clip_tokens(tmp_path, "base") is None
+    shutil.copytree(tokenizer, tmp_path / "other" / "tokenizer")
+    (tmp_path / "file.safetensors").write_bytes(b"")
+    assert find_clip_tokens(tmp_path, "base").count("a cat") > 0
+    assert find_clip_tokens(tmp_path / "none", str(tmp_path / "other")).count("a cat") > 0
+
+
+def test_tokenizers_of_other_models_and_damaged_ones_are_skipped(tokenizer, tmp_path):
+    for name, content in {"llm": '{"model": {"vocab": {"a": 0}}}', "half": '{"model"', "list": "[1]"}.items():
+        (tmp_path / name / "tokenizer").mkdir(parents=True)
+        (tmp_path / name / "tokenizer" / "tokenizer.json").write_text(content)
+        (tmp_path / name / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    assert find_clip_tokens(tmp_path, "llm") is None
+    shutil.copytree(tokenizer, tmp_path / "sdxl" / "tokenizer")
+    assert find_clip_tokens(tmp_path, "llm").count("a cat") > 0
+
+
+def test_both_tokenizers_of_a_given_vocabulary_size_are_found(tiny_sdxl, tmp_path):
+    size = len(read_vocabulary(tiny_sdxl / "tokenizer"))
+    assert size > 500
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    shutil.copytree(tiny_sdxl / "tokenizer", tmp_path / "only_one" / "tokenizer")
+    assert find_tokenizers(tmp_path, size) is None
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(tiny_sdxl / name, tmp_path / "sdxl" / name)
+    assert find_tokenizers(tmp_path, size) == tmp_path / "sdxl"
+    assert find_tokenizers(tmp_path, size + 1) is None
+    assert find_tokenizers(tmp_path / "missing", size) is None
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "vocab.json", "merges.txt"])
+def test_a_tokenizer_with_a_missing_or_truncated_file_has_no_vocabulary(tiny_sdxl, tmp_path, file):
+    folder = shutil.copytree(tiny_sdxl / "tokenizer", tmp_path / "tokenizer")
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: len(content) // 2])
+    assert read_vocabulary(folder) == {}
+    (folder / file).unlink()
+    assert read_vocabulary(folder) == {}
