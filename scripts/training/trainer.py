@@ -27,7 +27,7 @@ from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.export import Description, write_lora
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
 from training.models.loading import load_unet
-from training.models.weights import remove_partial_weights
+from training.models.tensor_files import remove_partial_weights
 from training.monitor.callbacks import Callback, Progress, smoothed
 from training.monitor.metrics import open_metrics
 from training.monitor.validation import Validator

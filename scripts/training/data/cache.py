@@ -30,7 +30,7 @@ from training.data.dataset import Example
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.loading import load_text_encoders, load_tokenizers, load_vae
 from training.models.sdxl import BaseModel
-from training.models.weights import write_tensors
+from training.models.tensor_files import write_tensors
 from training.system.process_group import ProcessGroup
 
 FORMAT = 2

@@ -1,22 +1,15 @@
-"""`.safetensors` files: their headers, hashes of their tensors, and how one is written. Reading imports no torch."""
+"""What a `.safetensors` file holds according to its header, and hashes of its tensors. Imports no torch."""
 
 import hashlib
 import json
 import math
-import os
-import re
 import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.errors import ModelError
-from common.files import atomic_write
-
-if TYPE_CHECKING:
-    import torch
 
 FLOAT_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 """Bytes per value of the types that weights may have."""
@@ -106,34 +99,3 @@ def _hash(path: Path, tensor: StoredTensor) -> str:
         for begin in range(tensor.begin, tensor.end, _READ_BYTES):
             sha256.update(file.read(min(_READ_BYTES, tensor.end - begin)))
     return sha256.hexdigest()
-
-
-def write_tensors(path: Path, tensors: dict[str, "torch.Tensor"], metadata: dict[str, str] | None = None) -> None:
-    """Write contiguous `tensors` on the CPU to `path`, atomically. Raises OSError if the disk refuses."""
-    with atomic_write(path) as temporary:
-        write_into(temporary, tensors, metadata)
-
-
-def write_into(file: Path, tensors: dict[str, "torch.Tensor"], metadata: dict[str, str] | None = None) -> None:
-    """Write `tensors` into the existing `file`, whose mode is kept. Raises OSError if the disk refuses.
-
-    safetensors writes a temporary file that only this user may read and renames it; its own error hides the errno.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file  # imports torch, which reading headers does not need
-
-    mode = file.stat().st_mode
-    try:
-        save_file(tensors, file, metadata)
-    except SafetensorError as error:
-        cause = re.search(r"os error (\d+)", str(error))
-        if cause is None:
-            raise
-        raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(file.parent)) from None
-    file.chmod(mode)
-
-
-def remove_partial_weights(folder: Path) -> None:
-    """Remove what killed runs left in `folder`: partial files of `atomic_write` and of safetensors. No run may be writing."""
-    for path in [*folder.glob(".*.part"), *folder.glob(".tmp*")]:
-        path.unlink(missing_ok=True)

@@ -21,7 +21,8 @@ from common.errors import ModelError
 from common.files import write_json
 from training.data.buckets import OptimizerStep
 from training.method.optimizers import Optimizer
-from training.models.weights import digest, read_header, write_tensors
+from training.models.tensor_files import write_tensors
+from training.models.weights import digest, read_header
 from training.monitor.callbacks import Callback, Progress
 from training.system.process_group import ProcessGroup
 

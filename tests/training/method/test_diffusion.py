@@ -100,3 +100,30 @@ def test_offset_moves_each_channel_by_its_own_number(tensors):
     moved = objective.offset_noise(tensors["noise"], offset, 0.0357) - tensors["noise"]
     assert moved[:, 0].flatten().tolist() == pytest.approx([0.0357] * 6 * len(SHARES), rel=1e-9)
     assert moved[:, 1].flatten().tolist() == pytest.approx([-0.0714] * 6 * len(SHARES), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["l1", "huber"])
+def test_other_losses_of_each_sample(tensors, kind):
+    """Written out: |e|, and the pseudo-Huber loss 2 c (sqrt(e^2 + c^2) - c) with c = 0.1."""
+    prediction, target = tensors["prediction"], tensors["noise"]
+    found = objective.loss_per_sample(prediction, target, kind).tolist()
+    for answer, wanted, loss in zip(numbers(prediction), numbers(target), found, strict=True):
+        errors = [a - w for a, w in zip(answer, wanted, strict=True)]
+        each = [abs(e) if kind == "l1" else 2 * 0.1 * (math.sqrt(e * e + 0.01) - 0.1) for e in errors]
+        assert loss == pytest.approx(sum(each) / len(each), rel=1e-12)
+
+
+def test_huber_is_the_square_of_small_errors_and_grows_linearly_with_large_ones():
+    def loss(error: float) -> float:
+        one = torch.full((1, 1, 1, 1), error, dtype=torch.float64)
+        return objective.loss_per_sample(one, torch.zeros_like(one), "huber").item()
+
+    assert loss(1e-3) == pytest.approx(1e-6, rel=1e-4)
+    assert loss(20.0) - loss(10.0) == pytest.approx(2.0, rel=1e-3)  # 2 c for each unit
+
+
+@pytest.mark.parametrize("gamma", [0.0, 5.0])
+def test_weights_of_samples_multiply_their_losses(tensors, gamma):
+    config = objective.LossConfig("epsilon", tensors["alpha_bar"], gamma, 0.0, 1.0)
+    expected = objective.min_snr_weight(tensors["alpha_bar"], 5.0, "epsilon") if gamma else torch.ones(len(SHARES))
+    assert objective.weight_per_sample(tensors["alpha_bar"], config).tolist() == pytest.approx(expected.tolist())

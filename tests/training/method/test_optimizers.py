@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training.config import OptimizerSettings
-from training.method.optimizers import AdamW, learning_rate_at, warmup_steps
+from training.method.optimizers import AdamW, Prodigy, learning_rate_at, warmup_steps
 
 
 def rates(scheduler: str, warmup: float, steps: int = 10) -> list[float]:
@@ -57,3 +57,41 @@ def test_adamw_is_what_its_paper_says():
             update = (first[i] / (1 - 0.8**step)) / (math.sqrt(second[i] / (1 - 0.95**step)) + 1e-3)
             ours[i] -= 0.01 * (update + 0.1 * ours[i])
         assert weight.tolist() == pytest.approx(ours, rel=1e-6)
+
+
+def test_prodigy_continues_exactly_from_its_state():
+    """Numbers that it keeps for the whole group, such as its estimate of the rate, are part of the state."""
+    pytest.importorskip("prodigyopt")
+    settings = OptimizerSettings(optimizer="prodigy", learning_rate=1.0)
+
+    def step(weight: torch.nn.Parameter, optimizer: Prodigy, count: int) -> None:
+        for _ in range(count):
+            weight.grad = 2 * (weight.detach() - torch.arange(4.0))
+            optimizer.step(torch.tensor(1.0))
+
+    whole = torch.nn.Parameter(torch.full((4,), 0.5))
+    optimizer = Prodigy(whole, settings)
+    step(whole, optimizer, 40)
+    first = torch.nn.Parameter(torch.full((4,), 0.5))
+    stopped = Prodigy(first, settings)
+    step(first, stopped, 15)
+    state = stopped.state_dict()
+    assert {"group.d", "group.d_max", "group.d_numerator", "group.k", "s", "p0", "exp_avg", "exp_avg_sq", "step"} <= state.keys()
+    second = torch.nn.Parameter(first.detach().clone())
+    resumed = Prodigy(second, settings)
+    resumed.load_state_dict(state)
+    step(second, resumed, 25)
+    assert torch.equal(second, whole)
+    assert not torch.equal(first, whole)
+
+
+def test_a_library_optimizer_takes_the_rate_and_skips_broken_steps():
+    pytest.importorskip("prodigyopt")
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = Prodigy(weight, OptimizerSettings(optimizer="prodigy", learning_rate=1.0))
+    weight.grad = torch.ones(3)
+    optimizer.step(torch.tensor(0.25), torch.tensor(1.0))
+    assert torch.equal(weight, torch.ones(3))
+    optimizer.step(torch.tensor(0.25), torch.tensor(0.0))
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    assert not torch.equal(weight, torch.ones(3))

@@ -19,9 +19,9 @@ def geglu(projected: torch.Tensor) -> torch.Tensor:
 def group_norm(
     x: torch.Tensor, plus: torch.Tensor | None, norm: torch.nn.GroupNorm, *, silu: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x` [B, C, h, w], `plus` [B, C] (or None) -> `x` itself, and the group norm of x + plus, with SiLU if so asked.
+    """`x` [B, C, h, w], `plus` [B, C] (or None) -> `x` itself, and the group norm of x + plus, with SiLU if requested.
 
-    Whoever needs `x` besides takes it from here, so that its gradient can be added where it passes.
+    A caller that also needs `x` itself takes it from here, so that its gradient can be added on the way.
     """
     normed = norm(x if plus is None else x + plus[:, :, None, None])
     return x, F.silu(normed) if silu else normed

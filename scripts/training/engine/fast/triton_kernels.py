@@ -1,8 +1,8 @@
 """Triton kernels for what a frozen UNet computes between its matrix products: norms, activations, residuals.
 
 Only gradients of inputs are computed: the weights of norms are frozen. All arithmetic is fp32, all tensors are contiguous
-in the dtype of the UNet; an image [B, C, h, w] is seen as rows [B, h * w, C] (channels last). No atomics: the same
-inputs give the same bits.
+in the dtype of the UNet; an image [B, C, h, w] is read as rows [B, h * w, C] (channels last). No atomics: the same inputs
+give the same bits.
 """
 
 import torch
@@ -18,15 +18,19 @@ _ROWS_PER_PROGRAM = 256
 
 @triton.jit
 def _layer_norm_forward(y, x, weight, bias, total, normed, mean, rstd, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+    # One program per row, which fits into its registers as a whole: x is read once. Row numbers times width pass 2^31.
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)  # a power of 2, which Triton requires; what is beyond the row is masked
     inside = columns < width
     value = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
+        # The residual is added here, where x is in registers anyway. The sum is rounded to the UNet's dtype before it is
+        # normalised, as it is for everything that reads it from memory later.
         value += tl.load(y + row * width + columns, mask=inside, other=0.0).to(tl.float32)
         value = value.to(total.dtype.element_ty)
         tl.store(total + row * width + columns, value, mask=inside)
         value = value.to(tl.float32)
+    # The variance from centred values: the difference of two large sums would lose its digits.
     average = tl.sum(value, 0) / width
     centred = tl.where(inside, value - average, 0.0)
     inverse = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
@@ -45,10 +49,12 @@ def _layer_norm_backward(total, weight, mean, rstd, d_normed, d_total, dx, width
     value = tl.load(total + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     inverse = tl.load(rstd + row)
+    # With y = w hat + b and hat = (x - mean) rstd:  dx = rstd (w dy - mean(w dy) - hat mean(w dy hat)), means over the row.
     hat = tl.where(inside, (value - tl.load(mean + row)) * inverse, 0.0)
     wdy = w * tl.load(d_normed + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     result = inverse * (wdy - tl.sum(wdy, 0) / width - hat * (tl.sum(wdy * hat, 0) / width))
     if ADDS:
+        # `total` is also the residual stream: its own gradient is added without a kernel of its own.
         result += tl.load(d_total + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx + row * width + columns, result, mask=inside)
 
@@ -58,6 +64,7 @@ def _geglu_forward(projected, out, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
+    # A row of `projected` holds the values and then the gates; gelu(g) = g / 2 (1 + erf(g / sqrt 2)), the exact form.
     value = tl.load(projected + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(projected + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * width + columns, value * gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476)), mask=inside)
@@ -71,6 +78,7 @@ def _geglu_backward(projected, d_out, d_projected, width, BLOCK: tl.constexpr):
     value = tl.load(projected + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(projected + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(d_out + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    # gelu(g) = g Phi(g), so its slope is Phi(g) + g phi(g); 0.3989... is 1 / sqrt(2 pi), the peak of phi.
     share = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
     slope = share + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
     tl.store(d_projected + row * 2 * width + columns, dy * gate * share, mask=inside)
@@ -79,8 +87,16 @@ def _geglu_backward(projected, d_out, d_projected, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _silu_slope(z):
+    # d/dz z sigmoid(z)
     sigmoid = tl.sigmoid(z)
     return sigmoid * (1.0 + z * (1.0 - sigmoid))
+
+
+# A group norm is three kernels. A group is h * w pixels of a few channels, far more than one program can hold, so
+# (1) `_group_sums` sums each channel over chunks of rows, (2) `_group_coefficients` turns the sums into a scale and a shift
+# per channel, and (3) `_group_apply` applies them. Chunks are written to memory and added up in a fixed order in (2): atomics
+# would be shorter and would give other bits each time. `plus` [B, C] is the time embedding, added to x before the norm: its
+# effect on the sums is computed in (2), so that x + plus never exists in memory.
 
 
 @triton.jit
@@ -91,15 +107,16 @@ def _group_sums(x, dy, scale, shift, sums, rows, channels, chunk: tl.constexpr, 
     inside = columns < channels
     first, second = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
     if BACKWARD:
+        # SiLU's slope needs z, which is computed again from x: cheaper than to keep it.
         a = tl.load(scale + image * channels + columns, mask=inside, other=0.0)
         b = tl.load(shift + image * channels + columns, mask=inside, other=0.0)
     for start in range(0, chunk, R):
         row = piece * chunk + start + tl.arange(0, R)
         here = (row < rows)[:, None] & inside[None, :]
-        place = image * rows * channels + row[:, None].to(tl.int64) * channels + columns[None, :]
-        value = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
+        offset = image * rows * channels + row[:, None].to(tl.int64) * channels + columns[None, :]
+        value = tl.load(x + offset, mask=here, other=0.0).to(tl.float32)
         if BACKWARD:
-            dz = tl.load(dy + place, mask=here, other=0.0).to(tl.float32)
+            dz = tl.load(dy + offset, mask=here, other=0.0).to(tl.float32)
             if SILU:
                 dz *= _silu_slope(value * a[None, :] + b[None, :])
             first += tl.sum(dz, 0)
@@ -107,9 +124,9 @@ def _group_sums(x, dy, scale, shift, sums, rows, channels, chunk: tl.constexpr, 
         else:
             first += tl.sum(value, 0)
             second += tl.sum(value * value, 0)
-    place = ((image * chunks + piece) * 2) * channels + columns
-    tl.store(sums + place, first, mask=inside)
-    tl.store(sums + place + channels, second, mask=inside)
+    offset = ((image * chunks + piece) * 2) * channels + columns
+    tl.store(sums + offset, first, mask=inside)
+    tl.store(sums + offset + channels, second, mask=inside)
 
 
 @triton.jit
@@ -121,15 +138,18 @@ def _group_coefficients(sums, weight, bias, plus, scale, shift, mean, rstd, line
     inside = tl.arange(0, G) < size
     piece = tl.arange(0, P)
     here = (piece < chunks)[:, None] & inside[None, :]
-    place = (image * chunks + piece[:, None]) * 2 * channels + channel[None, :]
-    first = tl.sum(tl.load(sums + place, mask=here, other=0.0), 0)
-    second = tl.sum(tl.load(sums + place + channels, mask=here, other=0.0), 0)
+    offset = (image * chunks + piece[:, None]) * 2 * channels + channel[None, :]
+    first = tl.sum(tl.load(sums + offset, mask=here, other=0.0), 0)
+    second = tl.sum(tl.load(sums + offset + channels, mask=here, other=0.0), 0)
     w = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     p = tl.zeros((G,), tl.float32)
     if PLUS:
         p = tl.load(plus + image * channels + channel, mask=inside, other=0.0).to(tl.float32)
-    count = rows * size
+    count = rows * size  # values in the group
     if BACKWARD:
+        # hat = (x + p - mean) rstd, z = w hat + b. `first` and `second` are the sums of dz and dz x over the rows, so that
+        # sum(dz hat) = rstd (second + (p - mean) first). From dx = rstd (w dz - mean(w dz) - hat mean(w dz hat)) follow the
+        # coefficients of dx = dz scale + x linear + constant, with scale = w rstd from the forward.
         average, inverse = tl.load(mean + image * groups + group), tl.load(rstd + image * groups + group)
         of_dz = tl.sum(w * first, 0) / count
         of_dz_hat = tl.sum(w * inverse * (second + (p - average) * first), 0) / count
@@ -137,8 +157,12 @@ def _group_coefficients(sums, weight, bias, plus, scale, shift, mean, rstd, line
         tl.store(linear + image * channels + channel, k + tl.zeros((G,), tl.float32), mask=inside)
         tl.store(constant + image * channels + channel, (p - average) * k - inverse * of_dz, mask=inside)
     else:
+        # `first` and `second` are the sums of x and x^2 over the rows. The variance is that of x + p about the mean:
+        # sum((x + off)^2) = sum(x^2) + 2 off sum(x) + rows off^2 with off = p - mean, which stays accurate where sums of
+        # squares about zero would not.
         average = tl.sum(first + rows * p, 0) / count
         off = tl.where(inside, p - average, 0.0)
+        # Rounding can make the variance of a constant group slightly negative.
         variance = tl.sum(second + 2.0 * off * first + rows * off * off, 0) / count
         inverse = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
         b = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
@@ -156,30 +180,32 @@ def _group_apply(x, dy, d_x, scale, shift, linear, constant, out, rows, channels
     columns = tl.program_id(2) * C + tl.arange(0, C)
     inside = columns < channels
     here = (row < rows)[:, None] & inside[None, :]
-    place = image * rows * channels + row[:, None].to(tl.int64) * channels + columns[None, :]
+    offset = image * rows * channels + row[:, None].to(tl.int64) * channels + columns[None, :]
     of_channel = image * channels + columns
-    value = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
+    # z = x scale + shift holds the norm, its weights and `plus` in one multiplication and one addition per value.
+    value = tl.load(x + offset, mask=here, other=0.0).to(tl.float32)
     a = tl.load(scale + of_channel, mask=inside, other=0.0)[None, :]
     z = value * a + tl.load(shift + of_channel, mask=inside, other=0.0)[None, :]
     if BACKWARD:
-        dz = tl.load(dy + place, mask=here, other=0.0).to(tl.float32)
+        dz = tl.load(dy + offset, mask=here, other=0.0).to(tl.float32)
         if SILU:
             dz *= _silu_slope(z)
         k = tl.load(linear + of_channel, mask=inside, other=0.0)[None, :]
         result = dz * a + value * k + tl.load(constant + of_channel, mask=inside, other=0.0)[None, :]
         if ADDS:
-            result += tl.load(d_x + place, mask=here, other=0.0).to(tl.float32)
+            result += tl.load(d_x + offset, mask=here, other=0.0).to(tl.float32)
     else:
         result = z * tl.sigmoid(z) if SILU else z
-    tl.store(out + place, result, mask=here)
+    tl.store(out + offset, result, mask=here)
 
 
 @triton.jit
 def _add_with_bias(x, y, bias, out, count, channels, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < count
-    total = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) + tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + place, total + tl.load(bias + place % channels, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    # Channels are last, so the channel of an element is its offset modulo their number.
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < count
+    total = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) + tl.load(y + offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + offset, total + tl.load(bias + offset % channels, mask=inside, other=0.0).to(tl.float32), mask=inside)
 
 
 def layer_norm_forward(y, x, weight, bias, eps):
@@ -217,7 +243,7 @@ def geglu_backward(projected, d_out):
 
 
 def group_norm_forward(x, plus, weight, bias, groups, eps, silu):
-    """`x` [B, rows, C], `plus` [B, C] or None -> silu(group_norm(x + plus)) (without silu if so asked) and what backward needs."""
+    """`x` [B, rows, C], `plus` [B, C] or None -> silu(group_norm(x + plus)) (without silu if requested) and what backward needs."""
     images, rows, channels = x.shape
     scale, shift, mean, rstd = _per_channel(x, 2, channels) + _per_channel(x, 2, groups)
     sums, chunks = _sums(x, x, scale, shift, backward=False, silu=silu)

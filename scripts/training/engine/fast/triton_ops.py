@@ -1,6 +1,6 @@
-"""Norms, activations and residuals of a frozen UNet as autograd functions over our Triton kernels; `plain_ops` on CUDA.
+"""Norms, activations and residuals of a frozen UNet as autograd functions over Triton kernels: `torch_ops` for CUDA.
 
-Residual gradients are added where they pass, without a kernel of their own, and only gradients of inputs are computed.
+Residual gradients are added in the kernel that they pass through, and only gradients of inputs are computed.
 """
 
 import torch
@@ -15,8 +15,8 @@ class _AddLayerNorm(torch.autograd.Function):
         total, normed, mean, rstd = kernels.layer_norm_forward(y, x, weight, bias, eps)
         ctx.adds = y is not None
         ctx.save_for_backward(total, weight, mean, rstd)
-        ctx.set_materialize_grads(False)
-        return total.view_as(total), normed
+        ctx.set_materialize_grads(False)  # an output that nothing uses has the gradient None instead of a tensor of zeros
+        return total.view_as(total), normed  # without y, `total` is x itself, which autograd does not allow as an output
 
     @staticmethod
     @once_differentiable
@@ -27,7 +27,7 @@ class _AddLayerNorm(torch.autograd.Function):
 
 
 def add_layer_norm(x: torch.Tensor, y: torch.Tensor | None, norm: torch.nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
-    """As in `plain_ops`."""
+    """As in `torch_ops`."""
     return _AddLayerNorm.apply(x, y, norm.weight, norm.bias, norm.eps)
 
 
@@ -47,7 +47,7 @@ class _Geglu(torch.autograd.Function):
 
 
 def geglu(projected: torch.Tensor) -> torch.Tensor:
-    """As in `plain_ops`."""
+    """As in `torch_ops`."""
     return _Geglu.apply(projected)
 
 
@@ -59,6 +59,8 @@ class _GroupNorm(torch.autograd.Function):
         ctx.groups, ctx.silu = groups, silu
         ctx.save_for_backward(rows, plus, weight, *kept)
         ctx.set_materialize_grads(False)
+        # x is returned as well: who needs it beside the norm takes it from here, and its gradient comes back as d_x, which the
+        # kernel of the norm's gradient adds.
         return x.view_as(x), _as_image(out, x)
 
     @staticmethod
@@ -73,7 +75,7 @@ class _GroupNorm(torch.autograd.Function):
 def group_norm(
     x: torch.Tensor, plus: torch.Tensor | None, norm: torch.nn.GroupNorm, *, silu: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As in `plain_ops`; `plus` gets no gradient."""
+    """As in `torch_ops`; `plus` gets no gradient."""
     return _GroupNorm.apply(x, plus, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
 
 
@@ -89,12 +91,12 @@ class _AddWithBias(torch.autograd.Function):
 
 
 def add_with_bias(x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """As in `plain_ops`."""
+    """As in `torch_ops`."""
     return _AddWithBias.apply(x, y, bias)
 
 
 def _as_rows(image: torch.Tensor) -> torch.Tensor:
-    """[B, C, h, w] as contiguous [B, h * w, C]; a copy only if it does not lie channels last."""
+    """[B, C, h, w] as contiguous [B, h * w, C]; a copy only if it is not channels last."""
     return image.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
 
 

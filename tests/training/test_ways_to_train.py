@@ -1,0 +1,103 @@
+"""Engines, losses, optimizers and adapter kinds, as a user chooses them."""
+
+import json
+import re
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+QUICK = {"NUM_TRAIN_EPOCHS": 3, "LEARNING_RATE": 0.01, "SAVE_EVERY_EPOCHS": 0}
+LONG = QUICK | {"NUM_TRAIN_EPOCHS": 12}
+
+
+@pytest.fixture
+def images(stage):
+    """The stage with three photographs."""
+    for name in ("astronaut", "coffee", "chelsea"):
+        stage.add(name)
+    return stage
+
+
+def losses(stage) -> list[float]:
+    lines = (stage.output / "lora" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.parametrize(("first", "second"), [("fast", "plain"), ("plain", "fast")])
+def test_a_run_that_one_engine_began_is_continued_by_the_other(images, first, second):
+    """Checkpoints do not depend on the engine; on the CPU in fp32, losses agree within 1e-4 of their size at every step."""
+    images.trained(**LONG, ENGINE=first, OUTPUT_DIR=images.output.with_name("whole"))
+    whole = [json.loads(line)["loss"] for line in (images.output.with_name("whole") / "lora" / "metrics.jsonl").open()]
+    stopped = images.stopped(4, signal.SIGTERM, **LONG, ENGINE=first)
+    assert stopped.returncode == 143
+    taken = len(losses(images))
+    assert 4 <= taken < len(whole)
+    output = images.trained(**LONG, ENGINE=second)
+    assert f"setting changed since the checkpoint: engine: {first} -> {second}" in output
+    assert f"engine: {second} (ENGINE={second})" in output
+    assert len(losses(images)) == len(whole)
+    assert losses(images) == pytest.approx(whole, rel=1e-4)
+
+
+def test_auto_takes_the_fast_engine_and_logs_why(images):
+    assert "engine: fast (supports these settings)" in images.trained(**QUICK)
+
+
+@pytest.mark.parametrize("loss", ["huber", "l1"])
+def test_another_loss_is_another_run(images, loss):
+    images.trained(**QUICK)
+    first = losses(images)
+    output = images.trained(**QUICK, LOSS=loss)
+    assert "the earlier LoRA" in output
+    assert losses(images)[0] != first[0]
+    assert "nothing to do" in images.trained(**QUICK, LOSS=loss)
+
+
+def test_a_dora_is_trained_by_the_plain_engine_and_has_its_scales(images):
+    output = images.trained(**QUICK, LORA_TYPE="dora")
+    assert "engine: plain (the fast engine does not support LORA_TYPE=dora)" in output
+    tensors = load_file(images.lora)
+    scales = [name for name in tensors if name.endswith(".dora_scale")]
+    assert len(scales) == 722
+    assert any((tensors[name] - 1).abs().max() > 1e-3 for name in scales)
+    assert all(tensors[name].dtype == torch.float32 and tensors[name].shape[1] == 1 for name in scales)
+
+
+def test_the_fast_engine_refuses_what_it_does_not_support(images):
+    refused = images.run(**QUICK, ENGINE="fast", LORA_TYPE="dora")
+    assert refused.returncode == 2
+    assert refused.stderr == "train_lora: ENGINE=fast: the fast engine does not support LORA_TYPE=dora; set ENGINE=auto\n"
+    assert not images.lora.exists()
+
+
+def test_prodigy_trains_and_a_stopped_run_ends_with_the_same_lora(images):
+    pytest.importorskip("prodigyopt")
+    settings = LONG | {"OPTIMIZER": "prodigy", "LEARNING_RATE": 1}
+    output = images.trained(**settings, OUTPUT_DIR=images.output.with_name("whole"))
+    assert "decoupled" not in output
+    assert images.stopped(4, signal.SIGTERM, **settings).returncode == 143
+    images.trained(**settings)
+    whole = load_file(images.output.with_name("whole") / "lora" / images.lora.name)
+    resumed = load_file(images.lora)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_prodigy_with_a_rate_for_adamw_is_refused(images):
+    refused = images.run(**QUICK | {"LEARNING_RATE": 1e-4}, OPTIMIZER="prodigy")
+    assert refused.returncode == 2
+    assert "set LEARNING_RATE=1" in refused.stderr
+
+
+def test_an_optimizer_that_cannot_be_used_is_one_line_before_anything_is_encoded(images, monkeypatch):
+    monkeypatch.setattr("training.method.optimizers.importlib.util.find_spec", lambda name: None)
+    for flags in ((), ("--check",)):
+        refused = images.run(*flags, **QUICK, OPTIMIZER="adamw8bit")
+        assert refused.returncode == 2
+        assert "OPTIMIZER=adamw8bit needs the package bitsandbytes: run `pip install bitsandbytes`" in refused.stderr
+        assert not (images.output / "cache" / "latents").exists()
+    monkeypatch.setattr("training.method.optimizers.importlib.util.find_spec", lambda name: object())
+    refused = images.run(**QUICK, OPTIMIZER="adamw8bit")
+    assert re.fullmatch(r"train_lora: OPTIMIZER=adamw8bit needs an NVIDIA GPU; set OPTIMIZER=adamw\n", refused.stderr)
