@@ -39,13 +39,10 @@ class MemoryBudget:
     per_image_checkpointed: int
     """The same with gradient checkpointing."""
     available: int
+    reserve: int
+    """What must remain free of it."""
     thresholds: Thresholds | None
     """None: the memory is not guarded."""
-
-    @property
-    def reserve(self) -> int:
-        """What must remain free."""
-        return self.thresholds.reserve if self.thresholds else GPU_RESERVE_BYTES
 
     @property
     def free(self) -> int:
@@ -75,12 +72,14 @@ def measure_budget(
     scale = itemsize / 2 * unet.config["block_out_channels"][0] / _SDXL_WIDTH
     image_px = max(place.bucket.width * place.bucket.height for place in placements_of(examples, settings.data))
     is_shared = shares_memory(precision.device)
+    limits = thresholds(settings.run.memory_floor_gib, PROC.read().total, is_shared)
     return MemoryBudget(
         fixed=weights + lora + workspaces,
         per_image=image_px * int(scale * _ACTIVATION_BYTES_PER_PIXEL),
         per_image_checkpointed=image_px * int(scale * _CHECKPOINTED_BYTES_PER_PIXEL),
         available=available_bytes(precision.device) // (processes if is_shared else 1),
-        thresholds=thresholds(settings.run.memory_floor_gib, PROC.read().total, is_shared),
+        reserve=limits.reserve if limits else GPU_RESERVE_BYTES,
+        thresholds=limits,
     )
 
 
