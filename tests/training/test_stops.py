@@ -85,7 +85,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(images, mount_tmpfs
 def test_a_signal_while_libraries_are_imported_is_not_lost(images, signum, code):
     """They catch every Exception here and there."""
     run = images.start(NUM_TRAIN_EPOCHS=1000)
-    assert run.stdout.readline().startswith("set by you")
+    assert run.stdout.readline().startswith("overridden settings: ")
     time.sleep(1.2)
     run.send_signal(signum)
     _, said = run.communicate(timeout=30)
@@ -99,8 +99,8 @@ def test_a_held_out_loss_that_rises_ends_the_run_early_and_names_the_best_lora(i
     images.add("rocket")
     variables = {"VALIDATION_FRACTION": 0.5, "VALIDATE_EVERY_EPOCHS": 1, "EARLY_STOP_PATIENCE": 1, "LEARNING_RATE": 0.2}
     said = images.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 200, "SAVE_EVERY_EPOCHS": 1})
-    assert "epochs: 1 validations in a row did not lower the held-out loss" in said
-    assert "the lowest held-out loss" in said
+    assert "epochs: 1 validations in a row did not lower the validation loss" in said
+    assert "best validation loss" in said
     lines = [json.loads(line) for line in (images.output / "lora" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["validation_loss_smoothed"] for line in lines if "validation_loss" in line]
     assert losses[-1] > min(losses)
@@ -112,7 +112,7 @@ def test_a_finished_run_that_is_lengthened_ends_as_if_it_had_always_been_longer(
     images.trained(**SHORT, NUM_TRAIN_EPOCHS=2)
     said = images.trained(**SHORT, NUM_TRAIN_EPOCHS=5)
     assert "continuing at step 2" in said
-    assert "changed and taken: num_train_epochs: 2 then, 5 now" in said
+    assert "setting changed since the checkpoint: num_train_epochs: 2 -> 5" in said
     lengthened, first_output = weights(images), images.output
     images.output = first_output.with_name("straight")
     images.lora = images.output / "lora" / "sks.safetensors"

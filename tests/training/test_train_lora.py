@@ -59,8 +59,8 @@ def test_a_whole_run_leaves_exactly_these_files(finished):
 
 def test_the_start_says_what_the_run_will_do(finished):
     said = finished.output.splitlines()
-    assert "no NVIDIA GPU: mixed_precision bf16 becomes no" in said
-    assert sum("mixed_precision" in line for line in said) == 1
+    assert "mixed precision: no instead of bf16 (no NVIDIA GPU)" in said
+    assert sum("mixed precision" in line for line in said) == 1
     assert any(line.startswith("4 images in 1 bucket(s): 64x64 (4).") for line in said)
     assert any(
         line.startswith("2 epochs, 6 optimizer steps of 2, 12 image-steps; epsilon, min-SNR 5.0, noise offset 0.0357")
@@ -117,7 +117,7 @@ def test_a_run_that_is_stopped_ends_with_the_same_lora(finished, stage):
     assert not stage.lora.exists()
     refused = stage.run(**same | {"LEARNING_RATE": 0.02, "NUM_TRAIN_EPOCHS": 1})
     assert refused.returncode == 2
-    for words in ("learning_rate: 0.01 then, 0.02 now", "num_train_epochs: 2 then, 1 now", "FRESH=1"):
+    for words in ("learning_rate: 0.01 -> 0.02", "num_train_epochs: 2 -> 1", "FRESH=1"):
         assert words in refused.stderr
     said = stage.trained(**same)
     assert "continuing at step" in said
@@ -213,7 +213,7 @@ def test_a_v_prediction_base_with_zero_terminal_snr_in_a_terminal(stage, tiny_sd
     stage.add("coffee")
     ended = stage.run(BASE_MODEL="v.safetensors", NUM_TRAIN_EPOCHS=1, terminal=True)
     assert ended.returncode == 0
-    assert "v_prediction, min-SNR off, noise offset off." in ended.stdout
+    assert "v_prediction, min-SNR off, noise offset off\n" in ended.stdout
     shown = ended.stderr.replace("\r", "\n").splitlines()
     for bar in ("encode: 100%", "train: 100%"):
         assert any(line.startswith(bar) for line in shown)
