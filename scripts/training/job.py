@@ -68,7 +68,7 @@ def resolve_job(
     precision = choose_precision(settings.model.mixed_precision, group.gpu)
     require_usable(settings.optimizer.optimizer, precision.device)
     engine_name, reason = choose_engine(settings.run.engine, settings.lora)
-    budget = measure_budget(base, examples, settings, precision, group.local_world_size)
+    budget = measure_budget(base, examples, settings, precision, engine_name, group.local_world_size)
 
     samples = saved.identity.fingerprint[GLOBAL_BATCH] // world_size if saved else None
     settings = resolve_batch_size(settings, budget, max(1, len(examples) // world_size), samples)

@@ -8,16 +8,18 @@ from functools import partial
 from common.errors import ResourceError
 from training.config import TrainSettings
 from training.data.dataset import Example
+from training.engine import EngineName
 from training.method.optimizers import OPTIMIZERS
 from training.models.sdxl import BaseModel
 from training.plan import placements_of
 from training.system.device import Precision, available_bytes, shares_memory
 from training.system.memory_guard import GIB, PROC, Thresholds, largest_other_process, thresholds
 
-_ACTIVATION_BYTES_PER_PIXEL = 5632
-"""SDXL in bf16, per pixel of the micro-batch. Measured: a step of batch 4 at 1024 x 1024 reserved 28.7 GiB on an H100."""
-_CHECKPOINTED_BYTES_PER_PIXEL = 1024
-"""The same with gradient checkpointing: 10.9 GiB."""
+_FAST_BYTES_PER_PIXEL = 5632, 1024
+"""Activations of SDXL in bf16 per pixel of the micro-batch, kept or with gradient checkpointing. Measured: a step of batch 4 at
+1024 x 1024 reserved 28.7 and 10.9 GiB on an H100."""
+_PLAIN_BYTES_PER_PIXEL = 9728, 2048
+"""The same with PEFT's layers, which keep their inputs in fp32."""
 _SDXL_WIDTH = 320
 """Channels of SDXL's first block. Activations grow with the width."""
 _GPU_WORKSPACE_BYTES = GIB * 3 // 2
@@ -55,7 +57,7 @@ class MemoryBudget:
 
 
 def measure_budget(
-    base: BaseModel, examples: list[Example], settings: TrainSettings, precision: Precision, processes: int
+    base: BaseModel, examples: list[Example], settings: TrainSettings, precision: Precision, engine: EngineName, processes: int
 ) -> MemoryBudget:
     """The budget of each of `processes` on this machine, as it is now.
 
@@ -70,13 +72,14 @@ def measure_budget(
     weights = itemsize * sum(math.prod(shape) for shape in shapes.values())
     workspaces = _GPU_WORKSPACE_BYTES if precision.device.type == "cuda" else _CPU_WORKSPACE_BYTES
     scale = itemsize / 2 * unet.config["block_out_channels"][0] / _SDXL_WIDTH
+    kept_px, checkpointed_px = _PLAIN_BYTES_PER_PIXEL if engine == "plain" else _FAST_BYTES_PER_PIXEL
     image_px = max(place.bucket.width * place.bucket.height for place in placements_of(examples, settings.data))
     is_shared = shares_memory(precision.device)
     limits = thresholds(settings.run.memory_floor_gib, PROC.read().total, is_shared)
     return MemoryBudget(
         fixed=weights + lora + workspaces,
-        per_image=image_px * int(scale * _ACTIVATION_BYTES_PER_PIXEL),
-        per_image_checkpointed=image_px * int(scale * _CHECKPOINTED_BYTES_PER_PIXEL),
+        per_image=image_px * int(scale * kept_px),
+        per_image_checkpointed=image_px * int(scale * checkpointed_px),
         available=available_bytes(precision.device) // (processes if is_shared else 1),
         reserve=limits.reserve if limits else GPU_RESERVE_BYTES,
         thresholds=limits,

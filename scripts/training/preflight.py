@@ -12,7 +12,9 @@ from common.output_layout import check_disk_space
 from common.project import ProjectSettings
 from training.config import TrainSettings
 from training.data.dataset import Example, read_images
+from training.engine import choose_engine
 from training.memory_budget import measure_budget, resolve_batch_size
+from training.method.optimizers import require_usable
 from training.models.base_model import find_base, find_tokenizers, require_tokenizers_on_hub
 from training.models.loading import load_tokenizers, require_matching_weights
 from training.models.sdxl import BaseModel
@@ -65,7 +67,9 @@ def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettin
     """What a run would do, and on a GPU how much memory a step would need."""
     schedule = base.schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
     precision = choose_precision(settings.model.mixed_precision)
-    budget = measure_budget(base, examples, settings, precision, processes=1)
+    require_usable(settings.optimizer.optimizer, precision.device)
+    engine, _ = choose_engine(settings.run.engine, settings.lora)
+    budget = measure_budget(base, examples, settings, precision, engine, processes=1)
     settings = resolve_batch_size(settings, budget, len(examples))
     announcement = make_plan(examples, settings, schedule).announcement()
     if precision.device.type != "cuda":

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ def images(stage):
     return stage
 
 
-def losses(stage) -> list[float]:
-    lines = (stage.output / "lora" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+def losses(output: Path) -> list[float]:
+    lines = (output / "lora" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 
@@ -29,16 +30,16 @@ def losses(stage) -> list[float]:
 def test_a_run_that_one_engine_began_is_continued_by_the_other(images, first, second):
     """Checkpoints do not depend on the engine; on the CPU in fp32, losses agree within 1e-4 of their size at every step."""
     images.trained(**LONG, ENGINE=first, OUTPUT_DIR=images.output.with_name("whole"))
-    whole = [json.loads(line)["loss"] for line in (images.output.with_name("whole") / "lora" / "metrics.jsonl").open()]
+    whole = losses(images.output.with_name("whole"))
     stopped = images.stopped(4, signal.SIGTERM, **LONG, ENGINE=first)
     assert stopped.returncode == 143
-    taken = len(losses(images))
+    taken = len(losses(images.output))
     assert 4 <= taken < len(whole)
     output = images.trained(**LONG, ENGINE=second)
     assert f"setting changed since the checkpoint: engine: {first} -> {second}" in output
     assert f"engine: {second} (ENGINE={second})" in output
-    assert len(losses(images)) == len(whole)
-    assert losses(images) == pytest.approx(whole, rel=1e-4)
+    assert len(losses(images.output)) == len(whole)
+    assert losses(images.output) == pytest.approx(whole, rel=1e-4)
 
 
 def test_auto_takes_the_fast_engine_and_logs_why(images):
@@ -48,10 +49,10 @@ def test_auto_takes_the_fast_engine_and_logs_why(images):
 @pytest.mark.parametrize("loss", ["huber", "l1"])
 def test_another_loss_is_another_run(images, loss):
     images.trained(**QUICK)
-    first = losses(images)
+    first = losses(images.output)
     output = images.trained(**QUICK, LOSS=loss)
     assert "the earlier LoRA" in output
-    assert losses(images)[0] != first[0]
+    assert losses(images.output)[0] != first[0]
     assert "nothing to do" in images.trained(**QUICK, LOSS=loss)
 
 
