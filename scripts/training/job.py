@@ -75,7 +75,7 @@ def resolve_job(
     settings = replace(settings, run=match_global_batch(settings.run, world_size, None if was_finished else saved))
     schedule = base.schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
     plan = make_plan(examples, settings, schedule, world_size)
-    settings = fit_to_memory(_resolved(settings, plan, precision, outputs.name), budget, comfyui_advice(comfyui))
+    settings = fit_to_memory(_resolved(settings, plan, precision, engine_name, outputs.name), budget, comfyui_advice(comfyui))
 
     checkpointing = "on" if settings.model.gradient_checkpointing else "off"
     print(f"training on {describe(precision)}; gradient checkpointing: {checkpointing}", flush=True)
@@ -111,7 +111,7 @@ def _resume_point(outputs: OutputLayout, saved: Checkpoint, identity: Identity, 
     return saved
 
 
-def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, name: str) -> TrainSettings:
+def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine: EngineName, name: str) -> TrainSettings:
     """The settings with the values that the plan and the device give every "auto", as training_config_resolved.toml has them."""
     if precision.name != settings.model.mixed_precision:
         print(f"mixed precision: {precision.name} instead of {settings.model.mixed_precision} (no NVIDIA GPU)")
@@ -124,6 +124,7 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, name: s
             zero_terminal_snr=schedule.zero_terminal_snr,
             mixed_precision=precision.name,
         ),
+        run=replace(settings.run, engine=engine),
         objective=replace(settings.objective, min_snr_gamma=plan.min_snr_gamma, noise_offset=plan.noise_offset),
         validation=replace(settings.validation, validation_fraction=plan.validation_fraction),
         saving=replace(settings.saving, output_name=name),

@@ -18,8 +18,12 @@ from training.system.memory_guard import GIB, PROC, Thresholds, largest_other_pr
 _FAST_BYTES_PER_PIXEL = 5632, 1024
 """Activations of SDXL in bf16 per pixel of the micro-batch, kept or with gradient checkpointing. Measured: a step of batch 4 at
 1024 x 1024 reserved 28.7 and 10.9 GiB on an H100."""
-_PLAIN_BYTES_PER_PIXEL = 9728, 2048
-"""The same with PEFT's layers, which keep their inputs in fp32."""
+_PLAIN_BYTES_PER_PIXEL = 9728, 1024
+"""The same with PEFT's layers, which keep their inputs in fp32: batch 1 and 2 reserved 16.9 and 26.6 GiB, batch 4 with gradient
+checkpointing 10.7 GiB."""
+_DORA_BYTES_PER_WEIGHT = 5
+"""Of the adapted layers: PEFT keeps the sum of frozen weight and adapter for the backward. Batch 1 reserved 26.6 GiB; with
+gradient checkpointing only one block has them at a time, and batch 2 reserved 10.2 GiB."""
 _SDXL_WIDTH = 320
 """Channels of SDXL's first block. Activations grow with the width."""
 _GPU_WORKSPACE_BYTES = GIB * 3 // 2
@@ -36,6 +40,8 @@ class MemoryBudget:
 
     fixed: int
     """Weights, LoRA with gradients and moments, workspaces."""
+    fixed_kept: int
+    """What is there besides without gradient checkpointing, whatever the batch."""
     per_image: int
     """Activations of one image of the largest bucket."""
     per_image_checkpointed: int
@@ -53,7 +59,9 @@ class MemoryBudget:
 
     def needed(self, batch: int, *, checkpointing: bool) -> int:
         """What a step with a micro-batch of `batch` images needs."""
-        return self.fixed + batch * (self.per_image_checkpointed if checkpointing else self.per_image)
+        if checkpointing:
+            return self.fixed + batch * self.per_image_checkpointed
+        return self.fixed + self.fixed_kept + batch * self.per_image
 
 
 def measure_budget(
@@ -78,6 +86,7 @@ def measure_budget(
     limits = thresholds(settings.run.memory_floor_gib, PROC.read().total, is_shared)
     return MemoryBudget(
         fixed=weights + lora + workspaces,
+        fixed_kept=_DORA_BYTES_PER_WEIGHT * sum(map(math.prod, linears)) if settings.lora.lora_type == "dora" else 0,
         per_image=image_px * int(scale * kept_px),
         per_image_checkpointed=image_px * int(scale * checkpointed_px),
         available=available_bytes(precision.device) // (processes if is_shared else 1),

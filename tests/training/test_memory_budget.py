@@ -21,7 +21,7 @@ def with_run(batch: int, accumulation: int = 1, checkpointing="auto") -> TrainSe
 
 def budget_of(available_gib: int) -> MemoryBudget:
     """10 GiB fixed, 4 GiB per image, 1 GiB with gradient checkpointing."""
-    return MemoryBudget(10 * GIB, 4 * GIB, GIB, available_gib * GIB, SPARK.reserve, SPARK)
+    return MemoryBudget(10 * GIB, 0, 4 * GIB, GIB, available_gib * GIB, SPARK.reserve, SPARK)
 
 
 def decided(settings: TrainSettings, available_gib: int) -> tuple[int, int, bool]:

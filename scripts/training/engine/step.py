@@ -72,6 +72,8 @@ class TrainStep:
         """1 from the first loss or gradient on that is not finite."""
         # The scaler decides on the CPU whether an fp16 step is skipped, and so do optimizers that read numbers back.
         can_capture = captures and precision.device.type == "cuda" and not precision.scales_loss and optimizer.capturable
+        if precision.device.type == "cuda" and not optimizer.capturable:
+            print(f"CUDA graphs: off, training is slower ({optimizer.label} cannot be captured)", flush=True)
         self.graphs = CudaGraphRunner(self._step, precision.device) if can_capture else None
 
     def __call__(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
