@@ -9,6 +9,7 @@ from common.errors import ResourceError
 from training.config import TrainSettings
 from training.data.dataset import Example
 from training.engine import EngineName
+from training.method.adapters import KEPT_BYTES_PER_WEIGHT
 from training.method.optimizers import OPTIMIZERS
 from training.models.sdxl import BaseModel
 from training.plan import placements_of
@@ -21,9 +22,6 @@ _FAST_BYTES_PER_PIXEL = 5632, 1024
 _PLAIN_BYTES_PER_PIXEL = 9728, 1024
 """The same with PEFT's layers, which keep their inputs in fp32: batch 1 and 2 reserved 16.9 and 26.6 GiB, batch 4 with gradient
 checkpointing 10.7 GiB."""
-_DORA_BYTES_PER_WEIGHT = 5
-"""Of the adapted layers: PEFT keeps the sum of frozen weight and adapter for the backward. Batch 1 reserved 26.6 GiB; with
-gradient checkpointing only one block has them at a time, and batch 2 reserved 10.2 GiB."""
 _SDXL_WIDTH = 320
 """Channels of SDXL's first block. Activations grow with the width."""
 _GPU_WORKSPACE_BYTES = GIB * 3 // 2
@@ -86,7 +84,7 @@ def measure_budget(
     limits = thresholds(settings.run.memory_floor_gib, PROC.read().total, is_shared)
     return MemoryBudget(
         fixed=weights + lora + workspaces,
-        fixed_kept=_DORA_BYTES_PER_WEIGHT * sum(map(math.prod, linears)) if settings.lora.lora_type == "dora" else 0,
+        fixed_kept=KEPT_BYTES_PER_WEIGHT[settings.lora.lora_type] * sum(map(math.prod, linears)),
         per_image=image_px * int(scale * kept_px),
         per_image_checkpointed=image_px * int(scale * checkpointed_px),
         available=available_bytes(precision.device) // (processes if is_shared else 1),

@@ -226,7 +226,7 @@ def test_damaged_record_loses_only_its_damaged_lines(stage, photographs):
         ({"DATASET_DIR": "/nowhere"}, 3, "/nowhere/images: no images"),
         ({"CAPTION_BATCH_SIZE": "many"}, 2, "must be a whole number"),
         ({"CAPTION_THRESHOLD": "1.5"}, 2, "caption_threshold"),
-        ({"TRIGGER_WORD": "two, words"}, 2, "must be a single tag"),
+        ({"TRIGGER_WORD": "two, words"}, 2, "must be one tag"),
     ],
 )
 def test_unusable_input_ends_with_its_exit_code_and_no_traceback(stage, variables, code, message):

@@ -21,6 +21,9 @@ ADAPTER = "default"
 """PEFT's name of the only adapter."""
 SELF_ATTENTION = "attn1.to_q,to_k,to_v"
 CONTEXT = "keys and values of the text, width "
+KEPT_BYTES_PER_WEIGHT = {"lora": 0, "dora": 5}
+"""Memory that an adapter keeps for the backward, per frozen weight of the adapted layers. For DoRA, PEFT keeps the sum of frozen
+weight and adapter: a step of batch 1 reserved 26.6 GiB on an H100. With gradient checkpointing only one block has it at a time."""
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
