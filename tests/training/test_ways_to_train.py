@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 QUICK = {"NUM_TRAIN_EPOCHS": 3, "LEARNING_RATE": 0.01, "SAVE_EVERY_EPOCHS": 0}
-LONG = QUICK | {"NUM_TRAIN_EPOCHS": 12}
+LONG = QUICK | {"NUM_TRAIN_EPOCHS": 8}
 
 
 @pytest.fixture
 def images(stage):
-    """The stage with three photographs."""
-    for name in ("astronaut", "coffee", "chelsea"):
+    """The stage with two photographs."""
+    for name in ("astronaut", "coffee"):
         stage.add(name)
     return stage
 
@@ -31,10 +31,10 @@ def test_a_run_that_one_engine_began_is_continued_by_the_other(images, first, se
     """Checkpoints do not depend on the engine; on the CPU in fp32, losses agree within 1e-4 of their size at every step."""
     images.trained(**LONG, ENGINE=first, OUTPUT_DIR=images.output.with_name("whole"))
     whole = losses(images.output.with_name("whole"))
-    stopped = images.stopped(4, signal.SIGTERM, **LONG, ENGINE=first)
+    stopped = images.stopped(2, signal.SIGTERM, **LONG, ENGINE=first)
     assert stopped.returncode == 143
     taken = len(losses(images.output))
-    assert 4 <= taken < len(whole)
+    assert 2 <= taken < len(whole)
     output = images.trained(**LONG, ENGINE=second)
     assert f"setting changed since the checkpoint: engine: {first} -> {second}" in output
     assert f"engine: {second} (ENGINE={second})" in output
@@ -42,18 +42,13 @@ def test_a_run_that_one_engine_began_is_continued_by_the_other(images, first, se
     assert losses(images.output) == pytest.approx(whole, rel=1e-4)
 
 
-def test_auto_takes_the_fast_engine_and_logs_why(images):
+def test_another_loss_is_another_run(images):
     assert "engine: fast (supports these settings)" in images.trained(**QUICK)
-
-
-@pytest.mark.parametrize("loss", ["huber", "l1"])
-def test_another_loss_is_another_run(images, loss):
-    images.trained(**QUICK)
     first = losses(images.output)
-    output = images.trained(**QUICK, LOSS=loss)
+    output = images.trained(**QUICK, LOSS="huber")
     assert "the earlier LoRA" in output
     assert losses(images.output)[0] != first[0]
-    assert "nothing to do" in images.trained(**QUICK, LOSS=loss)
+    assert "nothing to do" in images.trained(**QUICK, LOSS="huber")
 
 
 def test_a_dora_is_trained_by_the_plain_engine_and_has_its_scales(images):
@@ -78,7 +73,7 @@ def test_prodigy_trains_and_a_stopped_run_ends_with_the_same_lora(images):
     settings = LONG | {"OPTIMIZER": "prodigy", "LEARNING_RATE": 1}
     output = images.trained(**settings, OUTPUT_DIR=images.output.with_name("whole"))
     assert "decoupled" not in output
-    assert images.stopped(4, signal.SIGTERM, **settings).returncode == 143
+    assert images.stopped(2, signal.SIGTERM, **settings).returncode == 143
     images.trained(**settings)
     whole = load_file(images.output.with_name("whole") / "lora" / images.lora.name)
     resumed = load_file(images.lora)
