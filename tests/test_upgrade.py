@@ -18,7 +18,9 @@ import collect_images
 import train_lora
 from common.errors import run_main
 from common.files import read_json_lines
+from common.output_layout import OutputLayout
 from common.settings import REPOSITORY
+from common.weights import read_header
 from demo.environment import DemoEnvironment
 
 FIRST_VERSION = REPOSITORY / "tests" / "data" / "first_version"
@@ -78,6 +80,20 @@ def test_finished_lora_is_recognised(environment):
     before = files_in(finished / "lora")
     assert "nothing to do" in run(environment, train_lora, output_dir=finished, **FINISHED)
     assert files_in(finished / "lora") == before
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda content: content[:-1], lambda content: content[:200_000], lambda content: b"[" * 300_000]
+)
+def test_a_corrupt_lora_is_not_a_finished_one(tmp_path, damage):
+    outputs = OutputLayout(tmp_path, "demo_person")
+    content = (FIRST_VERSION / "finished" / "lora" / "demo_person.safetensors").read_bytes()
+    outputs.lora_dir.mkdir()
+    outputs.lora.write_bytes(content)
+    fingerprint = read_header(outputs.lora).metadata["loracat_fingerprint"]
+    assert outputs.is_finished(fingerprint)
+    outputs.lora.write_bytes(damage(content))
+    assert not outputs.is_finished(fingerprint)
 
 
 def test_half_trained_run_is_continued_to_the_same_end(environment):

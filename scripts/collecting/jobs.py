@@ -16,6 +16,7 @@ from collecting.image_store import DownloadedImage
 from collecting.journal import Submission
 from collecting.workflow import Workflow, parse_workflow
 from common.errors import SettingsError
+from common.files import parse_json
 from common.images import BrokenImageError
 from common.settings import REPOSITORY
 
@@ -220,10 +221,10 @@ def _read_json(key: str, path: Path, problems: list[str]) -> Any:
     if content is None:
         return None
     try:
-        parsed = json.loads(content.decode("utf-8-sig"))
-        # json.loads accepts NaN and unpaired surrogates, which can be neither sent nor written.
+        parsed = parse_json(content)
+        # Python accepts NaN and unpaired surrogates, which can be neither sent nor written.
         json.dumps(parsed, allow_nan=False, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         problems.append(f"{key}: {path} is not valid JSON in UTF-8: {error}")
         return None
     if parsed is None:

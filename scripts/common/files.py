@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from common.errors import SettingsError
 
@@ -95,15 +96,12 @@ def read_json_lines(path: Path) -> list[dict]:
     return records
 
 
-def read_safetensors_metadata(path: Path) -> dict[str, str]:
-    """The `__metadata__` in the header of a `.safetensors` file, {} if it has none. Raises ValueError if the file has no header."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ValueError(f"{path} is not a .safetensors file")
-        header = json.loads(file.read(length))
-    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
-    return metadata if isinstance(metadata, dict) else {}
+def parse_json(content: bytes) -> Any:
+    """The value of a JSON text in UTF-8, with or without a byte order mark. Raises ValueError with the reason if it is none."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def sha256_of(path: Path) -> str:

@@ -8,8 +8,9 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from common.errors import ResourceError
-from common.files import locked, nearest_existing, read_safetensors_metadata, write_problem
+from common.errors import ModelError, ResourceError
+from common.files import locked, nearest_existing, write_problem
+from common.weights import read_header
 
 MIN_FREE_BYTES = 4 * 2**30
 """Enough for the caches of some hundred images, two saved states of 1 GB, and the LoRA files."""
@@ -42,8 +43,8 @@ class OutputLayout:
         if not self.lora.is_file():
             return False
         try:
-            return read_safetensors_metadata(self.lora).get("loracat_fingerprint") == fingerprint
-        except ValueError:
+            return read_header(self.lora).metadata.get("loracat_fingerprint") == fingerprint
+        except (ModelError, AttributeError):  # metadata can be any JSON
             return False
 
     def archive_lora(self) -> None:

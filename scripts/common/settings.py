@@ -42,6 +42,7 @@ def setting(
     *,
     role: Literal["result", "runtime", "saving"] | None = None,
     before: Any = MISSING,
+    recorded_as: str = "",
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
@@ -52,10 +53,12 @@ def setting(
     `role` says what a setting of training changes: the `result` (two runs that differ in it are different runs), the
     `runtime` (speed and memory) or the `saving` (what is written and when). `before` is the value that versions without
     this setting used: a checkpoint or LoRA that does not record the setting is read as if it had recorded that value.
+    `recorded_as` is the name in these records of a setting that was renamed.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most}
     metadata = {"limits": {name: limit for name, limit in limits.items() if limit is not None}, "secret": secret}
-    return dataclasses.field(default=default, metadata=metadata | {"role": role, "before": before}, repr=not secret)
+    metadata |= {"role": role, "before": before, "recorded_as": recorded_as}
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 class PartialSection:

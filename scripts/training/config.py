@@ -1,4 +1,4 @@
-"""The training settings as types: `[train]` and the tables inside it. Standard library and `setting_values` only."""
+"""The training settings as types: `[train]` and the tables inside it. It imports no library, so that settings are read at once."""
 
 import re
 from collections.abc import Iterator
@@ -153,19 +153,19 @@ class SavingSettings:
     save_state_every_minutes: float = setting(10.0, above=0, role="saving")
     keep_last_states: int = setting(2, at_least=1, at_most=100, role="saving")
     fresh: bool = setting(False, role="saving")
-    """Begin anew and lay the saved state aside."""
+    """Archive the checkpoints and start again."""
 
     def validate(self) -> Iterator[str]:
         name = self.output_name
         if any(mark in name for mark in '/\\:*?"<>|\0') or name.startswith(".") or name != name.strip() or not name.isprintable():
             yield f"output_name: {name!r} must be a plain file name, without folders"
         if re.search(r"(-best|-\d{6}|\.safetensors)$", name):
-            yield f"output_name: {name!r} must not end as the files do that a run saves on its way"
+            yield f"output_name: {name!r} must not end in -best, -NNNNNN or .safetensors, which training uses for its own files"
 
 
 @dataclass(frozen=True)
 class LoggingSettings:
-    """`[train.logging]`: who else is told about the steps."""
+    """`[train.logging]`: where else metrics are recorded."""
 
     tensorboard: bool = setting(False, role="saving")
     wandb_api_key: str = setting("", secret=True, role="saving")

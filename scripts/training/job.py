@@ -77,9 +77,7 @@ def resolve_job(
     plan = make_plan(examples, settings, schedule, world_size)
     settings = fit_to_memory(_resolved(settings, plan, precision, engine_name, outputs.name), budget, comfyui_advice(comfyui))
 
-    checkpointing = "on" if settings.model.gradient_checkpointing else "off"
-    print(f"training on {describe(precision)}; gradient checkpointing: {checkpointing}", flush=True)
-    print(f"engine: {engine_name} ({reason})", flush=True)
+    print(f"training on {describe(precision)}; engine: {engine_name} ({reason})", flush=True)
     cache = Cache(outputs.cache)
     digests = [base_digest(base, cache.folder, part) for part in base.components]
     digests.append(tokenizers_digest(find_or_download_tokenizers(base, project.models_dir)))

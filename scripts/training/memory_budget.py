@@ -127,8 +127,11 @@ def fit_to_memory(settings: TrainSettings, budget: MemoryBudget, advice: str) ->
     requested = settings.run.train_batch_size
     samples = requested * settings.run.gradient_accumulation_steps
     checkpointing = settings.model.gradient_checkpointing
+    reason = "as set"
     if checkpointing == "auto":
-        checkpointing = budget.needed(requested, checkpointing=False) > budget.free
+        kept = budget.needed(requested, checkpointing=False)
+        checkpointing, reason = kept > budget.free, f"{kept / GIB:.1f} GiB needed without it, {budget.free / GIB:.1f} GiB free"
+    print(f"gradient checkpointing: {'on' if checkpointing else 'off'} ({reason})", flush=True)
 
     needed = partial(budget.needed, checkpointing=checkpointing)
     batch = fitting_batch(requested, samples, needed, budget.free) if budget.thresholds else requested

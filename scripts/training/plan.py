@@ -5,7 +5,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from common.settings import all_keys
@@ -25,6 +25,17 @@ AUTO_MIN_SNR_GAMMA = 5.0
 AUTO_NOISE_OFFSET = 0.0357
 WARMUP_STEPS, GLOBAL_BATCH, WORLD_SIZE = "steps of warm-up", "global batch", "processes"
 """Keys of records that other modules read. Records are kept from version to version, so keys keep their names."""
+NOT_RECORDED = ("fresh", "output_name")
+"""Settings that choose which run is meant, and say nothing about how it goes."""
+_SHOWN = {
+    "pictures": "number of images",
+    "data set": "images, captions or repeats",
+    "held-out pictures": "images held out for validation",
+    "base model": "weights of the base model",
+    WARMUP_STEPS: "warm-up steps",
+    GLOBAL_BATCH: "images per step",
+}
+"""What a user reads instead of some keys of records."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +138,13 @@ def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base
     """
     trained = [[example.sha256, example.caption, example.repeats] for example in plan.examples]
     held_out = [[example.sha256, example.caption] for example in plan.held_out]
-    settings = {key.name: value for key, value in settings_of(train, "result") if value != key.metadata["before"]}
+    settings = {recorded_name(key): value for key, value in settings_of(train, "result") if value != key.metadata["before"]}
     return {
         **settings,
         **asdict(plan.schedule),
         "base model": short_hash(list(base_digests)),
         "data set": short_hash(trained),
-        "pictures": len(plan.examples),
+        "pictures": len(plan.examples),  # the keys are part of every fingerprint: never rename one
         "held-out pictures": short_hash(held_out),
         "trigger_word": trigger_word,
         GLOBAL_BATCH: plan.global_batch,
@@ -143,26 +154,32 @@ def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base
 
 def runtime_settings(train: TrainSettings, world_size: int = 1) -> dict[str, Any]:
     """What may differ each time a run is continued: it changes the speed or what is written, but no weight."""
-    keys = [*settings_of(train, "runtime"), *settings_of(train, "saving")]
-    return {key.name: value for key, value in keys if not key.metadata["secret"]} | {WORLD_SIZE: world_size}
+    tables = replace(train, processes=None)  # their number counts, not the settings that lead to it
+    keys = [*settings_of(tables, "runtime"), *settings_of(tables, "saving")]
+    kept = {recorded_name(key): value for key, value in keys if not key.metadata["secret"] and key.name not in NOT_RECORDED}
+    return kept | {WORLD_SIZE: world_size}
 
 
 def changes(recorded: Mapping[str, Any], now: Mapping[str, Any], train: type = TrainSettings) -> dict[str, str]:
     """What differs between two fingerprints, or two sets of runtime settings, by name, as lines for a user.
 
     A setting that one of them does not have is read as the value that versions without it used; if no such value is
-    declared and it says only how a run goes (`runtime`, `saving`), it is not compared.
+    declared and its role is `runtime` or `saving`, it is not compared.
     """
-    keys = {key.name: key.metadata for key in all_keys(train)}
+    keys = {recorded_name(key): key.metadata for key in all_keys(train)}
     found = {}
     for name in sorted({*recorded, *now}):
         metadata = keys.get(name, {"before": MISSING, "role": "result"})
         if not (name in recorded and name in now) and metadata["before"] is MISSING and metadata["role"] != "result":
             continue
         old, new = (values.get(name, metadata["before"]) for values in (recorded, now))
-        if old != new:
+        if old == new:
+            continue
+        if name in ("data set", "held-out pictures", "base model"):  # hashes
+            found[name] = f"{_SHOWN[name]}: changed"
+        else:
             shown = ["not recorded" if value is MISSING else value for value in (old, new)]
-            found[name] = f"{name}: {shown[0]} -> {shown[1]}"
+            found[name] = f"{_SHOWN.get(name, name)}: {shown[0]} -> {shown[1]}"
     return found
 
 
@@ -172,8 +189,13 @@ def settings_of(section: Any, role: str) -> Iterator[tuple[Field, Any]]:
         value = getattr(section, key.name)
         if is_dataclass(value):
             yield from settings_of(value, role)
-        elif key.metadata["role"] == role:
+        elif key.metadata.get("role") == role:
             yield key, value
+
+
+def recorded_name(key: Field) -> str:
+    """The name of a setting in fingerprints and checkpoints, which it keeps when it is renamed."""
+    return key.metadata["recorded_as"] or key.name
 
 
 def short_hash(value: Any) -> str:

@@ -59,15 +59,23 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
             return f"images: {len(examples)} with captions in {project.dataset_dir}"
         return describe_run(found[0], examples, settings)
 
-    checks = [check_processor, check_memory, lambda: check_disk_space(project.output_dir), check_base_model, check_run]
+    checks = [check_processor, check_memory, lambda: check_disk_space(project.output_dir), lambda: check_method(settings)]
+    checks += [check_base_model, check_run]
     run_checks("training cannot start:", checks)
+
+
+def check_method(settings: TrainSettings) -> str:
+    """Whether the engine supports the settings, and the optimizer can be used."""
+    engine, reason = choose_engine(settings.run.engine, settings.lora)
+    optimizer = settings.optimizer.optimizer
+    require_usable(optimizer, choose_precision(settings.model.mixed_precision).device)
+    return f"engine: {engine} ({reason}); optimizer: {optimizer}"
 
 
 def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettings) -> str:
     """What a run would do, and on a GPU how much memory a step would need."""
     schedule = base.schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
     precision = choose_precision(settings.model.mixed_precision)
-    require_usable(settings.optimizer.optimizer, precision.device)
     engine, _ = choose_engine(settings.run.engine, settings.lora)
     budget = measure_budget(base, examples, settings, precision, engine, processes=1)
     settings = resolve_batch_size(settings, budget, len(examples))

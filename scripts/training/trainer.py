@@ -268,24 +268,27 @@ def writing_callbacks(
     def capture(progress: Progress) -> Snapshot:
         return snapshot(adapter.weights, step.optimizer, step.scaler, progress)
 
+    def write_lora_after(epochs: int) -> None:
+        write_lora(outputs.lora_after(epochs), adapter.modules, description(job, epochs))
+
     with (
         open_metrics(settings.logging, outputs.name, outputs.metrics, outputs.logs, schedule.start.next_step) as metrics,
         CheckpointWriter(outputs.state, job.identity, settings.saving.keep_last_states, capture) as checkpoints,
     ):
-        yield [metrics, LoraSaver(job, adapter.modules, schedule), checkpoints]
+        yield [metrics, LoraSaver(write_lora_after, schedule.saves_lora_between), checkpoints]
 
 
 class LoraSaver(Callback):
     """Writes the LoRA files of a run on its way."""
 
-    def __init__(self, job: TrainingJob, modules: list[LoraModule], schedule: RunSchedule):
-        self._job = job
-        self._modules = modules
-        self._schedule = schedule
+    def __init__(self, write: Callable[[int], None], is_due: Callable[[int, int], bool]):
+        """`write` writes the LoRA after so many epochs; `is_due` says whether to, by the numbers of epochs before and after."""
+        self._write = write
+        self._is_due = is_due
 
     def after_epoch(self, step: OptimizerStep, epochs: int, progress: Progress) -> tuple[Progress, str]:
-        if self._schedule.saves_lora_between(step.epoch, epochs):
-            write_lora(self._job.outputs.lora_after(epochs), self._modules, description(self._job, epochs))
+        if self._is_due(step.epoch, epochs):
+            self._write(epochs)
         return progress, ""
 
 

@@ -3,7 +3,9 @@
 import json
 import re
 import signal
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -68,6 +70,13 @@ def test_the_fast_engine_refuses_what_it_does_not_support(images):
     assert not images.lora.exists()
 
 
+def test_a_wrong_choice_is_refused_before_there_are_images(stage):
+    """run.sh checks every stage before it collects for hours."""
+    refused = stage.run("--check=ahead", ENGINE="fast", LORA_TYPE="dora")
+    assert "ENGINE=fast: the fast engine does not support LORA_TYPE=dora; set ENGINE=auto" in refused.stderr
+    assert refused.returncode == 2
+
+
 def test_prodigy_trains_and_a_stopped_run_ends_with_the_same_lora(images):
     pytest.importorskip("prodigyopt")
     settings = LONG | {"OPTIMIZER": "prodigy", "LEARNING_RATE": 1}
@@ -95,5 +104,9 @@ def test_an_optimizer_that_cannot_be_used_is_one_line_before_anything_is_encoded
         assert "OPTIMIZER=adamw8bit needs the package bitsandbytes: run `pip install bitsandbytes`" in refused.stderr
         assert not (images.output / "cache" / "latents").exists()
     monkeypatch.setattr("training.method.optimizers.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    refused = images.run(**QUICK, OPTIMIZER="adamw8bit")
+    assert "OPTIMIZER=adamw8bit: the package bitsandbytes cannot be loaded (" in refused.stderr
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
     refused = images.run(**QUICK, OPTIMIZER="adamw8bit")
     assert re.fullmatch(r"train_lora: OPTIMIZER=adamw8bit needs an NVIDIA GPU; set OPTIMIZER=adamw\n", refused.stderr)

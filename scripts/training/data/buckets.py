@@ -92,6 +92,7 @@ def run_order(buckets: Sequence[Bucket], repeats: Sequence[int], epochs: int, gl
         members[bucket] += [index] * repeats[index]
     by_epoch, short = defaultdict(list), []
     for bucket, indices in sorted(members.items()):
+        # The words in the keys of `_shuffled` are part of the order, and so of every checkpoint: never change them.
         stream = [(epoch, index) for epoch in range(epochs) for index in _shuffled(indices, seed, "pictures", bucket, epoch)]
         for start in range(0, len(stream), global_batch):
             batch = stream[start : start + global_batch]

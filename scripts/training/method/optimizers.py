@@ -159,6 +159,11 @@ def require_usable(name: str, device: torch.device) -> None:
         return
     if importlib.util.find_spec(optimizer.package) is None:
         raise SettingsError(f"OPTIMIZER={name} needs the package {optimizer.package}: run `pip install {optimizer.package}`")
+    try:
+        importlib.import_module(optimizer.package)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # built for another CUDA, another machine
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"OPTIMIZER={name}: the package {optimizer.package} cannot be loaded ({reason})") from None
     if optimizer.needs_gpu and device.type != "cuda":
         raise SettingsError(f"OPTIMIZER={name} needs an NVIDIA GPU; set OPTIMIZER=adamw")
 

@@ -1,6 +1,5 @@
 """A base model in diffusers' layout: a folder for each component, with its configuration. Reads headers and JSON only."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +7,9 @@ from typing import Any
 
 from common.clip_tokens import TOKENIZERS, read_vocabulary
 from common.errors import ModelError, bullet_list
+from common.files import parse_json
+from common.weights import WeightsFile, read_header
 from training.models.sdxl import OTHER_INPUT_CHANNELS, WEIGHT_STEMS, BaseModel, Component, Schedule
-from training.models.weights import WeightsFile, read_header
 
 _SDXL_UNET = {
     "in_channels": 4,
@@ -57,7 +57,7 @@ def _read_json(file: Path, problems: list[str]) -> dict[str, Any]:
     """The JSON object in `file`; if there is none, an empty one, and a problem is added."""
     label = "/".join(file.parts[-2:]) if file.name != "model_index.json" else file.name
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
     except FileNotFoundError:
         problems.append(f"{label} is missing")
         return {}

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from training.models.weights import FLOAT_BYTES, StoredTensor, WeightsFile, digest
+from common.weights import FLOAT_BYTES, StoredTensor, WeightsFile, digest
 
 PredictionType = Literal["epsilon", "v_prediction"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ModelError, bullet_list
+from common.weights import WeightsFile, read_header
 from training.models.sdxl import OTHER_INPUT_CHANNELS, PREFIXES, REQUIRED_WEIGHTS, BaseModel, Component, Schedule
-from training.models.weights import WeightsFile, read_header
 
 HEAD_CHANNELS = 64
 

@@ -65,5 +65,8 @@ class Callback:
         measured something, and what it adds to the log line of the epoch."""
         return progress, ""
 
+    def after_validation(self, step: OptimizerStep, values: dict[str, float]) -> None:
+        """Called when a validation after `step` is complete, in the process that writes; `values` are its numbers by name."""
+
     def save_state(self, progress: Progress, *, wait: bool) -> None:
         """Save what the run is continued from at `progress`. Training may go on while it is written, unless it has to `wait`."""

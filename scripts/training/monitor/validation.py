@@ -48,7 +48,7 @@ class Validator(Callback):
         progress = replace(progress, validations=(*progress.validations, Validation(epochs, loss)))
         average = smoothed(progress.validations)[-1].loss
         for tracker in self.trackers:
-            tracker.after_step(step, {"epoch": step.epoch, "validation_loss": loss, "validation_loss_smoothed": average})
+            tracker.after_validation(step, {"epoch": step.epoch, "validation_loss": loss, "validation_loss_smoothed": average})
         return progress, f"  validation {loss:.4f} (smoothed {average:.4f})"
 
     def __call__(self) -> float:

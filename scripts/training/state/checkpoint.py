@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 from common.errors import ModelError
 from common.files import write_json
+from common.weights import digest, read_header
 from training.data.buckets import OptimizerStep
 from training.method.optimizers import Optimizer
 from training.models.tensor_files import write_tensors
-from training.models.weights import digest, read_header
 from training.monitor.callbacks import Callback, Progress
 from training.system.process_group import ProcessGroup
 

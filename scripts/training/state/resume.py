@@ -33,8 +33,8 @@ def find_resume_point(folder: Path, saved: Checkpoint, now: Identity) -> Checkpo
         point = newest(folder, at_most=min(before.shared_prefix_steps, now.shared_prefix_steps))
     if not found.keys() <= allowed or point is None:
         title = f"{folder} holds a run, stopped at step {saved.progress.next_step}, with other settings or data:"
-        remedy = "restore them to continue that run, or set FRESH=1 to archive it and start again"
-        raise SettingsError(bullet_list(title, [*found.values(), remedy]))
+        remedy = "Restore these values to continue that run, or set FRESH=1 to archive it and start again"
+        raise SettingsError(f"{bullet_list(title, list(found.values()))}\n{remedy}")
     for change in (found | changes(before.runtime, now.runtime)).values():
         print(f"setting changed since the checkpoint: {change}", flush=True)
     return point

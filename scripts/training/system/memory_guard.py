@@ -148,7 +148,10 @@ def largest_other_process() -> tuple[str, int]:
 
 
 def comfyui_advice(endpoints: str) -> str:
-    """How to make the ComfyUI servers of the setting `comfyui_endpoint` free their memory; logins are masked."""
+    """How to make the ComfyUI servers of the setting `comfyui_endpoint` free their memory; empty without one. Logins are masked."""
     urls = " ".join(f"{without_logins(each.strip().rstrip('/'))}/free" for each in endpoints.split(",") if each.strip())
     body = """'{"unload_models": true, "free_memory": true}'"""
-    return f"If ComfyUI holds the memory, unload its models: curl -H 'Content-Type: application/json' -d {body} {urls}"
+    if not urls:
+        return ""
+    command = f"curl -H 'Content-Type: application/json' -d {body} {urls}"
+    return f"If ComfyUI holds the memory, unload its models (add what COMFYUI_HEADERS holds with -H): {command}"

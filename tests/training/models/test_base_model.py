@@ -11,10 +11,10 @@ from base_models import change_json, refusal
 from safetensors.torch import load_file, save_file
 
 from common.errors import ModelError
+from common.weights import digest
 from demo import tiny_sdxl as miniature
 from training.models import base_model, loading
 from training.models.base_model import find_base
-from training.models.weights import digest
 
 
 def test_a_name_in_models_dir_finds_folder_and_file(tiny_sdxl, tiny_single_file):

@@ -10,12 +10,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from common.weights import StoredTensor, WeightsFile
 from demo import tiny_sdxl as miniature
 from demo.sgm_names import name_in_files, sgm_source
 from training.models.base_model import find_base
 from training.models.sdxl import Schedule
 from training.models.single_file import infer_configs
-from training.models.weights import StoredTensor, WeightsFile
 
 UNET = "model.diffusion_model."
 

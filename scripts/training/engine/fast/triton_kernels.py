@@ -158,8 +158,8 @@ def _group_coefficients(sums, weight, bias, plus, scale, shift, mean, rstd, line
         tl.store(constant + image * channels + channel, (p - average) * k - inverse * of_dz, mask=inside)
     else:
         # `first` and `second` are the sums of x and x^2 over the rows. The variance is that of x + p about the mean:
-        # sum((x + off)^2) = sum(x^2) + 2 off sum(x) + rows off^2 with off = p - mean, which stays accurate where sums of
-        # squares about zero would not.
+        # sum((x + off)^2) = sum(x^2) + 2 off sum(x) + rows off^2 with off = p - mean. One pass over x; digits are lost where
+        # the mean is far larger than the deviation, which a UNet's activations do not show.
         average = tl.sum(first + rows * p, 0) / count
         off = tl.where(inside, p - average, 0.0)
         # Rounding can make the variance of a constant group slightly negative.

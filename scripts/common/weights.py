@@ -65,7 +65,7 @@ def read_header(path: Path) -> WeightsFile:
         header = json.loads(raw)
         metadata = header.pop("__metadata__", {})
         tensors = {name: _stored_tensor(entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ModelError(f"{path}: its header is damaged: download it again") from None
     expected = max((tensor.end for tensor in tensors.values()), default=8 + length)
     if size != expected:
