@@ -37,7 +37,8 @@ def main(argv: list[str]) -> None:
     if ranks.world_size > 1:
         die_with_parent(ranks.launcher_pid)  # before the imports: the launcher may be gone when they are done
     request = read_request(STAGE, __doc__, argv, SECTIONS, validate=validate)
-    project, settings = request.sections["project"], request.sections["train"]
+    project: ProjectSettings = request.sections["project"]
+    settings: TrainSettings = request.sections["train"]
     if needs_launcher(settings.processes) and not request.check:
         sys.exit(launch([sys.executable, __file__, *argv], settings.processes))
     if ranks.rank == 0:
@@ -49,18 +50,20 @@ def main(argv: list[str]) -> None:
         read = partial(reader.call_and_close if reader else call, read_inputs, project, settings)
         with in_background(read, start=ranks.rank == 0 and not request.check) as inputs:
             import_training()
-        from training import job, preflight, trainer
+        from training.job import resolve_on_all_ranks
+        from training.preflight import check
         from training.system.process_group import process_group
+        from training.trainer import clean_up, train
 
         if request.check:
-            preflight.check(project, settings, inputs_pending=request.inputs_pending)
+            check(project, settings, inputs_pending=request.inputs_pending)
             return
         with process_group(ranks) as group, only_run_in(project.output_dir) if group.is_main_process else nullcontext():
-            run = job.resolve_on_all_ranks(group, project, settings, inputs.result, request.sections["collect"].comfyui_endpoint)
+            run = resolve_on_all_ranks(group, project, settings, inputs.result, request.sections["collect"].comfyui_endpoint)
             if not run.is_finished:
-                trainer.train(run, group, encoder)
+                train(run, group, encoder)
             elif group.is_main_process:
-                trainer.clean_up(run)
+                clean_up(run)
                 print(f"nothing to do: {run.outputs.lora} is finished, with exactly these settings, images and captions")
 
 

@@ -50,7 +50,7 @@ def find_clip_tokens(models_dir: Path, base_model: str) -> ClipTokens | None:
     return None
 
 
-def find_tokenizers(models_dir: Path, vocabulary_size: int) -> Path | None:
+def find_tokenizers_in(models_dir: Path, vocabulary_size: int) -> Path | None:
     """The first folder in `models_dir` that has both TOKENIZERS, with vocabularies of this size; None if there is none."""
     for folder in sorted(models_dir.glob("*")):
         if all(len(read_vocabulary(folder / name)) == vocabulary_size for name in TOKENIZERS):

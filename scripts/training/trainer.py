@@ -49,20 +49,9 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
         with unet_in_background(job) as load:
             data = encode(job, group, encoder)
             unet, adapter = load()
-        optimizer = OPTIMIZERS[settings.optimizer.optimizer](adapter.weights, settings.optimizer)
-        step = build_engine(
-            job.engine,
-            unet,
-            adapter,
-            optimizer,
-            loss_config(job),
-            job.precision,
-            settings.optimizer.max_grad_norm,
-            group.all_reduce,
-            gradient_checkpointing=settings.model.gradient_checkpointing,
-        )
+        step = build_step(job, group, unet, adapter)
         if job.saved:
-            restore(job.saved, group, adapter.weights, optimizer, step.scaler)
+            restore(job.saved, group, adapter.weights, step.optimizer, step.scaler)
         schedule, reader = schedule_of(job), batch_reader(job, group, data)
         batches = prefetch(reader, schedule.remaining, settings.data.dataloader_num_workers)
         remaining = len(schedule.remaining)
@@ -174,14 +163,28 @@ def _encode_in_worker(job: TrainingJob) -> EncodedData:
     return encode(job, ProcessGroup())
 
 
-def loss_config(job: TrainingJob) -> LossConfig:
-    return LossConfig(
+def build_step(job: TrainingJob, group: ProcessGroup, unet: UNet2DConditionModel, adapter: Adapter) -> TrainStep:
+    """The training step of the job's engine, with its optimizer and loss."""
+    settings = job.settings
+    optimizer = OPTIMIZERS[settings.optimizer.optimizer](adapter.weights, settings.optimizer)
+    config = LossConfig(
         prediction_type=job.plan.schedule.prediction_type,
         alphas_cumprod=alphas_cumprod(job.plan.schedule).to(job.precision.device, torch.float32),
         min_snr_gamma=job.plan.min_snr_gamma,
         noise_offset=job.plan.noise_offset,
         latent_scaling=job.base.components["vae"].config["scaling_factor"],
-        loss=job.settings.objective.loss,
+        loss=settings.objective.loss,
+    )
+    return build_engine(
+        job.engine,
+        unet,
+        adapter,
+        optimizer,
+        config,
+        job.precision,
+        settings.optimizer.max_grad_norm,
+        group.all_reduce,
+        gradient_checkpointing=settings.model.gradient_checkpointing,
     )
 
 

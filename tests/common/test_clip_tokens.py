@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from common.clip_tokens import ClipTokens, find_clip_tokens, find_tokenizers, read_vocabulary
+from common.clip_tokens import ClipTokens, find_clip_tokens, find_tokenizers_in, read_vocabulary
 
 TEXTS = [
     "nyafyi_woman, 1girl, brown hair, looking at viewer, >_<, ^_^, white shirt",
@@ -69,12 +69,12 @@ def test_both_tokenizers_of_a_given_vocabulary_size_are_found(tiny_sdxl, tmp_pat
     assert size > 500
     (tmp_path / "a.safetensors").write_bytes(b"")
     shutil.copytree(tiny_sdxl / "tokenizer", tmp_path / "only_one" / "tokenizer")
-    assert find_tokenizers(tmp_path, size) is None
+    assert find_tokenizers_in(tmp_path, size) is None
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(tiny_sdxl / name, tmp_path / "sdxl" / name)
-    assert find_tokenizers(tmp_path, size) == tmp_path / "sdxl"
-    assert find_tokenizers(tmp_path, size + 1) is None
-    assert find_tokenizers(tmp_path / "missing", size) is None
+    assert find_tokenizers_in(tmp_path, size) == tmp_path / "sdxl"
+    assert find_tokenizers_in(tmp_path, size + 1) is None
+    assert find_tokenizers_in(tmp_path / "missing", size) is None
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "vocab.json", "merges.txt"])

@@ -13,9 +13,16 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from training.data.batches import Batch
 from training.engine.cuda_graphs import CudaGraphRunner
-from training.method import diffusion
 from training.method.adapters import Adapter
-from training.method.diffusion import LossConfig
+from training.method.diffusion import (
+    LossConfig,
+    loss_per_sample,
+    noised,
+    offset_noise,
+    sampled_latents,
+    target_of,
+    weight_per_sample,
+)
 from training.method.optimizers import Optimizer
 from training.system.device import Precision
 
@@ -141,13 +148,13 @@ class TrainStep:
     def weighted_loss(self, batch: Batch) -> torch.Tensor:
         """Scalar: the batch's part of the loss of the optimizer step, differentiable in the adapter's weights."""
         config = self.config
-        latents = diffusion.sampled_latents(batch.mean, batch.log_variance, batch.latent_noise, config.latent_scaling)
-        noise = diffusion.offset_noise(batch.noise, batch.offset, config.noise_offset)
+        latents = sampled_latents(batch.mean, batch.log_variance, batch.latent_noise, config.latent_scaling)
+        noise = offset_noise(batch.noise, batch.offset, config.noise_offset)
         alpha_bar = config.alphas_cumprod[batch.timesteps]
-        prediction = self.predict(diffusion.noised(latents, noise, alpha_bar), batch)
-        target = diffusion.target(latents, noise, alpha_bar, config.prediction_type)
-        losses = diffusion.loss_per_sample(prediction, target, config.loss)
-        return (losses * diffusion.weight_per_sample(alpha_bar, config) * batch.weights).sum()
+        prediction = self.predict(noised(latents, noise, alpha_bar), batch)
+        target = target_of(latents, noise, alpha_bar, config.prediction_type)
+        losses = loss_per_sample(prediction, target, config.loss)
+        return (losses * weight_per_sample(alpha_bar, config) * batch.weights).sum()
 
     def predict(self, noisy: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[B, C, h, w] fp32: the UNet's prediction, computed in its own dtype."""

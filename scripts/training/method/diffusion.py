@@ -65,7 +65,7 @@ def noised(latents: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) 
     return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
 
 
-def target(latents: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor, prediction_type: PredictionType) -> torch.Tensor:
+def target_of(latents: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor, prediction_type: PredictionType) -> torch.Tensor:
     """[B, C, h, w]: what the UNet should have answered: eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
     (Salimans & Ho 2022, arXiv 2202.00512, section 2.4)."""
     if prediction_type == "epsilon":

@@ -7,8 +7,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from common import clip_tokens
-from common.clip_tokens import TOKENIZERS
+from common.clip_tokens import TOKENIZERS, find_tokenizers_in
 from common.errors import ModelError
 from common.files import sha256_of, write_json
 from common.hub import HubError, download, download_command, file_size_bytes
@@ -67,7 +66,7 @@ def find_tokenizers(base: BaseModel, models_dir: Path) -> Path | None:
     """The folder that holds `tokenizer/` and `tokenizer_2/` for `base`: its own, or for a single file one in `models_dir`."""
     if base.path.is_dir():
         return base.path
-    return clip_tokens.find_tokenizers(models_dir, base.components["text_encoder"].config["vocab_size"])
+    return find_tokenizers_in(models_dir, base.components["text_encoder"].config["vocab_size"])
 
 
 def find_or_download_tokenizers(base: BaseModel, models_dir: Path) -> Path:

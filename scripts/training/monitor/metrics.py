@@ -51,8 +51,7 @@ class Metrics(Callback):
         for log in self.logs:
             log(values, step.number)
 
-    def after_validation(self, step: OptimizerStep, values: dict[str, float]) -> None:
-        self.after_step(step, values)
+    after_validation = after_step
 
     def close(self) -> None:
         """Close the file, which writes what a full disk has refused before."""

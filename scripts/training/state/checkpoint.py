@@ -44,10 +44,6 @@ class Identity:
     shared_prefix_steps: int
     """How many of its steps a run of more epochs begins with as well."""
 
-    def to_json(self) -> dict[str, Any]:
-        """The record's names are those of the first version."""
-        return {"fingerprint": self.fingerprint, "circumstances": self.runtime, "common_steps": self.shared_prefix_steps}
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -89,7 +85,11 @@ def write(folder: Path, state: Snapshot, identity: Identity, keep: int) -> None:
     record = {
         "progress": asdict(state.progress),
         "scaler": state.scaler,
-        "identity": identity.to_json(),
+        "identity": {  # by the names of the first version
+            "fingerprint": identity.fingerprint,
+            "circumstances": identity.runtime,
+            "common_steps": identity.shared_prefix_steps,
+        },
         "tensors": file.name,
         "sha256": _digest(file),
     }

@@ -40,7 +40,7 @@ def written_out(latents, noise, prediction, prediction_type: str, gamma: float) 
 
 
 def ours(tensors, prediction_type: str, gamma: float) -> torch.Tensor:
-    wanted = objective.target(tensors["latents"], tensors["noise"], tensors["alpha_bar"], prediction_type)
+    wanted = objective.target_of(tensors["latents"], tensors["noise"], tensors["alpha_bar"], prediction_type)
     losses = objective.loss_per_sample(tensors["prediction"], wanted)
     return losses * objective.min_snr_weight(tensors["alpha_bar"], gamma, prediction_type) if gamma else losses
 
@@ -91,7 +91,7 @@ def test_noising_keeps_the_variance_and_ends_in_pure_noise(tensors):
 
 
 def test_v_at_the_last_timestep_of_a_zero_terminal_schedule_is_minus_the_latents(tensors):
-    wanted = objective.target(tensors["latents"], tensors["noise"], tensors["alpha_bar"], "v_prediction")
+    wanted = objective.target_of(tensors["latents"], tensors["noise"], tensors["alpha_bar"], "v_prediction")
     assert torch.equal(wanted[-1], -tensors["latents"][-1])
 
 
