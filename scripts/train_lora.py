@@ -85,8 +85,8 @@ def validate(sections: dict[str, Any]) -> Iterator[str]:
 if __name__ == "__main__":
     try:
         code = run_main(STAGE, lambda: main(sys.argv[1:]))
-    except SystemExit as asked:
-        code = asked.code or 0
+    except SystemExit as exit_request:
+        code = exit_request.code or 0
     for stream in filter(None, (sys.stdout, sys.stderr)):  # either may have been closed before the start
         stream.flush()
     os._exit(code)  # everything is on disk; NCCL would wait forever for the CUDA graphs that it is part of

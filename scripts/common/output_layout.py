@@ -13,7 +13,7 @@ from common.files import locked, nearest_existing, write_problem
 from common.weights import read_header
 
 MIN_FREE_BYTES = 4 * 2**30
-"""Enough for the caches of some hundred images, two saved states of 1 GB, and the LoRA files."""
+"""Enough for the caches of some hundred images, two checkpoints of 1 GB, and the LoRA files."""
 
 
 class OutputLayout:
@@ -105,7 +105,7 @@ def check_disk_space(output_dir: Path) -> str:
     folder = nearest_existing(output_dir)
     free, needed = shutil.disk_usage(folder).free / 2**30, MIN_FREE_BYTES / 2**30
     if free < needed:
-        raise ResourceError(f"{folder}: {free:.1f} GiB free, but caches and saved states need {needed:.0f} GiB; free disk space")
+        raise ResourceError(f"{folder}: {free:.1f} GiB free, but caches and checkpoints need {needed:.0f} GiB; free disk space")
     return f"disk: {free:.0f} GiB free in {folder}"
 
 

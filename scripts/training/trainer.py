@@ -248,8 +248,8 @@ def stop_request(group: ProcessGroup, guard: MemoryGuard | None) -> Callable[[],
     request = StopRequest()
 
     def reason() -> Interruption | None:
-        if guard and guard.wants_empty_caches:
-            guard.wants_empty_caches = False
+        if guard and guard.cache_clear_requested:
+            guard.cache_clear_requested = False
             gc.collect()
             torch.cuda.empty_cache()
         signum = group.all_reduce_max(request.signum)

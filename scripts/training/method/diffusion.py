@@ -49,7 +49,7 @@ def _zero_terminal(betas: torch.Tensor) -> torch.Tensor:
 
 
 def sampled_latents(mean: torch.Tensor, log_variance: torch.Tensor, noise: torch.Tensor, scaling_factor: float) -> torch.Tensor:
-    """[B, C, h, w]: a draw from the VAE's posterior N(mean, exp(log_variance)), scaled as the UNet wants it."""
+    """[B, C, h, w]: a draw from the VAE's posterior N(mean, exp(log_variance)), scaled as the UNet expects it."""
     return (mean + torch.exp(0.5 * log_variance) * noise) * scaling_factor
 
 
@@ -66,7 +66,7 @@ def noised(latents: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) 
 
 
 def target_of(latents: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor, prediction_type: PredictionType) -> torch.Tensor:
-    """[B, C, h, w]: what the UNet should have answered: eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
+    """[B, C, h, w]: what the UNet should predict: eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
     (Salimans & Ho 2022, arXiv 2202.00512, section 2.4)."""
     if prediction_type == "epsilon":
         return noise

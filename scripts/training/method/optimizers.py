@@ -34,7 +34,7 @@ class Optimizer(Protocol):
         """Take one step. Nothing changes where `found_inf` (scalar) is not 0."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Everything beside the weights that the next step depends on, by name."""
+        """Everything besides the weights that the next step depends on, by name."""
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from a `state_dict`, which may be on another device."""

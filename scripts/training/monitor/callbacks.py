@@ -20,7 +20,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Progress:
-    """Everything that the loop knows beside the weights."""
+    """Everything that the loop knows besides the weights."""
 
     next_step: int = 0
     """The optimizer step that comes next."""
@@ -55,7 +55,7 @@ def smoothed(validations: Sequence[Validation]) -> list[Validation]:
 
 
 class Callback:
-    """What happens beside the training. A callback overrides what it needs."""
+    """What happens besides the training. A callback overrides what it needs."""
 
     def after_step(self, step: OptimizerStep, values: dict[str, float]) -> None:
         """Called when the result of `step` is known; `values` are its numbers by name: epoch, lr, loss, gradient_norm ..."""

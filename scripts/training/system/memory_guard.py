@@ -108,7 +108,7 @@ class MemoryGuard:
     MEMORY_SIGNAL to its own process, and below `emergency` it exits."""
 
     def __init__(self, limits: Thresholds, files: MemoryFiles = PROC):
-        self.wants_empty_caches = False
+        self.cache_clear_requested = False
         """The training loop frees its caches and resets this."""
         self._limits = limits
         self._files = files
@@ -128,7 +128,7 @@ class MemoryGuard:
             os.kill(os.getpid(), MEMORY_SIGNAL)
         elif memory.available < self._limits.warn and not self._has_warned:
             _report(memory, "freeing caches")
-            self.wants_empty_caches = self._has_warned = True
+            self.cache_clear_requested = self._has_warned = True
 
 
 def _report(memory: Memory, action: str) -> None:

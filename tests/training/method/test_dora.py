@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.errors import ModelError
 from demo import tiny_sdxl
 from training.config import LoraSettings
 from training.method.adapters import ADAPTER, inject, row_norms
@@ -74,5 +75,5 @@ def test_a_dora_without_its_scales_is_refused(base, tmp_path):
     tensors = kohya_tensors(dora.modules, alpha=3.0)
     missing = next(name for name in tensors if name.endswith(".dora_scale"))
     write_tensors(tmp_path / "dora.safetensors", {name: tensor for name, tensor in tensors.items() if name != missing})
-    with pytest.raises(Exception, match=f"{missing}: "):
+    with pytest.raises(ModelError, match=f"{missing}: "):
         verify(tmp_path / "dora.safetensors", tensors)

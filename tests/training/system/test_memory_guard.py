@@ -78,10 +78,10 @@ def test_thresholds_of_a_spark_are_16_12_8_and_2_gib():
 def test_caches_are_freed_first_and_two_low_polls_in_a_row_stop_the_run(proc, sent, capsys):
     guard = MemoryGuard(SPARK, proc.set(13))
     guard.poll()
-    assert (guard.wants_empty_caches, sent) == (False, [])
+    assert (guard.cache_clear_requested, sent) == (False, [])
     proc.set(11)
     guard.poll()
-    assert guard.wants_empty_caches
+    assert guard.cache_clear_requested
     proc.set(7)
     guard.poll()
     proc.set(9)

@@ -14,6 +14,7 @@ _GROUP_ROWS, _GROUP_COLUMNS = 32, 64
 
 
 _ROWS_PER_PROGRAM = 256
+"""Of an image, that one program sums up before the group norm's second kernel adds the parts."""
 
 
 @triton.jit

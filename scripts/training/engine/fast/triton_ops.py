@@ -59,8 +59,8 @@ class _GroupNorm(torch.autograd.Function):
         ctx.groups, ctx.silu = groups, silu
         ctx.save_for_backward(rows, plus, weight, *kept)
         ctx.set_materialize_grads(False)
-        # x is returned as well: who needs it beside the norm takes it from here, and its gradient comes back as d_x, which the
-        # kernel of the norm's gradient adds.
+        # x is returned as well: code that needs it besides the norm takes it from here. Its gradient comes back as d_x, which
+        # the kernel of the norm's gradient adds.
         return x.view_as(x), _as_image(out, x)
 
     @staticmethod
