@@ -172,6 +172,11 @@ class LoggingSettings:
     wandb_project: str = setting("loracat", role="saving")
 
 
+def unsupported_by_fast_engine(lora: LoraSettings) -> str:
+    """Why the fast engine cannot train this adapter; empty if it can."""
+    return "" if lora.lora_type == "lora" else f"the fast engine does not support LORA_TYPE={lora.lora_type}"
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """`[train]`: every table of the training stage."""
@@ -186,3 +191,8 @@ class TrainSettings:
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     saving: SavingSettings = field(default_factory=SavingSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
+
+    def validate(self) -> Iterator[str]:
+        unsupported = unsupported_by_fast_engine(self.lora)
+        if self.run.engine == "fast" and unsupported:
+            yield f"ENGINE=fast: {unsupported}; set ENGINE=auto"

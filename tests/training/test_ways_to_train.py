@@ -66,14 +66,18 @@ def test_a_dora_is_trained_by_the_plain_engine_and_has_its_scales(images):
 def test_the_fast_engine_refuses_what_it_does_not_support(images):
     refused = images.run(**QUICK, ENGINE="fast", LORA_TYPE="dora")
     assert refused.returncode == 2
-    assert refused.stderr == "train_lora: ENGINE=fast: the fast engine does not support LORA_TYPE=dora; set ENGINE=auto\n"
+    problem = "ENGINE=fast: the fast engine does not support LORA_TYPE=dora; set ENGINE=auto"
+    assert refused.stderr == f"train_lora: invalid settings:\n  - {problem}\n"
     assert not images.lora.exists()
 
 
 def test_a_wrong_choice_is_refused_before_there_are_images(stage):
     """run.sh checks every stage before it collects for hours."""
-    refused = stage.run("--check=ahead", ENGINE="fast", LORA_TYPE="dora")
+    refused = stage.run("--settings", ENGINE="fast", LORA_TYPE="dora")
     assert "ENGINE=fast: the fast engine does not support LORA_TYPE=dora; set ENGINE=auto" in refused.stderr
+    assert refused.returncode == 2
+    refused = stage.run("--check=ahead", OPTIMIZER="adamw8bit")
+    assert "OPTIMIZER=adamw8bit needs" in refused.stderr or "OPTIMIZER=adamw8bit: the package" in refused.stderr
     assert refused.returncode == 2
 
 

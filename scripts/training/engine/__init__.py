@@ -6,8 +6,7 @@ from typing import Literal
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from common.errors import SettingsError
-from training.config import LoraSettings
+from training.config import LoraSettings, unsupported_by_fast_engine
 from training.engine.step import TrainStep, enable_gradient_checkpointing
 from training.method.adapters import Adapter
 from training.method.diffusion import LossConfig
@@ -18,15 +17,10 @@ EngineName = Literal["fast", "plain"]
 
 
 def choose_engine(requested: Literal["auto", "fast", "plain"], lora: LoraSettings) -> tuple[EngineName, str]:
-    """The engine for a request, and the reason for it in a few words.
-
-    Raises SettingsError if the fast engine is requested and does not support the rest of the request.
-    """
-    unsupported = "" if lora.lora_type == "lora" else f"the fast engine does not support LORA_TYPE={lora.lora_type}"
-    if requested == "fast" and unsupported:
-        raise SettingsError(f"ENGINE=fast: {unsupported}; set ENGINE=auto")
+    """The engine for a request, and the reason for it in a few words. The settings refuse "fast" where it is not supported."""
     if requested != "auto":
         return requested, f"ENGINE={requested}"
+    unsupported = unsupported_by_fast_engine(lora)
     return ("plain", unsupported) if unsupported else ("fast", "supports these settings")
 
 

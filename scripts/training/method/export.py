@@ -69,8 +69,8 @@ def write_lora(path: Path, modules: Sequence[LoraModule], about: Description) ->
 def kohya_tensors(modules: Sequence[LoraModule], alpha: float) -> dict[str, torch.Tensor]:
     """`<module>.lora_down.weight` [r, in], `<module>.lora_up.weight` [out, r] and the 0-d `<module>.alpha`, in fp16 on the CPU.
 
-    A layer's change is alpha / r * up @ down. A DoRA also has `<module>.dora_scale` [out, 1], and all its tensors but alpha are
-    fp32: fp16 would round the norm of a whole row. Raises ModelError if a value is not finite in that type.
+    A layer's change is alpha / r * up @ down. A DoRA also has `<module>.dora_scale` [out, 1], and all its tensors are fp32: fp16
+    would round the norm of a whole row. Raises ModelError if a value is not finite in that type.
     """
     dtype = torch.float16 if all(module.magnitude is None for module in modules) else torch.float32
     parts = [part.detach() for module in modules for part in (module.down, module.up)]
@@ -81,7 +81,7 @@ def kohya_tensors(modules: Sequence[LoraModule], alpha: float) -> dict[str, torc
         name = kohya_name(module.name)
         tensors[f"{name}.lora_down.weight"] = next(weights).view_as(module.down).clone()
         tensors[f"{name}.lora_up.weight"] = next(weights).view_as(module.up).clone()
-        tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float16)
+        tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float16 if module.magnitude is None else torch.float32)
         if module.magnitude is not None:
             down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
             tensors[f"{name}.dora_scale"] = dora_scale(module, down, up, tensors[f"{name}.alpha"].item() / down.shape[0])

@@ -20,9 +20,9 @@ def base(tmp_path_factory):
     return find_base(str(folder), folder.parent)
 
 
-def injected(base, **settings):
+def injected(base, alpha: float = 3.0, **settings):
     unet = load_unet(base, torch.device("cpu"), torch.float32)
-    return unet, inject(unet, LoraSettings(lora_rank=4, lora_alpha=3.0, lora_type="dora", **settings), seed=5)
+    return unet, inject(unet, LoraSettings(lora_rank=4, lora_alpha=alpha, lora_type="dora", **settings), seed=5)
 
 
 def as_comfyui_patches(weight: torch.Tensor, lora: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -46,15 +46,16 @@ def test_a_fresh_dora_changes_nothing(base):
     assert all(torch.equal(module.magnitude, row_norms(module.base)) for module in dora.modules)
 
 
-def test_comfyui_patches_the_weights_that_peft_trained(base, tmp_path):
+@pytest.mark.parametrize("alpha", [3.0, 0.7], ids=["exact in fp16", "not exact in fp16"])
+def test_comfyui_patches_the_weights_that_peft_trained(base, tmp_path, alpha):
     """Weights are compared with those that PEFT itself would merge, for a DoRA that does something."""
-    unet, dora = injected(base)
+    unet, dora = injected(base, alpha)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for module in dora.modules:
             module.up.copy_(0.02 * torch.randn(module.up.shape, generator=generator))
             module.magnitude.mul_(1 + 0.1 * torch.rand(module.magnitude.shape, generator=generator))
-    tensors = kohya_tensors(dora.modules, alpha=3.0)
+    tensors = kohya_tensors(dora.modules, alpha)
     write_tensors(tmp_path / "dora.safetensors", tensors)
     verify(tmp_path / "dora.safetensors", tensors)
     read = load_file(tmp_path / "dora.safetensors")
