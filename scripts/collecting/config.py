@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.project import SharedCollectSettings
 from common.settings import setting, without_logins
 
 _FRAMING_HEADERS = ("content-length", "transfer-encoding", "content-type", "host", "connection")
@@ -13,11 +14,9 @@ _FRAMING_HEADERS = ("content-length", "transfer-encoding", "content-type", "host
 
 
 @dataclass(frozen=True)
-class CollectSettings:
+class CollectSettings(SharedCollectSettings):
     """`[collect]`: the ComfyUI servers and what is submitted to them."""
 
-    comfyui_endpoint: str = setting("http://host.docker.internal:8188")
-    """URLs of one or several servers, separated by commas."""
     comfyui_workflow: Path = setting(Path("workflow_api.json"))
     workflow_config: Path = setting(Path("config/workflow_config.json"))
     prompts_file: Path = setting(Path("prompts.json"))

@@ -26,10 +26,16 @@ class ProjectSettings:
 
 
 @dataclass(frozen=True)
-class ComfyUIAddress(PartialSection):
-    """The one key of `[collect]` that training reads as well: it appears in advice when memory is short."""
+class SharedCollectSettings:
+    """The part of `[collect]` that training reads: the address appears in advice when memory is short."""
 
     comfyui_endpoint: str = setting("http://host.docker.internal:8188")
+    """URLs of one or several servers, separated by commas."""
+
+
+@dataclass(frozen=True)
+class ComfyUIAddress(SharedCollectSettings, PartialSection):
+    """The same as a section; collecting/config.py has all of it."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -50,7 +49,6 @@ class LoraModule:
 class Adapter:
     """Everything that is trained, P weights in all, on the UNet's device."""
 
-    kind: Literal["lora", "dora"]
     scale: float
     """alpha / rank"""
     weights: torch.nn.Parameter
@@ -119,7 +117,6 @@ def _with_flat_parameters(layers: dict[str, LoraLinear], settings: LoraSettings,
     """
     groups = shared_input_groups(layers.items())
     ordered = {name: layers[name] for names in groups.values() for name in names}
-    shapes = [(settings.lora_rank, layers[name].in_features) for name in ordered]
     count = sum(settings.lora_rank * (layer.in_features + layer.out_features) for layer in ordered.values())
     if settings.lora_type == "dora":
         count += sum(layer.out_features for layer in ordered.values())
@@ -144,14 +141,15 @@ def _with_flat_parameters(layers: dict[str, LoraLinear], settings: LoraSettings,
         for name in names:
             layers[name].lora_B[ADAPTER].weight = parameter(layers[name].out_features, settings.lora_rank)
     with torch.no_grad():
-        for (name, layer), shape in zip(ordered.items(), shapes, strict=True):
-            layer.lora_A[ADAPTER].weight.copy_(_uniform(seed, name, shape, layer.in_features**-0.5))
+        for name, layer in ordered.items():
+            down = layer.lora_A[ADAPTER].weight
+            down.copy_(_uniform(seed, name, tuple(down.shape), layer.in_features**-0.5))
         if settings.lora_type == "dora":
             for layer in ordered.values():
                 layer.lora_magnitude_vector[ADAPTER].weight = parameter(layer.out_features)
                 layer.lora_magnitude_vector[ADAPTER].weight.copy_(row_norms(layer.base_layer.weight))
     modules = [_lora_module(name, layer, settings.lora_type) for name, layer in layers.items()]
-    return Adapter(settings.lora_type, settings.lora_alpha / settings.lora_rank, weights, sums, modules, ordered)
+    return Adapter(settings.lora_alpha / settings.lora_rank, weights, sums, modules, ordered)
 
 
 def _lora_module(name: str, layer: LoraLinear, kind: str) -> LoraModule:

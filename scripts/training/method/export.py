@@ -81,7 +81,7 @@ def kohya_tensors(modules: Sequence[LoraModule], alpha: float) -> dict[str, torc
         name = kohya_name(module.name)
         tensors[f"{name}.lora_down.weight"] = next(weights).view_as(module.down).clone()
         tensors[f"{name}.lora_up.weight"] = next(weights).view_as(module.up).clone()
-        tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float16 if module.magnitude is None else torch.float32)
+        tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=dtype)
         if module.magnitude is not None:
             down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
             tensors[f"{name}.dora_scale"] = dora_scale(module, down, up, tensors[f"{name}.alpha"].item() / down.shape[0])
