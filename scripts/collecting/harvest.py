@@ -11,7 +11,8 @@ from collecting.graph import Graph, graph_hash, literal_seeds, node_label, upstr
 from collecting.image_store import DownloadedImage, ImageStore
 from collecting.jobs import InFlight, Job, Plan
 from collecting.journal import Journal
-from common.images import DOWNLOAD_SUFFIXES, BrokenImageError
+from common.dataset_layout import FORMAT_NAMES, IMAGE_SUFFIXES
+from common.images import BrokenImageError
 
 DOWNLOAD_RETRY_DELAYS_S = (0.5, 1.0, 2.0)
 """Delays between the attempts for an image that arrives damaged."""
@@ -77,8 +78,8 @@ class HistoryEntry:
                 skipped.append(f"{file.filename!r} (animated)")
             elif file.kind == "temp":
                 skipped.append(f"{file.filename!r} (preview)")
-            elif not file.filename.lower().endswith(DOWNLOAD_SUFFIXES):
-                skipped.append(f"{file.filename!r} (not a PNG, JPEG or WebP image)")
+            elif not file.filename.lower().endswith(IMAGE_SUFFIXES):
+                skipped.append(f"{file.filename!r} (not a {FORMAT_NAMES} image)")
             else:
                 images.append(file)
         others = [key for key, value in output.items() if key not in ("images", "animated") and value]

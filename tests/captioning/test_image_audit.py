@@ -176,7 +176,7 @@ def test_damaged_record_means_that_images_are_measured_again(folder, photographs
 
 def test_file_that_is_not_an_image_is_refused(tmp_path):
     (tmp_path / "a.png").write_text("no")
-    with pytest.raises(BrokenImageError, match="is not a PNG, JPEG, WebP or BMP image"):
+    with pytest.raises(BrokenImageError, match="is not a PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF image"):
         measure(tmp_path / "a.png")
     with pytest.raises(BrokenImageError, match="cannot be read: No such file"):
         measure(tmp_path / "b.png")

@@ -57,6 +57,14 @@ def write_long(image, path):
     image.resize((2000, 3)).save(path, "PNG")
 
 
+def write_senseless_exif(image, path):
+    """An orientation that would be written back, and beside it a number of numbers that is none."""
+    exif = "4d4d002a0000000800030100000200000006000000320112000300000001000600008769000400000001000000380000000068656c6c"
+    image.save(
+        path, "PNG", exif=b"Exif\0\0" + bytes.fromhex(exif + "030000019003000200000005" + "0000004a0000000032303230" + "0000")
+    )
+
+
 USABLE = [
     write_cmyk,
     write_sixteen_bit,
@@ -69,6 +77,7 @@ USABLE = [
     write_animated_png,
     write_tiny,
     write_long,
+    write_senseless_exif,
 ]
 
 
@@ -109,14 +118,6 @@ def write_endless(image, path):
     Image.new("1", (300, 60_000)).save(path, "PNG")
 
 
-def write_senseless_exif(image, path):
-    """An orientation that would be written back, and beside it a number of numbers that is none."""
-    exif = "4d4d002a0000000800030100000200000006000000320112000300000001000600008769000400000001000000380000000068656c6c"
-    image.save(
-        path, "PNG", exif=b"Exif\0\0" + bytes.fromhex(exif + "030000019003000200000005" + "0000004a0000000032303230" + "0000")
-    )
-
-
 def write_gif(image, path):
     image.save(path, "GIF")
 
@@ -124,12 +125,11 @@ def write_gif(image, path):
 UNUSABLE = {
     write_cut_off: "cannot be decoded: ",
     write_damaged: "cannot be decoded: ",
-    write_text: "is not a PNG, JPEG, WebP or BMP image",
+    write_text: "is not a PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF image",
     write_nothing: "is empty",
     write_bomb: "has more than 89,478,485 pixels",
-    write_senseless_exif: "cannot be decoded: ",
     write_endless: "is longer than 16,384 pixels",
-    write_gif: "is not a PNG, JPEG, WebP or BMP image",
+    write_gif: "is a GIF, which is not read (save it as PNG or JPEG)",
 }
 
 

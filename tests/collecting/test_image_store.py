@@ -70,10 +70,9 @@ def test_damaged_png_is_refused():
     ("content", "words"),
     [
         (b"", "empty"),
-        (b"not an image", "is not a PNG, JPEG or WebP image"),
-        (b"<html>log in</html>", "is not a PNG, JPEG or WebP image"),
-        (encoded("BMP"), "is not a PNG, JPEG or WebP image"),
-        (encoded("GIF"), "is not a PNG, JPEG or WebP image"),
+        (b"not an image", "is not a PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF image"),
+        (b"<html>log in</html>", "is not a PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF image"),
+        (encoded("GIF"), "is a GIF"),
         (animation(), "animation"),
         (bomb(), "pixels"),
     ],
