@@ -18,7 +18,10 @@ IDENTITY = (
     "Keep the identity of the person exactly as in Picture 1: the same facial features, face shape, eyes, skin tone, hair and "
     "apparent age. Do not copy the pose, clothing, background or lighting of Picture 1."
 )
-TEXTURE = "Natural skin texture with fine pores, detailed eyes, real fabric, true-to-life colours, fine film grain, sharp focus on the face."
+TEXTURE = (
+    "Natural skin texture with fine pores, detailed eyes, real fabric, true-to-life colours, "
+    "fine film grain, sharp focus on the face."
+)
 # SDXL's sizes of about one megapixel: node id, width, height.
 SIZES = {
     "square": ("30", 1024, 1024),
