@@ -178,6 +178,7 @@ class _Adapter(requests.adapters.HTTPAdapter):
 
     def __init__(self) -> None:
         self._connections: weakref.WeakSet[urllib3.connection.HTTPConnection] = weakref.WeakSet()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         super().__init__()
 
     def init_poolmanager(self, *arguments: Any, **options: Any) -> None:
@@ -194,6 +195,8 @@ class _Adapter(requests.adapters.HTTPAdapter):
             def connect(connection: urllib3.connection.HTTPConnection) -> None:
                 self._connections.add(connection)
                 pool.ConnectionCls.connect(connection)
+                # A connection forgets its socket when the response has no length, but not yet a body.
+                self._sockets.add(connection.sock)
 
             connection_class = type("NotedConnection", (pool.ConnectionCls,), {"connect": connect})
             return type("NotingPool", (pool,), {"ConnectionCls": connection_class})
@@ -208,10 +211,11 @@ class _Adapter(requests.adapters.HTTPAdapter):
 
         def cut() -> None:
             was_cut.set()
-            for connection in list(self._connections):
-                with contextlib.suppress(OSError, AttributeError):  # closed meanwhile, or not connected yet
+            connecting = (connection.sock for connection in list(self._connections) if connection.sock is not None)
+            for each in [*self._sockets, *connecting]:
+                with contextlib.suppress(OSError):  # closed meanwhile
                     # Not the method of an SSL socket, which would take the state away that the other thread is using.
-                    socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+                    socket.socket.shutdown(each, socket.SHUT_RDWR)
 
         timer = threading.Timer(limit_s, cut)
         timer.daemon = True
@@ -350,9 +354,11 @@ class Transport:
                 " or set COMFYUI_CA_BUNDLE if its certificate is self-signed"
             )
         if isinstance(error, requests.exceptions.ChunkedEncodingError | requests.exceptions.ContentDecodingError):
-            return TruncatedResponse(f"{self._name} sent a truncated response")
+            return TruncatedResponse(f"{self._name} sent a truncated response to {path}")
         if isinstance(error, requests.exceptions.Timeout):
             limits = f"{CONNECT_TIMEOUT_S} s to connect, {READ_TIMEOUT_S} s to answer, {BODY_TIMEOUT_S} s in total"
             return ServerUnavailable(f"{self._name} did not answer {path} in time ({limits})")
         reason = type(causes[-1]).__name__
-        return ServerUnavailable(f"{self._name} closed the connection ({reason}): did ComfyUI stop, or does it expect https?")
+        return ServerUnavailable(
+            f"{self._name} closed the connection during {path} ({reason}): did ComfyUI stop, or does it expect https?"
+        )
