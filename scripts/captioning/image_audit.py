@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from captioning.image_stats import HASH_SIDE, ImageStats, measure
 from common.background import prefetch
-from common.dataset_layout import CAPTION_SUFFIX, DatasetFolder, ImageFile, name_in, unused_entries
+from common.dataset_layout import CAPTION_SUFFIXES, DatasetFolder, ImageFile, name_in, unused_entries
 from common.files import sha256_of, write_json
 from common.images import BrokenImageError
 
@@ -189,9 +189,8 @@ def find_near_duplicates(images: Sequence[IndexedImage]) -> dict[str, str]:
 
 def _orphaned_captions(folder: Path, images: Sequence[ImageFile], ignored: Collection[str]) -> list[str]:
     """The captions without an image, even an ignored one."""
-    captions = {image.caption_path for image in images}
-    captions |= {(folder / name).with_suffix(CAPTION_SUFFIX) for name in ignored}
+    stems = {image.path.with_suffix("") for image in images} | {(folder / name).with_suffix("") for name in ignored}
     parents = sorted({folder, *(image.path.parent for image in images)})
     paths = [path for parent in parents for path in sorted(parent.iterdir())]
-    candidates = [path for path in paths if path.suffix.lower() == CAPTION_SUFFIX and not path.name.startswith(".")]
-    return [name_in(folder, path) for path in candidates if path not in captions]
+    captions = [path for path in paths if path.suffix.lower() in CAPTION_SUFFIXES and not path.name.startswith(".")]
+    return [name_in(folder, path) for path in captions if path.with_suffix("") not in stems]

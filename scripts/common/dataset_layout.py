@@ -7,7 +7,7 @@ can be trusted. Standard library only.
 import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,9 @@ _OTHER_SUFFIXES = {
 }
 UNREAD_SUFFIXES = {suffix: what for what, suffixes in _OTHER_SUFFIXES.items() for suffix in suffixes.split()}
 """Suffixes of images and videos that are not read -> what such a file is."""
-CAPTION_SUFFIX = ".txt"
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""In any case. A caption that the caption stage creates has the first one; of several captions of an image, the one with the
+earlier suffix is used."""
 
 HEAD_BYTES = 64
 """How much of a file says which format it has."""
@@ -87,15 +89,15 @@ class DatasetFolder:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image of the data set; `repeats` is how often one epoch uses it (N in a folder `N_name`, else 1)."""
+    """An image of the data set."""
 
     path: Path
     repeats: int
-
-    @property
-    def caption_path(self) -> Path:
-        """The file of the same stem with CAPTION_SUFFIX."""
-        return self.path.with_suffix(CAPTION_SUFFIX)
+    """How often one epoch uses it: N in a folder `N_name`, else 1."""
+    caption_path: Path
+    """The file of the same stem with one of CAPTION_SUFFIXES, or the one that the caption stage would create."""
+    unused_captions: tuple[Path, ...] = ()
+    """Further captions of the same stem; only `caption_path` is read."""
 
 
 def find_images(folder: Path) -> list[ImageFile]:
@@ -110,14 +112,22 @@ def find_images(folder: Path) -> list[ImageFile]:
     for child in children:
         if repeats := repeats_of(child):
             found += [(path, repeats) for path in child.iterdir()]
-    images = [
-        ImageFile(path, repeats)
-        for path, repeats in found
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    ]
+    captions: dict[Path, list[Path]] = {}
+    for path in sorted((path for path, _ in found if path.suffix.lower() in CAPTION_SUFFIXES), key=_caption_priority):
+        captions.setdefault(path.with_suffix(""), []).append(path)
+    images = []
+    for path, repeats in found:
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file():
+            used, *unused = captions.get(path.with_suffix(""), [path.with_suffix(CAPTION_SUFFIXES[0])])
+            images.append(ImageFile(path, repeats, used, tuple(unused)))
     first = {image.path.with_suffix("") for image in images if image.path.suffix.lower() in _FIRST_SUFFIXES}
     images = [image for image in images if image.path.suffix.lower() in _FIRST_SUFFIXES or image.path.with_suffix("") not in first]
     return sorted(images, key=lambda image: image.path.relative_to(folder).as_posix())
+
+
+def _caption_priority(path: Path) -> tuple[int, bool, str]:
+    """`x.txt` before `x.TXT` before `x.caption`."""
+    return CAPTION_SUFFIXES.index(path.suffix.lower()), path.suffix not in CAPTION_SUFFIXES, path.name
 
 
 def repeats_of(folder: Path) -> int | None:
@@ -129,16 +139,21 @@ def repeats_of(folder: Path) -> int | None:
 def unused_entries(folder: Path) -> dict[str, str]:
     """Name -> what it is, of every entry in `folder` that looks like a part of the data set and is not used.
 
-    These are images in folders other than `N_name`, images of formats that are not read, and images without a suffix.
+    These are images in folders other than `N_name`, images of formats that are not read or without a suffix, and further
+    captions of an image.
     """
     if not folder.is_dir():
         return {}
-    used = {image.path for image in find_images(folder)}
+    images = find_images(folder)
+    used, stems = {image.path for image in images}, {image.path.with_suffix("") for image in images}
     unused = _unused_folders(folder)
     for parent in [folder, *(child for child in folder.iterdir() if repeats_of(child))]:
         for path in parent.iterdir():
-            if path not in used and not path.name.startswith(".") and (what := _describe_unused(path)):
+            if path not in used and not path.name.startswith(".") and (what := _describe_unused(path, stems)):
                 unused[name_in(folder, path)] = what
+    for image in images:
+        for path in image.unused_captions:
+            unused[name_in(folder, path)] = f"{image.caption_path.name} is the caption; remove one of the two"
     return dict(sorted(unused.items()))
 
 
@@ -150,20 +165,25 @@ def describe_missing_images(folder: Path, remedy: str) -> str:
     return f"{folder}: no images ({FORMAT_NAMES}); {remedy}{not_used}"
 
 
-def _describe_unused(path: Path) -> str | None:
-    """What a file or folder that is not used is, with a remedy; None if it does not look like a part of the data set."""
+def _describe_unused(path: Path, stems: Collection[Path]) -> str | None:
+    """What a file or folder that is not used is, with a remedy; None if it does not look like a part of the data set.
+
+    `stems`: paths of the images that are used, without their suffixes.
+    """
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         if not path.exists():
             return "a link to nothing"
         return "has the stem of another image, which is used" if path.is_file() else "a folder"
-    if not path.is_file() or suffix == CAPTION_SUFFIX:
+    if not path.is_file() or suffix in CAPTION_SUFFIXES:
         return None
     if suffix in UNREAD_SUFFIXES:
         return f"{UNREAD_SUFFIXES[suffix]}; save it as PNG or JPEG to use it"
     with contextlib.suppress(OSError), path.open("rb") as file:
         if image_format := sniff_image_format(file.read(HEAD_BYTES)):
             return f"contains a {image_format.upper()} image; give it the suffix {IMAGE_FORMATS[image_format][0]} to use it"
+    if path.with_suffix("") in stems:
+        return f"neither an image nor a caption, which has the suffix {' or '.join(CAPTION_SUFFIXES)}"
     return None
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.captions import UnusableCaptionError, has_trigger, in_one_line, read_caption
 from common.dataset_layout import (
     DatasetFolder,
     ImageFile,
@@ -80,8 +81,7 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> list[Exampl
     if folders:
         print(f"the number before a folder's name is the repeats per epoch; rename it if it is a year: {', '.join(folders)}")
 
-    trigger_word = project.trigger_word.replace("_", " ").casefold()
-    missing = sum(trigger_word not in example.caption.replace("_", " ").casefold() for example in examples)
+    missing = sum(not has_trigger(example.caption, project.trigger_word) for example in examples)
     if missing:
         finding = f"{missing} of {len(examples)} captions do not contain the trigger word {project.trigger_word!r}"
         print(f"{finding}: run the caption stage again, or ignore this if it is intentional")
@@ -142,13 +142,11 @@ def _read(image: ImageFile, folder: Path) -> tuple[Example | None, list[str]]:
     name = name_in(folder, image.path)
     problems, caption = [], ""
     try:
-        caption = " ".join(image.caption_path.read_text(encoding="utf-8-sig").split())
+        caption = in_one_line(read_caption(image.caption_path, dataset=folder.parent))
     except FileNotFoundError:
         problems.append(f"{name}: has no caption {image.caption_path.name}; run the caption stage")
-    except UnicodeDecodeError:
-        problems.append(f"{name}: its caption {image.caption_path.name} is not UTF-8; save it as UTF-8")
-    except OSError as error:
-        problems.append(f"{name}: its caption {image.caption_path.name}: {error.strerror}")
+    except UnusableCaptionError as error:
+        problems.append(f"{name}: its caption {image.caption_path.name} {error}")
     try:
         decoded = read_image(image.path)
         width, height = decoded.rgb.size
@@ -164,7 +162,6 @@ def _read(image: ImageFile, folder: Path) -> tuple[Example | None, list[str]]:
 
 def other_entries(folder: Path, unused: Collection[str]) -> list[str]:
     """Names of the other entries in `folder` that are neither images, captions of images, nor `N_name` folders with images."""
-    images = [image.path for image in find_images(folder)]
-    used = {image.relative_to(folder).parts[0] for image in images} | {image.with_suffix(".txt").name for image in images}
-    used |= {Path(name).parts[0] for name in unused}
+    paths = [path for image in find_images(folder) for path in (image.path, image.caption_path)]
+    used = {path.relative_to(folder).parts[0] for path in paths} | {Path(name).parts[0] for name in unused}
     return sorted(entry.name for entry in folder.iterdir() if entry.name not in used and not entry.name.startswith("."))
