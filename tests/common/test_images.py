@@ -1,6 +1,7 @@
 """Images on the disk and downloaded images go through one decoder, with the same limits and the same words."""
 
 import io
+import re
 import struct
 import subprocess
 import sys
@@ -101,6 +102,15 @@ def test_formats(tmp_path, image_format):
     )
     assert image.rgb.getpixel((20, 15)) >= (250, 0, 0)
     assert verify_download(content).format == image_format
+
+
+def test_documented_formats_and_limits():
+    page = (REPOSITORY / "docs" / "images.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (PNG|JPEG|WebP|BMP|TIFF|HEIC|AVIF) \| (.*) \|$", page, re.MULTILINE)
+    assert {name.lower(): tuple(re.findall(r"`(\.\w+)`", suffixes)) for name, suffixes in rows} == IMAGE_FORMATS
+    for limit in (images.MAX_PIXELS, images.MAX_SIDE_PX, images.MAX_JPEG_PIXELS):
+        assert f"{limit:,}" in page
+    assert f"{images.MAX_FILE_BYTES >> 20} MiB" in page
 
 
 def test_heic_and_avif_are_told_apart_by_their_brands():
