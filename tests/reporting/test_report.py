@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[2]
 CONFIG = """
 [project]
 trigger_word = "sks_woman"
-models_dir = "/home/anna/private/models"
+models_dir = "/srv/anna/private/models"
 
 [train.model]
-base_model = "/home/anna/private/models/base.safetensors"
+base_model = "/srv/anna/private/models/base.safetensors"
 
 [train.optimizer]
 learning_rate = 5e-05  # set by LEARNING_RATE
@@ -158,7 +158,7 @@ def test_the_page_holds_no_login_and_no_path_outside_the_project(project, tmp_pa
     project.add_image("a.png", "sks_woman")
     project.add_run()
     html = project.html()
-    for secret in ("hunter2", "anna", "/home", str(tmp_path)):
+    for secret in ("hunter2", "anna", "/srv", str(tmp_path)):
         assert secret not in html
     assert "base.safetensors" in html
 
