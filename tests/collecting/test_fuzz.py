@@ -263,6 +263,7 @@ status_lines = st.sampled_from([b"HTTP/1.1 %d x" % status for status in STATUSES
 @times(20)
 @example(status=b"HTTP/1.1 302 Found", headers=[b"Location: file:///etc/passwd"], body=b"", call="queue")
 @example(status=b"HTTP/1.1 302 Found", headers=[b"Location: \xff\xfe"], body=b"", call="queue")
+@example(status=b"HTTP/1.1 200 OK", headers=[b"Transfer-Encoding: chunked"], body=b"-2\r\n{}", call="queue")
 @example(status=b"HTTP/1.1 200 OK", headers=[b"x: y"] * 200, body=b"{}", call="queue")
 @given(status=status_lines, headers=st.lists(header_lines, max_size=5), body=raw_bodies, call=st.sampled_from(sorted(CALLS)))
 def test_every_response_is_a_value_or_an_error_of_comfyui(raw, status, headers, body, call):
