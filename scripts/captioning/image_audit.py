@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from captioning.image_stats import HASH_SIDE, ImageStats, measure
 from common.background import prefetch
 from common.dataset_layout import CAPTION_SUFFIXES, IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in, repeats_of
 from common.files import sha256_of, write_json
 from common.images import BrokenImageError
+from common.progress import ProgressBar
 
 INDEX_FORMAT = 1
 """To be raised when ImageStats changes: every image is then measured again."""
@@ -59,7 +59,7 @@ def index_images(folder: DatasetFolder, images: Sequence[ImageFile], workers: in
         known = index.get(name)
         if known is None or not known.sha256 or known.stamp != file_stamp(path):
             changed.append((path, name))
-    with tqdm(total=len(changed), desc="checking images", unit="image", disable=None) as bar:
+    with ProgressBar(len(changed), "checking images", "images") as bar:
         for image in prefetch(lambda item: _index_image(*item), changed, workers):
             index[image.name] = image
             bar.update()

@@ -26,6 +26,8 @@ from common.errors import SettingsError, bullet_list
 
 VERSION = "2.0.0"
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+IN_CONTAINER = bool(os.environ.get("LORACAT_IN_CONTAINER"))
+"""The Dockerfile sets it: commands in messages are typed on the host."""
 SETTINGS_FILE = REPOSITORY / "config" / "training_config.toml"
 TABLES = ("project", "collect", "caption", "train")
 MISSING = dataclasses.MISSING
