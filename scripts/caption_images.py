@@ -11,7 +11,6 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while libraries are imported ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -32,8 +31,8 @@ from captioning.tag_selection import TagSelector, published_threshold
 from captioning.traits import prune_common_traits
 from common.captions import UnusableCaptionError
 from common.clip_tokens import find_clip_tokens
-from common.dataset_layout import DatasetFolder, ImageFile, caption_owners
-from common.errors import DataError, SettingsError, run_main, stop_on_signals
+from common.dataset_layout import CAPTION_SUFFIX, DatasetFolder, ImageFile, caption_owners
+from common.errors import DataError, SettingsError, abbreviated, run_main, stop_on_signals
 from common.files import locked, write_json
 from common.project import ProjectSettings, SharedTrainSettings
 from common.settings import read_request
@@ -110,7 +109,10 @@ def caption(
     audit = audit_images(folder, images, indexed, train.data.resolution)
     write_audit(audit, folder)
     print(report.audit_table(audit, folder.audit), flush=True)
-    to_generate, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)
+    to_generate, to_copy, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)
+    for image in to_copy:
+        if apply_change(counts, captions.copy, image.captions[-1], image.caption_path):
+            counts.copied.append(image.captions[-1].name)
     for image in to_keep:
         counts.trigger_added += apply_change(counts, captions.ensure_trigger, image.caption_path)
     generate_captions(to_generate, indexed, settings, project.models_dir, folder, captions, counts)
@@ -122,22 +124,31 @@ def caption(
 
 def classify_captions(
     images: list[ImageFile], captions: CaptionFiles, overwrite: bool, counts: CaptionCounts
-) -> tuple[list[ImageFile], list[ImageFile]]:
-    """The images whose captions are generated, and those whose captions are the user's and kept.
+) -> tuple[list[ImageFile], list[ImageFile], list[ImageFile]]:
+    """The images whose captions are generated, those whose captions follow the user's file with another suffix, and those whose
+    captions are the user's and kept.
 
     Images with the same stem would share one caption: it belongs to the first of them, the others fail.
     """
     owners = caption_owners(images)
-    to_generate, to_keep = [], []
+    to_generate, to_copy, to_keep, unused = [], [], [], []
     for image in images:
         caption = image.caption_path
+        others = [path for path in image.captions if path != caption]
         if (owner := owners[caption]) is not image:
             counts.fail(image.path, f"would share {caption.name} with {owner.path.name}; rename one of the two images")
-        elif overwrite or not os.path.lexists(caption) or captions.is_generated(caption):
+        elif overwrite:
+            to_generate.append(image)
+        elif others and captions.is_derived(caption):
+            to_copy.append(image)
+        elif not image.captions or captions.is_generated(caption):
             to_generate.append(image)
         else:
             to_keep.append(image)
-    return to_generate, to_keep
+            unused += [path.name for path in others]
+    if unused:
+        print(f"not used, because there is a {CAPTION_SUFFIX} file for the same image: {abbreviated(unused)}")
+    return to_generate, to_copy, to_keep
 
 
 def generate_captions(
