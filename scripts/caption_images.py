@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
             undo(captions)
             return
         images = require_images(folder)
-        print(f"{len(images)} images in {folder.images}; overridden settings: {request.overridden()}", flush=True)
+        print(f"{request.overridden()}\n{len(images)} images in {folder.images}", flush=True)
         caption(images, captions, folder, project, settings, train)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from common.background import in_background
 from common.errors import run_main, stop_on_signals
-from common.output_layout import only_run_in
+from common.output_layout import name_problem, only_run_in
 from common.project import ComfyUIAddress, ProjectSettings
 from common.settings import read_request
 from training.config import TrainSettings
@@ -41,8 +41,8 @@ def main(argv: list[str]) -> None:
     settings: TrainSettings = request.sections["train"]
     if needs_launcher(settings.processes) and not request.check:
         sys.exit(launch([sys.executable, __file__, *argv], settings.processes))
-    if ranks.rank == 0:
-        print(f"overridden settings: {request.overridden()}", flush=True)
+    if ranks.rank == 0 and not request.check:
+        print(request.overridden(), flush=True)
 
     # Worker processes read the inputs and encode the data while this one imports libraries and loads the UNet.
     overlaps = NVIDIA.exists() and ranks.world_size == 1 and not request.check
@@ -80,6 +80,8 @@ def validate(sections: dict[str, Any]) -> Iterator[str]:
     saving, trigger = sections["train"].saving, sections["project"].trigger_word
     if not saving.output_name:
         yield from (f"{problem}; set OUTPUT_NAME" for problem in replace(saving, output_name=trigger).validate())
+    if problem := name_problem(saving.output_name or trigger, sections["project"].output_dir):
+        yield f"output_name{'' if saving.output_name else ' (the trigger word)'}: {problem}"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from common.masking import mask_secrets
+
 EXIT_DONE = 0
 EXIT_BUG = 70
 MEMORY_SIGNAL = signal.SIGUSR1
@@ -99,10 +101,10 @@ def run_main(stage: str, main: Callable[[], None]) -> int:
     except (Exception, KeyboardInterrupt, Interruption) as error:
         known = as_loracat_error(error)
         if known is None:
-            traceback.print_exc()
+            print(mask_secrets(traceback.format_exc()), end="", file=sys.stderr)
             print(f"{stage}: this is a bug in LoRACat; please report it with the lines above", file=sys.stderr)
             return EXIT_BUG
-        print(f"{stage}: {known}", file=sys.stderr)
+        print(f"{stage}: {mask_secrets(str(known))}", file=sys.stderr)
         return known.exit_code
 
 

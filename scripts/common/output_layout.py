@@ -1,5 +1,6 @@
 """OUTPUT_DIR: the name of every file and folder in it, whether a LoRA is finished, and how an earlier one is archived."""
 
+import os
 import re
 import shutil
 import tomllib
@@ -14,6 +15,25 @@ from common.weights import read_header
 
 MIN_FREE_BYTES = 4 * 2**30
 """Enough for the caches of some hundred images, two checkpoints of 1 GB, and the LoRA files."""
+
+
+_LONGEST_ADDITION = ".training_config_resolved.toml-99"
+"""The longest that a run adds to its name for the name of a file or folder: what `archive_previous_outputs` calls the resolved
+config of another run."""
+
+
+def name_problem(name: str, output_dir: Path) -> str | None:
+    """Why the file system of `output_dir` has no place for the files of a run called `name`; None if it has."""
+    try:
+        limit = os.pathconf(nearest_existing(output_dir), "PC_NAME_MAX")
+    except OSError:
+        return None  # what is wrong with the folder is reported by `check_disk_space`
+    most, size = limit - len(_LONGEST_ADDITION), len(os.fsencode(name))
+    return (
+        f"{name[:20]!r}... has {size} bytes, more than the {most} that names of files have space for: choose a shorter one"
+        if size > most
+        else None
+    )
 
 
 class OutputLayout:

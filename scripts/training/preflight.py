@@ -69,7 +69,7 @@ def check_method(settings: TrainSettings) -> str:
     engine, reason = choose_engine(settings.run.engine, settings.lora)
     optimizer = settings.optimizer.optimizer
     require_usable(optimizer, choose_precision(settings.model.mixed_precision).device)
-    return f"engine: {engine} ({reason}); optimizer: {optimizer}"
+    return f"LoRA: {settings.lora.describe()}; engine: {engine} ({reason}); optimizer: {optimizer}"
 
 
 def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettings) -> str:
