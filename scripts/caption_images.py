@@ -29,8 +29,8 @@ from captioning.report import STAGE, CaptionCounts
 from captioning.tag_cache import tag_images
 from captioning.tag_selection import TagSelector, published_threshold
 from captioning.traits import prune_common_traits
-from common.captions import UnusableCaptionError
-from common.clip_tokens import find_clip_tokens
+from common.captions import UnusableCaptionError, ordinary_trigger, tagger_vocabulary
+from common.clip_tokens import find_clip_tokens, find_vocabulary
 from common.dataset_layout import CAPTION_SUFFIX, DatasetFolder, ImageFile, caption_owners
 from common.errors import DataError, SettingsError, abbreviated, run_main, stop_on_signals
 from common.files import locked, write_json
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     settings = resolve(request.sections["caption"])
     folder = DatasetFolder(project.dataset_dir)
     if request.check:
-        check(folder, settings, project.models_dir, inputs_pending=request.inputs_pending)
+        check(folder, settings, project, inputs_pending=request.inputs_pending)
         return
     lock = locked(folder.images, f"another run is captioning {folder.images}: wait for it to end")
     with lock if folder.images.is_dir() else nullcontext():
@@ -116,6 +116,12 @@ def caption(
     for image in to_keep:
         counts.trigger_added += apply_change(counts, captions.ensure_trigger, image.caption_path)
     generate_captions(to_generate, indexed, settings, project.models_dir, folder, captions, counts)
+    if warning := ordinary_trigger(
+        project.trigger_word,
+        tagger_vocabulary(folder.tag_cache),
+        find_vocabulary(project.models_dir, train.model.base_model),
+    ):
+        print(warning)
     tokens = find_clip_tokens(project.models_dir, train.model.base_model)
     texts = report.read_captions(images, folder)
     print(report.caption_table(texts, project.trigger_word, train.data.caption_chunks, tokens), flush=True)

@@ -15,25 +15,18 @@ from common.weights import read_header
 
 MIN_FREE_BYTES = 4 * 2**30
 """Enough for the caches of some hundred images, two checkpoints of 1 GB, and the LoRA files."""
-
-
 _LONGEST_ADDITION = ".training_config_resolved.toml-99"
-"""The longest that a run adds to its name for the name of a file or folder: what `archive_previous_outputs` calls the resolved
-config of another run."""
+"""The longest that a run adds to its name for a name of a file or folder, where `archive_previous_outputs` renames files."""
 
 
 def name_problem(name: str, output_dir: Path) -> str | None:
-    """Why the file system of `output_dir` has no place for the files of a run called `name`; None if it has."""
+    """Why the file system of `output_dir` cannot hold the files of a run called `name`; None if it can."""
     try:
-        limit = os.pathconf(nearest_existing(output_dir), "PC_NAME_MAX")
+        most = os.pathconf(nearest_existing(output_dir), "PC_NAME_MAX") - len(_LONGEST_ADDITION)
     except OSError:
-        return None  # what is wrong with the folder is reported by `check_disk_space`
-    most, size = limit - len(_LONGEST_ADDITION), len(os.fsencode(name))
-    return (
-        f"{name[:20]!r}... has {size} bytes, more than the {most} that names of files have space for: choose a shorter one"
-        if size > most
-        else None
-    )
+        return None  # `check_disk_space` reports what is wrong with the folder
+    size = len(os.fsencode(name))
+    return f"'{name[:20]}...' has {size} bytes; choose a name of at most {most} bytes" if size > most else None
 
 
 class OutputLayout:

@@ -641,3 +641,11 @@ def test_files_beside_an_image_that_may_be_captions_are_named(stage, photographs
     output = stage.run().stdout
     assert "a.json (not a caption, which has the suffix .txt or .caption), a.tags (not a caption" in output
     assert "a.png.txt" in output
+
+
+def test_a_trigger_that_is_a_tag_of_the_tagger_is_warned_about(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png")
+    warning = "trigger_word: '1girl' is an ordinary tag"
+    for flags in (("--check",), ()):
+        assert warning in stage.run(*flags, TRIGGER_WORD="1girl").stdout
+        assert "is an ordinary tag" not in stage.run(*flags).stdout

@@ -13,7 +13,9 @@ from common.captions import (
     has_trigger,
     in_one_line,
     leads_with_trigger,
+    ordinary_trigger,
     read_caption,
+    tagger_vocabulary,
 )
 
 
@@ -191,3 +193,35 @@ def test_the_longest_caption_takes_no_time(unit):
     started = time.process_time()
     in_one_line(text), has_trigger(text, "sks woman"), leads_with_trigger(text, "sks woman")
     assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("trigger", "reason"),
+    [
+        ("smile", "is an ordinary tag"),
+        ("Red_Hat", "is an ordinary tag"),
+        ("hatsune miku", "is an ordinary tag"),
+        ("woman", "consists of ordinary words"),
+        ("emma watson", "consists of ordinary words"),
+        ("emma_watson", "consists of ordinary words"),
+        ("sks", None),
+        ("ohwx woman", None),
+        ("nyafyi_woman", None),
+        ("p3rs0n", None),
+    ],
+)
+def test_a_trigger_that_means_something_already_is_warned_about(trigger, reason):
+    """The ids are those of CLIP's own vocabulary."""
+    ids = {"woman": 2308, "emma": 7445, "watson": 10016, "sks": 48136, "ohwx": 47993, "p": 335, "rs": 2500, "n": 333, "red": 736}
+    vocabulary = {f"{word}</w>": number for word, number in ids.items()} | {f"filler {number}": number for number in range(49000)}
+    warning = ordinary_trigger(trigger, {"smile", "red_hat", "hatsune_miku"}, vocabulary)
+    assert warning is None if reason is None else f"{trigger!r} {reason}" in warning
+    assert ordinary_trigger("woman", (), {"woman</w>": 1}) is None  # a vocabulary that is not CLIP's says nothing
+
+
+def test_the_tags_of_the_taggers_that_captioned_the_data_set_are_known(tmp_path):
+    for name, content in {"a": b"tag_id,name\n1,smile\n", "b": b"\xff\xfe", "c": b"", "d": b"tag_id\n1\n"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "selected_tags.csv").write_bytes(content)
+    assert tagger_vocabulary(tmp_path) == {"smile"}
+    assert tagger_vocabulary(tmp_path / "absent") == set()
