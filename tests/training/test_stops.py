@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 
@@ -25,20 +24,14 @@ def images(stage):
     return stage
 
 
-def begun(stage, steps: int, **variables) -> subprocess.Popen:
-    """A run that has taken so many steps."""
-    run = stage.start(**SHORT | variables)
-    stage.wait_for_steps(run, steps)
-    return run
-
-
 def weights(stage) -> dict[str, bytes]:
     with safe_open(stage.lora, framework="np") as file:
         return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
 
 
-def test_a_second_signal_does_not_wait_for_the_step(images):
-    run = begun(images, 1, **LONG_STEPS)
+def test_a_second_signal_does_not_wait_for_the_step(images, forked_python):
+    run = images.start(python=forked_python, **SHORT | LONG_STEPS)
+    images.wait_for_steps(run, 1)
     run.send_signal(signal.SIGTERM)
     time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
