@@ -11,11 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported; no test may reach the real hub
 
 # Such small networks gain nothing from threads, which spend their time waiting for each other on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# `make test`: the same examples each time. `make fuzz`: new ones, and those that failed before.
+UNCHECKED = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+settings.register_profile("test", max_examples=15, derandomize=True, database=None, deadline=None, suppress_health_check=UNCHECKED)
+settings.register_profile("fuzz", max_examples=500, print_blob=True, deadline=None, suppress_health_check=UNCHECKED)
+settings.load_profile("test")
 
 LONGEST_FIRST = (
     "test_pipeline.py",

@@ -78,7 +78,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(images, mount_tmpfs
 def test_a_signal_while_libraries_are_imported_is_not_lost(images, signum, code):
     """They catch every Exception here and there."""
     run = images.start(NUM_TRAIN_EPOCHS=1000)
-    assert run.stdout.readline().startswith("overridden settings: ")
+    assert run.stdout.readline().startswith("overridden settings:")
     time.sleep(1.2)
     run.send_signal(signum)
     _, said = run.communicate(timeout=30)
