@@ -17,7 +17,7 @@ from common.weights import data_sha256, read_header
 MIN_FREE_BYTES = 4 * 2**30
 """Enough for the caches of some hundred images, two checkpoints of 1 GB, and the LoRA files."""
 _LONGEST_ADDITION = ".training_config_resolved.toml-99"
-"""The longest that a run adds to its name for a name of a file or folder, where `archive_previous_outputs` renames files."""
+"""The longest that a run adds to its name for a name of a file or folder: `begin` and 1.0 give files such names."""
 
 
 def name_problem(name: str, output_dir: Path) -> str | None:
@@ -106,9 +106,9 @@ class OutputLayout:
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files that killed runs left anywhere in the output folder. No other run may be training there."""
-        folders = [self._output_dir, self.lora_dir, *self.state.parent.glob("*/"), self.cache, *self.cache.glob("*/")]
-        for folder in folders:
-            remove_partial_files(folder, min_age_s=0)
+        for parent in (self._output_dir, self.lora_dir, self.state.parent, self.cache):
+            for folder in (parent, *parent.glob("*/")):
+                remove_partial_files(folder, min_age_s=0)
 
     def _rename_files_of_another_run(self) -> None:
         """Give the shared files, if they are those of a run with another name, that name."""
