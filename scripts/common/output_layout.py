@@ -53,6 +53,8 @@ class OutputLayout:
         """Latents and embeddings, which all runs share."""
         self.logs = output_dir / "logs"
         """TensorBoard's files, in a folder for each run."""
+        self.samples = output_dir / "samples" / name
+        """Sample images of the saved LoRAs."""
 
     def lora_after(self, epoch: int) -> Path:
         """The LoRA as it was after `epoch` epochs."""
@@ -81,9 +83,12 @@ class OutputLayout:
 
         A run that resumes keeps its files; if it is a finished one that is extended, its LoRA and the best one move to the
         archive, with copies of its settings and metrics. A new run moves everything of an earlier one with the same name to the
-        archive: LoRA files, checkpoints, settings, metrics and logs.
+        archive: LoRA files, checkpoints, settings, metrics, logs and sample images.
         """
         self._rename_files_of_another_run()
+        for path in (self.lora, self.best):  # `one-best` may be a run of its own
+            if path.exists() and (owner := self._owner_of_lora(path)) != self.name:
+                OutputLayout(self._output_dir, owner)._move_to_archive([path])
         own = {shared: shared.with_name(f"{self.name}.{shared.name}") for shared in (self.resolved_config, self.metrics)}
         if resumes:
             for shared, under_own_name in own.items():
@@ -96,17 +101,18 @@ class OutputLayout:
         saved = re.compile(re.escape(self.name) + r"-\d{6}\.safetensors")
         present = sorted(self.lora_dir.iterdir()) if self.lora_dir.is_dir() else []
         loras = [path for path in present if path in (self.lora, self.best) or saved.fullmatch(path.name)]
+        loras = [path for path in loras if self._owner_of_lora(path) == self.name]
         described = re.compile(
             "|".join(f"{re.escape(path.name)}(-\\d+)?" for path in own.values())
         )  # 1.0 wrote NAME.metrics.jsonl-2
         others = [path for path in present if path in own or described.fullmatch(path.name)]
         if loras or self.state.exists():  # otherwise it ended before its first checkpoint, and its files are overwritten
-            folders = [path for path in (self.state, self.logs / self.name) if path.exists()]
+            folders = [path for path in (self.state, self.logs / self.name, self.samples) if path.exists()]
             self._move_to_archive([*others, *loras, *folders])
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files that killed runs left anywhere in the output folder. No other run may be training there."""
-        for parent in (self._output_dir, self.lora_dir, self.state.parent, self.cache):
+        for parent in (self._output_dir, self.lora_dir, self.state.parent, self.samples.parent, self.cache):
             for folder in (parent, *parent.glob("*/")):
                 remove_partial_files(folder, min_age_s=0)
 
@@ -129,8 +135,16 @@ class OutputLayout:
             return name if Path(name).name == name else self.name
         return self.name
 
+    def _owner_of_lora(self, path: Path) -> str:
+        """The run that wrote the LoRA `path`, by its header; this run if that does not say."""
+        with suppress(ModelError, AttributeError, TypeError):
+            metadata = read_header(path).metadata
+            name = metadata.get("ss_output_name") if "loracat_fingerprint" in metadata else None
+            return name if name and Path(name).name == name else self.name
+        return self.name
+
     def _move_to_archive(self, paths: list[Path], copied: Sequence[Path] = ()) -> None:
-        """Move files and folders into a new folder of the archive. A folder is called there by its purpose, `state` or `logs`."""
+        """Move files and folders into a new folder of the archive. A folder is called there by its purpose, such as `state`."""
         first = folder = self.archive / f"{self.name}-{datetime.now():%Y%m%d-%H%M%S}"
         number = 1
         while folder.exists():

@@ -27,6 +27,7 @@ def train(output: Path, name: str, label: str, *, resumes: bool = False, is_fini
     with outputs.metrics.open("a") as metrics:
         metrics.write(f"{label}\n")
     write(outputs.logs / name / "events", label)
+    write(outputs.samples / "000001.webp", label)
     write(outputs.state / "step-000000004.json", label)
     if is_finished:
         write(outputs.lora_after(1), label)
@@ -50,7 +51,7 @@ def whole_run(name: str, label: str, prefix: str = "") -> dict[str, str]:
     """What the archive holds of a finished run."""
     loras = {f"{name}{suffix}.safetensors": label for suffix in ("", "-best", "-000001")}
     described = {f"{prefix}metrics.jsonl": f"{label}\n", f"{prefix}training_config_resolved.toml": label}
-    return loras | described | {"state/step-000000004.json": label, "logs/events": label}
+    return loras | described | {"state/step-000000004.json": label, "logs/events": label, "samples/000001.webp": label}
 
 
 def test_a_new_run_archives_everything_of_the_one_before(tmp_path, capsys):
@@ -139,6 +140,23 @@ def test_names_that_begin_alike_are_different_runs(tmp_path):
     outputs = train(tmp_path, "one", "second")
     assert archived(outputs) == [whole_run("one", "first")]
     assert contents(tmp_path / "lora")["one.two.metrics.jsonl"] == "longer name\n"
+
+
+def test_a_run_that_is_called_like_a_file_of_another_keeps_its_lora(tmp_path):
+    def lora_of(name: str) -> str:
+        header = json.dumps({"__metadata__": {"loracat_fingerprint": "x", "ss_output_name": name}})
+        return len(header).to_bytes(8, "little").decode() + header
+
+    outputs = OutputLayout(tmp_path, "one")
+    write(outputs.lora, lora_of("one"))
+    write(outputs.lora_after(240115), lora_of("one-240115"))
+    write(outputs.best, lora_of("one-best"))
+    outputs.begin(resumes=False)
+    assert [path.name for path in outputs.lora_dir.iterdir() if path.is_file()] == ["one-240115.safetensors"]
+    own, best = sorted(outputs.archive.iterdir(), key=lambda folder: "one-best" in folder.name)
+    assert [path.name for path in own.iterdir()] == ["one.safetensors"]
+    assert [path.name for path in best.iterdir()] == ["one-best.safetensors"]
+    assert best.name.startswith("one-best-")
 
 
 def test_a_lora_is_finished_only_with_the_hash_in_its_header(tmp_path, capsys):
