@@ -1,7 +1,13 @@
-"""Shared by all tests: the order of the files, the number of workers, and the tiny SDXL, which is built once."""
+"""Shared by all tests: the order of the files, the number of workers, the fork server, and the tiny models, built once per run."""
 
+import fcntl
 import gc
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,6 +38,38 @@ LONGEST_FIRST = (
 """Files that take long: started last, one of them would keep a single core busy while the others are idle."""
 
 
+TESTS_OF_TRAINING = Path(__file__).parent / "training"
+FORK_SERVER = "PYTEST_FORK_SERVER"
+"""The environment variable through which the workers of pytest-xdist learn the folder of the fork server."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the fork server, unless this is a worker of pytest-xdist; it imports nothing before the first request."""
+    if FORK_SERVER in os.environ:
+        return
+    folder = Path(tempfile.mkdtemp(prefix="loracat-fork-server-"))
+    python = folder / "python"
+    python.write_text(f"#!/bin/sh\nexec '{sys.executable}' -I -S '{TESTS_OF_TRAINING / 'forked_python.py'}' \"$0\" \"$@\"\n")
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHONPATH": str(TESTS_OF_TRAINING.parents[1] / "scripts"), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    command = [sys.executable, TESTS_OF_TRAINING / "fork_server.py", folder / "socket"]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+    os.environ[FORK_SERVER] = str(folder)
+
+    def end() -> None:
+        del os.environ[FORK_SERVER]
+        server.communicate()
+        shutil.rmtree(folder)
+
+    config.add_cleanup(end)
+
+
+@pytest.fixture(scope="session")
+def forked_python() -> Path:
+    """A command that runs a script like the interpreter, but without importing its libraries; see training/forked_python.py."""
+    return Path(os.environ[FORK_SERVER]) / "python"
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """`-n auto`: one more than there are cores, because many tests wait for a server, a process or the clock."""
     return len(os.sched_getaffinity(0)) + 1
@@ -53,16 +91,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_sdxl(tmp_path_factory) -> Path:
-    """A tiny SDXL as a diffusers folder. Read only: copy it before changing anything."""
-    from demo.tiny_sdxl import build  # imports diffusers, which takes seconds and most tests do not need
+def built_once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A function of a name and a function that builds what is called so at a path: it is built by the first worker that needs it,
+    and read by all."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == "master" else base.parent
 
-    return build(tmp_path_factory.mktemp("models") / "tiny-sdxl")
+    def get(name: str, build: Callable[[Path], object]) -> Path:
+        path, complete = shared / "built" / name, shared / "built" / f".{name}-complete"
+        path.parent.mkdir(exist_ok=True)
+        with (shared / "built" / f".{name}-lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not complete.exists():
+                build(path)
+                complete.touch()
+        return path
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def tiny_single_file(tiny_sdxl, tmp_path_factory) -> Path:
+def tiny_sdxl(built_once) -> Path:
+    """A tiny SDXL as a diffusers folder. Read only: copy it before changing anything."""
+
+    def build(path: Path) -> None:
+        from demo.tiny_sdxl import build  # imports diffusers, which takes seconds and most tests do not need
+
+        build(path)
+
+    return built_once("tiny-sdxl", build)
+
+
+@pytest.fixture(scope="session")
+def tiny_single_file(tiny_sdxl, built_once) -> Path:
     """The same weights as one `.safetensors`, without a tokenizer beside it."""
     from demo.tiny_sdxl import write_single_file
 
-    return write_single_file(tiny_sdxl, tmp_path_factory.mktemp("single") / "tiny-sdxl.safetensors")
+    return built_once("tiny-sdxl.safetensors", lambda path: write_single_file(tiny_sdxl, path))

@@ -24,6 +24,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from common.masking import mask_secrets
+
 EXIT_DONE = 0
 EXIT_BUG = 70
 MEMORY_SIGNAL = signal.SIGUSR1
@@ -108,9 +110,9 @@ def run_main(stage: str, main: Callable[[], None]) -> int:
         known = as_loracat_error(error)
         with contextlib.suppress(BrokenPipeError):
             if known is not None:
-                print(f"{stage}: {known}", file=sys.stderr)
+                print(f"{stage}: {mask_secrets(str(known))}", file=sys.stderr)
             else:
-                traceback.print_exc()
+                print(mask_secrets(traceback.format_exc()), end="", file=sys.stderr)
                 print(f"{stage}: this is a bug in LoRACat; please report it with the lines above", file=sys.stderr)
         return EXIT_BUG if known is None else known.exit_code
     finally:
