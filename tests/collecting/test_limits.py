@@ -233,6 +233,26 @@ def test_the_same_message_again_is_no_sign_of_work(talker):
 # Whole runs.
 
 
+@pytest.mark.parametrize("flags", [(), ("--check",)])
+@pytest.mark.parametrize("choice", ["nested", "\x1b[31m" + "euler" * 1000, 10**400, float("nan"), "\ud800"])
+def test_odd_choices_of_an_input_are_shown_in_one_line(batch, standin, collect, flags, choice):
+    for _ in range(800 if choice == "nested" else 0):
+        choice = [choice]
+
+    def change(response: Response) -> Response:
+        classes = json.loads(response.body)
+        classes["KSampler"]["input"]["required"]["sampler_name"] = [[choice] * 200, {}]
+        return json_response(classes)
+
+    tampered(standin, "/object_info", change)
+    began_s = time.monotonic()
+    result = collect(*flags)
+    assert result.code == (4 if flags else 0)
+    assert all(character.isprintable() or character == "\n" for character in result.out + result.err)
+    assert len(result.err) < 3000
+    assert time.monotonic() - began_s < 10
+
+
 @pytest.fixture
 def batch(space, monkeypatch):
     space.per_batch([{"prompt": f"number {number}", "seed": number} for number in range(3)])
