@@ -60,6 +60,8 @@ def _check_server(address: Address, plan: Plan | None, problems: list[str]) -> N
             if plan and not missing:
                 print(f"ComfyUI {version} at {address.url}: has every node class and file of the workflow", flush=True)
             problems += missing
+            if plan and plan.face:
+                server.check_upload_size(plan.face.content)
     except ComfyUIError as error:
         problems.append(str(error))
 
