@@ -15,7 +15,7 @@ from common.project import ComfyUIAddress, ProjectSettings, SharedTrainSettings
 from common.settings import all_keys, read_request, resolve, resolved_toml
 from training.config import TrainSettings
 
-SECRETS = ("wandb_api_key", "comfyui_headers")
+SECRETS = ("wandb_api_key", "comfyui_headers", "comfyui_api_key")
 SECTIONS = {"project": ProjectSettings, "collect": CollectSettings, "caption": CaptionSettings, "train": TrainSettings}
 
 
