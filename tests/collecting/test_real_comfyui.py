@@ -45,9 +45,9 @@ class Server:
     def start(self) -> None:
         arguments = ["--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(self.folder)]
         arguments += ["--disable-all-custom-nodes", "--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
-        log = (self.folder / "comfyui.log").open("a")
         command = [os.path.expanduser(part) for part in shlex.split(COMMAND)]
-        self.process = subprocess.Popen([*command, *arguments], cwd=SOURCES, stdout=log, stderr=subprocess.STDOUT)
+        with (self.folder / "comfyui.log").open("a") as log:
+            self.process = subprocess.Popen([*command, *arguments], cwd=SOURCES, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 300
         while not self.answers():
             assert self.process.poll() is None, (self.folder / "comfyui.log").read_text()[-3000:]
@@ -187,7 +187,7 @@ def test_cached_answer_without_its_file_is_made_again(space, server, collect):
 
 def test_refusal_names_the_input_and_leaves_no_trail(space, server, collect):
     graph = full_workflow(space, 0x778899)
-    graph["2"]["inputs"]["width"] = -5
+    graph["2"]["inputs"]["width"] = graph["3"]["inputs"]["width"] = -5
     space.write("COMFYUI_WORKFLOW", "workflow.json", graph)
     for _ in range(2):
         result = collect()
