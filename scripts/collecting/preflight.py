@@ -64,6 +64,8 @@ def _check_server(address: Address, plan: Plan | None, problems: list[str]) -> N
             if plan and not found:
                 print(f"ComfyUI {version} at {address.url}: has every node class and file of the workflow", flush=True)
             problems += [problem.text for problem in found]
+            if plan and plan.face:
+                server.check_upload_size(plan.face.content)
     except ComfyUIError as error:
         problems.append(str(error))
 
