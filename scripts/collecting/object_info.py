@@ -55,7 +55,7 @@ class NodeClasses:
         graph, problems = self._replace_classes(graph, labels, frozenset(outputs))
         problems += self._missing_classes(graph, frozenset(outputs))
         declared = {node_id: declared_inputs(self._class(node), node["inputs"]) for node_id, node in graph.items()}
-        sources = {node_id: set(_sources(graph, node_id, inputs)) for node_id, (inputs, _) in declared.items()}
+        sources = {node_id: list(_sources(graph, node_id, inputs)) for node_id, (inputs, _) in declared.items()}
         needed = {output: _upstream(sources, output) for output in outputs}
         for node_id, (inputs, dynamic_problems) in declared.items():
             stops = frozenset(output for output in outputs if node_id in needed[output])
@@ -68,7 +68,8 @@ class NodeClasses:
                 text = f"node {labels[node_id]}: {each.what}"
                 problems.append(GraphProblem(text, stops if each.is_certain else frozenset(), ref))
         try:
-            TopologicalSorter({node_id: sources[node_id] for node_id in set().union(*needed.values())}).prepare()
+            all_needed = set().union(*needed.values())
+            TopologicalSorter({node_id: sources[node_id] for node_id in graph if node_id in all_needed}).prepare()
         except CycleError as error:
             path = " -> ".join(node_label(graph, node_id) for node_id in error.args[1])
             stops = frozenset(output for output in outputs if error.args[1][0] in needed[output])
@@ -171,7 +172,7 @@ class NodeClasses:
             received = offered[slot]
         except (IndexError, TypeError):
             which = f"output {_shown(slot)} of node {label}"
-            yield InputProblem(f"input {name} is connected to {which}, which has {len(offered)} outputs; export the workflow again")
+            yield InputProblem(f"input {name} is connected to {which}, which has only {len(offered)}; export the workflow again")
             return
         if not _types_match(received, each.kind):
             is_certain = not (self._is_custom(node) or self._is_custom(graph[source]))
@@ -213,7 +214,7 @@ def _sources(graph: Graph, node_id: str, declared: dict[str, NodeInput]) -> Iter
             yield value[0]
 
 
-def _upstream(sources: dict[str, set[str]], node_id: str) -> set[str]:
+def _upstream(sources: dict[str, list[str]], node_id: str) -> set[str]:
     seen, waiting = set(), [node_id]
     while waiting:
         if (current := waiting.pop()) not in seen:
