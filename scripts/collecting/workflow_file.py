@@ -43,7 +43,8 @@ def _parse(content: bytes) -> Any:
     try:
         return parse_json(content)
     except ValueError as error:
-        raise ValueError(f"is not valid JSON in UTF-8: {error}") from None
+        remedy = f"; {EXPORT_HINT}" if isinstance(error, UnicodeDecodeError) else ""
+        raise ValueError(f"is not valid JSON in UTF-8: {error}{remedy}") from None
 
 
 def _texts(image: Image.Image) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 
 import pytest
 from comfyui_workspace import workflow
@@ -25,6 +27,12 @@ def png(**texts: str) -> bytes:
     content = io.BytesIO()
     Image.new("RGB", (4, 4)).save(content, "PNG", pnginfo=info)
     return content.getvalue()
+
+
+def with_size(width: int, height: int) -> bytes:
+    """A PNG with another size in its header."""
+    header = b"IHDR" + struct.pack(">II", width, height) + png()[24:29]
+    return png()[:12] + header + struct.pack(">I", zlib.crc32(header)) + png()[33:]
 
 
 def with_exif(image_format: str, text: str) -> bytes:
@@ -112,10 +120,10 @@ def test_web_page_format_is_named_wherever_it_is(content):
         (png(parameters="a woman\nSteps: 20"), "without a workflow of ComfyUI"),
         (png(prompt="{"), "Expecting property name"),
         (png(prompt=json.dumps(GRAPH))[:60], "^is an image that cannot be read"),
-        (png()[:16] + b"\0\1\0\0" * 2 + png()[24:], "^is an image that cannot be read"),
+        (with_size(2**16, 2**16), "^is an image that cannot be read .*exceeds limit"),
         (b"", "^is not valid JSON in UTF-8: Expecting value"),
         (b"GIF89a", "^is not valid JSON"),
-        (b"\xff\xfe\x00", "decode"),
+        (b"\xff\xfe\x00", "^is not valid JSON in UTF-8: .*; export it with"),
         (b"[" * 100_000, "nested too deeply"),
     ],
 )
