@@ -49,9 +49,10 @@ class ServerPool(contextlib.AbstractContextManager):
             worker.stop_download()
         for thread in self._threads:
             thread.join(STOP_TIMEOUT_S)
-        for worker in self.workers:
-            if not worker.is_unavailable and (prompt_ids := worker.unfinished_prompts()):
-                self._dequeue(worker.address, prompt_ids)
+        with contextlib.ExitStack() as every:  # also when the log can no longer be written
+            for worker in self.workers:
+                if not worker.is_unavailable and (prompt_ids := worker.unfinished_prompts()):
+                    every.callback(self._dequeue, worker.address, prompt_ids)
 
     def start(self, jobs: list[Job]) -> None:
         """Connect to the servers, reattach to the prompts of earlier runs, and start the threads.

@@ -55,7 +55,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
         schedule, reader = schedule_of(job), batch_reader(job, group, data)
         batches = prefetch(reader, schedule.remaining, settings.data.dataloader_num_workers)
         remaining = len(schedule.remaining)
-        print(f"{len(adapter.modules)} modules of rank {settings.lora.lora_rank}; {remaining} steps to go", flush=True)
+        print(f"{len(adapter.modules)} modules of {settings.lora.describe()}; {remaining} steps to go", flush=True)
         with writing_callbacks(job, adapter, step, schedule, is_writer=group.is_main_process) as writers:
             callbacks = [*validation(job, group, data, step, schedule, writers), *writers]
             stop = stop_request(group, guard)
@@ -302,7 +302,7 @@ def description(job: TrainingJob, epochs: int) -> Description:
         name=job.outputs.name,
         trigger_word=job.project.trigger_word,
         rank=settings.lora.lora_rank,
-        alpha=settings.lora.lora_alpha,
+        alpha=settings.lora.alpha,
         base_name=job.base.name,
         prediction_type=plan.schedule.prediction_type,
         resolution=settings.data.resolution,
