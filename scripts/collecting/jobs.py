@@ -247,7 +247,7 @@ def _read_workflow(path: Path, problems: list[str]) -> Any:
     try:
         parsed = parse_workflow_file(content)
     except ValueError as error:
-        problems.append(f"comfyui_workflow: {path} cannot be used: {error}")
+        problems.append(f"comfyui_workflow: {path} {error}")
         return None
     if parsed is None:
         problems.append(f"comfyui_workflow: {path} contains only null")
