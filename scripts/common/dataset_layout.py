@@ -11,6 +11,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import abbreviated
+from common.files import remove_partial_files
+
 IMAGE_FORMATS = {
     "png": (".png", ".apng"),
     "jpeg": (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo"),
@@ -24,7 +27,7 @@ IMAGE_FORMATS = {
 has; its suffix, in any case, only that it is an image."""
 IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 FORMAT_NAMES = "PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF"
-_FIRST_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FIRST_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Those of version 1.0: where an image of another suffix has the same stem, these files are still the data set."""
 _OTHER_SUFFIXES = {
     "a GIF": ".gif",
@@ -38,9 +41,9 @@ _OTHER_SUFFIXES = {
 }
 UNREAD_SUFFIXES = {suffix: what for what, suffixes in _OTHER_SUFFIXES.items() for suffix in suffixes.split()}
 """Suffixes of images and videos that are not read -> what such a file is."""
-CAPTION_SUFFIXES = (".txt", ".caption")
-"""In any case. A caption that the caption stage creates has the first one; of several captions of an image, the one with the
-earlier suffix is used."""
+CAPTION_SUFFIX = ".txt"
+CAPTION_SUFFIXES = (CAPTION_SUFFIX, ".caption")
+"""In any case. The caption stage writes the first; if an image has captions of both kinds, training reads the first."""
 
 HEAD_BYTES = 64
 """How much of a file says which format it has."""
@@ -86,18 +89,31 @@ class DatasetFolder:
         self.traits = self.records / "traits.json"
         self.tag_cache = self.records / "tags"
 
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files that killed runs left anywhere in the data set, except those of the last minute."""
+        for folder in (self.root, self.images, *self.images.glob("*/"), self.records, *self.tag_cache.glob("*/")):
+            remove_partial_files(folder)
+
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image of the data set."""
+    """An image of the data set; `repeats` is how often one epoch uses it (N in a folder `N_name`, else 1)."""
 
     path: Path
     repeats: int
-    """How often one epoch uses it: N in a folder `N_name`, else 1."""
-    caption_path: Path
-    """The file of the same stem with one of CAPTION_SUFFIXES, or the one that the caption stage would create."""
-    unused_captions: tuple[Path, ...] = ()
-    """Further captions of the same stem; only `caption_path` is read."""
+    captions: tuple[Path, ...] = ()
+    """The files of the same stem with one of CAPTION_SUFFIXES, the first choice first."""
+
+    @property
+    def caption_path(self) -> Path:
+        """The caption that the caption stage writes: the file of the same stem with CAPTION_SUFFIX, in any case if it exists."""
+        written = (path for path in self.captions if path.suffix.lower() == CAPTION_SUFFIX)
+        return next(written, self.path.with_suffix(CAPTION_SUFFIX))
+
+    @property
+    def caption_to_read(self) -> Path:
+        """The caption that training reads."""
+        return self.captions[0] if self.captions else self.caption_path
 
 
 def find_images(folder: Path) -> list[ImageFile]:
@@ -112,22 +128,25 @@ def find_images(folder: Path) -> list[ImageFile]:
     for child in children:
         if repeats := repeats_of(child):
             found += [(path, repeats) for path in child.iterdir()]
-    captions: dict[Path, list[Path]] = {}
-    for path in sorted((path for path, _ in found if path.suffix.lower() in CAPTION_SUFFIXES), key=_caption_priority):
-        captions.setdefault(path.with_suffix(""), []).append(path)
-    images = []
-    for path, repeats in found:
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file():
-            used, *unused = captions.get(path.with_suffix(""), [path.with_suffix(CAPTION_SUFFIXES[0])])
-            images.append(ImageFile(path, repeats, used, tuple(unused)))
-    first = {image.path.with_suffix("") for image in images if image.path.suffix.lower() in _FIRST_SUFFIXES}
-    images = [image for image in images if image.path.suffix.lower() in _FIRST_SUFFIXES or image.path.with_suffix("") not in first]
+    captions = _captions_by_stem([path for path, _ in found])
+    images = [
+        ImageFile(path, repeats, captions.get(path.with_suffix(""), ()))
+        for path, repeats in found
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    ]
+    first = {image.path.with_suffix("") for image in images if image.path.suffix.lower() in FIRST_SUFFIXES}
+    images = [image for image in images if image.path.suffix.lower() in FIRST_SUFFIXES or image.path.with_suffix("") not in first]
     return sorted(images, key=lambda image: image.path.relative_to(folder).as_posix())
 
 
-def _caption_priority(path: Path) -> tuple[int, bool, str]:
-    """`x.txt` before `x.TXT` before `x.caption`."""
-    return CAPTION_SUFFIXES.index(path.suffix.lower()), path.suffix not in CAPTION_SUFFIXES, path.name
+def _captions_by_stem(paths: list[Path]) -> dict[Path, tuple[Path, ...]]:
+    """Path without suffix -> its captions: `x.txt` comes before `x.TXT`, and that before `x.caption`."""
+    captions: dict[Path, tuple[Path, ...]] = {}
+    for suffix in CAPTION_SUFFIXES:
+        of_suffix = [path for path in paths if path.suffix.lower() == suffix]
+        for path in sorted(of_suffix, key=lambda path: (path.suffix != suffix, path.name)):
+            captions[path.with_suffix("")] = (*captions.get(path.with_suffix(""), ()), path)
+    return captions
 
 
 def repeats_of(folder: Path) -> int | None:
@@ -139,8 +158,8 @@ def repeats_of(folder: Path) -> int | None:
 def unused_entries(folder: Path) -> dict[str, str]:
     """Name -> what it is, of every entry in `folder` that looks like a part of the data set and is not used.
 
-    These are images in folders other than `N_name`, images of formats that are not read or without a suffix, and further
-    captions of an image.
+    These are images in folders other than `N_name`, images of formats that are not read or without a suffix, and what may be
+    meant as the caption of an image.
     """
     if not folder.is_dir():
         return {}
@@ -151,17 +170,13 @@ def unused_entries(folder: Path) -> dict[str, str]:
         for path in parent.iterdir():
             if path not in used and not path.name.startswith(".") and (what := _describe_unused(path, stems)):
                 unused[name_in(folder, path)] = what
-    for image in images:
-        for path in image.unused_captions:
-            unused[name_in(folder, path)] = f"{image.caption_path.name} is the caption; remove one of the two"
     return dict(sorted(unused.items()))
 
 
 def describe_missing_images(folder: Path, remedy: str) -> str:
     """What is wrong with a `folder` that has no images, and which of its files and folders are not used."""
     unused = [f"{name} ({what})" for name, what in unused_entries(folder).items()]
-    more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
-    not_used = f"; not used: {', '.join(unused[:5])}{more}" if unused else ""
+    not_used = f"; not used: {abbreviated(unused)}" if unused else ""
     return f"{folder}: no images ({FORMAT_NAMES}); {remedy}{not_used}"
 
 
@@ -183,7 +198,7 @@ def _describe_unused(path: Path, stems: Collection[Path]) -> str | None:
         if image_format := sniff_image_format(file.read(HEAD_BYTES)):
             return f"contains a {image_format.upper()} image; give it the suffix {IMAGE_FORMATS[image_format][0]} to use it"
     if path.with_suffix("") in stems:
-        return f"neither an image nor a caption, which has the suffix {' or '.join(CAPTION_SUFFIXES)}"
+        return f"not a caption, which has the suffix {' or '.join(CAPTION_SUFFIXES)}"
     return None
 
 

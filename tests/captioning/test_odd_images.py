@@ -183,6 +183,8 @@ def test_phone_photos_and_scans_are_images(stage, image):
     ended = stage.run(RESOLUTION=64, BUCKET_STEP=64)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "image check: no flaws found in 6 images" in ended.stdout
+    names = "F.JPE, IMG_1.HEIC, b.avif, c.tiff, d.TIF and 1 more"
+    assert f"6 images in formats that version 1.0 ignored: {names}\n" in ended.stdout
     assert sorted(stage.captions()) == ["F.txt", "IMG_1.txt", "b.txt", "c.txt", "d.txt", "e.txt"]
 
 

@@ -19,7 +19,7 @@ from common.dataset_layout import (
     name_in,
     unused_entries,
 )
-from common.errors import DataError, bullet_list
+from common.errors import DataError, abbreviated, bullet_list
 from common.files import sha256_of
 from common.images import BrokenImageError, read_image
 from common.output_layout import OutputLayout
@@ -87,7 +87,7 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> list[Exampl
         print(f"{finding}: run the caption stage again, or ignore this if it is intentional")
     unused = unused_entries(dataset.images)
     if ignored := [f"{name} ({unused[name]})" for name in unused] + other_entries(dataset.images, unused):
-        print(f"ignored, because neither image, caption of an image, nor N_name folder: {', '.join(ignored)}")
+        print(f"ignored, because neither image, caption of an image, nor N_name folder: {abbreviated(ignored)}")
     return examples
 
 
@@ -142,11 +142,11 @@ def _read(image: ImageFile, folder: Path) -> tuple[Example | None, list[str]]:
     name = name_in(folder, image.path)
     problems, caption = [], ""
     try:
-        caption = in_one_line(read_caption(image.caption_path, dataset=folder.parent))
+        caption = in_one_line(read_caption(image.caption_to_read, dataset=folder.parent))
     except FileNotFoundError:
         problems.append(f"{name}: has no caption {image.caption_path.name}; run the caption stage")
     except UnusableCaptionError as error:
-        problems.append(f"{name}: its caption {image.caption_path.name} {error}")
+        problems.append(f"{name}: its caption {image.caption_to_read.name} {error}")
     try:
         decoded = read_image(image.path)
         width, height = decoded.rgb.size
@@ -162,6 +162,6 @@ def _read(image: ImageFile, folder: Path) -> tuple[Example | None, list[str]]:
 
 def other_entries(folder: Path, unused: Collection[str]) -> list[str]:
     """Names of the other entries in `folder` that are neither images, captions of images, nor `N_name` folders with images."""
-    paths = [path for image in find_images(folder) for path in (image.path, image.caption_path)]
+    paths = [path for image in find_images(folder) for path in (image.path, image.caption_to_read)]
     used = {path.relative_to(folder).parts[0] for path in paths} | {Path(name).parts[0] for name in unused}
     return sorted(entry.name for entry in folder.iterdir() if entry.name not in used and not entry.name.startswith("."))
