@@ -16,6 +16,8 @@ from collecting.http import shown
 from collecting.node_inputs import InputProblem, NodeInput, as_mapping, declared_inputs
 
 MAX_CHOICES_SHOWN = 8
+MAX_COMPARED, MAX_COMPARED_LENGTH = 20_000, 300
+"""Number and length of the names that are compared to find the one that was meant."""
 _CONVERSIONS = {"INT": (int, "a whole number"), "FLOAT": (float, "a number")}
 _MEDIA = ("image_upload", "audio_upload", "video_upload")
 """What marks the inputs that take the name of a file in input/."""
@@ -257,7 +259,7 @@ def _not_offered(name: str, value: Any, choices: list) -> str:
 
 
 def _nearest(value: Any, choices: list) -> str:
-    words = [each for each in choices if isinstance(each, str)]
+    words = [each for each in choices[:MAX_COMPARED] if isinstance(each, str) and len(each) <= MAX_COMPARED_LENGTH]
     close = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
     return f" (did you mean '{shown(close[0])}'?)" if close else ""
 
