@@ -282,7 +282,9 @@ def test_face_that_is_too_large_is_named_before_it_is_sent(batch, tmp_path, coll
         assert ("POST", "/upload/image") not in standin.requests
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b'{"max_upload_size": "large"}', b'{"max_upload_size": -1}', b"{}"])
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b'{"max_upload_size": "large"}', b'{"max_upload_size": -1}', b'{"max_upload_size": true}', b"{}"]
+)
 def test_server_that_names_no_upload_limit_is_supported(batch, standin, collect, monkeypatch, body):
     real = standin._features
     monkeypatch.setattr(standin, "_features", lambda: json.loads(body or b"null"))
