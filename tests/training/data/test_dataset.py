@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.dataset_layout import DatasetFolder
+from common.dataset_layout import DatasetFolder, unused_entries
 from common.errors import DataError
 from common.files import sha256_of, write_json
-from training.data.dataset import flagged_images, read_examples
+from training.data.dataset import flagged_images, other_entries, read_examples
 
 ORIENTATION = 0x0112
 
@@ -206,7 +206,7 @@ def test_captions_with_other_suffixes_are_read(stage):
     stage.add("rocket", "c.png", "sks, rocket")
     (stage.images / "c.caption").write_text("another text")
     assert [example.caption for example in read_examples(stage.images, workers=0)] == ["sks, coffee", "sks, cat", "sks, rocket"]
-    assert unused_entries(stage.images) == ["c.caption"]
+    assert other_entries(stage.images, unused_entries(stage.images)) == ["c.caption"]
 
 
 def test_captions_that_cannot_be_used_are_in_the_list(stage, tmp_path):
