@@ -5,8 +5,11 @@ import os
 import re
 import tomllib
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import train_lora
 from captioning.config import CaptionSettings
@@ -274,6 +277,26 @@ def test_the_login_in_an_address_is_never_shown(tmp_path, monkeypatch, template,
             shown += str(refused)
     assert "host" in shown or "one" in shown or "me" in shown
     assert PASSWORD not in shown
+
+
+noise = st.text("/:@%?#[]\\ ,&=+;\"'\n\uff20\ufe6b\uff1aé猫40", max_size=8)
+
+
+@given(
+    scheme=st.sampled_from(["http://", "https://", "HTTP:/", "ws:\\\\", "//", "", "http:", " http://"]),
+    before=noise,
+    after=noise,
+    at=st.sampled_from(["@", "%40", "%2540", "\uff20", "@@"]),
+    host=noise.map(lambda text: f"host{text}"),
+)
+def test_no_address_with_an_at_sign_shows_what_is_before_it(scheme, before, after, at, host):
+    address = f"{scheme}me:{before}{PASSWORD}{after}{at}{host}"
+    assert PASSWORD not in masking.mask_address(address)
+    assert PASSWORD not in masking.mask_address(f"http://other:8188, {address}, http://more:8188")
+    with mock.patch.object(masking, "_known", set()):
+        masking.learn_secrets({"COMFYUI_ENDPOINT": address})
+        for said in (address, f"no host in {before}{PASSWORD}{after}"):
+            assert PASSWORD not in masking.mask_secrets(said)
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8188", "https://[::1]:8188/comfy", "http://a:1,http://b:2", "http://host"])
