@@ -19,7 +19,7 @@ from common.background import in_background
 from common.captions import ordinary_trigger, tagger_vocabulary
 from common.clip_tokens import find_vocabulary
 from common.dataset_layout import DatasetFolder
-from common.errors import run_main, stop_on_signals
+from common.errors import exit_on_signals, run_main, stop_on_signals
 from common.output_layout import name_problem, only_run_in
 from common.project import ComfyUIAddress, ProjectSettings
 from common.settings import Request, read_request
@@ -51,12 +51,12 @@ def main(argv: list[str]) -> None:
     overlaps = NVIDIA.exists() and ranks.world_size == 1 and not request.check
     with worker_process(enabled=overlaps) as reader, worker_process(import_training, enabled=overlaps) as encoder:
         read = partial(reader.call_and_close if reader else call, read_inputs, project, settings)
-        with in_background(read, start=ranks.rank == 0 and not request.check) as inputs:
+        with in_background(read, start=ranks.rank == 0 and not request.check) as inputs, exit_on_signals(STAGE):
             import_training()
-        from training.job import resolve_on_all_ranks
-        from training.preflight import check
-        from training.system.process_group import process_group
-        from training.trainer import clean_up, train
+            from training.job import resolve_on_all_ranks
+            from training.preflight import check
+            from training.system.process_group import process_group
+            from training.trainer import clean_up, train
 
         if request.check:
             check(project, settings, inputs_pending=request.inputs_pending)
