@@ -117,9 +117,9 @@ TRAINING_LAYERS = (
     ("training.config", "training.models"),
     ("training.method", "training.system"),
     ("training.data",),
-    ("training.plan", "training.monitor", "training.engine"),
+    ("training.plan", "training.engine"),
     ("training.memory_budget", "training.loop"),
-    ("training.state",),
+    ("training.callbacks",),
     ("training.job",),
     ("training.trainer", "training.preflight"),
 )

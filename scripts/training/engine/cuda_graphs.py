@@ -1,7 +1,6 @@
 """Run a function of batches as CUDA graphs: one per shape, replayed with a single launch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 
 import torch
 
@@ -22,11 +21,11 @@ class CudaGraphRunner:
         self._device = device
         self._copying = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[tuple, _Graph | None] = {}
+        self._graphs: dict[tuple, Step | None] = {}
         self._disabled = False
 
     def __call__(self, batches: Sequence[Batch]) -> torch.Tensor:
-        shape = tuple(getattr(batch, part.name).shape for batch in batches for part in fields(batch))
+        shape = tuple(tensor.shape for batch in batches for tensor in vars(batch).values())
         uploaded = self._copied_to_gpu(batches)
         if self._disabled or shape not in self._graphs:
             # The first step of a shape runs eagerly: it makes cuDNN, cuBLAS and Triton choose and load their kernels, which a
@@ -35,8 +34,7 @@ class CudaGraphRunner:
             return self._step(uploaded)
         if self._graphs[shape] is None:
             self._graphs[shape] = self._capture(uploaded)
-        graph = self._graphs[shape]
-        return graph.replay(uploaded) if graph else self._step(uploaded)
+        return (self._graphs[shape] or self._step)(uploaded)
 
     def _copied_to_gpu(self, batches: Sequence[Batch]) -> list[Batch]:
         """The batches on the GPU, copied on a stream of their own; the current stream waits for them."""
@@ -45,35 +43,31 @@ class CudaGraphRunner:
             uploaded = [batch.to(self._device) for batch in batches]
         current.wait_stream(self._copying)
         for batch in uploaded:
-            for part in fields(batch):
+            for tensor in vars(batch).values():
                 # Without this the allocator could give the memory away once the copying stream is done with it.
-                getattr(batch, part.name).record_stream(current)
+                tensor.record_stream(current)
         return uploaded
 
-    def _capture(self, batches: Sequence[Batch]) -> "_Graph | None":
-        """A graph for batches of this shape; None, with a log line, if this step cannot be captured: it then stays eager."""
+    def _capture(self, batches: Sequence[Batch]) -> Step | None:
+        """The step for batches of this shape as a graph with input buffers of its own; None, with a log line, if it cannot be
+        captured: it then stays eager. All graphs share one memory pool: only one runs at a time."""
+        graph = torch.cuda.CUDAGraph()
         try:
-            return _Graph(self._step, batches, self._pool)
+            inputs = [Batch(**{name: tensor.clone() for name, tensor in vars(batch).items()}) for batch in batches]
+            # Other threads go on reading batches into pinned memory, which a capture in the usual mode would not survive.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output = self._step(inputs)
         except RuntimeError as error:
             self._disabled = True
             reason = str(error).splitlines()[0]
             print(f"CUDA graphs: off, training is slower ({reason})", flush=True)
             return None
 
+        def replay(given: Sequence[Batch]) -> torch.Tensor:
+            for mine, batch in zip(inputs, given, strict=True):
+                for name, tensor in vars(batch).items():
+                    getattr(mine, name).copy_(tensor)
+            graph.replay()
+            return output
 
-class _Graph:
-    """One captured call of `step`, with input buffers of its own. All graphs share one memory pool: only one runs at a time."""
-
-    def __init__(self, step: Step, batches: Sequence[Batch], pool: tuple):
-        self._inputs = [Batch(**{part.name: getattr(batch, part.name).clone() for part in fields(batch)}) for batch in batches]
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads go on reading batches into pinned memory, which a capture in the usual mode would not survive.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._output = step(self._inputs)
-
-    def replay(self, batches: Sequence[Batch]) -> torch.Tensor:
-        for mine, given in zip(self._inputs, batches, strict=True):
-            for part in fields(given):
-                getattr(mine, part.name).copy_(getattr(given, part.name))
-        self._graph.replay()
-        return self._output
+        return replay

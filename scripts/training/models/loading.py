@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -54,14 +53,6 @@ _MAX_SHOWN = 5
 """Mismatches that are printed; a wrong file easily has a thousand."""
 
 
-@dataclass(frozen=True)
-class TextEncoders:
-    """SDXL's two CLIP text encoders with their tokenizers."""
-
-    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
-    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
-
-
 def load_unet(base: BaseModel, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
     """The UNet, frozen."""
     return _load(base.components["unet"], device, dtype)
@@ -72,10 +63,12 @@ def load_vae(base: BaseModel, device: torch.device) -> AutoencoderKL:
     return _load(base.components["vae"], device, torch.float32)
 
 
-def load_text_encoders(base: BaseModel, models_dir: Path, device: torch.device, dtype: torch.dtype) -> TextEncoders:
-    """Both text encoders, frozen, with their tokenizers."""
+def load_text_encoders(
+    base: BaseModel, device: torch.device, dtype: torch.dtype
+) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """SDXL's two CLIP text encoders, frozen."""
     first, second = (_load(base.components[name], device, dtype) for name in ("text_encoder", "text_encoder_2"))
-    return TextEncoders(load_tokenizers(base, models_dir), (first, second))
+    return first, second
 
 
 def load_tokenizers(base: BaseModel, models_dir: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from training.system.memory_guard import PROC
+from training.system.memory_guard import read_memory
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
@@ -76,7 +76,7 @@ def available_bytes(device: torch.device) -> int:
 
     Where GPU and CPU share memory, the driver counts the page cache as used; the kernel's MemAvailable does not.
     """
-    return PROC.read().available if shares_memory(device) else torch.cuda.mem_get_info(device)[0]
+    return read_memory().available if shares_memory(device) else torch.cuda.mem_get_info(device)[0]
 
 
 def limit_gpu_memory(device: torch.device, max_bytes: int) -> None:

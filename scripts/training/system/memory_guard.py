@@ -7,7 +7,7 @@ page cache as used, so the guard reads the kernel's own MemAvailable and memory 
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,25 +34,16 @@ class Memory:
     """`full avg10` of PSI in per cent; 0 where the kernel does not measure it."""
 
 
-@dataclass(frozen=True)
-class MemoryFiles:
-    """The kernel's files that report on memory."""
-
-    meminfo: Path
-    pressure: Path
-
-    def read(self) -> Memory:
-        lines = (line.split() for line in self.meminfo.read_text(encoding="ascii").splitlines())
-        values = {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines}
-        pressure = 0.0
-        with suppress(OSError):  # an older kernel, or one without PSI
-            for line in self.pressure.read_text(encoding="ascii").splitlines():
-                if line.startswith("full "):
-                    pressure = float(line.split("avg10=")[1].split()[0])
-        return Memory(values["MemTotal"], values["MemAvailable"], pressure)
-
-
-PROC = MemoryFiles(Path("/proc/meminfo"), Path("/proc/pressure/memory"))
+def read_memory(meminfo: Path = Path("/proc/meminfo"), psi: Path = Path("/proc/pressure/memory")) -> Memory:
+    """What the kernel reports in these files."""
+    lines = (line.split() for line in meminfo.read_text(encoding="ascii").splitlines())
+    values = {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines}
+    pressure = 0.0
+    with suppress(OSError):  # an older kernel, or one without PSI
+        for line in psi.read_text(encoding="ascii").splitlines():
+            if line.startswith("full "):
+                pressure = float(line.split("avg10=")[1].split()[0])
+    return Memory(values["MemTotal"], values["MemAvailable"], pressure)
 
 
 @dataclass(frozen=True)
@@ -107,17 +98,17 @@ class MemoryGuard:
     """Acts on the available memory: below `warn` it requests empty caches, below `stop` (or under high pressure) it sends
     MEMORY_SIGNAL to its own process, and below `emergency` it exits."""
 
-    def __init__(self, limits: Thresholds, files: MemoryFiles = PROC):
+    def __init__(self, limits: Thresholds, read: Callable[[], Memory] = read_memory):
         self.cache_clear_requested = False
         """The training loop frees its caches and resets this."""
         self._limits = limits
-        self._files = files
+        self._read = read
         self._low_polls = 0
         self._has_warned = False
 
     def poll(self) -> None:
         """Read the memory once and act on it."""
-        memory = self._files.read()
+        memory = self._read()
         if memory.available < self._limits.emergency:
             _report(memory, "stopping immediately; run the same command to resume from the last checkpoint")
             os._exit(MemoryShort.exit_code)

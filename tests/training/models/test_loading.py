@@ -21,13 +21,13 @@ def test_folder_loads_as_diffusers_loads_it(tiny_sdxl):
     from diffusers import StableDiffusionXLPipeline  # imports all of diffusers
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, local_files_only=True)
-    for name, module in all_components(find_base(str(tiny_sdxl), tiny_sdxl), tiny_sdxl).items():
+    for name, module in all_components(find_base(str(tiny_sdxl), tiny_sdxl)).items():
         assert_same_weights(module, getattr(pipeline, name))
 
 
 def test_single_file_and_folder_give_the_same_modules(tiny_sdxl, tiny_single_file):
-    from_folder = all_components(find_base(str(tiny_sdxl), tiny_sdxl), tiny_sdxl)
-    from_file = all_components(find_base(str(tiny_single_file), tiny_sdxl.parent), tiny_sdxl.parent)
+    from_folder = all_components(find_base(str(tiny_sdxl), tiny_sdxl))
+    from_file = all_components(find_base(str(tiny_single_file), tiny_sdxl.parent))
     for name in WEIGHT_STEMS:
         assert_same_weights(from_folder[name], from_file[name])
     tokens = torch.tensor([[525, 70, 12, 526] + [0] * 73])
@@ -78,7 +78,7 @@ def test_components_are_frozen_in_the_requested_type_and_not_initialised(tiny_sd
     base = find_base(str(tiny_sdxl), tiny_sdxl)
     randomness = torch.get_rng_state()
     unet, vae = loading.load_unet(base, CPU, torch.bfloat16), loading.load_vae(base, CPU)
-    encoders = loading.load_text_encoders(base, tiny_sdxl, CPU, torch.bfloat16).encoders
+    encoders = loading.load_text_encoders(base, CPU, torch.bfloat16)
     assert torch.equal(torch.get_rng_state(), randomness)
     for module, dtype in ((unet, torch.bfloat16), (vae, torch.float32), *((encoder, torch.bfloat16) for encoder in encoders)):
         assert not module.training
@@ -101,8 +101,8 @@ def test_vae_with_the_old_names_of_attention(folder, tiny_sdxl):
 def test_text_encoder_without_the_old_prefix(folder, tiny_sdxl):
     file = folder / "text_encoder" / "model.safetensors"
     save_file({name.removeprefix("text_model."): weight for name, weight in load_file(file).items()}, file)
-    ours = loading.load_text_encoders(find_base(str(folder), folder), folder, CPU, torch.float32).encoders[0]
-    theirs = loading.load_text_encoders(find_base(str(tiny_sdxl), folder), folder, CPU, torch.float32).encoders[0]
+    ours = loading.load_text_encoders(find_base(str(folder), folder), CPU, torch.float32)[0]
+    theirs = loading.load_text_encoders(find_base(str(tiny_sdxl), folder), CPU, torch.float32)[0]
     assert_same_weights(ours, theirs)
 
 
@@ -111,8 +111,8 @@ def test_file_with_an_untransposed_text_projection(tiny_single_file, tmp_path, t
     projection = weights.pop("conditioner.embedders.1.model.text_projection")
     weights["conditioner.embedders.1.model.text_projection.weight"] = projection.T.contiguous()
     save_file(weights, tmp_path / "a.safetensors")
-    ours = loading.load_text_encoders(find_base("a", tmp_path), tiny_sdxl.parent, CPU, torch.float32).encoders[1]
-    theirs = loading.load_text_encoders(find_base(str(tiny_sdxl), tmp_path), tmp_path, CPU, torch.float32).encoders[1]
+    ours = loading.load_text_encoders(find_base("a", tmp_path), CPU, torch.float32)[1]
+    theirs = loading.load_text_encoders(find_base(str(tiny_sdxl), tmp_path), CPU, torch.float32)[1]
     assert_same_weights(ours, theirs)
 
 

@@ -14,11 +14,10 @@ from process_table import children_of, pair_of
 
 from common.errors import ResourceError, SettingsError
 from common.settings import REPOSITORY
+from training.callbacks.checkpoint import Checkpoint, Identity, match_global_batch
 from training.config import ProcessSettings, RunSettings
-from training.monitor.callbacks import Progress
+from training.loop import Progress
 from training.plan import GLOBAL_BATCH, WORLD_SIZE
-from training.state.checkpoint import Checkpoint, Identity
-from training.state.resume import match_global_batch
 from training.system import launcher
 
 RUN_SH = REPOSITORY / "scripts" / "run.sh"
