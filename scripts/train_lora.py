@@ -9,11 +9,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import call
 from pathlib import Path
-from typing import Any
 
 from common.background import in_background
 from common.errors import run_main, stop_on_signals
@@ -26,9 +25,23 @@ from training.system.launcher import launch, needs_launcher, rank_info
 from training.system.worker_process import die_with_parent, worker_process
 
 STAGE = "train_lora"
-SECTIONS = {"project": ProjectSettings, "collect": ComfyUIAddress, "train": TrainSettings}
 NVIDIA = Path("/dev/nvidiactl")
 """Exists if NVIDIA's driver is loaded."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What this stage reads of the settings."""
+
+    project: ProjectSettings
+    collect: ComfyUIAddress
+    train: TrainSettings
+
+    def validate(self) -> Iterator[str]:
+        """The LoRA may be named after the trigger word."""
+        if not self.train.saving.output_name:
+            named = replace(self.train.saving, output_name=self.project.trigger_word)
+            yield from (f"{problem}; set OUTPUT_NAME" for problem in named.validate())
 
 
 def main(argv: list[str]) -> None:
@@ -36,13 +49,12 @@ def main(argv: list[str]) -> None:
     ranks = rank_info()
     if ranks.world_size > 1:
         die_with_parent(ranks.launcher_pid)  # before the imports: the launcher may be gone when they are done
-    request = read_request(STAGE, __doc__, argv, SECTIONS, validate=validate)
-    project: ProjectSettings = request.sections["project"]
-    settings: TrainSettings = request.sections["train"]
+    request = read_request(STAGE, __doc__, argv, Tables)
+    project, settings = request.settings.project, request.settings.train
     if needs_launcher(settings.processes) and not request.check:
         sys.exit(launch([sys.executable, __file__, *argv], settings.processes))
     if ranks.rank == 0:
-        print(f"overridden settings: {request.overridden()}", flush=True)
+        print(f"overridden settings: {request.described_overrides()}", flush=True)
 
     # Worker processes read the inputs and encode the data while this one imports libraries and loads the UNet.
     overlaps = NVIDIA.exists() and ranks.world_size == 1 and not request.check
@@ -59,7 +71,7 @@ def main(argv: list[str]) -> None:
             check(project, settings, inputs_pending=request.inputs_pending)
             return
         with process_group(ranks) as group, only_run_in(project.output_dir) if group.is_main_process else nullcontext():
-            run = resolve_on_all_ranks(group, project, settings, inputs.result, request.sections["collect"].comfyui_endpoint)
+            run = resolve_on_all_ranks(group, project, settings, inputs.result, request.settings.collect.comfyui_endpoint)
             if not run.is_finished:
                 train(run, group, encoder)
             elif group.is_main_process:
@@ -73,13 +85,6 @@ def import_training() -> None:
 
     wake_gpu(rank_info().gpu)
     import training.trainer  # noqa: F401
-
-
-def validate(sections: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the settings together: the LoRA may be named after the trigger word."""
-    saving, trigger = sections["train"].saving, sections["project"].trigger_word
-    if not saving.output_name:
-        yield from (f"{problem}; set OUTPUT_NAME" for problem in replace(saving, output_name=trigger).validate())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Command line and settings: TOML file < environment < `--set`, as frozen typed values, with all problems reported at once.
 
 A section is a frozen dataclass whose fields are made with `setting(...)`. It is one table of `config/training_config.toml`; a
-field that is itself a section is a table inside it. Every key has one environment variable, its name in capitals; an empty
+field that is itself a section is a table inside it. A stage declares the tables that it reads as a dataclass with a section for
+each; what their methods `validate` yield is a problem. Every key has one environment variable, its name in capitals; an empty
 variable means "not set". Relative paths in the file are relative to the repository, those in variables and flags to the current
 directory.
 """
@@ -15,10 +16,10 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import tomli_w
 
@@ -33,8 +34,7 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 """Bytes of a variable that are not UTF-8 appear as surrogates."""
 
-Validate = Callable[[dict[str, Any]], Iterable[str]]
-"""Checks settings across sections: filled sections by the names of their tables -> problems."""
+Tables = TypeVar("Tables")
 
 
 def setting(
@@ -66,44 +66,43 @@ class PartialSection:
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Generic[Tables]):
     """What the command line, the environment and the settings file ask for."""
 
     check: bool
     """Check the requirements of the stage and exit."""
     inputs_pending: bool
     """Earlier stages still have to run: a check accepts that their outputs are missing."""
-    sections: dict[str, Any]
-    """The filled sections, by the names of their tables."""
+    settings: Tables
+    """The filled sections."""
     sources: dict[str, str]
     """Where the value of each key comes from: `default`, the file's name, `environment` or `--set`."""
+    overridden: frozenset[str] = frozenset()
+    """The keys to which the environment or `--set` gives another value than the file."""
     flags: frozenset[str] = frozenset()
     """Those of the stage's own flags that are given."""
 
-    def described(self, sources: Iterable[str] | None = None) -> list[str]:
-        """One `key = value  (source)` for each key, or for each that comes from one of `sources`. Secrets are masked."""
-        lines = []
-        for name, value, is_secret in _flat_values(*self.sections.values()):
-            if sources is None or self.sources[name] in sources:
-                shown = ("set" if value else "not set") if is_secret else without_logins(as_toml(value))
-                lines.append(f"{name} = {shown!r}  ({self.sources[name]})")
+    def described(self) -> dict[str, str]:
+        """`key = value` of each key. Secrets are masked."""
+        lines = {}
+        for name, value, is_secret in _flat_values(self.settings):
+            shown = ("set" if value else "not set") if is_secret else without_logins(as_toml(value))
+            lines[name] = f"{name} = {shown!r}"
         return lines
 
-    def overridden(self) -> str:
-        """The settings from environment and flags, in one line."""
-        lines = self.described(("environment", "--set"))
-        return ", ".join(line.rpartition("  (")[0] for line in lines) or "none"
+    def described_overrides(self) -> str:
+        """The overridden settings, in one line."""
+        return ", ".join(line for name, line in self.described().items() if name in self.overridden) or "none"
 
 
 def read_request(
     stage: str,
     description: str,
     argv: list[str],
-    sections: dict[str, type],
+    tables: type[Tables],
     flags: Mapping[str, str] | None = None,
-    validate: Validate = lambda _: (),
-) -> Request:
-    """Parse the command line and fill `sections` (table name -> section class). `flags` are the stage's own: name -> help.
+) -> Request[Tables]:
+    """Parse the command line and fill the sections of `tables`. `flags` are the stage's own: name -> help.
 
     Raises SettingsError with every problem at once. `--help`, `--version` and `--settings` print and exit.
     """
@@ -131,9 +130,9 @@ def read_request(
 
     parser.error = refuse
     arguments = parser.parse_args(argv)
-    request = resolve(arguments.config, os.environ, arguments.set, sections, validate, check=arguments.check)
+    request = resolve(arguments.config, os.environ, arguments.set, tables, check=arguments.check)
     if arguments.settings:
-        print("\n".join(request.described()))
+        print("\n".join(f"{line}  ({request.sources[name]})" for name, line in request.described().items()))
         raise SystemExit(0)
     if request.check:
         print(f"{stage} of LoRACat {VERSION}", flush=True)
@@ -141,30 +140,27 @@ def read_request(
 
 
 def resolve(
-    file: Path,
-    environment: Mapping[str, str],
-    overrides: list[str],
-    sections: dict[str, type],
-    validate: Validate = lambda _: (),
-    *,
-    check: str | None = None,
-) -> Request:
-    """Fill `sections` from the TOML `file`, then `environment`, then `overrides` (`KEY=VALUE`).
+    file: Path, environment: Mapping[str, str], overrides: list[str], tables: type[Tables], *, check: str | None = None
+) -> Request[Tables]:
+    """Fill the sections of `tables` from the TOML `file`, then `environment`, then `overrides` (`KEY=VALUE`).
 
-    Raises SettingsError with every problem at once: unknown keys, wrong types, values out of range, and what `validate` yields.
+    Raises SettingsError with every problem at once: unknown keys, wrong types, values out of range, and contradictions.
     """
-    tables = _read_toml(file)
+    content = _read_toml(file)
     resolver = _Resolver(file, environment, overrides)
-    for name in tables:
+    for name in content:
         if name not in TABLES:
             resolver.problems.append(f"[{name}]: unknown table in {file.name}; known: {', '.join(TABLES)}")
-    filled = {name: resolver.fill(section, name, tables.get(name, {})) for name, section in sections.items()}
+    sections = typing.get_type_hints(tables).items()
+    filled = {name: resolver.fill(section, name, content.get(name, {})) for name, section in sections}
     problems = [*resolver.problems, *(f"--set {key}: unknown key" for key in resolver.overrides)]
-    if None not in filled.values():
-        problems += validate(filled)
+    settings = None if None in filled.values() else tables(**filled)
+    if settings and hasattr(settings, "validate"):
+        problems += settings.validate()
     if problems:
         raise SettingsError(bullet_list("invalid settings:", problems))
-    return Request(check=check is not None, inputs_pending=check == "ahead", sections=filled, sources=resolver.sources)
+    overridden = frozenset(resolver.overridden)
+    return Request(check is not None, check == "ahead", settings, resolver.sources, overridden)
 
 
 def resolved_toml(sections: dict[str, Any]) -> str:
@@ -236,6 +232,7 @@ class _Resolver:
         self._file_name, self._environment = file.name, environment
         self.sources: dict[str, str] = {}
         """Key -> the source that its value comes from."""
+        self.overridden: set[str] = set()
         self.problems = [f"--set {each}: must be KEY=VALUE" for each in overrides if "=" not in each]
         pairs = (each.partition("=") for each in overrides if "=" in each)
         self.overrides = {key.strip().lower(): value for key, _, value in pairs}
@@ -286,12 +283,15 @@ class _Resolver:
             if source == "default":
                 return REPOSITORY / raw if isinstance(raw, Path) else raw
             is_text = source != self._file_name
-            return _within_limits(_convert(raw, hint, Path.cwd() if is_text else REPOSITORY, is_text=is_text), key)
+            value = _within_limits(_convert(raw, hint, Path.cwd() if is_text else REPOSITORY, is_text=is_text), key)
         except FileNotFoundError:
             raise SettingsError("the current directory no longer exists: change to another one") from None
         except ValueError as error:
             self.problems.append(f"{name} ({source}):{'' if is_secret else f' {raw!r}'} {error}")
             return None
+        if is_text and as_toml(value) != given.get(name, as_toml(key.default)):
+            self.overridden.add(name)
+        return value
 
 
 def _within_limits(value: Any, key: dataclasses.Field) -> Any:
