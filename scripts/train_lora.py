@@ -21,8 +21,7 @@ from common.project import ComfyUIAddress, ProjectSettings
 from common.settings import read_request
 from training.config import TrainSettings
 from training.data.dataset import read_inputs
-from training.system.launcher import launch, needs_launcher, rank_info
-from training.system.worker_process import die_with_parent, worker_process
+from training.system.processes import die_with_parent, launch, needs_launcher, rank_info, worker_process
 
 STAGE = "train_lora"
 NVIDIA = Path("/dev/nvidiactl")

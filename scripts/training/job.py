@@ -26,8 +26,7 @@ from training.method.optimizers import OPTIMIZERS, require_usable
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
 from training.plan import GLOBAL_BATCH, Plan, make_plan, result_fingerprint, runtime_settings, short_hash
-from training.system.device import Precision, choose_precision, describe
-from training.system.memory_guard import comfyui_advice
+from training.system.device import Precision, choose_precision, comfyui_advice, describe
 from training.system.process_group import ProcessGroup
 
 

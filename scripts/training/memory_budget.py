@@ -13,8 +13,16 @@ from training.method.adapters import KEPT_BYTES_PER_WEIGHT
 from training.method.optimizers import OPTIMIZERS
 from training.models.sdxl import BaseModel
 from training.plan import placements_of
-from training.system.device import Precision, available_bytes, shares_memory
-from training.system.memory_guard import GIB, Thresholds, largest_other_process, read_memory, thresholds
+from training.system.device import (
+    GIB,
+    Precision,
+    Thresholds,
+    available_bytes,
+    largest_other_process,
+    read_memory,
+    shares_memory,
+    thresholds,
+)
 
 _FAST_BYTES_PER_PIXEL = 5632, 1024
 """Activations of SDXL in bf16 per pixel of the micro-batch, kept or with gradient checkpointing. Measured: a step of batch 4 at

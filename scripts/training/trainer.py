@@ -34,10 +34,9 @@ from training.method.export import write_lora
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
 from training.models.loading import load_unet
 from training.models.tensor_files import remove_partial_weights
-from training.system.device import available_bytes, limit_gpu_memory, make_deterministic
-from training.system.memory_guard import MemoryGuard, memory_guard
+from training.system.device import MemoryGuard, available_bytes, limit_gpu_memory, make_deterministic, memory_guard
 from training.system.process_group import ProcessGroup
-from training.system.worker_process import WorkerProcess
+from training.system.processes import WorkerProcess
 
 
 def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) -> None:

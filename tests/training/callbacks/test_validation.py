@@ -12,8 +12,8 @@ from training.data.batches import BatchReader
 from training.data.buckets import Bucket, OptimizerStep, assign_bucket
 from training.data.cache import CachedExample
 from training.loop import Progress
-from training.system.launcher import RankInfo
 from training.system.process_group import ProcessGroup
+from training.system.processes import RankInfo
 
 SIZES = [(128, 128), (300, 150), (128, 128)]
 

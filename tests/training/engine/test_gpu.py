@@ -16,7 +16,7 @@ from demo import tiny_sdxl
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
 from training.engine import prepare_unet
-from training.engine.fast import ops
+from training.engine.fast.ops import add_layer_norm, geglu, group_norm
 from training.engine.step import TrainStep
 from training.method import diffusion
 from training.method.adapters import ADAPTER, Adapter, inject
@@ -220,7 +220,7 @@ def test_group_norm_kernels(silu, with_plus):
         x = (torch.randn(2, 320, 40, 24, generator=generator) + 1).to(device)
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_(True)
         plus = torch.randn(2, 320, generator=generator).to(device) if with_plus else None
-        same, normed = ops.group_norm(x, plus, norm, silu=silu)
+        same, normed = group_norm(x, plus, norm, silu=silu)
         upstream = torch.randn(2, 2, 320, 40, 24, generator=generator).to(device)
         (same * upstream[0] + normed * upstream[1]).sum().backward()
         results.append((normed.detach().cpu(), x.grad.cpu()))
@@ -235,8 +235,8 @@ def test_layer_norm_and_geglu_kernels(adds):
     for device in ("cpu", "cuda"):
         norm, generator = norm.to(device), torch.Generator().manual_seed(1)
         x, y = (torch.randn(2, 37, 640, generator=generator).to(device).requires_grad_(True) for _ in range(2))
-        total, normed = ops.add_layer_norm(x, y if adds else None, norm)
-        activated = ops.geglu(total + normed)
+        total, normed = add_layer_norm(x, y if adds else None, norm)
+        activated = geglu(total + normed)
         (activated * torch.randn(2, 37, 320, generator=generator).to(device)).sum().backward()
         found = (total, normed, activated, x.grad, *([y.grad] if adds else []))
         results.append([tensor.detach().cpu() for tensor in found])

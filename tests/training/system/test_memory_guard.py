@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 
-from training.system.memory_guard import (
+from training.system.device import (
     GIB,
     Memory,
     MemoryGuard,
@@ -54,7 +54,7 @@ def proc(tmp_path):
 def sent(monkeypatch):
     """The signals that the guard sends."""
     signals = []
-    monkeypatch.setattr("training.system.memory_guard.os.kill", lambda process, signum: signals.append((process, signum)))
+    monkeypatch.setattr("training.system.device.os.kill", lambda process, signum: signals.append((process, signum)))
     return signals
 
 
@@ -108,7 +108,7 @@ def test_pressure_stops_the_run_although_memory_is_available(proc, sent):
 
 def test_the_guard_exits_at_once_when_nearly_nothing_is_available(proc, monkeypatch, sent):
     codes = []
-    monkeypatch.setattr("training.system.memory_guard.os._exit", codes.append)
+    monkeypatch.setattr("training.system.device.os._exit", codes.append)
     MemoryGuard(SPARK, proc.set(1.9)).poll()
     assert codes == [75]
 

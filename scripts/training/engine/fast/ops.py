@@ -15,11 +15,11 @@ from torch.autograd.function import once_differentiable
 def _kernels() -> ModuleType | None:
     """The Triton kernels; None, with a log line, if this PyTorch has no Triton."""
     try:
-        from training.engine.fast import triton_kernels
+        import training.engine.fast.triton_kernels as kernels
     except ImportError as error:
         print(f"Triton kernels: off, training is slower ({error})", flush=True)
         return None
-    return triton_kernels
+    return kernels
 
 
 def add_layer_norm(x: torch.Tensor, y: torch.Tensor | None, norm: torch.nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,8 +14,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from training.engine.fast import ops
 from training.engine.fast.lora_linear import FusedLoraLinear, frozen_conv, fused_lora_context, fused_lora_linear
+from training.engine.fast.ops import add_layer_norm, add_with_bias, geglu, group_norm
 from training.engine.step import recomputed
 from training.method.adapters import CONTEXT, SELF_ATTENTION
 
@@ -36,7 +36,7 @@ def warm_up_libraries(device: torch.device, dtype: torch.dtype) -> None:
         norm = torch.nn.GroupNorm(32, 320, device=device, dtype=dtype).requires_grad_(False)
         kernel = torch.zeros(320, 320, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
         image = torch.zeros(1, 320, 16, 16, device=device, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
-        normed = ops.group_norm(image, None, norm, silu=True)[1]
+        normed = group_norm(image, None, norm, silu=True)[1]
         rows = torch.nn.functional.conv2d(normed, kernel, padding=1).permute(0, 2, 3, 1).reshape(-1, 320)
         (rows @ kernel[:, :, 0, 0]).sum().backward()
         torch.cuda.synchronize()
@@ -92,14 +92,14 @@ def _block(modules: Mapping[str, torch.nn.Module], name: str, groups: Mapping[st
 
         Each residual is added by the kernel of the layer norm that follows it, which saves a pass over `x`.
         """
-        x, normed = ops.add_layer_norm(x, pending, block.norm1)
+        x, normed = add_layer_norm(x, pending, block.norm1)
         parts = {}
         if qkv:
             parts = dict(zip(qkv.names, fused_lora_linear(normed, qkv).chunk(len(qkv.names), dim=-1), strict=True))
         attended = attend(*(parts[path] if path in parts else layer(normed) for path, layer in qkv_layers.items()))
-        x, normed = ops.add_layer_norm(x, self_out(attended), block.norm2)
-        x, normed = ops.add_layer_norm(x, cross_out(attend(cross_q(normed), keys, values)), block.norm3)
-        return x, feed_out(ops.geglu(feed_in(normed)))
+        x, normed = add_layer_norm(x, self_out(attended), block.norm2)
+        x, normed = add_layer_norm(x, cross_out(attend(cross_q(normed), keys, values)), block.norm3)
+        return x, feed_out(geglu(feed_in(normed)))
 
     return forward
 
@@ -114,7 +114,7 @@ def _transformer(
     **_: object,
 ) -> tuple[torch.Tensor]:
     """Transformer2DModel: images [B, C, h, w] through the blocks as rows [B, h * w, C], and added to themselves."""
-    residual, normed = ops.group_norm(hidden_states, None, module.norm, silu=False)
+    residual, normed = group_norm(hidden_states, None, module.norm, silu=False)
     x, pending = proj_in(normed.permute(0, 2, 3, 1).flatten(1, 2)), None
     recomputes = module.gradient_checkpointing and torch.is_grad_enabled()
     for name, block in blocks.items():
@@ -130,12 +130,12 @@ def _resnet(module: ResnetBlock2D, input_tensor: torch.Tensor, temb: torch.Tenso
     No bias has a kernel of its own: that of the first convolution is added to the time embedding, which is added to its
     output anyway, and that of the second one in the kernel of the residual.
     """
-    x, normed = ops.group_norm(input_tensor, None, module.norm1, silu=True)
+    x, normed = group_norm(input_tensor, None, module.norm1, silu=True)
     plus = F.linear(F.silu(temb), module.time_emb_proj.weight, module.time_emb_proj.bias) + module.conv1.bias
-    _, normed = ops.group_norm(frozen_conv(normed, module.conv1), plus, module.norm2, silu=True)
+    _, normed = group_norm(frozen_conv(normed, module.conv1), plus, module.norm2, silu=True)
     change = frozen_conv(normed, module.conv2)
     if module.conv_shortcut is None:
-        return ops.add_with_bias(x, change, module.conv2.bias)
+        return add_with_bias(x, change, module.conv2.bias)
     # The shortcut is a 1x1 convolution: on channels-last rows a linear layer, whose bias takes that of conv2 along.
     shortcut = module.conv_shortcut
     rows = F.linear(x.permute(0, 2, 3, 1), shortcut.weight.flatten(1), shortcut.bias + module.conv2.bias)
