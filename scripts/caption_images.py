@@ -11,6 +11,7 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while libraries are imported ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -23,12 +24,13 @@ from captioning import report
 from captioning.config import CaptionSettings
 from captioning.cpu_affinity import decode_workers
 from captioning.image_audit import IndexedImage, audit_images, index_images, write_audit
-from captioning.journal import CaptionFiles, UnusableCaptionError
+from captioning.journal import CaptionFiles
 from captioning.preflight import check, require_images
 from captioning.report import STAGE, CaptionCounts
 from captioning.tag_cache import tag_images
 from captioning.tag_selection import TagSelector, published_threshold
 from captioning.traits import prune_common_traits
+from common.captions import UnusableCaptionError
 from common.clip_tokens import find_clip_tokens
 from common.dataset_layout import DatasetFolder, ImageFile, caption_owners
 from common.errors import DataError, SettingsError, run_main, stop_on_signals
@@ -91,7 +93,7 @@ def undo(captions: CaptionFiles) -> None:
     try:
         result = captions.undo()
     except UnusableCaptionError as error:
-        raise DataError(f"a caption {error}, then undo again") from None
+        raise DataError(f"a caption {error}") from None
     if not result.run:
         print("nothing to undo: no run changed a caption, or all of them are undone")
         return
@@ -137,11 +139,7 @@ def classify_captions(
         caption = image.caption_path
         if (owner := owners[caption]) is not image:
             counts.fail(image.path, f"would share {caption.name} with {owner.path.name}; rename one of the two images")
-        elif caption.is_symlink() and not caption.exists():
-            counts.fail(caption, "is a link to a file that does not exist; restore that file or remove the link")
-        elif caption.exists() and not caption.is_file():
-            counts.fail(caption, "is not a file; rename it")
-        elif overwrite or not caption.exists() or captions.is_generated(caption):
+        elif overwrite or not os.path.lexists(caption) or captions.is_generated(caption):
             to_generate.append(image)
         else:
             to_keep.append(image)

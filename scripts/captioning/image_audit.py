@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from captioning.image_stats import HASH_SIDE, ImageStats, measure
 from common.background import prefetch
-from common.dataset_layout import CAPTION_SUFFIX, IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in, repeats_of
+from common.dataset_layout import CAPTION_SUFFIXES, IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in, repeats_of
 from common.files import sha256_of, write_json
 from common.images import BrokenImageError
 
@@ -184,12 +184,16 @@ def find_near_duplicates(images: Sequence[IndexedImage]) -> dict[str, str]:
 def _other_entries(folder: Path, images: Sequence[ImageFile]) -> tuple[list[str], dict[str, str]]:
     """What is beside the images: captions without an image, and entries that look like images but are ignored -> why."""
     captions = {image.caption_path for image in images}
+    unused = {path: image.caption_path for image in images for path in image.unused_captions}
+    stems = {image.path.with_suffix("") for image in images}
     searched = {folder, *(image.path.parent for image in images)}
     orphans, ignored = [], {}
     for parent in sorted(searched):
         for path in sorted(path for path in parent.iterdir() if not path.name.startswith(".")):
             name, suffix = name_in(folder, path), path.suffix.lower()
-            if suffix == CAPTION_SUFFIX and path not in captions:
+            if path in unused:
+                ignored[name] = f"{unused[path].name} is the caption; remove one of the two"
+            elif suffix in CAPTION_SUFFIXES and path not in captions:
                 orphans.append(name)
             elif suffix in IMAGE_SUFFIXES and not path.exists():
                 ignored[name] = "a link to nothing"
@@ -197,4 +201,6 @@ def _other_entries(folder: Path, images: Sequence[ImageFile]) -> tuple[list[str]
                 ignored[name] = "a folder"
             elif path.is_dir() and path not in searched and repeats_of(path) != 0 and find_images(path):
                 ignored[name] = "a folder with images; call it N_name for N repeats to use it"
+            elif suffix not in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES) and path.is_file() and path.with_suffix("") in stems:
+                ignored[name] = f"neither an image nor a caption, which has the suffix {' or '.join(CAPTION_SUFFIXES)}"
     return orphans, ignored

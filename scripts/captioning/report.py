@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from captioning.captions import normalized, split_tags
 from captioning.image_audit import DUPLICATE, UNREADABLE, Audit
-from captioning.journal import UnusableCaptionError, read_caption
 from captioning.tag_selection import TagSelector
 from captioning.traits import SUGGESTED_MIN_SHARE, TraitPruning
+from common.captions import UnusableCaptionError, in_one_line, read_caption
 from common.clip_tokens import CHUNK_TOKENS, ClipTokens
 from common.dataset_layout import DatasetFolder, ImageFile, name_in
 from common.errors import SomeItemsFailed
@@ -99,13 +99,11 @@ def traits_record(selector: TagSelector, pruning: TraitPruning) -> dict:
 
 
 def read_captions(images: Sequence[ImageFile], folder: DatasetFolder) -> dict[str, str]:
-    """Name -> text of every caption that exists and can be read."""
+    """Name -> text, as training reads it, of every caption that exists and can be read."""
     texts = {}
     for image in images:
-        if not image.caption_path.is_file():  # reading a pipe would block
-            continue
-        with contextlib.suppress(UnusableCaptionError):
-            texts[name_in(folder.images, image.caption_path)] = read_caption(image.caption_path)
+        with contextlib.suppress(UnusableCaptionError, FileNotFoundError):
+            texts[name_in(folder.images, image.caption_path)] = in_one_line(read_caption(image.caption_path, folder.root))
     return texts
 
 

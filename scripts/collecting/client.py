@@ -7,18 +7,28 @@ ComfyUIError
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from collecting.http import RETRY_STATUSES, Address, ResponseTooLarge, ServerUnavailable, Transport, TruncatedResponse
+from collecting.http import (
+    RETRY_STATUSES,
+    Address,
+    ResponseTooLarge,
+    ServerUnavailable,
+    Transport,
+    TruncatedResponse,
+    parse_json,
+    shown,
+)
 from common.errors import ComfyUIError
 
-MAX_DETAILS_LENGTH = 300
-"""Characters shown of a validation error: it may list thousands of files as choices."""
+MAX_NAME_LENGTH = 1000
+"""Of an id or a file name that the server chooses."""
+MAX_REASONS = 20
+"""Number of validation errors that are listed."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class ComfyUI(contextlib.AbstractContextManager):
         system = stats.get("system")
         if not isinstance(system, dict):
             raise self._http.error("does not answer like ComfyUI: /system_stats has no entry 'system'")
-        return str(system.get("comfyui_version", "(unknown version)"))
+        return shown(system.get("comfyui_version", "(unknown version)"), 40)
 
     def object_info(self) -> dict[str, Any]:
         """The description of every node class that the server has: {class: {"input": ..., "output": ...}}."""
@@ -87,9 +97,9 @@ class ComfyUI(contextlib.AbstractContextManager):
         files = {"image": (name, content, "application/octet-stream")}
         reply = self._http.request_with_retry("POST", "/upload/image", files=files, data={"type": "input"})
         stored = self._http.parse_json(reply, "/upload/image")
-        name, subfolder = stored.get("name"), stored.get("subfolder", "")
-        if not isinstance(name, str) or not isinstance(subfolder, str) or not name:
-            raise self._http.error(f"did not return the name of the uploaded face reference, but {stored}")
+        name, subfolder = stored.get("name"), stored.get("subfolder") or ""
+        if not _is_name(name) or not (subfolder == "" or _is_name(subfolder)):
+            raise self._http.error(f"did not return the name of the uploaded face reference, but {shown(stored)}")
         return f"{subfolder}/{name}" if subfolder else name
 
     def submit(self, graph: dict[str, Any], prompt_id: str) -> Queued:
@@ -111,7 +121,8 @@ class ComfyUI(contextlib.AbstractContextManager):
         if reply.status >= 500:
             raise ComfyUIError(str(self._http.status_error(reply, "/prompt")))
         queued = self._http.parse_json(reply, "/prompt")
-        return Queued(str(queued.get("prompt_id", prompt_id)), describe_node_errors(queued.get("node_errors")))
+        own_id = queued.get("prompt_id")
+        return Queued(own_id if _is_name(own_id) else prompt_id, describe_node_errors(queued.get("node_errors")))
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
         """The history entry of a prompt that has ended; None while it waits or runs, or when it is unknown."""
@@ -124,7 +135,8 @@ class ComfyUI(contextlib.AbstractContextManager):
         ids = []
         for part in (queue.get("queue_running"), queue.get("queue_pending")):
             items = part if isinstance(part, list) else []
-            ids.append(frozenset(str(item[1]) for item in items if isinstance(item, list) and len(item) > 1))
+            queued = (item[1] for item in items if isinstance(item, list) and len(item) > 1)
+            ids.append(frozenset(each for each in queued if isinstance(each, str)))
         return Queue(*ids)
 
     def knows(self, prompt_id: str) -> bool:
@@ -145,15 +157,15 @@ class ComfyUI(contextlib.AbstractContextManager):
 
     def view(self, filename: str, subfolder: str, kind: str) -> bytes:
         """The bytes of a file that the history names. Raises ImageGone when the server does not return it."""
-        query = {"filename": filename, "subfolder": subfolder, "type": kind}
+        query, name = {"filename": filename, "subfolder": subfolder, "type": kind}, shown(filename, 100)
         try:
             reply = self._http.request_with_retry("GET", "/view", params=query)
         except (TruncatedResponse, ResponseTooLarge) as error:
-            raise ImageGone(f"{filename!r}: {error}") from None
+            raise ImageGone(f"'{name}': {error}") from None
         if reply.status == 404:
-            raise ImageGone(f"ComfyUI at {self.url} no longer has the file {filename!r}")
+            raise ImageGone(f"ComfyUI at {self.url} no longer has the file '{name}'")
         if 400 <= reply.status < 500:
-            raise ImageGone(f"{filename!r}: {self._http.status_error(reply, '/view')}")
+            raise ImageGone(f"'{name}': {self._http.status_error(reply, '/view')}")
         if reply.status != 200:
             raise self._http.status_error(reply, "/view")
         return reply.body
@@ -169,38 +181,44 @@ class ComfyUI(contextlib.AbstractContextManager):
             raise self._http.status_error(reply, path)
 
 
+def _is_name(value: Any) -> bool:
+    """Whether `value` can be an id or a file name of the server."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME_LENGTH and value.isprintable()
+
+
 def describe_node_errors(node_errors: Any) -> list[str]:
     """The `node_errors` of an answer, one line for each problem: node, class, message, input."""
     lines = []
     for node_id, node in node_errors.items() if isinstance(node_errors, dict) else ():
         node = node if isinstance(node, dict) else {}
         errors = node.get("errors") if isinstance(node.get("errors"), list) else []
-        label = f"node {node_id} ({node.get('class_type')})"
+        label = f"node {shown(node_id, 100)} ({shown(node.get('class_type'), 100)})"
         lines += [f"{label}: {_describe_error(error)}" for error in errors] or [f"{label}: ComfyUI gives no reason"]
-    return lines
+    return lines if len(lines) <= MAX_REASONS else [*lines[:MAX_REASONS], f"and {len(lines) - MAX_REASONS} more problems"]
 
 
 def _describe_error(error: Any) -> str:
     """One validation error; where its details are empty, the input's name takes their place."""
     if not isinstance(error, dict):
-        return str(error)
+        return shown(error)
     extra = error.get("extra_info") if isinstance(error.get("extra_info"), dict) else {}
-    details = str(error.get("details") or extra.get("input_name") or "")
-    details = details if len(details) <= MAX_DETAILS_LENGTH else f"{details[:MAX_DETAILS_LENGTH]} ..."
-    return f"{error.get('message')}: {details}" if details else str(error.get("message"))
+    # Details may list thousands of files as choices.
+    details = shown(error.get("details") or extra.get("input_name") or "")
+    message = shown(error.get("message"))
+    return f"{message}: {details}" if details else message
 
 
 def _rejection_reasons(body: bytes) -> list[str]:
     """Why POST /prompt answered 400; the reason is in `node_errors`, or else in `error`."""
     try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
+        content = parse_json(body)
+    except ValueError:
         content = None
     if not isinstance(content, dict):
-        return [f"  - ComfyUI gives no reason, but answers {body[:200].decode(errors='replace')!r}"]
+        return [f"  - ComfyUI gives no reason, but answers '{shown(body[:200].decode(errors='replace'))}'"]
     lines = describe_node_errors(content.get("node_errors"))
     if not lines:
         error = content.get("error") or {}
         parts = [error[key] for key in ("message", "details") if error.get(key)] if isinstance(error, dict) else [error]
-        lines = [" ".join(map(str, parts))]
+        lines = [" ".join(map(shown, parts))]
     return [f"  - {line}" for line in lines]

@@ -1,5 +1,6 @@
 """A finished prompt's history entry -> verified images in the data set, and the result of the job."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,9 +9,11 @@ from typing import Any
 
 from collecting.client import ComfyUI, ImageGone
 from collecting.graph import Graph, graph_hash, literal_seeds, node_label, upstream_seeds, upstream_text
+from collecting.http import shown
 from collecting.image_store import DownloadedImage, ImageStore
 from collecting.jobs import InFlight, Job, Plan
 from collecting.journal import Journal
+from common.errors import abbreviated
 from common.images import DOWNLOAD_SUFFIXES, BrokenImageError
 
 DOWNLOAD_RETRY_DELAYS_S = (0.5, 1.0, 2.0)
@@ -49,14 +52,14 @@ class HistoryEntry:
     def __init__(self, entry: dict[str, Any]):
         status = _as_dict(entry.get("status"))
         listed = status["messages"] if isinstance(status.get("messages"), list) else []
-        messages = [(str(each[0]), each[1]) for each in listed if _is_message(each)]
+        messages = [(each[0], each[1]) for each in listed if _is_message(each)]
         self.failures = _failures(messages) if status.get("status_str") == "error" else []
         """Why the prompt failed; [] when it succeeded."""
         cached = next((data.get("nodes") for kind, data in messages if kind == "execution_cached"), None)
-        self.cached_nodes = frozenset(map(str, cached)) if isinstance(cached, list) else frozenset()
+        self.cached_nodes = frozenset(each for each in cached if isinstance(each, str)) if isinstance(cached, list) else frozenset()
         """The nodes that did not run: their files, if they name any, are older than this prompt."""
-        times_ms = [data["timestamp"] for _, data in messages if isinstance(data.get("timestamp"), int | float)]
-        self.duration_s = (times_ms[-1] - times_ms[0]) / 1000 if len(times_ms) > 1 else None
+        times_ms = [time_ms for _, data in messages if (time_ms := _as_timestamp(data.get("timestamp"))) is not None]
+        self.duration_s = max(0.0, (times_ms[-1] - times_ms[0]) / 1000) if len(times_ms) > 1 else None
         """How long the prompt ran by the server's clock, if the entry says so."""
         self._outputs = _as_dict(entry.get("outputs"))
 
@@ -72,17 +75,19 @@ class HistoryEntry:
             if not isinstance(record, dict) or not isinstance(record.get("filename"), str):
                 continue
             # Nodes of custom packs may leave out the subfolder, the type or both.
-            file = RemoteFile(record["filename"], str(record.get("subfolder") or ""), str(record.get("type") or "output"))
+            subfolder, kind = record.get("subfolder"), record.get("type")
+            subfolder, kind = subfolder if isinstance(subfolder, str) else "", kind if isinstance(kind, str) else ""
+            file = RemoteFile(record["filename"], subfolder, kind or "output")
             if animated:
-                skipped.append(f"{file.filename!r} (animated)")
+                skipped.append(f"'{shown(file.filename, 100)}' (animated)")
             elif file.kind == "temp":
-                skipped.append(f"{file.filename!r} (preview)")
+                skipped.append(f"'{shown(file.filename, 100)}' (preview)")
             elif not file.filename.lower().endswith(DOWNLOAD_SUFFIXES):
-                skipped.append(f"{file.filename!r} (not a PNG, JPEG or WebP image)")
+                skipped.append(f"'{shown(file.filename, 100)}' (not a PNG, JPEG or WebP image)")
             else:
                 images.append(file)
         others = [key for key, value in output.items() if key not in ("images", "animated") and value]
-        return images, skipped + [_OTHER_OUTPUTS.get(key, key) for key in others]
+        return images, skipped + [_OTHER_OUTPUTS.get(key) or shown(key, 100) for key in others]
 
 
 def _as_dict(value: Any) -> dict[str, Any]:
@@ -90,17 +95,22 @@ def _as_dict(value: Any) -> dict[str, Any]:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[1], dict)
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], dict)
+
+
+def _as_timestamp(value: Any) -> float | None:
+    """Milliseconds since 1970; None for what is not a time, such as NaN or a number that no float can hold."""
+    return float(value) if isinstance(value, int | float) and 0 <= value < 1e15 and math.isfinite(value) else None
 
 
 def _failures(messages: list[tuple[str, dict[str, Any]]]) -> list[str]:
     """Why a prompt ended with an error. Errors and interruptions differ in the last message only."""
     kind, data = messages[-1] if messages else ("", {})
-    node = f"node {data.get('node_id')} ({data.get('node_type')})"
+    node = f"node {shown(data.get('node_id'), 100)} ({shown(data.get('node_type'), 100)})"
     if kind == "execution_interrupted":
         return [f"interrupted in ComfyUI at {node}"]
     if kind == "execution_error":
-        return [f"{node} failed: {data.get('exception_type')}: {' '.join(str(data.get('exception_message')).split())}"]
+        return [f"{node} failed: {shown(data.get('exception_type'), 100)}: {shown(data.get('exception_message'), 1000)}"]
     return ["ComfyUI reports a failure without a reason"]
 
 
@@ -134,7 +144,7 @@ class Harvester:
             hint = _cache_hint(graph) if node in entry.cached_nodes else ""
             images, skipped = entry.output(node)
             if skipped:
-                result.notes.append(f"{label}: skipped {', '.join(skipped)}")
+                result.notes.append(f"{label}: skipped {abbreviated(skipped)}")
             if not images and not entry.failures:
                 result.failures.append(f"{label} returned no image{hint}")
             for index, file in enumerate(images):

@@ -75,7 +75,7 @@ class ServerPool(contextlib.AbstractContextManager):
         job_queue.requeue([job for job in jobs if not self._reattach(job)])
         for worker in self.workers:
             # A stop does not wait for `listen`: it may be blocked on a silent socket.
-            self._start_thread(worker.monitor.listen)
+            self._start_thread(functools.partial(self._listen, worker))
             self._threads += [self._start_thread(worker.run), self._start_thread(worker.download)]
 
     def results(self, number: int, timeout_s: float) -> Iterator[JobResult | None]:
@@ -146,6 +146,14 @@ class ServerPool(contextlib.AbstractContextManager):
         urls = ", ".join(worker.address.url for worker in self.workers)
         self._log(f"{job.label}: {unknown_prompt_message(urls, submission)}")
         return False
+
+    def _listen(self, worker: ServerWorker) -> None:
+        """Follow the websocket. Only the display depends on it, so not even a bug in it ends the run."""
+        try:
+            worker.monitor.listen()
+        except Exception as error:
+            worker.monitor.status = None
+            self._events.put(f"The progress of {worker.address.url} is not shown any more, because of a bug in LoRACat ({error!r})")
 
     def _start_thread(self, target: Callable[[], None]) -> threading.Thread:
         def run() -> None:

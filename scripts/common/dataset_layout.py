@@ -13,7 +13,9 @@ from pathlib import Path
 IMAGE_FORMATS = {"png": (".png",), "jpeg": (".jpg", ".jpeg"), "webp": (".webp",), "bmp": (".bmp",)}
 """Formats of images in a data set -> the suffixes of their files, the usual one first."""
 IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
-CAPTION_SUFFIX = ".txt"
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""In any case. A caption that the caption stage creates has the first one; of several captions of an image, the one with the
+earlier suffix is used."""
 
 _MAGIC_BYTES = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff", "bmp": b"BM"}
 _REPEATS_FOLDER = re.compile(r"(\d{1,5})_.+")
@@ -41,15 +43,15 @@ class DatasetFolder:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image of the data set; `repeats` is how often one epoch uses it (N in a folder `N_name`, else 1)."""
+    """An image of the data set."""
 
     path: Path
     repeats: int
-
-    @property
-    def caption_path(self) -> Path:
-        """The file of the same stem with CAPTION_SUFFIX."""
-        return self.path.with_suffix(CAPTION_SUFFIX)
+    """How often one epoch uses it: N in a folder `N_name`, else 1."""
+    caption_path: Path
+    """The file of the same stem with one of CAPTION_SUFFIXES, or the one that the caption stage would create."""
+    unused_captions: tuple[Path, ...] = ()
+    """Further captions of the same stem; only `caption_path` is read."""
 
 
 def find_images(folder: Path) -> list[ImageFile]:
@@ -63,12 +65,20 @@ def find_images(folder: Path) -> list[ImageFile]:
     for child in children:
         if repeats := repeats_of(child):
             found += [(path, repeats) for path in child.iterdir()]
-    images = [
-        ImageFile(path, repeats)
-        for path, repeats in found
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    ]
+    captions: dict[Path, list[Path]] = {}
+    for path in sorted((path for path, _ in found if path.suffix.lower() in CAPTION_SUFFIXES), key=_caption_priority):
+        captions.setdefault(path.with_suffix(""), []).append(path)
+    images = []
+    for path, repeats in found:
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file():
+            used, *unused = captions.get(path.with_suffix(""), [path.with_suffix(CAPTION_SUFFIXES[0])])
+            images.append(ImageFile(path, repeats, used, tuple(unused)))
     return sorted(images, key=lambda image: image.path.relative_to(folder).as_posix())
+
+
+def _caption_priority(path: Path) -> tuple[int, bool, str]:
+    """`x.txt` before `x.TXT` before `x.caption`."""
+    return CAPTION_SUFFIXES.index(path.suffix.lower()), path.suffix not in CAPTION_SUFFIXES, path.name
 
 
 def repeats_of(folder: Path) -> int | None:

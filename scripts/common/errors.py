@@ -129,6 +129,12 @@ def bullet_list(title: str, problems: Sequence[str]) -> str:
     return "\n".join([title, *(f"  - {problem}" for problem in problems)])
 
 
+def abbreviated(names: Sequence[object], most: int = 5) -> str:
+    """The names, separated by commas; of a long list the first ones and the number of the others."""
+    listed = ", ".join(str(name) for name in names[:most])
+    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
+
+
 def run_checks(title: str, checks: Sequence[Callable[[], str]]) -> None:
     """Run every check of `--check` and print the result of each.
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.captions import UnusableCaptionError, has_trigger, in_one_line, read_caption
 from common.dataset_layout import IMAGE_SUFFIXES, DatasetFolder, ImageFile, caption_owners, find_images, name_in
 from common.errors import DataError, bullet_list
 from common.files import sha256_of
@@ -62,8 +63,7 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> list[Exampl
     if folders:
         print(f"the number before a folder's name is the repeats per epoch; rename it if it is a year: {', '.join(folders)}")
 
-    trigger_word = project.trigger_word.replace("_", " ").casefold()
-    missing = sum(trigger_word not in example.caption.replace("_", " ").casefold() for example in examples)
+    missing = sum(not has_trigger(example.caption, project.trigger_word) for example in examples)
     if missing:
         finding = f"{missing} of {len(examples)} captions do not contain the trigger word {project.trigger_word!r}"
         print(f"{finding}: run the caption stage again, or ignore this if it is intentional")
@@ -124,13 +124,11 @@ def _read(image: ImageFile, folder: Path) -> tuple[Example | None, list[str]]:
     name = name_in(folder, image.path)
     problems, caption, width, height = [], "", 0, 0
     try:
-        caption = " ".join(image.caption_path.read_text(encoding="utf-8-sig").split())
+        caption = in_one_line(read_caption(image.caption_path, dataset=folder.parent))
     except FileNotFoundError:
         problems.append(f"{name}: has no caption {image.caption_path.name}; run the caption stage")
-    except UnicodeDecodeError:
-        problems.append(f"{name}: its caption {image.caption_path.name} is not UTF-8; save it as UTF-8")
-    except OSError as error:
-        problems.append(f"{name}: its caption {image.caption_path.name}: {error.strerror}")
+    except UnusableCaptionError as error:
+        problems.append(f"{name}: its caption {image.caption_path.name} {error}")
     try:
         width, height = open_rgb(image.path).size
         if min(width, height) < MIN_SIDE_PX:
