@@ -20,8 +20,8 @@ from training.method.adapters import inject
 from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.optimizers import AdamW
 from training.models.base_model import find_base
-from training.models.loading import load_unet
 from training.models.sdxl import Schedule
+from training.models.weights import load_unet
 from training.system.device import choose_precision
 
 FAMILIES = {

@@ -32,8 +32,7 @@ from training.method.adapters import Adapter, LoraModule, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.export import write_lora
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
-from training.models.loading import load_unet
-from training.models.tensor_files import remove_partial_weights
+from training.models.weights import load_unet, remove_partial_weights
 from training.system.device import MemoryGuard, available_bytes, limit_gpu_memory, make_deterministic, memory_guard
 from training.system.process_group import ProcessGroup
 from training.system.processes import WorkerProcess

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from common.errors import ModelError
-from training.models import loading
 from training.models.base_model import find_base
+from training.models.weights import load_text_encoders, load_unet, load_vae
 
 CPU = torch.device("cpu")
 
@@ -27,10 +27,10 @@ def change_json(file: Path, **changes) -> None:
 
 
 def all_components(base) -> dict[str, torch.nn.Module]:
-    first, second = loading.load_text_encoders(base, CPU, torch.float32)
+    first, second = load_text_encoders(base, CPU, torch.float32)
     return {
-        "unet": loading.load_unet(base, CPU, torch.float32),
-        "vae": loading.load_vae(base, CPU),
+        "unet": load_unet(base, CPU, torch.float32),
+        "vae": load_vae(base, CPU),
         "text_encoder": first,
         "text_encoder_2": second,
     }

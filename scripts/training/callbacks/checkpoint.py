@@ -25,7 +25,7 @@ from training.config import RunSettings
 from training.data.buckets import OptimizerStep
 from training.loop import Callback, Progress
 from training.method.optimizers import Optimizer
-from training.models.tensor_files import write_tensors
+from training.models.weights import write_tensors
 from training.plan import GLOBAL_BATCH, WARMUP_STEPS, WORLD_SIZE, changes
 from training.system.process_group import ProcessGroup
 

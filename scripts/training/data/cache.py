@@ -29,9 +29,8 @@ from training.data.buckets import Placement
 from training.data.captions import caption_variants, chunks_needed, encode_captions, text_beyond
 from training.data.dataset import Example
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
-from training.models.loading import load_text_encoders, load_tokenizers, load_vae
 from training.models.sdxl import BaseModel
-from training.models.tensor_files import write_tensors
+from training.models.weights import load_text_encoders, load_tokenizers, load_vae, write_tensors
 from training.system.process_group import ProcessGroup
 
 FORMAT = 2

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from training.config import LoraSettings, unsupported_by_fast_engine
-from training.engine.step import enable_gradient_checkpointing
+from training.engine.step import recomputed
 from training.method.adapters import Adapter
 
 EngineName = Literal["fast", "plain"]
@@ -38,7 +38,7 @@ def prepare_unet(
     """
     unet.to(memory_format=torch.channels_last)
     if gradient_checkpointing:
-        enable_gradient_checkpointing(unet)
+        unet.enable_gradient_checkpointing(recomputed)
     if name == "plain":
         return lambda: None
     from training.engine.fast.lora_linear import fuse

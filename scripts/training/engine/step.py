@@ -232,11 +232,6 @@ class CudaGraphRunner:
         return replay
 
 
-def enable_gradient_checkpointing(unet: UNet2DConditionModel) -> None:
-    """Recompute the activations of every ResNet and transformer block in the backward."""
-    unet.enable_gradient_checkpointing(recomputed)
-
-
 def recomputed(block: Callable, *args: object) -> object:
     """Call `block` and compute its activations again in the backward.
 

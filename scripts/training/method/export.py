@@ -17,7 +17,7 @@ from safetensors.torch import save
 from common.errors import ModelError, bullet_list
 from common.files import atomic_write
 from training.method.adapters import LoraModule, row_norms
-from training.models.tensor_files import write_into
+from training.models.weights import write_into
 
 COMFYUI_MODULES = Path(__file__).with_name("comfyui_sdxl_modules.csv")
 """The module names that ComfyUI loads for SDXL, with the sizes of the layers; demo/comfyui_modules.py derives them."""

@@ -12,7 +12,7 @@ from training.data.captions import (
     token_ids,
 )
 from training.models.base_model import find_base
-from training.models.loading import load_text_encoders, load_tokenizers
+from training.models.weights import load_text_encoders, load_tokenizers
 
 CAPTION = "nyafyi_woman, 1girl, smile, long hair, outdoors"
 

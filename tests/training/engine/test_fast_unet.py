@@ -12,10 +12,10 @@ from demo import tiny_sdxl
 from training.config import LoraSettings
 from training.engine.fast.lora_linear import FusedLoraLinear, fuse
 from training.engine.fast.unet import install_fast_forwards
-from training.engine.step import enable_gradient_checkpointing
+from training.engine.step import recomputed
 from training.method.adapters import Adapter, inject
 from training.models.base_model import find_base
-from training.models.loading import load_unet
+from training.models.weights import load_unet
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_answer_and_every_gradient_are_those_of_diffusers_and_peft(unet, referen
     targets, answer, wanted = reference
     fast, _, groups = quick(unet, targets)
     if recomputes:
-        enable_gradient_checkpointing(fast)
+        fast.enable_gradient_checkpointing(recomputed)
     torch.testing.assert_close(answered(fast), answer, rtol=1e-6, atol=1e-6)
     found = flat_gradients(groups)
     assert wanted.keys() == found.keys()

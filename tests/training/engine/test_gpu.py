@@ -23,8 +23,8 @@ from training.method.adapters import ADAPTER, Adapter, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.optimizers import AdamW, AdamW8bit, Optimizer
 from training.models.base_model import find_base
-from training.models.loading import load_unet
 from training.models.sdxl import Schedule
+from training.models.weights import load_unet
 from training.system.device import Precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -18,8 +18,8 @@ from training.engine.step import TrainStep
 from training.method.adapters import ADAPTER, Adapter, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.optimizers import AdamW
-from training.models.loading import UNet2DConditionModel
 from training.models.sdxl import Schedule
+from training.models.weights import UNet2DConditionModel
 from training.system.device import Precision
 
 SCALING = 0.13025

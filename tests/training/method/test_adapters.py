@@ -10,7 +10,7 @@ from common.errors import ModelError
 from training.config import LoraSettings
 from training.method.adapters import _uniform, inject, target_modules
 from training.method.export import COMFYUI_MODULES, kohya_name
-from training.models.loading import UNet2DConditionModel
+from training.models.weights import UNet2DConditionModel
 
 
 @pytest.fixture(scope="module")

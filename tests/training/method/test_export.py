@@ -15,7 +15,7 @@ from training.method import export
 from training.method.adapters import LoraModule
 from training.method.export import kohya_name, verify, write_lora
 from training.models.base_model import find_base
-from training.models.loading import UNet2DConditionModel, load_unet
+from training.models.weights import UNet2DConditionModel, load_unet
 
 ABOUT = {"about": "a test"}
 NAMES = (

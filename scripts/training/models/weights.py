@@ -1,6 +1,11 @@
-"""The networks of a base model, built by diffusers and transformers and loaded straight from the files onto the device."""
+"""Weights: from `.safetensors` files straight into networks on the device, which diffusers and transformers build; and back.
+
+Files are written with the mode and the errors that all other files have.
+"""
 
 import contextlib
+import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,13 +20,15 @@ from diffusers.loaders.single_file_utils import (
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from common.background import prefetch
 from common.clip_tokens import TOKENIZERS
 from common.errors import ModelError, bullet_list
+from common.files import atomic_write
 from training.models.base_model import find_or_download_tokenizers
 from training.models.sdxl import PREFIXES, BaseModel, Component
 
@@ -168,3 +175,31 @@ class _SkipInit(TorchFunctionMode):
         if function is torch.arange:
             kwargs = {"device": "cpu"} | kwargs
         return function(*args, **kwargs)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous `tensors` on the CPU to `path`, atomically. Raises OSError if the disk refuses."""
+    with atomic_write(path) as temporary:
+        write_into(temporary, tensors, metadata)
+
+
+def write_into(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write `tensors` into the existing `file`, whose mode is kept. Raises OSError if the disk refuses.
+
+    safetensors writes a temporary file that only this user may read and renames it; its own error hides the errno.
+    """
+    mode = file.stat().st_mode
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:
+        cause = re.search(r"os error (\d+)", str(error))
+        if cause is None:
+            raise
+        raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(file.parent)) from None
+    file.chmod(mode)
+
+
+def remove_partial_weights(folder: Path) -> None:
+    """Remove what killed runs left in `folder`: partial files of `atomic_write` and of safetensors. No run may be writing."""
+    for path in [*folder.glob(".*.part"), *folder.glob(".tmp*")]:
+        path.unlink(missing_ok=True)
