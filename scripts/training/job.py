@@ -19,7 +19,7 @@ from training.callbacks.checkpoint import (
     warmup_to_keep,
 )
 from training.config import TrainSettings
-from training.data.dataset import Example, read_images
+from training.data.dataset import Inputs, read_images
 from training.engine import EngineName, choose_engine
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size
 from training.method.optimizers import OPTIMIZERS, require_usable
@@ -53,14 +53,10 @@ class TrainingJob:
 
 
 def resolve_on_all_ranks(
-    group: ProcessGroup,
-    project: ProjectSettings,
-    settings: TrainSettings,
-    inputs: Callable[[], tuple[BaseModel, list[Example]]],
-    comfyui: str,
+    group: ProcessGroup, project: ProjectSettings, settings: TrainSettings, inputs: Callable[[], Inputs], comfyui: str
 ) -> TrainingJob:
     """The job that the main process resolves, in every process; raises DataError on another machine whose images differ."""
-    job = group.broadcast_object(lambda: resolve_job(group, project, settings, *inputs(), comfyui))
+    job = group.broadcast_object(lambda: resolve_job(group, project, settings, inputs(), comfyui))
     if group.is_main_process:
         return job
     if group.local_rank == 0:
@@ -71,15 +67,10 @@ def resolve_on_all_ranks(
 
 
 def resolve_job(
-    group: ProcessGroup,
-    project: ProjectSettings,
-    settings: TrainSettings,
-    base: BaseModel,
-    examples: list[Example],
-    comfyui: str,
+    group: ProcessGroup, project: ProjectSettings, settings: TrainSettings, inputs: Inputs, comfyui: str
 ) -> TrainingJob:
     """Resolve every "auto", log what the run will do, and find out whether it is new, unfinished or finished."""
-    world_size = group.world_size
+    (base, examples), world_size = inputs, group.world_size
     outputs = OutputLayout(project.output_dir, settings.saving.output_name or project.trigger_word)
     saved = newest(outputs.state)
     was_finished = saved is not None and outputs.is_finished(short_hash(saved.identity.fingerprint))
@@ -111,19 +102,8 @@ def resolve_job(
     if saved and not is_finished:
         saved = _resume_point(outputs, saved, identity, was_finished)
     return TrainingJob(
-        project=project,
-        settings=settings,
-        base=base,
-        plan=plan,
-        precision=precision,
-        engine=engine_name,
-        outputs=outputs,
-        identity=identity,
-        saved=saved,
-        is_finished=is_finished,
-        follows_finished=was_finished,
-        budget=budget,
-    )
+        project, settings, base, plan, precision, engine_name, outputs, identity, saved, is_finished, was_finished, budget
+    )  # fmt: skip
 
 
 def _resume_point(outputs: OutputLayout, saved: Checkpoint, identity: Identity, was_finished: bool) -> Checkpoint | None:

@@ -22,7 +22,7 @@ def job_of(stage, prediction_type: str = "auto") -> TrainingJob:
         lora=LoraSettings(lora_rank=2, lora_alpha=1.0),
         run=RunSettings(train_batch_size=2, num_train_epochs=4),
     )
-    return resolve_job(ProcessGroup(), project, settings, *read_inputs(project, settings), comfyui="")
+    return resolve_job(ProcessGroup(), project, settings, read_inputs(project, settings), comfyui="")
 
 
 def test_header_has_the_entries_that_programs_read(stage):

@@ -43,7 +43,10 @@ class Example:
     """Of the file's bytes."""
 
 
-def read_inputs(project: ProjectSettings, settings: TrainSettings) -> tuple[BaseModel, list[Example]]:
+Inputs = tuple[BaseModel, list[Example]]
+
+
+def read_inputs(project: ProjectSettings, settings: TrainSettings) -> Inputs:
     """Read headers and hash weights, decode images and read captions. The values of the weights are not verified. Raises
     ModelError, or DataError with everything that is wrong with the data."""
     base = find_base(settings.model.base_model, project.models_dir)
