@@ -3,8 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
 
@@ -40,15 +39,6 @@ class Progress:
     def shown_loss(self) -> str:
         """The running average as log lines show it."""
         return "-" if self.loss_average is None else f"{self.loss_average:.4f}"
-
-    def as_json(self) -> dict[str, Any]:
-        """The progress as a checkpoint records it."""
-        return asdict(self) | {"validations": [{"epochs": epochs, "loss": loss} for epochs, loss in self.validations.items()]}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Progress":
-        """The progress whose `as_json` is `values`."""
-        return cls(**values | {"validations": {each["epochs"]: each["loss"] for each in values["validations"]}})
 
 
 def smoothed(validations: Mapping[int, float]) -> dict[int, float]:

@@ -11,7 +11,8 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,11 @@ def write(
     removed, except the one from which a run of more epochs can be continued."""
     file = folder / f"step-{progress.next_step:09d}.safetensors"
     write_tensors(file, tensors)
-    record = {
-        "progress": progress.as_json(),
+    validations = [{"epochs": epochs, "loss": loss} for epochs, loss in progress.validations.items()]
+    record = {  # by the names of the first version
+        "progress": {**asdict(progress), "validations": validations},
         "scaler": scaler,
-        "identity": {  # by the names of the first version
+        "identity": {
             "fingerprint": identity.fingerprint,
             "circumstances": identity.runtime,
             "common_steps": identity.shared_prefix_steps,
@@ -96,7 +98,7 @@ def write(
     _remove_others(folder, [path.stem for path in until[:keep]] + [f"step-{identity.shared_prefix_steps:09d}"])
 
 
-class CheckpointWriter(Callback):
+class CheckpointWriter(Callback, AbstractContextManager):
     """Writes checkpoints in a thread, one after the other. What the disk refuses is raised after the next step."""
 
     def __init__(
@@ -130,9 +132,6 @@ class CheckpointWriter(Callback):
         if writing is not None:
             writing.result()
 
-    def __enter__(self) -> "CheckpointWriter":
-        return self
-
     def __exit__(self, kind, *_) -> None:
         self._pool.shutdown(wait=True)
         if kind is None:
@@ -157,9 +156,10 @@ def _read(path: Path) -> Checkpoint:
     checksum = record.pop("record_sha256")
     if checksum != _checksum(record) or record["sha256"] != _digest(path.with_name(record["tensors"])):
         raise ValueError("the checksum differs")
-    progress, identity = Progress.from_json(record.pop("progress")), record.pop("identity")
+    progress, identity = record.pop("progress"), record.pop("identity")
+    progress["validations"] = {each["epochs"]: each["loss"] for each in progress["validations"]}
     run = Identity(identity["fingerprint"], identity["circumstances"], identity["common_steps"])
-    return Checkpoint(progress=progress, identity=run, folder=path.parent, **record)
+    return Checkpoint(progress=Progress(**progress), identity=run, folder=path.parent, **record)
 
 
 def restore(

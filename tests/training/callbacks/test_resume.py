@@ -120,9 +120,14 @@ def test_only_these_settings_may_change():
     }
 
 
-def test_progress_survives_json():
+def test_progress_survives_its_checkpoint_in_the_names_of_the_first_version(tmp_path):
     progress = replace(Progress().after(0, 0.5).after(1, 0.25), validations={1: 0.75, 2: 0.125})
-    assert progress.as_json()["validations"] == [{"epochs": 1, "loss": 0.75}, {"epochs": 2, "loss": 0.125}]
-    assert Progress.from_json(json.loads(json.dumps(progress.as_json()))) == progress
     assert progress.loss_average == 0.98 * 0.5 + 0.02 * 0.25
-    assert replace(progress, validations={}).next_step == 2
+    checkpoint.write(tmp_path, {"weight": torch.zeros(1)}, progress, {}, now(), keep=2)
+    assert checkpoint.newest(tmp_path).progress == progress
+    record = json.loads((tmp_path / "step-000000002.json").read_text())
+    assert record["progress"] == {
+        "next_step": 2,
+        "loss_average": progress.loss_average,
+        "validations": [{"epochs": 1, "loss": 0.75}, {"epochs": 2, "loss": 0.125}],
+    }
