@@ -45,6 +45,7 @@ def warm_up_libraries(device: torch.device, dtype: torch.dtype) -> None:
 def install_fast_forwards(unet: UNet2DConditionModel, groups: Mapping[str, FusedLoraLinear]) -> None:
     """Give the blocks of `unet` fast forwards, in place. `groups` are its adapted layers."""
     modules = dict(unet.named_modules())
+    layers = {name: partial(fused_lora_linear, layer=groups[name]) if name in groups else each for name, each in modules.items()}
     contexts = {name: layer for name, layer in modules.items() if name.endswith((".attn2.to_k", ".attn2.to_v"))}
     # diffusers calls this method once per forward, before the blocks, and hands what it returns to each of them.
     unet.process_encoder_hidden_states = lambda encoder_hidden_states, added_cond_kwargs: _keys_values(
@@ -55,9 +56,8 @@ def install_fast_forwards(unet: UNet2DConditionModel, groups: Mapping[str, Fused
             module.forward = partial(_resnet, module)
         elif isinstance(module, Transformer2DModel):
             names = [f"{name}.transformer_blocks.{number}" for number in range(len(module.transformer_blocks))]
-            blocks = {each: _block(modules, each, groups) for each in names}
-            proj_in, proj_out = (_linear(modules, f"{name}.{end}", groups) for end in ("proj_in", "proj_out"))
-            module.forward = partial(_transformer, module, proj_in, blocks, proj_out)
+            blocks = {each: _block(modules[each], each, layers, groups) for each in names}
+            module.forward = partial(_transformer, module, layers[f"{name}.proj_in"], blocks, layers[f"{name}.proj_out"])
 
 
 def _keys_values(layers: Mapping[str, torch.nn.Module], groups: Mapping[str, FusedLoraLinear], hidden: torch.Tensor) -> KeysValues:
@@ -67,18 +67,15 @@ def _keys_values(layers: Mapping[str, torch.nn.Module], groups: Mapping[str, Fus
     return {name: outputs[name] if name in outputs else layer(hidden) for name, layer in layers.items()}
 
 
-def _linear(modules: Mapping[str, torch.nn.Module], name: str, groups: Mapping[str, FusedLoraLinear]) -> Linear:
-    return partial(fused_lora_linear, layer=groups[name]) if name in groups else modules[name]
-
-
-def _block(modules: Mapping[str, torch.nn.Module], name: str, groups: Mapping[str, FusedLoraLinear]) -> Callable:
+def _block(
+    block: BasicTransformerBlock, name: str, layers: Mapping[str, Linear], groups: Mapping[str, FusedLoraLinear]
+) -> Callable:
     """The forward of one transformer block: self-attention, cross-attention, feed-forward, each behind a layer norm."""
-    block: BasicTransformerBlock = modules[name]
-    layers = ("attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
-    self_out, cross_q, cross_out, feed_in, feed_out = (_linear(modules, f"{name}.{path}", groups) for path in layers)
+    paths = ("attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
+    self_out, cross_q, cross_out, feed_in, feed_out = (layers[f"{name}.{path}"] for path in paths)
     # Those of queries, keys and values that are adapted are one product; the others are computed by themselves.
     qkv = groups.get(f"{name}.{SELF_ATTENTION}")
-    qkv_layers = {path: modules[path] for path in (f"{name}.attn1.{part}" for part in ("to_q", "to_k", "to_v"))}
+    qkv_layers = {path: layers[path] for path in (f"{name}.attn1.{part}" for part in ("to_q", "to_k", "to_v"))}
 
     def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """[B, pixels, D], [B, tokens, D] twice -> [B, pixels, D]."""
