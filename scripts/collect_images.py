@@ -45,6 +45,7 @@ def main() -> None:
         check(settings, folder)
         print("Collecting: all checks passed.")
         return
+    print(request.overridden(), flush=True)
     plan = load_plan(settings, folder)
     folder.images.mkdir(parents=True, exist_ok=True)
     with locked(folder.root, f"another run is collecting into {folder.root}: wait until it has finished"):

@@ -33,7 +33,7 @@ COMPOSE = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text(encoding=
 SECTIONS = (ProjectSettings, CollectSettings, CaptionSettings, TrainSettings)
 
 KEYS = {key.name.upper(): key for section in SECTIONS for key in all_keys(section)}
-OF_RUN_SH = dict(re.findall(r"\$\{([A-Z_]+):-(\w*)", RUN_SH))
+OF_RUN_SH = dict(re.findall(r"\$\{((?!LORACAT_)[A-Z_]+):-(\w*)", RUN_SH))
 """Variables that run.sh reads itself, with the value it uses for an empty one."""
 NOT_IN_COMPOSE = {"PYTHON"}
 """Set by the image, because the mounted repository may contain a .venv of the host."""

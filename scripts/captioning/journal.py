@@ -25,7 +25,8 @@ class Change:
     """Path relative to the folder of images."""
     trigger: str
     made: bool
-    """True for a caption made of the trigger word and tags; False for a user's caption that gained the trigger word."""
+    """True for a caption made of the trigger word and tags; False for a user's caption that was copied from a file with another
+    suffix, or gained the trigger word."""
     before: bytes | None
     """The file's content; None if it did not exist."""
     after: bytes
@@ -61,9 +62,21 @@ class CaptionFiles:
     def is_generated(self, caption: Path) -> bool:
         """Whether `caption` is word for word a text that this stage generated. One that the user edited is the user's."""
         changes = self._changes.get(name_in(self._folder, caption), ())
-        generated = {change.after.strip() for change in changes if change.made}
-        with contextlib.suppress(UnusableCaptionError):
-            return bool(generated) and read_caption_bytes(caption, self._dataset).strip() in generated
+        return self._is_one_of(caption, {change.after.strip() for change in changes if change.made})
+
+    def is_derived(self, caption: Path) -> bool:
+        """Whether `caption` does not exist, or is word for word what this stage generated or copied from another file."""
+        if not os.path.lexists(caption):
+            return True
+        derived: set[bytes | None] = {None}
+        for change in self._changes.get(name_in(self._folder, caption), ()):
+            if change.made or change.before in derived:
+                derived.add(change.after)
+        return self._is_one_of(caption, {text.strip() for text in derived if text is not None})
+
+    def _is_one_of(self, caption: Path, texts: set[bytes]) -> bool:
+        with contextlib.suppress(UnusableCaptionError, FileNotFoundError):
+            return bool(texts) and read_caption_bytes(caption, self._dataset).strip() in texts
         return False
 
     def write(self, caption: Path, tags: list[str]) -> bool:
@@ -82,6 +95,14 @@ class CaptionFiles:
         earlier = {change.trigger for change in self._changes.get(name_in(self._folder, caption), ())}
         changed = add_trigger(text, self._trigger, earlier)
         return changed.strip() != text.strip() and self._change(caption, changed.encode("utf-8"), made=False)
+
+    def copy(self, source: Path, caption: Path) -> bool:
+        """Write the text of the user's caption `source`, with the trigger word in it, to `caption`; returns whether it changed.
+
+        Raises UnusableCaptionError if `source` cannot be used. Without `source`, the copy is the user's caption.
+        """
+        text = add_trigger(read_caption(source, self._dataset), self._trigger)
+        return self._change(caption, text.encode("utf-8"), made=False)
 
     def undo(self) -> UndoResult:
         """Restore the captions as they were before the last run that changed any and is not undone yet.

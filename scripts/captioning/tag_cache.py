@@ -13,7 +13,6 @@ from pathlib import Path
 from tokenize import TokenError
 
 import numpy as np
-from tqdm import tqdm
 
 from captioning.captions import Tag
 from captioning.config import CaptionSettings
@@ -26,6 +25,7 @@ from captioning.wd14 import Tagger, first_batch, predict
 from common.background import prefetch
 from common.files import atomic_write, sha256_of, write_json
 from common.images import BrokenImageError
+from common.progress import ProgressBar
 
 _ABOUT_FILE = "model.json"
 _TAGS_SHA256 = "tags_sha256"
@@ -69,7 +69,7 @@ def infer(
             cache.write(images[path].sha256, probabilities)
         return result
 
-    with tqdm(total=len(images), desc="tagging", unit="image", disable=None) as bar:
+    with ProgressBar(len(images), "tagging", "images") as bar:
         for path, probabilities in prefetch(write, predict(list(images), tagger, workers), workers=1):
             if isinstance(probabilities, BrokenImageError):
                 counts.fail(path, f"{probabilities}; replace or remove it")

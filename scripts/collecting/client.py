@@ -92,6 +92,11 @@ class ComfyUI(contextlib.AbstractContextManager):
         """The description of every node class that the server has: {class: {"input": ..., "output": ...}}."""
         return self._get_json("/object_info")
 
+    def node_replacements(self) -> dict[str, Any]:
+        """By which class ComfyUI replaces one that it no longer has; {} for versions that replace none."""
+        reply = self._http.request("GET", "/node_replacements")
+        return self._http.parse_json(reply, "/node_replacements") if reply.status == 200 else {}
+
     def upload(self, name: str, content: bytes) -> str:
         """Upload an image. Returns the name by which a LoadImage node finds it, which may differ from `name`."""
         files = {"image": (name, content, "application/octet-stream")}

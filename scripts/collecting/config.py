@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.masking import mask_address
 from common.project import SharedCollectSettings
-from common.settings import setting, without_logins
+from common.settings import setting
 
 _FRAMING_HEADERS = ("content-length", "transfer-encoding", "content-type", "host", "connection")
 """Headers that describe the request itself; with a wrong Content-Length the server would wait forever."""
@@ -37,7 +38,7 @@ class CollectSettings(SharedCollectSettings):
     def validate(self) -> Iterator[str]:
         endpoints = [each.strip() for each in self.comfyui_endpoint.split(",")]
         if not all(each.startswith(("http://", "https://")) for each in endpoints if each):
-            yield f"comfyui_endpoint: {without_logins(self.comfyui_endpoint)!r} must begin with http:// or https://"
+            yield f"comfyui_endpoint: {mask_address(self.comfyui_endpoint)!r} must begin with http:// or https://"
         headers = _parse_headers(self.comfyui_headers) if self.comfyui_headers else {}
         if headers is None:
             yield 'comfyui_headers: must be a JSON object of strings such as {"Authorization": "Bearer ..."}'

@@ -178,7 +178,7 @@ class Harvester:
         details = {
             "prompt_id": prompt_id,
             "node": node,
-            "seeds": upstream_seeds(graph, node),
+            "seeds": upstream_seeds(graph, node, job.seeds),
             "prompt": upstream_text(graph, node) if job.prompt is None else job.prompt,
             "workflow_sha256": self._workflow_hash,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -281,10 +281,13 @@ class Transport:
 
     def _read_body(self, response: requests.Response, path: str) -> bytes:
         body = bytearray()
-        for chunk in response.iter_content(2**16):
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                raise self._too_large(path, MAX_BODY_BYTES)
+        try:
+            for chunk in response.iter_content(2**16):
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise self._too_large(path, MAX_BODY_BYTES)
+        except ValueError as error:  # http.client does not refuse a negative size of a chunk
+            raise requests.exceptions.ChunkedEncodingError(error) from None
         return bytes(body)
 
     def _too_large(self, path: str, limit_bytes: int) -> ResponseTooLarge:

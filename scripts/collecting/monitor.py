@@ -22,6 +22,7 @@ from collecting.graph import literal_seeds, node_label
 from collecting.harvest import JobResult
 from collecting.http import Address, parse_json, shown
 from collecting.jobs import Plan
+from common.progress import LINE_INTERVAL_S
 
 SILENCE_TIMEOUT_S = 30.0
 """A socket without a complete message for this long is opened again: a proxy may have cut it, or another client took over its
@@ -31,8 +32,6 @@ MAX_MESSAGE_BYTES = 16 * 2**20
 MAX_NODES = 10_000
 """Of one prompt that are remembered."""
 MIN_RECONNECT_DELAY_S, MAX_RECONNECT_DELAY_S = 1.0, 60.0
-LINE_INTERVAL_S = 60.0
-"""Without a terminal, what is running is logged as a line this often."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +264,6 @@ class Display(contextlib.AbstractContextManager):
         if not self._bar.disable:
             self._bar.total, self._bar.n = total, self._generated
             self._bar.set_description_str(", ".join(parts))
-        elif running and now_s >= self._last_line_s + LINE_INTERVAL_S:
+        elif now_s >= self._last_line_s + LINE_INTERVAL_S:
             self._last_line_s = now_s
             self.log(", ".join(parts))

@@ -12,6 +12,7 @@ from collecting.http import Address
 from collecting.image_store import ImageStore
 from collecting.jobs import Job, JobQueue, Plan
 from collecting.journal import Journal
+from collecting.preflight import check_refusal
 from collecting.worker import ServerWorker, unknown_prompt_message
 from common.errors import ComfyUIError, bullet_list
 
@@ -48,9 +49,10 @@ class ServerPool(contextlib.AbstractContextManager):
             worker.stop_download()
         for thread in self._threads:
             thread.join(STOP_TIMEOUT_S)
-        for worker in self.workers:
-            if not worker.is_unavailable and (prompt_ids := worker.unfinished_prompts()):
-                self._dequeue(worker.address, prompt_ids)
+        with contextlib.ExitStack() as every:  # also when the log can no longer be written
+            for worker in self.workers:
+                if not worker.is_unavailable and (prompt_ids := worker.unfinished_prompts()):
+                    every.callback(self._dequeue, worker.address, prompt_ids)
 
     def start(self, jobs: list[Job]) -> None:
         """Connect to the servers, reattach to the prompts of earlier runs, and start the threads.
@@ -125,7 +127,10 @@ class ServerPool(contextlib.AbstractContextManager):
         for address in self._addresses:
             try:
                 with self._client(address) as server:
-                    self._log(f"Connected to ComfyUI {server.version()} at {server.url}")
+                    version = server.version()
+                with self._client(address, retry_delays_s=()) as server:
+                    check_refusal(server, self._plan)
+                self._log(f"Connected to ComfyUI {version} at {server.url}")
                 usable.append(address)
             except ComfyUIError as error:
                 errors.append(error)

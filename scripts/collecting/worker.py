@@ -32,8 +32,8 @@ IDLE_WORKER_S = 60.0
 """When prompts wait and none runs for this long, ComfyUI's own worker thread has died."""
 MAX_LOSSES = 3
 """How often a job is submitted again after a server lost it while it was the next to run."""
-SEED_LIMIT = 2**53
-"""Drawn seeds are smaller: ComfyUI's web page shows only these numbers exactly."""
+SEED_LIMIT = 2**31
+"""Drawn seeds are smaller: some nodes take no larger ones."""
 
 
 class ServerWorker:

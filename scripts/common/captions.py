@@ -5,12 +5,17 @@ refused and never guessed: a caption is too short for a guess, and a wrong guess
 symbolic link only within the data set, because the tags of all captions are published in the metadata of the LoRA.
 """
 
+import csv
 import os
 import re
 import stat
 import unicodedata
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+
+from common.clip_tokens import is_common_word
 
 MAX_CAPTION_BYTES = 64 * 2**10
 MAX_TAG_WORDS = 6
@@ -114,6 +119,27 @@ def leads_with_trigger(text: str, trigger: str) -> bool:
     """Whether the trigger word, in the sense of `has_trigger`, is the first word of the text; brackets may precede it."""
     found = _pattern(trigger).search(unicodedata.normalize("NFC", text))
     return found is not None and not re.search(r"\w", found.string[: found.start()])
+
+
+def ordinary_trigger(trigger: str, tags: Collection[str], vocabulary: Mapping[str, int]) -> str | None:
+    """A warning if the trigger word is one of the tagger's `tags`, or consists of words that CLIP's `vocabulary` has; else None."""
+    spelled = trigger.replace("_", " ").casefold()
+    if any(tag.replace("_", " ").casefold() == spelled for tag in tags):
+        kind = "is an ordinary tag"
+    elif is_common_word(trigger, vocabulary):
+        kind = "consists of ordinary words"
+    else:
+        return None
+    return f"trigger_word: {trigger!r} {kind}, of which the base model has an idea already; choose one that means nothing"
+
+
+def tagger_vocabulary(tag_cache: Path) -> set[str]:
+    """The tags that the taggers know that have captioned the data set: the caption stage keeps their lists in `tag_cache`."""
+    names = set()
+    for file in tag_cache.glob("*/selected_tags.csv"):
+        with suppress(OSError, ValueError, KeyError, TypeError, csv.Error), file.open(encoding="utf-8", newline="") as rows:
+            names |= {row["name"] for row in csv.DictReader(rows)}
+    return names
 
 
 def _pattern(trigger: str) -> re.Pattern[str]:

@@ -13,9 +13,9 @@ from pathlib import Path
 IMAGE_FORMATS = {"png": (".png",), "jpeg": (".jpg", ".jpeg"), "webp": (".webp",), "bmp": (".bmp",)}
 """Formats of images in a data set -> the suffixes of their files, the usual one first."""
 IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
-CAPTION_SUFFIXES = (".txt", ".caption")
-"""In any case. A caption that the caption stage creates has the first one; of several captions of an image, the one with the
-earlier suffix is used."""
+CAPTION_SUFFIX = ".txt"
+CAPTION_SUFFIXES = (CAPTION_SUFFIX, ".caption")
+"""In any case. The caption stage writes the first; if an image has captions of both kinds, training reads the first."""
 
 _MAGIC_BYTES = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff", "bmp": b"BM"}
 _REPEATS_FOLDER = re.compile(r"(\d{1,5})_.+")
@@ -43,15 +43,23 @@ class DatasetFolder:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image of the data set."""
+    """An image of the data set; `repeats` is how often one epoch uses it (N in a folder `N_name`, else 1)."""
 
     path: Path
     repeats: int
-    """How often one epoch uses it: N in a folder `N_name`, else 1."""
-    caption_path: Path
-    """The file of the same stem with one of CAPTION_SUFFIXES, or the one that the caption stage would create."""
-    unused_captions: tuple[Path, ...] = ()
-    """Further captions of the same stem; only `caption_path` is read."""
+    captions: tuple[Path, ...] = ()
+    """The files of the same stem with one of CAPTION_SUFFIXES, the first choice first."""
+
+    @property
+    def caption_path(self) -> Path:
+        """The caption that the caption stage writes: the file of the same stem with CAPTION_SUFFIX, in any case if it exists."""
+        written = (path for path in self.captions if path.suffix.lower() == CAPTION_SUFFIX)
+        return next(written, self.path.with_suffix(CAPTION_SUFFIX))
+
+    @property
+    def caption_to_read(self) -> Path:
+        """The caption that training reads."""
+        return self.captions[0] if self.captions else self.caption_path
 
 
 def find_images(folder: Path) -> list[ImageFile]:
@@ -65,20 +73,23 @@ def find_images(folder: Path) -> list[ImageFile]:
     for child in children:
         if repeats := repeats_of(child):
             found += [(path, repeats) for path in child.iterdir()]
-    captions: dict[Path, list[Path]] = {}
-    for path in sorted((path for path, _ in found if path.suffix.lower() in CAPTION_SUFFIXES), key=_caption_priority):
-        captions.setdefault(path.with_suffix(""), []).append(path)
-    images = []
-    for path, repeats in found:
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file():
-            used, *unused = captions.get(path.with_suffix(""), [path.with_suffix(CAPTION_SUFFIXES[0])])
-            images.append(ImageFile(path, repeats, used, tuple(unused)))
+    captions = _captions_by_stem([path for path, _ in found])
+    images = [
+        ImageFile(path, repeats, captions.get(path.with_suffix(""), ()))
+        for path, repeats in found
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    ]
     return sorted(images, key=lambda image: image.path.relative_to(folder).as_posix())
 
 
-def _caption_priority(path: Path) -> tuple[int, bool, str]:
-    """`x.txt` before `x.TXT` before `x.caption`."""
-    return CAPTION_SUFFIXES.index(path.suffix.lower()), path.suffix not in CAPTION_SUFFIXES, path.name
+def _captions_by_stem(paths: list[Path]) -> dict[Path, tuple[Path, ...]]:
+    """Path without suffix -> its captions: `x.txt` comes before `x.TXT`, and that before `x.caption`."""
+    captions: dict[Path, tuple[Path, ...]] = {}
+    for suffix in CAPTION_SUFFIXES:
+        of_suffix = [path for path in paths if path.suffix.lower() == suffix]
+        for path in sorted(of_suffix, key=lambda path: (path.suffix != suffix, path.name)):
+            captions[path.with_suffix("")] = (*captions.get(path.with_suffix(""), ()), path)
+    return captions
 
 
 def repeats_of(folder: Path) -> int | None:

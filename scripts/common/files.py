@@ -3,6 +3,7 @@
 A file gets its name only when it is complete, so every stage can take "exists" for "complete".
 """
 
+import codecs
 import contextlib
 import fcntl
 import hashlib
@@ -97,9 +98,10 @@ def read_json_lines(path: Path) -> list[dict]:
 
 
 def parse_json(content: bytes) -> Any:
-    """The value of a JSON text in UTF-8, with or without a byte order mark. Raises ValueError with the reason if it is none."""
+    """The value of a JSON text in UTF-8, or in UTF-16 with a byte order mark. Raises ValueError with the reason if it is none."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return json.loads(content.decode("utf-16" if is_utf16 else "utf-8-sig"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

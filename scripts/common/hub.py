@@ -3,13 +3,15 @@
 A caller checks `file_size_bytes` first: it sends one request, while a download without a network retries for minutes.
 """
 
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import DISK_ERRNOS
-from common.settings import REPOSITORY
+from common.settings import IN_CONTAINER, REPOSITORY
 
 
 class HubError(Exception):
@@ -39,11 +41,25 @@ def download(repository: str, files: Sequence[str], folder: Path) -> None:
 
 
 def download_command(repository: str, folder: Path, files: Sequence[str] = (), patterns: Sequence[str] = ()) -> str:
-    """The shell command that downloads `files`, or all files that match `patterns`, of `repository` into `folder`."""
-    if folder.is_relative_to(REPOSITORY):  # in a container, the same folder on the host has another path
-        folder = folder.relative_to(REPOSITORY)
-    includes = [f"--include '{pattern}'" for pattern in patterns]
-    return " ".join(["hf download", repository, *files, f"--local-dir {folder}", *includes])
+    """The shell command that downloads `files`, or all files that match `patterns`, of `repository` into `folder`.
+
+    Its `hf` is that of this environment, and its paths are valid where the user types it.
+    """
+    base = REPOSITORY if IN_CONTAINER else Path.cwd()  # the same folder on the host has another path
+    if folder.is_relative_to(base):
+        folder = folder.relative_to(base)
+    includes = [part for pattern in patterns for part in ("--include", pattern)]
+    return shlex.join([*_hf(), "download", repository, *files, "--local-dir", str(folder), *includes])
+
+
+def _hf() -> list[str]:
+    """How the program `hf` is started: in a new container, by its name, or from where this Python is installed."""
+    if IN_CONTAINER:
+        return ["docker", "compose", "run", "--rm", "loracat-cpu", "hf"]  # this service starts on every machine
+    beside_python = Path(sys.executable).with_name("hf")
+    if shutil.which("hf"):
+        return ["hf"]
+    return [str(beside_python)] if beside_python.exists() else [sys.executable, "-m", "huggingface_hub.cli.hf"]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """OUTPUT_DIR: the name of every file and folder in it, whether a LoRA is finished, and how an earlier one is archived."""
 
+import os
 import re
 import shutil
 import tomllib
@@ -14,6 +15,18 @@ from common.weights import read_header
 
 MIN_FREE_BYTES = 4 * 2**30
 """Enough for the caches of some hundred images, two checkpoints of 1 GB, and the LoRA files."""
+_LONGEST_ADDITION = ".training_config_resolved.toml-99"
+"""The longest that a run adds to its name for a name of a file or folder, where `archive_previous_outputs` renames files."""
+
+
+def name_problem(name: str, output_dir: Path) -> str | None:
+    """Why the file system of `output_dir` cannot hold the files of a run called `name`; None if it can."""
+    try:
+        most = os.pathconf(nearest_existing(output_dir), "PC_NAME_MAX") - len(_LONGEST_ADDITION)
+    except OSError:
+        return None  # `check_disk_space` reports what is wrong with the folder
+    size = len(os.fsencode(name))
+    return f"'{name[:20]}...' has {size} bytes; choose a name of at most {most} bytes" if size > most else None
 
 
 class OutputLayout:

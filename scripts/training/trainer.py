@@ -64,7 +64,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
         held_out = replace(reader, examples=examples[count:], caption_dropout=0.0, pin=False)
         batches = prefetch(reader, schedule.remaining, job.settings.data.dataloader_num_workers)
         modules, remaining = adapter.modules, len(schedule.remaining)
-        print(f"{len(modules)} modules of rank {job.settings.lora.lora_rank}; {remaining} steps to go", flush=True)
+        print(f"{len(modules)} modules of {job.settings.lora.describe()}; {remaining} steps to go", flush=True)
         with writing_callbacks(job, adapter, step, schedule, is_writer=group.is_main_process) as writers:
             callbacks = list(writers)
             if held_out.examples:
@@ -261,7 +261,7 @@ class LoraSaver(Callback):
 
 def save_lora(job: TrainingJob, modules: list[LoraModule], path: Path, epochs: int) -> None:
     """Write the LoRA as it is after `epochs` epochs."""
-    write_lora(path, modules, job.settings.lora.lora_alpha, lora_metadata(job, epochs))
+    write_lora(path, modules, job.settings.lora.alpha, lora_metadata(job, epochs))
 
 
 def write_results(job: TrainingJob, modules: list[LoraModule], schedule: RunSchedule, progress: Progress) -> None:

@@ -1,6 +1,8 @@
 """Whatever goes wrong between the program and the hub is a HubError; a full disk is not."""
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,30 @@ def test_errors_of_the_http_library_have_the_base_class_that_is_caught():
     assert not issubclass(HTTPError, OSError)
 
 
-def test_the_command_has_files_and_patterns_and_a_path_that_is_valid_on_the_host_too():
+@pytest.fixture
+def no_hf_in_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+def test_the_command_has_files_and_patterns_and_is_quoted_for_a_shell(monkeypatch, no_hf_in_path):
+    monkeypatch.setattr("sys.executable", str(no_hf_in_path / "python"))
+    (no_hf_in_path / "hf").touch(0o755)
     assert download_command("a/b", Path("/elsewhere/b"), ("c.onnx",)) == "hf download a/b c.onnx --local-dir /elsewhere/b"
-    command = download_command("a/b", REPOSITORY / "models" / "b", patterns=("vae/*",))
-    assert command == "hf download a/b --local-dir models/b --include 'vae/*'"
+    command = download_command("a/b", Path("/my models/b"), patterns=("vae/*",))
+    assert command == "hf download a/b --local-dir '/my models/b' --include 'vae/*'"
+
+
+def test_the_command_uses_the_hf_of_this_environment(monkeypatch, no_hf_in_path):
+    real = Path(sys.executable).with_name("hf")
+    assert download_command("a/b", Path("/b")) == f"{real} download a/b --local-dir /b"
+    assert subprocess.run([real, "download", "--help"], capture_output=True, check=True).stdout
+    monkeypatch.setattr("sys.executable", "/elsewhere/python")
+    assert download_command("a/b", Path("/b")) == "/elsewhere/python -m huggingface_hub.cli.hf download a/b --local-dir /b"
+    import huggingface_hub.cli.hf  # noqa: F401
+
+
+def test_in_a_container_the_command_and_its_paths_are_those_of_the_host(monkeypatch):
+    monkeypatch.setattr("common.hub.IN_CONTAINER", True)
+    command = download_command("a/b", REPOSITORY / "models" / "b")
+    assert command == "docker compose run --rm loracat-cpu hf download a/b --local-dir models/b"

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 
@@ -25,20 +24,14 @@ def images(stage):
     return stage
 
 
-def begun(stage, steps: int, **variables) -> subprocess.Popen:
-    """A run that has taken so many steps."""
-    run = stage.start(**SHORT | variables)
-    stage.wait_for_steps(run, steps)
-    return run
-
-
 def weights(stage) -> dict[str, bytes]:
     with safe_open(stage.lora, framework="np") as file:
         return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
 
 
-def test_a_second_signal_does_not_wait_for_the_step(images):
-    run = begun(images, 1, **LONG_STEPS)
+def test_a_second_signal_does_not_wait_for_the_step(images, forked_python):
+    run = images.start(python=forked_python, **SHORT | LONG_STEPS)
+    images.wait_for_steps(run, 1)
     run.send_signal(signal.SIGTERM)
     time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
@@ -85,7 +78,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(images, mount_tmpfs
 def test_a_signal_while_libraries_are_imported_is_not_lost(images, signum, code):
     """They catch every Exception here and there."""
     run = images.start(NUM_TRAIN_EPOCHS=1000)
-    assert run.stdout.readline().startswith("overridden settings: ")
+    assert run.stdout.readline().startswith("overridden settings:")
     time.sleep(1.2)
     run.send_signal(signum)
     _, said = run.communicate(timeout=30)

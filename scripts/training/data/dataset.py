@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.captions import UnusableCaptionError, has_trigger, in_one_line, read_caption
 from common.dataset_layout import IMAGE_SUFFIXES, DatasetFolder, ImageFile, caption_owners, find_images, name_in
-from common.errors import DataError, bullet_list
+from common.errors import DataError, abbreviated, bullet_list
 from common.files import sha256_of
 from common.images import BrokenImageError, open_rgb
 from common.output_layout import OutputLayout
@@ -71,7 +71,7 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> list[Exampl
         finding = f"{missing} of {len(examples)} captions do not contain the trigger word {project.trigger_word!r}"
         print(f"{finding}: run the caption stage again, or ignore this if it is intentional")
     if unused := unused_entries(dataset.images):
-        print(f"ignored, because neither image, caption of an image, nor N_name folder: {', '.join(unused)}")
+        print(f"ignored, because neither image, caption of an image, nor N_name folder: {abbreviated(unused)}")
     return examples
 
 
@@ -127,11 +127,11 @@ def _read(image: ImageFile, folder: Path) -> tuple[Example | None, list[str]]:
     name = name_in(folder, image.path)
     problems, caption, width, height = [], "", 0, 0
     try:
-        caption = in_one_line(read_caption(image.caption_path, dataset=folder.parent))
+        caption = in_one_line(read_caption(image.caption_to_read, dataset=folder.parent))
     except FileNotFoundError:
         problems.append(f"{name}: has no caption {image.caption_path.name}; run the caption stage")
     except UnusableCaptionError as error:
-        problems.append(f"{name}: its caption {image.caption_path.name} {error}")
+        problems.append(f"{name}: its caption {image.caption_to_read.name} {error}")
     try:
         width, height = open_rgb(image.path).size
         if min(width, height) < MIN_SIDE_PX:
@@ -145,6 +145,6 @@ def _read(image: ImageFile, folder: Path) -> tuple[Example | None, list[str]]:
 
 def unused_entries(folder: Path) -> list[str]:
     """Names of entries in `folder` that are neither images, captions of images, nor `N_name` folders with images."""
-    images = [image.path for image in find_images(folder)]
-    used = {image.relative_to(folder).parts[0] for image in images} | {image.with_suffix(".txt").name for image in images}
+    images = find_images(folder)
+    used = {image.path.relative_to(folder).parts[0] for image in images} | {image.caption_to_read.name for image in images}
     return sorted(entry.name for entry in folder.iterdir() if entry.name not in used and not entry.name.startswith("."))
