@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import report
 import train_lora
 from captioning.config import CaptionSettings
 from collecting.config import CollectSettings
@@ -216,7 +217,7 @@ def test_variables_of_other_programs_are_not_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(settings, "ENV_FILE", tmp_path / ".env")
     (tmp_path / ".env").write_text("".join(f"{name}=1\n" for name in OF_OTHER_PROGRAMS.split()))
     environment = dict.fromkeys(OF_OTHER_PROGRAMS.split(), "1")
-    assert resolve(write(tmp_path, ""), environment, [], {"project": ProjectSettings}).unknown_variables == ()
+    assert resolve(write(tmp_path, ""), environment, [], report.Tables).unknown_variables == ()
 
 
 def test_every_variable_is_known_to_every_stage():
@@ -303,7 +304,7 @@ def test_what_a_library_says_about_an_address_of_the_environment_is_masked(tmp_p
         template += "@host"
     address = template.replace("{}", PASSWORD)
     monkeypatch.setattr(masking, "_known", set())
-    resolve(write(tmp_path, ""), {variable: address}, [], {"project": ProjectSettings})
+    resolve(write(tmp_path, ""), {variable: address}, [], report.Tables)
     login = address.rpartition("@")[0].rpartition("//")[2]
 
     def fail():
