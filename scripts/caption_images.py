@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
         return
     lock = locked(folder.images, f"another run is captioning {folder.images}: wait for it to end")
     with lock if folder.images.is_dir() else nullcontext():
+        folder.remove_leftovers()
         captions = CaptionFiles(folder, project.trigger_word)
         if "undo" in request.flags:
             undo(captions)
@@ -114,7 +115,7 @@ def caption(
     indexed = index_images(folder, images, decode_workers())
     audit = audit_images(folder, images, indexed, train.data.resolution)
     write_audit(audit, folder)
-    print(report.audit_table(audit, folder.audit), flush=True)
+    print(report.new_formats(images, folder) + report.audit_table(audit, folder.audit), flush=True)
     to_generate, to_copy, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)
     for image in to_copy:
         if apply_change(counts, captions.copy, image.captions[-1], image.caption_path):

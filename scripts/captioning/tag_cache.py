@@ -1,13 +1,17 @@
 """The probabilities of every image, from the cache or by inference: `dataset/.loracat/tags/<model>/<SHA-256 of the image>.npy`.
 
+The name of an image that version 1.0 decoded to other pixels has a mark after the hash; see `IndexedImage.pixels_key`.
+
 Thresholds, replacements and pruning are applied to cached probabilities, so that changing them costs no inference. A model
 is identified by the content of its two files. Its cache folder holds a copy of its list of tags, so that the model itself is
 not needed when every image is cached.
 """
 
 import hashlib
+import io
 import json
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tokenize import TokenError
@@ -23,7 +27,7 @@ from captioning.report import CaptionCounts
 from captioning.tag_selection import TagSelector, read_tags
 from captioning.wd14 import Tagger, first_batch, predict
 from common.background import prefetch
-from common.files import atomic_write, sha256_of, write_json
+from common.files import atomic_write, sha256_of, write_bytes, write_json
 from common.images import BrokenImageError
 from common.progress import ProgressBar
 
@@ -39,7 +43,7 @@ def tag_images(
     The model is searched for, downloaded and loaded only if a probability is missing in the caches in `root`.
     """
     cache, model_folder = _open_cache(list(images.values()), settings, models_dir, root)
-    cached = {path: cache.read(image.sha256) for path, image in images.items()}
+    cached = {path: cache.read(image.pixels_key) for path, image in images.items()}
     missing = [path for path, probabilities in cached.items() if probabilities is None]
     if missing:
         tagger = load_tagger(model_folder, settings, batch_size=min(settings.caption_batch_size, len(images)))
@@ -66,7 +70,7 @@ def infer(
     def write(result: tuple[Path, np.ndarray | BrokenImageError]) -> tuple[Path, np.ndarray | BrokenImageError]:
         path, probabilities = result
         if isinstance(probabilities, np.ndarray):
-            cache.write(images[path].sha256, probabilities)
+            cache.write(images[path].pixels_key, probabilities)
         return result
 
     with ProgressBar(len(images), "tagging", "images") as bar:
@@ -86,20 +90,29 @@ class TagCache:
         self._folder = folder
         self.tags: list[Tag] = read_tags(folder / TAGS_FILE)
 
-    def read(self, sha256: str) -> np.ndarray | None:
-        """The probabilities of the image with this SHA-256, float32 [tags]; None if they are missing or damaged."""
+    def read(self, pixels_key: str) -> np.ndarray | None:
+        """The probabilities of the image with this key, float32 [tags]; None if they are missing or damaged."""
         try:
-            with (self._folder / f"{sha256}.npy").open("rb") as file:
+            content = (self._folder / f"{pixels_key}.npy").read_bytes()
+            with io.BytesIO(content) as file:
                 probabilities = np.lib.format.read_array(file, allow_pickle=False)
+                checksum, end = file.read(), file.tell()
         except (OSError, ValueError, SyntaxError, TokenError):  # the header is a line of Python
             return None
+        is_intact = not checksum or checksum == _checksum(content[: end - len(checksum)])  # 1.0 wrote none
         fits = probabilities.dtype == np.float32 and probabilities.shape == (len(self.tags),)
-        return probabilities if fits else None
+        return probabilities if fits and is_intact else None
 
-    def write(self, sha256: str, probabilities: np.ndarray) -> None:
-        """Store the `probabilities`, float32 [tags], of the image with this SHA-256."""
-        with atomic_write(self._folder / f"{sha256}.npy") as temporary, temporary.open("wb") as file:
+    def write(self, pixels_key: str, probabilities: np.ndarray) -> None:
+        """Store the `probabilities`, float32 [tags], of the image with this key. A checksum follows the array."""
+        with io.BytesIO() as file:
             np.save(file, probabilities)
+            content = file.getvalue()
+        write_bytes(self._folder / f"{pixels_key}.npy", content + _checksum(content))
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")
 
 
 def open_cache(root: Path, name: str, model_folder: Path, bf16: bool) -> TagCache:
@@ -152,7 +165,7 @@ def _open_cache(
     model_folder = find_model(name, models_dir)
     if model_folder is None:
         cache = find_cache(root, name, bf16)
-        if cache and all(cache.read(image.sha256) is not None for image in images):
+        if cache and all(cache.read(image.pixels_key) is not None for image in images):
             return cache, None
         model_folder = download_model(name, models_dir)
     return open_cache(root, name, model_folder, bf16), model_folder

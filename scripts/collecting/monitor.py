@@ -125,6 +125,7 @@ class WebsocketMonitor:
             pass
         finally:
             connection.close(timeout=1)
+            connection.shutdown()  # after a closing frame of the server, `close` leaves the socket open
 
     def _on_message(self, message: str | bytes) -> None:
         if not message:

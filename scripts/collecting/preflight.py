@@ -6,12 +6,15 @@ import uuid
 from collecting.client import ComfyUI
 from collecting.config import CollectSettings
 from collecting.graph import node_label
-from collecting.http import Address, parse_addresses
+from collecting.http import Address, parse_addresses, shown
 from collecting.jobs import Plan, read_plan
 from collecting.object_info import GraphProblem, NodeClasses
 from common.dataset_layout import DatasetFolder
 from common.errors import ComfyUIError, SettingsError, bullet_list
 from common.files import write_problem
+
+MAX_PROBLEM_LENGTH = 1000
+"""Of a line about a node, which may contain texts of the server."""
 
 
 def load_plan(settings: CollectSettings, folder: DatasetFolder) -> Plan:
@@ -61,6 +64,8 @@ def _check_server(address: Address, plan: Plan | None, problems: list[str]) -> N
             if plan and not found:
                 print(f"ComfyUI {version} at {address.url}: has every node class and file of the workflow", flush=True)
             problems += [problem.text for problem in found]
+            if plan and plan.face:
+                server.check_upload_size(plan.face.content)
     except ComfyUIError as error:
         problems.append(str(error))
 
@@ -75,14 +80,22 @@ def check_refusal(server: ComfyUI, plan: Plan) -> None:
     except ComfyUIError:
         return
     if frozenset().union(*(problem.stops for problem in problems)).issuperset(plan.workflow.output_nodes):
-        certain = [problem.text for problem in problems if problem.stops]
-        raise ComfyUIError(bullet_list(f"ComfyUI at {server.url} cannot run the workflow, because:", certain))
+        texts = [problem.text for problem in problems]
+        raise ComfyUIError(bullet_list(f"ComfyUI at {server.url} cannot run the workflow, because:", texts))
 
 
 def _problems_on(server: ComfyUI, plan: Plan) -> list[GraphProblem]:
     """What keeps a server from running the workflow with the face, the prompts and the seeds of the plan."""
-    workflow = plan.workflow
     classes = NodeClasses(server.object_info(), server.node_replacements())
+    try:
+        problems = _problems_of(classes, plan)
+    except RecursionError:
+        raise ComfyUIError(f"ComfyUI at {server.url} answers /object_info with JSON that is nested too deeply") from None
+    return [dataclasses.replace(problem, text=shown(problem.text, MAX_PROBLEM_LENGTH)) for problem in problems]
+
+
+def _problems_of(classes: NodeClasses, plan: Plan) -> list[GraphProblem]:
+    workflow = plan.workflow
     problems = []
     for problem in classes.problems(workflow.graph, workflow.output_nodes, workflow.face_input if plan.face else None):
         is_face = problem.ref is not None and problem.ref == workflow.face_input
@@ -96,6 +109,5 @@ def _problems_on(server: ComfyUI, plan: Plan) -> list[GraphProblem]:
     for what, labels in refused.items():
         others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
         origin = "set by GLOBAL_SEED" if plan.global_seed is not None else f"the seed of {labels[0]}{others}"
-        stops = frozenset(workflow.output_nodes) if len(labels) == len(plan.jobs(0)) else frozenset()
-        problems.append(GraphProblem(f"{what}, {origin}", stops))
+        problems.append(GraphProblem(f"{what}, {origin}", frozenset(workflow.output_nodes)))
     return problems

@@ -9,7 +9,7 @@ LoracatError
 `-- ResourceError          6   no memory or no disk
 Interruption
 |-- MemoryShort           75   stopped by the memory guard; the state is saved
-`-- Stopped          130/143   stopped by a signal; the state is saved
+`-- Stopped      130/141/143   stopped by a signal; the state is saved
 
 Modules raise these; each script's main runs under `run_main`, which catches them once and prints one line.
 Any other exception is a bug: it is printed with its traceback, and the exit code is 70.

@@ -17,7 +17,7 @@ from common.background import in_background, prefetch
 from common.errors import Interruption, ResourceError, StopRequest, interruption_for
 from common.files import atomic_write, write_bytes
 from common.settings import resolved_toml
-from training.callbacks.checkpoint import CheckpointWriter, archive_state, keep_one, restore
+from training.callbacks.checkpoint import CheckpointWriter, keep_one, remove_incomplete, restore
 from training.callbacks.metrics import open_metrics
 from training.callbacks.validation import Validator
 from training.data.batches import BatchReader
@@ -32,7 +32,7 @@ from training.method.adapters import Adapter, LoraModule, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.export import write_lora
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
-from training.models.weights import load_unet, remove_partial_weights
+from training.models.weights import load_unet
 from training.system.device import MemoryGuard, available_bytes, limit_gpu_memory, make_deterministic, memory_guard
 from training.system.process_group import ProcessGroup
 from training.system.processes import WorkerProcess
@@ -83,21 +83,17 @@ def prepare_outputs(job: TrainingJob) -> None:
     if job.saved is None:
         if job.follows_finished:
             shutil.rmtree(outputs.state)
-        archive_state(outputs.state)
-        outputs.archive_previous_outputs()
-    else:
-        outputs.archive_lora()
+        remove_incomplete(outputs.state)
+    outputs.begin(resumes=job.saved is not None)
     clean_up(job)
     write_bytes(outputs.resolved_config, resolved_toml({"project": job.project, "train": job.settings}).encode("utf-8"))
 
 
 def clean_up(job: TrainingJob) -> None:
     """Remove the partial files of runs that were killed while they wrote; this process is the only one that writes there."""
-    outputs = job.outputs
-    for folder in (outputs.lora_dir, outputs.state, outputs.cache / "latents", outputs.cache / "text"):
-        remove_partial_weights(folder)
+    job.outputs.remove_leftovers()
     if job.is_finished:
-        keep_one(outputs.state, job.plan.shared_prefix_steps)
+        keep_one(job.outputs.state, job.plan.shared_prefix_steps)
 
 
 def prepare_device(job: TrainingJob) -> None:

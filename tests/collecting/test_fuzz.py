@@ -117,7 +117,18 @@ changes = st.one_of(
     ),
     st.builds(refused),
 )
-ROUTES = ["/system_stats", "/upload/image", "/prompt", "/history/", "/queue", "/view", "/object_info", "/free", "/"]
+ROUTES = [
+    "/system_stats",
+    "/upload/image",
+    "/prompt",
+    "/history/",
+    "/queue",
+    "/view",
+    "/object_info",
+    "/node_replacements",
+    "/free",
+    "/",
+]
 tampers = st.lists(
     st.builds(Tamper, st.sampled_from(ROUTES), st.integers(0, 2), st.none() | st.integers(1, 3), changes), min_size=1, max_size=3
 )

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from common.background import in_background, prefetch
 from common.clip_tokens import CHUNK_TOKENS
-from common.errors import DataError
+from common.errors import DataError, ResourceError
 from common.images import open_rgb
 from training.config import DataSettings
 from training.data.buckets import Placement
@@ -38,6 +39,9 @@ FORMAT = 2
 
 TENSORS = {"latents": {"mean", "log_variance"}, "text": {"hidden", "pooled"}}
 """Names of the tensors in a file, by its folder."""
+
+CHECKSUM = "crc32"
+"""Name of the checksum in a file's metadata."""
 
 _WRITERS = 2
 """Threads that wait for the disk, and on a GPU for its results."""
@@ -59,14 +63,27 @@ class CachedExample:
 
 def read_latents(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and log-variance [C, h, w] of the VAE's posterior, fp32."""
-    with safe_open(path, framework="pt") as file:
+    with _open_entry(path) as file:
         return file.get_tensor("mean"), file.get_tensor("log_variance")
 
 
 def read_embedding(path: Path, variant: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [tokens, D] and pooled embedding [P] of one variant of a caption."""
-    with safe_open(path, framework="pt") as file:
+    with _open_entry(path) as file:
         return file.get_slice("hidden")[variant], file.get_slice("pooled")[variant]
+
+
+@contextlib.contextmanager
+def _open_entry(path: Path) -> Iterator[safe_open]:
+    """Open a file of the cache. Raises ResourceError if it was removed or overwritten since the start of the run."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(
+            f"{path} cannot be read any more ({error}): run the same command again; what is missing in the cache is encoded again, "
+            "and training resumes from the last checkpoint"
+        ) from None
 
 
 def entry(folder: Path, kind: Literal["latents", "text"], *parts: str) -> Path:
@@ -76,14 +93,33 @@ def entry(folder: Path, kind: Literal["latents", "text"], *parts: str) -> Path:
 
 
 def is_valid_entry(path: Path) -> bool:
-    """Whether the file exists, has the size that its header describes, and holds the tensors that belong in its folder."""
+    """Whether the file exists, holds the tensors that belong in its folder, and has the checksum that is written in it.
+
+    Files of 1.0 have no checksum and are trusted if they have the size that their header describes.
+    """
     if not path.is_file():
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            return set(file.keys()) == TENSORS[path.parent.name]
+            if set(file.keys()) != TENSORS[path.parent.name]:
+                return False
+            expected = (file.metadata() or {}).get(CHECKSUM)
+            return expected is None or expected == _checksum({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except SafetensorError:
         return False
+
+
+def write_entry(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write contiguous `tensors` on the CPU, with their checksum in the file's metadata."""
+    write_tensors(path, tensors, {CHECKSUM: _checksum(tensors)})
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """CRC-32 of the bytes of all tensors in the order of their names: fast, and it finds what a disk or a copy does to a file."""
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].view(torch.uint8).numpy(), total)
+    return f"{total:08x}"
 
 
 @dataclass(frozen=True)
@@ -117,7 +153,8 @@ class CacheBuilder:
                 print(f"{example.name}: its caption is longer than {CHUNK_TOKENS * chunks} tokens; training does not see: {cut}")
 
         latents, embeddings = self.latents_entries(images), self.embeddings_entries([*variants, [""]], chunks)
-        (new_latents, images_found), (new_embeddings, captions_found) = _missing(latents), _missing(embeddings)
+        new_latents, images_found = self._missing(latents, workers)
+        new_embeddings, captions_found = self._missing(embeddings, workers)
         self.group.barrier()  # all processes know what is missing before one writes
         shares = self.group.shard(new_latents), self.group.shard(new_embeddings)
         with tqdm(total=sum(map(len, shares)), desc="encode", disable=None) as bar, _tensor_cores(enabled=self.uses_tensor_cores):
@@ -136,10 +173,29 @@ class CacheBuilder:
             for (path, example, placement), caption_path, texts in zip(latents, caption_paths, variants, strict=True)
         ]
 
+    def _missing(self, entries: Sequence[tuple], workers: int) -> tuple[list[tuple], str]:
+        """Those of the entries (file, what is encoded into it ...) that have to be encoded, one for each file; and how many those
+        are, for the log.
+
+        The processes of a machine share the verification, each with `workers` threads; a damaged file is removed.
+        """
+        by_path = {entry[0]: entry for entry in entries}
+        share = self.group.shard(list(by_path))
+        for path, is_valid in zip(share, prefetch(is_valid_entry, share, workers), strict=True):
+            if not is_valid and path.exists():
+                print(f"{path} is damaged; it is encoded again", flush=True)
+                path.unlink()
+        self.group.barrier()
+        missing = [entry for path, entry in by_path.items() if not path.is_file()]
+        return missing, f"{len(missing)} encoded, {len(by_path) - len(missing)} in the cache"
+
     def latents_entries(self, images: Sequence[tuple[Example, Placement]]) -> list[tuple[Path, Example, Placement]]:
         """The file of each image, with the image."""
         digest = base_digest(self.base, self.folder, "vae") + (" by tensor cores" if self.uses_tensor_cores else "")
-        return [(entry(self.folder, "latents", example.sha256, repr(place), digest), example, place) for example, place in images]
+        return [
+            (entry(self.folder, "latents", example.sha256 + example.revision, repr(place), digest), example, place)
+            for example, place in images
+        ]
 
     def embeddings_entries(self, captions: Sequence[list[str]], chunks: int) -> list[tuple[Path, list[str]]]:
         """The file of each caption, a list of variants, with the caption."""
@@ -186,14 +242,6 @@ class CacheBuilder:
             torch.cuda.empty_cache()
 
 
-def _missing(entries: Sequence[tuple]) -> tuple[list[tuple], str]:
-    """Those of the entries (file, what is encoded into it ...) that have to be encoded, one for each file; and how many those
-    are, for the log."""
-    missing = {entry[0]: entry for entry in entries if not is_valid_entry(entry[0])}
-    found = len({entry[0] for entry in entries}) - len(missing)
-    return list(missing.values()), f"{len(missing)} encoded, {found} in the cache"
-
-
 def write_latents(
     missing: Sequence[tuple[Path, Example, Placement]],
     encode: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
@@ -213,7 +261,7 @@ def write_latents(
         mean, log_variance = (tensor[0].to("cpu", torch.float32).contiguous() for tensor in posterior)
         if not (mean.isfinite().all() and log_variance.isfinite().all()):
             raise DataError(f"{example.name}: the VAE returns NaN or infinity for this image; remove it, or use another VAE")
-        write_tensors(path, {"mean": mean, "log_variance": log_variance})
+        write_entry(path, {"mean": mean, "log_variance": log_variance})
         return path
 
     return prefetch(write, encoded, min(workers, _WRITERS))
@@ -235,7 +283,7 @@ def write_embeddings(
     def write(item: tuple[Path, torch.Tensor, torch.Tensor]) -> Path:
         path, hidden, pooled = item
         tensors = {"hidden": hidden.to("cpu", dtype).contiguous(), "pooled": pooled.to("cpu", dtype).contiguous()}
-        write_tensors(path, tensors)
+        write_entry(path, tensors)
         return path
 
     return prefetch(write, encoded, min(workers, _WRITERS))

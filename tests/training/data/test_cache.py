@@ -7,10 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from color_profiles import ADOBE_RGB, gamma_curve, rgb_profile
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from common.errors import DataError
+from common import images
+from common.errors import DataError, ResourceError
+from common.images import DECODER_REVISION
+from common.settings import REPOSITORY
 from training.config import TrainSettings
 from training.data import cache as cache_module
 from training.data.buckets import assign_bucket
@@ -81,6 +85,33 @@ def test_orientation_is_applied_before_the_bucket_is_chosen(stage, examples):
     assert (np.asarray(as_image(image_pixels(cat, placement))) == np.asarray(image)).all()
 
 
+def test_images_with_other_pixels_than_in_version_1_0_have_another_key_and_no_others(stage, examples):
+    """Version 1.0 ignored color profiles; the key of an image was the hash of its file."""
+    stage.add("coffee", "wide.png", icc_profile=rgb_profile(ADOBE_RGB, gamma_curve(2.2)))
+    wide = next(example for example in read_examples(stage.images, workers=0) if example.name == "wide.png")
+    assert {example.revision for example in examples.values()} == {""}
+    assert wide.revision == DECODER_REVISION
+    both = [(each, placement_of(each)) for each in (wide, replace(wide, revision=""))]
+    paths = {path for path, *_ in builder(stage, "cache").latents_entries(both)}
+    assert len(paths) == 2
+
+
+def test_large_phone_photos_have_the_size_that_is_decoded(stage, monkeypatch):
+    """In buckets, crops and time ids alike; with a smaller limit, which makes the example cheap."""
+    monkeypatch.setattr(images, "MAX_PIXELS", 1200 * 800 // 3)
+    photo = stage.photographs["coffee"].resize((1200, 800), Image.Resampling.LANCZOS)
+    photo.save(stage.images / "large.jpg", quality=95)
+    (stage.images / "large.txt").write_text("sks, cup")
+    (example,) = read_examples(stage.images, workers=0)
+    placement = assign_bucket(example.width, example.height, resolution=128, step=8, max_side=256)
+    assert placement.add_time_ids[:2] == (400, 600)
+    assert image_pixels(example, placement).shape == (3, placement.bucket.height, placement.bucket.width)
+    expected = photo.resize((placement.resized_width, placement.resized_height), Image.Resampling.LANCZOS)
+    box = (placement.left, placement.top, placement.left + placement.bucket.width, placement.top + placement.bucket.height)
+    difference = np.asarray(as_image(image_pixels(example, placement)), float) - np.asarray(expected.crop(box), float)
+    assert np.abs(difference).mean() < 4
+
+
 def test_transparent_images_are_put_on_white(examples):
     pixels = image_pixels(examples["rocket"], placement_of(examples["rocket"]))
     assert pixels[..., 0].min() > 0.94  # nearly transparent at the left edge
@@ -141,6 +172,43 @@ def test_corrupt_files_are_encoded_again_and_valid_ones_are_kept(stage, examples
     assert "captions: 1 encoded, 4 in the cache" in output
     assert after == before
     assert {path: path.stat().st_mtime_ns for path in valid} == valid
+
+
+def test_a_flipped_bit_is_found_and_the_file_encoded_again(stage, examples, capsys):
+    everything = list(examples.values())[:2]
+    _, before = build_cache(stage, "cache", everything)
+    damaged = [sorted((stage.output / "cache" / kind).glob("*"))[0] for kind in ("latents", "text")]
+    for path in damaged:
+        content = bytearray(path.read_bytes())
+        content[-100] ^= 0x40
+        path.write_bytes(content)
+    capsys.readouterr()
+    _, after = build_cache(stage, "cache", everything)
+    output = capsys.readouterr().out
+    assert all(f"{path} is damaged; it is encoded again\n" in output for path in damaged)
+    assert "images: 1 encoded, 1 in the cache; captions: 1 encoded, 2 in the cache" in output
+    assert after == before
+
+
+def test_files_of_the_first_version_without_a_checksum_are_valid(tmp_path):
+    files = sorted((REPOSITORY / "tests" / "data" / "first_version" / "half" / "cache").glob("*/*.safetensors"))
+    assert len(files) == 5
+    for file in files:
+        copied = tmp_path / file.parent.name / file.name
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copy(file, copied)
+        assert is_valid_entry(copied)
+
+
+def test_a_file_that_is_gone_or_overwritten_is_a_resource_error(stage, examples):
+    data, _ = build_cache(stage, "cache", [examples["coffee"]])
+    cached = data.examples[0]
+    cached.latents.unlink()
+    cached.embeddings.write_bytes(b"{}")
+    for path, read in ((cached.latents, read_latents), (cached.embeddings, lambda path: read_embedding(path, 0))):
+        with pytest.raises(ResourceError, match="cannot be read any more") as error:
+            read(path)
+        assert str(path) in str(error.value)
 
 
 def test_two_names_for_the_same_image_share_a_file(stage, examples):
