@@ -202,7 +202,7 @@ def test_files_of_the_first_version_without_a_checksum_are_valid(tmp_path):
 
 def test_a_file_that_is_gone_or_overwritten_is_a_resource_error(stage, examples):
     data, _ = build_cache(stage, "cache", [examples["coffee"]])
-    cached = data.examples[0]
+    cached = data[0]
     cached.latents.unlink()
     cached.embeddings.write_bytes(b"{}")
     for path, read in ((cached.latents, read_latents), (cached.embeddings, lambda path: read_embedding(path, 0))):
