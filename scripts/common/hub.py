@@ -3,6 +3,7 @@
 A caller checks `file_size_bytes` first: it sends one request, while a download without a network retries for minutes.
 """
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +12,17 @@ from pathlib import Path
 from common.errors import DISK_ERRNOS
 from common.settings import REPOSITORY
 
+_REPOSITORY_ID = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w-][\w.-]*/[\w-][\w.-]*)/?", re.ASCII)
+
 
 class HubError(Exception):
     """The hub cannot be reached, refuses the request or breaks the transfer off; the message says why."""
+
+
+def repository_id(name: str) -> str | None:
+    """`owner/name` if `name` is that, or the address of a repository on huggingface.co; None for anything else."""
+    found = _REPOSITORY_ID.fullmatch(name.strip())
+    return found[1] if found else None
 
 
 def file_size_bytes(repository: str, file: str) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +12,14 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from tqdm import tqdm
 
 from common.background import in_background, prefetch
-from common.errors import Interruption, ResourceError, StopRequest, interruption_for
+from common.errors import Interruption, ModelError, ResourceError, StopRequest, interruption_for
 from common.files import atomic_write, write_bytes
 from common.settings import resolved_toml
-from training.data.batches import BatchReader
+from training.data.batches import Batch, BatchReader
 from training.data.buckets import OptimizerStep
 from training.data.cache import CacheBuilder, EncodedData
 from training.engine import build_engine, warm_up
-from training.engine.step import TrainStep
+from training.engine.step import StepResult, TrainStep
 from training.job import TrainingJob
 from training.loop import RunSchedule, run_steps
 from training.memory_budget import suggest_settings
@@ -26,7 +27,7 @@ from training.method.adapters import Adapter, LoraModule, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.export import Description, write_lora
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
-from training.models.loading import load_unet
+from training.models.loading import load_unet, require_finite_weights
 from training.models.tensor_files import remove_partial_weights
 from training.monitor.callbacks import Callback, Progress, smoothed
 from training.monitor.metrics import open_metrics
@@ -59,7 +60,8 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
         with writing_callbacks(job, adapter, step, schedule, is_writer=group.is_main_process) as writers:
             callbacks = [*validation(job, group, data, step, schedule, writers), *writers]
             stop = stop_request(group, guard)
-            progress = run_steps(schedule, step.begin, batches, reader.image_names, callbacks, stop)
+            begin = step.begin if job.saved else checking_first_step(job, step.begin)
+            progress = run_steps(schedule, begin, batches, reader.image_names, callbacks, stop)
             if group.is_main_process:  # while the last checkpoint is still on its way to the disk
                 write_results(job, adapter.modules, schedule, progress)
     if group.is_main_process:
@@ -185,6 +187,50 @@ def build_step(job: TrainingJob, group: ProcessGroup, unet: UNet2DConditionModel
         settings.optimizer.max_grad_norm,
         group.all_reduce,
         gradient_checkpointing=settings.model.gradient_checkpointing,
+    )
+
+
+def checking_first_step(
+    job: TrainingJob, begin: Callable[[list[Batch], float], Callable[[], StepResult]]
+) -> Callable[[list[Batch], float], Callable[[], StepResult]]:
+    """`begin` of a run's steps, of which the first raises ModelError if loss or gradient is not finite: the LoRA adds nothing yet,
+    so that the cause is the base model or its embeddings, and never the learning rate."""
+    is_first = True
+
+    def begin_step(batches: list[Batch], learning_rate: float) -> Callable[[], StepResult]:
+        nonlocal is_first
+        read = begin(batches, learning_rate)
+        if not is_first:
+            return read
+        is_first = False
+
+        def read_first() -> StepResult:
+            result = read()
+            if result.diverged or not math.isfinite(result.loss):
+                raise explain_first_step(job, batches)
+            return result
+
+        return read_first
+
+    return begin_step
+
+
+def explain_first_step(job: TrainingJob, batches: Sequence[Batch]) -> ModelError:
+    """Why the first step's loss or gradient is not finite. Reads every weight of the UNet if the data is not the cause."""
+    values = [tensor for batch in batches for tensor in (batch.mean, batch.log_variance, batch.hidden, batch.pooled)]
+    if not all(tensor.isfinite().all() for tensor in values):
+        return ModelError(
+            f"{job.cache.folder}: holds NaN or infinity, which an earlier version stored; delete its folders text and latents, "
+            "and run again"
+        )
+    try:
+        require_finite_weights(job.base, ["unet"], job.precision.dtype)
+    except ModelError as found:
+        return found
+    remedy = "set MIXED_PRECISION=bf16, or use" if job.precision.dtype == torch.float16 else "use"
+    return ModelError(
+        f"{job.base.path}: the UNet's first prediction is NaN or infinity, with a LoRA that adds nothing yet and weights that are "
+        f"all finite; {remedy} another base model"
     )
 
 

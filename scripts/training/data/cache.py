@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 from common.background import in_background, prefetch
 from common.clip_tokens import CHUNK_TOKENS
-from common.errors import DataError
+from common.errors import ModelError
 from common.images import open_rgb
 from training.config import DataSettings
 from training.data.buckets import Placement
 from training.data.captions import caption_variants, chunks_needed, encode_captions, text_beyond
 from training.data.dataset import Example
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
-from training.models.loading import load_text_encoders, load_tokenizers, load_vae
+from training.models.loading import load_text_encoders, load_tokenizers, load_vae, require_finite_weights
 from training.models.sdxl import BaseModel
 from training.models.tensor_files import write_tensors
 from training.system.process_group import ProcessGroup
@@ -39,8 +39,15 @@ FORMAT = 2
 TENSORS = {"latents": {"mean", "log_variance"}, "text": {"hidden", "pooled"}}
 """Names of the tensors in a file, by its folder."""
 
+_MAX_SHOWN = 60
+"""Characters of a caption that a message repeats."""
+
 _WRITERS = 2
 """Threads that wait for the disk, and on a GPU for its results."""
+
+
+class NotFiniteError(ModelError):
+    """An encoder of the base model returns NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -202,16 +209,27 @@ class CacheBuilder:
                 distribution = vae.encode(pixels.to(self.device)).latent_dist
             return distribution.mean, distribution.logvar
 
-        for _ in write_latents(share, posterior, workers):
-            bar.update()
+        with self._blaming_weights("vae"):
+            for _ in write_latents(share, posterior, workers):
+                bar.update()
 
     def _encode_captions(self, missing: Sequence[tuple], chunks: int, workers: int, bar: tqdm) -> None:
         """Write this process's share of the missing embeddings."""
         if not (share := self.group.shard(missing)):
             return
         encoders = load_text_encoders(self.base, self.models_dir, self.device, torch.float32)
-        for _ in write_embeddings(share, lambda texts: encode_captions(texts, encoders, chunks), self.dtype, workers):
-            bar.update()
+        with self._blaming_weights("text_encoder", "text_encoder_2"):
+            for _ in write_embeddings(share, lambda texts: encode_captions(texts, encoders, chunks), self.dtype, workers):
+                bar.update()
+
+    @contextlib.contextmanager
+    def _blaming_weights(self, *names: str) -> Iterator[None]:
+        """If an encoder returns NaN or infinity, name the weight that holds it; the encoder's own error stays if all are finite."""
+        try:
+            yield
+        except NotFiniteError:
+            require_finite_weights(self.base, names, torch.float32)  # they compute in fp32
+            raise
 
     def _free_memory(self) -> None:
         """Return the memory of encoders that are not referenced any more."""
@@ -228,8 +246,8 @@ def write_latents(
     """Encode each of the `missing` images (file, example, placement) and yield its file when it is written.
 
     `encode` takes pixels [1, 3, H, W] in -1 .. 1 (fp32, CPU) and returns mean and log-variance [1, C, h, w] of the VAE's
-    posterior. `workers` threads decode images ahead of it; up to two write its results. Raises DataError naming an image whose
-    latents are not finite.
+    posterior. `workers` threads decode images ahead of it; up to two write its results. Raises NotFiniteError naming an image
+    whose latents are not finite; nothing is written for it.
     """
     pixels = prefetch(lambda item: image_pixels(item[1], item[2]), missing, workers)
     encoded = ((path, example, *encode(image[None])) for (path, example, _), image in zip(missing, pixels, strict=True))
@@ -238,7 +256,7 @@ def write_latents(
         path, example, *posterior = item
         mean, log_variance = (tensor[0].to("cpu", torch.float32).contiguous() for tensor in posterior)
         if not (mean.isfinite().all() and log_variance.isfinite().all()):
-            raise DataError(f"{example.name}: the VAE returns NaN or infinity for this image; remove it, or use another VAE")
+            raise NotFiniteError(f"{example.name}: the VAE returns NaN or infinity for this image; use another base model")
         write_tensors(path, {"mean": mean, "log_variance": log_variance})
         return path
 
@@ -254,13 +272,19 @@ def write_embeddings(
     """Encode the variants of each of the `missing` captions (file, variants) and yield its file when it is written.
 
     `encode` returns hidden states [variants, tokens, D] and pooled embeddings [variants, P]; they are stored as `dtype`. Up to
-    two of `workers` threads write them.
+    two of `workers` threads write them. Raises NotFiniteError naming a caption whose embeddings are not finite, or not in
+    `dtype`; nothing is written for it.
     """
-    encoded = ((path, *encode(variants)) for path, variants in missing)
+    encoded = ((path, variants, *encode(variants)) for path, variants in missing)
 
-    def write(item: tuple[Path, torch.Tensor, torch.Tensor]) -> Path:
-        path, hidden, pooled = item
+    def write(item: tuple[Path, Sequence[str], torch.Tensor, torch.Tensor]) -> Path:
+        path, variants, hidden, pooled = item
         tensors = {"hidden": hidden.to("cpu", dtype).contiguous(), "pooled": pooled.to("cpu", dtype).contiguous()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            caption = repr(variants[0][:_MAX_SHOWN])
+            if hidden.isfinite().all() and pooled.isfinite().all():
+                raise NotFiniteError(f"the embeddings of the caption {caption} are too large for fp16: set MIXED_PRECISION=bf16")
+            raise NotFiniteError(f"the text encoders return NaN or infinity for the caption {caption}; use another base model")
         write_tensors(path, tensors)
         return path
 

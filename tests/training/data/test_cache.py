@@ -10,13 +10,13 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from common.errors import DataError
 from training.config import TrainSettings
 from training.data import cache as cache_module
 from training.data.buckets import assign_bucket
 from training.data.cache import (
     Cache,
     CacheBuilder,
+    NotFiniteError,
     image_pixels,
     is_valid_entry,
     read_embedding,
@@ -186,9 +186,9 @@ def test_latents_that_are_not_finite_name_their_image(stage, examples):
         return torch.full((1, 4, 2, 2), float("nan")), torch.zeros(1, 4, 2, 2)
 
     path = stage.output / "latents" / "a.safetensors"
-    with pytest.raises(DataError, match=r"coffee\.webp: the VAE returns NaN") as error:
+    with pytest.raises(NotFiniteError, match=r"coffee\.webp: the VAE returns NaN") as error:
         list(write_latents([(path, examples["coffee"], placement_of(examples["coffee"]))], broken, workers=1))
-    assert error.value.exit_code == 3
+    assert error.value.exit_code == 5
     assert not is_valid_entry(path)
     assert not path.exists()
 
