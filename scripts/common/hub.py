@@ -6,7 +6,7 @@ A caller checks `file_size_bytes` first: it sends one request, while a download 
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import DISK_ERRNOS
@@ -33,17 +33,22 @@ def file_size_bytes(repository: str, file: str) -> int:
         return get_hf_file_metadata(hf_hub_url(repository, file)).size or 0
 
 
-def download(repository: str, files: Sequence[str], folder: Path) -> None:
-    """Download `files` of `repository` into `folder`; files that are there already are not transferred again.
+def download(repository: str, files: Sequence[str], folder: Path, optional: Sequence[str] = ()) -> None:
+    """Download `files` of `repository` into `folder`, and those of `optional` that it has; files that are there already are not
+    transferred again.
 
     huggingface_hub downloads to a temporary name and checks the size, so a file that has its final name is complete.
     Raises HubError, and OSError if the disk is full or may not be written to.
     """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
     with _as_hub_error():
         for file in files:
             hf_hub_download(repository, file, local_dir=folder)
+        for file in optional if files else ():
+            with suppress(RemoteEntryNotFoundError, RepositoryNotFoundError):
+                hf_hub_download(repository, file, local_dir=folder)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # partial files of runs that were killed
 
 
