@@ -109,7 +109,7 @@ def find_preprocessing(onnx: OnnxFile, tags: int) -> Preprocessing:
     except (_Unclear, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         reason = str(error) if isinstance(error, _Unclear) else f"it is not in a known format: {type(error).__name__} {error}"
         raise ModelError(
-            f"{onnx.path}: {source} describes how to prepare images, and cannot be followed ({reason[:200]}); "
+            f"{onnx.path}: {source} describes how to prepare images, and cannot be followed ({' '.join(reason.split())[:200]}); "
             "set CAPTION_MODEL to a WD14-style tagger"
         ) from None
     if found or default:
@@ -196,7 +196,7 @@ def _size(value: Any) -> tuple[int, int]:
     """A side, [side] or [height, width] -> (width, height)."""
     sides = list(value) if isinstance(value, list | tuple) else [value]
     if len(sides) not in (1, 2) or not all(type(side) is int and 0 < side <= _MAX_SIDE_PX for side in sides):
-        raise _Unclear(f"{str(value)[:40]} is not a size")
+        raise _Unclear(f"{str(value)[:40]!r} is not a size")
     return sides[-1], sides[0]
 
 
@@ -211,7 +211,7 @@ def _per_channel(value: Any) -> np.ndarray:
     """One number, or one for each channel."""
     values = np.asarray(value, dtype=np.float64).reshape(-1)
     if len(values) not in (1, 3) or not np.isfinite(values).all():
-        raise _Unclear(f"{str(value)[:40]} is not one number for each channel")
+        raise _Unclear(f"{str(value)[:40]!r} is not one number for each channel")
     return np.broadcast_to(values, 3)
 
 
