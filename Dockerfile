@@ -28,5 +28,6 @@ RUN mkdir -p /app/dataset/images /app/output/lora /app/models; \
 
 WORKDIR /app
 # Use the base image's Python, even if the mounted repository contains a .venv.
-ENV PYTHON=python3
+# The second one tells run.sh not to read .env, which Compose has read, and messages to name commands for the host.
+ENV PYTHON=python3 LORACAT_IN_CONTAINER=yes
 ENTRYPOINT ["/usr/local/bin/loracat"]

@@ -1,6 +1,7 @@
 # make demo    run the whole pipeline on the demo environment: no GPU, no Docker, no models
 # make test    run the tests
 # make check   check the style of the Python and shell files
+# make fuzz    test with generated answers of a ComfyUI server; takes minutes
 # make kill-test
 #              kill programs at many instants and run them again; takes minutes
 # make bench   measure the training speed of this machine's NVIDIA GPU
@@ -16,7 +17,7 @@ VENV := .venv
 SHELL_FILES := $(wildcard scripts/*.sh container/*.sh .ci/run)
 
 .NOTPARALLEL:
-.PHONY: demo test bench kill-test check clean container-test arm64-wheels arm64-test
+.PHONY: demo test bench fuzz kill-test check clean container-test arm64-wheels arm64-test
 
 demo: $(VENV)/complete
 	$(VENV)/bin/python -m demo
@@ -26,6 +27,9 @@ test: $(VENV)/complete
 
 bench: $(VENV)/complete
 	PYTHONPATH=scripts $(VENV)/bin/python -m benchmarks.train
+
+fuzz: $(VENV)/complete
+	$(VENV)/bin/python -m pytest -m fuzz --hypothesis-profile=fuzz -n auto --show-capture=no
 
 kill-test: $(VENV)/complete
 	$(VENV)/bin/python -m pytest -m kill
@@ -46,7 +50,7 @@ arm64-test:
 	container/arm64_test.sh
 
 clean:
-	rm -rf $(VENV) demo/workspace .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo/workspace .pytest_cache .ruff_cache .hypothesis
 	find scripts demo tests -name __pycache__ -prune -exec rm -r {} +
 
 # Created last: an environment without this file is incomplete or outdated, and is created again.

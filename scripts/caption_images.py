@@ -23,15 +23,16 @@ from captioning import report
 from captioning.config import CaptionSettings
 from captioning.cpu_affinity import decode_workers
 from captioning.image_audit import IndexedImage, audit_images, index_images, write_audit
-from captioning.journal import CaptionFiles, UnusableCaptionError
+from captioning.journal import CaptionFiles
 from captioning.preflight import check, require_images
 from captioning.report import STAGE, CaptionCounts
 from captioning.tag_cache import tag_images
 from captioning.tag_selection import TagSelector, published_threshold
 from captioning.traits import prune_common_traits
-from common.clip_tokens import find_clip_tokens
-from common.dataset_layout import DatasetFolder, ImageFile, caption_owners
-from common.errors import DataError, SettingsError, run_main, stop_on_signals
+from common.captions import UnusableCaptionError, ordinary_trigger, tagger_vocabulary
+from common.clip_tokens import find_clip_tokens, find_vocabulary
+from common.dataset_layout import CAPTION_SUFFIX, DatasetFolder, ImageFile, caption_owners
+from common.errors import DataError, SettingsError, abbreviated, run_main, stop_on_signals
 from common.files import locked, write_json
 from common.project import ProjectSettings, SharedTrainSettings
 from common.settings import read_request
@@ -47,16 +48,17 @@ def main(argv: list[str]) -> None:
     settings = resolve(request.sections["caption"])
     folder = DatasetFolder(project.dataset_dir)
     if request.check:
-        check(folder, settings, project.models_dir, inputs_pending=request.inputs_pending)
+        check(folder, settings, project, inputs_pending=request.inputs_pending)
         return
     lock = locked(folder.images, f"another run is captioning {folder.images}: wait for it to end")
     with lock if folder.images.is_dir() else nullcontext():
+        folder.remove_leftovers()
         captions = CaptionFiles(folder, project.trigger_word)
         if "undo" in request.flags:
             undo(captions)
             return
         images = require_images(folder)
-        print(f"{len(images)} images in {folder.images}; overridden settings: {request.overridden()}", flush=True)
+        print(f"{request.overridden()}\n{len(images)} images in {folder.images}", flush=True)
         caption(images, captions, folder, project, settings, train)
 
 
@@ -85,7 +87,7 @@ def undo(captions: CaptionFiles) -> None:
     try:
         result = captions.undo()
     except UnusableCaptionError as error:
-        raise DataError(f"a caption {error}, then undo again") from None
+        raise DataError(f"a caption {error}") from None
     if not result.run:
         print("nothing to undo: no run changed a caption, or all of them are undone")
         return
@@ -108,10 +110,19 @@ def caption(
     audit = audit_images(folder, images, indexed, train.data.resolution)
     write_audit(audit, folder)
     print(report.audit_table(audit, folder.audit), flush=True)
-    to_generate, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)
+    to_generate, to_copy, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)
+    for image in to_copy:
+        if apply_change(counts, captions.copy, image.captions[-1], image.caption_path):
+            counts.copied.append(image.captions[-1].name)
     for image in to_keep:
         counts.trigger_added += apply_change(counts, captions.ensure_trigger, image.caption_path)
     generate_captions(to_generate, indexed, settings, project.models_dir, folder, captions, counts)
+    if warning := ordinary_trigger(
+        project.trigger_word,
+        tagger_vocabulary(folder.tag_cache),
+        find_vocabulary(project.models_dir, train.model.base_model),
+    ):
+        print(warning)
     tokens = find_clip_tokens(project.models_dir, train.model.base_model)
     texts = report.read_captions(images, folder)
     print(report.caption_table(texts, project.trigger_word, train.data.caption_chunks, tokens), flush=True)
@@ -120,26 +131,31 @@ def caption(
 
 def classify_captions(
     images: list[ImageFile], captions: CaptionFiles, overwrite: bool, counts: CaptionCounts
-) -> tuple[list[ImageFile], list[ImageFile]]:
-    """The images whose captions are generated, and those whose captions are the user's and kept.
+) -> tuple[list[ImageFile], list[ImageFile], list[ImageFile]]:
+    """The images whose captions are generated, those whose captions follow the user's file with another suffix, and those whose
+    captions are the user's and kept.
 
     Images with the same stem would share one caption: it belongs to the first of them, the others fail.
     """
     owners = caption_owners(images)
-    to_generate, to_keep = [], []
+    to_generate, to_copy, to_keep, unused = [], [], [], []
     for image in images:
         caption = image.caption_path
+        others = [path for path in image.captions if path != caption]
         if (owner := owners[caption]) is not image:
             counts.fail(image.path, f"would share {caption.name} with {owner.path.name}; rename one of the two images")
-        elif caption.is_symlink() and not caption.exists():
-            counts.fail(caption, "is a link to a file that does not exist; restore that file or remove the link")
-        elif caption.exists() and not caption.is_file():
-            counts.fail(caption, "is not a file; rename it")
-        elif overwrite or not caption.exists() or captions.is_generated(caption):
+        elif overwrite:
+            to_generate.append(image)
+        elif others and captions.is_derived(caption):
+            to_copy.append(image)
+        elif not image.captions or captions.is_generated(caption):
             to_generate.append(image)
         else:
             to_keep.append(image)
-    return to_generate, to_keep
+            unused += [path.name for path in others]
+    if unused:
+        print(f"not used, because there is a {CAPTION_SUFFIX} file for the same image: {abbreviated(unused)}")
+    return to_generate, to_copy, to_keep
 
 
 def generate_captions(

@@ -11,18 +11,22 @@ Options:
               run only these stages (default: all three)
   --check     check the requirements of each stage and exit
   --version   print the version and exit
-  --help      print this text and exit
+  -h, --help  print this text and exit
 
-The stages always run in the order above. Settings are read from config/training_config.toml and environment variables.
+The stages always run in the order above. Settings are read from config/training_config.toml, environment variables, and
+the file .env, by the rules of Docker Compose; variables of the environment take precedence.
 
 Exit codes:
   0           all stages are done
   1           some items of a stage failed; later stages run with what there is (STRICT=1: the run stops there)
   2           wrong usage or settings; all settings are checked before the first stage starts
   130, 143    stopped by SIGINT (Ctrl-C) or SIGTERM
+  141         the reader of the output closed it
   other       exit code of the stage that failed; later stages do not run
 
 With --check, every stage is checked and the first exit code other than 0 is returned."
+
+say() { printf '%s\n' "$1" 2>/dev/null || exit 141; } # where SIGPIPE is ignored, a closed pipe is an error of printf
 
 refuse() {
     printf 'run.sh: %s\n\n%s\n' "$1" "$usage" >&2
@@ -35,8 +39,8 @@ for flag in "$@"; do
     case $flag in
         --collect | --caption | --train) requested+=" $flag " ;;
         --check) check=--check ;;
-        --help) printf '%s\n' "$usage" && exit 0 ;;
-        --version) sed -n 's/^VERSION = "\(.*\)"$/LoRACat \1/p' "$scripts/common/settings.py" && exit 0 ;;
+        -h | --help) say "$usage" && exit 0 ;;
+        --version) say "$(sed -n 's/^VERSION = "\(.*\)"$/LoRACat \1/p' "$scripts/common/settings.py")" && exit 0 ;;
         *) refuse "unknown argument: $flag" ;;
     esac
 done
@@ -44,6 +48,20 @@ stages=()
 for script in collect_images caption_images train_lora; do
     [[ $requested && $requested != *" --${script%_*} "* ]] || stages+=("$script")
 done
+choose_python() {
+    python=${PYTHON:-$scripts/../.venv/bin/python}
+    [[ ${PYTHON:-} || -x $python ]] || python=python3
+}
+choose_python
+dotenv=$scripts/../.env # Compose reads it for a container
+if [[ -e $dotenv && ! -v LORACAT_IN_CONTAINER ]] && "$python" -c "" 2>/dev/null; then
+    mapfile -d '' -t assignments < <(env -0 | "$python" "$scripts/common/dotenv.py" "$dotenv")
+    wait "$!" || exit 2
+    for assignment in "${assignments[@]}"; do
+        [[ -v ${assignment%%=*} ]] || export "${assignment?}" # UID and the like are variables of bash
+    done
+    choose_python
+fi
 strict=${STRICT:-0}
 case ${strict,,} in
     1 | true | yes | on) strict=yes ;;
@@ -51,10 +69,8 @@ case ${strict,,} in
     *) refuse "STRICT: '$strict' must be true or false" ;;
 esac
 
-python=${PYTHON:-$scripts/../.venv/bin/python}
-[[ ${PYTHON:-} || -x $python ]] || python=python3
 declare -A packages=( # the modules that a stage imports
-    [collect_images]="PIL requests tomli_w tqdm websocket"
+    [collect_images]="PIL requests tomli_w tqdm urllib3 websocket"
     [caption_images]="PIL huggingface_hub numpy onnxruntime tokenizers tomli_w tqdm"
     [train_lora]="PIL accelerate diffusers huggingface_hub numpy peft safetensors tensorboard tokenizers tomli_w torch tqdm
         transformers wandb"
@@ -117,6 +133,7 @@ run_stage() {
 run_all() {
     local first=0 flag=$1
     for stage in "${stages[@]}"; do
+        [[ $flag == --settings ]] || say "Checking $stage:"
         run_stage "$stage" "$flag"
         flag=${2:-$flag}
         ((first)) || first=$code
@@ -135,10 +152,11 @@ instead=""
 
 result=0
 for stage in "${stages[@]}"; do
-    echo "$stage: started"
+    say "$stage: started"
     SECONDS=0
     run_stage "$stage"
-    echo "$stage: exit code $code after $SECONDS s"
+    # What a finished run says last is what the user should read.
+    [[ $code == 0 && $stage == "${stages[-1]}" ]] || say "$stage: exit code $code after $SECONDS s"
     if ((code > 1)) || [[ $code == 1 && $strict ]]; then exit "$code"; fi
     ((code == 0)) || result=1
 done

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from common.background import in_background
+from common.captions import ordinary_trigger, tagger_vocabulary
+from common.clip_tokens import find_vocabulary
+from common.dataset_layout import DatasetFolder
 from common.errors import run_main, stop_on_signals
-from common.output_layout import only_run_in
+from common.output_layout import name_problem, only_run_in
 from common.project import ComfyUIAddress, ProjectSettings
-from common.settings import read_request
+from common.settings import Request, read_request
 from training.config import TrainSettings
 from training.data.dataset import read_inputs
 from training.system.launcher import launch, needs_launcher, rank_info
@@ -42,7 +45,7 @@ def main(argv: list[str]) -> None:
     if needs_launcher(settings.processes) and not request.check:
         sys.exit(launch([sys.executable, __file__, *argv], settings.processes))
     if ranks.rank == 0:
-        print(f"overridden settings: {request.overridden()}", flush=True)
+        print_settings(request)
 
     # Worker processes read the inputs and encode the data while this one imports libraries and loads the UNet.
     overlaps = NVIDIA.exists() and ranks.world_size == 1 and not request.check
@@ -67,6 +70,17 @@ def main(argv: list[str]) -> None:
                 print(f"nothing to do: {run.outputs.lora} is finished, with exactly these settings, images and captions")
 
 
+def print_settings(request: Request) -> None:
+    """Print what is not the default, and warn of a trigger word that is not one of its own."""
+    project, settings = request.sections["project"], request.sections["train"]
+    if not request.check:  # else it is printed already
+        print(request.overridden(), flush=True)
+    tags = tagger_vocabulary(DatasetFolder(project.dataset_dir).tag_cache)
+    vocabulary = find_vocabulary(project.models_dir, settings.model.base_model)
+    if warning := ordinary_trigger(project.trigger_word, tags, vocabulary):
+        print(warning, flush=True)
+
+
 def import_training() -> None:
     """Import what takes seconds, while the GPU's context is created in the background."""
     from training.system.device import wake_gpu
@@ -80,6 +94,8 @@ def validate(sections: dict[str, Any]) -> Iterator[str]:
     saving, trigger = sections["train"].saving, sections["project"].trigger_word
     if not saving.output_name:
         yield from (f"{problem}; set OUTPUT_NAME" for problem in replace(saving, output_name=trigger).validate())
+    if problem := name_problem(saving.output_name or trigger, sections["project"].output_dir):
+        yield f"output_name{'' if saving.output_name else ' (the trigger word)'}: {problem}"
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ COMPOSE = yaml.safe_load((REPOSITORY / "docker-compose.yml").read_text(encoding=
 SECTIONS = (ProjectSettings, CollectSettings, CaptionSettings, TrainSettings)
 
 KEYS = {key.name.upper(): key for section in SECTIONS for key in all_keys(section)}
-OF_RUN_SH = dict(re.findall(r"\$\{([A-Z_]+):-(\w*)", RUN_SH))
+OF_RUN_SH = dict(re.findall(r"\$\{((?!LORACAT_)[A-Z_]+):-(\w*)", RUN_SH))
 """Variables that run.sh reads itself, with the value it uses for an empty one."""
 NOT_IN_COMPOSE = {"PYTHON"}
 """Set by the image, because the mounted repository may contain a .venv of the host."""
@@ -94,7 +94,7 @@ def test_compose_passes_every_variable_and_no_other():
 def test_table_of_exit_codes_is_that_of_the_program():
     stated = {int(number) for row in table_rows("docs/troubleshooting.md", "Code") for number in row[0].split(",")}
     failures = {kind.exit_code for kind in (*errors.LoracatError.__subclasses__(), errors.MemoryShort)}
-    stops = {errors.Stopped(signum).exit_code for signum in (signal.SIGINT, signal.SIGTERM)}
+    stops = {errors.Stopped(signum).exit_code for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
     assert stated == {errors.EXIT_DONE, errors.EXIT_BUG} | failures | stops
 
 

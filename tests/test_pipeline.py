@@ -118,9 +118,9 @@ def test_lora_holds_the_three_tensors_of_every_module_that_comfyui_takes(finishe
     assert about["ss_num_train_images"] == str(IMAGES)
 
 
-def test_second_run_sends_nothing_and_changes_nothing(finished, comfyui):
+def test_second_run_sends_nothing_and_changes_nothing(finished, comfyui, forked_python):
     before, sent = snapshot(finished.dataset, finished.output), len(comfyui.requests)
-    done = run(finished, comfyui)
+    done = run(finished, comfyui, PYTHON=forked_python)
     assert done.returncode == 0
     assert "nothing was sent" in done.stdout
     assert done.stdout.count("nothing to do") == 2
@@ -128,22 +128,22 @@ def test_second_run_sends_nothing_and_changes_nothing(finished, comfyui):
     assert comfyui.requests[sent:] == []
 
 
-def test_check_of_a_complete_environment_returns_0_and_changes_nothing(finished, comfyui):
+def test_check_of_a_complete_environment_returns_0_and_changes_nothing(finished, comfyui, forked_python):
     before = snapshot(finished.dataset, finished.output)
-    done = run(finished, comfyui, "--check")
+    done = run(finished, comfyui, "--check", PYTHON=forked_python)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert snapshot(finished.dataset, finished.output) == before
 
 
-def test_check_names_everything_that_is_wrong_with_every_stage(finished, comfyui, tmp_path):
+def test_check_names_everything_that_is_wrong_with_every_stage(finished, comfyui, tmp_path, forked_python):
     wrong = {
         "comfyui_workflow": tmp_path / "no-workflow.json",
         "face_reference": tmp_path / "no-face.png",
         "caption_model": "no-tagger",
         "base_model": "no-base-model",
     }
-    done = run(finished, comfyui, "--check", **wrong)
+    done = run(finished, comfyui, "--check", PYTHON=forked_python, **wrong)
     assert done.returncode == 2
     for word in ("no-workflow.json", "no-face.png", "no-tagger", "no-base-model"):
         assert word in done.stderr
@@ -193,8 +193,10 @@ def one_image(folder: Path) -> Path:
         ("--tarin", lambda _: {}, 2, "--tarin"),
     ],
 )
-def test_wrong_input_ends_with_its_exit_code_and_one_message(demo_env, comfyui, tmp_path, flag, settings, code, message):
-    done = run(demo_env, comfyui, *([flag] if flag else []), **settings(tmp_path))
+def test_wrong_input_ends_with_its_exit_code_and_one_message(
+    demo_env, comfyui, tmp_path, forked_python, flag, settings, code, message
+):
+    done = run(demo_env, comfyui, *([flag] if flag else []), PYTHON=forked_python, **settings(tmp_path))
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr

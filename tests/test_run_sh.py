@@ -66,7 +66,9 @@ class Checkout:
         self.root = root
         self.scripts = root / "scripts"
         self.scripts.mkdir(parents=True)
-        shutil.copy2(REPOSITORY / "scripts" / "run.sh", self.scripts)
+        (self.scripts / "common").mkdir()
+        for name in ("run.sh", "common/dotenv.py"):
+            shutil.copy2(REPOSITORY / "scripts" / name, self.scripts / name)
         for name in SCRIPTS:
             (self.scripts / f"{name}.py").write_text(STAGE, encoding="utf-8")
 
@@ -171,8 +173,76 @@ def test_check_runs_for_every_stage_and_returns_the_first_failure(checkout, flag
     assert checkout.calls() == [f"{stages[0]} --check", *(f"{stage} --check=ahead" for stage in stages[1:])]
 
 
-def test_check_without_problems_returns_0(checkout):
-    assert checkout.run("--check").returncode == 0
+def test_check_has_a_heading_for_each_stage(checkout):
+    done = checkout.run("--check")
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == [f"Checking {stage}:" for stage in SCRIPTS]
+
+
+def test_the_last_line_is_what_the_last_stage_says(checkout):
+    (checkout.scripts / "train_lora.py").write_text("import sys; print('what to do next'); sys.exit(len(sys.argv) > 2)")
+    assert checkout.run().stdout.splitlines()[-1] == "what to do next"
+    checkout.let("caption_images", 1)
+    assert re.search("^caption_images: exit code 1 after \\d+ s$", checkout.run().stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("preparation", ["", "trap '' PIPE; "])
+def test_closed_output_ends_with_the_code_of_sigpipe(checkout, preparation):
+    """Where SIGPIPE is ignored, as by some supervisors, writing to a closed pipe is an error instead."""
+    (checkout.scripts / "collect_images.py").write_text("import sys; len(sys.argv) > 1 or print('x' * 200_000)")
+    command = f'{preparation}set -o pipefail; "$0" --collect --caption | head -1'
+    how = {"env": checkout.environment(), "capture_output": True, "text": True, "timeout": PATIENCE_S}
+    done = subprocess.run(["bash", "-c", command, checkout.scripts / "run.sh"], **how)
+    assert (done.returncode, done.stdout) == (141, "collect_images: started\n")
+    assert checkout.stages_run() == []
+
+
+SHOW = "import os; print(*(f'{name}={value!r}' for name, value in sorted(os.environ.items()) if name.startswith('T_')), sep='\\n')"
+
+
+@pytest.fixture
+def dotenv(checkout):
+    """Write .env and run a stage that prints the variables whose names begin with T_."""
+    (checkout.scripts / "collect_images.py").write_text(SHOW, encoding="utf-8")
+
+    def run(content: str | bytes, **environment: str) -> subprocess.CompletedProcess:
+        (checkout.root / ".env").write_bytes(content if isinstance(content, bytes) else content.encode())
+        return checkout.run("--collect", **environment)
+
+    return run
+
+
+def test_dotenv_is_read_and_never_evaluated(dotenv, checkout):
+    done = dotenv("# a comment\r\nexport T_A='b # c' # d\r\nT_B=`touch file`;$T_A | cat > file\r\nT_C=\"two\nlines\"")
+    assert done.stdout.splitlines()[1:] == ["T_A='b # c'", "T_B='`touch file`;b # c | cat > file'", "T_C='two\\nlines'"]
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(path.name for path in checkout.root.iterdir()) == [".env", "scripts"]
+
+
+def test_variables_of_the_environment_win_over_dotenv(dotenv):
+    done = dotenv("T_A=file\nT_B=$T_A\nT_C=file\nT_D\nUID=5\nscripts=/nowhere\nT-E=1\n1T=2", T_A="given", T_C="")
+    assert done.stdout.splitlines() == ["collect_images: started", "T_A='given'", "T_B='given'", "T_C=''"]
+
+
+def test_dotenv_may_choose_python_and_strict(dotenv, checkout):
+    assert "STRICT: 'perhaps' must be true or false" in dotenv("STRICT=perhaps").stderr
+    own = checkout.root / ".venv" / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    own.symlink_to(sys.executable)
+    (checkout.root / ".env").write_text("PYTHON=/nowhere/python", encoding="utf-8")
+    environment = {name: value for name, value in checkout.environment().items() if name != "PYTHON"}
+    done = subprocess.run([checkout.scripts / "run.sh"], env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.stderr.startswith("run.sh: '/nowhere/python' cannot be run as Python")
+
+
+def test_dotenv_is_not_read_in_a_container(dotenv):
+    assert dotenv("T_A=1", LORACAT_IN_CONTAINER="yes").stdout.splitlines() == ["collect_images: started", ""]
+
+
+def test_malformed_line_of_dotenv_is_named_without_its_value(dotenv, checkout):
+    done = dotenv("A=1\n\nhush hush\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"run.sh: {checkout.root}/.env: line 3: must have the form NAME=value\n"
 
 
 @pytest.mark.parametrize(
@@ -188,8 +258,9 @@ def test_wrong_usage_prints_the_usage(checkout, flags, environment):
     assert checkout.calls() == []
 
 
-def test_help_shows_the_usage_and_runs_nothing(checkout):
-    done = checkout.run("--train", "--help")
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_shows_the_usage_and_runs_nothing(checkout, flag):
+    done = checkout.run("--train", flag)
     assert done.returncode == 0
     assert done.stdout.startswith("Usage: run.sh")
     assert checkout.calls() == []

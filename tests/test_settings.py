@@ -1,5 +1,6 @@
 """Settings: TOML < environment < flags, typed, and all problems at once."""
 
+import json
 import os
 import re
 import tomllib
@@ -7,15 +8,20 @@ from pathlib import Path
 
 import pytest
 
+import train_lora
 from captioning.config import CaptionSettings
 from collecting.config import CollectSettings
-from common import settings
-from common.errors import SettingsError
+from collecting.http import parse_addresses
+from common import masking, settings
+from common.errors import ModelError, SettingsError, run_main
+from common.output_layout import OutputLayout, name_problem
 from common.project import ComfyUIAddress, ProjectSettings, SharedTrainSettings
 from common.settings import all_keys, read_request, resolve, resolved_toml
+from common.variables import known_variables
 from training.config import TrainSettings
+from training.system.memory_guard import comfyui_advice
 
-SECRETS = ("wandb_api_key", "comfyui_headers")
+SECRETS = ("wandb_api_key", "comfyui_headers", "comfyui_api_key")
 SECTIONS = {"project": ProjectSettings, "collect": CollectSettings, "caption": CaptionSettings, "train": TrainSettings}
 
 
@@ -116,6 +122,185 @@ def test_values_that_cannot_be_represented_are_refused(tmp_path, text, problem):
 def test_bytes_that_are_not_text_are_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"trigger_word .*must be text, in UTF-8"):
         resolve(write(tmp_path, ""), {"TRIGGER_WORD": os.fsdecode(b"\xff\xfe")}, [], SECTIONS)
+
+
+def test_what_differs_from_the_defaults_is_listed_wherever_it_was_set(tmp_path):
+    text = settings.SETTINGS_FILE.read_text(encoding="utf-8")
+    file = write(tmp_path, re.sub(r"(?m)^lora_rank *=.*", "lora_rank = 7", text))
+    request = resolve(file, {"LORA_TYPE": "lora", "CAPTION_EXCLUDE_TAGS": "a,b"}, ["resolution=512"], SECTIONS)
+    assert request.overridden().splitlines() == [
+        "overridden settings:",
+        "  caption_exclude_tags = ['a', 'b']  (environment)",
+        "  resolution = 512  (--set)",
+        "  lora_rank = 7  (settings.toml)",
+        "  lora_type = 'lora'  (environment)",
+    ]
+    assert resolve(settings.SETTINGS_FILE, {}, [], SECTIONS).overridden() == "overridden settings: none"
+
+
+def test_alpha_follows_the_rank_unless_it_is_set(tmp_path):
+    file = write(tmp_path, "")
+    of = {
+        name: resolve(file, variables, [], SECTIONS).sections["train"].lora
+        for name, variables in {
+            "default": {},
+            "rank": {"LORA_RANK": "4"},
+            "both": {"LORA_RANK": "4", "LORA_ALPHA": "2"},
+            "auto": {"LORA_ALPHA": "auto"},
+        }.items()
+    }
+    assert {name: (lora.lora_rank, lora.alpha) for name, lora in of.items()} == {
+        "default": (32, 32.0),
+        "rank": (4, 4.0),
+        "both": (4, 2.0),
+        "auto": (32, 32.0),
+    }
+    assert of["rank"].describe() == "rank 4, alpha 4 (scale 1, auto)"
+    assert of["both"].describe() == "rank 4, alpha 2 (scale 0.5)"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("LORA_RNK", "LORA_RANK"), ("TRIGER_WORD", "TRIGGER_WORD"), ("OUTPUT_DRI", "OUTPUT_DIR"), ("lora_rank", "LORA_RANK"),
+        ("COMFYUI_ENDPOINTS", "COMFYUI_ENDPOINT"), ("COMFYUI_URL", "COMFYUI_ENDPOINT"), ("COMFYUI_HEADER", "COMFYUI_HEADERS"),
+        ("WANDB_APIKEY", "WANDB_API_KEY"), ("NUM_TRAIN_EPOCH", "NUM_TRAIN_EPOCHS"), ("STRCT", "STRICT"), ("LORA_DROPOUT", ""),
+        ("CAPTION_LANGUAGE", ""), ("TRAIN_STEPS", ""),
+    ],
+)  # fmt: skip
+def test_misspelt_variables_are_reported_by_every_stage(tmp_path, monkeypatch, name, hint):
+    monkeypatch.setattr(settings, "ENV_FILE", tmp_path / ".env")
+    for section in ("project", "collect", "caption", "train"):
+        request = resolve(write(tmp_path, ""), {name: "4"}, [], {section: SECTIONS[section]})
+        (line,) = request.unknown_variables
+        assert line.startswith(f"unknown variable {name} in the environment: it has no effect; ")
+        assert hint in line
+        assert line in request.overridden()
+    (tmp_path / ".env").write_text(f"# LORA_RNC=1\nLORA_RANK=4\n{name}=secret value\nEMPTY_LORA_RNK=\n")
+    (line,) = resolve(write(tmp_path, ""), {}, [], SECTIONS).unknown_variables
+    assert line.startswith(f"unknown variable {name} in .env: ")
+    assert "secret" not in line
+
+
+OF_OTHER_PROGRAMS = """
+PATH HOME USER SHELL TERM LANG LC_ALL PWD TZ TMPDIR EDITOR HOSTNAME DISPLAY HF_HOME HF_TOKEN HF_ENDPOINT HF_HUB_OFFLINE
+HF_HUB_CACHE HUGGINGFACE_HUB_CACHE TRANSFORMERS_CACHE DIFFUSERS_CACHE TORCH_HOME TORCH_CUDA_ARCH_LIST PYTORCH_VERSION
+PYTORCH_CUDA_ALLOC_CONF PYTORCH_BUILD_VERSION CUDA_HOME CUDA_VISIBLE_DEVICES CUDA_VERSION CUDA_DEVICE_ORDER
+NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES NVIDIA_PRODUCT_NAME NVIDIA_PYTORCH_VERSION NCCL_DEBUG NCCL_SOCKET_IFNAME
+OMP_NUM_THREADS MKL_NUM_THREADS PYTHON PYTHON3 PYTHONPATH PYTHONUNBUFFERED PYTHON_VERSION VIRTUAL_ENV CONDA_PREFIX WANDB_MODE
+WANDB_DIR WANDB_ENTITY WANDB_NAME WANDB_BASE_URL WANDB_SILENT TENSORBOARD_PORT COMFYUI_PATH COMFYUI_PORT COMFYUI_HOST
+COMFYUI_DIR COMFYUI_ARGS COMFYUI_MODEL_PATH RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT ACCELERATE_MIXED_PRECISION
+HTTP_PROXY https_proxy no_proxy REQUESTS_CA_BUNDLE SSL_CERT_FILE DOCKER_HOST COMPOSE_PROJECT_NAME COMPOSE_FILE DATA_DIR
+INPUT_DIR MODEL MODEL_PATH DATASET SEED DEBUG LOG_LEVEL PORT HOST BATCH_SIZE TRITON_CACHE_DIR LD_LIBRARY_PATH SLURM_JOB_ID
+LORACAT_LAUNCHER_PID BASE_IMAGE STRICT
+"""
+
+
+def test_variables_of_other_programs_are_not_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "ENV_FILE", tmp_path / ".env")
+    (tmp_path / ".env").write_text("".join(f"{name}=1\n" for name in OF_OTHER_PROGRAMS.split()))
+    environment = dict.fromkeys(OF_OTHER_PROGRAMS.split(), "1")
+    assert resolve(write(tmp_path, ""), environment, [], {"project": ProjectSettings}).unknown_variables == ()
+
+
+def test_every_variable_is_known_to_every_stage():
+    known = known_variables(settings.SETTINGS_FILE, ())
+    assert {key.name.upper() for section in SECTIONS.values() for key in all_keys(section)} <= known
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):
+    with pytest.raises(SettingsError) as refused:
+        resolve(write(tmp_path, "[train.lora]\nlora_rang = 3\nxyz = 1\n"), {}, ["capton_model=x"], SECTIONS)
+    assert str(refused.value).splitlines()[1:] == [
+        "  - [train.lora] lora_rang: unknown key (did you mean lora_rank?) in settings.toml",
+        "  - [train.lora] xyz: unknown key in settings.toml",
+        "  - --set capton_model: unknown key (did you mean caption_model?)",
+    ]
+
+
+@pytest.mark.parametrize("variable", ["OUTPUT_NAME", "TRIGGER_WORD"])
+@pytest.mark.parametrize("letter", ["a", "猫"])
+def test_names_too_long_for_the_file_system_are_refused_with_the_settings(tmp_path, variable, letter):
+    name = letter * (222 // len(letter.encode()))
+    variables = {"OUTPUT_DIR": str(tmp_path / "absent" / "output")}
+    resolve(write(tmp_path, ""), variables | {variable: name}, [], train_lora.SECTIONS, train_lora.validate)
+    with pytest.raises(SettingsError, match=r"output_name.* has 22[35] bytes; choose a name of at most 222 bytes"):
+        resolve(write(tmp_path, ""), variables | {variable: name + letter}, [], train_lora.SECTIONS, train_lora.validate)
+
+
+def test_the_longest_name_is_one_that_every_file_of_a_run_can_have(tmp_path):
+    outputs, other = (OutputLayout(tmp_path, letter * 222) for letter in "ab")
+    assert name_problem(outputs.name, tmp_path) is None
+    for _ in range(3):  # archives what was there under the names of the run that wrote it
+        for path in (outputs.lora, outputs.best, outputs.lora_after(999999), outputs.metrics):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+        outputs.resolved_config.write_text(f'[train.saving]\noutput_name = "{outputs.name}"\n')
+        other.archive_previous_outputs()
+        outputs.archive_previous_outputs()
+    assert (tmp_path / "lora" / f"{outputs.name}.training_config_resolved.toml-2").exists()
+
+
+PASSWORD = "Tr0ub4dor"
+MALFORMED = [
+    "http://me:{}@host:8188", "http://me:{}@host:port", "me:{}@host", "me:{}", "http://me:{}", "http:/me:{}@host",
+    "http:me:{}@host",
+    "//me:{}@host", "http://me:{}/@host", "http://me: {} @host", "http://me:@{}@@host", "http://[me:{}@host", "http://me:{}]@host",
+    "http://me:{}%@host", "http://me:{}%40host", "http://me:{}%2540host", "http://me:{}\uff20host", "http://me:h\u00f6her{}@host",
+    "http://me\uff1a{}", "http://me:{}?@host", "http://me:{}#@host", "http://host/?token={}", "http://host#{}", "ftp://me:{}@host",
+    "http://a:{}@one,http://b:{}@two", "http://a:{}@one, b:{}@two", "http://a:x,{}@one", "HTTP://me:{}@host", "http:\\\\me:{}@host",
+    " http://me:{}@host ", "http://me:{}@", "http://{}@host:99999", "http://me:{}@ho st", "http://me:{}\n@host", "'http://me:{}@host'",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", MALFORMED)
+@pytest.mark.parametrize("source", ["environment", "file", "flag"])
+def test_the_login_in_an_address_is_never_shown(tmp_path, monkeypatch, template, source):
+    address = template.replace("{}", PASSWORD)
+    monkeypatch.setattr(masking, "_known", set())
+    text = f"[collect]\ncomfyui_endpoint = {json.dumps(address)}\n" if source == "file" else ""
+    variables = {"COMFYUI_ENDPOINT": address} if source == "environment" else {}
+    flags = [f"comfyui_endpoint={address}"] if source == "flag" else []
+    shown = ""
+    for sections in (SECTIONS, train_lora.SECTIONS):
+        try:
+            request = resolve(write(tmp_path, text), variables, flags, sections)
+            shown += "\n".join(request.described()) + request.overridden() + resolved_toml(request.sections)
+            shown += comfyui_advice(request.sections["collect"].comfyui_endpoint)
+            for server in parse_addresses(request.sections["collect"].comfyui_endpoint):
+                shown += f"{server} {server.url}"
+        except SettingsError as refused:
+            shown += str(refused)
+    assert "host" in shown or "one" in shown or "me" in shown
+    assert PASSWORD not in shown
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8188", "https://[::1]:8188/comfy", "http://a:1,http://b:2", "http://host"])
+def test_addresses_without_a_login_are_shown_as_they_are(address):
+    assert masking.mask_address(address) == address
+
+
+@pytest.mark.parametrize("variable", ["HF_ENDPOINT", "HTTPS_PROXY", "http_proxy", "ALL_PROXY", "WANDB_BASE_URL"])
+@pytest.mark.parametrize("template", MALFORMED[:20])
+def test_what_a_library_says_about_an_address_of_the_environment_is_masked(tmp_path, monkeypatch, capsys, variable, template):
+    if "@" not in template:
+        template += "@host"
+    address = template.replace("{}", PASSWORD)
+    monkeypatch.setattr(masking, "_known", set())
+    resolve(write(tmp_path, ""), {variable: address}, [], {"project": ProjectSettings})
+    login = address.rpartition("@")[0].rpartition("//")[2]
+
+    def fail():
+        raise ModelError(f"cannot connect to {address}: invalid port {login.partition(':')[2]!r} in {login}")
+
+    def crash():
+        raise RuntimeError(f"unexpected address {address}")
+
+    assert (run_main("stage", fail), run_main("stage", crash)) == (5, 70)
+    printed = capsys.readouterr().err
+    assert "cannot connect to" in printed
+    assert "unexpected address" in printed
+    assert PASSWORD not in printed
 
 
 def test_a_byte_order_mark_is_ignored(tmp_path):

@@ -28,7 +28,7 @@ FIRST_VERSION = REPOSITORY / "tests" / "data" / "first_version"
 FINISHED = {
     "resolution": 64,
     "lora_rank": 1,
-    "lora_alpha": 1,
+    "lora_alpha": "auto",
     "lora_targets": "attention",
     "train_batch_size": 2,
     "num_train_epochs": 3,
@@ -36,7 +36,7 @@ FINISHED = {
     "caption_variants": 2,
     "caption_chunks": 1,
 }
-HALF = FINISHED | {"num_train_epochs": 12, "learning_rate": 0.001, "keep_last_states": 1}
+HALF = FINISHED | {"lora_alpha": 1, "num_train_epochs": 12, "learning_rate": 0.001, "keep_last_states": 1}
 
 
 @pytest.fixture(scope="module")

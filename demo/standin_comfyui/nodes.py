@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -120,24 +121,67 @@ def image_add_noise(context: Context, image: list, seed: int, strength: float) -
     return (noisy,)
 
 
+def batch_images(context: Context, images: dict[str, list]) -> tuple:
+    """All images in the size of the first."""
+    batch = [frame for each in images.values() for frame in each]
+    return ([frame.resize(batch[0].size) for frame in batch],)
+
+
+def resize_image(context: Context, input: list, resize_type: dict[str, Any], scale_method: str) -> tuple:
+    method, kind = FILTERS[scale_method], resize_type["resize_type"]
+
+    def size(frame: Image.Image) -> tuple[int, int]:
+        width, height = frame.size
+        match kind:
+            case "scale dimensions":
+                return resize_type["width"] or width, resize_type["height"] or height
+            case "match size":
+                return resize_type["match"][0].size
+            case "scale to multiple":
+                multiple = resize_type["multiple"]
+                return max(multiple, width // multiple * multiple), max(multiple, height // multiple * multiple)
+        factors = {
+            "scale by multiplier": lambda: resize_type["multiplier"],
+            "scale longer dimension": lambda: resize_type["longer_size"] / max(width, height),
+            "scale shorter dimension": lambda: resize_type["shorter_size"] / min(width, height),
+            "scale width": lambda: resize_type["width"] / width,
+            "scale height": lambda: resize_type["height"] / height,
+            "scale total pixels": lambda: (resize_type["megapixels"] * 1024 * 1024 / (width * height)) ** 0.5,
+        }
+        factor = factors[kind]()
+        return max(1, round(width * factor)), max(1, round(height * factor))
+
+    if resize_type.get("crop") == "center":
+        return ([ImageOps.fit(frame, size(frame), method) for frame in input],)
+    return ([frame.resize(size(frame), method) for frame in input],)
+
+
 def save_image(context: Context, images: list, filename_prefix: str) -> tuple:
     _write_pngs(context, images, filename_prefix, "output")
-    return ()
+    return (images,)
+
+
+def save_image_advanced(context: Context, images: list, filename_prefix: str, format: dict[str, Any]) -> tuple:
+    _write_pngs(context, images, filename_prefix, "output", ending=f".{format['format']}")
+    return (images,)
 
 
 def preview_image(context: Context, images: list) -> tuple:
     letters = "".join(random.choice(string.ascii_lowercase) for _ in range(5))
     _write_pngs(context, images, f"ComfyUI_temp_{letters}", "temp")
-    return ()
+    return (images,)
 
 
 def preview_any(context: Context, source: Any) -> tuple:
     context.shown["text"] = [str(source)]
-    return ()
+    return (str(source),)
 
 
-def _write_pngs(context: Context, images: list, prefix: str, kind: str) -> None:
-    """Write one PNG per image, numbered after the files that exist, and list them in the output."""
+def _write_pngs(context: Context, images: list, prefix: str, kind: str, ending: str = "_.png") -> None:
+    """Write one file per image, numbered after the files that exist, and list them in the output.
+
+    Only PNG files are real: one with another ending contains a PNG too.
+    """
     base = context.folder / kind
     subfolder, name = os.path.split(os.path.normpath(prefix))
     target = Path(os.path.abspath(base / subfolder))
@@ -150,8 +194,8 @@ def _write_pngs(context: Context, images: list, prefix: str, kind: str) -> None:
         texts.add_text(key, json.dumps(value))
     records = []
     for number, image in enumerate(images, start=_next_number(target, name)):
-        filename = f"{name}_{number:05}_.png"
-        image.save(target / filename, pnginfo=texts, compress_level=4)
+        filename = f"{name}_{number:05}{ending}"
+        image.save(target / filename, "PNG", pnginfo=texts, compress_level=4)
         records.append({"filename": filename, "subfolder": subfolder, "type": kind})
     context.shown["images"] = records
 
@@ -159,7 +203,7 @@ def _write_pngs(context: Context, images: list, prefix: str, kind: str) -> None:
 def _next_number(folder: Path, name: str) -> int:
     numbers = [0]
     for path in folder.iterdir():
-        digits = path.name.removeprefix(f"{name}_").split("_")[0]
+        digits = re.split("[_.]", path.name.removeprefix(f"{name}_"))[0]
         if path.name.startswith(f"{name}_") and digits.isdigit():
             numbers.append(int(digits))
     return max(numbers) + 1

@@ -1,5 +1,6 @@
 """The stand-in server: its folder, its worker and its routes, with the exact shapes of ComfyUI's answers."""
 
+import contextlib
 import json
 import mimetypes
 import os
@@ -13,18 +14,19 @@ from typing import Any
 from urllib.parse import unquote
 
 from demo.standin_comfyui import faults
-from demo.standin_comfyui.catalogue import CHECKPOINTS, NODES, object_info
+from demo.standin_comfyui.catalogue import CHECKPOINTS, NODES, REPLACEMENTS, VERSIONS, node_class, object_info
 from demo.standin_comfyui.faults import Fault
-from demo.standin_comfyui.validation import Rejected, validate
+from demo.standin_comfyui.validation import Rejected, apply_replacements, validate
 from demo.standin_comfyui.websockets import Websocket, WebsocketClients
 from demo.standin_comfyui.wire import MOST_BODY_BYTES, HttpServer, Request, Response, is_foreign_page, json_response, multipart
 from demo.standin_comfyui.worker import Interrupted, Worker, in_some_order
 
-VERSION = "0.3.64"
 _KINDS = ("input", "output", "temp")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _GET_ONLY = ("/system_stats", "/features", "/view", "/object_info")
 _POST_ONLY = ("/interrupt", "/free")
+_SENSITIVE = ("auth_token_comfy_org", "api_key_comfy_org")
+"""Keys of `extra_data` that are in no answer."""
 _SERVER_FAILED = Response(
     500, b"500 Internal Server Error\n\nServer got itself in trouble", "text/plain; charset=utf-8", {"Connection": "close"}
 )
@@ -35,7 +37,7 @@ class StandIn:
 
     `folder` gets input/, output/, temp/ and models/. Loaders offer the files in models/, whatever is in them; checkpoints/
     contains two from the beginning. The server listens on `host` only. `seconds_per_job` is how long a prompt takes unless
-    all of it is cached. `requests` lists the requests in order.
+    all of it is cached. `version` is the version of ComfyUI whose answers are given. `requests` lists the requests in order.
     `fault` simulates a fault by its name in `faults`; for any other answer a test replaces `answer`.
     `required_headers` and `base_path` simulate a proxy; `certificate` is a PEM file with certificate and key for https.
     """
@@ -48,7 +50,12 @@ class StandIn:
         host: str = "127.0.0.1",
         port: int = 0,
         certificate: Path | None = None,
+        version: str = VERSIONS[0],
+        max_upload_bytes: int = MOST_BODY_BYTES,
     ):
+        self.version = version
+        self.max_upload_bytes = max_upload_bytes
+        """The largest body of a request, as `/features` names it."""
         self.folder = folder.resolve()
         for kind in _KINDS:
             (self.folder / kind).mkdir(parents=True, exist_ok=True)
@@ -78,7 +85,9 @@ class StandIn:
         return f"http{'s' if self._certificate else ''}://{self._host}:{self._port}"
 
     def start(self) -> "StandIn":
-        self._http = HttpServer(self._host, self._port, self._record_and_answer, self._listen, self._certificate)
+        self._http = HttpServer(
+            self._host, self._port, self._record_and_answer, self._listen, self._certificate, self.max_upload_bytes
+        )
         self._port = self._http.server_address[1]
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), name="standin-http", daemon=True)
         self.worker.start()
@@ -102,6 +111,10 @@ class StandIn:
         if name not in faults.KINDS:
             raise KeyError(f"no such fault: {name}")
         self.faults.append(Fault(name, on, times, after))
+
+    @property
+    def _is_old(self) -> bool:
+        return self.version == VERSIONS[1]
 
     def _new_worker(self) -> Worker:
         return Worker(self.folder, self.seconds_per_job, self.websockets.notify, self._at_node, self._at_end)
@@ -170,8 +183,8 @@ class StandIn:
             allowed = "GET,HEAD" if first in _GET_ONLY else "POST"
             return Response(405, b"405: Method Not Allowed", "text/plain; charset=utf-8", {"Allow": allowed})
         routes = {
-            ("GET", "/system_stats"): lambda: json_response(_system_stats()),
-            ("GET", "/features"): lambda: json_response({"supports_preview_metadata": True, "max_upload_size": MOST_BODY_BYTES}),
+            ("GET", "/system_stats"): lambda: json_response(_system_stats(self.version)),
+            ("GET", "/features"): lambda: json_response(self._features()),
             ("GET", "/object_info"): lambda: self._object_info(None),
             ("GET", "/prompt"): lambda: json_response({"exec_info": {"queue_remaining": self._remaining()}}),
             ("GET", "/queue"): self._queue,
@@ -187,6 +200,10 @@ class StandIn:
         }
         if (request.method, request.path) in routes:
             return routes[request.method, request.path]()
+        if request.path == "/node_replacements" and request.method == "GET" and not self._is_old:
+            return json_response(REPLACEMENTS)
+        if (cancelled := re.fullmatch("/jobs/([^/]+)/cancel", request.path)) and request.method == "POST" and not self._is_old:
+            return self._cancel(cancelled[1])
         last = unquote(request.path.rpartition("/")[2])
         if request.method == "GET" and re.fullmatch("/history/[^/]+", request.path):
             return self._history_of(last)
@@ -195,8 +212,13 @@ class StandIn:
         return Response(404)
 
     def _object_info(self, name: str | None) -> Response:
-        names = list(NODES) if name is None else [name] if name in NODES else []
-        return json_response({each: object_info(each, self.folder) for each in names})
+        names = [each for each in (NODES if name is None else [name]) if node_class(each, self.version)]
+        return json_response({each: object_info(each, self.folder, self.version) for each in names})
+
+    def _features(self) -> dict[str, Any]:
+        old = {"supports_preview_metadata": True, "max_upload_size": self.max_upload_bytes}
+        new = {"supports_model_type_tags": True, "extension": {"manager": {"supports_v4": True}}, "node_replacements": True}
+        return old if self._is_old else {**old, **new, "assets": False}
 
     def _remaining(self) -> int:
         queue = self.worker.queue()
@@ -214,8 +236,9 @@ class StandIn:
         if prompt_id in self.worker.history and self._has_fault("evicted"):
             del self.worker.history[prompt_id]
         if self._has_fault("forgotten"):
-            self.worker.delete_pending(None)
-            self.worker.history.clear()
+            self.worker.stop()
+            self.worker = self._new_worker()
+            self.worker.start()
         return json_response({prompt_id: self.worker.history[prompt_id]} if prompt_id in self.worker.history else {})
 
     def _queue(self) -> Response:
@@ -242,28 +265,42 @@ class StandIn:
         self.worker.interrupt(json.loads(body).get("prompt_id") if body else None)
         return Response()
 
+    def _cancel(self, prompt_id: str) -> Response:
+        """How the web page of 0.33.0 removes a prompt: one that waits is forgotten, one that runs is interrupted."""
+        queue = self.worker.queue()
+        found = any(item[1] == prompt_id for part in queue.values() for item in part)
+        self.worker.delete_pending([prompt_id])
+        self.worker.interrupt(prompt_id)
+        return json_response({"cancelled": found})
+
     def _free(self, body: dict) -> Response:
         if body.get("free_memory"):
             self.worker.drop_cache()
         return Response()
 
     def _prompt(self, body: Any) -> Response:
-        # A list or a string contains no prompt; on null the real server fails.
+        # A list or a string contains no prompt; on null ComfyUI fails.
         body = body if isinstance(body, dict) else dict.fromkeys(body)
         number = self._number(body)
         if "prompt" not in body:
             error = {"type": "no_prompt", "message": "No prompt provided", "details": "No prompt provided", "extra_info": {}}
             return json_response({"error": error, "node_errors": {}}, 400)
         prompt = body["prompt"]
-        prompt_id = str(body.get("prompt_id", uuid.uuid4()))
+        submitted = json.loads(json.dumps(body))
         try:
-            outputs, node_errors = validate(prompt, self.folder, body.get("partial_execution_targets"))
+            prompt_id = str(body.get("prompt_id", uuid.uuid4())) if self._is_old else _checked_id(body.get("prompt_id"))
+            if not self._is_old:
+                apply_replacements(prompt)
+            outputs, node_errors = validate(prompt, self.folder, self.version, body.get("partial_execution_targets"))
         except Rejected as rejected:
             return json_response({"error": rejected.error, "node_errors": rejected.node_errors}, 400)
         extra_data = body.get("extra_data", {})
         if "client_id" in body:
             extra_data["client_id"] = body["client_id"]
-        self.submitted.append(json.loads(json.dumps(body)))
+        extra_data = {key: value for key, value in extra_data.items() if key not in _SENSITIVE}
+        if not self._is_old:
+            extra_data["create_time"] = int(time.time() * 1000)
+        self.submitted.append(submitted)
         self.worker.put(number, prompt_id, prompt, extra_data, in_some_order(outputs, prompt_id))
         return json_response({"prompt_id": prompt_id, "number": number, "node_errors": node_errors})
 
@@ -317,14 +354,27 @@ class StandIn:
         return Response(200, path.read_bytes(), content_type, {"Content-Disposition": f'filename="{path.name}"'})
 
 
-def _system_stats() -> dict[str, Any]:
+def _checked_id(prompt_id: Any) -> str:
+    """The id of a prompt in 0.33.0; raises Rejected unless it is a UUID as Python writes it."""
+    if prompt_id is None:
+        return str(uuid.uuid4())
+    with contextlib.suppress(ValueError, AttributeError):
+        if str(uuid.UUID(prompt_id)) == prompt_id:
+            return prompt_id
+    details = "prompt_id must be a UUID string in canonical lowercase hyphenated form; omit it to let the server generate one"
+    raise Rejected("invalid_prompt_id", "prompt_id must be a valid UUID", details)
+
+
+def _system_stats(version: str) -> dict[str, Any]:
+    new = {} if version == VERSIONS[1] else {"comfy_package_versions": [], "deploy_environment": "local-git"}
     memory = {"vram_total": 2**34, "vram_free": 2**33, "torch_vram_total": 2**34, "torch_vram_free": 2**33}
     return {
         "system": {
-            "os": "posix",
+            **new,
+            "os": "linux" if new else "posix",
             "ram_total": 2**34,
             "ram_free": 2**33,
-            "comfyui_version": VERSION,
+            "comfyui_version": version,
             "required_frontend_version": "",
             "installed_templates_version": "",
             "required_templates_version": "",

@@ -99,8 +99,10 @@ class HttpServer(ThreadingHTTPServer):
         answer: Callable[[Request], Response],
         listen: Callable[[Request, Websocket], None],
         certificate: Path | None = None,
+        most_body_bytes: int = MOST_BODY_BYTES,
     ):
         super().__init__((host, port), _Handler)
+        self.most_body_bytes = most_body_bytes
         self.answer, self.listen = answer, listen
         self._connections: set[socket.socket] = set()
         if certificate is not None:
@@ -144,8 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self, method: str, with_body: bool = True) -> None:
         length = int(self.headers.get("Content-Length") or 0)
-        if length > MOST_BODY_BYTES:
-            text = f"Maximum request body size {MOST_BODY_BYTES} exceeded.".encode()
+        if length > self.server.most_body_bytes:
+            text = f"Maximum request body size {self.server.most_body_bytes} exceeded.".encode()
             self._send(Response(413, text, "text/plain; charset=utf-8", {"Connection": "close"}), True)
             return
         url = urlsplit(self.path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from demo.standin_comfyui import faults
-from demo.standin_comfyui.catalogue import NODES
+from demo.standin_comfyui.catalogue import NODES, inputs_of
 from demo.standin_comfyui.nodes import Context, file_hash, input_file
 
 MOST_HISTORY_ENTRIES = 10_000
@@ -266,21 +266,25 @@ class _Run:
         node = NODES[self._prompt[node_id]["class_type"]]
         given = self._prompt[node_id]["inputs"]
         inputs = {}
-        for name in (*node.inputs, *node.optional):
+        for name, (specification, _required) in inputs_of(self._prompt[node_id]["class_type"], self._folder, given).items():
             if name not in given:
                 continue
-            value = given[name]
-            inputs[name] = self.execute(value[0])[value[1]] if isinstance(value, list) else value
+            value = self.execute(given[name][0])[given[name][1]] if isinstance(given[name], list) else given[name]
+            # A dynamic input arrives as a dict of its parts: `format` and `format.bit_depth` as {"format": ..., "bit_depth": ...}.
+            group, _, part = name.partition(".")
+            if part or specification[0] == "COMFY_DYNAMICCOMBO_V3":
+                inputs.setdefault(group, {})[part or name] = value
+            else:
+                inputs[name] = value
         self._node = node_id
         self._events.runs(node_id, given["steps"] if isinstance(given.get("steps"), int) else 1)
         context = Context(self._folder, self._prompt, self._extra)
         return node.run(context, **inputs), context.shown
 
     def _links(self, node_id: str) -> Iterator[list]:
-        node = NODES[self._prompt[node_id]["class_type"]]
-        for name, value in self._prompt[node_id]["inputs"].items():
-            if isinstance(value, list) and (name in node.inputs or name in node.optional):
-                yield value
+        given = self._prompt[node_id]["inputs"]
+        known = inputs_of(self._prompt[node_id]["class_type"], self._folder, given)
+        yield from (value for name, value in given.items() if isinstance(value, list) and name in known)
 
     def _signature(self, node_id: str) -> str:
         """Equal for nodes that compute the same: it covers class and inputs, unknown ones too, but not ids and titles."""

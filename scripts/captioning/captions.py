@@ -1,8 +1,9 @@
 """How tags and the trigger word become the text of a caption, and how an existing caption gains the trigger word. Pure."""
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
+from common.captions import has_trigger
 
 GENERAL, CHARACTER, RATING = 0, 4, 9
 """Categories of tags in WD14's `selected_tags.csv`."""
@@ -46,16 +47,14 @@ def add_trigger(text: str, trigger: str, earlier: Collection[str] = ()) -> str:
     """A caption that the user wrote, with the trigger word in it.
 
     `earlier` are the trigger words that former runs put in front of this caption: if one of them still leads it, it is
-    removed. If the trigger word then occurs anywhere in the text, as a tag or in a sentence, the text is not changed;
-    otherwise the trigger word is put in front. An empty text becomes the trigger word alone.
+    removed. If the trigger word then occurs anywhere in the text (see `has_trigger`), the text is not changed; otherwise the
+    trigger word is put in front. An empty text becomes the trigger word alone.
     """
     first, _, rest = text.partition(",")
     if first.strip() == trigger:
         return text
     if first.strip() in earlier:
         text = rest.lstrip()
-    # As a whole word and in any case, because SDXL's text encoders ignore case.
-    words = r"\s+".join(re.escape(word) for word in trigger.split())
-    if re.search(rf"(?<![\w-]){words}(?![\w-])", text, re.IGNORECASE):
+    if has_trigger(text, trigger):
         return text
     return f"{trigger}, {text.lstrip()}" if text.strip() else f"{trigger}\n"

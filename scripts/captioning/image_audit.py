@@ -5,19 +5,18 @@ is not measured again. The flaws are recorded in `dataset/.loracat/audit.json`: 
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from captioning.image_stats import HASH_SIDE, ImageStats, measure
 from common.background import prefetch
-from common.dataset_layout import CAPTION_SUFFIX, IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in, repeats_of
-from common.files import sha256_of, write_json
+from common.dataset_layout import CAPTION_SUFFIXES, IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in, repeats_of
+from common.files import read_cached_json, sha256_of, write_cached_json, write_json
 from common.images import BrokenImageError
+from common.progress import ProgressBar
 
 INDEX_FORMAT = 1
 """To be raised when ImageStats changes: every image is then measured again."""
@@ -59,7 +58,7 @@ def index_images(folder: DatasetFolder, images: Sequence[ImageFile], workers: in
         known = index.get(name)
         if known is None or not known.sha256 or known.stamp != file_stamp(path):
             changed.append((path, name))
-    with tqdm(total=len(changed), desc="checking images", unit="image", disable=None) as bar:
+    with ProgressBar(len(changed), "checking images", "images") as bar:
         for image in prefetch(lambda item: _index_image(*item), changed, workers):
             index[image.name] = image
             bar.update()
@@ -69,7 +68,7 @@ def index_images(folder: DatasetFolder, images: Sequence[ImageFile], workers: in
         stats = dataclasses.asdict(image.stats) if image.stats else None
         entry = {"name": image.name, "stamp": image.stamp, "sha256": image.sha256, "look": stats, "broken": image.broken}
         entries.append(entry)
-    write_json(folder.image_index, {"format": INDEX_FORMAT, "pictures": entries})
+    write_cached_json(folder.image_index, {"format": INDEX_FORMAT, "pictures": entries})
     return indexed
 
 
@@ -94,12 +93,12 @@ def _read_index(record: Path) -> dict[str, IndexedImage]:
     """The recorded images by name; {} if there is no record, or one that is damaged or of another format."""
     index = {}
     try:
-        content = json.loads(record.read_bytes())
+        content = read_cached_json(record)
         for entry in content["pictures"] if content["format"] == INDEX_FORMAT else ():
             stats = ImageStats(**entry["look"]) if entry["look"] else None
             image = IndexedImage(entry["name"], tuple(entry["stamp"]), entry["sha256"], stats, entry["broken"])
             index[image.name] = image
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}
     return index
 
@@ -132,6 +131,7 @@ def audit_images(folder: DatasetFolder, images: Sequence[ImageFile], indexed: di
         if flaws:
             flagged[entry.name] = flaws
     orphans, ignored = _other_entries(folder.images, images)
+    ignored |= _companions(folder.images, images)
     digests = {entry.name: entry.sha256 for entry in entries if entry.name in flagged}
     return Audit(len(entries), resolution, flagged, digests, tuple(orphans), ignored)
 
@@ -181,15 +181,24 @@ def find_near_duplicates(images: Sequence[IndexedImage]) -> dict[str, str]:
     return originals
 
 
+def _companions(folder: Path, images: Sequence[ImageFile]) -> dict[str, str]:
+    """Files with the stem of an image that are neither images nor captions: perhaps captions with another suffix."""
+    stems = {image.path.with_suffix("") for image in images}
+    paths = sorted(path for parent in {image.path.parent for image in images} for path in parent.iterdir())
+    known = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)
+    found = [path for path in paths if path.suffix.lower() not in known and path.with_suffix("") in stems and path.is_file()]
+    return {name_in(folder, path): f"not a caption, which has the suffix {' or '.join(CAPTION_SUFFIXES)}" for path in found}
+
+
 def _other_entries(folder: Path, images: Sequence[ImageFile]) -> tuple[list[str], dict[str, str]]:
     """What is beside the images: captions without an image, and entries that look like images but are ignored -> why."""
-    captions = {image.caption_path for image in images}
+    captions = {path for image in images for path in image.captions}
     searched = {folder, *(image.path.parent for image in images)}
     orphans, ignored = [], {}
     for parent in sorted(searched):
         for path in sorted(path for path in parent.iterdir() if not path.name.startswith(".")):
             name, suffix = name_in(folder, path), path.suffix.lower()
-            if suffix == CAPTION_SUFFIX and path not in captions:
+            if suffix in CAPTION_SUFFIXES and path not in captions:
                 orphans.append(name)
             elif suffix in IMAGE_SUFFIXES and not path.exists():
                 ignored[name] = "a link to nothing"

@@ -6,16 +6,14 @@ between the two loses nothing.
 
 import base64
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from captioning.captions import add_trigger, caption_text
+from common.captions import UnusableCaptionError, read_caption, read_caption_bytes
 from common.dataset_layout import DatasetFolder, name_in
 from common.files import append_json_line, read_json_lines, write_bytes
-
-
-class UnusableCaptionError(ValueError):
-    """A caption file that cannot be read as text. The message is a predicate that says why."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,8 @@ class Change:
     """Path relative to the folder of images."""
     trigger: str
     made: bool
-    """True for a caption made of the trigger word and tags; False for a user's caption that gained the trigger word."""
+    """True for a caption made of the trigger word and tags; False for a user's caption that was copied from a file with another
+    suffix, or gained the trigger word."""
     before: bytes | None
     """The file's content; None if it did not exist."""
     after: bytes
@@ -50,7 +49,7 @@ class CaptionFiles:
     """The captions of a data set under one trigger word, in one run of the stage."""
 
     def __init__(self, folder: DatasetFolder, trigger: str):
-        self._folder = folder.images
+        self._dataset, self._folder = folder.root, folder.images
         self._record = folder.caption_log
         self._trigger = trigger
         self._changes: dict[str, list[Change]] = {}
@@ -63,32 +62,52 @@ class CaptionFiles:
     def is_generated(self, caption: Path) -> bool:
         """Whether `caption` is word for word a text that this stage generated. One that the user edited is the user's."""
         changes = self._changes.get(name_in(self._folder, caption), ())
-        generated = {change.after.strip() for change in changes if change.made}
-        with contextlib.suppress(UnusableCaptionError):
-            return bool(generated) and _read_bytes(caption).strip() in generated
+        return self._is_one_of(caption, {change.after.strip() for change in changes if change.made})
+
+    def is_derived(self, caption: Path) -> bool:
+        """Whether `caption` does not exist, or is word for word what this stage generated or copied from another file."""
+        if not os.path.lexists(caption):
+            return True
+        derived: set[bytes | None] = {None}
+        for change in self._changes.get(name_in(self._folder, caption), ()):
+            if change.made or change.before in derived:
+                derived.add(change.after)
+        return self._is_one_of(caption, {text.strip() for text in derived if text is not None})
+
+    def _is_one_of(self, caption: Path, texts: set[bytes]) -> bool:
+        with contextlib.suppress(UnusableCaptionError, FileNotFoundError):
+            return bool(texts) and read_caption_bytes(caption, self._dataset).strip() in texts
         return False
 
     def write(self, caption: Path, tags: list[str]) -> bool:
         """Write the trigger word and `tags` to `caption`, whatever it was before; returns whether the file changed.
 
-        Raises UnusableCaptionError for a caption that may not be read, because it could not be restored.
+        Raises UnusableCaptionError for a caption that cannot be read, because it could not be restored.
         """
         return self._change(caption, (caption_text(self._trigger, tags) + "\n").encode("utf-8"), made=True)
 
     def ensure_trigger(self, caption: Path) -> bool:
         """Add the trigger word to the user's existing `caption` unless it has it; returns whether the file changed.
 
-        Raises UnusableCaptionError, and leaves the file as it is, if it is not UTF-8 text.
+        Raises UnusableCaptionError, and leaves the file as it is, if it cannot be used.
         """
-        text = read_caption(caption)
+        text = read_caption(caption, self._dataset)
         earlier = {change.trigger for change in self._changes.get(name_in(self._folder, caption), ())}
         changed = add_trigger(text, self._trigger, earlier)
         return changed.strip() != text.strip() and self._change(caption, changed.encode("utf-8"), made=False)
 
+    def copy(self, source: Path, caption: Path) -> bool:
+        """Write the text of the user's caption `source`, with the trigger word in it, to `caption`; returns whether it changed.
+
+        Raises UnusableCaptionError if `source` cannot be used. Without `source`, the copy is the user's caption.
+        """
+        text = add_trigger(read_caption(source, self._dataset), self._trigger)
+        return self._change(caption, text.encode("utf-8"), made=False)
+
     def undo(self) -> UndoResult:
         """Restore the captions as they were before the last run that changed any and is not undone yet.
 
-        Raises UnusableCaptionError if a caption may not be read; the undo can then be repeated.
+        Raises UnusableCaptionError if a caption cannot be read; the undo can then be repeated.
         """
         runs = sorted(self._runs - self._undone)
         if not runs:
@@ -98,7 +117,10 @@ class CaptionFiles:
         changes = [change for of_caption in self._changes.values() for change in of_caption if change.run == runs[-1]]
         for change in reversed(changes):
             caption = files.get(change.caption, self._folder / change.caption)
-            content = _read_bytes(caption) if change.caption in files else None
+            try:
+                content = read_caption_bytes(caption, self._dataset) if change.caption in files else None
+            except UnusableCaptionError as error:
+                raise UnusableCaptionError(f"{error}, then undo again ({change.caption})") from None
             if content == change.after:
                 if change.before is None:
                     caption.unlink()
@@ -112,7 +134,7 @@ class CaptionFiles:
         return UndoResult(runs[-1], restored, sorted(edited), len(runs) - 1)
 
     def _change(self, caption: Path, after: bytes, made: bool) -> bool:
-        before = _read_bytes(caption) if caption.is_file() else None
+        before = read_caption_bytes(caption, self._dataset) if os.path.lexists(caption) else None
         if before == after:
             return False
         line = {"run": self._run, "caption": name_in(self._folder, caption), "trigger": self._trigger, "made": made}
@@ -129,21 +151,6 @@ class CaptionFiles:
         if change := _parse_change(line):
             self._changes.setdefault(change.caption, []).append(change)
             self._runs.add(change.run)
-
-
-def read_caption(caption: Path) -> str:
-    """The text of a caption, without the byte order mark that some editors write. Raises UnusableCaptionError."""
-    try:
-        return _read_bytes(caption).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UnusableCaptionError("is not UTF-8; save it as UTF-8") from None
-
-
-def _read_bytes(caption: Path) -> bytes:
-    try:
-        return caption.read_bytes()
-    except PermissionError:
-        raise UnusableCaptionError("may not be read by this user; change its permissions") from None
 
 
 def _parse_change(line: dict) -> Change | None:

@@ -7,6 +7,7 @@ weights included, is skipped by its length.
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -54,6 +55,16 @@ class OnnxFile:
 
 def read_onnx(path: Path) -> OnnxFile:
     """Read the description in `path`. Raises ModelError for a file that is not a complete ONNX model."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}; put the model there") from None
+    return _read_once(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _read_once(path: Path, _size: int, _mtime_ns: int) -> OnnxFile:
+    """The description in the file of this state; several parts of the stage ask for it, and reading it takes part of a second."""
     found, initializers = OnnxFile(path), set()
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

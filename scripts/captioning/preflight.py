@@ -2,17 +2,18 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from captioning.config import CaptionSettings
 from captioning.model_files import find_model, model_size_on_hub
 from captioning.tag_cache import load_tagger
+from common.captions import ordinary_trigger
 from common.dataset_layout import IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images
 from common.errors import DataError, ResourceError, run_checks
 from common.files import write_problem
+from common.project import ProjectSettings
 
 
-def check(folder: DatasetFolder, settings: CaptionSettings, models_dir: Path, *, inputs_pending: bool) -> None:
+def check(folder: DatasetFolder, settings: CaptionSettings, project: ProjectSettings, *, inputs_pending: bool) -> None:
     """Print what the stage has; raise one list of what is missing, with the exit code of the first entry.
 
     `inputs_pending`: the collect stage is still to run, so that images may be missing.
@@ -20,7 +21,7 @@ def check(folder: DatasetFolder, settings: CaptionSettings, models_dir: Path, *,
     checks = [
         lambda: f"{len(find_images(folder.images) if inputs_pending else require_images(folder))} images in {folder.images}",
         lambda: _check_folders(folder),
-        lambda: _check_model(settings, models_dir),
+        lambda: _check_model(settings, project),
     ]
     run_checks("captioning cannot run:", [partial(_naming_unreadable_file, check) for check in checks])
 
@@ -49,12 +50,14 @@ def _check_folders(folder: DatasetFolder) -> str:
     return f"captions can be written to {folder.images}"
 
 
-def _check_model(settings: CaptionSettings, models_dir: Path) -> str:
-    name = settings.caption_model
+def _check_model(settings: CaptionSettings, project: ProjectSettings) -> str:
+    name, models_dir = settings.caption_model, project.models_dir
     model_folder = find_model(name, models_dir)
     if model_folder:
         tagger = load_tagger(model_folder, settings, settings.caption_batch_size)
-        return f"tagger {model_folder}: loads on the {tagger.device}, {len(tagger.tags)} tags"
+        warning = ordinary_trigger(project.trigger_word, [tag.name for tag in tagger.tags], {})
+        loads = f"tagger {model_folder}: loads on the {tagger.device}, {len(tagger.tags)} tags"
+        return f"{loads}\n{warning}" if warning else loads
     size_bytes = model_size_on_hub(name, models_dir)
     if problem := write_problem(models_dir):
         raise ResourceError(f"{name} cannot be downloaded: {problem}")

@@ -4,24 +4,24 @@ import contextlib
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 from captioning.captions import normalized, split_tags
 from captioning.image_audit import DUPLICATE, UNREADABLE, Audit
-from captioning.journal import UnusableCaptionError, read_caption
 from captioning.tag_selection import TagSelector
 from captioning.traits import SUGGESTED_MIN_SHARE, TraitPruning
+from common.captions import UnusableCaptionError, in_one_line, read_caption
 from common.clip_tokens import CHUNK_TOKENS, ClipTokens
-from common.dataset_layout import DatasetFolder, ImageFile, name_in
-from common.errors import SomeItemsFailed
+from common.dataset_layout import CAPTION_SUFFIX, DatasetFolder, ImageFile, name_in
+from common.errors import SomeItemsFailed, abbreviated
 
 STAGE = "caption_images"
 FEW_TAGS = 3
 """An image that is described with fewer tags teaches the trigger word everything in it."""
-_TAGS_SHOWN, _NAMES_SHOWN = 20, 5
+_TAGS_SHOWN = 20
 
 
 @dataclass
@@ -30,6 +30,8 @@ class CaptionCounts:
 
     captioned: int = 0
     """Captions made of tags."""
+    copied: list[str] = field(default_factory=list)
+    """Captions written by the user in a file with another suffix, which a `.txt` file now has."""
     trigger_added: int = 0
     """Captions written by the user that gained the trigger word."""
     unchanged: int = 0
@@ -42,7 +44,9 @@ class CaptionCounts:
 
     def report(self, trigger: str) -> None:
         """Print the counts. Raises SomeItemsFailed if there were failures."""
-        if not (self.captioned or self.trigger_added or self.failed):
+        if self.copied:
+            print(f"{len(self.copied)} captions copied to {CAPTION_SUFFIX} files, which training reads: {abbreviated(self.copied)}")
+        if not (self.captioned or self.copied or self.trigger_added or self.failed):
             print(f"nothing to do: all {self.unchanged} captions are up to date, with the trigger word {trigger}")
             return
         counts = f"{self.captioned} captioned, trigger word {trigger} added to {self.trigger_added}, {self.unchanged} unchanged"
@@ -64,7 +68,7 @@ def audit_table(audit: Audit, record: Path) -> str:
     if not by_kind:
         return f"image check: no flaws found in {audit.images} images"
     lines = [f"image check: {len(audit.flagged)} of {audit.images} images are flagged for training at {audit.resolution} px"]
-    lines += [f"  {kind:25} {len(names):5}  {_some(names)}" for kind, names in by_kind.items()]
+    lines += [f"  {kind:25} {len(names):5}  {abbreviated(names)}" for kind, names in by_kind.items()]
     lines.append(f"  full list: {record}")
     if audit.flagged:
         lines.append("  set SKIP_FLAGGED=1 to train without the flagged images")
@@ -99,13 +103,12 @@ def traits_record(selector: TagSelector, pruning: TraitPruning) -> dict:
 
 
 def read_captions(images: Sequence[ImageFile], folder: DatasetFolder) -> dict[str, str]:
-    """Name -> text of every caption that exists and can be read."""
+    """Name -> text, as training reads it, of every caption that exists and can be read."""
     texts = {}
     for image in images:
-        if not image.caption_path.is_file():  # reading a pipe would block
-            continue
-        with contextlib.suppress(UnusableCaptionError):
-            texts[name_in(folder.images, image.caption_path)] = read_caption(image.caption_path)
+        with contextlib.suppress(UnusableCaptionError, FileNotFoundError):
+            caption = image.caption_to_read
+            texts[name_in(folder.images, caption)] = in_one_line(read_caption(caption, folder.root))
     return texts
 
 
@@ -121,20 +124,15 @@ def caption_table(captions: Mapping[str, str], trigger: str, chunks: int, tokens
     if len(frequency) > _TAGS_SHOWN:
         lines.append(f"  and {len(frequency) - _TAGS_SHOWN} more")
     if few := [name for name, tags in tags_of.items() if len(tags) < FEW_TAGS]:
-        lines.append(f"captions with fewer than {FEW_TAGS} tags: {len(few)} ({_some(few)})")
+        lines.append(f"captions with fewer than {FEW_TAGS} tags: {len(few)} ({abbreviated(few)})")
     max_tokens = chunks * CHUNK_TOKENS
     if tokens is None:
         lines.append("caption lengths are not checked (no model in MODELS_DIR has CLIP's tokenizer)")
     elif long := [name for name, text in captions.items() if tokens.count(text) > max_tokens]:
-        lines.append(f"captions longer than the {max_tokens} tokens that training reads: {len(long)} ({_some(long)})")
+        lines.append(f"captions longer than the {max_tokens} tokens that training reads: {len(long)} ({abbreviated(long)})")
         lines.append("  training cuts off their ends; set CAPTION_MAX_TAGS, or raise CAPTION_CHUNKS")
     return "\n".join(lines)
 
 
 def _shares(selector: TagSelector, shares: Mapping[int, float]) -> str:
     return ", ".join(f"{selector.texts[index]} {share:.0%}" for index, share in shares.items()) or "none"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -6,14 +6,15 @@ holds a copy of its list of tags, so that the model itself is not needed when ev
 """
 
 import hashlib
+import io
 import json
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tokenize import TokenError
 
 import numpy as np
-from tqdm import tqdm
 
 from captioning.captions import Tag
 from captioning.config import CaptionSettings
@@ -26,8 +27,9 @@ from captioning.report import CaptionCounts
 from captioning.tag_selection import TagSelector, read_tags
 from captioning.wd14 import Tagger, first_batch, predict
 from common.background import prefetch
-from common.files import atomic_write, sha256_of, write_json
+from common.files import atomic_write, sha256_of, write_bytes, write_json
 from common.images import BrokenImageError
+from common.progress import ProgressBar
 
 _ABOUT_FILE = "model.json"
 _TAGS_SHA256 = "tags_sha256"
@@ -71,7 +73,7 @@ def infer(
             cache.write(images[path].sha256, probabilities)
         return result
 
-    with tqdm(total=len(images), desc="tagging", unit="image", disable=None) as bar:
+    with ProgressBar(len(images), "tagging", "images") as bar:
         for path, probabilities in prefetch(write, predict(list(images), tagger, workers), workers=1):
             if isinstance(probabilities, BrokenImageError):
                 counts.fail(path, f"{probabilities}; replace or remove it")
@@ -91,17 +93,26 @@ class TagCache:
     def read(self, sha256: str) -> np.ndarray | None:
         """The probabilities of the image with this SHA-256, float32 [tags]; None if they are missing or damaged."""
         try:
-            with (self._folder / f"{sha256}.npy").open("rb") as file:
+            content = (self._folder / f"{sha256}.npy").read_bytes()
+            with io.BytesIO(content) as file:
                 probabilities = np.lib.format.read_array(file, allow_pickle=False)
+                checksum, end = file.read(), file.tell()
         except (OSError, ValueError, SyntaxError, TokenError):  # the header is a line of Python
             return None
+        is_intact = not checksum or checksum == _checksum(content[: end - len(checksum)])  # 1.0 wrote none
         fits = probabilities.dtype == np.float32 and probabilities.shape == (len(self.tags),)
-        return probabilities if fits else None
+        return probabilities if fits and is_intact else None
 
     def write(self, sha256: str, probabilities: np.ndarray) -> None:
-        """Store the `probabilities`, float32 [tags], of the image with this SHA-256."""
-        with atomic_write(self._folder / f"{sha256}.npy") as temporary, temporary.open("wb") as file:
+        """Store the `probabilities`, float32 [tags], of the image with this SHA-256. A checksum follows the array."""
+        with io.BytesIO() as file:
             np.save(file, probabilities)
+            content = file.getvalue()
+        write_bytes(self._folder / f"{sha256}.npy", content + _checksum(content))
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")
 
 
 def open_cache(root: Path, name: str, model_folder: Path, bf16: bool) -> TagCache:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.masking import mask_address
 from common.project import SharedCollectSettings
-from common.settings import setting, without_logins
+from common.settings import setting
 
 _FRAMING_HEADERS = ("content-length", "transfer-encoding", "content-type", "host", "connection")
 """Headers that describe the request itself; with a wrong Content-Length the server would wait forever."""
@@ -28,6 +29,8 @@ class CollectSettings(SharedCollectSettings):
     """Seconds between submissions while enough prompts of this run are waiting."""
     comfyui_headers: str = setting("", secret=True)
     """A JSON object of HTTP headers."""
+    comfyui_api_key: str = setting("", secret=True)
+    """A key of the Comfy platform (platform.comfy.org), for workflows with partner nodes."""
     comfyui_ca_bundle: Path | None = setting(None)
     """None: the default certificate authorities."""
     comfyui_stall_timeout: float = setting(3600.0, above=0)
@@ -37,13 +40,15 @@ class CollectSettings(SharedCollectSettings):
     def validate(self) -> Iterator[str]:
         endpoints = [each.strip() for each in self.comfyui_endpoint.split(",")]
         if not all(each.startswith(("http://", "https://")) for each in endpoints if each):
-            yield f"comfyui_endpoint: {without_logins(self.comfyui_endpoint)!r} must begin with http:// or https://"
+            yield f"comfyui_endpoint: {mask_address(self.comfyui_endpoint)!r} must begin with http:// or https://"
         headers = _parse_headers(self.comfyui_headers) if self.comfyui_headers else {}
         if headers is None:
             yield 'comfyui_headers: must be a JSON object of strings such as {"Authorization": "Bearer ..."}'
         for name in headers or ():
             if name.lower() in _FRAMING_HEADERS:
                 yield f"comfyui_headers: {name} is set by the HTTP client for each request; remove it"
+        if not (self.comfyui_api_key.isascii() and self.comfyui_api_key.isprintable()) or " " in self.comfyui_api_key:
+            yield "comfyui_api_key: must be one word of ASCII characters, as platform.comfy.org shows it"
         if self.new_seeds and self.global_seed is not None:
             yield "new_seeds and global_seed cannot be used together; unset one of them"
 

@@ -1,36 +1,25 @@
 """A finished prompt's history entry -> verified images in the data set, and the result of the job."""
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from collecting.client import ComfyUI, ImageGone
+from collecting.client import ComfyUI, FileMissing, ImageGone
 from collecting.graph import Graph, graph_hash, literal_seeds, node_label, upstream_seeds, upstream_text
+from collecting.http import shown
 from collecting.image_store import DownloadedImage, ImageStore
-from collecting.jobs import InFlight, Job, Plan
+from collecting.jobs import InFlight, JobResult, Plan
 from collecting.journal import Journal
+from common.errors import abbreviated
 from common.images import DOWNLOAD_SUFFIXES, BrokenImageError
 
 DOWNLOAD_RETRY_DELAYS_S = (0.5, 1.0, 2.0)
 """Delays between the attempts for an image that arrives damaged."""
 _OTHER_OUTPUTS = {"gifs": "animations", "latents": "latents", "text": "text", "audio": "audio", "video": "videos"}
 """Key in a node's output -> its name in the log."""
-
-
-@dataclass
-class JobResult:
-    """How a job ended."""
-
-    job: Job
-    new: int = 0
-    """Number of images that were added to the data set."""
-    known: int = 0
-    """Number of images whose bytes the data set had already."""
-    failures: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    """Messages about things that are not failures."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +38,14 @@ class HistoryEntry:
     def __init__(self, entry: dict[str, Any]):
         status = _as_dict(entry.get("status"))
         listed = status["messages"] if isinstance(status.get("messages"), list) else []
-        messages = [(str(each[0]), each[1]) for each in listed if _is_message(each)]
+        messages = [(each[0], each[1]) for each in listed if _is_message(each)]
         self.failures = _failures(messages) if status.get("status_str") == "error" else []
         """Why the prompt failed; [] when it succeeded."""
         cached = next((data.get("nodes") for kind, data in messages if kind == "execution_cached"), None)
-        self.cached_nodes = frozenset(map(str, cached)) if isinstance(cached, list) else frozenset()
+        self.cached_nodes = frozenset(each for each in cached if isinstance(each, str)) if isinstance(cached, list) else frozenset()
         """The nodes that did not run: their files, if they name any, are older than this prompt."""
-        times_ms = [data["timestamp"] for _, data in messages if isinstance(data.get("timestamp"), int | float)]
-        self.duration_s = (times_ms[-1] - times_ms[0]) / 1000 if len(times_ms) > 1 else None
+        times_ms = [time_ms for _, data in messages if (time_ms := _as_timestamp(data.get("timestamp"))) is not None]
+        self.duration_s = max(0.0, (times_ms[-1] - times_ms[0]) / 1000) if len(times_ms) > 1 else None
         """How long the prompt ran by the server's clock, if the entry says so."""
         self._outputs = _as_dict(entry.get("outputs"))
 
@@ -72,17 +61,19 @@ class HistoryEntry:
             if not isinstance(record, dict) or not isinstance(record.get("filename"), str):
                 continue
             # Nodes of custom packs may leave out the subfolder, the type or both.
-            file = RemoteFile(record["filename"], str(record.get("subfolder") or ""), str(record.get("type") or "output"))
+            subfolder, kind = record.get("subfolder"), record.get("type")
+            subfolder, kind = subfolder if isinstance(subfolder, str) else "", kind if isinstance(kind, str) else ""
+            file = RemoteFile(record["filename"], subfolder, kind or "output")
             if animated:
-                skipped.append(f"{file.filename!r} (animated)")
+                skipped.append(f"'{shown(file.filename, 100)}' (animated)")
             elif file.kind == "temp":
-                skipped.append(f"{file.filename!r} (preview)")
+                skipped.append(f"'{shown(file.filename, 100)}' (preview)")
             elif not file.filename.lower().endswith(DOWNLOAD_SUFFIXES):
-                skipped.append(f"{file.filename!r} (not a PNG, JPEG or WebP image)")
+                skipped.append(f"'{shown(file.filename, 100)}' (not a PNG, JPEG or WebP image)")
             else:
                 images.append(file)
         others = [key for key, value in output.items() if key not in ("images", "animated") and value]
-        return images, skipped + [_OTHER_OUTPUTS.get(key, key) for key in others]
+        return images, skipped + [_OTHER_OUTPUTS.get(key) or shown(key, 100) for key in others]
 
 
 def _as_dict(value: Any) -> dict[str, Any]:
@@ -90,17 +81,22 @@ def _as_dict(value: Any) -> dict[str, Any]:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[1], dict)
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], dict)
+
+
+def _as_timestamp(value: Any) -> float | None:
+    """Milliseconds since 1970; None for what is not a time, such as NaN or a number that no float can hold."""
+    return float(value) if isinstance(value, int | float) and 0 <= value < 1e15 and math.isfinite(value) else None
 
 
 def _failures(messages: list[tuple[str, dict[str, Any]]]) -> list[str]:
     """Why a prompt ended with an error. Errors and interruptions differ in the last message only."""
     kind, data = messages[-1] if messages else ("", {})
-    node = f"node {data.get('node_id')} ({data.get('node_type')})"
+    node = f"node {shown(data.get('node_id'), 100)} ({shown(data.get('node_type'), 100)})"
     if kind == "execution_interrupted":
         return [f"interrupted in ComfyUI at {node}"]
     if kind == "execution_error":
-        return [f"{node} failed: {data.get('exception_type')}: {' '.join(str(data.get('exception_message')).split())}"]
+        return [f"{node} failed: {shown(data.get('exception_type'), 100)}: {shown(data.get('exception_message'), 1000)}"]
     return ["ComfyUI reports a failure without a reason"]
 
 
@@ -121,7 +117,7 @@ class Harvester:
         """File on the server -> its manifest line. To be cleared when the server may have been restarted or replaced."""
 
     def harvest(self, flight: InFlight, entry: HistoryEntry) -> JobResult:
-        """Store the images that are missing and record in the journal whether the job is done or failed.
+        """Store the images that are missing. Whether the job is done or failed is not recorded in the journal.
 
         Raises ServerUnavailable when the server goes away before everything is stored.
         """
@@ -129,27 +125,42 @@ class Harvester:
         graph = self._plan.graph_for(flight.job, flight.submission.seeds)
         if flight.dropped:
             result.failures += ["ComfyUI accepted only a part of the workflow:", *flight.dropped]
+        stale: dict[str, list[str]] = {}
         for node in self._plan.workflow.output_nodes:
             label = f"node {node_label(graph, node)}"
+            failures = stale.setdefault(node, []) if node in entry.cached_nodes else result.failures
             hint = _cache_hint(graph) if node in entry.cached_nodes else ""
             images, skipped = entry.output(node)
             if skipped:
-                result.notes.append(f"{label}: skipped {', '.join(skipped)}")
-            if not images and not entry.failures:
-                result.failures.append(f"{label} returned no image{hint}")
+                result.notes.append(f"{label}: skipped {abbreviated(skipped)}")
+            if not images and (stored := self._stored_images(flight.job.key, node)):
+                # This prompt ran only nodes whose files were gone.
+                result.known += stored
+            elif not images and not entry.failures:
+                (result.failures if skipped else failures).append(f"{label} returned no image{'' if skipped else hint}")
             for index, file in enumerate(images):
                 try:
                     is_new = self._store_image(file, node, index, flight, entry, graph)
                 except BrokenImageError as error:
                     result.failures.append(f"{label}, image {index + 1}: the file {error}")
+                except FileMissing as error:
+                    failures.append(f"{label}, image {index + 1}: {error}{hint}")
                 except ImageGone as error:
-                    result.failures.append(f"{label}, image {index + 1}: {error}{hint}")
+                    result.failures.append(f"{label}, image {index + 1}: {error}")
                 else:
                     result.new += is_new
                     result.known += not is_new
         result.failures += entry.failures
-        self._journal.record("failed" if result.failures else "done", key=flight.job.key)
+        if not result.failures:
+            result.stale_nodes = [node for node, failures in stale.items() if failures]
+        result.failures += [failure for failures in stale.values() for failure in failures]
         return result
+
+    def _stored_images(self, key: str, node: str) -> int:
+        """The number of images of a node that were stored for an earlier prompt of the job."""
+        lines = [line for (job, of, _index), line in list(self._journal.images.items()) if (job, of) == (key, node)]
+        with self._store.lock:
+            return sum(self._store.contains(line) for line in lines)
 
     def _store_image(self, file: RemoteFile, node: str, index: int, flight: InFlight, entry: HistoryEntry, graph: Graph) -> bool:
         """Download and store one image, after its manifest line was recorded. Returns False if the data set has it already."""
@@ -168,7 +179,7 @@ class Harvester:
         details = {
             "prompt_id": prompt_id,
             "node": node,
-            "seeds": upstream_seeds(graph, node),
+            "seeds": upstream_seeds(graph, node, job.seeds),
             "prompt": upstream_text(graph, node) if job.prompt is None else job.prompt,
             "workflow_sha256": self._workflow_hash,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),

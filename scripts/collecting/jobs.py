@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from collecting.http import parse_addresses
 from collecting.image_store import DownloadedImage
 from collecting.journal import Submission
 from collecting.workflow import Workflow, parse_workflow
+from collecting.workflow_file import parse_workflow_file
 from common.errors import SettingsError
 from common.files import parse_json
 from common.images import BrokenImageError
@@ -22,6 +23,7 @@ from common.settings import REPOSITORY
 
 MAX_SEED = 2**64 - 1
 ENTRY_KEYS = ("prompt", "seed", "name")
+ENTRIES_EXAMPLE = 'a list such as [{"prompt": "a photo of a woman", "seed": 1, "name": "first"}]'
 DEFAULT_FACE = REPOSITORY / "face_reference.png"
 
 
@@ -61,6 +63,26 @@ class InFlight:
     """While ComfyUI's answer is missing, the prompt may still arrive until this time (time.monotonic())."""
     failed_downloads: int = 0
     """How often the server became unavailable while the images were downloaded."""
+    was_waiting: bool = False
+    """Whether the prompt was waiting, and not running, when the queue was last read."""
+    submitted_s: float = 0.0
+    """time.monotonic(); 0 for a prompt of an earlier run."""
+
+
+@dataclass
+class JobResult:
+    """How a job ended."""
+
+    job: Job
+    new: int = 0
+    """Number of images that were added to the data set."""
+    known: int = 0
+    """Number of images whose bytes the data set had already."""
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Messages about things that are not failures."""
+    stale_nodes: list[str] = field(default_factory=list)
+    """Output nodes that ComfyUI answered from its cache although their files are gone, if nothing else failed."""
 
 
 class JobQueue:
@@ -72,6 +94,8 @@ class JobQueue:
         """The server workers that take jobs."""
         self.losses: Counter[str] = Counter()
         """Job key -> how often a server lost the job while it was the next to run."""
+        self.remade: dict[str, list[str]] = {}
+        """Job key -> the output nodes that are run again because their cached files were gone."""
 
     def get(self) -> Job | None:
         try:
@@ -144,7 +168,7 @@ def read_plan(settings: CollectSettings, problems: list[str]) -> Plan | None:
         problems.append(str(error))
     if settings.comfyui_ca_bundle is not None:
         _read("comfyui_ca_bundle", settings.comfyui_ca_bundle, problems)
-    graph = _read_json("comfyui_workflow", settings.comfyui_workflow, problems)
+    graph = _read_workflow(settings.comfyui_workflow, problems)
     config = _read_json("workflow_config", settings.workflow_config, problems)
     face = _read_face(settings.face_reference, problems)
     workflow = parse_workflow(graph, config, problems) if graph is not None and config is not None else None
@@ -164,7 +188,7 @@ def read_plan(settings: CollectSettings, problems: list[str]) -> Plan | None:
 def parse_entries(content: Any, problems: list[str]) -> list[Entry]:
     """The entries of prompts.json, or [] after every problem was added to `problems`."""
     if not isinstance(content, list) or not content:
-        problems.append('prompts: must be a list such as [{"prompt": "a photo of a woman", "seed": 1, "name": "first"}]')
+        problems.append(f"prompts: must be {ENTRIES_EXAMPLE}")
         return []
     before = len(problems)
     names: dict[str, int] = {}
@@ -215,6 +239,21 @@ def _read_face(path: Path | None, problems: list[str]) -> DownloadedImage | None
         return None
 
 
+def _read_workflow(path: Path, problems: list[str]) -> Any:
+    """The content of the workflow file; None after a problem."""
+    content = _read("comfyui_workflow", path, problems)
+    if content is None:
+        return None
+    try:
+        parsed = parse_workflow_file(content)
+    except ValueError as error:
+        problems.append(f"comfyui_workflow: {path} {error}")
+        return None
+    if parsed is None:
+        problems.append(f"comfyui_workflow: {path} contains only null")
+    return parsed
+
+
 def _read_json(key: str, path: Path, problems: list[str]) -> Any:
     """The content of a JSON file; None after a problem."""
     content = _read(key, path, problems)
@@ -225,7 +264,8 @@ def _read_json(key: str, path: Path, problems: list[str]) -> Any:
         # Python accepts NaN and unpaired surrogates, which can be neither sent nor written.
         json.dumps(parsed, allow_nan=False, ensure_ascii=False).encode()
     except ValueError as error:
-        problems.append(f"{key}: {path} is not valid JSON in UTF-8: {error}")
+        example = f"; it must be {ENTRIES_EXAMPLE}" if key == "prompts_file" else ""
+        problems.append(f"{key}: {path} is not valid JSON in UTF-8: {error}{example}")
         return None
     if parsed is None:
         problems.append(f"{key}: {path} contains only null")

@@ -1,15 +1,16 @@
 """What is running now: listens to ComfyUI's websocket, and shows progress in the terminal.
 
 The websocket serves the display and as a sign that the server is working. Nothing is decided by it: collecting works
-without one.
+without one, and whatever is sent over it.
 """
 
 import contextlib
-import json
 import math
+import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
@@ -19,14 +20,18 @@ from tqdm import tqdm
 
 from collecting.graph import literal_seeds, node_label
 from collecting.harvest import JobResult
-from collecting.http import Address
+from collecting.http import Address, parse_json, shown
 from collecting.jobs import Plan
+from common.progress import LINE_INTERVAL_S
 
 SILENCE_TIMEOUT_S = 30.0
-"""A socket without messages for this long is opened again: a proxy may have cut it, or another client took over its id."""
+"""A socket without a complete message for this long is opened again: a proxy may have cut it, or another client took over its
+id. Opening it must not take longer either."""
+MAX_MESSAGE_BYTES = 16 * 2**20
+"""Of all frames from one message to the next, pings included."""
+MAX_NODES = 10_000
+"""Of one prompt that are remembered."""
 MIN_RECONNECT_DELAY_S, MAX_RECONNECT_DELAY_S = 1.0, 60.0
-LINE_INTERVAL_S = 60.0
-"""Without a terminal, what is running is logged as a line this often."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,43 @@ class ExecutionStatus:
     """(node, number of images) of the nodes that have saved."""
 
 
+class _Connection(websocket.WebSocket):
+    """A websocket with limits for the size of a message and for the time until it is complete."""
+
+    _received_bytes = 0
+    _deadline_s = math.inf
+
+    def start_message(self) -> None:
+        """The limits apply to what is received from now on."""
+        self._received_bytes, self._deadline_s = 0, time.monotonic() + SILENCE_TIMEOUT_S
+
+    @contextlib.contextmanager
+    def limit(self) -> Iterator[None]:
+        """Cut the connection if the block, which opens it, takes longer than SILENCE_TIMEOUT_S."""
+
+        def cut() -> None:
+            with contextlib.suppress(OSError, AttributeError):  # closed meanwhile, or not connected yet
+                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+        timer = threading.Timer(SILENCE_TIMEOUT_S, cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _recv(self, bufsize: int) -> bytes:
+        """Part of the library's interface between frames and socket: everything after the handshake is read here."""
+        if time.monotonic() > self._deadline_s:
+            raise websocket.WebSocketTimeoutException("the message is not complete in time")
+        content = super()._recv(bufsize)
+        self._received_bytes += len(content)
+        if self._received_bytes > MAX_MESSAGE_BYTES:
+            raise websocket.WebSocketPayloadException("the message is too large")
+        return content
+
+
 class WebsocketMonitor:
     """Follows one server over its websocket. `status` is None while no prompt of this run is running, or nothing is known."""
 
@@ -52,6 +94,7 @@ class WebsocketMonitor:
         self.last_activity_s = 0.0
         """When the server was last seen working (time.monotonic())."""
         self._address, self._stopping = address, stopping
+        self._last_message = ""
         self._url = f"{address.websocket_url}?clientId={quote(client_id, safe='')}"
 
     def listen(self) -> None:
@@ -61,40 +104,48 @@ class WebsocketMonitor:
             try:
                 self._listen_once()
                 delay_s = MIN_RECONNECT_DELAY_S
-            except (websocket.WebSocketException, OSError, ValueError, RecursionError):
+            except (websocket.WebSocketException, OSError, ValueError):
                 self._stopping.wait(delay_s)
                 delay_s = min(MAX_RECONNECT_DELAY_S, 2 * delay_s)
 
     def _listen_once(self) -> None:
         """One connection, until it breaks or falls silent."""
-        tls = {"ca_certs": str(self._address.ca_bundle)} if self._address.ca_bundle else None
-        # By default the library sends an Origin, which ComfyUI compares with the host and may refuse with 403.
-        connection = websocket.create_connection(
-            self._url, timeout=SILENCE_TIMEOUT_S, header=self._address.headers, suppress_origin=True, sslopt=tls, redirect_limit=0
-        )
+        tls = {"ca_certs": str(self._address.ca_bundle)} if self._address.ca_bundle else {}
+        connection = _Connection(sslopt=tls)
         try:
+            with connection.limit():
+                # By default the library sends an Origin, which ComfyUI compares with the host and may refuse with 403.
+                connection.connect(
+                    self._url, timeout=SILENCE_TIMEOUT_S, header=self._address.headers, suppress_origin=True, redirect_limit=0
+                )
             while not self._stopping.is_set():
+                connection.start_message()
                 self._on_message(connection.recv())
         except websocket.WebSocketTimeoutException:
             pass
         finally:
             connection.close(timeout=1)
+            connection.shutdown()  # after a closing frame of the server, `close` leaves the socket open
 
     def _on_message(self, message: str | bytes) -> None:
         if not message:
             raise websocket.WebSocketConnectionClosedException
-        if not isinstance(message, str):
-            return  # a preview image
-        content = json.loads(message)
+        if not isinstance(message, str) or message == self._last_message:
+            return  # a preview image, or something that is no sign of work
+        self._last_message = message
+        try:
+            content = parse_json(message)
+        except ValueError:
+            return
         if isinstance(content, dict) and isinstance(content.get("data"), dict):
-            self._dispatch(str(content.get("type")), content["data"])
+            self._dispatch(shown(content.get("type")), content["data"])
 
     def _dispatch(self, kind: str, data: dict[str, Any]) -> None:
         if kind == "status":  # about the queue, which may move without any work of the server
             return
         self.last_activity_s = time.monotonic()
         current = self.status
-        prompt_id = str(data.get("prompt_id") or (current.prompt_id if current else ""))
+        prompt_id = shown(data.get("prompt_id") or (current.prompt_id if current else ""))
         if current is None or current.prompt_id != prompt_id:
             current = ExecutionStatus(prompt_id)
         self.status = _next_status(current, kind, data)
@@ -102,7 +153,7 @@ class WebsocketMonitor:
 
 def _next_status(status: ExecutionStatus, kind: str, data: dict[str, Any]) -> ExecutionStatus | None:
     """Pure: the status after a message."""
-    node = None if data.get("node") is None else str(data["node"])
+    node = None if data.get("node") is None else shown(data["node"], 100)
     match kind:
         case "executing" if node is None:
             return None
@@ -110,22 +161,29 @@ def _next_status(status: ExecutionStatus, kind: str, data: dict[str, Any]) -> Ex
             return None
         case "executing":
             # The node that ran until now is done.
-            return replace(status, node=node, step=0, steps=0, nodes_done=status.nodes_done | {status.node} - {None})
+            return replace(status, node=node, step=0, steps=0, nodes_done=_with(status.nodes_done, status.node))
         case "progress":
             step, steps = _as_count(data.get("value")), _as_count(data.get("max"))
             return replace(status, node=node or status.node, step=step, steps=steps)
         case "execution_cached" if isinstance(data.get("nodes"), list):
-            return replace(status, nodes_done=status.nodes_done | set(map(str, data["nodes"])))
+            cached = [shown(each, 100) for each in data["nodes"][:MAX_NODES]]
+            return replace(status, nodes_done=_with(status.nodes_done, *cached))
         case "executed" if node is not None:
             output = data.get("output")
             images = output.get("images") if isinstance(output, dict) else None
             number = len(images) if isinstance(images, list) else 0
-            return replace(status, nodes_done=status.nodes_done | {node}, images=status.images | {(node, number)})
+            return replace(status, nodes_done=_with(status.nodes_done, node), images=_with(status.images, (node, number)))
     return status
 
 
+def _with(known: frozenset, *more: Any) -> frozenset:
+    """`known` and `more` without None, as long as they are not more than any workflow can have."""
+    return known | set(more) - {None} if len(known) + len(more) <= 2 * MAX_NODES else known
+
+
 def _as_count(value: Any) -> int:
-    return int(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else 0
+    """A number of steps; 0 for what cannot be one."""
+    return int(value) if isinstance(value, int | float) and 0 < value < 1e9 else 0
 
 
 def describe_plan(plan: Plan, jobs: int, todo: int, missing: int) -> str:
@@ -207,6 +265,6 @@ class Display(contextlib.AbstractContextManager):
         if not self._bar.disable:
             self._bar.total, self._bar.n = total, self._generated
             self._bar.set_description_str(", ".join(parts))
-        elif running and now_s >= self._last_line_s + LINE_INTERVAL_S:
+        elif now_s >= self._last_line_s + LINE_INTERVAL_S:
             self._last_line_s = now_s
             self.log(", ".join(parts))

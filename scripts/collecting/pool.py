@@ -12,6 +12,7 @@ from collecting.http import Address
 from collecting.image_store import ImageStore
 from collecting.jobs import Job, JobQueue, Plan
 from collecting.journal import Journal
+from collecting.preflight import check_refusal
 from collecting.worker import ServerWorker, unknown_prompt_message
 from common.errors import ComfyUIError, bullet_list
 
@@ -32,10 +33,11 @@ class ServerPool(contextlib.AbstractContextManager):
         *,
         delay_s: float,
         stall_timeout_s: float,
+        api_key: str = "",
     ):
         self.workers: list[ServerWorker] = []
         self._addresses, self._plan, self._journal, self._store, self._log = addresses, plan, journal, store, log
-        self._delay_s, self._stall_timeout_s = delay_s, stall_timeout_s
+        self._delay_s, self._stall_timeout_s, self._api_key = delay_s, stall_timeout_s, api_key
         self._threads: list[threading.Thread] = []
         self._events: queue.SimpleQueue[str | JobResult | BaseException] = queue.SimpleQueue()
         """From the threads: log lines, results, and the exceptions that ended a thread."""
@@ -48,9 +50,10 @@ class ServerPool(contextlib.AbstractContextManager):
             worker.stop_download()
         for thread in self._threads:
             thread.join(STOP_TIMEOUT_S)
-        for worker in self.workers:
-            if not worker.is_unavailable and (prompt_ids := worker.unfinished_prompts()):
-                self._dequeue(worker.address, prompt_ids)
+        with contextlib.ExitStack() as every:  # also when the log can no longer be written
+            for worker in self.workers:
+                if not worker.is_unavailable and (prompt_ids := worker.unfinished_prompts()):
+                    every.callback(self._dequeue, worker.address, prompt_ids)
 
     def start(self, jobs: list[Job]) -> None:
         """Connect to the servers, reattach to the prompts of earlier runs, and start the threads.
@@ -69,13 +72,14 @@ class ServerPool(contextlib.AbstractContextManager):
                 self._stopping,
                 delay_s=self._delay_s,
                 stall_timeout_s=self._stall_timeout_s,
+                api_key=self._api_key,
             )
             for address in self._usable_addresses()
         ]
         job_queue.requeue([job for job in jobs if not self._reattach(job)])
         for worker in self.workers:
             # A stop does not wait for `listen`: it may be blocked on a silent socket.
-            self._start_thread(worker.monitor.listen)
+            self._start_thread(functools.partial(self._listen, worker))
             self._threads += [self._start_thread(worker.run), self._start_thread(worker.download)]
 
     def results(self, number: int, timeout_s: float) -> Iterator[JobResult | None]:
@@ -125,7 +129,10 @@ class ServerPool(contextlib.AbstractContextManager):
         for address in self._addresses:
             try:
                 with self._client(address) as server:
-                    self._log(f"Connected to ComfyUI {server.version()} at {server.url}")
+                    version = server.version()
+                with self._client(address, retry_delays_s=()) as server:
+                    check_refusal(server, self._plan)
+                self._log(f"Connected to ComfyUI {version} at {server.url}")
                 usable.append(address)
             except ComfyUIError as error:
                 errors.append(error)
@@ -147,6 +154,14 @@ class ServerPool(contextlib.AbstractContextManager):
         self._log(f"{job.label}: {unknown_prompt_message(urls, submission)}")
         return False
 
+    def _listen(self, worker: ServerWorker) -> None:
+        """Follow the websocket. Only the display depends on it, so not even a bug in it ends the run."""
+        try:
+            worker.monitor.listen()
+        except Exception as error:
+            worker.monitor.status = None
+            self._events.put(f"The progress of {worker.address.url} is not shown any more, because of a bug in LoRACat ({error!r})")
+
     def _start_thread(self, target: Callable[[], None]) -> threading.Thread:
         def run() -> None:
             try:
@@ -159,10 +174,17 @@ class ServerPool(contextlib.AbstractContextManager):
         return thread
 
     def _dequeue(self, address: Address, prompt_ids: list[str]) -> None:
+        """Remove this run's waiting prompts from the queue, and record which of them are gone by that."""
         with self._client(address, retry_delays_s=()) as server:
             try:
                 server.dequeue(prompt_ids)
-                self._log(f"Removed this run's waiting prompts from the queue of {server.url} (a running prompt is not stopped)")
+                queued = server.queue()
+                left = [each for each in prompt_ids if each in queued.running | queued.waiting or server.history(each) is not None]
+                if removed := [each for each in prompt_ids if each not in left]:
+                    self._journal.record("dequeued", prompt_ids=removed)
+                    self._log(f"Removed this run's waiting prompts from the queue of {server.url} ({len(removed)})")
+                if queued.running.intersection(prompt_ids):
+                    self._log(f"A prompt of this run is still running on {server.url}: the next run collects its images")
             except ComfyUIError as error:
                 self._log(f"Could not remove this run's prompts from the queue: {error}")
 

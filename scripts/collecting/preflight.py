@@ -1,16 +1,20 @@
 """Checks before collecting: `--check` lists everything that would stop the collector, with a remedy for each problem."""
 
+import dataclasses
 import uuid
-from typing import Any
 
 from collecting.client import ComfyUI
 from collecting.config import CollectSettings
-from collecting.graph import InputRef, is_link, node_label
-from collecting.http import Address, parse_addresses
+from collecting.graph import node_label
+from collecting.http import Address, parse_addresses, shown
 from collecting.jobs import Plan, read_plan
+from collecting.object_info import GraphProblem, NodeClasses
 from common.dataset_layout import DatasetFolder
 from common.errors import ComfyUIError, SettingsError, bullet_list
 from common.files import write_problem
+
+MAX_PROBLEM_LENGTH = 1000
+"""Of a line about a node, which may contain texts of the server."""
 
 
 def load_plan(settings: CollectSettings, folder: DatasetFolder) -> Plan:
@@ -56,43 +60,54 @@ def _check_server(address: Address, plan: Plan | None, problems: list[str]) -> N
     try:
         with ComfyUI(address, str(uuid.uuid4())) as server:
             version = server.version()
-            missing = _missing_on_server(plan, server.object_info()) if plan else []
-            if plan and not missing:
+            found = _problems_on(server, plan) if plan else []
+            if plan and not found:
                 print(f"ComfyUI {version} at {address.url}: has every node class and file of the workflow", flush=True)
-            problems += missing
+            problems += [problem.text for problem in found]
+            if plan and plan.face:
+                server.check_upload_size(plan.face.content)
     except ComfyUIError as error:
         problems.append(str(error))
 
 
-def _missing_on_server(plan: Plan, classes: dict[str, Any]) -> list[str]:
-    """Node classes that are not installed, and values (such as model files and images) that the server does not offer."""
-    graph = plan.workflow.graph
-    missing = sorted({node["class_type"] for node in graph.values()} - classes.keys())
-    problems = [
-        f"ComfyUI has no node class {name}: install the custom nodes that provide it, or update ComfyUI" for name in missing
-    ]
-    for node_id, node in graph.items():
-        if node["class_type"] not in classes:
-            continue
-        for name, value in node["inputs"].items():
-            choices, are_images = _choices(classes[node["class_type"]], name)
-            is_face = InputRef(node_id, name) == plan.workflow.face_input
-            if choices is None or is_link(value) or value in choices or (is_face and plan.face):
-                continue
-            # ComfyUI finds `folder/a.png` and `a.png [output]` too, but lists only the files directly in input/.
-            if are_images and isinstance(value, str) and ("/" in value or value.endswith("]")):
-                continue
-            remedy = "provide face_reference.png, or set FACE_REFERENCE" if is_face else "add the file there, or choose another"
-            problems.append(f"node {node_label(graph, node_id)}: ComfyUI has no {name} {value!r}: {remedy}")
+def check_refusal(server: ComfyUI, plan: Plan) -> None:
+    """Raises ComfyUIError if the server is sure to refuse every output of the workflow, before anything is sent to it.
+
+    An answer that cannot be used proves nothing: then ComfyUI decides when the workflow is submitted.
+    """
+    try:
+        problems = _problems_on(server, plan)
+    except ComfyUIError:
+        return
+    if frozenset().union(*(problem.stops for problem in problems)).issuperset(plan.workflow.output_nodes):
+        certain = [problem.text for problem in problems if problem.stops]
+        raise ComfyUIError(bullet_list(f"ComfyUI at {server.url} cannot run the workflow, because:", certain))
+
+
+def _problems_on(server: ComfyUI, plan: Plan) -> list[GraphProblem]:
+    """What keeps a server from running the workflow with the face, the prompts and the seeds of the plan."""
+    classes = NodeClasses(server.object_info(), server.node_replacements())
+    try:
+        problems = _problems_of(classes, plan)
+    except RecursionError:
+        raise ComfyUIError(f"ComfyUI at {server.url} answers /object_info with JSON that is nested too deeply") from None
+    return [dataclasses.replace(problem, text=shown(problem.text, MAX_PROBLEM_LENGTH)) for problem in problems]
+
+
+def _problems_of(classes: NodeClasses, plan: Plan) -> list[GraphProblem]:
+    workflow = plan.workflow
+    problems = []
+    for problem in classes.problems(workflow.graph, workflow.output_nodes, workflow.face_input if plan.face else None):
+        is_face = problem.ref is not None and problem.ref == workflow.face_input
+        face_remedy = "; or provide face_reference.png, or set FACE_REFERENCE"
+        problems.append(dataclasses.replace(problem, text=problem.text + face_remedy) if is_face else problem)
+    refused: dict[str, list[str]] = {}
+    for job in plan.jobs(0):
+        for ref, seed in job.seeds.items():
+            if seed is not None and (what := classes.value_problem(workflow.graph, ref, seed)):
+                refused.setdefault(f"node {node_label(workflow.graph, ref.node)}: {what}", []).append(job.label)
+    for what, labels in refused.items():
+        others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+        origin = "set by GLOBAL_SEED" if plan.global_seed is not None else f"the seed of {labels[0]}{others}"
+        problems.append(GraphProblem(f"{what}, {origin}", frozenset(workflow.output_nodes)))
     return problems
-
-
-def _choices(node_class: dict[str, Any], name: str) -> tuple[list | None, bool]:
-    """The values that ComfyUI offers for an input (None: any value), and whether they are uploaded images."""
-    inputs = node_class.get("input") or {}
-    specification = {**(inputs.get("required") or {}), **(inputs.get("optional") or {})}.get(name)
-    if not isinstance(specification, list) or not specification:
-        return None, False
-    options = specification[1] if len(specification) > 1 and isinstance(specification[1], dict) else {}
-    offered = specification[0] if isinstance(specification[0], list) else options.get("options")
-    return offered if isinstance(offered, list) else None, bool(options.get("image_upload"))

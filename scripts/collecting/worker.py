@@ -12,18 +12,19 @@ import time
 import uuid
 from collections.abc import Callable
 
-from collecting.client import ComfyUI, Queue, SubmissionUnconfirmed
-from collecting.harvest import Harvester, HistoryEntry, JobResult
+from collecting.client import ComfyUI, PromptRejected, Queue, SubmissionUnconfirmed
+from collecting.graph import execution_targets
+from collecting.harvest import Harvester, HistoryEntry
 from collecting.http import Address, ServerUnavailable
 from collecting.image_store import ImageStore
-from collecting.jobs import InFlight, Job, JobQueue, Plan
+from collecting.jobs import InFlight, Job, JobQueue, JobResult, Plan
 from collecting.journal import Journal, Submission
 from collecting.monitor import WebsocketMonitor
 from collecting.pacing import Pacing
 from common.errors import ComfyUIError
 
 RECONNECT_TIMEOUT_S = 300.0
-"""How long to wait for a server that became unavailable; a restart with many custom nodes takes minutes."""
+"""How long to wait for a server, or one of its routes, that became unavailable; a restart with many custom nodes takes minutes."""
 QUEUE_CHECK_INTERVAL_S = 1.0
 """Least time between two requests for the whole queue, whose answer may be large."""
 UNCONFIRMED_S = 5.0
@@ -32,8 +33,8 @@ IDLE_WORKER_S = 60.0
 """When prompts wait and none runs for this long, ComfyUI's own worker thread has died."""
 MAX_LOSSES = 3
 """How often a job is submitted again after a server lost it while it was the next to run."""
-SEED_LIMIT = 2**53
-"""Drawn seeds are smaller: ComfyUI's web page shows only these numbers exactly."""
+SEED_LIMIT = 2**31
+"""Drawn seeds are smaller: some nodes take no larger ones."""
 
 
 class ServerWorker:
@@ -51,6 +52,7 @@ class ServerWorker:
         *,
         delay_s: float,
         stall_timeout_s: float,
+        api_key: str = "",
     ):
         self.address = address
         self.monitor = WebsocketMonitor(address, journal.client_id(), stopping)
@@ -60,9 +62,12 @@ class ServerWorker:
         """Whether the server was given up."""
         self._plan, self._journal, self._jobs = plan, journal, jobs
         self._emit, self._stopping = emit, stopping
-        # Two clients, because a client is for one thread.
-        self._server, image_server = (ComfyUI(address, journal.client_id(), sleep=stopping.wait) for _ in range(2))
-        self._harvester = Harvester(plan, journal, store, image_server, stopping.wait)
+        # Two clients, because a client is for one thread; the third repeats nothing.
+        self._server, self._image_server = (
+            ComfyUI(address, journal.client_id(), sleep=stopping.wait, api_key=api_key) for _ in range(2)
+        )
+        self._probe = ComfyUI(address, journal.client_id(), retry_delays_s=())
+        self._harvester = Harvester(plan, journal, store, self._image_server, stopping.wait)
         self._pacing = Pacing(delay_s)
         self._stall_timeout_s = stall_timeout_s
         self._in_flight: list[InFlight] = []
@@ -76,7 +81,17 @@ class ServerWorker:
         self._face_name: str | None = None
         self._next_queue_check_s = 0.0
         self._last_queue: Queue | None = None
-        self._last_progress_s = time.monotonic()
+        self._last_ended_id: str | None = None
+        """The prompt whose history entry was read last."""
+        self._freed_s = float("-inf")
+        """When the server was last asked to forget its cache."""
+        self._last_progress_s = self._waiting_since_s = time.monotonic()
+        """When the server last did something, and since when something is expected of it."""
+        self._outage_began_s = float("-inf")
+        self._failing_since_s: dict[str, float] = {}
+        """Route -> when it failed first, without a success since then."""
+        self._given_up: ComfyUIError | None = None
+        """Why `run` has to end, found by `download`."""
 
     def reattach(self, job: Job, submission: Submission) -> bool:
         """Watch a prompt that an earlier run submitted, if this server knows it. To be called before the threads start."""
@@ -102,6 +117,8 @@ class ServerWorker:
             while not self._stopping.is_set():
                 try:
                     self._check_prompts()
+                    if self._given_up is not None:
+                        raise self._given_up
                     while self._pacing.should_submit(len(self._in_flight)) and (job := self._jobs.get()) is not None:
                         self._submit(job)
                 except ServerUnavailable as error:
@@ -120,34 +137,43 @@ class ServerWorker:
         seeds = self._journal.seeds.get(job.key) or {
             str(ref): secrets.randbelow(SEED_LIMIT) if seed is None else seed for ref, seed in job.seeds.items()
         }
-        flight = InFlight(job, Submission(str(uuid.uuid4()), seeds))
+        flight = InFlight(job, Submission(str(uuid.uuid4()), seeds), submitted_s=time.monotonic())
         try:
-            graph = self._plan.graph_for(job, seeds, self._uploaded_face())
+            graph = self._plan.graph_for(job, seeds, self._uploaded_face(self._server))
         except ComfyUIError:
             self._jobs.requeue([job])
             raise
         self._journal.record("sent", key=job.key, prompt_id=flight.submission.prompt_id, seeds=seeds)
         self._pacing.note_submission(is_only=not self._in_flight)
         if not self._in_flight:
-            self._last_progress_s = time.monotonic()
+            self._waiting_since_s = time.monotonic()
         self._in_flight.append(flight)
         try:
-            queued = self._server.submit(graph, flight.submission.prompt_id)
+            targets = execution_targets(graph, self._jobs.remade.get(job.key, self._plan.workflow.output_nodes))
+            queued = self._server.submit(graph, flight.submission.prompt_id, targets)
+        except PromptRejected:
+            self._in_flight.remove(flight)
+            self._journal.record("failed", key=job.key)
+            self._jobs.requeue([job])
+            raise
         except SubmissionUnconfirmed as error:
             self._emit(f"{job.label}: checking whether it was queued ({error})")
             self._next_queue_check_s, flight.unconfirmed_until_s = 0.0, time.monotonic() + UNCONFIRMED_S
+            if reason := self._reason_to_give_up("/prompt", error):
+                raise reason from None
             return
+        self._failing_since_s.pop("/prompt", None)
         flight.dropped = tuple(queued.dropped)
         if queued.prompt_id != flight.submission.prompt_id:
             # Old versions of ComfyUI ignore the id in the request.
             flight.submission = Submission(queued.prompt_id, seeds)
             self._journal.record("sent", key=job.key, prompt_id=queued.prompt_id, seeds=seeds)
 
-    def _uploaded_face(self) -> str | None:
+    def _uploaded_face(self, server: ComfyUI) -> str | None:
         """The name of the face reference on the server; it is uploaded once, under a name that is unique to its bytes."""
         face = self._plan.face
         if face is not None and self._face_name is None:
-            self._face_name = self._server.upload(f"loracat_face_{face.sha256[:16]}{face.suffix}", face.content)
+            self._face_name = server.upload(f"loracat_face_{face.sha256[:16]}{face.suffix}", face.content)
         return self._face_name
 
     def _check_prompts(self) -> None:
@@ -161,25 +187,57 @@ class ServerWorker:
     def _finish(self, flight: InFlight, raw_entry: dict) -> None:
         entry = HistoryEntry(raw_entry)
         self._in_flight.remove(flight)
+        self._confirm(flight)
+        self._last_ended_id = flight.submission.prompt_id
         self._pacing.note_end(entry.duration_s)
         self._last_progress_s = time.monotonic()
         self._finished.put((flight, entry))
 
+    def _confirm(self, flight: InFlight) -> None:
+        """A submission without an answer did arrive."""
+        if flight.unconfirmed_until_s:
+            flight.unconfirmed_until_s = 0.0
+            self._failing_since_s.pop("/prompt", None)
+
     def _check_queue(self) -> None:
-        """Find prompts that ended out of order, prompts that the server lost, and a server that makes no progress."""
+        """Find prompts that ended out of order, that were removed or lost, and a server that makes no progress."""
         current = self._server.queue()
-        lost = []
-        for flight in [each for each in self._in_flight if each.submission.prompt_id not in current.running | current.waiting]:
+        lost, queued = [], current.running | current.waiting
+        earlier_is_queued = False
+        for flight in list(self._in_flight):
+            if flight.submission.prompt_id in queued:
+                self._confirm(flight)
+                earlier_is_queued, flight.was_waiting = True, flight.submission.prompt_id in current.waiting
+                continue
             # It may have ended between the two requests.
             entry = self._server.history(flight.submission.prompt_id)
             if entry is not None:
                 self._finish(flight, entry)
             elif time.monotonic() >= flight.unconfirmed_until_s:
-                lost.append(flight)
+                if self._was_removed(flight, queued, earlier_is_queued):
+                    self._in_flight.remove(flight)
+                    self._fail(flight.job, "its prompt was removed from ComfyUI's queue, and is not submitted again by this run")
+                else:
+                    lost.append(flight)
         if lost:
             self._requeue_lost(lost)
         self._check_progress(current)
         self._next_queue_check_s = time.monotonic() + max(QUEUE_CHECK_INTERVAL_S, 5 * self._poll_delay_s())
+
+    def _was_removed(self, flight: InFlight, queued: frozenset[str], earlier_is_queued: bool) -> bool:
+        """Whether a user removed a prompt from the queue: it is gone, although the server still knows a prompt before it.
+
+        Otherwise the server was restarted, or the prompt ran and its entry in the history was removed.
+        """
+        if flight.unconfirmed_until_s:
+            return False
+        if earlier_is_queued:
+            return True
+        if not flight.was_waiting or self._last_queue is None:
+            return False
+        earlier = self._last_queue.running
+        known = filter(None, (self._last_ended_id, *earlier))
+        return bool(earlier & queued) or any(self._server.history(each) is not None for each in known)
 
     def _requeue_lost(self, lost: list[InFlight]) -> None:
         """Put the jobs of lost prompts back into the job queue; one that may have crashed the server fails in the end."""
@@ -204,7 +262,7 @@ class ServerWorker:
         if self._last_queue is None or current.running != self._last_queue.running:
             self._last_progress_s = now_s
         self._last_queue = current
-        stalled_s = now_s - max(self._last_progress_s, self.monitor.last_activity_s)
+        stalled_s = now_s - max(self._last_progress_s, self._waiting_since_s, self.monitor.last_activity_s)
         no_prompt_runs = current.waiting and not current.running
         limit_s = min(self._stall_timeout_s, IDLE_WORKER_S if no_prompt_runs else float("inf"))
         if self._in_flight and stalled_s >= limit_s:
@@ -217,30 +275,50 @@ class ServerWorker:
     def _poll_delay_s(self) -> float:
         return self._pacing.poll_interval_s() if self._in_flight else 0.1
 
-    def _wait_until_available(self, error: ServerUnavailable) -> None:
-        """Wait for a server that became unavailable. Other active servers get its jobs at once. Raises `error` in the end."""
+    def _reason_to_give_up(self, route: str, error: ComfyUIError) -> ComfyUIError | None:
+        """Note that `route` failed; the error that ends this server when it has failed for too long."""
+        failing_s = time.monotonic() - self._failing_since_s.setdefault(route, time.monotonic())
+        if failing_s < min(RECONNECT_TIMEOUT_S, self._stall_timeout_s):
+            return None
+        return ComfyUIError(f"{error}. {route} has failed for {failing_s:.0f} s without a success")
+
+    def _wait_until_available(self, error: ComfyUIError) -> None:
+        """Wait until the server answers on every route that `run` uses. Other active servers get its jobs at once.
+
+        Raises ComfyUIError in the end; an outage that begins before the server has made progress continues the last one.
+        """
         self.is_unavailable = True
         self._jobs.active_workers.discard(self)
         others_take_over = bool(self._jobs.active_workers)
-        timeout_s = min(RECONNECT_TIMEOUT_S, self._stall_timeout_s)
+        if self._last_progress_s >= self._outage_began_s:
+            self._outage_began_s = time.monotonic()
+        deadline_s, delay_s = self._outage_began_s + min(RECONNECT_TIMEOUT_S, self._stall_timeout_s), 0.5
         moved = "Its prompts are given to the other servers. " if others_take_over else ""
-        self._emit(f"{error}. {moved}Trying to reconnect for {timeout_s:.0f} s.")
+        self._emit(f"{error}. {moved}Trying to reconnect for {max(0.0, deadline_s - time.monotonic()):.0f} s.")
         self._forget_server_state()
-        deadline_s, delay_s = time.monotonic() + timeout_s, 0.5
         while True:
             if others_take_over:
                 self._requeue_all()
             if self._stopping.wait(delay_s) or time.monotonic() >= deadline_s:
-                raise error
+                raise ComfyUIError(f"{error} (trying for {time.monotonic() - self._outage_began_s:.0f} s)")
             delay_s = min(10.0, 1.5 * delay_s)
-            if self._reconnect():
+            try:
+                self._try_routes()
+            except ComfyUIError as latest:
+                error = latest
+            else:
+                self._resume()
                 return
 
-    def _reconnect(self) -> bool:
-        try:
-            self._server.version()
-        except ComfyUIError:
-            return False
+    def _try_routes(self) -> None:
+        """Use every route that `run` uses, once. Raises ComfyUIError if one of them fails."""
+        self._probe.version()
+        self._probe.queue()
+        if self._in_flight:
+            self._probe.history(self._in_flight[0].submission.prompt_id)
+        self._uploaded_face(self._probe)
+
+    def _resume(self) -> None:
         if self._requeued_ids:
             # Other servers run these jobs now.
             with contextlib.suppress(ComfyUIError):
@@ -249,9 +327,8 @@ class ServerWorker:
         self._emit(f"Reconnected to ComfyUI at {self.address.url}.")
         self._jobs.active_workers.add(self)
         self._next_queue_check_s, self._pacing.running_since_s = 0.0, time.monotonic()
-        self._last_progress_s = time.monotonic()
+        self._waiting_since_s = time.monotonic()
         self.is_unavailable = False
-        return True
 
     def _forget_server_state(self) -> None:
         """The server may have been restarted: file names may be used again, and the face may be gone."""
@@ -276,8 +353,15 @@ class ServerWorker:
         while (finished := self._finished.get()) is not None and not self._stopping.is_set():
             flight, entry = finished
             try:
-                self._emit(self._harvester.harvest(flight, entry))
+                result = self._harvester.harvest(flight, entry)
+                if result.new:
+                    self._failing_since_s.pop("/view", None)
+                if self._remake(flight, result):
+                    continue
+                self._journal.record("failed" if result.failures else "done", key=flight.job.key)
+                self._emit(result)
             except ServerUnavailable as error:
+                self._given_up = self._reason_to_give_up("/view", error)
                 flight.failed_downloads += 1
                 if flight.failed_downloads > MAX_LOSSES:
                     self._fail(flight.job, str(error))
@@ -288,6 +372,24 @@ class ServerWorker:
                     self._requeue_all()
             except ComfyUIError as error:
                 self._fail(flight.job, str(error))
+
+    def _remake(self, flight: InFlight, result: JobResult) -> bool:
+        """Let the server run the nodes whose cached files are gone, once. Returns False when that is not possible."""
+        if not result.stale_nodes or flight.job.key in self._jobs.remade:
+            return False
+        # A prompt that was submitted before the cache was last emptied is only submitted again.
+        if flight.submitted_s >= self._freed_s:
+            try:
+                self._image_server.free_memory()
+            except ServerUnavailable:
+                raise
+            except ComfyUIError:
+                return False
+            self._freed_s = time.monotonic()
+        self._jobs.remade[flight.job.key] = result.stale_nodes
+        self._emit(f"{flight.job.label}: ComfyUI answered from its cache, but the files are gone; submitting it again")
+        self._jobs.requeue([flight.job])
+        return True
 
     def _fail(self, job: Job, reason: str) -> None:
         self._journal.record("failed", key=job.key)

@@ -1,16 +1,25 @@
 """Pure: a workflow and the node ids of workflow_config.json -> which inputs are set and which nodes' images are collected."""
 
-import copy
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from collecting.graph import SEED_INPUTS, TEXT_INPUTS, Graph, InputRef, is_link, node_label, saves_images
+from collecting.graph import (
+    SEED_HOLDERS,
+    SEED_INPUTS,
+    TEXT_INPUTS,
+    Graph,
+    InputRef,
+    is_link,
+    node_label,
+    saves_images,
+    seed_source,
+    unreadable_output,
+)
+from collecting.workflow_file import MAX_NODES_SHOWN, find_graph
 
 CONFIG_KEYS = ("image_loader_node", "positive_prompt_node", "seed_node", "output_node", "output_prefix")
-EXPORT_HINT = 'export it with "Save (API Format)" ("Export (API)" in newer versions of ComfyUI)'
-MAX_NODES_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -37,25 +46,26 @@ class Workflow:
             values[self.face_input] = face_name
         if prompt is not None:
             values |= dict.fromkeys(self.text_inputs, prompt)
-        graph = copy.deepcopy(self.graph)
+        graph = {node_id: {**node, "inputs": dict(node["inputs"])} for node_id, node in self.graph.items()}
         for ref, value in (values | seeds).items():
             graph[ref.node]["inputs"][ref.name] = value
         return graph
 
 
-def parse_workflow(graph: Any, config: Any, problems: list[str]) -> Workflow | None:
-    """The workflow with its mapping, or None after every problem was added to `problems`.
+def parse_workflow(content: Any, config: Any, problems: list[str]) -> Workflow | None:
+    """The workflow in the content of a workflow file with its mapping, or None after every problem was added to `problems`.
 
     With both `positive_prompt_node` and `seed_node` the workflow runs in per-batch mode, with neither in full-workflow
     mode. The face is set as the input `image` of `image_loader_node`, the seed as the literal `seed` or `noise_seed` of
-    `seed_node`, the prompt as `text`, `prompt`, `value` or the only text of `positive_prompt_node`; an encoder with a text
-    for each of its two text models (`text_g` and `text_l`, `clip_l` and `t5xxl`) gets the prompt in both. Images are
-    collected from `output_node`, or from every node that saves images; `output_prefix` selects from these the nodes whose
-    `filename_prefix` begins with it.
+    `seed_node` or as the number of a node for a number alone (`value`), the prompt as `text`, `prompt`, `value` or the only
+    text of `positive_prompt_node`; an encoder with a text for each of its two text models (`text_g` and `text_l`, `clip_l`
+    and `t5xxl`) gets the prompt in both. Images are collected from `output_node`, or from every node that saves images;
+    `output_prefix` selects from these the nodes whose `filename_prefix` begins with it.
     """
     before = len(problems)
     ids = _node_ids(config, problems)
-    if not _is_graph(graph, problems):
+    graph = find_graph(content, problems)
+    if graph is None:
         return None
     mapping = _Mapping(graph, ids, problems)
     workflow = Workflow(graph, mapping.face_input(), mapping.text_inputs(), mapping.seed_input(), mapping.output_nodes())
@@ -88,23 +98,6 @@ def _node_ids(config: Any, problems: list[str]) -> dict[str, str]:
     return ids
 
 
-def _is_graph(graph: Any, problems: list[str]) -> bool:
-    if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
-        problems.append(f"workflow: the file is in the format of ComfyUI's web page, which cannot be submitted; {EXPORT_HINT}")
-        return False
-    if not isinstance(graph, dict) or not graph:
-        problems.append(f"workflow: the file does not contain a workflow; {EXPORT_HINT}")
-        return False
-    invalid = []
-    for node_id, node in graph.items():
-        is_node = isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
-        invalid += [] if is_node else [node_id]
-    if invalid:
-        shown = ", ".join(invalid[:MAX_NODES_SHOWN]) + (" ..." if len(invalid) > MAX_NODES_SHOWN else "")
-        problems.append(f"workflow: these entries have no class_type and inputs, so they are not nodes: {shown}; {EXPORT_HINT}")
-    return not invalid
-
-
 def _dangling_links(graph: Graph, output_nodes: Iterable[str]) -> Iterator[str]:
     """Problems about links to missing nodes, in everything that `output_nodes` depend on."""
     seen, waiting = set(), list(output_nodes)
@@ -123,6 +116,10 @@ def _dangling_links(graph: Graph, output_nodes: Iterable[str]) -> Iterator[str]:
                 yield f"workflow: node {node_label(graph, node_id)}: {what}"
 
 
+def _is_whole_number(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, str) and value.strip().isdecimal())
+
+
 class _Mapping:
     """Resolves the keys of workflow_config.json in a graph; what does not fit is added to `problems`."""
 
@@ -135,15 +132,23 @@ class _Mapping:
         return None if inputs is None else self._literal("image_loader_node", "image")
 
     def seed_input(self) -> InputRef | None:
-        inputs = self._inputs_of("seed_node", SEED_INPUTS)
+        key = "seed_node"
+        inputs = self._inputs_of(key, SEED_INPUTS)
         if inputs is None:
             return None
         names = [name for name in SEED_INPUTS if name in inputs]
         if len(names) > 1:
-            what = f"node {self._labels['seed_node']} has both seed and noise_seed; choose a node with one of them"
-            self._add_problem("seed_node", what)
+            self._add_problem(key, f"node {self._labels[key]} has both seed and noise_seed; choose a node with one of them")
             return None
-        return self._literal("seed_node", names[0] if names else SEED_INPUTS[0])
+        # A node for a number alone, which is connected to the seeds of others.
+        holders = [name for name in SEED_HOLDERS if name in inputs]
+        name = next(iter(names or holders), SEED_INPUTS[0])
+        value = inputs.get(name)
+        if name in SEED_HOLDERS[len(SEED_INPUTS) :] and not is_link(value) and not _is_whole_number(value):
+            what = f"{name} of node {self._labels[key]} must be a whole number to be the seed (is {json.dumps(value)[:60]})"
+            self._add_problem(key, what)
+            return None
+        return self._literal(key, name)
 
     def text_inputs(self) -> tuple[InputRef, ...]:
         key = "positive_prompt_node"
@@ -163,10 +168,19 @@ class _Mapping:
 
     def output_nodes(self) -> tuple[str, ...]:
         saving = [node_id for node_id, node in self._graph.items() if saves_images(node)]
-        if not saving:
-            self._problems.append("workflow: no node saves images; add a SaveImage node and export it again")
-            return ()
+        unreadable = {node_id: what for node_id, node in self._graph.items() if (what := unreadable_output(node))}
         output_node = self._ids.get("output_node")
+        if output_node in unreadable:
+            what = f"node {self._labels['output_node']} does not save images that LoRACat can read, but {unreadable[output_node]}"
+            remedy = f"save PNG images instead, or choose another of the nodes that save images: {self._list(saving)}"
+            self._add_problem("output_node", f"{what}; {remedy}")
+            return ()
+        if not saving:
+            others = [f"node {node_label(self._graph, node_id)} saves {what}" for node_id, what in unreadable.items()]
+            shown = f" ({'; '.join(others[:MAX_NODES_SHOWN])})" if others else ""
+            what = "no node saves images" + (" that LoRACat can read" if others else "")
+            self._problems.append(f"workflow: {what}{shown}; add a SaveImage node and export it again")
+            return ()
         if output_node is not None and output_node not in saving:
             in_graph = output_node in self._graph
             what = f"node {self._labels['output_node']} does not save images" if in_graph else f"there is no node {output_node}"
@@ -208,8 +222,10 @@ class _Mapping:
             return None
         if is_link(inputs[name]):
             source = f"node {node_label(self._graph, str(inputs[name][0]))}" if inputs[name] else "nothing"
-            what = f"input {name} of node {self._labels[key]} is connected to {source}; choose the node that holds the value"
-            self._add_problem(key, what)
+            holder = seed_source(self._graph, InputRef(node_id, name)) if key == "seed_node" else None
+            shown = f": {node_label(self._graph, holder.node)}" if holder else ""
+            what = f"input {name} of node {self._labels[key]} is connected to {source}"
+            self._add_problem(key, f"{what}; choose the node that holds the value{shown}")
             return None
         return InputRef(node_id, name)
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +11,9 @@ CHUNK_TOKENS = 75
 """Tokens of text that CLIP's text encoders read at once; with start and end they are 77."""
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 """Folders of SDXL's two tokenizers in a diffusers model."""
+
+COMMON_TOKENS = 40_000
+"""Of CLIP's 49,408 tokens, in order of frequency: the words among them are in use, while the later ones include sks and ohwx."""
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _UNMERGED_WORDS = 2 * 256 + 2
@@ -48,6 +53,22 @@ def find_clip_tokens(models_dir: Path, base_model: str) -> ClipTokens | None:
             if _START in read_vocabulary(model / TOKENIZERS[0]):
                 return ClipTokens(model / TOKENIZERS[0])
     return None
+
+
+def find_vocabulary(models_dir: Path, base_model: str) -> dict[str, int]:
+    """The vocabulary of the same tokenizer; {} if there is none."""
+    for model in (models_dir / base_model, Path(os.path.expanduser(base_model)), *sorted(models_dir.glob("*"))):
+        with suppress(OSError):
+            if vocabulary := read_vocabulary(model / TOKENIZERS[0]):
+                return vocabulary
+    return {}
+
+
+def is_common_word(text: str, vocabulary: Mapping[str, int]) -> bool:
+    """Whether `text` consists of one or several words that are among the COMMON_TOKENS of CLIP's `vocabulary`."""
+    words = re.split(r"[\s_-]+", text.lower())
+    is_complete = len(vocabulary) > COMMON_TOKENS
+    return is_complete and all(len(word) > 2 and vocabulary.get(f"{word}</w>", COMMON_TOKENS) < COMMON_TOKENS for word in words)
 
 
 def find_tokenizers_in(models_dir: Path, vocabulary_size: int) -> Path | None:

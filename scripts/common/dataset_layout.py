@@ -10,10 +10,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.files import remove_partial_files
+
 IMAGE_FORMATS = {"png": (".png",), "jpeg": (".jpg", ".jpeg"), "webp": (".webp",), "bmp": (".bmp",)}
 """Formats of images in a data set -> the suffixes of their files, the usual one first."""
 IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 CAPTION_SUFFIX = ".txt"
+CAPTION_SUFFIXES = (CAPTION_SUFFIX, ".caption")
+"""In any case. The caption stage writes the first; if an image has captions of both kinds, training reads the first."""
 
 _MAGIC_BYTES = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff", "bmp": b"BM"}
 _REPEATS_FOLDER = re.compile(r"(\d{1,5})_.+")
@@ -38,6 +42,11 @@ class DatasetFolder:
         self.traits = self.records / "traits.json"
         self.tag_cache = self.records / "tags"
 
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files that killed runs left anywhere in the data set, except those of the last minute."""
+        for folder in (self.root, self.images, *self.images.glob("*/"), self.records, *self.tag_cache.glob("*/")):
+            remove_partial_files(folder)
+
 
 @dataclass(frozen=True)
 class ImageFile:
@@ -45,11 +54,19 @@ class ImageFile:
 
     path: Path
     repeats: int
+    captions: tuple[Path, ...] = ()
+    """The files of the same stem with one of CAPTION_SUFFIXES, the first choice first."""
 
     @property
     def caption_path(self) -> Path:
-        """The file of the same stem with CAPTION_SUFFIX."""
-        return self.path.with_suffix(CAPTION_SUFFIX)
+        """The caption that the caption stage writes: the file of the same stem with CAPTION_SUFFIX, in any case if it exists."""
+        written = (path for path in self.captions if path.suffix.lower() == CAPTION_SUFFIX)
+        return next(written, self.path.with_suffix(CAPTION_SUFFIX))
+
+    @property
+    def caption_to_read(self) -> Path:
+        """The caption that training reads."""
+        return self.captions[0] if self.captions else self.caption_path
 
 
 def find_images(folder: Path) -> list[ImageFile]:
@@ -63,12 +80,23 @@ def find_images(folder: Path) -> list[ImageFile]:
     for child in children:
         if repeats := repeats_of(child):
             found += [(path, repeats) for path in child.iterdir()]
+    captions = _captions_by_stem([path for path, _ in found])
     images = [
-        ImageFile(path, repeats)
+        ImageFile(path, repeats, captions.get(path.with_suffix(""), ()))
         for path, repeats in found
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
     ]
     return sorted(images, key=lambda image: image.path.relative_to(folder).as_posix())
+
+
+def _captions_by_stem(paths: list[Path]) -> dict[Path, tuple[Path, ...]]:
+    """Path without suffix -> its captions: `x.txt` comes before `x.TXT`, and that before `x.caption`."""
+    captions: dict[Path, tuple[Path, ...]] = {}
+    for suffix in CAPTION_SUFFIXES:
+        of_suffix = [path for path in paths if path.suffix.lower() == suffix]
+        for path in sorted(of_suffix, key=lambda path: (path.suffix != suffix, path.name)):
+            captions[path.with_suffix("")] = (*captions.get(path.with_suffix(""), ()), path)
+    return captions
 
 
 def repeats_of(folder: Path) -> int | None:

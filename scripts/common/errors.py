@@ -9,17 +9,22 @@ LoracatError
 `-- ResourceError          6   no memory or no disk
 Interruption
 |-- MemoryShort           75   stopped by the memory guard; the state is saved
-`-- Stopped          130/143   stopped by a signal; the state is saved
+`-- Stopped      130/141/143   stopped by a signal; the state is saved
 
 Modules raise these; each script's main runs under `run_main`, which catches them once and prints one line.
 Any other exception is a bug: it is printed with its traceback, and the exit code is 70.
 """
 
+import contextlib
 import errno
+import io
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+
+from common.masking import mask_secrets
 
 EXIT_DONE = 0
 EXIT_BUG = 70
@@ -93,17 +98,35 @@ class Stopped(Interruption):
 
 def run_main(stage: str, main: Callable[[], None]) -> int:
     """Run `main` and return the exit code of the stage; a failure becomes one message on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may contain what cannot be encoded
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a reader that has closed the pipe is noticed now, while it can still set the exit code
         return EXIT_DONE
     except (Exception, KeyboardInterrupt, Interruption) as error:
         known = as_loracat_error(error)
-        if known is None:
-            traceback.print_exc()
-            print(f"{stage}: this is a bug in LoRACat; please report it with the lines above", file=sys.stderr)
-            return EXIT_BUG
-        print(f"{stage}: {known}", file=sys.stderr)
-        return known.exit_code
+        with contextlib.suppress(BrokenPipeError):
+            if known is not None:
+                print(f"{stage}: {mask_secrets(str(known))}", file=sys.stderr)
+            else:
+                print(mask_secrets(traceback.format_exc()), end="", file=sys.stderr)
+                print(f"{stage}: this is a bug in LoRACat; please report it with the lines above", file=sys.stderr)
+        return EXIT_BUG if known is None else known.exit_code
+    finally:
+        _flush_or_discard()
+
+
+def _flush_or_discard() -> None:
+    """Empty the streams: Python does so when it exits, where a closed pipe changes the exit code."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def as_loracat_error(error: BaseException) -> LoracatError | Interruption | None:
@@ -127,6 +150,12 @@ def as_loracat_error(error: BaseException) -> LoracatError | Interruption | None
 def bullet_list(title: str, problems: Sequence[str]) -> str:
     """`title` with every problem on a line below it, so that the user can fix all of them at once."""
     return "\n".join([title, *(f"  - {problem}" for problem in problems)])
+
+
+def abbreviated(names: Sequence[object], most: int = 5) -> str:
+    """The names, separated by commas; of a long list the first ones and the number of the others."""
+    listed = ", ".join(str(name) for name in names[:most])
+    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
 
 
 def run_checks(title: str, checks: Sequence[Callable[[], str]]) -> None:

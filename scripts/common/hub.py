@@ -4,13 +4,15 @@ A caller checks `file_size_bytes` first: it sends one request, while a download 
 """
 
 import re
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import DISK_ERRNOS
-from common.settings import REPOSITORY
+from common.settings import IN_CONTAINER, REPOSITORY
 
 _REPOSITORY_ID = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w-][\w.-]*/[\w-][\w.-]*)/?", re.ASCII)
 
@@ -27,9 +29,9 @@ def repository_id(name: str) -> str | None:
 
 def file_size_bytes(repository: str, file: str) -> int:
     """Size of `file` in `repository` on the hub, 0 if the hub does not report it. One request, no retries. Raises HubError."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
     with _as_hub_error():
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
         return get_hf_file_metadata(hf_hub_url(repository, file)).size or 0
 
 
@@ -40,10 +42,10 @@ def download(repository: str, files: Sequence[str], folder: Path, optional: Sequ
     huggingface_hub downloads to a temporary name and checks the size, so a file that has its final name is complete.
     Raises HubError, and OSError if the disk is full or may not be written to.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
-
     with _as_hub_error():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+
         for file in files:
             hf_hub_download(repository, file, local_dir=folder)
         for file in optional if files else ():
@@ -53,23 +55,43 @@ def download(repository: str, files: Sequence[str], folder: Path, optional: Sequ
 
 
 def download_command(repository: str, folder: Path, files: Sequence[str] = (), patterns: Sequence[str] = ()) -> str:
-    """The shell command that downloads `files`, or all files that match `patterns`, of `repository` into `folder`."""
-    if folder.is_relative_to(REPOSITORY):  # in a container, the same folder on the host has another path
-        folder = folder.relative_to(REPOSITORY)
-    includes = [f"--include '{pattern}'" for pattern in patterns]
-    return " ".join(["hf download", repository, *files, f"--local-dir {folder}", *includes])
+    """The shell command that downloads `files`, or all files that match `patterns`, of `repository` into `folder`.
+
+    Its `hf` is that of this environment, and its paths are valid where the user types it.
+    """
+    base = REPOSITORY if IN_CONTAINER else Path.cwd()  # the same folder on the host has another path
+    if folder.is_relative_to(base):
+        folder = folder.relative_to(base)
+    includes = [part for pattern in patterns for part in ("--include", pattern)]
+    return shlex.join([*_hf(), "download", repository, *files, "--local-dir", str(folder), *includes])
+
+
+def _hf() -> list[str]:
+    """How the program `hf` is started: in a new container, by its name, or from where this Python is installed."""
+    if IN_CONTAINER:
+        return ["docker", "compose", "run", "--rm", "loracat-cpu", "hf"]  # this service starts on every machine
+    beside_python = Path(sys.executable).with_name("hf")
+    if shutil.which("hf"):
+        return ["hf"]
+    return [str(beside_python)] if beside_python.exists() else [sys.executable, "-m", "huggingface_hub.cli.hf"]
 
 
 @contextmanager
 def _as_hub_error() -> Iterator[None]:
     """Turn whatever huggingface_hub raises for a failed request into a HubError."""
-    # HTTPError is the HTTP library's base class for network failures, under the name by which huggingface_hub imports it.
+    # HTTPError is the HTTP library's base class for network failures, under the name by which huggingface_hub imports it. The
+    # library's error for the malformed address of a proxy is in the same module, and has another base class.
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
+    malformed_address = vars(sys.modules[HTTPError.__module__])["InvalidURL"]
     try:
+        import huggingface_hub.file_download  # noqa: F401 - reads HF_ENDPOINT; the package's own import prints it if it is malformed
+
         yield
     except RepositoryNotFoundError:
         raise HubError("the hub has no such repository, or it is private") from None
+    except malformed_address as error:
+        raise HubError(f"a proxy variable or HF_ENDPOINT is not a valid address ({error})") from None
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
             raise

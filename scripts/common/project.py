@@ -29,7 +29,7 @@ class ProjectSettings:
 class SharedCollectSettings:
     """The part of `[collect]` that training reads: the address appears in advice when memory is short."""
 
-    comfyui_endpoint: str = setting("http://host.docker.internal:8188")
+    comfyui_endpoint: str = setting("http://host.docker.internal:8188", address=True)
     """URLs of one or several servers, separated by commas."""
 
 

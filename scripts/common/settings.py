@@ -8,6 +8,7 @@ directory.
 
 import argparse
 import dataclasses
+import difflib
 import math
 import operator
 import os
@@ -15,7 +16,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +24,16 @@ from typing import Any, Literal
 import tomli_w
 
 from common.errors import SettingsError, bullet_list
+from common.masking import learn_secrets, mask_address, mask_secrets
+from common.variables import find_unknown_variables, known_variables
 
 VERSION = "2.0.0"
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+IN_CONTAINER = bool(os.environ.get("LORACAT_IN_CONTAINER"))
+"""The Dockerfile sets it: commands in messages are typed on the host."""
 SETTINGS_FILE = REPOSITORY / "config" / "training_config.toml"
+ENV_FILE = REPOSITORY / ".env"
+"""Variables for Docker Compose, which passes on only those whose names it knows."""
 TABLES = ("project", "collect", "caption", "train")
 MISSING = dataclasses.MISSING
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -47,8 +54,10 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     secret: bool = False,
+    address: bool = False,
 ) -> Any:
-    """A field of a section: its default and the range of a number. A secret exists as an environment variable only.
+    """A field of a section: its default and the range of a number. A secret exists as an environment variable only; the login in
+    an address is never shown.
 
     `role` says what a setting of training changes: the `result` (two runs that differ in it are different runs), the
     `runtime` (speed and memory) or the `saving` (what is written and when). `before` is the value that versions without
@@ -56,8 +65,8 @@ def setting(
     `recorded_as` is the name in these records of a setting that was renamed.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most}
-    metadata = {"limits": {name: limit for name, limit in limits.items() if limit is not None}, "secret": secret}
-    metadata |= {"role": role, "before": before, "recorded_as": recorded_as}
+    metadata = {"limits": {name: limit for name, limit in limits.items() if limit is not None}}
+    metadata |= {"secret": secret, "address": address, "role": role, "before": before, "recorded_as": recorded_as}
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
@@ -77,22 +86,28 @@ class Request:
     """The filled sections, by the names of their tables."""
     sources: dict[str, str]
     """Where the value of each key comes from: `default`, the file's name, `environment` or `--set`."""
+    overrides: frozenset[str] = frozenset()
+    """The keys that the environment or a flag sets, or that the file sets to another value than the default."""
+    unknown_variables: tuple[str, ...] = ()
+    """One line for each variable whose name is probably a misspelt one of LoRACat."""
     flags: frozenset[str] = frozenset()
     """Those of the stage's own flags that are given."""
 
-    def described(self, sources: Iterable[str] | None = None) -> list[str]:
-        """One `key = value  (source)` for each key, or for each that comes from one of `sources`. Secrets are masked."""
+    def described(self, names: Collection[str] | None = None) -> list[str]:
+        """One `key = value  (source)` for each key, or for each of `names`. Secrets are masked."""
         lines = []
-        for name, value, is_secret in _flat_values(*self.sections.values()):
-            if sources is None or self.sources[name] in sources:
-                shown = ("set" if value else "not set") if is_secret else without_logins(as_toml(value))
-                lines.append(f"{name} = {shown!r}  ({self.sources[name]})")
+        for key, value in _flat_values(*self.sections.values()):
+            if names is None or key.name in names:
+                if key.metadata["secret"]:
+                    value = "set" if value else "not set"
+                shown = mask_address(value) if key.metadata["address"] else as_toml(value)
+                lines.append(f"{key.name} = {mask_secrets(repr(shown))}  ({self.sources[key.name]})")
         return lines
 
     def overridden(self) -> str:
-        """The settings from environment and flags, in one line."""
-        lines = self.described(("environment", "--set"))
-        return ", ".join(line.rpartition("  (")[0] for line in lines) or "none"
+        """The settings that are not the defaults, one a line, and variables that are probably misspelt."""
+        lines = ["overridden settings:", *(f"  {line}" for line in self.described(self.overrides))]
+        return "\n".join([*(lines if self.overrides else ["overridden settings: none"]), *self.unknown_variables])
 
 
 def read_request(
@@ -127,16 +142,18 @@ def read_request(
         parser.add_argument(f"--{name}", action="store_true", help=text)
 
     def refuse(message: str) -> None:
-        raise SettingsError(f"{message}; see --help")
+        raise SettingsError(f"{mask_secrets(message)}; see --help")
 
     parser.error = refuse
+    for argument in argv:
+        learn_secrets({"URL": argument})
     arguments = parser.parse_args(argv)
     request = resolve(arguments.config, os.environ, arguments.set, sections, validate, check=arguments.check)
     if arguments.settings:
         print("\n".join(request.described()))
         raise SystemExit(0)
     if request.check:
-        print(f"{stage} of LoRACat {VERSION}", flush=True)
+        print(f"{stage} of LoRACat {VERSION}\n{request.overridden()}", flush=True)
     return dataclasses.replace(request, flags=frozenset(name for name in flags or {} if vars(arguments)[name]))
 
 
@@ -153,18 +170,29 @@ def resolve(
 
     Raises SettingsError with every problem at once: unknown keys, wrong types, values out of range, and what `validate` yields.
     """
+    keys = [key for section in sections.values() for key in all_keys(section)]
+    learn_secrets(environment, tuple(key.name.upper() for key in keys if key.metadata["secret"]))
     tables = _read_toml(file)
-    resolver = _Resolver(file, environment, overrides)
+    resolver = _Resolver(file, environment, overrides, [key.name for key in keys])
     for name in tables:
         if name not in TABLES:
             resolver.problems.append(f"[{name}]: unknown table in {file.name}; known: {', '.join(TABLES)}")
     filled = {name: resolver.fill(section, name, tables.get(name, {})) for name, section in sections.items()}
-    problems = [*resolver.problems, *(f"--set {key}: unknown key" for key in resolver.overrides)]
+    problems = [*resolver.problems, *(f"--set {mask_secrets(key)}: {resolver.unknown(key)}" for key in resolver.overrides)]
     if None not in filled.values():
         problems += validate(filled)
     if problems:
         raise SettingsError(bullet_list("invalid settings:", problems))
-    return Request(check=check is not None, inputs_pending=check == "ahead", sections=filled, sources=resolver.sources)
+    known = known_variables(SETTINGS_FILE, (key.name for key in keys))
+    unknown = find_unknown_variables(known, environment, ENV_FILE)
+    return Request(
+        check=check is not None,
+        inputs_pending=check == "ahead",
+        sections=filled,
+        sources=resolver.sources,
+        overrides=frozenset(resolver.overridden),
+        unknown_variables=tuple(unknown),
+    )
 
 
 def resolved_toml(sections: dict[str, Any]) -> str:
@@ -177,7 +205,8 @@ def resolved_toml(sections: dict[str, Any]) -> str:
             if dataclasses.is_dataclass(value):
                 table[key.name] = as_table(value)
             elif not key.metadata["secret"]:
-                table[key.name] = as_toml(value)
+                shown = mask_address(value) if key.metadata["address"] else as_toml(value)
+                table[key.name] = mask_secrets(shown) if isinstance(shown, str) else shown
         return table
 
     return tomli_w.dumps({name: as_table(section) for name, section in sections.items()})
@@ -202,20 +231,15 @@ def as_toml(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def without_logins(value: Any) -> Any:
-    """`value` with `***@` for `user:password@` in an address."""
-    return re.sub(r"//[^/\s]*@", "//***@", value) if isinstance(value, str) else value
-
-
-def _flat_values(*sections: Any) -> Iterator[tuple[str, Any, bool]]:
-    """Name, value and whether it is a secret, of every key."""
+def _flat_values(*sections: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
+    """Every key and its value."""
     for section in sections:
         for key in dataclasses.fields(section):
             value = getattr(section, key.name)
             if dataclasses.is_dataclass(value):
                 yield from _flat_values(value)
             else:
-                yield key.name, value, key.metadata["secret"]
+                yield key, value
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -232,11 +256,13 @@ def _read_toml(file: Path) -> dict[str, Any]:
 class _Resolver:
     """The three sources of values, and what was found wrong with them."""
 
-    def __init__(self, file: Path, environment: Mapping[str, str], overrides: list[str]):
-        self._file_name, self._environment = file.name, environment
+    def __init__(self, file: Path, environment: Mapping[str, str], overrides: list[str], known: list[str]):
+        self._file_name, self._environment, self._known = file.name, environment, known
         self.sources: dict[str, str] = {}
         """Key -> the source that its value comes from."""
-        self.problems = [f"--set {each}: must be KEY=VALUE" for each in overrides if "=" not in each]
+        self.overridden: set[str] = set()
+        """Keys with another value than the default, or with a value from the environment or a flag."""
+        self.problems = [f"--set {mask_address(each)}: must be KEY=VALUE" for each in overrides if "=" not in each]
         pairs = (each.partition("=") for each in overrides if "=" in each)
         self.overrides = {key.strip().lower(): value for key, _, value in pairs}
         """Those that no section has used yet."""
@@ -258,13 +284,19 @@ class _Resolver:
                 values[key.name] = self._value(key, hint, given)
         if not is_partial:
             known = {key.name for key in fields}
-            self.problems += [f"[{table}] {name}: unknown key in {self._file_name}" for name in given if name not in known]
+            unknown = [name for name in given if name not in known]
+            self.problems += [f"[{table}] {name}: {self.unknown(name)} in {self._file_name}" for name in unknown]
         if len(self.problems) > before:
             return None
         filled = section(**values)
         if hasattr(section, "validate"):
             self.problems += filled.validate()
         return filled
+
+    def unknown(self, name: str) -> str:
+        """What is wrong with a key that does not exist."""
+        similar = difflib.get_close_matches(name.lower(), self._known, n=1)
+        return f"unknown key (did you mean {similar[0]}?)" if similar else "unknown key"
 
     def _value(self, key: dataclasses.Field, hint: Any, given: dict[str, Any]) -> Any:
         """The value of one key from the strongest source that has it."""
@@ -286,12 +318,19 @@ class _Resolver:
             if source == "default":
                 return REPOSITORY / raw if isinstance(raw, Path) else raw
             is_text = source != self._file_name
-            return _within_limits(_convert(raw, hint, Path.cwd() if is_text else REPOSITORY, is_text=is_text), key)
+            value = _within_limits(_convert(raw, hint, Path.cwd() if is_text else REPOSITORY, is_text=is_text), key)
         except FileNotFoundError:
             raise SettingsError("the current directory no longer exists: change to another one") from None
         except ValueError as error:
-            self.problems.append(f"{name} ({source}):{'' if is_secret else f' {raw!r}'} {error}")
+            shown = mask_address(raw) if key.metadata["address"] and isinstance(raw, str) else raw
+            self.problems.append(f"{name} ({source}):{'' if is_secret else f' {mask_secrets(repr(shown))}'} {error}")
             return None
+        default = REPOSITORY / key.default if isinstance(key.default, Path) else key.default
+        if is_text or value != default:
+            self.overridden.add(name)
+        if key.metadata["address"]:
+            learn_secrets({"URL": value})
+        return value
 
 
 def _within_limits(value: Any, key: dataclasses.Field) -> Any:

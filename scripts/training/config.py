@@ -52,11 +52,21 @@ class LoraSettings:
     """`[train.lora]`: the adapter."""
 
     lora_rank: int = setting(32, at_least=1, at_most=1024, role="result")
-    lora_alpha: float = setting(32.0, at_least=0.001, at_most=60000, role="result")
-    """The adapter is scaled by alpha / rank. The file holds it in fp16."""
+    lora_alpha: float | Literal["auto"] = setting("auto", at_least=0.001, at_most=60000, role="result")
+    """The adapter is scaled by alpha / rank; "auto": the rank. The file holds it in fp16."""
     lora_targets: Literal["all", "attention"] = setting("all", role="result")
     lora_type: Literal["lora", "dora"] = setting("lora", role="result", before="lora")
     """"dora" also trains the norm of each row of the adapted weights."""
+
+    @property
+    def alpha(self) -> float:
+        """The value of `lora_alpha`, if it is "auto" as well."""
+        return float(self.lora_rank) if self.lora_alpha == "auto" else self.lora_alpha
+
+    def describe(self) -> str:
+        """Rank, alpha and scale, in words."""
+        origin = ", auto" if self.lora_alpha == "auto" else ""
+        return f"rank {self.lora_rank}, alpha {self.alpha:g} (scale {self.alpha / self.lora_rank:g}{origin})"
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,7 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
             zero_terminal_snr=schedule.zero_terminal_snr,
             mixed_precision=precision.name,
         ),
+        lora=replace(settings.lora, lora_alpha=settings.lora.alpha),
         run=replace(settings.run, engine=engine),
         objective=replace(settings.objective, min_snr_gamma=plan.min_snr_gamma, noise_offset=plan.noise_offset),
         validation=replace(settings.validation, validation_fraction=plan.validation_fraction),

@@ -51,7 +51,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
     def check_run() -> str:
         if inputs_pending:
             images = find_images(DatasetFolder(project.dataset_dir).images)
-            without = sum(not image.caption_path.exists() for image in images)
+            without = sum(not image.caption_to_read.exists() for image in images)
             if without or not images:
                 return f"images: {len(images)} so far, {without} without a caption; the run is planned when all are there"
         examples = read_images(project, settings.data)
@@ -69,7 +69,7 @@ def check_method(settings: TrainSettings) -> str:
     engine, reason = choose_engine(settings.run.engine, settings.lora)
     optimizer = settings.optimizer.optimizer
     require_usable(optimizer, choose_precision(settings.model.mixed_precision).device)
-    return f"engine: {engine} ({reason}); optimizer: {optimizer}"
+    return f"LoRA: {settings.lora.describe()}; engine: {engine} ({reason}); optimizer: {optimizer}"
 
 
 def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettings) -> str:

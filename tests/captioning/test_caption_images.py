@@ -550,3 +550,102 @@ def test_death_before_any_file_that_is_written_and_a_second_run_give_the_same_ca
     while "nothing to undo" not in stage.run("--undo").stdout:
         pass
     assert stage.captions() == {"b.txt": "my coffee", "c.txt": "my nyafyi_woman"}
+
+
+def test_captions_with_the_suffix_in_capitals_are_captions(stage, photographs):
+    save(photographs, stage.images, astronaut="A.JPG", coffee="b.png")
+    (stage.images / "A.TXT").write_text("my own words")
+    (stage.images / "b.Txt").write_text("Nyafyi_Woman, my coffee")
+    ended = stage.run(CAPTION_MODEL="someone/absent")
+    assert "0 captioned, trigger word nyafyi_woman added to 1, 1 unchanged" in ended.stdout
+    assert "caption without an image" not in ended.stdout
+    assert (stage.images / "A.TXT").read_text() == "nyafyi_woman, my own words"
+    assert (stage.images / "b.Txt").read_text() == "Nyafyi_Woman, my coffee"
+    assert stage.captions() == {}
+
+
+def test_the_text_of_a_caption_file_of_kohyas_kind_is_copied_and_followed(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png", coffee="3_b/b.png")
+    sources = [stage.images / "a.caption", stage.images / "3_b" / "b.CAPTION"]
+    for source in sources:
+        source.write_text("my own words")
+    ended = stage.run(CAPTION_MODEL="someone/absent")
+    assert ended.returncode == 0
+    assert "2 captions copied to .txt files, which training reads: b.CAPTION, a.caption" in ended.stdout
+    assert stage.captions() == {"3_b/b.txt": "nyafyi_woman, my own words", "a.txt": "nyafyi_woman, my own words"}
+    assert all(source.read_text() == "my own words" for source in sources)
+    assert "nothing to do: all 2 captions are up to date" in stage.run().stdout
+    sources[0].write_text("other words")
+    assert "1 captions copied" in stage.run(TRIGGER_WORD="nyafyi_woman").stdout
+    assert stage.captions()["a.txt"] == "nyafyi_woman, other words"
+    stage.run(TRIGGER_WORD="sks")
+    assert stage.captions() == {"3_b/b.txt": "sks, my own words", "a.txt": "sks, other words"}
+    sources[0].unlink()  # then the copy is all that there is of the user's words
+    assert "nothing to do" in stage.run(TRIGGER_WORD="sks").stdout
+    stage.run()
+    assert stage.captions()["a.txt"] == "nyafyi_woman, other words"
+    while "nothing to undo" not in stage.run("--undo").stdout:
+        pass
+    assert stage.captions() == {}
+
+
+def test_of_two_captions_that_the_user_wrote_the_txt_file_is_used_and_the_other_named(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png")
+    (stage.images / "a.txt").write_text("my own words")
+    (stage.images / "a.caption").write_text("other words")
+    for _ in range(2):
+        assert "not used, because there is a .txt file for the same image: a.caption" in stage.run().stdout
+        assert stage.captions() == {"a.txt": "nyafyi_woman, my own words"}
+
+
+def test_tags_that_an_earlier_version_wrote_beside_the_users_caption_are_replaced_by_it(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png")
+    stage.run()
+    (stage.images / "a.caption").write_text("my own words")
+    stage.run()
+    assert stage.captions() == {"a.txt": "nyafyi_woman, my own words"}
+
+
+def test_captions_that_cannot_be_used_are_named_and_unchanged(stage, photographs, tmp_path):
+    names = ("long", "pipe", "link", "wide", "latin", "kohya")
+    for name in names:
+        save(photographs, stage.images, coffee=f"{name}.png")
+    (tmp_path / "secret").write_text("secret")
+    (stage.images / "long.txt").write_bytes(b"a, " * 30000)
+    os.mkfifo(stage.images / "pipe.txt")
+    (stage.images / "link.txt").symlink_to(tmp_path / "secret")
+    (stage.images / "wide.txt").write_bytes("sks, smile".encode("utf-16-le"))
+    (stage.images / "latin.TXT").write_bytes("niña".encode("latin-1"))
+    (stage.images / "kohya.caption").write_bytes("niña".encode("latin-1"))
+    files = {path: path.lstat().st_mtime_ns for path in stage.images.iterdir()}
+    ended = stage.run(CAPTION_MODEL="someone/absent")
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == len(names) + 1
+    for line in (
+        "long.txt: is larger than the 64 KiB of a caption",
+        "pipe.txt: is not a file",
+        "link.txt: is a link to a file outside the data set",
+        "wide.txt: is not UTF-8; save it as UTF-8 (it is UTF-16)",
+        "latin.TXT: is not UTF-8",
+        "kohya.caption: is not UTF-8",
+    ):
+        assert line in ended.stderr
+    assert {path: path.lstat().st_mtime_ns for path in stage.images.iterdir()} == files
+    assert not stage.record.exists()
+
+
+def test_files_beside_an_image_that_may_be_captions_are_named(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png")
+    for name in ("a.tags", "a.json", "a.png.txt"):
+        (stage.images / name).write_text("my own words")
+    output = stage.run().stdout
+    assert "a.json (not a caption, which has the suffix .txt or .caption), a.tags (not a caption" in output
+    assert "a.png.txt" in output
+
+
+def test_a_trigger_that_is_a_tag_of_the_tagger_is_warned_about(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png")
+    warning = "trigger_word: '1girl' is an ordinary tag"
+    for flags in (("--check",), ()):
+        assert warning in stage.run(*flags, TRIGGER_WORD="1girl").stdout
+        assert "is an ordinary tag" not in stage.run(*flags).stdout

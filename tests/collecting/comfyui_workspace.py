@@ -17,9 +17,13 @@ DATA = Path(__file__).resolve().parent.parent / "data" / "comfyui"
 COLLECTOR = Path(collect_images.__file__)
 
 
-def recorded(name: str) -> list[dict]:
-    """The exchanges of one recording."""
-    return json.loads((DATA / name).read_text(encoding="utf-8"))["exchanges"]
+def recorded(name: str, version: str = "0.3.64") -> list[dict]:
+    """The exchanges of one recording; of a newer version than 0.3.64 only what differs was recorded."""
+    exchanges = {}
+    for path in (DATA / name, DATA / version / name):
+        if path.is_file():
+            exchanges |= {each["name"]: each for each in json.loads(path.read_text(encoding="utf-8"))["exchanges"]}
+    return list(exchanges.values())
 
 
 def workflow(name: str) -> dict:

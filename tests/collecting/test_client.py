@@ -10,6 +10,7 @@ from collecting.http import Address, parse_addresses
 from common.errors import ComfyUIError, SettingsError
 from demo.standin_comfyui.wire import Response
 
+PROMPT_ID = "0b5c0000-0000-4000-8000-000000000000"
 HTML = Response(200, b"<html>please log in</html>", "text/html")
 
 
@@ -68,19 +69,19 @@ def test_upload_returns_the_name_that_the_server_chose(standin, client, answers)
 
 def test_history_is_none_until_there_is_an_entry(standin, client):
     graph = graph_of("ok_minimal")
-    assert client.history("0b5c") is None
+    assert client.history(PROMPT_ID) is None
     standin.worker.seconds_per_job = 0.2
-    client.submit(graph, "0b5c")
+    client.submit(graph, PROMPT_ID)
 
     def queued() -> set[str]:
         queue = client.queue()  # requested once: between two requests a prompt may start
         return queue.running | queue.waiting
 
-    assert queued() == {"0b5c"}
-    assert client.history("0b5c") is None
+    assert queued() == {PROMPT_ID}
+    assert client.history(PROMPT_ID) is None
     while queued():
         pass
-    assert client.history("0b5c")["status"]["status_str"] == "success"
+    assert client.history(PROMPT_ID)["status"]["status_str"] == "success"
 
 
 @pytest.mark.parametrize(
@@ -91,18 +92,18 @@ def test_history_is_none_until_there_is_an_entry(standin, client):
             "node 16 (LoadImage): Custom validation failed for node: image - Invalid image file: not_there.png",
         ),
         ("sampler_seed_minus_1", "node 3 (KSampler): Value -1 smaller than min of 0: seed"),
-        ("bad_unknown_class", "node IPAdapterUnifiedLoader does not exist. Node ID '#1'"),
+        ("bad_unknown_class", "Node 'IPAdapterUnifiedLoader' not found. The custom node may not be installed. Node ID '#1'"),
         ("bad_no_outputs", "Prompt has no outputs"),
     ],
 )
 def test_rejected_workflow_names_node_class_input_and_expected_value(client, name, words):
     with pytest.raises(PromptRejected, match="rejected the workflow") as rejected:
-        client.submit(graph_of(name), "id")
+        client.submit(graph_of(name), PROMPT_ID)
     assert words in str(rejected.value)
 
 
 def test_outputs_that_the_server_drops_are_named(client):
-    queued = client.submit(graph_of("partial_one_output_invalid"), "id")
+    queued = client.submit(graph_of("partial_one_output_invalid"), PROMPT_ID)
     assert queued.dropped == [
         "node 99 (LoadImage): Custom validation failed for node: image - Invalid image file: does_not_exist.png"
     ]

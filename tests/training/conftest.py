@@ -95,9 +95,9 @@ class Stage:
             file.with_suffix(".txt").write_text(caption, encoding="utf-8")
         return file
 
-    def start(self, *flags: str, **variables: object) -> subprocess.Popen:
+    def start(self, *flags: str, python: str | Path = sys.executable, **variables: object) -> subprocess.Popen:
         """Start the stage as a process."""
-        command = [sys.executable, str(REPOSITORY / "scripts" / "train_lora.py"), *flags]
+        command = [python, str(REPOSITORY / "scripts" / "train_lora.py"), *flags]
         environment = self._environment(variables)
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, env=environment, text=True, **pipes)

@@ -3,17 +3,15 @@
 `make test` kills a few times, `make kill-test` at least sixty times, and six times one of a pair of processes.
 """
 
-import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from forked_python import fork, read_number
 from process_table import has_ended, pair_of
 from safetensors import safe_open
 
@@ -32,35 +30,29 @@ PAIR = VARIABLES | {"NUM_PROCESSES": 2, "TRAIN_BATCH_SIZE": 1, "NUM_TRAIN_EPOCHS
 
 
 class Forks:
-    """A program that forks runs; see forked_stage.py."""
+    """Runs of the stage, forked one after the other."""
 
-    def __init__(self, log: Path):
+    def __init__(self, python: Path, log: Path):
         self.log = log
-        environment = os.environ | {"PYTHONPATH": f"{REPOSITORY / 'scripts'}", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, Path(__file__).with_name("forked_stage.py")]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.program = subprocess.Popen(command, env=environment, text=True, bufsize=1, **pipes)
+        self._python = python
 
     def start(self, variables: dict[str, str]) -> int:
         """Start a run; its process id."""
-        self.program.stdin.write(json.dumps({"variables": variables, "log": str(self.log)}) + "\n")
-        return int(self.program.stdout.readline())
+        with open(os.devnull) as nothing, self.log.open("a") as log:
+            streams = (nothing.fileno(), log.fileno(), log.fileno())
+            environment = os.environ | variables
+            process, self._connection = fork(self._python, [str(REPOSITORY / "scripts" / "train_lora.py")], environment, streams)
+        return process
 
     def ended(self) -> int:
         """Wait for the run that was started; its exit code, negative for a signal."""
-        return os.waitstatus_to_exitcode(int(self.program.stdout.readline()))
-
-    def close(self) -> None:
-        self.program.stdin.close()
-        self.program.wait()
-        self.program.stdout.close()
+        with self._connection as connection:
+            return os.waitstatus_to_exitcode(read_number(connection))
 
 
 @pytest.fixture
-def forks(tmp_path):
-    made = Forks(tmp_path / "log")
-    yield made
-    made.close()
+def forks(forked_python, tmp_path):
+    return Forks(forked_python, tmp_path / "log")
 
 
 @pytest.fixture

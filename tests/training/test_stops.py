@@ -2,8 +2,8 @@
 
 import json
 import os
+import shutil
 import signal
-import subprocess
 import threading
 import time
 
@@ -25,20 +25,14 @@ def images(stage):
     return stage
 
 
-def begun(stage, steps: int, **variables) -> subprocess.Popen:
-    """A run that has taken so many steps."""
-    run = stage.start(**SHORT | variables)
-    stage.wait_for_steps(run, steps)
-    return run
-
-
 def weights(stage) -> dict[str, bytes]:
     with safe_open(stage.lora, framework="np") as file:
         return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
 
 
-def test_a_second_signal_does_not_wait_for_the_step(images):
-    run = begun(images, 1, **LONG_STEPS)
+def test_a_second_signal_does_not_wait_for_the_step(images, forked_python):
+    run = images.start(python=forked_python, **SHORT | LONG_STEPS)
+    images.wait_for_steps(run, 1)
     run.send_signal(signal.SIGTERM)
     time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
@@ -81,11 +75,25 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(images, mount_tmpfs
     assert "damaged" not in again.stdout
 
 
+def test_a_cache_that_is_removed_ends_the_run_with_the_state_saved(images):
+    long = SHORT | {"NUM_TRAIN_EPOCHS": 1000, "SAVE_STATE_EVERY_MINUTES": 60}
+    removed = images.disturbed(2, lambda is_over: shutil.rmtree(images.output / "cache" / "latents"), **long)
+    assert removed.returncode == 6
+    (line,) = removed.stderr.splitlines()
+    assert line.startswith(f"train_lora: {images.output}/cache/latents/")
+    assert "run the same command again" in line
+    taken = images.steps_taken()
+    assert checkpoint.newest(images.output / "state" / "sks").progress.next_step == taken >= 2
+    again = images.stopped(taken + 1, signal.SIGTERM, **long)
+    assert f"continuing at step {taken}\n" in again.stdout
+    assert "images: 2 encoded, 0 in the cache; captions: 0 encoded, 2 in the cache" in again.stdout
+
+
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_libraries_are_imported_is_not_lost(images, signum, code):
     """They catch every Exception here and there."""
     run = images.start(NUM_TRAIN_EPOCHS=1000)
-    assert run.stdout.readline().startswith("overridden settings: ")
+    assert run.stdout.readline().startswith("overridden settings:")
     time.sleep(1.2)
     run.send_signal(signum)
     _, said = run.communicate(timeout=30)

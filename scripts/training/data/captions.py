@@ -2,12 +2,12 @@
 
 import hashlib
 import math
-import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
 
+from common.captions import is_prose, leads_with_trigger
 from common.clip_tokens import CHUNK_TOKENS
 
 if TYPE_CHECKING:
@@ -15,29 +15,22 @@ if TYPE_CHECKING:
 
     from training.models.loading import TextEncoders
 
-_TAG_WORDS = 6
-"""A piece between commas with more words is part of a sentence, not a tag."""
-
-_SENTENCE_END = re.compile(r"[^\W\d_][.!?](\s|$)")
-
 
 def caption_variants(caption: str, trigger: str, count: int, shuffle: bool, seed: int) -> list[str]:
     """Up to `count` different captions: the original one, then its tags in other orders.
 
-    A trigger word at the beginning stays there. The orders depend on `seed` and `caption` alone. Sentences are not shuffled: a
-    caption with a piece of more than six words between commas, or with a word that ends in `.`, `!` or `?`, has one variant.
+    A tag at the beginning that leads with the trigger word stays there. The orders depend on `seed` and `caption` alone.
+    Sentences are not shuffled: a caption that is prose has one variant.
     """
-    tags = [tag for tag in (piece.strip() for piece in caption.split(",")) if tag]
-    has_sentences = bool(_SENTENCE_END.search(caption)) or any(len(tag.split()) > _TAG_WORDS for tag in tags)
-    if not shuffle or has_sentences:
+    if not shuffle or is_prose(caption):
         return [caption]
-    fixed = 1 if tags and (tags[0] == trigger or tags[0].startswith(f"{trigger} ")) else 0
+    tags = [tag for tag in (piece.strip() for piece in caption.split(",")) if tag]
+    fixed = 1 if tags and leads_with_trigger(tags[0], trigger) else 0
     head, rest = tags[:fixed], tags[fixed:]
-    repetitions = math.prod(math.factorial(times) for times in Counter(rest).values())
-    distinct_orders = math.factorial(len(rest)) // repetitions
+    count = _orders_of(rest, at_most=count)
     orders = [tuple(tags)]
     attempt = 0
-    while len(orders) < min(count, distinct_orders):
+    while len(orders) < count:
         attempt += 1
         order = (*head, *_shuffled(rest, f"{seed}\0{attempt}\0{caption}"))
         if order not in orders:
@@ -45,9 +38,25 @@ def caption_variants(caption: str, trigger: str, count: int, shuffle: bool, seed
     return [caption, *(", ".join(order) for order in orders[1:])]
 
 
+def _orders_of(tags: list[str], at_most: int) -> int:
+    """The number of different orders of `tags`, counted up to `at_most`: the factorial of thousands takes seconds."""
+    orders, placed = 1, 0
+    for times in Counter(tags).values():
+        for number in range(1, times + 1):  # a multinomial coefficient, of which every partial product is whole
+            placed += 1
+            orders = orders * placed // number
+            if orders >= at_most:
+                return at_most
+    return orders
+
+
 def _shuffled(tags: list[str], key: str) -> list[str]:
     """The tags in an order that depends on `key` alone."""
-    ranks = [hashlib.sha256(f"{key}\0{position}".encode()).digest() for position in range(len(tags))]
+    prefix, ranks = hashlib.sha256(f"{key}\0".encode()), []
+    for position in range(len(tags)):
+        rank = prefix.copy()  # hashes the key, which holds all tags, once and not for each of them
+        rank.update(str(position).encode())
+        ranks.append(rank.digest())
     return [tag for _, tag in sorted(zip(ranks, tags, strict=True))]
 
 

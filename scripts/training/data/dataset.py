@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.captions import UnusableCaptionError, has_trigger, in_one_line, read_caption
 from common.dataset_layout import IMAGE_SUFFIXES, DatasetFolder, ImageFile, caption_owners, find_images, name_in
-from common.errors import DataError, bullet_list
+from common.errors import DataError, abbreviated, bullet_list
 from common.files import sha256_of
 from common.images import BrokenImageError, open_rgb
 from common.output_layout import OutputLayout
@@ -70,13 +71,12 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> list[Exampl
     if folders:
         print(f"the number before a folder's name is the repeats per epoch; rename it if it is a year: {', '.join(folders)}")
 
-    trigger_word = project.trigger_word.replace("_", " ").casefold()
-    missing = sum(trigger_word not in example.caption.replace("_", " ").casefold() for example in examples)
+    missing = sum(not has_trigger(example.caption, project.trigger_word) for example in examples)
     if missing:
         finding = f"{missing} of {len(examples)} captions do not contain the trigger word {project.trigger_word!r}"
         print(f"{finding}: run the caption stage again, or ignore this if it is intentional")
     if unused := unused_entries(dataset.images):
-        print(f"ignored, because neither image, caption of an image, nor N_name folder: {', '.join(unused)}")
+        print(f"ignored, because neither image, caption of an image, nor N_name folder: {abbreviated(unused)}")
     return examples
 
 
@@ -132,13 +132,11 @@ def _read(image: ImageFile, folder: Path) -> tuple[Example | None, list[str]]:
     name = name_in(folder, image.path)
     problems, caption, width, height = [], "", 0, 0
     try:
-        caption = " ".join(image.caption_path.read_text(encoding="utf-8-sig").split())
+        caption = in_one_line(read_caption(image.caption_to_read, dataset=folder.parent))
     except FileNotFoundError:
         problems.append(f"{name}: has no caption {image.caption_path.name}; run the caption stage")
-    except UnicodeDecodeError:
-        problems.append(f"{name}: its caption {image.caption_path.name} is not UTF-8; save it as UTF-8")
-    except OSError as error:
-        problems.append(f"{name}: its caption {image.caption_path.name}: {error.strerror}")
+    except UnusableCaptionError as error:
+        problems.append(f"{name}: its caption {image.caption_to_read.name} {error}")
     try:
         width, height = open_rgb(image.path).size
         if min(width, height) < MIN_SIDE_PX:
@@ -152,6 +150,6 @@ def _read(image: ImageFile, folder: Path) -> tuple[Example | None, list[str]]:
 
 def unused_entries(folder: Path) -> list[str]:
     """Names of entries in `folder` that are neither images, captions of images, nor `N_name` folders with images."""
-    images = [image.path for image in find_images(folder)]
-    used = {image.relative_to(folder).parts[0] for image in images} | {image.with_suffix(".txt").name for image in images}
+    images = find_images(folder)
+    used = {image.path.relative_to(folder).parts[0] for image in images} | {image.caption_to_read.name for image in images}
     return sorted(entry.name for entry in folder.iterdir() if entry.name not in used and not entry.name.startswith("."))

@@ -71,7 +71,7 @@ def inject(unet: UNet2DConditionModel, settings: LoraSettings, seed: int) -> Ada
     """
     names = target_modules(unet, settings.lora_targets)
     config = LoraConfig(
-        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=names, lora_dropout=0.0,
+        r=settings.lora_rank, lora_alpha=settings.alpha, target_modules=names, lora_dropout=0.0,
         use_dora=settings.lora_type == "dora",
     )  # fmt: skip
     # PEFT fills the layers with values that are replaced below. Without memory behind them that takes no time, but DoRA
@@ -149,7 +149,7 @@ def _with_flat_parameters(layers: dict[str, LoraLinear], settings: LoraSettings,
                 layer.lora_magnitude_vector[ADAPTER].weight = parameter(layer.out_features)
                 layer.lora_magnitude_vector[ADAPTER].weight.copy_(row_norms(layer.base_layer.weight))
     modules = [_lora_module(name, layer, settings.lora_type) for name, layer in layers.items()]
-    return Adapter(settings.lora_alpha / settings.lora_rank, weights, sums, modules, ordered)
+    return Adapter(settings.alpha / settings.lora_rank, weights, sums, modules, ordered)
 
 
 def _lora_module(name: str, layer: LoraLinear, kind: str) -> LoraModule:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.errors import MEMORY_SIGNAL, MemoryShort
-from common.settings import without_logins
+from common.masking import mask_address
 
 GIB = 2**30
 AUTO_SHARE = 1 / 16
@@ -149,7 +149,7 @@ def largest_other_process() -> tuple[str, int]:
 
 def comfyui_advice(endpoints: str) -> str:
     """How to make the ComfyUI servers of the setting `comfyui_endpoint` free their memory; empty without one. Logins are masked."""
-    urls = " ".join(f"{without_logins(each.strip().rstrip('/'))}/free" for each in endpoints.split(",") if each.strip())
+    urls = " ".join(f"{each.strip().rstrip('/')}/free" for each in mask_address(endpoints).split(",") if each.strip())
     body = """'{"unload_models": true, "free_memory": true}'"""
     if not urls:
         return ""

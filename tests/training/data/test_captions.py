@@ -1,5 +1,7 @@
 """Captions, their variants, chunks of tokens, and embeddings."""
 
+import time
+
 import pytest
 import torch
 
@@ -152,3 +154,24 @@ def test_embedding_does_not_depend_on_what_is_encoded_with_it(encoders):
         alone, alone_pooled = encode_captions([text], encoders, 2)
         torch.testing.assert_close(alone[0], together[position], rtol=1e-4, atol=1e-5)  # the size of a batch moves roundings
         torch.testing.assert_close(alone_pooled[0], together_pooled[position], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", ["Nyafyi_Woman", "NYAFYI_WOMAN", "nyafyi woman", "(nyafyi_woman:1.1)", "Nyafyi_woman smiling"])
+def test_a_trigger_that_leads_in_any_spelling_stays_in_front(first):
+    variants = caption_variants(f"{first}, 1girl, smile, long hair, outdoors", "nyafyi_woman", 8, True, 0)
+    assert len(variants) == 8
+    assert {variant.split(", ")[0] for variant in variants} == {first}
+
+
+@pytest.mark.parametrize(
+    ("caption", "variants"),
+    [
+        (", ".join(f"t{number}" for number in range(9000)), 8),
+        ("a," * 16000 + "b," * 16000, 8),
+        ("a," * 32000, 1),
+    ],
+)
+def test_shuffling_the_longest_caption_takes_no_time(caption, variants):
+    started = time.process_time()
+    assert len(caption_variants(caption, "sks", 8, True, 0)) == variants
+    assert time.process_time() - started < 5

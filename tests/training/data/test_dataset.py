@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,32 @@ def test_a_data_set_that_is_all_flagged_or_was_never_audited(stage):
     nothing_left = stage.run(SKIP_FLAGGED=1)
     assert nothing_left.returncode == 3
     assert "all 1 images are flagged; replace some, or set SKIP_FLAGGED=0" in nothing_left.stderr
+
+
+def test_captions_with_other_suffixes_are_read(stage):
+    stage.add("coffee", "A.JPG", None)
+    (stage.images / "A.TXT").write_text("sks, coffee")
+    stage.add("chelsea", "b.png", None)
+    (stage.images / "b.caption").write_text("sks, cat")
+    stage.add("rocket", "c.png", "sks, rocket")
+    (stage.images / "c.caption").write_text("another text")
+    assert [example.caption for example in read_examples(stage.images, workers=0)] == ["sks, coffee", "sks, cat", "sks, rocket"]
+    assert unused_entries(stage.images) == ["c.caption"]
+
+
+def test_captions_that_cannot_be_used_are_in_the_list(stage, tmp_path):
+    for name in ("pipe", "link", "long", "utf16"):
+        stage.add("coffee", f"{name}.png", None)
+    os.mkfifo(stage.images / "pipe.txt")
+    (tmp_path / "secret").write_text("secret")
+    (stage.images / "link.txt").symlink_to(tmp_path / "secret")
+    (stage.images / "long.txt").write_bytes(b"a" * 65537)
+    (stage.images / "utf16.txt").write_bytes("sks".encode("utf-16-be"))
+    with pytest.raises(DataError) as error:
+        read_examples(stage.images, workers=2)
+    assert str(error.value).splitlines()[1:] == [
+        "  - link.png: its caption link.txt is a link to a file outside the data set; replace it by a copy of that file",
+        "  - long.png: its caption long.txt is larger than the 64 KiB of a caption; shorten or remove it",
+        "  - pipe.png: its caption pipe.txt is not a file; rename it",
+        "  - utf16.png: its caption utf16.txt is not UTF-8; save it as UTF-8 (it is UTF-16)",
+    ]

@@ -43,10 +43,10 @@ def losses(stage) -> list[float]:
     return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
 
 
-def test_a_stopped_pair_is_resumed_by_one_process_with_the_same_losses(images):
+def test_a_stopped_pair_is_resumed_by_one_process_with_the_same_losses(images, forked_python):
     """SIGTERM stops the pair; one process with twice the accumulation finishes, with the losses of an uninterrupted one."""
     long = {"NUM_TRAIN_EPOCHS": 4, "LEARNING_RATE": 0.001, "SAVE_EVERY_EPOCHS": 0}
-    pair = through_run_sh(images, **long)
+    pair = through_run_sh(images, PYTHON=forked_python, **long)
     images.wait_for_steps(pair, 3)
     pair.terminate()
     _, stderr = pair.communicate()
@@ -91,8 +91,8 @@ def test_processes_end_if_their_launcher_is_killed_while_they_import(images):
     assert not images.output.exists()
 
 
-def test_exit_codes_and_messages_are_passed_on(stage):
-    none = through_run_sh(stage)
+def test_exit_codes_and_messages_are_passed_on(stage, forked_python):
+    none = through_run_sh(stage, PYTHON=forked_python)
     _, stderr = none.communicate()
     assert none.returncode == 3, stderr
     assert (

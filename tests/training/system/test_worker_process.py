@@ -79,13 +79,13 @@ def worker():
         yield worker
 
 
-def run(folder: Path, code: str, environment: dict[str, str]) -> subprocess.Popen:
+def run(folder: Path, code: str, environment: dict[str, str], python: str | Path = sys.executable) -> subprocess.Popen:
     """A program with `code`; it is a file, because its worker process imports the same file."""
     script = folder / "run.py"
     script.write_text(code)
     environment = os.environ | environment | {"PYTHONPATH": str(REPOSITORY / "scripts")}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, script], env=environment, text=True, **pipes)
+    return subprocess.Popen([python, script], env=environment, text=True, **pipes)
 
 
 def test_calls_run_one_after_another_in_another_process(worker):
@@ -130,12 +130,13 @@ def test_it_ignores_signals_and_is_gone_after_the_block():
     process.wait(timeout=10)
 
 
-def test_encoding_in_a_worker_gives_the_same_files(stage, tmp_path):
+def test_encoding_in_a_worker_gives_the_same_files(stage, tmp_path, forked_python):
     stage.add("astronaut")
     here = stage.trained(NUM_TRAIN_EPOCHS=1)
     before = stage.files()
     stage.output.rename(tmp_path / "first")
-    output, errors = run(tmp_path, ENCODES_IN_WORKER, stage._environment({"NUM_TRAIN_EPOCHS": 1})).communicate()
+    environment = stage._environment({"NUM_TRAIN_EPOCHS": 1})
+    output, errors = run(tmp_path, ENCODES_IN_WORKER, environment, forked_python).communicate()
     assert errors == ""
     assert "worker process: read_inputs\n" in output
     assert "worker process: _encode_in_worker\n" in output

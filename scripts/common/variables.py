@@ -1,0 +1,52 @@
+"""Environment variables whose names are probably misspelt: they resemble a variable of LoRACat, but have no effect."""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+OTHER_VARIABLES = ("COMFYUI_HEADERS", "WANDB_API_KEY", "STRICT", "PYTHON", "BASE_IMAGE")
+"""Variables that are not in the settings file: the secrets, and those of run.sh and Docker Compose."""
+_OWN_PREFIXES = ("CAPTION_", "LORA_", "SAMPLE_", "TRAIN_")
+"""Beginnings of names that hardly any other program uses, unlike COMFYUI_."""
+_OTHER_NAMES = {
+    "COMFYUI_URL": "COMFYUI_ENDPOINT",
+    "COMFYUI_ADDRESS": "COMFYUI_ENDPOINT",
+    "COMFYUI_SERVER": "COMFYUI_ENDPOINT",
+    "LORA_DIM": "LORA_RANK",
+    "LORA_NAME": "OUTPUT_NAME",
+}
+"""Names that resemble none of LoRACat, but are often used for the same."""
+_SIMILAR = 0.88
+"""Of difflib's ratio: one letter of eight is missing, added, or has changed places with its neighbour."""
+
+
+def known_variables(settings_file: Path, keys: Iterable[str]) -> set[str]:
+    """The names of all variables of LoRACat: those of `keys`, and of every key in the settings file, even a commented one."""
+    in_file = re.findall(r"^#?\s*(\w+)\s*=", settings_file.read_text(encoding="utf-8"), re.MULTILINE)
+    return {*OTHER_VARIABLES, *(name.upper() for name in (*in_file, *keys))}
+
+
+def find_unknown_variables(known: set[str], environment: Mapping[str, str], env_file: Path) -> Iterator[str]:
+    """A line for each name that is not one of `known`, but resembles one or begins like one.
+
+    Docker Compose passes on only those variables in `env_file` that it knows, so the names in it are read as well.
+    """
+    targets = known - {"PYTHON"}  # PYTHON3 is a variable of other programs
+    prefixes = tuple(prefix for prefix in _OWN_PREFIXES if any(name.startswith(prefix) for name in known))
+    names = dict.fromkeys(_names_in(env_file), env_file.name)
+    names |= {name: "the environment" for name, value in environment.items() if value}
+    for name in sorted(names.keys() - known):
+        similar = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else difflib.get_close_matches(name.upper(), targets, 1, _SIMILAR)
+        if similar or name.upper().startswith(prefixes):
+            hint = f"did you mean {similar[0]}?" if similar else "docs/settings.md lists all of them"
+            yield f"unknown variable {name} in {names[name]}: it has no effect; {hint}"
+
+
+def _names_in(env_file: Path) -> list[str]:
+    """The names that the file gives values to. The values are not read."""
+    try:
+        text = env_file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return re.findall(r"^\s*(?:export\s+)?(\w+)\s*=\s*\S", text, re.MULTILINE)

@@ -1,0 +1,32 @@
+"""Write OUTPUT_DIR/report.html: one page that shows the data set, the training run and what it learned."""
+
+import sys
+from pathlib import Path
+
+from common.dataset_layout import DatasetFolder
+from common.errors import run_main
+from common.project import ProjectSettings
+from common.settings import read_request
+from reporting.dataset import read_dataset
+from reporting.page import write_page
+from reporting.run import read_run
+
+STAGE = "report"
+SECTIONS = {"project": ProjectSettings}
+
+
+def main(argv: list[str]) -> None:
+    request = read_request(STAGE, __doc__, argv, SECTIONS)
+    project: ProjectSettings = request.sections["project"]
+    page = Path(project.output_dir) / "report.html"
+    dataset = read_dataset(DatasetFolder(project.dataset_dir), project.trigger_word)
+    run = read_run(project.output_dir)
+    if request.check:
+        print(f"report: {len(dataset.images)} images, {'a training run' if run else 'no training run yet'}; written to {page}")
+        return
+    write_page(page, project.trigger_word, dataset, run)
+    print(f"report: {page}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(STAGE, lambda: main(sys.argv[1:])))

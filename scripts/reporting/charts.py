@@ -1,0 +1,81 @@
+"""Curves as inline SVG, which needs neither scripts nor other files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+from markupsafe import Markup, escape
+
+Points = Sequence[tuple[float, float]]
+WIDTH, HEIGHT = 640, 220
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 10, 26
+_TICKS = 4
+_MAX_POINTS = 600
+"""A curve of more points is thinned out: the page stays small and looks the same."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart. `style` is a class of the page's style sheet: raw, smooth, second."""
+
+    label: str
+    points: Points
+    style: str
+
+
+def smoothed(points: Points, weight: float = 0.95) -> list[tuple[float, float]]:
+    """Exponential moving average of the values, without the bias towards the first value (Kingma & Ba 2015, section 3)."""
+    average, result = 0.0, []
+    for count, (x, y) in enumerate(points, 1):
+        average = weight * average + (1 - weight) * y
+        result.append((x, average / (1 - weight**count)))
+    return result
+
+
+def line_chart(title: str, curves: Sequence[Curve]) -> Markup:
+    """An SVG of all curves over one pair of axes; a note instead if there is no finite value."""
+    curves = [Curve(c.label, [(x, y) for x, y in c.points if isfinite(x) and isfinite(y)], c.style) for c in curves]
+    curves = [curve for curve in curves if curve.points]
+    if not curves:
+        return Markup('<p class="missing">{}: no values yet</p>').format(title)
+    xs = [x for curve in curves for x, _ in curve.points]
+    ys = [y for curve in curves for _, y in curve.points]
+    (x_low, x_high), (y_low, y_high) = _range(xs), _range(ys)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_low) / (x_high - x_low)
+        up = (y - y_low) / (y_high - y_low)
+        return _LEFT + across * (WIDTH - _LEFT - _RIGHT), HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM)
+
+    parts = []
+    for tick in range(_TICKS + 1):
+        value = y_low + (y_high - y_low) * tick / _TICKS
+        _, y = at(x_low, value)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        value = round(x_low + (x_high - x_low) * tick / _TICKS)
+        x, _ = at(value, y_low)
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{value:.4g}</text>')
+    for curve in curves:
+        points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in _thinned(curve.points))
+        if len(curve.points) == 1:
+            x, y = at(*curve.points[0])
+            parts.append(f'<circle class="{curve.style}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
+        parts.append(f'<polyline class="{curve.style}" points="{points}"><title>{escape(curve.label)}</title></polyline>')
+    legend = "".join(f'<span class="key {curve.style}">{escape(curve.label)}</span>' for curve in curves if len(curves) > 1)
+    return Markup(
+        f'<figure class="chart"><figcaption>{escape(title)} {legend}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
+    )
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """Lowest and highest value, apart from each other even if all values are the same."""
+    low, high = min(values), max(values)
+    margin = abs(low) * 0.05 or 1.0
+    return (low, high) if high > low else (low - margin, high + margin)
+
+
+def _thinned(points: Points) -> Points:
+    step = -(-len(points) // _MAX_POINTS)
+    return [*points[::step], *points[-1:]] if step > 1 else points
