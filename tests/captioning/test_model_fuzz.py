@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from other_taggers import STAGES
 from PIL import Image
@@ -15,7 +15,7 @@ from captioning.preprocessing import find_preprocessing
 from captioning.tag_selection import read_tags
 from common.errors import ModelError
 
-FAST = settings(max_examples=80, deadline=None)
+pytestmark = [pytest.mark.fuzz, pytest.mark.timeout(3600)]
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 500) | st.floats() | st.text(max_size=5) | st.just(10**400),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -60,7 +60,6 @@ def assert_one_line(message: str, path: Path) -> None:
 @example(content=b"name,category\n,0\n")
 @example(content=b"name,category\n" + b"a" * 200_000 + b",0\n")
 @example(content=b"name,category\na," + b"9" * 5000)
-@FAST
 def test_a_list_of_tags_is_read_or_refused(folder, content):
     file = folder / "selected_tags.csv"
     file.write_bytes(content)
@@ -71,7 +70,6 @@ def test_a_list_of_tags_is_read_or_refused(folder, content):
 
 
 @given(data=st.data())
-@FAST
 def test_a_damaged_model_is_read_or_refused(folder, tiny, data):
     content = bytearray((tiny / "model.onnx").read_bytes())
     for position in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=8)):
@@ -84,7 +82,6 @@ def test_a_damaged_model_is_read_or_refused(folder, tiny, data):
 @given(content=st.binary(max_size=300))
 @example(content=b"")
 @example(content=b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")
-@FAST
 def test_any_bytes_are_refused_as_a_model(folder, content):
     file = folder / "other.onnx"
     file.write_bytes(content)
@@ -104,7 +101,6 @@ transformers = st.fixed_dictionaries({"size": sizes, "image_mean": values, "imag
     side=st.sampled_from([None, 20, 448]),
 )
 @example(description=("preprocess.json", [{"type": "resize", "size": "\n"}]), side=448)
-@FAST
 def test_a_description_is_followed_or_refused(folder, description, side):
     name, content = description
     onnx = OnnxFile(folder / "described.onnx", {"input": Input(False, [None, 3, side, side])})

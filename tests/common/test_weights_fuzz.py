@@ -5,7 +5,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
@@ -49,7 +49,7 @@ def file(tmp_path_factory) -> Path:
 @example(header=b'{"a":' * 100_000, data=b"", length=None)
 @example(header=b'{"a": ' + b"9" * 5000 + b"}", data=b"", length=None)
 @example(header=json.dumps({"a": TENSOR}).encode("utf-16-le"), data=bytes(8), length=None)
-@settings(max_examples=150, deadline=None)
+@pytest.mark.fuzz
 def test_every_header_is_read_or_refused_in_one_line(file, header, data, length):
     write(file, header, data, length)
     try:
