@@ -2,9 +2,10 @@
 
 import contextlib
 import gc
+import math
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,17 +15,17 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from tqdm import tqdm
 
 from common.background import in_background, prefetch
-from common.errors import Interruption, ResourceError, StopRequest, interruption_for
+from common.errors import Interruption, ModelError, ResourceError, StopRequest, interruption_for
 from common.files import atomic_write, write_bytes
 from common.settings import resolved_toml
 from training.callbacks.checkpoint import CheckpointWriter, keep_one, remove_incomplete, restore
 from training.callbacks.metrics import open_metrics
 from training.callbacks.validation import Validator
-from training.data.batches import BatchReader
+from training.data.batches import Batch, BatchReader
 from training.data.buckets import OptimizerStep
 from training.data.cache import CacheBuilder, CachedExample
 from training.engine import prepare_unet, warm_up
-from training.engine.step import TrainStep
+from training.engine.step import StepResult, TrainStep
 from training.job import TrainingJob, lora_metadata
 from training.loop import Callback, Progress, RunSchedule, run_steps, smoothed
 from training.memory_budget import suggest_settings
@@ -32,7 +33,7 @@ from training.method.adapters import Adapter, LoraModule, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.export import write_lora
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
-from training.models.weights import load_unet
+from training.models.weights import load_unet, require_finite_weights
 from training.system.device import MemoryGuard, available_bytes, limit_gpu_memory, make_deterministic, memory_guard
 from training.system.process_group import ProcessGroup
 from training.system.processes import WorkerProcess
@@ -69,7 +70,8 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             callbacks = list(writers)
             if held_out.examples:
                 callbacks.insert(0, Validator(held_out, step.evaluate, schedule.validates_between, writers))
-            progress = run_steps(schedule, step.begin, batches, reader.image_names, callbacks, stop_request(group, guard))
+            begin = step.begin if job.saved else checking_first_step(job, step.begin)
+            progress = run_steps(schedule, begin, batches, reader.image_names, callbacks, stop_request(group, guard))
             if group.is_main_process:  # while the last checkpoint is still on its way to the disk
                 write_results(job, modules, schedule, progress)
     if group.is_main_process:
@@ -187,6 +189,50 @@ def build_step(job: TrainingJob, group: ProcessGroup, unet: UNet2DConditionModel
     sync = prepare_unet(job.engine, unet, adapter, job.precision.device, gradient_checkpointing=checkpointing)
     norm = settings.optimizer.max_grad_norm
     return TrainStep(unet, adapter, optimizer, config, job.precision, norm, group.all_reduce, sync_compute_weights=sync)
+
+
+def checking_first_step(
+    job: TrainingJob, begin: Callable[[list[Batch], float], Callable[[], StepResult]]
+) -> Callable[[list[Batch], float], Callable[[], StepResult]]:
+    """`begin` of a run's steps, of which the first raises ModelError if loss or gradient is not finite: the LoRA adds nothing yet,
+    so that the cause is the base model or its embeddings, and never the learning rate."""
+    is_first = True
+
+    def begin_step(batches: list[Batch], learning_rate: float) -> Callable[[], StepResult]:
+        nonlocal is_first
+        read = begin(batches, learning_rate)
+        if not is_first:
+            return read
+        is_first = False
+
+        def read_first() -> StepResult:
+            result = read()
+            if result.diverged or not math.isfinite(result.loss):
+                raise explain_first_step(job, batches)
+            return result
+
+        return read_first
+
+    return begin_step
+
+
+def explain_first_step(job: TrainingJob, batches: Sequence[Batch]) -> ModelError:
+    """Why the first step's loss or gradient is not finite. Reads every weight of the UNet if the data is not the cause."""
+    values = [tensor for batch in batches for tensor in (batch.mean, batch.log_variance, batch.hidden, batch.pooled)]
+    if not all(tensor.isfinite().all() for tensor in values):
+        return ModelError(
+            f"{job.outputs.cache}: holds NaN or infinity, which an earlier version stored; delete its folders text and latents, "
+            "and run again"
+        )
+    try:
+        require_finite_weights(job.base, ["unet"], job.precision.dtype)
+    except ModelError as found:
+        return found
+    remedy = "set MIXED_PRECISION=bf16, or use" if job.precision.dtype == torch.float16 else "use"
+    return ModelError(
+        f"{job.base.path}: the UNet's first prediction is NaN or infinity, with a LoRA that adds nothing yet and weights that are "
+        f"all finite; {remedy} another base model"
+    )
 
 
 def schedule_of(job: TrainingJob) -> RunSchedule:

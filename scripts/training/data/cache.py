@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.background import in_background, prefetch
 from common.clip_tokens import CHUNK_TOKENS
-from common.errors import DataError, ResourceError
+from common.errors import ModelError, ResourceError
 from common.images import open_rgb
 from training.config import DataSettings
 from training.data.buckets import Placement
@@ -31,7 +31,7 @@ from training.data.captions import caption_variants, chunks_needed, encode_capti
 from training.data.dataset import Example
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
-from training.models.weights import load_text_encoders, load_tokenizers, load_vae, write_tensors
+from training.models.weights import load_text_encoders, load_tokenizers, load_vae, require_finite_weights, write_tensors
 from training.system.process_group import ProcessGroup
 
 FORMAT = 2
@@ -40,11 +40,18 @@ FORMAT = 2
 TENSORS = {"latents": {"mean", "log_variance"}, "text": {"hidden", "pooled"}}
 """Names of the tensors in a file, by its folder."""
 
+_MAX_SHOWN = 60
+"""Characters of a caption that a message repeats."""
+
 CHECKSUM = "crc32"
 """Name of the checksum in a file's metadata."""
 
 _WRITERS = 2
 """Threads that wait for the disk, and on a GPU for its results."""
+
+
+class NotFiniteError(ModelError):
+    """An encoder of the base model returns NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -221,8 +228,9 @@ class CacheBuilder:
                 distribution = vae.encode(pixels.to(self.device)).latent_dist
             return distribution.mean, distribution.logvar
 
-        for _ in write_latents(share, posterior, workers):
-            bar.update()
+        with self._blaming_weights("vae"):
+            for _ in write_latents(share, posterior, workers):
+                bar.update()
 
     def _encode_captions(
         self, share: Sequence[tuple[Path, list[str]]], tokenizers: tuple, chunks: int, workers: int, bar: tqdm
@@ -232,8 +240,18 @@ class CacheBuilder:
             return
         encoders = load_text_encoders(self.base, self.device, torch.float32)
         encode = partial(encode_captions, tokenizers=tokenizers, encoders=encoders, chunks=chunks)
-        for _ in write_embeddings(share, encode, self.dtype, workers):
-            bar.update()
+        with self._blaming_weights("text_encoder", "text_encoder_2"):
+            for _ in write_embeddings(share, encode, self.dtype, workers):
+                bar.update()
+
+    @contextlib.contextmanager
+    def _blaming_weights(self, *names: str) -> Iterator[None]:
+        """If an encoder returns NaN or infinity, name the weight that holds it; the encoder's own error stays if all are finite."""
+        try:
+            yield
+        except NotFiniteError:
+            require_finite_weights(self.base, names, torch.float32)  # they compute in fp32
+            raise
 
     def _free_memory(self) -> None:
         """Return the memory of encoders that are not referenced any more."""
@@ -250,8 +268,8 @@ def write_latents(
     """Encode each of the `missing` images (file, example, placement) and yield its file when it is written.
 
     `encode` takes pixels [1, 3, H, W] in -1 .. 1 (fp32, CPU) and returns mean and log-variance [1, C, h, w] of the VAE's
-    posterior. `workers` threads decode images ahead of it; up to two write its results. Raises DataError naming an image whose
-    latents are not finite.
+    posterior. `workers` threads decode images ahead of it; up to two write its results. Raises NotFiniteError naming an image
+    whose latents are not finite; nothing is written for it.
     """
     pixels = prefetch(lambda item: image_pixels(item[1], item[2]), missing, workers)
     encoded = ((path, example, *encode(image[None])) for (path, example, _), image in zip(missing, pixels, strict=True))
@@ -260,7 +278,7 @@ def write_latents(
         path, example, *posterior = item
         mean, log_variance = (tensor[0].to("cpu", torch.float32).contiguous() for tensor in posterior)
         if not (mean.isfinite().all() and log_variance.isfinite().all()):
-            raise DataError(f"{example.name}: the VAE returns NaN or infinity for this image; remove it, or use another VAE")
+            raise NotFiniteError(f"{example.name}: the VAE returns NaN or infinity for this image; use another base model")
         write_entry(path, {"mean": mean, "log_variance": log_variance})
         return path
 
@@ -276,13 +294,19 @@ def write_embeddings(
     """Encode the variants of each of the `missing` captions (file, variants) and yield its file when it is written.
 
     `encode` returns hidden states [variants, tokens, D] and pooled embeddings [variants, P]; they are stored as `dtype`. Up to
-    two of `workers` threads write them.
+    two of `workers` threads write them. Raises NotFiniteError naming a caption whose embeddings are not finite, or not in
+    `dtype`; nothing is written for it.
     """
-    encoded = ((path, *encode(variants)) for path, variants in missing)
+    encoded = ((path, variants, *encode(variants)) for path, variants in missing)
 
-    def write(item: tuple[Path, torch.Tensor, torch.Tensor]) -> Path:
-        path, hidden, pooled = item
+    def write(item: tuple[Path, Sequence[str], torch.Tensor, torch.Tensor]) -> Path:
+        path, variants, hidden, pooled = item
         tensors = {"hidden": hidden.to("cpu", dtype).contiguous(), "pooled": pooled.to("cpu", dtype).contiguous()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            caption = repr(variants[0][:_MAX_SHOWN])
+            if hidden.isfinite().all() and pooled.isfinite().all():
+                raise NotFiniteError(f"the embeddings of the caption {caption} are too large for fp16: set MIXED_PRECISION=bf16")
+            raise NotFiniteError(f"the text encoders return NaN or infinity for the caption {caption}; use another base model")
         write_entry(path, tensors)
         return path
 

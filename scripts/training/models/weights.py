@@ -6,7 +6,7 @@ Files are written with the mode and the errors that all other files have.
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -91,12 +91,44 @@ def require_matching_weights(base: BaseModel) -> None:
         _matching_network(component)
 
 
+def require_finite_weights(base: BaseModel, names: Sequence[str], dtype: torch.dtype) -> None:
+    """Search the weights of these components for NaN and infinity, as they are in `dtype`. Raises ModelError with file and tensor.
+
+    Reads all of them: for the case that something computed with them is not finite.
+    """
+    for component in (base.components[name] for name in names):
+        with _opened(component, torch.device("cpu")) as where:
+            for key, file in where.items():
+                weight = file.get_tensor(key)
+                if weight.isfinite().all() and not weight.to(dtype).isfinite().all():
+                    raise ModelError(
+                        f"{component.file_of(key)}: {key} of the {component.label} is too large for {str(dtype)[6:]}; set "
+                        "MIXED_PRECISION=bf16, or use another base model"
+                    )
+                if not weight.isfinite().all():
+                    raise ModelError(
+                        f"{component.file_of(key)}: {key} of the {component.label} holds NaN or infinity: the file is damaged, or "
+                        "the result of a bad merge; download it again, or use another base model"
+                    )
+
+
+@contextlib.contextmanager
+def _opened(component: Component, device: torch.device) -> Iterator[dict[str, safe_open]]:
+    """The name of each of the component's tensors, and its opened file. Raises ModelError if safetensors refuses a file."""
+    with ExitStack() as stack:
+        opened = {}
+        for path in {file.path for file in component.files}:
+            try:
+                opened[path] = stack.enter_context(safe_open(path, "pt", str(device)))
+            except SafetensorError as error:
+                raise ModelError(f"{path}: {' '.join(str(error).split())}: download it again") from None
+        yield {key: opened[file.path] for file in component.files for key in file.tensors if key in component.tensors}
+
+
 def _load(component: Component, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """The network of `component` with its weights: frozen, in `dtype`, on `device`."""
     network = _matching_network(component)
-    with ExitStack() as stack:
-        opened = {file.path: stack.enter_context(safe_open(file.path, "pt", str(device))) for file in component.files}
-        where = {key: opened[file.path] for file in component.files for key in file.tensors if key in component.tensors}
+    with _opened(component, device) as where:
         read = prefetch(lambda key: where[key].get_tensor(key).to(dtype), where, _READERS)
         tensors = dict(zip(where, read, strict=True))
     network.load_state_dict(_state_dict(component, tensors, network), assign=True)
@@ -141,13 +173,15 @@ def _state_dict(component: Component, tensors: dict[str, torch.Tensor], network:
 
 def _diffusers_names(component: Component, tensors: dict[str, torch.Tensor], network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """`tensors` under the names that diffusers and transformers give them."""
-    if component.in_single_file:
+    if component.has_original_names:
         try:
             converted = _FROM_SINGLE_FILE[component.name](tensors, network)
         except KeyError as error:
             raise ModelError(f"{component.files[0].path}: {component.name}: {error.args[0]} is missing") from None
         untransposed = tensors.get(f"{PREFIXES[component.name]}text_projection.weight")
         return converted if untransposed is None else converted | {"text_projection.weight": untransposed}
+    if component.in_single_file:
+        tensors = {key.removeprefix(PREFIXES[component.name]): tensor for key, tensor in tensors.items()}
     if component.name == "vae":
         for old, new in _OLD_VAE_NAMES.items():
             tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}

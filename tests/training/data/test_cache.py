@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from common import images
-from common.errors import DataError, ResourceError
+from common.errors import ResourceError
 from common.images import DECODER_REVISION
 from common.settings import REPOSITORY
 from training.config import TrainSettings
@@ -20,6 +20,7 @@ from training.data import cache as cache_module
 from training.data.buckets import assign_bucket
 from training.data.cache import (
     CacheBuilder,
+    NotFiniteError,
     entry,
     image_pixels,
     is_valid_entry,
@@ -262,9 +263,9 @@ def test_latents_that_are_not_finite_name_their_image(stage, examples):
         return torch.full((1, 4, 2, 2), float("nan")), torch.zeros(1, 4, 2, 2)
 
     path = stage.output / "latents" / "a.safetensors"
-    with pytest.raises(DataError, match=r"coffee\.webp: the VAE returns NaN") as error:
+    with pytest.raises(NotFiniteError, match=r"coffee\.webp: the VAE returns NaN") as error:
         list(write_latents([(path, examples["coffee"], placement_of(examples["coffee"]))], broken, workers=1))
-    assert error.value.exit_code == 3
+    assert error.value.exit_code == 5
     assert not is_valid_entry(path)
     assert not path.exists()
 

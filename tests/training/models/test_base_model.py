@@ -24,6 +24,16 @@ def test_a_name_in_models_dir_finds_folder_and_file(tiny_sdxl, tiny_single_file)
     assert find_base(tiny_single_file.name, tiny_single_file.parent).name == "tiny-sdxl"
 
 
+@pytest.mark.parametrize("name", ["owner/some-XL", "https://huggingface.co/owner/some-XL", "https://hf.co/owner/some-XL/"])
+@pytest.mark.parametrize("folder", ["some-XL", "owner/some-XL"])
+def test_a_repository_is_found_where_its_download_command_puts_it(tiny_sdxl, tmp_path, name, folder):
+    with pytest.raises(ModelError, match=f"hf download owner/some-XL --local-dir {tmp_path}/some-XL "):
+        find_base(name, tmp_path)
+    (tmp_path / folder).parent.mkdir(exist_ok=True)
+    (tmp_path / folder).symlink_to(tiny_sdxl)
+    assert find_base(name, tmp_path).path == tmp_path / folder
+
+
 def test_missing_base_model_names_the_download_command(tmp_path):
     message = refusal(Path("stable-diffusion-xl-base-1.0"), tmp_path)
     assert f"neither in {tmp_path} nor a path" in message
@@ -123,13 +133,13 @@ def test_a_digest_is_remembered_until_its_file_changes(stage, tiny_sdxl, tmp_pat
     file.write_bytes(content)
     changed = digest_now()
     assert changed != first
-    for damage in ("{ half a", "[1, 2]", "[]", "null", "5"):
+    for damage in ("{ half a", "[1, 2]", "[]", "null", "5", '{"a":' * 100_000):
         (kept / base_model.DIGESTS).write_text(damage)
         assert digest_now() == changed
     remembered = json.loads((kept / base_model.DIGESTS).read_text())
     (kept / base_model.DIGESTS).write_text(json.dumps(dict.fromkeys(remembered, 5)))
     assert digest_now() == changed
-    assert len(computed) == 11
+    assert len(computed) == 12
 
 
 def test_demo_is_reproducible_and_small(tmp_path, tiny_sdxl):
