@@ -143,7 +143,7 @@ def test_prompt_that_is_removed_before_the_queue_was_read_stays_removed(batch, s
     standin.worker.seconds_per_job = 0.3
 
     def remove():
-        wait_for(lambda: in_queue(standin, "pending"))
+        wait_for(lambda: in_queue(standin, "running") and in_queue(standin, "pending"))
         standin.worker.delete_pending(None)
 
     while_collecting(remove)
