@@ -63,8 +63,8 @@ class InFlight:
     """While ComfyUI's answer is missing, the prompt may still arrive until this time (time.monotonic())."""
     failed_downloads: int = 0
     """How often the server became unavailable while the images were downloaded."""
-    was_waiting: bool = False
-    """Whether the prompt was waiting, and not running, when the queue was last read."""
+    behind: frozenset[str] = frozenset()
+    """Ids of prompts that the server runs before this one, as far as they are known; none when it runs itself."""
     submitted_s: float = 0.0
     """time.monotonic(); 0 for a prompt of an earlier run."""
 
