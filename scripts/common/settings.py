@@ -40,6 +40,13 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 """Bytes of a variable that are not UTF-8 appear as surrogates."""
 
+
+def pipeline_command(*flags: str, **variables: object) -> str:
+    """The command with which a user runs stages, for a message."""
+    command = ["docker", "compose", "run", "--rm", "loracat"] if IN_CONTAINER else ["scripts/run.sh"]
+    return " ".join([*(f"{name}={value}" for name, value in variables.items()), *command, *flags])
+
+
 Validate = Callable[[dict[str, Any]], Iterable[str]]
 """Checks settings across sections: filled sections by the names of their tables -> problems."""
 

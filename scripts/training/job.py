@@ -52,7 +52,8 @@ def resolve_on_all_ranks(
         return job
     if group.local_rank == 0:
         expected = sorted(example.sha256 for example in [*job.plan.examples, *job.plan.held_out])
-        if sorted(example.sha256 for example in read_images(project, settings.data)) != expected:
+        examples, _ = read_images(project, settings.data)
+        if sorted(example.sha256 for example in examples) != expected:
             raise DataError(f"{project.dataset_dir}: the images differ from those of the main machine; copy its folder here")
     return replace(job, precision=choose_precision(job.settings.model.mixed_precision, group.gpu))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from common.errors import Interruption, SettingsError
+from common.progress import ProgressBar
 from training.data.batches import Batch
 from training.data.buckets import OptimizerStep
 from training.engine.step import StepResult
@@ -76,7 +77,7 @@ def run_steps(
     progress, saved_at = schedule.start, time.monotonic()
     running: RunningStep | None = None
     total, remaining = (sum(len(step.examples) for step in steps) for steps in (schedule.order, schedule.remaining))
-    with tqdm(total=total, initial=total - remaining, unit="img", desc="train", disable=None, dynamic_ncols=True) as bar:
+    with ProgressBar(total, "train", "img", total - remaining, dynamic_ncols=True) as bar:
         for step, micro_batches in zip(schedule.remaining, batches, strict=True):
             if schedule.ends_early(progress):
                 break

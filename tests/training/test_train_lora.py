@@ -101,7 +101,10 @@ def test_a_finished_run_is_not_trained_again(finished):
     stage = finished.stage
     before = {path: path.stat().st_mtime_ns for path in stage.output.rglob("*")}
     said = stage.trained(**finished.variables)
-    assert said.splitlines()[-1].startswith(f"nothing to do: {stage.lora} is finished")
+    *_, done, following, warning = said.splitlines()
+    assert done.startswith(f"nothing to do: {stage.lora} is finished")
+    assert following.startswith(f"next: load {stage.lora.name} in ComfyUI")
+    assert "training samples are few" in warning
     assert {path: path.stat().st_mtime_ns for path in stage.output.rglob("*")} == before
 
 
@@ -361,5 +364,5 @@ def test_check_looks_at_everything_and_says_all_that_is_wrong(stage):
     bad = stage.run("--check", BASE_MODEL="nowhere")
     assert bad.returncode == 5
     assert "'nowhere' is neither in" in bad.stderr
-    assert "coffee.png: has no caption coffee.txt" in bad.stderr
+    assert "1 of the 2 images have no caption (coffee.png)" in bad.stderr
     assert not stage.output.exists()

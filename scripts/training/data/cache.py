@@ -23,6 +23,7 @@ from common.background import in_background, prefetch
 from common.clip_tokens import CHUNK_TOKENS
 from common.errors import DataError
 from common.images import open_rgb
+from common.progress import ProgressBar
 from training.config import DataSettings
 from training.data.buckets import Placement
 from training.data.captions import caption_variants, chunks_needed, encode_captions, text_beyond
@@ -161,7 +162,7 @@ class CacheBuilder:
         latents, embeddings = self.find_latents(images), self.find_embeddings([*variants, [""]], chunks)
         self.group.barrier()  # all processes know what is missing before one writes
         total = len(self.group.shard(latents.missing)) + len(self.group.shard(embeddings.missing))
-        with tqdm(total=total, desc="encode", disable=None) as bar, _tensor_cores(enabled=self.uses_tensor_cores):
+        with ProgressBar(total, "encode", "images and captions") as bar, _tensor_cores(enabled=self.uses_tensor_cores):
             encode_texts = partial(self._encode_captions, embeddings.missing, chunks, workers, bar)
             with in_background(encode_texts, start=self.concurrent) as texts_encoded:
                 self._encode_images(latents.missing, workers, bar)

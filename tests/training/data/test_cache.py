@@ -47,7 +47,7 @@ def examples(stage):
     rocket.putalpha(Image.fromarray(fade))
     rocket.save(stage.images / "rocket.png")
     (stage.images / "rocket.txt").write_text("sks, rocket")
-    return {example.path.stem: example for example in read_examples(stage.images, workers=0)}
+    return {example.path.stem: example for example in read_examples(stage.images, workers=0)[0]}
 
 
 def as_image(pixels: torch.Tensor) -> Image.Image:
