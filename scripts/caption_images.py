@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
         return
     lock = locked(folder.images, f"another run is captioning {folder.images}: wait for it to end")
     with lock if folder.images.is_dir() else nullcontext():
+        folder.remove_leftovers()
         captions = CaptionFiles(folder, project.trigger_word)
         if "undo" in request.flags:
             undo(captions)

@@ -55,9 +55,13 @@ def main() -> None:
 def run_jobs(jobs: list[Job], plan: Plan, journal: Journal, store: ImageStore, settings: CollectSettings) -> int:
     """Run all jobs and show their progress. Returns how many failed."""
     addresses = parse_addresses(settings.comfyui_endpoint, settings.comfyui_headers, settings.comfyui_ca_bundle)
-    timing = {"delay_s": settings.comfyui_delay, "stall_timeout_s": settings.comfyui_stall_timeout}
+    options = {
+        "delay_s": settings.comfyui_delay,
+        "stall_timeout_s": settings.comfyui_stall_timeout,
+        "api_key": settings.comfyui_api_key,
+    }
     failed = 0
-    with Display(plan, len(jobs)) as display, ServerPool(addresses, plan, journal, store, display.log, **timing) as pool:
+    with Display(plan, len(jobs)) as display, ServerPool(addresses, plan, journal, store, display.log, **options) as pool:
         pool.start(jobs)
         for result in pool.results(len(jobs), DISPLAY_INTERVAL_S):
             if result is not None:

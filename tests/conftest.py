@@ -98,10 +98,11 @@ def built_once(tmp_path_factory, worker_id) -> Callable[[str, Callable[[Path], o
     shared = base if worker_id == "master" else base.parent
 
     def get(name: str, build: Callable[[Path], object]) -> Path:
-        path, complete = shared / "built" / name, shared / "built" / f".{name}-complete"
-        path.parent.mkdir(exist_ok=True)
-        with (shared / "built" / f".{name}-lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        path = shared / "built" / name
+        complete, lock = (path.with_name(f".{path.name}-{what}") for what in ("complete", "lock"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             if not complete.exists():
                 build(path)
                 complete.touch()
@@ -119,7 +120,7 @@ def tiny_sdxl(built_once) -> Path:
 
         build(path)
 
-    return built_once("tiny-sdxl", build)
+    return built_once("models/tiny-sdxl", build)
 
 
 @pytest.fixture(scope="session")
@@ -127,4 +128,4 @@ def tiny_single_file(tiny_sdxl, built_once) -> Path:
     """The same weights as one `.safetensors`, without a tokenizer beside it."""
     from demo.tiny_sdxl import write_single_file
 
-    return built_once("tiny-sdxl.safetensors", lambda path: write_single_file(tiny_sdxl, path))
+    return built_once("single/tiny-sdxl.safetensors", lambda path: write_single_file(tiny_sdxl, path))

@@ -21,7 +21,7 @@ from common.variables import known_variables
 from training.config import TrainSettings
 from training.system.memory_guard import comfyui_advice
 
-SECRETS = ("wandb_api_key", "comfyui_headers")
+SECRETS = ("wandb_api_key", "comfyui_headers", "comfyui_api_key")
 SECTIONS = {"project": ProjectSettings, "collect": CollectSettings, "caption": CaptionSettings, "train": TrainSettings}
 
 

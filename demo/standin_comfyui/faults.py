@@ -76,9 +76,14 @@ def _slow(request: Request, handle: Handler) -> Response:
     return handle(request)
 
 
-def _own_ids(request: Request, handle: Handler) -> Response:
-    body = {key: value for key, value in request.json().items() if key != "prompt_id"}
-    return handle(replace(request, body=json.dumps(body).encode()))
+def _without(name: str) -> Callable:
+    """The server does not know a key of the request."""
+
+    def answer(request: Request, handle: Handler) -> Response:
+        body = {key: value for key, value in request.json().items() if key != name}
+        return handle(replace(request, body=json.dumps(body).encode()))
+
+    return answer
 
 
 def _prompt_lost(request: Request, handle: Handler) -> Response:
@@ -129,7 +134,8 @@ REQUESTS: dict[str, tuple[str, str, Callable[[Request, Handler], Response]]] = {
     # POST /prompt
     "answer_lost": ("POST", "/prompt", _answer_lost),
     "prompt_lost": ("POST", "/prompt", _prompt_lost),
-    "own_ids": ("POST", "/prompt", _own_ids),
+    "own_ids": ("POST", "/prompt", _without("prompt_id")),
+    "targets_ignored": ("POST", "/prompt", _without("partial_execution_targets")),
     # GET /view
     "image_empty": ("GET", "/view", _altered(lambda answer: replace(answer, body=b""))),
     "image_of_html": ("GET", "/view", _altered(lambda answer: replace(answer, body=_LOGIN))),

@@ -236,8 +236,9 @@ class StandIn:
         if prompt_id in self.worker.history and self._has_fault("evicted"):
             del self.worker.history[prompt_id]
         if self._has_fault("forgotten"):
-            self.worker.delete_pending(None)
-            self.worker.history.clear()
+            self.worker.stop()
+            self.worker = self._new_worker()
+            self.worker.start()
         return json_response({prompt_id: self.worker.history[prompt_id]} if prompt_id in self.worker.history else {})
 
     def _queue(self) -> Response:

@@ -5,7 +5,6 @@ is not measured again. The flaws are recorded in `dataset/.loracat/audit.json`: 
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from captioning.image_stats import HASH_SIDE, ImageStats, measure
 from common.background import prefetch
 from common.dataset_layout import CAPTION_SUFFIXES, IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in, repeats_of
-from common.files import sha256_of, write_json
+from common.files import read_cached_json, sha256_of, write_cached_json, write_json
 from common.images import BrokenImageError
 from common.progress import ProgressBar
 
@@ -69,7 +68,7 @@ def index_images(folder: DatasetFolder, images: Sequence[ImageFile], workers: in
         stats = dataclasses.asdict(image.stats) if image.stats else None
         entry = {"name": image.name, "stamp": image.stamp, "sha256": image.sha256, "look": stats, "broken": image.broken}
         entries.append(entry)
-    write_json(folder.image_index, {"format": INDEX_FORMAT, "pictures": entries})
+    write_cached_json(folder.image_index, {"format": INDEX_FORMAT, "pictures": entries})
     return indexed
 
 
@@ -94,12 +93,12 @@ def _read_index(record: Path) -> dict[str, IndexedImage]:
     """The recorded images by name; {} if there is no record, or one that is damaged or of another format."""
     index = {}
     try:
-        content = json.loads(record.read_bytes())
+        content = read_cached_json(record)
         for entry in content["pictures"] if content["format"] == INDEX_FORMAT else ():
             stats = ImageStats(**entry["look"]) if entry["look"] else None
             image = IndexedImage(entry["name"], tuple(entry["stamp"]), entry["sha256"], stats, entry["broken"])
             index[image.name] = image
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}
     return index
 

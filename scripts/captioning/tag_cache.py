@@ -6,8 +6,10 @@ not needed when every image is cached.
 """
 
 import hashlib
+import io
 import json
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tokenize import TokenError
@@ -23,7 +25,7 @@ from captioning.report import CaptionCounts
 from captioning.tag_selection import TagSelector, read_tags
 from captioning.wd14 import Tagger, first_batch, predict
 from common.background import prefetch
-from common.files import atomic_write, sha256_of, write_json
+from common.files import atomic_write, sha256_of, write_bytes, write_json
 from common.images import BrokenImageError
 from common.progress import ProgressBar
 
@@ -89,17 +91,26 @@ class TagCache:
     def read(self, sha256: str) -> np.ndarray | None:
         """The probabilities of the image with this SHA-256, float32 [tags]; None if they are missing or damaged."""
         try:
-            with (self._folder / f"{sha256}.npy").open("rb") as file:
+            content = (self._folder / f"{sha256}.npy").read_bytes()
+            with io.BytesIO(content) as file:
                 probabilities = np.lib.format.read_array(file, allow_pickle=False)
+                checksum, end = file.read(), file.tell()
         except (OSError, ValueError, SyntaxError, TokenError):  # the header is a line of Python
             return None
+        is_intact = not checksum or checksum == _checksum(content[: end - len(checksum)])  # 1.0 wrote none
         fits = probabilities.dtype == np.float32 and probabilities.shape == (len(self.tags),)
-        return probabilities if fits else None
+        return probabilities if fits and is_intact else None
 
     def write(self, sha256: str, probabilities: np.ndarray) -> None:
-        """Store the `probabilities`, float32 [tags], of the image with this SHA-256."""
-        with atomic_write(self._folder / f"{sha256}.npy") as temporary, temporary.open("wb") as file:
+        """Store the `probabilities`, float32 [tags], of the image with this SHA-256. A checksum follows the array."""
+        with io.BytesIO() as file:
             np.save(file, probabilities)
+            content = file.getvalue()
+        write_bytes(self._folder / f"{sha256}.npy", content + _checksum(content))
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")
 
 
 def open_cache(root: Path, name: str, model_folder: Path, bf16: bool) -> TagCache:

@@ -2,11 +2,13 @@
 
 ComfyUIError
 |-- SubmissionUnconfirmed   a prompt was sent but no answer came: it may be queued or not
-|-- PromptRejected          the server does not run this workflow
+|-- PromptRejected          the server refused a prompt: it is not queued
 `-- ImageGone               /view does not return a file that the history names
+    `-- FileMissing         because it was deleted
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ from common.errors import ComfyUIError
 
 MAX_NAME_LENGTH = 1000
 """Of an id or a file name that the server chooses."""
+UPLOAD_OVERHEAD_BYTES = 1024
+"""Of the request body around an uploaded file."""
 MAX_REASONS = 20
 """Number of validation errors that are listed."""
 
@@ -53,17 +57,22 @@ class SubmissionUnconfirmed(ComfyUIError):
 
 
 class PromptRejected(ComfyUIError):
-    """POST /prompt answered 400."""
+    """POST /prompt was answered with an error of the request (status 3xx or 4xx): nothing was queued."""
 
 
 class ImageGone(ComfyUIError):
     """GET /view does not return this file; it may return others."""
 
 
+class FileMissing(ImageGone):
+    """GET /view answered 404."""
+
+
 class ComfyUI(contextlib.AbstractContextManager):
     """A client of one server, for one thread. Use as a context manager; `client_id` is sent with every prompt.
 
-    `retry_delays_s` are the delays between the attempts of one request, `sleep` waits for them.
+    `api_key`, a key of the Comfy platform, is sent with every prompt, too: partner nodes need it. `retry_delays_s` are the
+    delays between the attempts of one request, `sleep` waits for them.
     """
 
     def __init__(
@@ -72,9 +81,10 @@ class ComfyUI(contextlib.AbstractContextManager):
         client_id: str,
         retry_delays_s: Sequence[float] | None = None,
         sleep: Callable[[float], Any] = time.sleep,
+        api_key: str = "",
     ):
         self.url = address.url
-        self._client_id = client_id
+        self._client_id, self._api_key = client_id, api_key
         self._http = Transport(address, retry_delays_s, sleep)
 
     def __exit__(self, *_exception: object) -> None:
@@ -92,6 +102,20 @@ class ComfyUI(contextlib.AbstractContextManager):
         """The description of every node class that the server has: {class: {"input": ..., "output": ...}}."""
         return self._get_json("/object_info")
 
+    def check_upload_size(self, content: bytes) -> None:
+        """Raises ComfyUIError if an image is larger than what the server says that it accepts. Old servers do not say it."""
+        try:
+            limit = self._http.parse_json(self._http.request("GET", "/features"), "/features").get("max_upload_size")
+        except ComfyUIError:
+            return
+        size = len(content) + UPLOAD_OVERHEAD_BYTES
+        if isinstance(limit, int | float) and 0 < limit < size:
+            limit_mib, needed_mib = limit / 2**20, math.ceil(size / 2**20)
+            raise self._http.error(
+                f"does not accept the face reference: it has {size / 2**20:.1f} MiB, and at most {limit_mib:.1f} MiB can be"
+                f" uploaded; use a smaller image as FACE_REFERENCE, or start ComfyUI with --max-upload-size {needed_mib}"
+            )
+
     def node_replacements(self) -> dict[str, Any]:
         """By which class ComfyUI replaces one that it no longer has; {} for versions that replace none."""
         reply = self._http.request("GET", "/node_replacements")
@@ -99,6 +123,7 @@ class ComfyUI(contextlib.AbstractContextManager):
 
     def upload(self, name: str, content: bytes) -> str:
         """Upload an image. Returns the name by which a LoadImage node finds it, which may differ from `name`."""
+        self.check_upload_size(content)
         files = {"image": (name, content, "application/octet-stream")}
         reply = self._http.request_with_retry("POST", "/upload/image", files=files, data={"type": "input"})
         stored = self._http.parse_json(reply, "/upload/image")
@@ -107,12 +132,19 @@ class ComfyUI(contextlib.AbstractContextManager):
             raise self._http.error(f"did not return the name of the uploaded face reference, but {shown(stored)}")
         return f"{subfolder}/{name}" if subfolder else name
 
-    def submit(self, graph: dict[str, Any], prompt_id: str) -> Queued:
-        """Queue a workflow under `prompt_id`.
+    def submit(self, graph: dict[str, Any], prompt_id: str, targets: Sequence[str] | None = None) -> Queued:
+        """Queue a workflow under `prompt_id`; of its output nodes only `targets` run, if the server supports it.
+
+        The workflow is embedded in the images by ComfyUI itself, as the chunk `prompt`. It is never sent as the `workflow` of
+        `extra_pnginfo`, which is in the format of the web page.
 
         Raises PromptRejected when it will not run, SubmissionUnconfirmed when it is unknown whether it will.
         """
-        body = {"prompt": graph, "client_id": self._client_id, "prompt_id": prompt_id}
+        body: dict[str, Any] = {"prompt": graph, "client_id": self._client_id, "prompt_id": prompt_id}
+        if targets is not None:
+            body["partial_execution_targets"] = list(targets)
+        if self._api_key:
+            body["extra_data"] = {"api_key_comfy_org": self._api_key}
         try:
             # Never repeated blindly: the prompt could be queued twice.
             reply = self._http.request("POST", "/prompt", json=body)
@@ -123,6 +155,8 @@ class ComfyUI(contextlib.AbstractContextManager):
         if reply.status == 400:
             reasons = _rejection_reasons(reply.body)
             raise PromptRejected("\n".join([f"ComfyUI at {self.url} rejected the workflow:", *reasons]))
+        if 300 <= reply.status < 500:
+            raise PromptRejected(str(self._http.status_error(reply, "/prompt")))
         if reply.status >= 500:
             raise ComfyUIError(str(self._http.status_error(reply, "/prompt")))
         queued = self._http.parse_json(reply, "/prompt")
@@ -168,7 +202,7 @@ class ComfyUI(contextlib.AbstractContextManager):
         except (TruncatedResponse, ResponseTooLarge) as error:
             raise ImageGone(f"'{name}': {error}") from None
         if reply.status == 404:
-            raise ImageGone(f"ComfyUI at {self.url} no longer has the file '{name}'")
+            raise FileMissing(f"ComfyUI at {self.url} no longer has the file '{name}'")
         if 400 <= reply.status < 500:
             raise ImageGone(f"'{name}': {self._http.status_error(reply, '/view')}")
         if reply.status != 200:

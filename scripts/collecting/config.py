@@ -29,6 +29,8 @@ class CollectSettings(SharedCollectSettings):
     """Seconds between submissions while enough prompts of this run are waiting."""
     comfyui_headers: str = setting("", secret=True)
     """A JSON object of HTTP headers."""
+    comfyui_api_key: str = setting("", secret=True)
+    """A key of the Comfy platform (platform.comfy.org), for workflows with partner nodes."""
     comfyui_ca_bundle: Path | None = setting(None)
     """None: the default certificate authorities."""
     comfyui_stall_timeout: float = setting(3600.0, above=0)
@@ -45,6 +47,8 @@ class CollectSettings(SharedCollectSettings):
         for name in headers or ():
             if name.lower() in _FRAMING_HEADERS:
                 yield f"comfyui_headers: {name} is set by the HTTP client for each request; remove it"
+        if not (self.comfyui_api_key.isascii() and self.comfyui_api_key.isprintable()) or " " in self.comfyui_api_key:
+            yield "comfyui_api_key: must be one word of ASCII characters, as platform.comfy.org shows it"
         if self.new_seeds and self.global_seed is not None:
             yield "new_seeds and global_seed cannot be used together; unset one of them"
 

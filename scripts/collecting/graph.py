@@ -40,6 +40,9 @@ _OTHER_FORMATS = re.compile("(exr|hdr|tiff?|jxl|jp2|psd|svg|gif|bmp|ico|pdf|dds|
 _NUMBER_CLASSES = {"reroute", "math", "expression", "int", "integer", "number", "seed", "calculate", "operation", "convert"}
 """Words in the class names of nodes that pass on a number, or calculate with it."""
 
+_DISPLAYS = ("preview", "show", "display")
+"""Parts of the class names of nodes that show a value, and may return it too."""
+
 
 @dataclass(frozen=True)
 class InputRef:
@@ -153,6 +156,36 @@ def graph_hash(graph: Graph) -> str:
     """SHA-256 of what a graph computes: classes and inputs, without the titles in `_meta`."""
     essence = {node_id: [node["class_type"], node["inputs"]] for node_id, node in graph.items()}
     return hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest()
+
+
+def execution_targets(graph: Graph, outputs: Collection[str]) -> list[str] | None:
+    """`partial_execution_targets` for POST /prompt: with it ComfyUI runs only these nodes and what they depend on.
+
+    These are `outputs` and the nodes that only display what they depend on, such as PreviewAny. Such a node costs nothing, and
+    it fixes the order of work: ComfyUI runs first what is displayed, for example all text encoders before the first sampler,
+    so that each model is loaded once. None if no node is left out.
+    """
+    needed: set[str] = set()
+    waiting = list(outputs)
+    while waiting:
+        if (node_id := waiting.pop()) not in needed:
+            needed.add(node_id)
+            waiting += _sources(graph, node_id)
+    used = {source for node_id in graph for source in _sources(graph, node_id)}
+    displays = []
+    for node_id, node in graph.items():
+        name, sources = node["class_type"].lower(), _sources(graph, node_id)
+        writes_files = "filename_prefix" in node["inputs"] or "save" in name
+        is_display = node_id not in used or any(word in name for word in _DISPLAYS)
+        if node_id not in needed and sources and needed.issuperset(sources) and is_display and not writes_files:
+            displays.append(node_id)
+    return [*outputs, *displays] if graph.keys() - needed - set(displays) else None
+
+
+def _sources(graph: Graph, node_id: str) -> list[str]:
+    """The nodes to which the inputs of a node are connected."""
+    links = (value for value in graph[node_id]["inputs"].values() if is_link(value) and len(value) == 2)
+    return [value[0] for value in links if isinstance(value[0], str) and value[0] in graph]
 
 
 def _seed_values(graph: Graph, nodes: Collection[str]) -> dict[InputRef, int]:

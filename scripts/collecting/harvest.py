@@ -3,15 +3,15 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from collecting.client import ComfyUI, ImageGone
+from collecting.client import ComfyUI, FileMissing, ImageGone
 from collecting.graph import Graph, graph_hash, literal_seeds, node_label, upstream_seeds, upstream_text
 from collecting.http import shown
 from collecting.image_store import DownloadedImage, ImageStore
-from collecting.jobs import InFlight, Job, Plan
+from collecting.jobs import InFlight, JobResult, Plan
 from collecting.journal import Journal
 from common.errors import abbreviated
 from common.images import DOWNLOAD_SUFFIXES, BrokenImageError
@@ -20,20 +20,6 @@ DOWNLOAD_RETRY_DELAYS_S = (0.5, 1.0, 2.0)
 """Delays between the attempts for an image that arrives damaged."""
 _OTHER_OUTPUTS = {"gifs": "animations", "latents": "latents", "text": "text", "audio": "audio", "video": "videos"}
 """Key in a node's output -> its name in the log."""
-
-
-@dataclass
-class JobResult:
-    """How a job ended."""
-
-    job: Job
-    new: int = 0
-    """Number of images that were added to the data set."""
-    known: int = 0
-    """Number of images whose bytes the data set had already."""
-    failures: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    """Messages about things that are not failures."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +117,7 @@ class Harvester:
         """File on the server -> its manifest line. To be cleared when the server may have been restarted or replaced."""
 
     def harvest(self, flight: InFlight, entry: HistoryEntry) -> JobResult:
-        """Store the images that are missing and record in the journal whether the job is done or failed.
+        """Store the images that are missing. Whether the job is done or failed is not recorded in the journal.
 
         Raises ServerUnavailable when the server goes away before everything is stored.
         """
@@ -139,27 +125,42 @@ class Harvester:
         graph = self._plan.graph_for(flight.job, flight.submission.seeds)
         if flight.dropped:
             result.failures += ["ComfyUI accepted only a part of the workflow:", *flight.dropped]
+        stale: dict[str, list[str]] = {}
         for node in self._plan.workflow.output_nodes:
             label = f"node {node_label(graph, node)}"
+            failures = stale.setdefault(node, []) if node in entry.cached_nodes else result.failures
             hint = _cache_hint(graph) if node in entry.cached_nodes else ""
             images, skipped = entry.output(node)
             if skipped:
                 result.notes.append(f"{label}: skipped {abbreviated(skipped)}")
-            if not images and not entry.failures:
-                result.failures.append(f"{label} returned no image{hint}")
+            if not images and (stored := self._stored_images(flight.job.key, node)):
+                # This prompt ran only nodes whose files were gone.
+                result.known += stored
+            elif not images and not entry.failures:
+                (result.failures if skipped else failures).append(f"{label} returned no image{'' if skipped else hint}")
             for index, file in enumerate(images):
                 try:
                     is_new = self._store_image(file, node, index, flight, entry, graph)
                 except BrokenImageError as error:
                     result.failures.append(f"{label}, image {index + 1}: the file {error}")
+                except FileMissing as error:
+                    failures.append(f"{label}, image {index + 1}: {error}{hint}")
                 except ImageGone as error:
-                    result.failures.append(f"{label}, image {index + 1}: {error}{hint}")
+                    result.failures.append(f"{label}, image {index + 1}: {error}")
                 else:
                     result.new += is_new
                     result.known += not is_new
         result.failures += entry.failures
-        self._journal.record("failed" if result.failures else "done", key=flight.job.key)
+        if not result.failures:
+            result.stale_nodes = [node for node, failures in stale.items() if failures]
+        result.failures += [failure for failures in stale.values() for failure in failures]
         return result
+
+    def _stored_images(self, key: str, node: str) -> int:
+        """The number of images of a node that were stored for an earlier prompt of the job."""
+        lines = [line for (job, of, _index), line in list(self._journal.images.items()) if (job, of) == (key, node)]
+        with self._store.lock:
+            return sum(self._store.contains(line) for line in lines)
 
     def _store_image(self, file: RemoteFile, node: str, index: int, flight: InFlight, entry: HistoryEntry, graph: Graph) -> bool:
         """Download and store one image, after its manifest line was recorded. Returns False if the data set has it already."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.dataset_layout import IMAGE_FORMATS, DatasetFolder, find_images
-from common.files import append_json_line, read_json_lines, remove_partial_files, sha256_of, write_bytes
+from common.files import append_json_line, read_json_lines, sha256_of, write_bytes
 from common.images import verify_download
 
 _MAX_PREFIX_LENGTH = 40
@@ -42,7 +42,7 @@ class ImageStore:
     def __init__(self, folder: DatasetFolder):
         self.lock = threading.Lock()
         self._folder = folder
-        remove_partial_files(folder.images)
+        folder.remove_leftovers()
         # A damaged line is ignored.
         self._listed = {
             line["sha256"]: line

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,26 @@ class InFlight:
     """While ComfyUI's answer is missing, the prompt may still arrive until this time (time.monotonic())."""
     failed_downloads: int = 0
     """How often the server became unavailable while the images were downloaded."""
+    was_waiting: bool = False
+    """Whether the prompt was waiting, and not running, when the queue was last read."""
+    submitted_s: float = 0.0
+    """time.monotonic(); 0 for a prompt of an earlier run."""
+
+
+@dataclass
+class JobResult:
+    """How a job ended."""
+
+    job: Job
+    new: int = 0
+    """Number of images that were added to the data set."""
+    known: int = 0
+    """Number of images whose bytes the data set had already."""
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Messages about things that are not failures."""
+    stale_nodes: list[str] = field(default_factory=list)
+    """Output nodes that ComfyUI answered from its cache although their files are gone, if nothing else failed."""
 
 
 class JobQueue:
@@ -74,6 +94,8 @@ class JobQueue:
         """The server workers that take jobs."""
         self.losses: Counter[str] = Counter()
         """Job key -> how often a server lost the job while it was the next to run."""
+        self.remade: dict[str, list[str]] = {}
+        """Job key -> the output nodes that are run again because their cached files were gone."""
 
     def get(self) -> Job | None:
         try:
@@ -225,7 +247,7 @@ def _read_workflow(path: Path, problems: list[str]) -> Any:
     try:
         parsed = parse_workflow_file(content)
     except ValueError as error:
-        problems.append(f"comfyui_workflow: {path} cannot be used: {error}")
+        problems.append(f"comfyui_workflow: {path} {error}")
         return None
     if parsed is None:
         problems.append(f"comfyui_workflow: {path} contains only null")

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from common.files import append_json_line, read_json_lines
 
-Event = Literal["client", "sent", "picture", "done", "failed"]
-"""client: our client_id, written once; sent: a prompt is about to be submitted; picture: an image is about to be stored,
-with its manifest line; done, failed: the job has ended and nothing more will come of it."""
+Event = Literal["client", "sent", "dequeued", "picture", "done", "failed"]
+"""client: our client_id, written once; sent: a prompt is about to be submitted; dequeued: prompts were removed from the
+server's queue by this run; picture: an image is about to be stored, with its manifest line; done, failed: the job has ended
+and nothing more will come of it."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Journal:
                 if all(type(seed) is int for seed in seeds.values()):
                     self.in_flight[key] = Submission(prompt_id, seeds)
                     self.seeds.setdefault(key, seeds)
+            case {"event": "dequeued", "prompt_ids": list(prompt_ids)}:
+                self.in_flight = {key: each for key, each in self.in_flight.items() if each.prompt_id not in prompt_ids}
             case {
                 "event": "picture",
                 "key": str(key),

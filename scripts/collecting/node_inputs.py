@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from collecting.http import shown
+
 MAX_ROWS = 100
 """Of an input that grows; ComfyUI's own limit."""
 
@@ -107,8 +109,8 @@ def _declare_chosen(
     if chosen is not None:
         _declare(as_mapping(chosen.get("inputs")), values, f"{path}.", found, problems)
     elif offered and not isinstance(values[path], list):
-        keys = ", ".join(str(option["key"]) for option in offered)
-        problems.append(InputProblem(f"ComfyUI has no {path} {values[path]!r}: choose one of {keys}", False))
+        keys = ", ".join(shown(option["key"], 100) for option in offered[:MAX_ROWS])
+        problems.append(InputProblem(f"ComfyUI has no {path} '{shown(values[path], 100)}': choose one of {keys}", False))
 
 
 def _declare_rows(
@@ -122,7 +124,7 @@ def _declare_rows(
     for name in (name for name in values if name.startswith(f"{path}.")):
         row, _, field = name.removeprefix(f"{path}.").partition(".")
         if not re.fullmatch("0|[1-9][0-9]{0,3}", row) or field not in fields or int(row) >= most:
-            what = f"input {name} must be {path}.ROW.NAME with ROW from 0 to {most - 1} and NAME one of {', '.join(fields)}"
+            what = f"input {name} must be {path}.ROW.NAME with ROW from 0 to {most - 1} and NAME one of {shown(', '.join(fields))}"
             problems.append(InputProblem(what))
         else:
             rows.add(row)

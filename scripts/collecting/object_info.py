@@ -12,6 +12,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from collecting.graph import Graph, InputRef, is_link, node_label
+from collecting.http import shown
 from collecting.node_inputs import InputProblem, NodeInput, as_mapping, declared_inputs
 
 MAX_CHOICES_SHOWN = 8
@@ -53,11 +54,10 @@ class NodeClasses:
 
         The value of the input `ignored` is not checked, because another one is submitted.
         """
-        labels = {node_id: self._label(graph, node_id) for node_id in graph}
-        graph, problems = self._replace_classes(graph, labels, frozenset(outputs))
+        original, (graph, problems) = graph, self._replace_classes(graph, frozenset(outputs))
         problems += self._missing_classes(graph, frozenset(outputs))
         declared = {node_id: declared_inputs(self._class(node), node["inputs"]) for node_id, node in graph.items()}
-        sources = {node_id: set(_sources(graph, node_id, inputs)) for node_id, (inputs, _) in declared.items()}
+        sources = {node_id: list(_sources(graph, node_id, inputs)) for node_id, (inputs, _) in declared.items()}
         needed = {output: _upstream(sources, output) for output in outputs}
         for node_id, (inputs, dynamic_problems) in declared.items():
             stops = frozenset(output for output in outputs if node_id in needed[output])
@@ -67,10 +67,11 @@ class NodeClasses:
                 if ref != ignored and (stops or each.choices() is not None):
                     found += [(ref, problem) for problem in self._input_problems(graph, ref, each, is_needed=bool(stops))]
             for ref, each in found:
-                text = f"node {labels[node_id]}: {each.what}"
+                text = f"node {node_label(original, node_id)}: {each.what}{self._title(original[node_id])}"
                 problems.append(GraphProblem(text, stops if each.is_certain else frozenset(), ref))
         try:
-            TopologicalSorter({node_id: sources[node_id] for node_id in set().union(*needed.values())}).prepare()
+            all_needed = set().union(*needed.values())
+            TopologicalSorter({node_id: sources[node_id] for node_id in graph if node_id in all_needed}).prepare()
         except CycleError as error:
             path = " -> ".join(node_label(graph, node_id) for node_id in error.args[1])
             stops = frozenset(output for output in outputs if error.args[1][0] in needed[output])
@@ -94,14 +95,12 @@ class NodeClasses:
         """Whether a custom node provides the class. It may have a VALIDATE_INPUTS that switches off ComfyUI's own checks."""
         return str(self._class(node).get("python_module")).startswith("custom_nodes")
 
-    def _label(self, graph: Graph, node_id: str) -> str:
-        """`16 (LoadImage)`, or with a title of the user's own `16 (LoadImage, titled "Face")`."""
-        node = graph[node_id]
+    def _title(self, node: dict[str, Any]) -> str:
+        """The end of a message that names the title of a node, if the user gave it one."""
         title = as_mapping(node.get("_meta")).get("title")
         default_titles = (node["class_type"], self._class(node).get("display_name"))
-        if not isinstance(title, str) or not title.strip() or title in default_titles:
-            return node_label(graph, node_id)
-        return f'{node_id} ({node["class_type"]}, titled "{title}")'
+        is_own = isinstance(title, str) and title.strip() and title not in default_titles
+        return f' (its title is "{shown(title, 60)}")' if is_own else ""
 
     def _missing_classes(self, graph: Graph, outputs: frozenset[str]) -> Iterator[GraphProblem]:
         missing: dict[str, list[str]] = {}
@@ -113,7 +112,7 @@ class NodeClasses:
             remedy = f"install the custom nodes that provide it, or update ComfyUI{_nearest(name, list(self._classes))}"
             yield GraphProblem(f"{where}: ComfyUI has no node class {name}: {remedy}", outputs)
 
-    def _replace_classes(self, graph: Graph, labels: dict[str, str], outputs: frozenset[str]) -> tuple[Graph, list[GraphProblem]]:
+    def _replace_classes(self, graph: Graph, outputs: frozenset[str]) -> tuple[Graph, list[GraphProblem]]:
         """The graph as ComfyUI validates it: classes that it no longer has are replaced by their successors."""
         replaced = {node_id: {**node, "inputs": dict(node["inputs"])} for node_id, node in graph.items()}
         problems = []
@@ -131,7 +130,7 @@ class NodeClasses:
                     inputs[str(each.get("new_id"))] = node["inputs"][str(each["old_id"])]
                 elif "old_id" in each:
                     what = f"its input {each['old_id']} is missing, which {name} needs (ComfyUI replaces the class by it)"
-                    problems.append(GraphProblem(f"node {labels[node_id]}: {what}", outputs))
+                    problems.append(GraphProblem(f"node {node_label(graph, node_id)}: {what}", outputs))
             replaced[node_id] = {**node, "class_type": name, "inputs": inputs}
             slots = [(each.get("old_idx"), each.get("new_idx")) for each in _mappings(successor.get("output_mapping"))]
             for other in replaced.values():
@@ -158,12 +157,12 @@ class NodeClasses:
 
     def _link_problems(self, graph: Graph, node: dict[str, Any], name: str, value: list, each: NodeInput) -> Iterator[InputProblem]:
         if len(value) != 2:
-            yield InputProblem(f"input {name} must be a value or a link [node id, output number] (is {_shown(value)})")
+            yield InputProblem(f"input {name} must be a value or a link [node id, output number] (is {_quoted(value)})")
             return
         source, slot = value
         if not isinstance(source, str) or source not in graph:
-            shown = source if isinstance(source, str) else _shown(source)
-            yield InputProblem(f"input {name} is connected to node {shown}, which does not exist; export the workflow again")
+            which = source if isinstance(source, str) else _quoted(source)
+            yield InputProblem(f"input {name} is connected to node {which}, which does not exist; export the workflow again")
             return
         offered = self._class(graph[source]).get("output")
         if not isinstance(offered, list):
@@ -172,8 +171,8 @@ class NodeClasses:
         try:
             received = offered[slot]
         except (IndexError, TypeError):
-            which = f"output {_shown(slot)} of node {label}"
-            yield InputProblem(f"input {name} is connected to {which}, which has {len(offered)} outputs; export the workflow again")
+            which = f"output {_quoted(slot)} of node {label}"
+            yield InputProblem(f"input {name} is connected to {which}, which has only {len(offered)}; export the workflow again")
             return
         if not _types_match(received, each.kind):
             is_certain = not (self._is_custom(node) or self._is_custom(graph[source]))
@@ -189,13 +188,13 @@ class NodeClasses:
             try:
                 value = convert(value)
             except (ValueError, TypeError, OverflowError):
-                yield InputProblem(f"{name} must be {meaning} (is {_shown(value)})")
+                yield InputProblem(f"{name} must be {meaning} (is {_quoted(value)})")
                 return
         unchecked = _UNCHECKED_VALUES.get(node["class_type"], ())
         if unchecked is None or name in unchecked:
             return
         if outside := _outside_limits(value, each.options.get("min"), each.options.get("max")):
-            yield InputProblem(f"{name} must be {outside} (is {_shown(value)})", is_certain=not self._is_custom(node))
+            yield InputProblem(f"{name} must be {outside} (is {_quoted(value)})", is_certain=not self._is_custom(node))
             return
         if (choices := each.choices()) is None:
             return
@@ -215,7 +214,7 @@ def _sources(graph: Graph, node_id: str, declared: dict[str, NodeInput]) -> Iter
             yield value[0]
 
 
-def _upstream(sources: dict[str, set[str]], node_id: str) -> set[str]:
+def _upstream(sources: dict[str, list[str]], node_id: str) -> set[str]:
     seen, waiting = set(), [node_id]
     while waiting:
         if (current := waiting.pop()) not in seen:
@@ -252,26 +251,25 @@ def _not_offered(name: str, value: Any, choices: list) -> str:
     """The message about a value that is not in a list, of files on the server or of words."""
     is_file = not choices or any(isinstance(each, str) and re.search(r"\.\w{2,11}$", each) for each in choices)
     remedy = "add the file there, or choose another" if is_file else f"choose one of {_enumerated(choices)}"
-    return f"ComfyUI has no {name} {_shown(value)}: {remedy}{_nearest(value, choices)}"
+    return f"ComfyUI has no {name} {_quoted(value)}: {remedy}{_nearest(value, choices)}"
 
 
 def _nearest(value: Any, choices: list) -> str:
     words = [each for each in choices[:MAX_COMPARED] if isinstance(each, str) and len(each) <= MAX_COMPARED_LENGTH]
     close = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return f" (did you mean '{shown(close[0])}'?)" if close else ""
 
 
 def _enumerated(values: list) -> str:
-    return ", ".join(map(str, values[:MAX_CHOICES_SHOWN])) + (", ..." if len(values) > MAX_CHOICES_SHOWN else "")
+    return ", ".join(shown(each, 100) for each in values[:MAX_CHOICES_SHOWN]) + (", ..." if len(values) > MAX_CHOICES_SHOWN else "")
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+def _quoted(value: Any) -> str:
+    return f"'{shown(value, 100)}'" if isinstance(value, str) else shown(value, 100)
 
 
 def _kind_name(kind: Any) -> str:
-    return kind if isinstance(kind, str) else "a choice from a list"
+    return shown(kind, 100) if isinstance(kind, str) else "a choice from a list"
 
 
 def _mappings(value: Any) -> list[dict[str, Any]]:

@@ -33,10 +33,11 @@ class ServerPool(contextlib.AbstractContextManager):
         *,
         delay_s: float,
         stall_timeout_s: float,
+        api_key: str = "",
     ):
         self.workers: list[ServerWorker] = []
         self._addresses, self._plan, self._journal, self._store, self._log = addresses, plan, journal, store, log
-        self._delay_s, self._stall_timeout_s = delay_s, stall_timeout_s
+        self._delay_s, self._stall_timeout_s, self._api_key = delay_s, stall_timeout_s, api_key
         self._threads: list[threading.Thread] = []
         self._events: queue.SimpleQueue[str | JobResult | BaseException] = queue.SimpleQueue()
         """From the threads: log lines, results, and the exceptions that ended a thread."""
@@ -71,6 +72,7 @@ class ServerPool(contextlib.AbstractContextManager):
                 self._stopping,
                 delay_s=self._delay_s,
                 stall_timeout_s=self._stall_timeout_s,
+                api_key=self._api_key,
             )
             for address in self._usable_addresses()
         ]
@@ -172,10 +174,17 @@ class ServerPool(contextlib.AbstractContextManager):
         return thread
 
     def _dequeue(self, address: Address, prompt_ids: list[str]) -> None:
+        """Remove this run's waiting prompts from the queue, and record which of them are gone by that."""
         with self._client(address, retry_delays_s=()) as server:
             try:
                 server.dequeue(prompt_ids)
-                self._log(f"Removed this run's waiting prompts from the queue of {server.url} (a running prompt is not stopped)")
+                queued = server.queue()
+                left = [each for each in prompt_ids if each in queued.running | queued.waiting or server.history(each) is not None]
+                if removed := [each for each in prompt_ids if each not in left]:
+                    self._journal.record("dequeued", prompt_ids=removed)
+                    self._log(f"Removed this run's waiting prompts from the queue of {server.url} ({len(removed)})")
+                if queued.running.intersection(prompt_ids):
+                    self._log(f"A prompt of this run is still running on {server.url}: the next run collects its images")
             except ComfyUIError as error:
                 self._log(f"Could not remove this run's prompts from the queue: {error}")
 

@@ -64,6 +64,8 @@ def _check_server(address: Address, plan: Plan | None, problems: list[str]) -> N
             if plan and not found:
                 print(f"ComfyUI {version} at {address.url}: has every node class and file of the workflow", flush=True)
             problems += [problem.text for problem in found]
+            if plan and plan.face:
+                server.check_upload_size(plan.face.content)
     except ComfyUIError as error:
         problems.append(str(error))
 
@@ -107,6 +109,5 @@ def _problems_of(classes: NodeClasses, plan: Plan) -> list[GraphProblem]:
     for what, labels in refused.items():
         others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
         origin = "set by GLOBAL_SEED" if plan.global_seed is not None else f"the seed of {labels[0]}{others}"
-        stops = frozenset(workflow.output_nodes) if len(labels) == len(plan.jobs(0)) else frozenset()
-        problems.append(GraphProblem(f"{what}, {origin}", stops))
+        problems.append(GraphProblem(f"{what}, {origin}", frozenset(workflow.output_nodes)))
     return problems

@@ -12,11 +12,12 @@ import time
 import uuid
 from collections.abc import Callable
 
-from collecting.client import ComfyUI, Queue, SubmissionUnconfirmed
-from collecting.harvest import Harvester, HistoryEntry, JobResult
+from collecting.client import ComfyUI, PromptRejected, Queue, SubmissionUnconfirmed
+from collecting.graph import execution_targets
+from collecting.harvest import Harvester, HistoryEntry
 from collecting.http import Address, ServerUnavailable
 from collecting.image_store import ImageStore
-from collecting.jobs import InFlight, Job, JobQueue, Plan
+from collecting.jobs import InFlight, Job, JobQueue, JobResult, Plan
 from collecting.journal import Journal, Submission
 from collecting.monitor import WebsocketMonitor
 from collecting.pacing import Pacing
@@ -51,6 +52,7 @@ class ServerWorker:
         *,
         delay_s: float,
         stall_timeout_s: float,
+        api_key: str = "",
     ):
         self.address = address
         self.monitor = WebsocketMonitor(address, journal.client_id(), stopping)
@@ -61,9 +63,11 @@ class ServerWorker:
         self._plan, self._journal, self._jobs = plan, journal, jobs
         self._emit, self._stopping = emit, stopping
         # Two clients, because a client is for one thread; the third repeats nothing.
-        self._server, image_server = (ComfyUI(address, journal.client_id(), sleep=stopping.wait) for _ in range(2))
+        self._server, self._image_server = (
+            ComfyUI(address, journal.client_id(), sleep=stopping.wait, api_key=api_key) for _ in range(2)
+        )
         self._probe = ComfyUI(address, journal.client_id(), retry_delays_s=())
-        self._harvester = Harvester(plan, journal, store, image_server, stopping.wait)
+        self._harvester = Harvester(plan, journal, store, self._image_server, stopping.wait)
         self._pacing = Pacing(delay_s)
         self._stall_timeout_s = stall_timeout_s
         self._in_flight: list[InFlight] = []
@@ -77,6 +81,10 @@ class ServerWorker:
         self._face_name: str | None = None
         self._next_queue_check_s = 0.0
         self._last_queue: Queue | None = None
+        self._last_ended_id: str | None = None
+        """The prompt whose history entry was read last."""
+        self._freed_s = float("-inf")
+        """When the server was last asked to forget its cache."""
         self._last_progress_s = self._waiting_since_s = time.monotonic()
         """When the server last did something, and since when something is expected of it."""
         self._outage_began_s = float("-inf")
@@ -129,7 +137,7 @@ class ServerWorker:
         seeds = self._journal.seeds.get(job.key) or {
             str(ref): secrets.randbelow(SEED_LIMIT) if seed is None else seed for ref, seed in job.seeds.items()
         }
-        flight = InFlight(job, Submission(str(uuid.uuid4()), seeds))
+        flight = InFlight(job, Submission(str(uuid.uuid4()), seeds), submitted_s=time.monotonic())
         try:
             graph = self._plan.graph_for(job, seeds, self._uploaded_face(self._server))
         except ComfyUIError:
@@ -141,7 +149,13 @@ class ServerWorker:
             self._waiting_since_s = time.monotonic()
         self._in_flight.append(flight)
         try:
-            queued = self._server.submit(graph, flight.submission.prompt_id)
+            targets = execution_targets(graph, self._jobs.remade.get(job.key, self._plan.workflow.output_nodes))
+            queued = self._server.submit(graph, flight.submission.prompt_id, targets)
+        except PromptRejected:
+            self._in_flight.remove(flight)
+            self._journal.record("failed", key=job.key)
+            self._jobs.requeue([job])
+            raise
         except SubmissionUnconfirmed as error:
             self._emit(f"{job.label}: checking whether it was queued ({error})")
             self._next_queue_check_s, flight.unconfirmed_until_s = 0.0, time.monotonic() + UNCONFIRMED_S
@@ -174,6 +188,7 @@ class ServerWorker:
         entry = HistoryEntry(raw_entry)
         self._in_flight.remove(flight)
         self._confirm(flight)
+        self._last_ended_id = flight.submission.prompt_id
         self._pacing.note_end(entry.duration_s)
         self._last_progress_s = time.monotonic()
         self._finished.put((flight, entry))
@@ -185,23 +200,44 @@ class ServerWorker:
             self._failing_since_s.pop("/prompt", None)
 
     def _check_queue(self) -> None:
-        """Find prompts that ended out of order, prompts that the server lost, and a server that makes no progress."""
+        """Find prompts that ended out of order, that were removed or lost, and a server that makes no progress."""
         current = self._server.queue()
         lost, queued = [], current.running | current.waiting
+        earlier_is_queued = False
         for flight in list(self._in_flight):
             if flight.submission.prompt_id in queued:
                 self._confirm(flight)
+                earlier_is_queued, flight.was_waiting = True, flight.submission.prompt_id in current.waiting
                 continue
             # It may have ended between the two requests.
             entry = self._server.history(flight.submission.prompt_id)
             if entry is not None:
                 self._finish(flight, entry)
             elif time.monotonic() >= flight.unconfirmed_until_s:
-                lost.append(flight)
+                if self._was_removed(flight, queued, earlier_is_queued):
+                    self._in_flight.remove(flight)
+                    self._fail(flight.job, "its prompt was removed from ComfyUI's queue, and is not submitted again by this run")
+                else:
+                    lost.append(flight)
         if lost:
             self._requeue_lost(lost)
         self._check_progress(current)
         self._next_queue_check_s = time.monotonic() + max(QUEUE_CHECK_INTERVAL_S, 5 * self._poll_delay_s())
+
+    def _was_removed(self, flight: InFlight, queued: frozenset[str], earlier_is_queued: bool) -> bool:
+        """Whether a user removed a prompt from the queue: it is gone, although the server still knows a prompt before it.
+
+        Otherwise the server was restarted, or the prompt ran and its entry in the history was removed.
+        """
+        if flight.unconfirmed_until_s:
+            return False
+        if earlier_is_queued:
+            return True
+        if not flight.was_waiting or self._last_queue is None:
+            return False
+        earlier = self._last_queue.running
+        known = filter(None, (self._last_ended_id, *earlier))
+        return bool(earlier & queued) or any(self._server.history(each) is not None for each in known)
 
     def _requeue_lost(self, lost: list[InFlight]) -> None:
         """Put the jobs of lost prompts back into the job queue; one that may have crashed the server fails in the end."""
@@ -320,6 +356,9 @@ class ServerWorker:
                 result = self._harvester.harvest(flight, entry)
                 if result.new:
                     self._failing_since_s.pop("/view", None)
+                if self._remake(flight, result):
+                    continue
+                self._journal.record("failed" if result.failures else "done", key=flight.job.key)
                 self._emit(result)
             except ServerUnavailable as error:
                 self._given_up = self._reason_to_give_up("/view", error)
@@ -333,6 +372,24 @@ class ServerWorker:
                     self._requeue_all()
             except ComfyUIError as error:
                 self._fail(flight.job, str(error))
+
+    def _remake(self, flight: InFlight, result: JobResult) -> bool:
+        """Let the server run the nodes whose cached files are gone, once. Returns False when that is not possible."""
+        if not result.stale_nodes or flight.job.key in self._jobs.remade:
+            return False
+        # A prompt that was submitted before the cache was last emptied is only submitted again.
+        if flight.submitted_s >= self._freed_s:
+            try:
+                self._image_server.free_memory()
+            except ServerUnavailable:
+                raise
+            except ComfyUIError:
+                return False
+            self._freed_s = time.monotonic()
+        self._jobs.remade[flight.job.key] = result.stale_nodes
+        self._emit(f"{flight.job.label}: ComfyUI answered from its cache, but the files are gone; submitting it again")
+        self._jobs.requeue([flight.job])
+        return True
 
     def _fail(self, job: Job, reason: str) -> None:
         self._journal.record("failed", key=job.key)

@@ -6,6 +6,7 @@
 import io
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,23 +19,32 @@ EXPORT_HINT = 'export it with "Save (API Format)" ("Export (API)" in newer versi
 MAX_NODES_SHOWN = 8
 MAX_DEPTH = 100
 """Of lists and objects inside of an input."""
+_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF")
 _NODE_KEYS = ("class_type", "inputs", "_meta")
 _WRAPPERS = ("prompt", "output")
 """Where a request to ComfyUI, and its web page's `graphToPrompt`, have the graph."""
 
 
 def parse_workflow_file(content: bytes) -> Any:
-    """The JSON value in the file, or in the image that it is. Raises ValueError with the reason if there is none."""
+    """The JSON value in the file, or in the image that it is. Raises ValueError with a predicate that says why there is none."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            texts = list(_texts(image))
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            text = next(_texts(image), None)
     except Image.UnidentifiedImageError:
+        return _parse(content)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"is an image that cannot be read ({error}); {EXPORT_HINT}") from None
+    if text is None:
+        raise ValueError(f"is an image without a workflow of ComfyUI in it; {EXPORT_HINT}")
+    return _parse(text.encode("utf-8", "surrogatepass"))
+
+
+def _parse(content: bytes) -> Any:
+    try:
         return parse_json(content)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"it is a damaged image ({error}); {EXPORT_HINT}") from None
-    for text in texts:
-        return parse_json(text.encode("utf-8", "surrogatepass"))
-    raise ValueError(f"it is an image without a workflow of ComfyUI in it; {EXPORT_HINT}")
+    except ValueError as error:
+        remedy = f"; {EXPORT_HINT}" if isinstance(error, UnicodeDecodeError) else ""
+        raise ValueError(f"is not valid JSON in UTF-8: {error}{remedy}") from None
 
 
 def _texts(image: Image.Image) -> Iterator[str]:

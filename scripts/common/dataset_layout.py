@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.files import remove_partial_files
+
 IMAGE_FORMATS = {"png": (".png",), "jpeg": (".jpg", ".jpeg"), "webp": (".webp",), "bmp": (".bmp",)}
 """Formats of images in a data set -> the suffixes of their files, the usual one first."""
 IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
@@ -39,6 +41,11 @@ class DatasetFolder:
         self.audit = self.records / "audit.json"
         self.traits = self.records / "traits.json"
         self.tag_cache = self.records / "tags"
+
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files that killed runs left anywhere in the data set, except those of the last minute."""
+        for folder in (self.root, self.images, *self.images.glob("*/"), self.records, *self.tag_cache.glob("*/")):
+            remove_partial_files(folder)
 
 
 @dataclass(frozen=True)

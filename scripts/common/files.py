@@ -9,14 +9,17 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from common.errors import SettingsError
 
+_PARTIAL = re.compile(r"\..+\.part|\.tmp[A-Za-z0-9]{6}")
 _UMASK = os.umask(0o077)  # the mask can only be read by setting it
 os.umask(_UMASK)
 
@@ -50,11 +53,13 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Remove temporary files that killed runs left in `folder`. Those of the last minute may belong to a run at work and stay."""
-    for temporary in folder.glob(".*.part"):
-        if temporary.stat().st_mtime < time.time() - 60:
-            temporary.unlink(missing_ok=True)
+def remove_partial_files(folder: Path, min_age_s: float = 60) -> None:
+    """Remove temporary files of killed writers in `folder`: those of `atomic_write` and of safetensors. Younger ones stay, because
+    they may belong to a run at work; 0 removes all, for a folder that this process has locked."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):
+            if _PARTIAL.fullmatch(path.name) and path.is_file() and path.stat().st_mtime <= time.time() - min_age_s:
+                path.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -68,6 +73,25 @@ def write_json(path: Path, content: object) -> None:
     encoded = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
     if not (path.is_file() and path.read_bytes() == encoded):
         write_bytes(path, encoded)
+
+
+def write_cached_json(path: Path, content: dict[str, Any]) -> None:
+    """`write_json` with a checksum of `content` as one more key, `checksum`: for what is only computed again if it is damaged."""
+    write_json(path, content | {"checksum": _checksum(content)})
+
+
+def read_cached_json(path: Path) -> dict[str, Any]:
+    """What `write_cached_json` wrote, without the checksum; {} if it is missing or damaged. One without a checksum is trusted."""
+    try:
+        content = parse_json(path.read_bytes())
+        checksum = content.pop("checksum", None)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+    return content if checksum in (None, _checksum(content)) else {}
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
 
 
 def append_json_line(path: Path, record: dict) -> None:

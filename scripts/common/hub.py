@@ -20,9 +20,9 @@ class HubError(Exception):
 
 def file_size_bytes(repository: str, file: str) -> int:
     """Size of `file` in `repository` on the hub, 0 if the hub does not report it. One request, no retries. Raises HubError."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
     with _as_hub_error():
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
         return get_hf_file_metadata(hf_hub_url(repository, file)).size or 0
 
 
@@ -32,9 +32,9 @@ def download(repository: str, files: Sequence[str], folder: Path) -> None:
     huggingface_hub downloads to a temporary name and checks the size, so a file that has its final name is complete.
     Raises HubError, and OSError if the disk is full or may not be written to.
     """
-    from huggingface_hub import hf_hub_download
-
     with _as_hub_error():
+        from huggingface_hub import hf_hub_download
+
         for file in files:
             hf_hub_download(repository, file, local_dir=folder)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # partial files of runs that were killed
@@ -65,13 +65,19 @@ def _hf() -> list[str]:
 @contextmanager
 def _as_hub_error() -> Iterator[None]:
     """Turn whatever huggingface_hub raises for a failed request into a HubError."""
-    # HTTPError is the HTTP library's base class for network failures, under the name by which huggingface_hub imports it.
+    # HTTPError is the HTTP library's base class for network failures, under the name by which huggingface_hub imports it. The
+    # library's error for the malformed address of a proxy is in the same module, and has another base class.
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
+    malformed_address = vars(sys.modules[HTTPError.__module__])["InvalidURL"]
     try:
+        import huggingface_hub.file_download  # noqa: F401 - reads HF_ENDPOINT; the package's own import prints it if it is malformed
+
         yield
     except RepositoryNotFoundError:
         raise HubError("the hub has no such repository, or it is private") from None
+    except malformed_address as error:
+        raise HubError(f"a proxy variable or HF_ENDPOINT is not a valid address ({error})") from None
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
             raise

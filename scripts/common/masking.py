@@ -23,11 +23,9 @@ def learn_secrets(environment: Mapping[str, str], secret_names: tuple[str, ...] 
         if name in secret_names:
             _known.update(part for part in _strings_in(value) if len(part) >= _LEAST_SECRET)
         elif "://" in value or _ADDRESS_VARIABLE.search(name):
-            for part in _ADDRESS_SEPARATOR.split(value):
-                login = _login_of(part)
-                password = re.split("[:\uff1a\ufe55]", login, maxsplit=1)[-1]
-                known = {spelling for each in (login, password) for spelling in (each, unquote(each), quote(each))}
-                _known.update(each for each in known if len(each) >= _LEAST_SECRET)
+            parts = [part for address in _ADDRESS_SEPARATOR.split(value) for part in _secrets_in(address)]
+            spellings = {spelling for part in parts for spelling in (part, unquote(part), quote(part))}
+            _known.update(each for each in spellings if len(each) >= _LEAST_SECRET)
 
 
 def mask_secrets(text: str) -> str:
@@ -65,6 +63,15 @@ def _login_of(address: str) -> str:
     """All before the last at sign, without the scheme; empty without an at sign."""
     found = re.match(rf"(.*){_AT}", _without_scheme(address)[1], re.DOTALL)
     return found[1] if found else ""
+
+
+def _secrets_in(address: str) -> list[str]:
+    """The login of an address, its password, and the parts of it that a parser may take for a host, a port or a path."""
+    login = _login_of(address)
+    password = re.split("[:\uff1a\ufe55]", login, maxsplit=1)[-1]
+    if not login and not re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:\d*)?([/?#].*)?", _without_scheme(address)[1], re.DOTALL):
+        password = _without_scheme(address)[1].partition(":")[2]  # there is no host: what follows the user name is not a port
+    return [login, password, *re.split(r"[/?#:@,\s\[\]]+", password)]
 
 
 def _strings_in(value: str) -> Iterator[str]:

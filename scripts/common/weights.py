@@ -81,6 +81,13 @@ def _stored_tensor(entry: dict, data_start: int) -> StoredTensor:
     return StoredTensor(entry["dtype"], shape, data_start + begin, data_start + end)
 
 
+def data_sha256(path: Path) -> str:
+    """SHA-256 of everything after the header, as LoRA files record it in `sshs_model_hash`."""
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest(files: Iterable[tuple[WeightsFile, Iterable[str]]]) -> str:
     """SHA-256 over the names, types, shapes and SHA-256s of these tensors of these files, hashed in as many threads as cores."""
     tensors = [(name, file.path, file.tensors[name]) for file, names in files for name in sorted(names)]

@@ -2,12 +2,12 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from common.errors import Interruption, SettingsError
+from common.errors import Interruption, ResourceError, SettingsError
 from common.progress import ProgressBar
 from training.data.batches import Batch
 from training.data.buckets import OptimizerStep
@@ -72,15 +72,22 @@ def run_steps(
 
     The result of a step is read while the next one is running, except where something is saved or measured after it. At the
     end the last checkpoint may still be on its way to the disk. Raises what `stop_requested` returns, after the checkpoint
-    is saved; SettingsError when loss or gradient is no longer finite.
+    is saved; SettingsError when loss or gradient is no longer finite; ResourceError, after the checkpoint is saved, when a batch
+    cannot be read.
     """
     progress, saved_at = schedule.start, time.monotonic()
     running: RunningStep | None = None
     total, remaining = (sum(len(step.examples) for step in steps) for steps in (schedule.order, schedule.remaining))
     with ProgressBar(total, "train", "img", total - remaining, dynamic_ncols=True) as bar:
-        for step, micro_batches in zip(schedule.remaining, batches, strict=True):
+        for step, micro_batches in zip(schedule.remaining, _with_error_as_last(batches), strict=True):
             if schedule.ends_early(progress):
                 break
+            if isinstance(micro_batches, ResourceError):
+                if running:
+                    progress = _finish_step(running, schedule, progress, image_names, callbacks, bar)
+                for callback in callbacks:
+                    callback.save_state(progress, wait=True)
+                raise micro_batches
             rate = schedule.learning_rate_at(step.number)
             begun = step, rate, begin(micro_batches, rate)
             if running:
@@ -102,6 +109,14 @@ def run_steps(
             if reason:
                 raise reason
     return progress
+
+
+def _with_error_as_last(batches: Iterable[list[Batch]]) -> Iterator[list[Batch] | ResourceError]:
+    """The batches; if one cannot be read, the error instead of it, so that the state can be saved before it is raised."""
+    try:
+        yield from batches
+    except ResourceError as error:
+        yield error
 
 
 def _finish_step(

@@ -27,12 +27,11 @@ from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.export import Description, write_lora
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
 from training.models.loading import load_unet
-from training.models.tensor_files import remove_partial_weights
 from training.monitor.callbacks import Callback, Progress, smoothed
 from training.monitor.metrics import open_metrics
 from training.monitor.validation import Validator
 from training.plan import short_hash
-from training.state.checkpoint import CheckpointWriter, Snapshot, archive_state, keep_one, newest, restore, snapshot
+from training.state.checkpoint import CheckpointWriter, Snapshot, keep_one, newest, remove_incomplete, restore, snapshot
 from training.system.device import available_bytes, limit_gpu_memory, make_deterministic
 from training.system.memory_guard import MemoryGuard, memory_guard
 from training.system.process_group import ProcessGroup
@@ -74,18 +73,15 @@ def prepare_outputs(job: TrainingJob) -> None:
         earlier = newest(outputs.state)
         if earlier and outputs.is_finished(short_hash(earlier.identity.fingerprint)):
             shutil.rmtree(outputs.state)  # its LoRA is complete, and another run follows
-        archive_state(outputs.state)
-        outputs.archive_previous_outputs()
-    else:
-        outputs.archive_lora()
+        remove_incomplete(outputs.state)
+    outputs.begin(resumes=job.saved is not None)
     clean_up(job)
     write_bytes(outputs.resolved_config, resolved_toml({"project": job.project, "train": job.settings}).encode("utf-8"))
 
 
 def clean_up(job: TrainingJob) -> None:
     """Remove the partial files of runs that were killed while they wrote; this process is the only one that writes there."""
-    for folder in (job.outputs.lora_dir, job.outputs.state, job.cache.folder / "latents", job.cache.folder / "text"):
-        remove_partial_weights(folder)
+    job.outputs.remove_leftovers()
     if job.is_finished:
         keep_one(job.outputs.state, job.plan.shared_prefix_steps)
 

@@ -273,3 +273,21 @@ def test_cache_holds_exactly_what_the_model_computed(images, tiny, photographs):
     expected = tagger.probabilities([preprocess(photographs["astronaut"].resize((300, 200)), 448)])[0]
     assert (cache.read(sha256_of(images.images / "00.png")) == expected).all()
     assert [tag.name for tag in cache.tags] == [tag.name for tag in tagger.tags]
+
+
+def test_a_flipped_bit_is_found_and_the_image_tagged_again(captioned, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "wd-vit-tagger-v3")
+    before = {path: path.read_bytes() for path in captioned.stored()}
+    damaged = captioned.stored()[:2]
+    for path, position in zip(damaged, (-10, -2), strict=True):  # in the array, in its checksum
+        content = bytearray(before[path])
+        content[position] ^= 0x40
+        path.write_bytes(content)
+    assert "tagging 2 images " in captioned.run().stdout
+    assert {path: path.read_bytes() for path in captioned.stored()} == before
+
+
+def test_probabilities_of_the_first_version_have_no_checksum_and_are_used(captioned):
+    for path in captioned.stored():
+        np.save(path, np.load(path))
+    assert "nothing to do: all 12 captions are up to date" in captioned.run().stdout

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import requests
@@ -50,6 +51,15 @@ def assert_complete(space: Workspace, images: int = 3) -> None:
 
 def prompts_sent(standin: StandIn) -> list[str]:
     return [body["prompt"]["6"]["inputs"]["text"] for body in standin.submitted]
+
+
+def keep_busy(standin: StandIn) -> None:
+    """Submit a prompt of another client, so that the next ones wait in the queue."""
+    graph = {
+        "1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 1}},
+        "2": {"class_type": "SaveImage", "inputs": {"filename_prefix": "else", "images": ["1", 0]}},
+    }
+    requests.post(f"{standin.url}/prompt", json={"prompt": graph}, timeout=10)
 
 
 def wait_for(condition, seconds=10.0):
@@ -333,12 +343,13 @@ def test_same_prompt_twice_is_downloaded_and_counted_once(batch, standin, collec
     assert_complete(batch, 1)
 
 
-def test_cached_prompt_whose_file_was_deleted_is_explained_with_a_remedy(batch, standin, collect):
+def test_cached_prompt_whose_file_stays_gone_is_explained_with_a_remedy(batch, standin, collect):
     batch.per_batch(PROMPTS[:1])
     collect(COMFYUI_FREE="0")
     for path in standin.folder.glob("output/**/*.png"):
         path.unlink()
     again = Workspace(batch.root / "again", batch.environment | {"DATASET_DIR": str(batch.root / "again" / "dataset")})
+    standin.fault("forbidden", "/free")
     result = collect(**again.environment)
     assert result.code == 4
     assert "answered from its cache" in result.out
@@ -347,13 +358,14 @@ def test_cached_prompt_whose_file_was_deleted_is_explained_with_a_remedy(batch, 
     assert_complete(again, 1)
 
 
-def test_cached_prompt_without_outputs_is_explained(batch, standin, collect):
+def test_cached_prompt_without_outputs_is_run_again(batch, standin, collect):
     batch.per_batch([{"prompt": "a", "seed": 1}, {"prompt": "a", "seed": 1, "name": "again"}])
     standin.fault("cached_outputs_missing")
     result = collect()
-    assert result.code == 1
-    assert "returned no image: ComfyUI answered from its cache" in result.out
-    assert "NEW_SEEDS=1" in result.out
+    assert result.code == 0
+    assert "again: ComfyUI answered from its cache, but the files are gone; submitting it again" in result.out
+    assert "again: 0 new images, 1 already collected" in result.out
+    assert standin.worker.executed_jobs == 2
     assert_complete(batch, 1)
 
 
@@ -392,7 +404,8 @@ def test_jobs_of_a_server_that_dies_go_to_the_others(both, standin, other, colle
 
 def test_prompts_that_a_server_accepted_before_it_failed_are_dequeued(batch, standin, collect):
     standin.worker.seconds_per_job = 0.5
-    standin.fault("too_large", "/prompt", after=2)
+    keep_busy(standin)
+    standin.fault("too_large", "/prompt", after=1)
     result = collect()
     assert result.code == 4
     assert "Removed this run's waiting prompts from the queue" in result.out
@@ -488,9 +501,8 @@ def test_failure_to_free_memory_is_only_logged(batch, standin, collect):
     assert "Could not free" in result.out
 
 
-def test_every_fault_is_in_this_file():
-    with open(__file__, encoding="utf-8") as file:
-        text = file.read()
+def test_every_fault_has_a_test():
+    text = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
     assert [name for name in sorted(faults.KINDS) if f'"{name}"' not in text] == []
 
 

@@ -202,10 +202,110 @@ def test_which_nodes_save_images(batch, class_type, saves):
     assert (problems == []) is saves
 
 
+UNREADABLE = [
+    ("SaveEXR", {}, "EXR"),
+    ("SaveImageAdvanced", {"format": "exr", "format.bit_depth": "32-bit float"}, "EXR"),
+    ("Image Save", {"extension": "PSD"}, "PSD"),
+    ("SaveImageExtended", {"output_ext": ".jxl"}, "JXL"),
+    ("VHS_VideoCombine", {"format": "image/gif"}, "video"),
+    ("SaveAnimatedPNG", {}, "an animation"),
+    ("SaveVideo", {"format": "auto"}, "video"),
+    ("SaveWEBM", {}, "video"),
+    ("SaveSVGNode", {}, "SVG"),
+    ("SaveAudioMP3", {}, "audio"),
+    ("SaveGLB", {}, "a 3D model"),
+    ("SaveImageWebsocket", {}, "nothing in a file"),
+    ("SaveImageDataSetToFolder", {}, "images that it does not report"),
+]
+
+
+@pytest.mark.parametrize(("class_type", "inputs", "what"), UNREADABLE, ids=[each[0] for each in UNREADABLE])
+def test_saver_whose_files_cannot_be_read_is_named_with_what_it_saves(batch, mapping, class_type, inputs, what):
+    batch["9"] = {"class_type": class_type, "inputs": batch["9"]["inputs"] | inputs}
+    message = f"node 9 ({class_type}) does not save images that LoRACat can read, but {what}; save PNG images instead"
+    assert message in problems_of(batch, mapping)
+    assert f"no node saves images that LoRACat can read (node 9 ({class_type}) saves {what})" in problems_of(batch, {})
+
+
+@pytest.mark.parametrize(
+    ("class_type", "inputs"),
+    [
+        ("SaveImageAdvanced", {"format": "png", "format.bit_depth": "16-bit"}),
+        ("SaveImageAdvanced", {"format": ["4", 0]}),
+        ("Image Save", {"extension": "jpg", "quality": 90}),
+        ("SaveImageWithMetaData", {"file_format": "WEBP (lossy)"}),
+        ("Image Saver", {"extension": ".jpeg", "type": "output"}),
+        ("SaveImage", {"format": "%date:yyyy%"}),
+    ],
+)
+def test_saver_of_readable_images_is_used(batch, mapping, class_type, inputs):
+    batch["9"] = {"class_type": class_type, "inputs": batch["9"]["inputs"] | inputs}
+    assert parse_workflow(batch, mapping, []).output_nodes == ("9",)
+
+
 def test_workflow_that_saves_nothing_is_refused(batch, mapping):
     batch["9"]["class_type"] = "PreviewImage"
     del batch["9"]["inputs"]["filename_prefix"]
     assert "no node saves images" in problems_of(batch, mapping)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "name"),
+    [
+        ({"value": 42}, "value"),
+        ({"value": "42"}, "value"),
+        ({"seed": 42}, "seed"),
+        ({"noise_seed": 42, "value": 1}, "noise_seed"),
+        ({"int": 42}, "int"),
+        ({"number": 42, "number_type": "integer"}, "number"),
+    ],
+)
+def test_seed_node_may_hold_a_number_alone(batch, mapping, inputs, name):
+    batch["50"] = {"class_type": "PrimitiveInt", "inputs": inputs}
+    assert parse_workflow(batch, mapping | {"seed_node": "50"}, []).seed_input == InputRef("50", name)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"value": "a word"}, 'seed_node: value of node 50 (PrimitiveString) must be a whole number to be the seed (is "a word")'),
+        ({"value": 1.5}, "must be a whole number"),
+        ({"value": True}, "must be a whole number"),
+        ({"value": ["3", 0]}, "value of node 50 (PrimitiveString) is connected to node 3 (KSampler)"),
+        ({"text": "1"}, "no input 'seed'"),
+    ],
+)
+def test_number_that_cannot_be_a_seed_is_refused(batch, mapping, inputs, words):
+    batch["50"] = {"class_type": "PrimitiveString", "inputs": inputs}
+    assert words in problems_of(batch, mapping | {"seed_node": "50"})
+
+
+CHAINS = {
+    "primitive": ({"10": ("PrimitiveInt", {"value": 4})}, "10.value"),
+    "seed node": ({"10": ("Seed (rgthree)", {"seed": 4})}, "10.seed"),
+    "reroute": ({"10": ("Reroute", {"": ["11", 0]}), "11": ("PrimitiveInt", {"value": 4})}, "11.value"),
+    "calculation": (
+        {"10": ("ComfyMathExpression", {"expression": "a+1", "values.a": ["11", 0]}), "11": ("easy int", {"value": 4})},
+        "11.value",
+    ),
+    "two numbers": ({"10": ("SimpleMath+", {"value": "a*b", "a": ["11", 0], "b": ["11", 0]}), "11": ("Int", {"value": 4})}, None),
+    "not a number": ({"10": ("GetImageSize", {"image": ["11", 0]}), "11": ("PrimitiveInt", {"value": 4})}, None),
+    "a text": ({"10": ("PrimitiveString", {"value": "4"})}, None),
+    "a circle": ({"10": ("Reroute", {"": ["11", 0]}), "11": ("Reroute", {"": ["10", 0]})}, None),
+    "missing": ({}, None),
+}
+
+
+@pytest.mark.parametrize(("nodes", "holder"), CHAINS.values(), ids=CHAINS)
+def test_number_behind_a_seed_is_found_through_links(batch, mapping, nodes, holder):
+    batch["3"]["inputs"]["seed"] = ["10", 0]
+    batch |= {node_id: {"class_type": name, "inputs": inputs} for node_id, (name, inputs) in nodes.items()}
+    assert {str(ref): seed for ref, seed in literal_seeds(batch).items()} == ({holder: 4} if holder else {})
+    assert upstream_seeds(batch, "9") == ({holder: 4} if holder else {})
+    if "10" in nodes:
+        message = problems_of(batch, mapping)
+        assert "input seed of node 3 (KSampler) is connected to node 10" in message
+        assert ("choose the node that holds the value: " in message) is (holder is not None)
 
 
 def test_literal_seeds_of_every_form_without_links_texts_and_seeds_of_other_nodes():

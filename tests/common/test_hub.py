@@ -1,6 +1,7 @@
 """Whatever goes wrong between the program and the hub is a HubError; a full disk is not."""
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,38 @@ def test_in_a_container_the_command_and_its_paths_are_those_of_the_host(monkeypa
     monkeypatch.setattr("common.hub.IN_CONTAINER", True)
     command = download_command("a/b", REPOSITORY / "models" / "b")
     assert command == "docker compose run --rm loracat-cpu hf download a/b --local-dir models/b"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"HF_ENDPOINT": "http://me:secret/x@127.0.0.1:9"},
+        {"HF_ENDPOINT": "http://me:secret@127.0.0.1:port"},
+        {"HF_ENDPOINT": "http://[me:secret@host"},
+        {"HTTPS_PROXY": "http://me:secret/x@127.0.0.1:9"},
+        {"HTTPS_PROXY": "http://me:secret@127.0.0.1:port"},
+    ],
+)
+def test_a_malformed_address_is_one_line_without_its_login(variables):
+    """huggingface_hub reads the variables when it is imported."""
+    code = """
+import os
+from pathlib import Path
+from common.errors import ModelError, run_main
+from common.hub import HubError, file_size_bytes
+from common.masking import learn_secrets
+
+def main():
+    learn_secrets(os.environ)
+    try:
+        file_size_bytes("a/b", "c")
+    except HubError as error:
+        raise ModelError(str(error))
+
+run_main("stage", main)
+"""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "scripts")} | variables
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    (line,) = (ended.stdout + ended.stderr).splitlines()
+    assert line.startswith("stage: ")
+    assert "secret" not in line

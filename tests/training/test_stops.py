@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -72,6 +73,20 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(images, mount_tmpfs
     assert again.returncode == 143
     assert f"continuing at step {left.progress.next_step}\n" in again.stdout
     assert "damaged" not in again.stdout
+
+
+def test_a_cache_that_is_removed_ends_the_run_with_the_state_saved(images):
+    long = SHORT | {"NUM_TRAIN_EPOCHS": 1000, "SAVE_STATE_EVERY_MINUTES": 60}
+    removed = images.disturbed(2, lambda is_over: shutil.rmtree(images.output / "cache" / "latents"), **long)
+    assert removed.returncode == 6
+    (line,) = removed.stderr.splitlines()
+    assert line.startswith(f"train_lora: {images.output}/cache/latents/")
+    assert "run the same command again" in line
+    taken = images.steps_taken()
+    assert checkpoint.newest(images.output / "state" / "sks").progress.next_step == taken >= 2
+    again = images.stopped(taken + 1, signal.SIGTERM, **long)
+    assert f"continuing at step {taken}\n" in again.stdout
+    assert "images: 2 encoded, 0 in the cache; captions: 0 encoded, 2 in the cache" in again.stdout
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from common.background import in_background, prefetch
 from common.clip_tokens import CHUNK_TOKENS
-from common.errors import DataError
+from common.errors import DataError, ResourceError
 from common.images import open_rgb
 from common.progress import ProgressBar
 from training.config import DataSettings
@@ -39,6 +40,9 @@ FORMAT = 2
 
 TENSORS = {"latents": {"mean", "log_variance"}, "text": {"hidden", "pooled"}}
 """Names of the tensors in a file, by its folder."""
+
+CHECKSUM = "crc32"
+"""Name of the checksum in a file's metadata."""
 
 _WRITERS = 2
 """Threads that wait for the disk, and on a GPU for its results."""
@@ -68,14 +72,27 @@ class EncodedData:
 
 def read_latents(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and log-variance [C, h, w] of the VAE's posterior, fp32."""
-    with safe_open(path, framework="pt") as file:
+    with _open_entry(path) as file:
         return file.get_tensor("mean"), file.get_tensor("log_variance")
 
 
 def read_embedding(path: Path, variant: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [tokens, D] and pooled embedding [P] of one variant of a caption."""
-    with safe_open(path, framework="pt") as file:
+    with _open_entry(path) as file:
         return file.get_slice("hidden")[variant], file.get_slice("pooled")[variant]
+
+
+@contextlib.contextmanager
+def _open_entry(path: Path) -> Iterator[safe_open]:
+    """Open a file of the cache. Raises ResourceError if it was removed or overwritten since the start of the run."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(
+            f"{path} cannot be read any more ({error}): run the same command again; what is missing in the cache is encoded again, "
+            "and training resumes from the last checkpoint"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -100,22 +117,51 @@ class Cache:
 class CacheEntries:
     """The files that a run needs."""
 
-    def __init__(self, items: Sequence[tuple]):
-        """`items`: (file, what is encoded into it ...) for each image or caption; equal ones share a file."""
+    def __init__(self, items: Sequence[tuple], group: ProcessGroup, workers: int):
+        """`items`: (file, what is encoded into it ...) for each image or caption; equal ones share a file.
+
+        The processes of a machine share the verification, each with `workers` threads; a damaged file is removed.
+        """
+        by_path = {item[0]: item for item in items}
+        share = group.shard(list(by_path))
+        for path, is_valid in zip(share, prefetch(is_valid_entry, share, workers), strict=True):
+            if not is_valid and path.exists():
+                print(f"{path} is damaged; it is encoded again", flush=True)
+                path.unlink()
+        group.barrier()
         self.paths: list[Path] = [item[0] for item in items]
-        self.missing = list({item[0]: item for item in items if not is_valid_entry(item[0])}.values())
-        self.summary = f"{len(self.missing)} encoded, {len(set(self.paths)) - len(self.missing)} in the cache"
+        self.missing = [item for path, item in by_path.items() if not path.is_file()]
+        self.summary = f"{len(self.missing)} encoded, {len(by_path) - len(self.missing)} in the cache"
 
 
 def is_valid_entry(path: Path) -> bool:
-    """Whether the file exists, has the size that its header describes, and holds the tensors that belong in its folder."""
+    """Whether the file exists, holds the tensors that belong in its folder, and has the checksum that is written in it.
+
+    Files of 1.0 have no checksum and are trusted if they have the size that their header describes.
+    """
     if not path.is_file():
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            return set(file.keys()) == TENSORS[path.parent.name]
+            if set(file.keys()) != TENSORS[path.parent.name]:
+                return False
+            expected = (file.metadata() or {}).get(CHECKSUM)
+            return expected is None or expected == _checksum({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except SafetensorError:
         return False
+
+
+def write_entry(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write contiguous `tensors` on the CPU, with their checksum in the file's metadata."""
+    write_tensors(path, tensors, {CHECKSUM: _checksum(tensors)})
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    """CRC-32 of the bytes of all tensors in the order of their names: fast, and it finds what a disk or a copy does to a file."""
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].view(torch.uint8).numpy(), total)
+    return f"{total:08x}"
 
 
 @dataclass(frozen=True)
@@ -159,7 +205,7 @@ class CacheBuilder:
             if cut := text_beyond(chunks, example.caption, tokenizers):
                 print(f"{example.name}: its caption is longer than {CHUNK_TOKENS * chunks} tokens; training does not see: {cut}")
 
-        latents, embeddings = self.find_latents(images), self.find_embeddings([*variants, [""]], chunks)
+        latents, embeddings = self.find_latents(images, workers), self.find_embeddings([*variants, [""]], chunks, workers)
         self.group.barrier()  # all processes know what is missing before one writes
         total = len(self.group.shard(latents.missing)) + len(self.group.shard(embeddings.missing))
         with ProgressBar(total, "encode", "images and captions") as bar, _tensor_cores(enabled=self.uses_tensor_cores):
@@ -181,16 +227,17 @@ class CacheBuilder:
         ]
         return EncodedData(cached[: len(trained)], cached[len(trained) :], empty_caption)
 
-    def find_latents(self, images: Sequence[tuple[Example, Placement]]) -> CacheEntries:
+    def find_latents(self, images: Sequence[tuple[Example, Placement]], workers: int) -> CacheEntries:
         """The entry of each image."""
         digest = base_digest(self.base, self.cache.folder, "vae") + (" by tensor cores" if self.uses_tensor_cores else "")
-        return CacheEntries([(self.cache.latents_path(*image, digest), *image) for image in images])
+        return CacheEntries([(self.cache.latents_path(*image, digest), *image) for image in images], self.group, workers)
 
-    def find_embeddings(self, captions: Sequence[list[str]], chunks: int) -> CacheEntries:
+    def find_embeddings(self, captions: Sequence[list[str]], chunks: int, workers: int) -> CacheEntries:
         """The entry of each caption; a caption is a list of variants."""
         digest = "".join(base_digest(self.base, self.cache.folder, name) for name in ("text_encoder", "text_encoder_2"))
         digest += tokenizers_digest(find_or_download_tokenizers(self.base, self.models_dir))
-        return CacheEntries([(self.cache.embeddings_path(texts, chunks, self.dtype, digest), texts) for texts in captions])
+        items = [(self.cache.embeddings_path(texts, chunks, self.dtype, digest), texts) for texts in captions]
+        return CacheEntries(items, self.group, workers)
 
     def _encode_images(self, missing: Sequence[tuple], workers: int, bar: tqdm) -> None:
         """Write this process's share of the missing latents."""
@@ -240,7 +287,7 @@ def write_latents(
         mean, log_variance = (tensor[0].to("cpu", torch.float32).contiguous() for tensor in posterior)
         if not (mean.isfinite().all() and log_variance.isfinite().all()):
             raise DataError(f"{example.name}: the VAE returns NaN or infinity for this image; remove it, or use another VAE")
-        write_tensors(path, {"mean": mean, "log_variance": log_variance})
+        write_entry(path, {"mean": mean, "log_variance": log_variance})
         return path
 
     return prefetch(write, encoded, min(workers, _WRITERS))
@@ -262,7 +309,7 @@ def write_embeddings(
     def write(item: tuple[Path, torch.Tensor, torch.Tensor]) -> Path:
         path, hidden, pooled = item
         tensors = {"hidden": hidden.to("cpu", dtype).contiguous(), "pooled": pooled.to("cpu", dtype).contiguous()}
-        write_tensors(path, tensors)
+        write_entry(path, tensors)
         return path
 
     return prefetch(write, encoded, min(workers, _WRITERS))

@@ -4,12 +4,11 @@ import hashlib
 import json
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
 
 from common.clip_tokens import TOKENIZERS, find_tokenizers_in
 from common.errors import ModelError
-from common.files import sha256_of, write_json
+from common.files import read_cached_json, sha256_of, write_cached_json
 from common.hub import HubError, download, download_command, file_size_bytes
 from training.models.diffusers_folder import read_folder
 from training.models.sdxl import BaseModel, Component
@@ -115,7 +114,7 @@ def base_digest(base: BaseModel, folder: Path, name: str) -> str:
     key = _digest_key(component)
     if key not in known:
         known[key] = component.digest
-        write_json(folder / DIGESTS, known)
+        write_cached_json(folder / DIGESTS, known)
     return known[key]
 
 
@@ -129,10 +128,7 @@ def compute_digests(base: BaseModel, folder: Path) -> None:
 
 def _remembered_digests(folder: Path) -> dict[str, str]:
     """`_digest_key` -> digest; what cannot be read is ignored."""
-    with suppress(FileNotFoundError, ValueError, AttributeError):
-        known = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
-        return {key: digest for key, digest in known.items() if isinstance(digest, str)}
-    return {}
+    return {key: digest for key, digest in read_cached_json(folder / DIGESTS).items() if isinstance(digest, str)}
 
 
 def _digest_key(component: Component) -> str:

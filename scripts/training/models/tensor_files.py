@@ -31,9 +31,3 @@ def write_into(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str,
             raise
         raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(file.parent)) from None
     file.chmod(mode)
-
-
-def remove_partial_weights(folder: Path) -> None:
-    """Remove what killed runs left in `folder`: partial files of `atomic_write` and of safetensors. No run may be writing."""
-    for path in [*folder.glob(".*.part"), *folder.glob(".tmp*")]:
-        path.unlink(missing_ok=True)

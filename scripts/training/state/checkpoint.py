@@ -184,18 +184,10 @@ def keep_one(folder: Path, at_most: int) -> None:
     _remove_others(folder, [kept] if kept else [])
 
 
-def archive_state(folder: Path) -> None:
-    """Move the checkpoints in `folder`, if there are any, to the first free `<folder>-old-N`; an incomplete one is removed."""
-    if not folder.is_dir():
-        return
-    if not _records(folder):
+def remove_incomplete(folder: Path) -> None:
+    """Remove `folder` if it exists and holds no checkpoint, not even a corrupt one."""
+    if folder.is_dir() and not _records(folder):
         shutil.rmtree(folder)
-        return
-    number = 1
-    while (archive := folder.with_name(f"{folder.name}-old-{number}")).exists():
-        number += 1
-    folder.rename(archive)
-    print(f"checkpoints of an earlier run moved to {archive}")
 
 
 def _records(folder: Path) -> list[Path]:

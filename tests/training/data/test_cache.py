@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from common.errors import DataError
+from common.errors import DataError, ResourceError
+from common.settings import REPOSITORY
 from training.config import TrainSettings
 from training.data import cache as cache_module
 from training.data.buckets import assign_bucket
@@ -141,6 +142,43 @@ def test_corrupt_files_are_encoded_again_and_valid_ones_are_kept(stage, examples
     assert "captions: 1 encoded, 4 in the cache" in output
     assert after == before
     assert {path: path.stat().st_mtime_ns for path in valid} == valid
+
+
+def test_a_flipped_bit_is_found_and_the_file_encoded_again(stage, examples, capsys):
+    everything = list(examples.values())[:2]
+    _, before = build_cache(stage, "cache", everything)
+    damaged = [sorted((stage.output / "cache" / kind).glob("*"))[0] for kind in ("latents", "text")]
+    for path in damaged:
+        content = bytearray(path.read_bytes())
+        content[-100] ^= 0x40
+        path.write_bytes(content)
+    capsys.readouterr()
+    _, after = build_cache(stage, "cache", everything)
+    output = capsys.readouterr().out
+    assert all(f"{path} is damaged; it is encoded again\n" in output for path in damaged)
+    assert "images: 1 encoded, 1 in the cache; captions: 1 encoded, 2 in the cache" in output
+    assert after == before
+
+
+def test_files_of_the_first_version_without_a_checksum_are_valid(tmp_path):
+    files = sorted((REPOSITORY / "tests" / "data" / "first_version" / "half" / "cache").glob("*/*.safetensors"))
+    assert len(files) == 5
+    for file in files:
+        copied = tmp_path / file.parent.name / file.name
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copy(file, copied)
+        assert is_valid_entry(copied)
+
+
+def test_a_file_that_is_gone_or_overwritten_is_a_resource_error(stage, examples):
+    data, _ = build_cache(stage, "cache", [examples["coffee"]])
+    cached = data.examples[0]
+    cached.latents.unlink()
+    cached.embeddings.write_bytes(b"{}")
+    for path, read in ((cached.latents, read_latents), (cached.embeddings, lambda path: read_embedding(path, 0))):
+        with pytest.raises(ResourceError, match="cannot be read any more") as error:
+            read(path)
+        assert str(path) in str(error.value)
 
 
 def test_two_names_for_the_same_image_share_a_file(stage, examples):

@@ -128,17 +128,17 @@ def test_half_a_save_is_no_state_and_goes_with_the_next_one(two_states, training
     assert sorted(path.name for path in folder.iterdir()) == ["step-000000004.json", "step-000000004.safetensors"]
 
 
-def test_an_incomplete_first_checkpoint_is_not_archived(tmp_path, training, capsys):
+def test_a_folder_with_an_incomplete_first_checkpoint_is_removed(tmp_path, training):
     folder = tmp_path / "state"
+    checkpoint.remove_incomplete(folder)
     folder.mkdir()
-    (folder / ".tmpabc").write_bytes(b"half")
-    checkpoint.archive_state(folder)
+    (folder / ".tmpabc123").write_bytes(b"half")
+    checkpoint.remove_incomplete(folder)
     assert list(tmp_path.iterdir()) == []
     training.step()
     checkpoint.write(folder, training.snapshot(), IDENTITY, keep=2)
-    checkpoint.archive_state(folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["state-old-1"]
-    assert "moved to" in capsys.readouterr().out
+    checkpoint.remove_incomplete(folder)
+    assert checkpoint.newest(folder).progress.next_step == 1
 
 
 def test_newest_goes_by_number_and_not_by_time(two_states):
