@@ -65,7 +65,10 @@ def test_the_start_says_what_the_run_will_do(finished):
     assert "2 epochs, 6 optimizer steps of 2, 12 training samples; epsilon, min-SNR 5.0, noise offset 0.0357" in said
     few = next(line for line in said if "are few" in line)
     assert few == "12 training samples are few: a likeness needs 2000 to 3000. Set NUM_TRAIN_EPOCHS=334, or add images."
-    assert said[-1].startswith(f"{finished.stage.lora}: ")
+    *_, written, following, warning = said
+    assert written.startswith(f"{finished.stage.lora}: ")
+    assert following == "next: load sks.safetensors in ComfyUI beside an SDXL checkpoint, with 'sks' in the prompt"
+    assert warning == few
     assert "722 modules, all known to ComfyUI" in said[-1]
 
 
