@@ -109,7 +109,7 @@ def caption(
     indexed = index_images(folder, images, decode_workers())
     audit = audit_images(folder, images, indexed, train.data.resolution)
     write_audit(audit, folder)
-    print(report.audit_table(audit, folder.audit), flush=True)
+    print(report.new_formats(images, folder) + report.audit_table(audit, folder.audit), flush=True)
     to_generate, to_copy, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)
     for image in to_copy:
         if apply_change(counts, captions.copy, image.captions[-1], image.caption_path):

@@ -70,10 +70,10 @@ case ${strict,,} in
 esac
 
 declare -A packages=( # the modules that a stage imports
-    [collect_images]="PIL requests tomli_w tqdm urllib3 websocket"
-    [caption_images]="PIL huggingface_hub numpy onnxruntime tokenizers tomli_w tqdm"
-    [train_lora]="PIL accelerate diffusers huggingface_hub numpy peft safetensors tensorboard tokenizers tomli_w torch tqdm
-        transformers wandb"
+    [collect_images]="PIL numpy pillow_heif requests tomli_w tqdm urllib3 websocket"
+    [caption_images]="PIL huggingface_hub numpy onnxruntime pillow_heif tokenizers tomli_w tqdm"
+    [train_lora]="PIL accelerate diffusers huggingface_hub numpy peft pillow_heif safetensors tensorboard tokenizers tomli_w
+        torch tqdm transformers wandb"
 )
 find_missing='import sys, importlib.util as u; print("OK", *(name for name in sys.argv[1:] if not u.find_spec(name)))'
 for stage in "${stages[@]}"; do

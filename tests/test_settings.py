@@ -231,14 +231,15 @@ def test_names_too_long_for_the_file_system_are_refused_with_the_settings(tmp_pa
 def test_the_longest_name_is_one_that_every_file_of_a_run_can_have(tmp_path):
     outputs, other = (OutputLayout(tmp_path, letter * 222) for letter in "ab")
     assert name_problem(outputs.name, tmp_path) is None
-    for _ in range(3):  # archives what was there under the names of the run that wrote it
-        for path in (outputs.lora, outputs.best, outputs.lora_after(999999), outputs.metrics):
+    for _ in range(2):
+        for path in (outputs.lora, outputs.best, outputs.lora_after(999999), outputs.metrics, outputs.state / "state.json"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(b"")
         outputs.resolved_config.write_text(f'[train.saving]\noutput_name = "{outputs.name}"\n')
-        other.archive_previous_outputs()
-        outputs.archive_previous_outputs()
-    assert (tmp_path / "lora" / f"{outputs.name}.training_config_resolved.toml-2").exists()
+        other.begin(resumes=False)
+        assert (outputs.lora_dir / f"{outputs.name}.training_config_resolved.toml").exists()
+        outputs.begin(resumes=False)
+    assert len(list(outputs.archive.iterdir())) == 2
 
 
 PASSWORD = "Tr0ub4dor"

@@ -126,6 +126,7 @@ def _dynamic_combo(**options: dict[str, list]) -> list:
     return ["COMFY_DYNAMICCOMBO_V3", {"options": [{"key": key, "inputs": {"required": inputs}} for key, inputs in options.items()]}]
 
 
+_DELIMITER = ["STRING", {"default": "", "multiline": False}]
 _PREFIX_V3 = ["STRING", {"default": "ComfyUI", "multiline": False}]
 _PNG = {
     "bit_depth": _combo("8-bit", ["8-bit", "16-bit"], advanced=True),
@@ -335,6 +336,11 @@ NODES: dict[str, NodeClass] = {
     "VAEDecode": NodeClass(nodes.vae_decode, {"samples": _link("LATENT"), "vae": _link("VAE")}, ("IMAGE",)),
     "VAEEncode": NodeClass(nodes.vae_encode, {"pixels": ["IMAGE"], "vae": ["VAE"]}, ("LATENT",)),
     "PrimitiveInt": NodeClass(nodes.value, {"value": _int(0, -(2**63), 2**63 - 1)}, ("INT",)),
+    "StringConcatenate": NodeClass(
+        nodes.concatenate,
+        {"string_a": ["STRING", {"multiline": True}], "string_b": ["STRING", {"multiline": True}], "delimiter": _DELIMITER},
+        ("STRING",),
+    ),
     "PrimitiveString": NodeClass(nodes.value, {"value": ["STRING", {}]}, ("STRING",)),
     "PrimitiveStringMultiline": NodeClass(nodes.value, {"value": _TEXT}, ("STRING",)),
 }

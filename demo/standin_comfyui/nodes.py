@@ -266,3 +266,7 @@ def sampler_custom(context: Context, noise: int, guider: dict, latent_image: Lat
 
 def value(context: Context, value: Any) -> tuple:
     return (value,)
+
+
+def concatenate(context: Context, string_a: str, string_b: str, delimiter: str) -> tuple:
+    return (delimiter.join((string_a, string_b)),)

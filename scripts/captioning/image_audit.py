@@ -5,7 +5,7 @@ is not measured again. The flaws are recorded in `dataset/.loracat/audit.json`: 
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,13 @@ import numpy as np
 
 from captioning.image_stats import HASH_SIDE, ImageStats, measure
 from common.background import prefetch
-from common.dataset_layout import CAPTION_SUFFIXES, IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in, repeats_of
+from common.dataset_layout import CAPTION_SUFFIXES, DatasetFolder, ImageFile, name_in, unused_entries
 from common.files import read_cached_json, sha256_of, write_cached_json, write_json
 from common.images import BrokenImageError
 from common.progress import ProgressBar
 
-INDEX_FORMAT = 1
-"""To be raised when ImageStats changes: every image is then measured again."""
+INDEX_FORMAT = 2
+"""To be raised when ImageStats or the pixels of any image change: every image is then measured again."""
 MIN_SHARE_OF_AREA = 0.9
 """Of resolution²: SDXL's own sizes go down to 0.91 of it, 640x1536; a smaller image is trained in less detail."""
 MAX_BLUR = 0.45
@@ -47,6 +47,11 @@ class IndexedImage:
     stats: ImageStats | None
     broken: str = ""
     """Why there are no stats: what is wrong with the image."""
+
+    @property
+    def pixels_key(self) -> str:
+        """Stands for the decoded pixels: the SHA-256, with a mark if version 1.0 decoded the file to other pixels."""
+        return f"{self.sha256}-{self.stats.revision}" if self.stats and self.stats.revision else self.sha256
 
 
 def index_images(folder: DatasetFolder, images: Sequence[ImageFile], workers: int) -> dict[Path, IndexedImage]:
@@ -130,8 +135,8 @@ def audit_images(folder: DatasetFolder, images: Sequence[ImageFile], indexed: di
             flaws[DUPLICATE] = f"looks like {duplicates[entry.name]}"
         if flaws:
             flagged[entry.name] = flaws
-    orphans, ignored = _other_entries(folder.images, images)
-    ignored |= _companions(folder.images, images)
+    ignored = unused_entries(folder.images)
+    orphans = _orphaned_captions(folder.images, images, ignored)
     digests = {entry.name: entry.sha256 for entry in entries if entry.name in flagged}
     return Audit(len(entries), resolution, flagged, digests, tuple(orphans), ignored)
 
@@ -181,29 +186,10 @@ def find_near_duplicates(images: Sequence[IndexedImage]) -> dict[str, str]:
     return originals
 
 
-def _companions(folder: Path, images: Sequence[ImageFile]) -> dict[str, str]:
-    """Files with the stem of an image that are neither images nor captions: perhaps captions with another suffix."""
-    stems = {image.path.with_suffix("") for image in images}
-    paths = sorted(path for parent in {image.path.parent for image in images} for path in parent.iterdir())
-    known = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES)
-    found = [path for path in paths if path.suffix.lower() not in known and path.with_suffix("") in stems and path.is_file()]
-    return {name_in(folder, path): f"not a caption, which has the suffix {' or '.join(CAPTION_SUFFIXES)}" for path in found}
-
-
-def _other_entries(folder: Path, images: Sequence[ImageFile]) -> tuple[list[str], dict[str, str]]:
-    """What is beside the images: captions without an image, and entries that look like images but are ignored -> why."""
-    captions = {path for image in images for path in image.captions}
-    searched = {folder, *(image.path.parent for image in images)}
-    orphans, ignored = [], {}
-    for parent in sorted(searched):
-        for path in sorted(path for path in parent.iterdir() if not path.name.startswith(".")):
-            name, suffix = name_in(folder, path), path.suffix.lower()
-            if suffix in CAPTION_SUFFIXES and path not in captions:
-                orphans.append(name)
-            elif suffix in IMAGE_SUFFIXES and not path.exists():
-                ignored[name] = "a link to nothing"
-            elif suffix in IMAGE_SUFFIXES and path.is_dir():
-                ignored[name] = "a folder"
-            elif path.is_dir() and path not in searched and repeats_of(path) != 0 and find_images(path):
-                ignored[name] = "a folder with images; call it N_name for N repeats to use it"
-    return orphans, ignored
+def _orphaned_captions(folder: Path, images: Sequence[ImageFile], ignored: Collection[str]) -> list[str]:
+    """The captions without an image, even an ignored one."""
+    stems = {image.path.with_suffix("") for image in images} | {(folder / name).with_suffix("") for name in ignored}
+    parents = sorted({folder, *(image.path.parent for image in images)})
+    paths = [path for parent in parents for path in sorted(parent.iterdir())]
+    captions = [path for path in paths if path.suffix.lower() in CAPTION_SUFFIXES and not path.name.startswith(".")]
+    return [name_in(folder, path) for path in captions if path.with_suffix("") not in stems]

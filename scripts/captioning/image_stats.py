@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.images import open_rgb
+from common.images import read_image
 
 GREY_SIDE_PX = 512
 """Images are scaled down to this before they are measured, so that the limits of the audit hold for any size."""
@@ -34,13 +34,14 @@ class ImageStats:
     """Grey level, 0..255, that 1 % of the pixels are brighter than."""
     hash: str
     """Perceptual hash, hexadecimal, HASH_SIDE² bits."""
+    revision: str = ""
+    """See `DecodedImage.revision`."""
 
 
 def measure(path: Path) -> ImageStats:
     """Decode and measure the image at `path`. Raises BrokenImageError if it cannot be used."""
-    image = open_rgb(path)
-    with Image.open(path) as file:
-        animated = getattr(file, "is_animated", False)
+    decoded = read_image(path)
+    image = decoded.rgb
     grey = image.convert("L")
     grey.thumbnail((GREY_SIDE_PX, GREY_SIDE_PX), Image.Resampling.BOX)
     levels = np.asarray(grey, dtype=np.float32)
@@ -48,11 +49,12 @@ def measure(path: Path) -> ImageStats:
     return ImageStats(
         width=image.width,
         height=image.height,
-        animated=animated,
+        animated=decoded.is_animated,
         blur=round(measure_blur(levels), 3),
         dark=int(dark),
         bright=int(bright),
         hash=perceptual_hash(grey),
+        revision=decoded.revision,
     )
 
 

@@ -7,7 +7,7 @@ from captioning.config import CaptionSettings
 from captioning.model_files import find_model, model_size_on_hub
 from captioning.tag_cache import load_tagger
 from common.captions import ordinary_trigger
-from common.dataset_layout import IMAGE_SUFFIXES, DatasetFolder, ImageFile, find_images
+from common.dataset_layout import DatasetFolder, ImageFile, describe_missing_images, find_images
 from common.errors import DataError, ResourceError, run_checks
 from common.files import write_problem
 from common.project import ProjectSettings
@@ -30,7 +30,7 @@ def require_images(folder: DatasetFolder) -> list[ImageFile]:
     """The images of the data set. Raises DataError if there are none."""
     images = find_images(folder.images)
     if not images:
-        raise DataError(f"{folder.images}: no images ({', '.join(IMAGE_SUFFIXES)}); put some there, or run the collect stage first")
+        raise DataError(describe_missing_images(folder.images, "put some there, or run the collect stage first"))
     return images
 
 

@@ -15,7 +15,7 @@ from captioning.tag_selection import TagSelector
 from captioning.traits import SUGGESTED_MIN_SHARE, TraitPruning
 from common.captions import UnusableCaptionError, in_one_line, read_caption
 from common.clip_tokens import CHUNK_TOKENS, ClipTokens
-from common.dataset_layout import CAPTION_SUFFIX, DatasetFolder, ImageFile, name_in
+from common.dataset_layout import CAPTION_SUFFIX, FIRST_SUFFIXES, DatasetFolder, ImageFile, name_in
 from common.errors import SomeItemsFailed, abbreviated
 
 STAGE = "caption_images"
@@ -53,6 +53,12 @@ class CaptionCounts:
         if self.failed:
             raise SomeItemsFailed(f"{counts}, {self.failed} failed (see above); fix them and run again")
         print(counts)
+
+
+def new_formats(images: Sequence[ImageFile], folder: DatasetFolder) -> str:
+    """A line that names the images which belong to the data set as of version 2.0; "" if there are none."""
+    names = [name_in(folder.images, image.path) for image in images if image.path.suffix.lower() not in FIRST_SUFFIXES]
+    return f"{len(names)} images in formats that version 1.0 ignored: {abbreviated(names)}\n" if names else ""
 
 
 def audit_table(audit: Audit, record: Path) -> str:

@@ -1,5 +1,7 @@
 """The probabilities of every image, from the cache or by inference: `dataset/.loracat/tags/<model>/<SHA-256 of the image>.npy`.
 
+The name of an image that version 1.0 decoded to other pixels has a mark after the hash; see `IndexedImage.pixels_key`.
+
 Thresholds, replacements and pruning are applied to cached probabilities, so that changing them costs no inference. A model
 is identified by the content of its two files. Its cache folder holds a copy of its list of tags, so that the model itself is
 not needed when every image is cached.
@@ -41,7 +43,7 @@ def tag_images(
     The model is searched for, downloaded and loaded only if a probability is missing in the caches in `root`.
     """
     cache, model_folder = _open_cache(list(images.values()), settings, models_dir, root)
-    cached = {path: cache.read(image.sha256) for path, image in images.items()}
+    cached = {path: cache.read(image.pixels_key) for path, image in images.items()}
     missing = [path for path, probabilities in cached.items() if probabilities is None]
     if missing:
         tagger = load_tagger(model_folder, settings, batch_size=min(settings.caption_batch_size, len(images)))
@@ -68,7 +70,7 @@ def infer(
     def write(result: tuple[Path, np.ndarray | BrokenImageError]) -> tuple[Path, np.ndarray | BrokenImageError]:
         path, probabilities = result
         if isinstance(probabilities, np.ndarray):
-            cache.write(images[path].sha256, probabilities)
+            cache.write(images[path].pixels_key, probabilities)
         return result
 
     with ProgressBar(len(images), "tagging", "images") as bar:
@@ -88,10 +90,10 @@ class TagCache:
         self._folder = folder
         self.tags: list[Tag] = read_tags(folder / TAGS_FILE)
 
-    def read(self, sha256: str) -> np.ndarray | None:
-        """The probabilities of the image with this SHA-256, float32 [tags]; None if they are missing or damaged."""
+    def read(self, pixels_key: str) -> np.ndarray | None:
+        """The probabilities of the image with this key, float32 [tags]; None if they are missing or damaged."""
         try:
-            content = (self._folder / f"{sha256}.npy").read_bytes()
+            content = (self._folder / f"{pixels_key}.npy").read_bytes()
             with io.BytesIO(content) as file:
                 probabilities = np.lib.format.read_array(file, allow_pickle=False)
                 checksum, end = file.read(), file.tell()
@@ -101,12 +103,12 @@ class TagCache:
         fits = probabilities.dtype == np.float32 and probabilities.shape == (len(self.tags),)
         return probabilities if fits and is_intact else None
 
-    def write(self, sha256: str, probabilities: np.ndarray) -> None:
-        """Store the `probabilities`, float32 [tags], of the image with this SHA-256. A checksum follows the array."""
+    def write(self, pixels_key: str, probabilities: np.ndarray) -> None:
+        """Store the `probabilities`, float32 [tags], of the image with this key. A checksum follows the array."""
         with io.BytesIO() as file:
             np.save(file, probabilities)
             content = file.getvalue()
-        write_bytes(self._folder / f"{sha256}.npy", content + _checksum(content))
+        write_bytes(self._folder / f"{pixels_key}.npy", content + _checksum(content))
 
 
 def _checksum(content: bytes) -> bytes:
@@ -163,7 +165,7 @@ def _open_cache(
     model_folder = find_model(name, models_dir)
     if model_folder is None:
         cache = find_cache(root, name, bf16)
-        if cache and all(cache.read(image.sha256) is not None for image in images):
+        if cache and all(cache.read(image.pixels_key) is not None for image in images):
             return cache, None
         model_folder = download_model(name, models_dir)
     return open_cache(root, name, model_folder, bf16), model_folder

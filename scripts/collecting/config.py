@@ -48,7 +48,7 @@ class CollectSettings(SharedCollectSettings):
             if name.lower() in _FRAMING_HEADERS:
                 yield f"comfyui_headers: {name} is set by the HTTP client for each request; remove it"
         if not (self.comfyui_api_key.isascii() and self.comfyui_api_key.isprintable()) or " " in self.comfyui_api_key:
-            yield "comfyui_api_key: must be one word of ASCII characters, as platform.comfy.org shows it"
+            yield "comfyui_api_key: must consist of ASCII characters without spaces, as platform.comfy.org shows it"
         if self.new_seeds and self.global_seed is not None:
             yield "new_seeds and global_seed cannot be used together; unset one of them"
 

@@ -13,8 +13,9 @@ from collecting.http import shown
 from collecting.image_store import DownloadedImage, ImageStore
 from collecting.jobs import InFlight, JobResult, Plan
 from collecting.journal import Journal
+from common.dataset_layout import FORMAT_NAMES, IMAGE_SUFFIXES
 from common.errors import abbreviated
-from common.images import DOWNLOAD_SUFFIXES, BrokenImageError
+from common.images import BrokenImageError
 
 DOWNLOAD_RETRY_DELAYS_S = (0.5, 1.0, 2.0)
 """Delays between the attempts for an image that arrives damaged."""
@@ -68,8 +69,8 @@ class HistoryEntry:
                 skipped.append(f"'{shown(file.filename, 100)}' (animated)")
             elif file.kind == "temp":
                 skipped.append(f"'{shown(file.filename, 100)}' (preview)")
-            elif not file.filename.lower().endswith(DOWNLOAD_SUFFIXES):
-                skipped.append(f"'{shown(file.filename, 100)}' (not a PNG, JPEG or WebP image)")
+            elif not file.filename.lower().endswith(IMAGE_SUFFIXES):
+                skipped.append(f"'{shown(file.filename, 100)}' (not a {FORMAT_NAMES} image)")
             else:
                 images.append(file)
         others = [key for key, value in output.items() if key not in ("images", "animated") and value]

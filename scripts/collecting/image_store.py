@@ -4,6 +4,7 @@ File names are made here: nothing that the server sends reaches the file system.
 """
 
 import hashlib
+import io
 import re
 import threading
 import unicodedata
@@ -16,6 +17,7 @@ from common.dataset_layout import IMAGE_FORMATS, DatasetFolder, find_images
 from common.files import append_json_line, read_json_lines, sha256_of, write_bytes
 from common.images import verify_download
 
+UPLOAD_FORMATS = ("png", "jpeg", "webp")
 _MAX_PREFIX_LENGTH = 40
 
 
@@ -31,9 +33,21 @@ class DownloadedImage:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "DownloadedImage":
-        """Verify the image file `content`. Raises BrokenImageError unless it is a complete, still PNG, JPEG or WebP image."""
-        image_format, size_px = verify_download(content)
-        return cls(content, IMAGE_FORMATS[image_format][0], size_px, hashlib.sha256(content).hexdigest())
+        """Verify the image file `content`. Raises BrokenImageError unless it is a complete still image."""
+        image = verify_download(content)
+        return cls(content, IMAGE_FORMATS[image.format][0], image.rgb.size, hashlib.sha256(content).hexdigest())
+
+    @classmethod
+    def for_upload(cls, content: bytes) -> "DownloadedImage":
+        """The same for an image to upload: one in a format that ComfyUI may not read becomes a PNG. `sha256` stays that of
+        `content`."""
+        image = verify_download(content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        if image.format not in UPLOAD_FORMATS:
+            stream = io.BytesIO()
+            image.rgb.save(stream, "PNG")
+            return cls(stream.getvalue(), ".png", image.rgb.size, sha256)
+        return cls(content, IMAGE_FORMATS[image.format][0], image.rgb.size, sha256)
 
 
 class ImageStore:

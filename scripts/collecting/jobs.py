@@ -233,7 +233,7 @@ def _read_face(path: Path | None, problems: list[str]) -> DownloadedImage | None
     if content is None:
         return None
     try:
-        return DownloadedImage.from_bytes(content)
+        return DownloadedImage.for_upload(content)
     except BrokenImageError as error:
         problems.append(f"face_reference: {path} {error}; save it as a PNG or JPEG image")
         return None

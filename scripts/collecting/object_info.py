@@ -19,7 +19,8 @@ MAX_CHOICES_SHOWN = 8
 MAX_COMPARED, MAX_COMPARED_LENGTH = 20_000, 300
 """Number and length of the names that are compared to find the one that was meant."""
 _CONVERSIONS = {"INT": (int, "a whole number"), "FLOAT": (float, "a number")}
-_UPLOADS = ("image_upload", "audio_upload", "video_upload", "file_upload")
+_MEDIA = ("image_upload", "audio_upload", "video_upload")
+"""What marks the inputs that take the name of a file in input/."""
 _UNCHECKED_VALUES = {
     "CustomCombo": None,
     "LoadLatent": ("latent",),
@@ -178,6 +179,9 @@ class NodeClasses:
             is_certain = not (self._is_custom(node) or self._is_custom(graph[source]))
             what = f"input {name} takes {_kind_name(each.kind)}, but output {slot} of node {label} is {_kind_name(received)}"
             yield InputProblem(f"{what}: connect another output", is_certain)
+        elif any(each.options.get(key) for key in _MEDIA) and not self._is_custom(node):
+            what = f"input {name} must be the name of a file, but is connected to node {label}"
+            yield InputProblem(f"{what}: ComfyUI does not take a file name from another node", is_certain=False)
 
     def _value_problems(self, node: dict[str, Any], name: str, each: NodeInput, value: Any) -> Iterator[InputProblem]:
         """As ComfyUI does it: the value is converted to the type of the input, then compared with its limits and its list."""
@@ -198,7 +202,7 @@ class NodeClasses:
             return
         if (choices := each.choices()) is None:
             return
-        uploaded = any(each.options.get(key) for key in _UPLOADS)
+        uploaded = any(each.options.get(key) for key in (*_MEDIA, "file_upload"))
         for one in value if each.options.get("multiselect") and isinstance(value, list) else [value]:
             # ComfyUI finds `folder/a.png` and `a.png [output]` too, but lists only the files directly in input/.
             is_elsewhere = uploaded and isinstance(one, str) and ("/" in one or "\\" in one or one.endswith("]"))

@@ -80,8 +80,8 @@ def check_refusal(server: ComfyUI, plan: Plan) -> None:
     except ComfyUIError:
         return
     if frozenset().union(*(problem.stops for problem in problems)).issuperset(plan.workflow.output_nodes):
-        certain = [problem.text for problem in problems if problem.stops]
-        raise ComfyUIError(bullet_list(f"ComfyUI at {server.url} cannot run the workflow, because:", certain))
+        texts = [problem.text for problem in problems]
+        raise ComfyUIError(bullet_list(f"ComfyUI at {server.url} cannot run the workflow, because:", texts))
 
 
 def _problems_on(server: ComfyUI, plan: Plan) -> list[GraphProblem]:

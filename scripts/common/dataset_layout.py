@@ -4,22 +4,69 @@ Stages share the data set only through these files. A file gets its name when it
 can be trusted. Standard library only.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import abbreviated
 from common.files import remove_partial_files
 
-IMAGE_FORMATS = {"png": (".png",), "jpeg": (".jpg", ".jpeg"), "webp": (".webp",), "bmp": (".bmp",)}
-"""Formats of images in a data set -> the suffixes of their files, the usual one first."""
+IMAGE_FORMATS = {
+    "png": (".png", ".apng"),
+    "jpeg": (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo"),
+    "webp": (".webp",),
+    "bmp": (".bmp", ".dib"),
+    "tiff": (".tif", ".tiff"),
+    "heic": (".heic", ".heif", ".hif"),
+    "avif": (".avif",),
+}
+"""Formats of images in a data set -> the suffixes of their files, the usual one first. The content decides which format a file
+has; its suffix, in any case, only that it is an image."""
 IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
+FORMAT_NAMES = "PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF"
+FIRST_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""Those of version 1.0: where an image of another suffix has the same stem, these files are still the data set."""
+_OTHER_SUFFIXES = {
+    "a GIF": ".gif",
+    "a JPEG XL image": ".jxl",
+    "a JPEG 2000 image": ".jp2 .j2k .jpx .jpf .jxr",
+    "an SVG drawing": ".svg .svgz .eps .ai .pdf",
+    "a Photoshop document": ".psd .psb .xcf .kra .clip .procreate .afphoto",
+    "a camera's raw file": ".dng .raw .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .raf .orf .rw2 .pef .srw .x3f .3fr .iiq .erf .mrw",
+    "an image of another format": ".exr .hdr .tga .ico .icns .pcx .ppm .pgm .pbm .pnm .qoi .dds",
+    "a video": ".mp4 .m4v .mov .webm .mkv .avi .wmv .mpg .mpeg .3gp .mts",
+}
+UNREAD_SUFFIXES = {suffix: what for what, suffixes in _OTHER_SUFFIXES.items() for suffix in suffixes.split()}
+"""Suffixes of images and videos that are not read -> what such a file is."""
 CAPTION_SUFFIX = ".txt"
 CAPTION_SUFFIXES = (CAPTION_SUFFIX, ".caption")
 """In any case. The caption stage writes the first; if an image has captions of both kinds, training reads the first."""
 
-_MAGIC_BYTES = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff", "bmp": b"BM"}
+HEAD_BYTES = 64
+"""How much of a file says which format it has."""
+_MAGIC_BYTES = {
+    "png": (b"\x89PNG\r\n\x1a\n",),
+    "jpeg": (b"\xff\xd8\xff",),
+    "bmp": (b"BM",),
+    "tiff": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+}
+_BRANDS = {"avif": (b"avif", b"avis"), "heic": (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")}
+_CONTAINER_BRANDS = (b"mif1", b"msf1", b"mif2", b"miaf")
+"""Of ISO 23008-12: the brands after them tell which codec it is."""
+_OTHER_MAGIC_BYTES = {
+    b"GIF8": "a GIF",
+    b"8BPS": "a Photoshop document",
+    b"\xff\x0a": "a JPEG XL image",
+    b"\0\0\0\x0cJXL ": "a JPEG XL image",
+    b"\0\0\0\x0cjP  ": "a JPEG 2000 image",
+    b"<svg": "an SVG drawing",
+    b"<?xml": "an SVG drawing or another XML file",
+    b"%PDF": "a PDF document",
+    b"\x1aE\xdf\xa3": "a video",
+}
 _REPEATS_FOLDER = re.compile(r"(\d{1,5})_.+")
 
 
@@ -72,8 +119,9 @@ class ImageFile:
 def find_images(folder: Path) -> list[ImageFile]:
     """All images in `folder` and in its `N_name` folders, sorted by relative path.
 
-    Other folders, hidden files and files with another suffix do not belong to the data set. A folder `0_name` holds images
-    that are excluded from it.
+    Other folders, hidden files and files with another suffix do not belong to the data set; see `unused_entries`. A folder
+    `0_name` holds images that are excluded from it. A HEIC, AVIF or TIFF image whose stem is also that of a PNG, JPEG, WebP
+    or BMP image is taken for the original of it, and not used.
     """
     children = list(folder.iterdir()) if folder.is_dir() else []
     found = [(path, 1) for path in children]
@@ -86,6 +134,8 @@ def find_images(folder: Path) -> list[ImageFile]:
         for path, repeats in found
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
     ]
+    first = {image.path.with_suffix("") for image in images if image.path.suffix.lower() in FIRST_SUFFIXES}
+    images = [image for image in images if image.path.suffix.lower() in FIRST_SUFFIXES or image.path.with_suffix("") not in first]
     return sorted(images, key=lambda image: image.path.relative_to(folder).as_posix())
 
 
@@ -105,6 +155,73 @@ def repeats_of(folder: Path) -> int | None:
     return int(match[1]) if match and folder.is_dir() else None
 
 
+def unused_entries(folder: Path) -> dict[str, str]:
+    """Name -> what it is, of every entry in `folder` that looks like a part of the data set and is not used.
+
+    These are images in folders other than `N_name`, images of formats that are not read or without a suffix, and what may be
+    meant as the caption of an image.
+    """
+    if not folder.is_dir():
+        return {}
+    images = find_images(folder)
+    used, stems = {image.path for image in images}, {image.path.with_suffix("") for image in images}
+    unused = _unused_folders(folder)
+    for parent in [folder, *(child for child in folder.iterdir() if repeats_of(child))]:
+        for path in parent.iterdir():
+            if path not in used and not path.name.startswith(".") and (what := _describe_unused(path, stems)):
+                unused[name_in(folder, path)] = what
+    return dict(sorted(unused.items()))
+
+
+def describe_missing_images(folder: Path, remedy: str) -> str:
+    """What is wrong with a `folder` that has no images, and which of its files and folders are not used."""
+    unused = [f"{name} ({what})" for name, what in unused_entries(folder).items()]
+    not_used = f"; not used: {abbreviated(unused)}" if unused else ""
+    return f"{folder}: no images ({FORMAT_NAMES}); {remedy}{not_used}"
+
+
+def _describe_unused(path: Path, stems: Collection[Path]) -> str | None:
+    """What a file or folder that is not used is, with a remedy; None if it does not look like a part of the data set.
+
+    `stems`: paths of the images that are used, without their suffixes.
+    """
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        if not path.exists():
+            return "a link to nothing"
+        return "has the stem of another image, which is used" if path.is_file() else "a folder"
+    if not path.is_file() or suffix in CAPTION_SUFFIXES:
+        return None
+    if suffix in UNREAD_SUFFIXES:
+        return f"{UNREAD_SUFFIXES[suffix]}; save it as PNG or JPEG to use it"
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if image_format := sniff_image_format(file.read(HEAD_BYTES)):
+            return f"contains a {image_format.upper()} image; give it the suffix {IMAGE_FORMATS[image_format][0]} to use it"
+    if path.with_suffix("") in stems:
+        return f"not a caption, which has the suffix {' or '.join(CAPTION_SUFFIXES)}"
+    return None
+
+
+def _unused_folders(folder: Path) -> dict[str, str]:
+    """The folders below `folder` with images that are not used -> what to do."""
+    found = {}
+    for root, names, _ in os.walk(folder):
+        parent = Path(root)
+        names[:] = [name for name in names if not name.startswith(".") and repeats_of(parent / name) != 0]
+        for path in (parent / name for name in names):
+            if parent == folder and repeats_of(path):
+                continue
+            try:
+                suffixes = {child.suffix.lower() for child in path.iterdir() if not child.name.startswith(".")}
+            except OSError as error:
+                found[name_in(folder, path)] = f"a folder that cannot be read: {error.strerror}"
+                continue
+            if suffixes & {*IMAGE_SUFFIXES, *UNREAD_SUFFIXES}:
+                move = "" if parent == folder else f"move it into {folder.name}/ and "
+                found[name_in(folder, path)] = f"a folder with images; {move}call it N_name for N repeats to use it"
+    return found
+
+
 def caption_owners(images: Iterable[ImageFile]) -> dict[Path, ImageFile]:
     """Caption file -> the image that it belongs to: the first one, where several images have the same stem."""
     owners: dict[Path, ImageFile] = {}
@@ -119,7 +236,20 @@ def name_in(folder: Path, path: Path) -> str:
 
 
 def sniff_image_format(head: bytes) -> str | None:
-    """The format (a key of IMAGE_FORMATS) that the magic bytes in the first 12 bytes of a file stand for, None if unknown."""
+    """The format (a key of IMAGE_FORMATS) of a file that begins with `head`, its first HEAD_BYTES bytes; None if unknown."""
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "webp"
+    if head[4:8] == b"ftyp":
+        end = min(int.from_bytes(head[:4], "big"), len(head))
+        brands = [head[8:12], *(head[start : start + 4] for start in range(16, end, 4))]
+        if brands[0] in _CONTAINER_BRANDS:
+            return next((name for brand in brands for name, codes in _BRANDS.items() if brand in codes), "heic")
+        return next((name for name, codes in _BRANDS.items() if brands[0] in codes), None)
     return next((name for name, magic in _MAGIC_BYTES.items() if head.startswith(magic)), None)
+
+
+def describe_other_content(head: bytes) -> str | None:
+    """What a file that begins with `head` is, if it is an image or video of a format that is not read."""
+    if head[4:8] == b"ftyp":
+        return "a video"
+    return next((what for magic, what in _OTHER_MAGIC_BYTES.items() if head.startswith(magic)), None)

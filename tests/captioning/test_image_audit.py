@@ -164,7 +164,7 @@ def test_only_new_and_changed_images_are_measured(folder, photographs, monkeypat
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b"[]", b'{"format": 1, "pictures": [{"name": 3}]}', b'{"format": 99, "pictures": []}', b"\xff"]
+    "damage", [b"", b"[]", b'{"format": 2, "pictures": [{"name": 3}]}', b'{"format": 99, "pictures": []}', b"\xff"]
 )
 def test_damaged_record_means_that_images_are_measured_again(folder, photographs, damage):
     photographs["coffee"].save(folder.images / "a.png")
@@ -176,7 +176,7 @@ def test_damaged_record_means_that_images_are_measured_again(folder, photographs
 
 def test_file_that_is_not_an_image_is_refused(tmp_path):
     (tmp_path / "a.png").write_text("no")
-    with pytest.raises(BrokenImageError, match="is not a PNG, JPEG, WebP or BMP image"):
+    with pytest.raises(BrokenImageError, match="is not a PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF image"):
         measure(tmp_path / "a.png")
     with pytest.raises(BrokenImageError, match="cannot be read: No such file"):
         measure(tmp_path / "b.png")
@@ -209,6 +209,19 @@ def test_training_without_anything_left_or_without_an_audit_is_refused(folder):
     folder.audit.write_text('{"resolution": 256, "flagged": []}')
     with pytest.raises(DataError, match="missing or damaged"):
         flagged_images(folder, resolution=256)
+
+
+def test_phone_photo_with_a_second_image_is_not_an_animation(folder, photographs):
+    photo = photographs["coffee"]
+    photo.save(folder.images / "a.jpg", "MPO", save_all=True, append_images=[photo.resize((60, 40))])
+    photo.save(folder.images / "b.webp", save_all=True, append_images=[photo.rotate(90)])
+    assert flaws(folder) == {"b.webp": ["animated", "near-duplicate"]}
+
+
+def test_night_shot_of_sixteen_bits_is_nearly_black(folder):
+    levels = np.linspace(0, 255, 300 * 300).reshape(300, 300).astype(np.uint16)
+    Image.fromarray(levels).save(folder.images / "a.png")
+    assert flaws(folder) == {"a.png": ["nearly black"]}
 
 
 IMAGE_HASHES = {

@@ -4,6 +4,7 @@ import os
 import shutil
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
@@ -57,6 +58,14 @@ def write_long(image, path):
     image.resize((2000, 3)).save(path, "PNG")
 
 
+def write_senseless_exif(image, path):
+    """An orientation that would be written back, and beside it a number of numbers that is none."""
+    exif = "4d4d002a0000000800030100000200000006000000320112000300000001000600008769000400000001000000380000000068656c6c"
+    image.save(
+        path, "PNG", exif=b"Exif\0\0" + bytes.fromhex(exif + "030000019003000200000005" + "0000004a0000000032303230" + "0000")
+    )
+
+
 USABLE = [
     write_cmyk,
     write_sixteen_bit,
@@ -69,6 +78,7 @@ USABLE = [
     write_animated_png,
     write_tiny,
     write_long,
+    write_senseless_exif,
 ]
 
 
@@ -109,14 +119,6 @@ def write_endless(image, path):
     Image.new("1", (300, 60_000)).save(path, "PNG")
 
 
-def write_senseless_exif(image, path):
-    """An orientation that would be written back, and beside it a number of numbers that is none."""
-    exif = "4d4d002a0000000800030100000200000006000000320112000300000001000600008769000400000001000000380000000068656c6c"
-    image.save(
-        path, "PNG", exif=b"Exif\0\0" + bytes.fromhex(exif + "030000019003000200000005" + "0000004a0000000032303230" + "0000")
-    )
-
-
 def write_gif(image, path):
     image.save(path, "GIF")
 
@@ -124,12 +126,11 @@ def write_gif(image, path):
 UNUSABLE = {
     write_cut_off: "cannot be decoded: ",
     write_damaged: "cannot be decoded: ",
-    write_text: "is not a PNG, JPEG, WebP or BMP image",
+    write_text: "is not a PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF image",
     write_nothing: "is empty",
     write_bomb: "has more than 89,478,485 pixels",
-    write_senseless_exif: "cannot be decoded: ",
     write_endless: "is longer than 16,384 pixels",
-    write_gif: "is not a PNG, JPEG, WebP or BMP image",
+    write_gif: "is a GIF, which is not read (save it as PNG or JPEG)",
 }
 
 
@@ -155,6 +156,60 @@ def test_without_usable_images_no_model_is_needed(stage, image):
     assert "0 captioned" in ended.stderr
 
 
+def write_unread(stage, image):
+    """What cameras, phones, browsers and image editors leave in a folder, and is not read."""
+    image.save(stage.images / "moving.gif")
+    for name in ("layers.PSD", "DSC_1.NEF", "drawing.svg", "new.jxl", "live.MOV"):
+        (stage.images / name).write_bytes(b"12345678")
+    (stage.images / "moving.txt").write_text("my words")
+    image.save(stage.images / "download", "JPEG")
+
+
+UNREAD = (
+    "DSC_1.NEF (a camera's raw file; save it as PNG or JPEG to use it), "
+    "download (contains a JPEG image; give it the suffix .jpg to use it), drawing.svg (an SVG drawing; save it as PNG or JPEG to "
+    "use it), layers.PSD (a Photoshop document; save it as PNG or JPEG to use it), live.MOV (a video; save it as PNG or JPEG to "
+    "use it)"
+)
+
+
+def test_phone_photos_and_scans_are_images(stage, image):
+    """Case and suffix as phones, browsers and scanners write them."""
+    pillow_heif.register_heif_opener()
+    formats = {"IMG_1.HEIC": "HEIF", "b.avif": "AVIF", "c.tiff": "TIFF", "d.TIF": "TIFF", "e.jfif": "JPEG", "F.JPE": "JPEG"}
+    for angle, (name, image_format) in enumerate(formats.items()):
+        image.rotate(40 * angle).save(stage.images / name, image_format)
+    (stage.images / "e.txt").write_text("nyafyi_woman, my words")
+    ended = stage.run(RESOLUTION=64, BUCKET_STEP=64)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "image check: no flaws found in 6 images" in ended.stdout
+    names = "F.JPE, IMG_1.HEIC, b.avif, c.tiff, d.TIF and 1 more"
+    assert f"6 images in formats that version 1.0 ignored: {names}\n" in ended.stdout
+    assert sorted(stage.captions()) == ["F.txt", "IMG_1.txt", "b.txt", "c.txt", "d.txt", "e.txt"]
+
+
+def test_formats_that_are_not_read_are_named_with_a_remedy(stage, image):
+    write_unread(stage, image)
+    none = stage.run()
+    assert none.returncode == 3
+    assert none.stderr.endswith(f"or run the collect stage first; not used: {UNREAD} and 2 more\n")
+    image.save(stage.images / "a.png")
+    ended = stage.run(RESOLUTION=64, BUCKET_STEP=64)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert f"  ignored                       7  {UNREAD} and 2 more\n" in ended.stdout
+    assert "caption without an image" not in ended.stdout
+
+
+def test_originals_beside_converted_images_are_not_used(stage, image):
+    """A data set of version 1.0 with its HEIC, TIFF or AVIF originals stays what it was."""
+    image.save(stage.images / "a.jpg")
+    image.save(stage.images / "a.tif")
+    ended = stage.run(RESOLUTION=64, BUCKET_STEP=64)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "1 images in " in ended.stdout
+    assert "a.tif (has the stem of another image, which is used)" in ended.stdout
+
+
 def test_folders_and_links_among_the_images(stage, image, tmp_path):
     image.save(tmp_path / "elsewhere.png")
     (stage.images / "link.png").symlink_to(tmp_path / "elsewhere.png")
@@ -162,17 +217,18 @@ def test_folders_and_links_among_the_images(stage, image, tmp_path):
     (stage.images / "circle.png").symlink_to(stage.images / "circle.png")
     (stage.images / "folder.png").mkdir()
     (stage.images / "notes").mkdir()
-    for folder in ("2_face", "faces", "0_excluded"):
+    for folder in ("2_face", "faces", "0_excluded", "faces/more", "2_face/deep", "notes/0_excluded"):
         (stage.images / folder).mkdir()
         image.rotate(len(folder) * 10).save(stage.images / folder / "a.png")
     ended = stage.run(RESOLUTION=64, BUCKET_STEP=64)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert list(stage.captions()) == ["2_face/a.txt", "link.txt"]
     line = next(line for line in ended.stdout.splitlines() if line.startswith("  ignored"))
+    deeper = "a folder with images; move it into images/ and call it N_name for N repeats to use it"
     assert line.split(maxsplit=2)[1:] == [
-        "4",
-        "circle.png (a link to nothing), faces (a folder with images; call it N_name for N repeats to use it), "
-        "folder.png (a folder), nothing.png (a link to nothing)",
+        "6",
+        f"2_face/deep ({deeper}), circle.png (a link to nothing), faces (a folder with images; call it N_name for N repeats to "
+        f"use it), faces/more ({deeper}), folder.png (a folder) and 1 more",
     ]
     assert not (tmp_path / "elsewhere.txt").exists()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from color_profiles import ADOBE_RGB, gamma_curve, rgb_profile
 
 from captioning.captions import GENERAL
 from captioning.config import CaptionSettings
@@ -38,6 +39,21 @@ def captioned(images, tiny, tmp_path):
 
 def tags_of(stage) -> dict[str, list[str]]:
     return {name: text.strip().split(", ")[1:] for name, text in stage.captions().items()}
+
+
+def test_images_with_other_pixels_than_in_version_1_0_are_tagged_again_and_no_others(stage, photographs):
+    """Version 1.0 ignored color profiles, and named the probabilities after the file's hash alone."""
+    photographs["coffee"].save(stage.images / "plain.png")
+    photographs["chelsea"].save(stage.images / "wide.png", icc_profile=rgb_profile(ADOBE_RGB, gamma_curve(2.2)))
+    plain, wide = (sha256_of(stage.images / f"{name}.png") for name in ("plain", "wide"))
+    assert "tagging 2 images" in stage.run().stdout
+    assert {path.stem for path in stage.stored()} == {plain, f"{wide}-2"}
+    captions = stage.captions()
+    for path in stage.stored():
+        path.rename(path.with_name(path.name.replace("-2", "")))
+    assert "tagging 1 images on the CPU, 2 at a time, 1 more are in the cache" in stage.run().stdout
+    assert {path.stem for path in stage.stored()} == {plain, wide, f"{wide}-2"}
+    assert stage.captions() == captions
 
 
 def test_other_thresholds_and_selections_cost_no_inference(captioned):

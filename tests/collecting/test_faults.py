@@ -188,7 +188,7 @@ def test_server_that_cannot_be_used_is_one_line_and_exit_4(batch, standin, colle
     ("name", "words"),
     [
         ("image_empty", "the file is empty"),
-        ("image_of_html", "the file is not a PNG, JPEG or WebP image"),
+        ("image_of_html", "the file is not a PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF image"),
         ("image_cut_off", "the file is cut off"),
         ("image_corrupt", "the file cannot be decoded"),
         ("image_bomb", "the file has more than"),
@@ -299,7 +299,7 @@ def test_unexpected_json_is_never_a_crash(full, standin, collect, monkeypatch, p
     ("name", "words"),
     [
         ("outputs_animated", "(animated)"),
-        ("outputs_webm", "'clip_00001_.webm' (not a PNG, JPEG or WebP image)"),
+        ("outputs_webm", "'clip_00001_.webm' (not a PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF image)"),
         ("outputs_temp", "(preview)"),
         ("outputs_latents", "skipped latents"),
         ("outputs_nonsense", "returned no image"),

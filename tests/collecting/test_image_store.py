@@ -1,10 +1,12 @@
 """Images are stored only if they are complete, and only once."""
 
+import hashlib
 import io
 import os
 import struct
 import zlib
 
+import pillow_heif
 import pytest
 from comfyui_workspace import png
 from PIL import Image
@@ -13,6 +15,8 @@ from collecting.image_store import DownloadedImage, ImageStore, safe_prefix
 from common.dataset_layout import DatasetFolder
 from common.files import append_json_line, read_json_lines
 from common.images import BrokenImageError
+
+pillow_heif.register_heif_opener()
 
 
 def encoded(kind: str, **options) -> bytes:
@@ -40,10 +44,23 @@ def folder(tmp_path):
     return DatasetFolder(tmp_path / "dataset")
 
 
-@pytest.mark.parametrize(("kind", "suffix"), [("PNG", ".png"), ("JPEG", ".jpg"), ("WEBP", ".webp")])
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [("PNG", ".png"), ("JPEG", ".jpg"), ("MPO", ".jpg"), ("WEBP", ".webp"), ("AVIF", ".avif"), ("HEIF", ".heic"), ("TIFF", ".tif")],
+)
 def test_complete_images_are_accepted_and_get_the_suffix_of_their_format(kind, suffix):
     image = DownloadedImage.from_bytes(encoded(kind))
     assert (image.suffix, image.size_px) == (suffix, (40, 30))
+
+
+def test_face_in_a_format_that_comfyui_may_not_read_is_uploaded_as_png():
+    """Under the hash of the file that the user chose, which is part of what identifies a job."""
+    for kind, suffix in (("JPEG", ".jpg"), ("MPO", ".jpg"), ("HEIF", ".png"), ("AVIF", ".png"), ("TIFF", ".png")):
+        content = encoded(kind, quality=90)
+        image = DownloadedImage.for_upload(content)
+        assert (image.suffix, image.sha256) == (suffix, hashlib.sha256(content).hexdigest())
+        assert (image.content == content) == (suffix == ".jpg")
+        assert DownloadedImage.from_bytes(image.content).size_px == (40, 30)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -70,10 +87,9 @@ def test_damaged_png_is_refused():
     ("content", "words"),
     [
         (b"", "empty"),
-        (b"not an image", "is not a PNG, JPEG or WebP image"),
-        (b"<html>log in</html>", "is not a PNG, JPEG or WebP image"),
-        (encoded("BMP"), "is not a PNG, JPEG or WebP image"),
-        (encoded("GIF"), "is not a PNG, JPEG or WebP image"),
+        (b"not an image", "is not a PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF image"),
+        (b"<html>log in</html>", "is not a PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF image"),
+        (encoded("GIF"), "is a GIF"),
         (animation(), "animation"),
         (bomb(), "pixels"),
     ],

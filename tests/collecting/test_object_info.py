@@ -74,6 +74,15 @@ def test_verdicts_are_of_every_kind():
         (latent(width=["77", 0]), "input width is connected to node 77, which does not exist"),
         (latent(width=["9", 5]), "input width is connected to output 5 of node 9 (PreviewAny), which has only 1; export"),
         (latent(width=["1", 0]), "input width takes INT, but output 0 of node 1 (EmptyLatentImage) is LATENT"),
+        (
+            {
+                "1": {"class_type": "LoadImageOutput", "inputs": {"image": ["2", 0]}},
+                "2": {"class_type": "ComfySwitchNode", "inputs": {"switch": True, "on_false": ["3", 0], "on_true": ["3", 0]}},
+                "3": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
+                "9": preview("1"),
+            },
+            "node 1 (LoadImageOutput): input image must be the name of a file, but is connected to node 2 (ComfySwitchNode)",
+        ),
         ({"1": {"class_type": "PrimitveInt", "inputs": {}}, "9": preview("1")}, "node 1: ComfyUI has no node class PrimitveInt"),
         ({"1": {"class_type": "PrimitveInt", "inputs": {}}, "9": preview("1")}, "(did you mean 'PrimitiveInt'?)"),
         ({"1": preview("9"), "9": preview("1")}, "in a circle (1 (PreviewAny) -> 9 (PreviewAny) -> 1 (PreviewAny))"),

@@ -159,6 +159,13 @@ def test_another_name_leaves_the_first_lora_where_it_is(finished, stage):
     with safe_open(stage.output / "lora" / "other.safetensors", framework="pt") as file:
         assert len(file.keys()) == 3 * 560
     assert len(list(stage.output.glob("logs/other/events.out.tfevents.*"))) == 1
+    stage.trained(**another | {"OUTPUT_NAME": "sks", "TENSORBOARD": 0})
+    (archive,) = (stage.output / "lora" / "archive").iterdir()
+    for name in ("metrics.jsonl", "training_config_resolved.toml"):
+        assert (archive / f"sks.{name}").read_bytes() == finished.files[f"lora/{name}"]
+        assert (stage.output / "lora" / f"other.{name}").read_bytes() == files[f"lora/{name}"]
+        assert not (stage.output / "lora" / f"sks.{name}").exists()
+    assert (archive / "sks.safetensors").read_bytes() == finished.files["lora/sks.safetensors"]
 
 
 def test_batch_size_auto_takes_what_fits_and_goes_on_with_it(stage):

@@ -103,7 +103,7 @@ class Cache:
 
     def latents_path(self, example: Example, placement: Placement, vae_digest: str) -> Path:
         """The file for the latents of an image in its bucket."""
-        return self._path("latents", example.sha256, repr(placement), vae_digest)
+        return self._path("latents", example.sha256 + example.revision, repr(placement), vae_digest)
 
     def embeddings_path(self, variants: Sequence[str], chunks: int, dtype: torch.dtype, encoders_digest: str) -> Path:
         """The file for the embeddings of a caption's variants."""

@@ -10,10 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.captions import UnusableCaptionError, has_trigger, in_one_line, read_caption
-from common.dataset_layout import IMAGE_SUFFIXES, DatasetFolder, ImageFile, caption_owners, find_images, name_in
+from common.dataset_layout import (
+    DatasetFolder,
+    ImageFile,
+    caption_owners,
+    describe_missing_images,
+    find_images,
+    name_in,
+    unused_entries,
+)
 from common.errors import DataError, SomeItemsFailed, abbreviated, bullet_list
 from common.files import sha256_of
-from common.images import BrokenImageError, open_rgb
+from common.images import BrokenImageError, read_image
 from common.output_layout import OutputLayout
 from common.project import ProjectSettings
 from common.settings import pipeline_command
@@ -42,6 +50,8 @@ class Example:
     """Per epoch."""
     sha256: str
     """Of the file's bytes."""
+    revision: str = ""
+    """See `DecodedImage.revision`."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +91,9 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[
     if missing:
         finding = f"{missing} of {len(examples)} captions do not contain the trigger word {project.trigger_word!r}"
         print(f"{finding}: run the caption stage again, or ignore this if it is intentional")
-    if unused := unused_entries(dataset.images):
-        print(f"ignored, because neither image, caption of an image, nor N_name folder: {abbreviated(unused)}")
+    unused = unused_entries(dataset.images)
+    if ignored := [f"{name} ({unused[name]})" for name in unused] + other_entries(dataset.images, unused):
+        print(f"ignored, because neither image, caption of an image, nor N_name folder: {abbreviated(ignored)}")
     return examples, len(problems)
 
 
@@ -122,9 +133,8 @@ def read_examples(folder: Path, workers: int, skipped: Collection[str] = ()) -> 
     if found and not images:
         raise DataError(f"{folder}: all {len(found)} images are flagged; replace some, or set SKIP_FLAGGED=0")
     if not images:
-        raise DataError(
-            f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}); put them there or run the collect stage, then the caption stage"
-        )
+        remedy = "put them there or run the collect stage, then the caption stage"
+        raise DataError(describe_missing_images(folder, remedy))
     owners = caption_owners(images)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         results = list(pool.map(lambda image: _read(image, folder, owners[image.caption_path]), images))
@@ -142,7 +152,7 @@ def _read(image: ImageFile, folder: Path, owner: ImageFile) -> Example | str | N
     """The example, or a line with everything that is wrong with it; None if it has no caption yet. `owner` is the image to which
     its caption belongs."""
     name = name_in(folder, image.path)
-    problems, is_uncaptioned, caption, width, height = [], False, "", 0, 0
+    problems, is_uncaptioned, caption = [], False, ""
     if owner != image:
         problems.append(f"would share its caption with {name_in(folder, owner.path)}; rename one of the two")
     try:
@@ -152,7 +162,8 @@ def _read(image: ImageFile, folder: Path, owner: ImageFile) -> Example | str | N
     except UnusableCaptionError as error:
         problems.append(f"its caption {image.caption_to_read.name} {error}")
     try:
-        width, height = open_rgb(image.path).size
+        decoded = read_image(image.path)
+        width, height = decoded.rgb.size
         if min(width, height) < MIN_SIDE_PX:
             problems.append(f"{width}x{height} is too small; the shorter side must have at least {MIN_SIDE_PX} px")
     except BrokenImageError as error:
@@ -161,11 +172,12 @@ def _read(image: ImageFile, folder: Path, owner: ImageFile) -> Example | str | N
         return f"{name}: {'; '.join(problems)}"
     if is_uncaptioned:
         return None
-    return Example(image.path, name, caption, width, height, image.repeats, sha256_of(image.path))
+    sha256 = sha256_of(image.path)
+    return Example(image.path, name, caption, width, height, image.repeats, sha256, decoded.revision)
 
 
-def unused_entries(folder: Path) -> list[str]:
-    """Names of entries in `folder` that are neither images, captions of images, nor `N_name` folders with images."""
-    images = find_images(folder)
-    used = {image.path.relative_to(folder).parts[0] for image in images} | {image.caption_to_read.name for image in images}
+def other_entries(folder: Path, unused: Collection[str]) -> list[str]:
+    """Names of the other entries in `folder` that are neither images, captions of images, nor `N_name` folders with images."""
+    paths = [path for image in find_images(folder) for path in (image.path, image.caption_to_read)]
+    used = {path.relative_to(folder).parts[0] for path in paths} | {Path(name).parts[0] for name in unused}
     return sorted(entry.name for entry in folder.iterdir() if entry.name not in used and not entry.name.startswith("."))

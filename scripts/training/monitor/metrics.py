@@ -79,8 +79,8 @@ def _wandb(project: str, name: str, folder: Path, closing: contextlib.ExitStack)
 
     try:
         run = wandb.init(project=project, name=name, dir=folder)
-    except wandb.errors.Error as error:
-        reason = str(error).partition("\n")[0]
+    except (wandb.errors.Error, ValueError) as error:  # the latter for a variable of its own, such as WANDB_BASE_URL
+        reason = ": ".join(line.strip() for line in str(error).splitlines()[:3])
         raise SettingsError(f"Weights & Biases: {reason}; check WANDB_API_KEY, or leave it empty to train without") from None
     closing.callback(run.finish)
     return run.log

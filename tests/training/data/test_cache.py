@@ -7,10 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from color_profiles import ADOBE_RGB, gamma_curve, rgb_profile
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from common import images
 from common.errors import DataError, ResourceError
+from common.images import DECODER_REVISION
 from common.settings import REPOSITORY
 from training.config import TrainSettings
 from training.data import cache as cache_module
@@ -80,6 +83,32 @@ def test_orientation_is_applied_before_the_bucket_is_chosen(stage, examples):
     right, bottom = placement.left + placement.bucket.width, placement.top + placement.bucket.height
     image = resized.crop((placement.left, placement.top, right, bottom))
     assert (np.asarray(as_image(image_pixels(cat, placement))) == np.asarray(image)).all()
+
+
+def test_images_with_other_pixels_than_in_version_1_0_have_another_key_and_no_others(stage, examples):
+    """Version 1.0 ignored color profiles; the key of an image was the hash of its file."""
+    stage.add("coffee", "wide.png", icc_profile=rgb_profile(ADOBE_RGB, gamma_curve(2.2)))
+    wide = next(example for example in read_examples(stage.images, workers=0)[0] if example.name == "wide.png")
+    assert {example.revision for example in examples.values()} == {""}
+    assert wide.revision == DECODER_REVISION
+    paths = {Cache(stage.output).latents_path(each, placement_of(each), "vae") for each in (wide, replace(wide, revision=""))}
+    assert len(paths) == 2
+
+
+def test_large_phone_photos_have_the_size_that_is_decoded(stage, monkeypatch):
+    """In buckets, crops and time ids alike; with a smaller limit, which makes the example cheap."""
+    monkeypatch.setattr(images, "MAX_PIXELS", 1200 * 800 // 3)
+    photo = stage.photographs["coffee"].resize((1200, 800), Image.Resampling.LANCZOS)
+    photo.save(stage.images / "large.jpg", quality=95)
+    (stage.images / "large.txt").write_text("sks, cup")
+    (example,), _ = read_examples(stage.images, workers=0)
+    placement = assign_bucket(example.width, example.height, resolution=128, step=8, max_side=256)
+    assert placement.add_time_ids[:2] == (400, 600)
+    assert image_pixels(example, placement).shape == (3, placement.bucket.height, placement.bucket.width)
+    expected = photo.resize((placement.resized_width, placement.resized_height), Image.Resampling.LANCZOS)
+    box = (placement.left, placement.top, placement.left + placement.bucket.width, placement.top + placement.bucket.height)
+    difference = np.asarray(as_image(image_pixels(example, placement)), float) - np.asarray(expected.crop(box), float)
+    assert np.abs(difference).mean() < 4
 
 
 def test_transparent_images_are_put_on_white(examples):

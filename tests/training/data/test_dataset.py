@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.dataset_layout import DatasetFolder
+from common.dataset_layout import DatasetFolder, unused_entries
 from common.errors import DataError
 from common.files import sha256_of, write_json
-from training.data.dataset import flagged_images, read_examples, unused_entries
+from training.data.dataset import flagged_images, other_entries, read_examples
 
 ORIENTATION = 0x0112
 
@@ -93,9 +93,9 @@ PROBLEMS = (
     "latin1.jpg: its caption latin1.txt is not UTF-8; save it as UTF-8",
     "3_photos/utf16.jpg: its caption utf16.txt is not UTF-8; save it as UTF-8",
     "cut_off.png: cannot be decoded: ",
-    "text.png: is not a PNG, JPEG, WebP or BMP image; replace or remove it",
+    "text.png: is not a PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF image; replace or remove it",
     "empty.webp: is empty; replace or remove it",
-    "animation.png: is not a PNG, JPEG, WebP or BMP image; replace or remove it",
+    "animation.png: is a GIF, which is not read (save it as PNG or JPEG); replace or remove it",
     "small.png: 255x400 is too small; the shorter side must have at least 256 px",
     "good.png: would share its caption with good.jpg; rename one of the two",
     "5_cats/both.png: cannot be decoded: ",
@@ -178,9 +178,11 @@ def test_files_among_the_images_that_are_ignored_are_named(stage):
     (stage.images / "cup.gif").write_bytes(b"GIF89a")
     (stage.images / "notes.txt").write_text("notes")
     (stage.images / ".DS_Store").touch()
-    assert unused_entries(stage.images) == ["cup.gif", "holiday", "notes.txt"]
     output = stage.run("--check").stdout
-    assert "ignored, because neither image, caption of an image, nor N_name folder: cup.gif, holiday, notes.txt" in output
+    assert (
+        "ignored, because neither image, caption of an image, nor N_name folder: cup.gif (a GIF; save it as PNG or JPEG to use "
+        "it), holiday (a folder with images; call it N_name for N repeats to use it), notes.txt\n"
+    ) in output
 
 
 def flag(stage, **digests: str) -> None:
@@ -221,7 +223,7 @@ def test_captions_with_other_suffixes_are_read(stage):
     stage.add("rocket", "c.png", "sks, rocket")
     (stage.images / "c.caption").write_text("another text")
     assert [example.caption for example in read_examples(stage.images, workers=0)[0]] == ["sks, coffee", "sks, cat", "sks, rocket"]
-    assert unused_entries(stage.images) == ["c.caption"]
+    assert other_entries(stage.images, unused_entries(stage.images)) == ["c.caption"]
 
 
 def test_captions_that_cannot_be_used_are_in_the_list(stage, tmp_path):

@@ -97,3 +97,12 @@ def test_an_invalid_key_is_refused_in_one_line(record, tmp_path, wandb, monkeypa
         record([0], wandb_api_key="short")
     assert "\n" not in str(refused.value)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_invalid_address_of_its_server_is_refused_in_one_line(record, wandb, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:port")
+    with pytest.raises(SettingsError, match=r"Weights & Biases: .*base_url.*invalid port number") as refused:
+        record([0], wandb_api_key="0123456789" * 4)
+    assert "\n" not in str(refused.value)

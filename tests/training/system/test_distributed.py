@@ -96,8 +96,8 @@ def test_exit_codes_and_messages_are_passed_on(stage, forked_python):
     _, stderr = none.communicate()
     assert none.returncode == 3, stderr
     assert (
-        stderr == f"train_lora: {stage.images}: no images (.png, .jpg, .jpeg, .webp, .bmp); put them there or run the collect "
-        "stage, then the caption stage\n"
+        stderr == f"train_lora: {stage.images}: no images (PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF); put them there or "
+        "run the collect stage, then the caption stage\n"
     )
 
 
