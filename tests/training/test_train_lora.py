@@ -69,7 +69,7 @@ def test_the_start_says_what_the_run_will_do(finished):
     assert written.startswith(f"{finished.stage.lora}: ")
     assert following == "next: load sks.safetensors in ComfyUI beside an SDXL checkpoint, with 'sks' in the prompt"
     assert warning == few
-    assert "722 modules, all known to ComfyUI" in said[-1]
+    assert "722 modules, all known to ComfyUI" in written
 
 
 def test_every_step_has_its_line_in_the_metrics(finished):
