@@ -1,7 +1,7 @@
 # make demo    run the whole pipeline on the demo environment: no GPU, no Docker, no models
 # make test    run the tests
 # make check   check the style of the Python and shell files
-# make fuzz    test with generated answers of a ComfyUI server; takes minutes
+# make fuzz    test with generated input, such as answers of a ComfyUI server and image files; takes minutes
 # make kill-test
 #              kill programs at many instants and run them again; takes minutes
 # make bench   measure the training speed of this machine's NVIDIA GPU

@@ -260,7 +260,7 @@ def _not_offered(name: str, value: Any, choices: list) -> str:
 
 def _nearest(value: Any, choices: list) -> str:
     words = [each for each in choices[:MAX_COMPARED] if isinstance(each, str) and len(each) <= MAX_COMPARED_LENGTH]
-    close = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
+    close = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) and len(value) < 200 else []
     return f" (did you mean '{shown(close[0])}'?)" if close else ""
 
 

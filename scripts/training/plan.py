@@ -13,7 +13,6 @@ from common.settings import all_keys
 from training.config import DataSettings, TrainSettings
 from training.data.buckets import OptimizerStep, Placement, assign_bucket, run_order
 from training.data.dataset import Example
-from training.method.optimizers import warmup_steps
 from training.models.sdxl import Schedule
 
 HELD_OUT_FROM = 40
@@ -118,7 +117,7 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
         schedule=schedule,
         min_snr_gamma=(AUTO_MIN_SNR_GAMMA if is_plain else 0.0) if gamma == "auto" else gamma,
         noise_offset=(AUTO_NOISE_OFFSET if is_plain else 0.0) if offset == "auto" else offset,
-        warmup_steps=warmup_steps(train.optimizer.lr_warmup, len(order)),
+        warmup_steps=math.ceil(train.optimizer.lr_warmup * len(order)),
     )
 
 

@@ -16,11 +16,10 @@ from training.engine import choose_engine
 from training.memory_budget import measure_budget, resolve_batch_size
 from training.method.optimizers import require_usable
 from training.models.base_model import find_base, find_tokenizers, require_tokenizers_on_hub
-from training.models.loading import load_tokenizers, require_matching_weights
 from training.models.sdxl import BaseModel
+from training.models.weights import load_tokenizers, require_matching_weights
 from training.plan import make_plan
-from training.system.device import available_bytes, choose_precision
-from training.system.memory_guard import GIB
+from training.system.device import GIB, available_bytes, choose_precision
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 DEVICE_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))

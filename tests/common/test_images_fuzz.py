@@ -19,6 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 from common import images
 from common.images import BrokenImageError, DecodedImage, decode, verify_download
 
+pytestmark = [pytest.mark.fuzz, pytest.mark.timeout(3600)]
+
 TOO_LONG_S = 20.0
 """For one example, on a loaded machine, too."""
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from common import output_layout as results
-from training.state import checkpoint
+from training.callbacks import checkpoint
 
 SHORT = {"LORA_TARGETS": "attention", "SAVE_EVERY_EPOCHS": 0, "SAVE_STATE_EVERY_MINUTES": 1e-6}
 LONG_STEPS = {"GRADIENT_ACCUMULATION_STEPS": 6, "NUM_TRAIN_EPOCHS": 1000}

@@ -54,22 +54,16 @@ class Example:
     """See `DecodedImage.revision`."""
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Verified, except for the values of the weights."""
-
-    base: BaseModel
-    examples: list[Example]
-    left_out: int
-    """Number of images that cannot be trained on; each was named."""
+Inputs = tuple[BaseModel, list[Example], int]
+"""The base model, the examples, and how many images cannot be trained on."""
 
 
 def read_inputs(project: ProjectSettings, settings: TrainSettings) -> Inputs:
-    """Read headers and hash weights, decode images and read captions. Raises ModelError, or DataError with everything that
-    is wrong with the data."""
+    """Read headers and hash weights, decode images and read captions. The values of the weights are not verified. Raises
+    ModelError, or DataError with everything that is wrong with the data."""
     base = find_base(settings.model.base_model, project.models_dir)
     compute_digests(base, OutputLayout(project.output_dir, project.trigger_word).cache)
-    return Inputs(base, *read_images(project, settings.data))
+    return base, *read_images(project, settings.data)
 
 
 def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[Example], int]:

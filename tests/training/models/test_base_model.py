@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from common.errors import ModelError
 from common.weights import digest
 from demo import tiny_sdxl as miniature
-from training.models import base_model, loading
+from training.models import base_model
 from training.models.base_model import find_base
+from training.models.weights import load_tokenizers
 
 
 def test_a_name_in_models_dir_finds_folder_and_file(tiny_sdxl, tiny_single_file):
@@ -45,7 +46,7 @@ def test_tokenizers_of_a_file_are_downloaded_once_into_models_dir(tiny_single_fi
     base = find_base(str(tiny_single_file), tmp_path)
     assert base_model.find_tokenizers(base, tmp_path) is None
     for _ in range(2):
-        first, second = loading.load_tokenizers(base, tmp_path)
+        first, second = load_tokenizers(base, tmp_path)
         assert (first.pad_token_id, second.pad_token_id) == (526, 0)
     assert len(downloaded) == 8
     assert "downloading the tokenizers" in capsys.readouterr().out
@@ -61,7 +62,7 @@ def test_tokenizers_of_a_file_without_a_network(tiny_single_file, tmp_path, monk
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: SimpleNamespace(size=1))
     monkeypatch.setattr(f"huggingface_hub.{unreachable_call}", unreachable)
     with pytest.raises(ModelError) as caught:
-        loading.load_tokenizers(find_base(str(tiny_single_file), tmp_path), tmp_path)
+        load_tokenizers(find_base(str(tiny_single_file), tmp_path), tmp_path)
     assert caught.value.exit_code == 5
     command = (
         f"hf download stabilityai/stable-diffusion-xl-base-1.0 --local-dir {tmp_path}/sdxl-tokenizers --include 'tokenizer*/*'"

@@ -1,9 +1,13 @@
-"""The networks of a base model, built by diffusers and transformers and loaded straight from the files onto the device."""
+"""Weights: from `.safetensors` files straight into networks on the device, which diffusers and transformers build; and back.
+
+Files are written with the mode and the errors that all other files have.
+"""
 
 import contextlib
+import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,13 +20,15 @@ from diffusers.loaders.single_file_utils import (
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from common.background import prefetch
 from common.clip_tokens import TOKENIZERS
 from common.errors import ModelError, bullet_list
+from common.files import atomic_write
 from training.models.base_model import find_or_download_tokenizers
 from training.models.sdxl import PREFIXES, BaseModel, Component
 
@@ -54,14 +60,6 @@ _MAX_SHOWN = 5
 """Mismatches that are printed; a wrong file easily has a thousand."""
 
 
-@dataclass(frozen=True)
-class TextEncoders:
-    """SDXL's two CLIP text encoders with their tokenizers."""
-
-    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
-    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
-
-
 def load_unet(base: BaseModel, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
     """The UNet, frozen."""
     return _load(base.components["unet"], device, dtype)
@@ -72,10 +70,12 @@ def load_vae(base: BaseModel, device: torch.device) -> AutoencoderKL:
     return _load(base.components["vae"], device, torch.float32)
 
 
-def load_text_encoders(base: BaseModel, models_dir: Path, device: torch.device, dtype: torch.dtype) -> TextEncoders:
-    """Both text encoders, frozen, with their tokenizers."""
+def load_text_encoders(
+    base: BaseModel, device: torch.device, dtype: torch.dtype
+) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """SDXL's two CLIP text encoders, frozen."""
     first, second = (_load(base.components[name], device, dtype) for name in ("text_encoder", "text_encoder_2"))
-    return TextEncoders(load_tokenizers(base, models_dir), (first, second))
+    return first, second
 
 
 def load_tokenizers(base: BaseModel, models_dir: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
@@ -175,3 +175,25 @@ class _SkipInit(TorchFunctionMode):
         if function is torch.arange:
             kwargs = {"device": "cpu"} | kwargs
         return function(*args, **kwargs)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous `tensors` on the CPU to `path`, atomically. Raises OSError if the disk refuses."""
+    with atomic_write(path) as temporary:
+        write_into(temporary, tensors, metadata)
+
+
+def write_into(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write `tensors` into the existing `file`, whose mode is kept. Raises OSError if the disk refuses.
+
+    safetensors writes a temporary file that only this user may read and renames it; its own error hides the errno.
+    """
+    mode = file.stat().st_mode
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:
+        cause = re.search(r"os error (\d+)", str(error))
+        if cause is None:
+            raise
+        raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(file.parent)) from None
+    file.chmod(mode)
