@@ -99,7 +99,7 @@ def undo(captions: CaptionFiles) -> None:
         return
     print(f"run {result.run} is undone: {result.restored} captions restored; {result.earlier} earlier runs can be undone")
     if result.edited:
-        print(f"not restored, because edited after that run: {', '.join(result.edited)}")
+        print(f"not restored, because edited after that run: {abbreviated(result.edited)}")
 
 
 def caption(

@@ -23,7 +23,7 @@ from common.output_layout import name_problem, only_run_in
 from common.project import ComfyUIAddress, ProjectSettings
 from common.settings import Request, read_request
 from training.config import TrainSettings
-from training.data.dataset import read_inputs
+from training.data.dataset import read_inputs, require_all_images
 from training.system.processes import die_with_parent, launch, needs_launcher, rank_info, worker_process
 
 STAGE = "train_lora"
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
             from training.job import resolve_on_all_ranks
             from training.preflight import check
             from training.system.process_group import process_group
-            from training.trainer import clean_up, train
+            from training.trainer import clean_up, print_next_steps, train
 
         if request.check:
             check(project, settings, inputs_pending=request.inputs_pending)
@@ -81,6 +81,9 @@ def main(argv: list[str]) -> None:
             elif group.is_main_process:
                 clean_up(run)
                 print(f"nothing to do: {run.outputs.lora} is finished, with exactly these settings, images and captions")
+                print_next_steps(run)
+        if ranks.rank == 0:
+            require_all_images(inputs.result()[2])
 
 
 def print_settings(request: Request[Tables]) -> None:

@@ -44,6 +44,12 @@ _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 Tables = TypeVar("Tables")
 
 
+def pipeline_command(*flags: str, **variables: object) -> str:
+    """The command with which a user runs stages, for a message."""
+    command = ["docker", "compose", "run", "--rm", "loracat"] if IN_CONTAINER else ["scripts/run.sh"]
+    return " ".join([*(f"{name}={value}" for name, value in variables.items()), *command, *flags])
+
+
 def setting(
     default: Any,
     *,

@@ -61,7 +61,8 @@ def resolve_on_all_ranks(
         return job
     if group.local_rank == 0:
         expected = sorted(example.sha256 for example in [*job.plan.examples, *job.plan.held_out])
-        if sorted(example.sha256 for example in read_images(project, settings.data)) != expected:
+        examples, _ = read_images(project, settings.data)
+        if sorted(example.sha256 for example in examples) != expected:
             raise DataError(f"{project.dataset_dir}: the images differ from those of the main machine; copy its folder here")
     return replace(job, precision=choose_precision(job.settings.model.mixed_precision, group.gpu))
 
@@ -70,7 +71,7 @@ def resolve_job(
     group: ProcessGroup, project: ProjectSettings, settings: TrainSettings, inputs: Inputs, comfyui: str
 ) -> TrainingJob:
     """Resolve every "auto", log what the run will do, and find out whether it is new, unfinished or finished."""
-    (base, examples), world_size = inputs, group.world_size
+    (base, examples, _), world_size = inputs, group.world_size
     outputs = OutputLayout(project.output_dir, settings.saving.output_name or project.trigger_word)
     saved = newest(outputs.state)
     was_finished = saved is not None and outputs.is_finished(short_hash(saved.identity.fingerprint))

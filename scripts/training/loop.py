@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from tqdm import tqdm
 
 from common.errors import Interruption, ResourceError, SettingsError
+from common.progress import ProgressBar
 from training.config import SavingSettings, ValidationSettings
 from training.data.batches import Batch
 from training.data.buckets import OptimizerStep
@@ -128,7 +129,7 @@ def run_steps(
     running: RunningStep | None = None
     state_every_s = schedule.saving.save_state_every_minutes * 60
     total, remaining = (sum(len(step.examples) for step in steps) for steps in (schedule.order, schedule.remaining))
-    with tqdm(total=total, initial=total - remaining, unit="img", desc="train", disable=None, dynamic_ncols=True) as bar:
+    with ProgressBar(total, "train", "img", total - remaining, dynamic_ncols=True) as bar:
         for step, micro_batches in zip(schedule.remaining, _with_error_as_last(batches), strict=True):
             if schedule.ends_early(progress):
                 break

@@ -11,7 +11,7 @@ from common.errors import ResourceError, run_checks
 from common.output_layout import check_disk_space
 from common.project import ProjectSettings
 from training.config import TrainSettings
-from training.data.dataset import Example, read_images
+from training.data.dataset import Example, read_images, require_all_images
 from training.engine import choose_engine
 from training.memory_budget import measure_budget, resolve_batch_size
 from training.method.optimizers import require_usable
@@ -36,6 +36,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
     `inputs_pending`: earlier stages still have to run, so images and captions may be missing.
     """
     found: list[BaseModel] = []
+    unusable: list[int] = []
 
     def check_base_model() -> str:
         base = find_base(settings.model.base_model, project.models_dir)
@@ -53,7 +54,8 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
             without = sum(not image.caption_to_read.exists() for image in images)
             if without or not images:
                 return f"images: {len(images)} so far, {without} without a caption; the run is planned when all are there"
-        examples = read_images(project, settings.data)
+        examples, left_out = read_images(project, settings.data)
+        unusable.append(left_out)
         if not found:
             return f"images: {len(examples)} with captions in {project.dataset_dir}"
         return describe_run(found[0], examples, settings)
@@ -61,6 +63,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
     checks = [check_processor, check_memory, lambda: check_disk_space(project.output_dir), lambda: check_method(settings)]
     checks += [check_base_model, check_run]
     run_checks("training cannot start:", checks)
+    require_all_images(sum(unusable))
 
 
 def check_method(settings: TrainSettings) -> str:

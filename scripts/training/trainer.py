@@ -336,3 +336,12 @@ def report_results(job: TrainingJob, modules: int) -> None:
     path = job.outputs.lora
     size = path.stat().st_size / 2**20
     print(f"{path}: {size:.1f} MiB, {modules} modules, all known to ComfyUI; copy it to ComfyUI's models/loras")
+    print_next_steps(job)
+
+
+def print_next_steps(job: TrainingJob) -> None:
+    """What to do with the LoRA, and last what keeps it from being good."""
+    lora, trigger = job.outputs.lora.name, job.project.trigger_word
+    print(f"next: load {lora} in ComfyUI beside an SDXL checkpoint, with {trigger!r} in the prompt")
+    for warning in job.plan.warnings():
+        print(warning)

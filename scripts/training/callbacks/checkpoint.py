@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from common.errors import ModelError, SettingsError, bullet_list
 from common.files import write_json
+from common.settings import pipeline_command
 from common.weights import digest, read_header
 from training.config import RunSettings
 from training.data.buckets import OptimizerStep
@@ -200,7 +201,7 @@ def find_resume_point(folder: Path, saved: Checkpoint, now: Identity) -> Checkpo
         point = newest(folder, at_most=min(before.shared_prefix_steps, now.shared_prefix_steps))
     if not found.keys() <= allowed or point is None:
         title = f"{folder} holds a run, stopped at step {saved.progress.next_step}, with other settings or data:"
-        remedy = "Restore these values to continue that run, or set FRESH=1 to archive it and start again"
+        remedy = f"Restore these values to continue that run, or archive it and start again: {pipeline_command('--train', FRESH=1)}"
         raise SettingsError(f"{bullet_list(title, list(found.values()))}\n{remedy}")
     for change in (found | changes(before.runtime, now.runtime)).values():
         print(f"setting changed since the checkpoint: {change}", flush=True)

@@ -25,6 +25,7 @@ from common.background import in_background, prefetch
 from common.clip_tokens import CHUNK_TOKENS
 from common.errors import ModelError, ResourceError
 from common.images import open_rgb
+from common.progress import ProgressBar
 from training.config import DataSettings
 from training.data.buckets import Placement
 from training.data.captions import caption_variants, chunks_needed, encode_captions, text_beyond
@@ -164,7 +165,10 @@ class CacheBuilder:
         new_embeddings, captions_found = self._missing(embeddings, workers)
         self.group.barrier()  # all processes know what is missing before one writes
         shares = self.group.shard(new_latents), self.group.shard(new_embeddings)
-        with tqdm(total=sum(map(len, shares)), desc="encode", disable=None) as bar, _tensor_cores(enabled=self.uses_tensor_cores):
+        with (
+            ProgressBar(sum(map(len, shares)), "encode", "images and captions") as bar,
+            _tensor_cores(enabled=self.uses_tensor_cores),
+        ):
             encode_texts = partial(self._encode_captions, shares[1], tokenizers, chunks, workers, bar)
             with in_background(encode_texts, start=self.concurrent) as texts_encoded:
                 self._encode_images(shares[0], workers, bar)

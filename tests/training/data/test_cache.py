@@ -52,7 +52,7 @@ def examples(stage):
     rocket.putalpha(Image.fromarray(fade))
     rocket.save(stage.images / "rocket.png")
     (stage.images / "rocket.txt").write_text("sks, rocket")
-    return {example.path.stem: example for example in read_examples(stage.images, workers=0)}
+    return {example.path.stem: example for example in read_examples(stage.images, workers=0)[0]}
 
 
 def as_image(pixels: torch.Tensor) -> Image.Image:
@@ -89,7 +89,7 @@ def test_orientation_is_applied_before_the_bucket_is_chosen(stage, examples):
 def test_images_with_other_pixels_than_in_version_1_0_have_another_key_and_no_others(stage, examples):
     """Version 1.0 ignored color profiles; the key of an image was the hash of its file."""
     stage.add("coffee", "wide.png", icc_profile=rgb_profile(ADOBE_RGB, gamma_curve(2.2)))
-    wide = next(example for example in read_examples(stage.images, workers=0) if example.name == "wide.png")
+    wide = next(example for example in read_examples(stage.images, workers=0)[0] if example.name == "wide.png")
     assert {example.revision for example in examples.values()} == {""}
     assert wide.revision == DECODER_REVISION
     both = [(each, placement_of(each)) for each in (wide, replace(wide, revision=""))]
@@ -103,7 +103,7 @@ def test_large_phone_photos_have_the_size_that_is_decoded(stage, monkeypatch):
     photo = stage.photographs["coffee"].resize((1200, 800), Image.Resampling.LANCZOS)
     photo.save(stage.images / "large.jpg", quality=95)
     (stage.images / "large.txt").write_text("sks, cup")
-    (example,) = read_examples(stage.images, workers=0)
+    (example,), _ = read_examples(stage.images, workers=0)
     placement = assign_bucket(example.width, example.height, resolution=128, step=8, max_side=256)
     assert placement.add_time_ids[:2] == (400, 600)
     assert image_pixels(example, placement).shape == (3, placement.bucket.height, placement.bucket.width)
