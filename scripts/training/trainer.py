@@ -20,6 +20,7 @@ from common.files import atomic_write, write_bytes
 from common.settings import resolved_toml
 from training.callbacks.checkpoint import CheckpointWriter, keep_one, remove_incomplete, restore
 from training.callbacks.metrics import open_metrics
+from training.callbacks.samples import Renderer, SampleImages, texts_of
 from training.callbacks.validation import Validator
 from training.data.batches import Batch, BatchReader
 from training.data.buckets import OptimizerStep
@@ -33,7 +34,7 @@ from training.method.adapters import Adapter, LoraModule, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.export import write_lora
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
-from training.models.weights import load_unet, require_finite_weights
+from training.models.weights import load_unet, load_vae, require_finite_weights
 from training.system.device import MemoryGuard, available_bytes, limit_gpu_memory, make_deterministic, memory_guard
 from training.system.process_group import ProcessGroup
 from training.system.processes import WorkerProcess
@@ -46,7 +47,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
     prepare_device(job)
     with translate_cuda_oom(job), memory_guard(job.budget.thresholds) as guard:
         with unet_in_background(job) as load:
-            examples = encode(job, group, encoder)
+            examples, prompts = encode(job, group, encoder)
             unet, adapter = load()
         step, schedule = build_step(job, group, unet, adapter), schedule_of(job)
         if job.saved:
@@ -70,8 +71,12 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             callbacks = list(writers)
             if held_out.examples:
                 callbacks.insert(0, Validator(held_out, step.evaluate, schedule.validates_between, writers))
+            stop = stop_request(group, guard)
+            if job.samples and job.samples.prompts:
+                callbacks.append(samples := sample_images(job, group, step, schedule, prompts, stop, writers))
+                samples.start(schedule.start)
             begin = step.begin if job.saved else checking_first_step(job, step.begin)
-            progress = run_steps(schedule, begin, batches, reader.image_names, callbacks, stop_request(group, guard))
+            progress = run_steps(schedule, begin, batches, reader.image_names, callbacks, stop)
             if group.is_main_process:  # while the last checkpoint is still on its way to the disk
                 write_results(job, modules, schedule, progress)
     if group.is_main_process:
@@ -149,8 +154,11 @@ def unet_in_background(job: TrainingJob) -> Iterator[Callable[[], tuple[UNet2DCo
         yield wait
 
 
-def encode(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None = None) -> list[CachedExample]:
-    """Compute once what does not change during training, of the images that are trained on and then of those held out.
+def encode(
+    job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None = None
+) -> tuple[list[CachedExample], dict[str, Path]]:
+    """Compute once what does not change during training, of the images that are trained on and then of those held out, and of the
+    prompts of sample images.
 
     It is done in the process `encoder`, if there is one and memory for the UNet beside it, so that encoding and loading do not
     wait for each other's interpreter lock.
@@ -164,10 +172,11 @@ def encode(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None 
     folders = job.project.models_dir, job.outputs.cache
     builder = CacheBuilder(job.base, *folders, precision.device, precision.dtype, group, concurrent)
     images = zip([*plan.examples, *plan.held_out], [*plan.placements, *plan.held_out_placements], strict=True)
-    return builder.build(list(images), job.settings.data, job.project.trigger_word, job.settings.run.train_seed)
+    prompts = texts_of(job.samples) if job.samples else []
+    return builder.build(list(images), job.settings.data, job.project.trigger_word, job.settings.run.train_seed, prompts)
 
 
-def _encode_in_worker(job: TrainingJob) -> list[CachedExample]:
+def _encode_in_worker(job: TrainingJob) -> tuple[list[CachedExample], dict[str, Path]]:
     tqdm.set_lock(threading.RLock())  # tqdm's own lock, for several processes, would stay behind when this one is killed
     prepare_device(job)
     return encode(job, ProcessGroup())
@@ -285,6 +294,22 @@ def writing_callbacks(
         CheckpointWriter(outputs.state, job.identity, settings.saving.keep_last_states, *state) as checkpoints,
     ):
         yield [metrics, LoraSaver(job, adapter.modules, schedule), checkpoints]
+
+
+def sample_images(
+    job: TrainingJob,
+    group: ProcessGroup,
+    step: TrainStep,
+    schedule: RunSchedule,
+    prompts: dict[str, Path],
+    stop: Callable[[], Interruption | None],
+    trackers: Sequence[Callback],
+) -> SampleImages:
+    """The callback that renders the sample images; `prompts` are the files of their embeddings."""
+    vae = load_vae(job.base, torch.device("cpu"))
+    renderer = Renderer(step, job.plan.schedule, prompts, vae, job.samples.tiled)
+    fingerprint = job.identity.fingerprint
+    return SampleImages(job.samples, renderer, job.outputs, schedule, fingerprint, job.base.name, group, stop, trackers)
 
 
 @dataclass(frozen=True)

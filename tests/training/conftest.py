@@ -86,6 +86,7 @@ class Stage:
             "NUM_TRAIN_EPOCHS": 2,
             "DATALOADER_NUM_WORKERS": 1,
             "HF_HUB_OFFLINE": 1,
+            "SAMPLES": "false",
         }
 
     def add(self, photograph: str, path: str = "", caption: str | None = "sks, photo, outdoors", **how: object) -> Path:
