@@ -376,6 +376,13 @@ def test_resolved_file_gives_the_same_settings_again(tmp_path):
     assert again.settings == request.settings
 
 
+def test_resolved_file_says_where_a_value_was_set(tmp_path):
+    request = resolve(write(tmp_path, ""), {"LORA_RANK": "5", "TRIGGER_WORD": "a # b"}, [], Everything)
+    text = resolved_toml(vars(request.settings), request.sources)
+    assert "lora_rank = 5  # set by environment" in text
+    assert resolve(write(tmp_path, text), {}, [], Everything).settings == request.settings
+
+
 def test_a_partial_section_agrees_with_the_whole_one_and_ignores_its_other_keys(tmp_path):
     for name, section in (("collect", ComfyUIAddress), ("train", SharedTrainSettings)):
         whole = {key.name: key for key in all_keys(SECTIONS[name])}
