@@ -91,7 +91,7 @@ def test_relative_paths_start_at_the_repository_in_the_file_and_at_the_current_d
     monkeypatch.chdir(tmp_path)
     request = resolve(write(tmp_path, ""), {"FACE_REFERENCE": "me.png"}, [], SECTIONS)
     assert request.sections["project"].dataset_dir == settings.REPOSITORY / "dataset"
-    assert request.sections["collect"].face_reference == tmp_path / "me.png"
+    assert request.sections["collect"].face_reference == (tmp_path / "me.png",)
 
 
 def test_home_of_an_unknown_user_and_a_path_with_a_null_byte_are_refused(tmp_path):
