@@ -4,7 +4,6 @@ where the time of a step goes. MODEL is a base model: a diffusers folder or a si
 import argparse
 import re
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,14 +14,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
-from training.engine import build_engine
+from training.engine import EngineName, prepare_unet
 from training.engine.step import TrainStep
 from training.method.adapters import inject
 from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.optimizers import AdamW
 from training.models.base_model import find_base
-from training.models.loading import load_unet
 from training.models.sdxl import Schedule
+from training.models.weights import load_unet
 from training.system.device import choose_precision
 
 FAMILIES = {
@@ -51,9 +50,10 @@ def main() -> None:
     alphas = alphas_cumprod(Schedule()).to(precision.device, torch.float32)
     config = LossConfig("epsilon", alphas, min_snr_gamma=5.0, noise_offset=0.0357, latent_scaling=0.13025)
     optimizer = AdamW(lora.weights, OptimizerSettings())
-    build = partial(
-        build_engine, unet=unet, adapter=lora, optimizer=optimizer, config=config, precision=precision, max_grad_norm=1.0
-    )
+
+    def build(engine: EngineName) -> TrainStep:
+        sync = prepare_unet(engine, unet, lora, precision.device)
+        return TrainStep(unet, lora, optimizer, config, precision, max_grad_norm=1.0, sync_compute_weights=sync)
 
     batch = random_batch(unet, 1, options.latents // 2).to(precision.device)
     plain = build("plain")

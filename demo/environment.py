@@ -4,14 +4,14 @@ It is passed to the stages through environment variables only, so it neither use
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
 from captioning.config import CaptionSettings
 from collecting.config import CollectSettings
 from common.files import write_json
 from common.project import ProjectSettings
-from common.settings import REPOSITORY, all_keys
+from common.settings import REPOSITORY, SETTINGS_FILE, TABLES, all_keys, resolve
 from demo import tiny_sdxl, tiny_tagger
 from demo.standin_comfyui.images import scene
 from demo.standin_comfyui.server import StandIn
@@ -75,10 +75,10 @@ class DemoEnvironment:
         """The stand-in ComfyUI, as a context manager; its address is `url`."""
         return StandIn(self.folder / "comfyui")
 
-    def environment(self, comfyui_url: str, **settings: object) -> dict[str, str]:
+    def environment(self, comfyui_url: str, settings_file: Path = SETTINGS_FILE, **settings: object) -> dict[str, str]:
         """Environment variables for run.sh and the stages; `settings` (names in lower or upper case) override those of the demo.
 
-        Settings in the user's environment are removed, those in config/training_config.toml are overridden, and nothing is
+        Settings in the user's environment are removed, those in `settings_file` are overridden, and nothing is
         downloaded.
         """
         of_demo = {
@@ -104,7 +104,7 @@ class DemoEnvironment:
             "dataloader_num_workers": 1,
         }
         kept = {name: value for name, value in os.environ.items() if name not in setting_names()}
-        changed = {name.upper(): str(value) for name, value in (defaults() | of_demo | settings).items()}
+        changed = {name.upper(): str(value) for name, value in (defaults(settings_file) | of_demo | settings).items()}
         # Networks this small gain nothing from threads, and on a busy machine threads wait for each other much longer.
         for_machine = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         return kept | for_machine | changed
@@ -115,9 +115,11 @@ def setting_names() -> set[str]:
     return {key.name.upper() for section in SECTIONS for key in all_keys(section)} | {"STRICT"}
 
 
-def defaults() -> dict[str, str]:
-    """Every setting's default as the value of a variable, except for settings that are not set by default."""
-    keys = [key for section in SECTIONS for key in all_keys(section) if key.default not in (None, "")]
+def defaults(file: Path) -> dict[str, str]:
+    """The default of each setting that `file` changes, as the value of a variable. There is none for a setting that is not set
+    by default."""
+    changed = resolve(file, {}, [], make_dataclass("Tables", zip(TABLES, SECTIONS, strict=True))).overrides
+    keys = [key for section in SECTIONS for key in all_keys(section) if key.name in changed and key.default not in (None, "")]
     return {key.name: "," if key.default == () else str(key.default) for key in keys}
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from demo.sgm_names import name_in_files, sgm_source
-from training.models.loading import shapes_only
 from training.models.sdxl import WEIGHT_STEMS
+from training.models.weights import shapes_only
 
 
 @dataclass(frozen=True)

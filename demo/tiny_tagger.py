@@ -112,6 +112,8 @@ def _model(weights: np.ndarray, bias: np.ndarray, shape: Shape) -> onnx.ModelPro
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    if shape.channels_first:  # not WD14's layout, so that the model has to say what it takes
+        helper.set_model_props(model, {"Image.BitmapPixelFormat": "Bgr8", "Image.NominalPixelRange": "NominalRange_0_255"})
     onnx.checker.check_model(model, full_check=True)
     return model
 

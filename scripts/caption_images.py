@@ -16,7 +16,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,30 @@ from common.files import locked, write_json
 from common.project import ProjectSettings, SharedTrainSettings
 from common.settings import read_request
 
-SECTIONS = {"project": ProjectSettings, "caption": CaptionSettings, "train": SharedTrainSettings}
 FLAGS = {"undo": "restore the captions that the last run changed, and exit; repeat it for earlier runs"}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What this stage reads of the settings."""
+
+    project: ProjectSettings
+    caption: CaptionSettings
+    train: SharedTrainSettings
+
+    def validate(self) -> Iterator[str]:
+        try:
+            if self.caption.caption_threshold == "auto":
+                published_threshold(self.caption.caption_model)
+        except SettingsError as unknown:
+            yield str(unknown)
 
 
 def main(argv: list[str]) -> None:
     stop_on_signals()
-    request = read_request(STAGE, __doc__, argv, SECTIONS, FLAGS, validate)
-    project, train = request.sections["project"], request.sections["train"]
-    settings = resolve(request.sections["caption"])
+    request = read_request(STAGE, __doc__, argv, Tables, FLAGS)
+    project, train = request.settings.project, request.settings.train
+    settings = resolve(request.settings.caption)
     folder = DatasetFolder(project.dataset_dir)
     if request.check:
         check(folder, settings, project, inputs_pending=request.inputs_pending)
@@ -63,15 +78,6 @@ def main(argv: list[str]) -> None:
         images = require_images(folder)
         print(f"{request.overridden()}\n{len(images)} images in {folder.images}", flush=True)
         caption(images, captions, folder, project, settings, train)
-
-
-def validate(sections: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the settings, once each of them is valid."""
-    try:
-        if sections["caption"].caption_threshold == "auto":
-            published_threshold(sections["caption"].caption_model)
-    except SettingsError as unknown:
-        yield str(unknown)
 
 
 def resolve(settings: CaptionSettings) -> CaptionSettings:
@@ -96,7 +102,7 @@ def undo(captions: CaptionFiles) -> None:
         return
     print(f"run {result.run} is undone: {result.restored} captions restored; {result.earlier} earlier runs can be undone")
     if result.edited:
-        print(f"not restored, because edited after that run: {', '.join(result.edited)}")
+        print(f"not restored, because edited after that run: {abbreviated(result.edited)}")
 
 
 def caption(

@@ -9,6 +9,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends the program without
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import sys
+from dataclasses import dataclass
 
 from collecting.config import CollectSettings
 from collecting.http import parse_addresses
@@ -28,11 +29,18 @@ STAGE = "collect_images"
 DISPLAY_INTERVAL_S = 0.25
 
 
+@dataclass(frozen=True)
+class Tables:
+    """What this stage reads of the settings."""
+
+    project: ProjectSettings
+    collect: CollectSettings
+
+
 def main() -> None:
     stop_on_signals()
-    sections = {"project": ProjectSettings, "collect": CollectSettings}
-    request = read_request(STAGE, "Collect images from ComfyUI.", sys.argv[1:], sections)
-    settings, folder = request.sections["collect"], DatasetFolder(request.sections["project"].dataset_dir)
+    request = read_request(STAGE, "Collect images from ComfyUI.", sys.argv[1:], Tables)
+    settings, folder = request.settings.collect, DatasetFolder(request.settings.project.dataset_dir)
     if request.check:
         check(settings, folder)
         print("Collecting: all checks passed.")

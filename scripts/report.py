@@ -1,6 +1,7 @@
 """Write OUTPUT_DIR/report.html: one page that shows the data set, the training run and what it learned."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.dataset_layout import DatasetFolder
@@ -12,12 +13,18 @@ from reporting.page import write_page
 from reporting.run import read_run
 
 STAGE = "report"
-SECTIONS = {"project": ProjectSettings}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What this stage reads of the settings."""
+
+    project: ProjectSettings
 
 
 def main(argv: list[str]) -> None:
-    request = read_request(STAGE, __doc__, argv, SECTIONS)
-    project: ProjectSettings = request.sections["project"]
+    request = read_request(STAGE, __doc__, argv, Tables)
+    project = request.settings.project
     page = Path(project.output_dir) / "report.html"
     dataset = read_dataset(DatasetFolder(project.dataset_dir), project.trigger_word)
     run = read_run(project.output_dir)

@@ -9,29 +9,43 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import call
 from pathlib import Path
-from typing import Any
 
 from common.background import in_background
 from common.captions import ordinary_trigger, tagger_vocabulary
 from common.clip_tokens import find_vocabulary
 from common.dataset_layout import DatasetFolder
-from common.errors import run_main, stop_on_signals
+from common.errors import exit_on_signals, run_main, stop_on_signals
 from common.output_layout import name_problem, only_run_in
 from common.project import ComfyUIAddress, ProjectSettings
 from common.settings import Request, read_request
 from training.config import TrainSettings
-from training.data.dataset import read_inputs
-from training.system.launcher import launch, needs_launcher, rank_info
-from training.system.worker_process import die_with_parent, worker_process
+from training.data.dataset import read_inputs, require_all_images
+from training.system.processes import die_with_parent, launch, needs_launcher, rank_info, worker_process
 
 STAGE = "train_lora"
-SECTIONS = {"project": ProjectSettings, "collect": ComfyUIAddress, "train": TrainSettings}
 NVIDIA = Path("/dev/nvidiactl")
 """Exists if NVIDIA's driver is loaded."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What this stage reads of the settings."""
+
+    project: ProjectSettings
+    collect: ComfyUIAddress
+    train: TrainSettings
+
+    def validate(self) -> Iterator[str]:
+        """The LoRA may be named after the trigger word."""
+        saving, trigger = self.train.saving, self.project.trigger_word
+        if not saving.output_name:
+            yield from (f"{problem}; set OUTPUT_NAME" for problem in replace(saving, output_name=trigger).validate())
+        if problem := name_problem(saving.output_name or trigger, self.project.output_dir):
+            yield f"output_name{'' if saving.output_name else ' (the trigger word)'}: {problem}"
 
 
 def main(argv: list[str]) -> None:
@@ -39,9 +53,8 @@ def main(argv: list[str]) -> None:
     ranks = rank_info()
     if ranks.world_size > 1:
         die_with_parent(ranks.launcher_pid)  # before the imports: the launcher may be gone when they are done
-    request = read_request(STAGE, __doc__, argv, SECTIONS, validate=validate)
-    project: ProjectSettings = request.sections["project"]
-    settings: TrainSettings = request.sections["train"]
+    request = read_request(STAGE, __doc__, argv, Tables)
+    project, settings = request.settings.project, request.settings.train
     if needs_launcher(settings.processes) and not request.check:
         sys.exit(launch([sys.executable, __file__, *argv], settings.processes))
     if ranks.rank == 0:
@@ -51,28 +64,31 @@ def main(argv: list[str]) -> None:
     overlaps = NVIDIA.exists() and ranks.world_size == 1 and not request.check
     with worker_process(enabled=overlaps) as reader, worker_process(import_training, enabled=overlaps) as encoder:
         read = partial(reader.call_and_close if reader else call, read_inputs, project, settings)
-        with in_background(read, start=ranks.rank == 0 and not request.check) as inputs:
+        with in_background(read, start=ranks.rank == 0 and not request.check) as inputs, exit_on_signals(STAGE):
             import_training()
-        from training.job import resolve_on_all_ranks
-        from training.preflight import check
-        from training.system.process_group import process_group
-        from training.trainer import clean_up, train
+            from training.job import resolve_on_all_ranks
+            from training.preflight import check
+            from training.system.process_group import process_group
+            from training.trainer import clean_up, print_next_steps, train
 
         if request.check:
             check(project, settings, inputs_pending=request.inputs_pending)
             return
         with process_group(ranks) as group, only_run_in(project.output_dir) if group.is_main_process else nullcontext():
-            run = resolve_on_all_ranks(group, project, settings, inputs.result, request.sections["collect"].comfyui_endpoint)
+            run = resolve_on_all_ranks(group, project, settings, inputs.result, request.settings.collect.comfyui_endpoint)
             if not run.is_finished:
                 train(run, group, encoder)
             elif group.is_main_process:
                 clean_up(run)
                 print(f"nothing to do: {run.outputs.lora} is finished, with exactly these settings, images and captions")
+                print_next_steps(run)
+        if ranks.rank == 0:
+            require_all_images(inputs.result()[2])
 
 
-def print_settings(request: Request) -> None:
+def print_settings(request: Request[Tables]) -> None:
     """Print what is not the default, and warn of a trigger word that is not one of its own."""
-    project, settings = request.sections["project"], request.sections["train"]
+    project, settings = request.settings.project, request.settings.train
     if not request.check:  # else it is printed already
         print(request.overridden(), flush=True)
     tags = tagger_vocabulary(DatasetFolder(project.dataset_dir).tag_cache)
@@ -87,15 +103,6 @@ def import_training() -> None:
 
     wake_gpu(rank_info().gpu)
     import training.trainer  # noqa: F401
-
-
-def validate(sections: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the settings together: the LoRA may be named after the trigger word."""
-    saving, trigger = sections["train"].saving, sections["project"].trigger_word
-    if not saving.output_name:
-        yield from (f"{problem}; set OUTPUT_NAME" for problem in replace(saving, output_name=trigger).validate())
-    if problem := name_problem(saving.output_name or trigger, sections["project"].output_dir):
-        yield f"output_name{'' if saving.output_name else ' (the trigger word)'}: {problem}"
 
 
 if __name__ == "__main__":

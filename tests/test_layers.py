@@ -117,9 +117,9 @@ TRAINING_LAYERS = (
     ("training.config", "training.models"),
     ("training.method", "training.system"),
     ("training.data",),
-    ("training.plan", "training.monitor", "training.engine"),
+    ("training.plan", "training.engine"),
     ("training.memory_budget", "training.loop"),
-    ("training.state",),
+    ("training.callbacks",),
     ("training.job",),
     ("training.trainer", "training.preflight"),
 )
@@ -175,7 +175,7 @@ def test_ctrl_c_while_libraries_are_imported_prints_no_traceback(main, tmp_path)
 
 def test_only_settings_and_launcher_read_the_environment():
     users = {name for name, path in MODULES.items() if environment_names(path) & {"environ", "environb", "getenv", "getenvb"}}
-    assert users == {"common.settings", "training.system.launcher"}
+    assert users == {"common.settings", "training.system.processes"}
     writers = {name for name, path in MODULES.items() if environment_names(path) & {"putenv", "unsetenv"}}
     assert writers == {"training.system.device"}
 
@@ -197,7 +197,7 @@ def test_only_three_modules_catch_every_exception():
     assert {name for name, broad in handlers.items() if broad} == {
         "common.errors",
         "collecting.pool",
-        "training.system.worker_process",
+        "training.system.processes",
     }
     for broad in handlers.values():
         for handler in broad:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
@@ -152,12 +153,12 @@ def test_check_names_everything_that_is_wrong_with_every_stage(finished, comfyui
 
 def test_demo_ignores_what_a_user_wrote_into_the_settings_file(demo_env, tmp_path):
     mine = "[train.lora]\nlora_targets = 'attention'\n[train.processes]\nnum_processes = 2\n[caption]\ncaption_append = ['mine']\n"
-    (tmp_path / "mine.toml").write_text(mine)
-    resolved = resolve(
-        tmp_path / "mine.toml", demo_env.environment("http://127.0.0.1:1"), [], dict(zip(TABLES, SECTIONS, strict=True))
-    )
+    file = tmp_path / "mine.toml"
+    file.write_text(mine)
+    tables = make_dataclass("Tables", zip(TABLES, SECTIONS, strict=True))
+    resolved = resolve(file, demo_env.environment("http://127.0.0.1:1", file), [], tables)
     assert {resolved.sources[key] for key in ("lora_targets", "num_processes", "caption_append")} == {"environment"}
-    assert resolved.sections["caption"].caption_append == ()
+    assert resolved.settings.caption.caption_append == ()
 
 
 def written(folder: Path, content: object) -> Path:

@@ -4,10 +4,15 @@ import json
 import os
 import re
 import tomllib
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+import report
 import train_lora
 from captioning.config import CaptionSettings
 from collecting.config import CollectSettings
@@ -19,10 +24,26 @@ from common.project import ComfyUIAddress, ProjectSettings, SharedTrainSettings
 from common.settings import all_keys, read_request, resolve, resolved_toml
 from common.variables import known_variables
 from training.config import TrainSettings
-from training.system.memory_guard import comfyui_advice
+from training.system.device import comfyui_advice
 
 SECRETS = ("wandb_api_key", "comfyui_headers", "comfyui_api_key")
-SECTIONS = {"project": ProjectSettings, "collect": CollectSettings, "caption": CaptionSettings, "train": TrainSettings}
+
+
+@dataclass(frozen=True)
+class Everything:
+    project: ProjectSettings
+    collect: CollectSettings
+    caption: CaptionSettings
+    train: TrainSettings
+
+
+@dataclass(frozen=True)
+class Partial:
+    collect: ComfyUIAddress
+    train: SharedTrainSettings
+
+
+SECTIONS = {name: field.type for name, field in Everything.__dataclass_fields__.items()}
 
 
 def write(folder: Path, text: str) -> Path:
@@ -32,7 +53,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_shipped_file_states_every_key_once_with_the_default_value():
-    shipped = resolve(settings.SETTINGS_FILE, {}, [], SECTIONS)
+    shipped = resolve(settings.SETTINGS_FILE, {}, [], Everything)
     empty = {name: section() for name, section in SECTIONS.items()}
     stated = tomllib.loads(settings.SETTINGS_FILE.read_text(encoding="utf-8"))
     defaults = tomllib.loads(resolved_toml(empty))
@@ -47,57 +68,75 @@ def test_every_key_has_a_name_of_its_own():
 
 def test_environment_wins_over_file_and_flag_over_both(tmp_path):
     file = write(tmp_path, "[train.lora]\nlora_rank = 8\n[train.run]\ntrain_batch_size = 2\n")
-    request = resolve(file, {"LORA_RANK": "16", "TRAIN_BATCH_SIZE": "3"}, ["lora_rank=4"], SECTIONS)
-    train = request.sections["train"]
+    request = resolve(file, {"LORA_RANK": "16", "TRAIN_BATCH_SIZE": "3"}, ["lora_rank=4"], Everything)
+    train = request.settings.train
     assert (train.lora.lora_rank, request.sources["lora_rank"]) == (4, "--set")
     assert (train.run.train_batch_size, request.sources["train_batch_size"]) == (3, "environment")
     assert request.sources["learning_rate"] == "default"
 
 
 def test_empty_variable_means_not_set(tmp_path):
-    request = resolve(write(tmp_path, ""), {"LORA_RANK": "", "GLOBAL_SEED": ""}, [], SECTIONS)
-    assert request.sections["train"].lora.lora_rank == 32
-    assert request.sections["collect"].global_seed is None
+    request = resolve(write(tmp_path, ""), {"LORA_RANK": "", "GLOBAL_SEED": ""}, [], Everything)
+    assert request.settings.train.lora.lora_rank == 32
+    assert request.settings.collect.global_seed is None
 
 
 def test_all_problems_are_reported_at_once(tmp_path):
     text = '[train.lora]\nlora_rank = "big"\nlora_rang = 3\n[trian]\n'
     text += "[caption]\ncaption_threshold = 2.0\n[train.run]\ntrain_seed = true\n"
     with pytest.raises(SettingsError) as refused:
-        resolve(write(tmp_path, text), {"LEARNING_RATE": "fast", "MIXED_PRECISION": "fp8"}, ["nonsense=1", "bare"], SECTIONS)
+        resolve(write(tmp_path, text), {"LEARNING_RATE": "fast", "MIXED_PRECISION": "fp8"}, ["nonsense=1", "bare"], Everything)
     message = str(refused.value)
     for word in ("lora_rank", "lora_rang", "[trian]", "caption_threshold", "train_seed", "fast", "fp8", "nonsense", "bare"):
         assert word in message
 
 
 def test_a_partial_section_ignores_the_keys_of_other_stages_and_checks_its_own(tmp_path):
-    partial = {"train": SharedTrainSettings}
     file = write(tmp_path, "[train.data]\nresolution = 768\nbucket_step = 32\n[train.lora]\nlora_rank = 8\n")
-    train = resolve(file, {"CAPTION_CHUNKS": "2"}, ["base_model=mine"], partial).sections["train"]
+    train = resolve(file, {"CAPTION_CHUNKS": "2"}, ["base_model=mine"], Partial).settings.train
     assert (train.data.resolution, train.data.caption_chunks, train.model.base_model) == (768, 2, "mine")
     with pytest.raises(SettingsError, match="resolution"):
-        resolve(write(tmp_path, "[train.data]\nresolution = 7\n"), {}, [], partial)
+        resolve(write(tmp_path, "[train.data]\nresolution = 7\n"), {}, [], Partial)
     with pytest.raises(SettingsError, match="lora_rang: unknown key"):
-        resolve(write(tmp_path, "[train.lora]\nlora_rang = 8\n"), {}, [], SECTIONS)
+        resolve(write(tmp_path, "[train.lora]\nlora_rang = 8\n"), {}, [], Everything)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e9", "abc"])
 def test_learning_rate_out_of_range_is_refused(tmp_path, value):
     with pytest.raises(SettingsError, match="learning_rate"):
-        resolve(write(tmp_path, ""), {"LEARNING_RATE": value}, [], SECTIONS)
+        resolve(write(tmp_path, ""), {"LEARNING_RATE": value}, [], Everything)
 
 
 def test_relative_paths_start_at_the_repository_in_the_file_and_at_the_current_directory_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    request = resolve(write(tmp_path, ""), {"FACE_REFERENCE": "me.png"}, [], SECTIONS)
-    assert request.sections["project"].dataset_dir == settings.REPOSITORY / "dataset"
-    assert request.sections["collect"].face_reference == (tmp_path / "me.png",)
+    request = resolve(write(tmp_path, ""), {"FACE_REFERENCE": "me.png"}, [], Everything)
+    assert request.settings.project.dataset_dir == settings.REPOSITORY / "dataset"
+    assert request.settings.collect.face_reference == (tmp_path / "me.png",)
+
+
+def test_list_of_paths_is_one_path_where_there_is_a_file_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a, b.png").touch()
+    for text, names in {"a, b.png": ["a, b.png"], "a.png, ~x,b.png,": None, "c.png, d.png,": ["c.png", "d.png"]}.items():
+        if names is None:
+            with pytest.raises(SettingsError, match="no such user"):
+                resolve(write(tmp_path, ""), {"FACE_REFERENCE": text}, [], Everything)
+        else:
+            request = resolve(write(tmp_path, ""), {"FACE_REFERENCE": text}, [], Everything)
+            assert request.settings.collect.face_reference == tuple(tmp_path / name for name in names)
+    in_file = resolve(write(tmp_path, '[collect]\nface_reference = ["a.png", "b, c.png"]\n'), {}, [], Everything)
+    assert in_file.settings.collect.face_reference == (settings.REPOSITORY / "a.png", settings.REPOSITORY / "b, c.png")
+    for value in ('""', "[]"):
+        empty = resolve(write(tmp_path, f"[collect]\nface_reference = {value}\n"), {}, [], Everything)
+        assert empty.settings.collect.face_reference == ()
+    with pytest.raises(SettingsError, match=r"face_reference .*must be a path, or a list of paths"):
+        resolve(write(tmp_path, "[collect]\nface_reference = [1]\n"), {}, [], Everything)
 
 
 def test_home_of_an_unknown_user_and_a_path_with_a_null_byte_are_refused(tmp_path):
     file = write(tmp_path, '[project]\nmodels_dir = "a\\u0000b"\n')
     with pytest.raises(SettingsError) as refused:
-        resolve(file, {"DATASET_DIR": "~unknown-user/images"}, [], SECTIONS)
+        resolve(file, {"DATASET_DIR": "~unknown-user/images"}, [], Everything)
     assert "dataset_dir (environment): '~unknown-user/images' cannot be expanded: no such user" in str(refused.value)
     assert "models_dir (settings.toml): 'a\\x00b' must be a path" in str(refused.value)
 
@@ -116,18 +155,18 @@ def test_home_of_an_unknown_user_and_a_path_with_a_null_byte_are_refused(tmp_pat
 )
 def test_values_that_cannot_be_represented_are_refused(tmp_path, text, problem):
     with pytest.raises(SettingsError, match=problem):
-        resolve(write(tmp_path, text), {}, [], SECTIONS)
+        resolve(write(tmp_path, text), {}, [], Everything)
 
 
 def test_bytes_that_are_not_text_are_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"trigger_word .*must be text, in UTF-8"):
-        resolve(write(tmp_path, ""), {"TRIGGER_WORD": os.fsdecode(b"\xff\xfe")}, [], SECTIONS)
+        resolve(write(tmp_path, ""), {"TRIGGER_WORD": os.fsdecode(b"\xff\xfe")}, [], Everything)
 
 
 def test_what_differs_from_the_defaults_is_listed_wherever_it_was_set(tmp_path):
     text = settings.SETTINGS_FILE.read_text(encoding="utf-8")
     file = write(tmp_path, re.sub(r"(?m)^lora_rank *=.*", "lora_rank = 7", text))
-    request = resolve(file, {"LORA_TYPE": "lora", "CAPTION_EXCLUDE_TAGS": "a,b"}, ["resolution=512"], SECTIONS)
+    request = resolve(file, {"LORA_TYPE": "lora", "CAPTION_EXCLUDE_TAGS": "a,b"}, ["resolution=512"], Everything)
     assert request.overridden().splitlines() == [
         "overridden settings:",
         "  caption_exclude_tags = ['a', 'b']  (environment)",
@@ -135,13 +174,13 @@ def test_what_differs_from_the_defaults_is_listed_wherever_it_was_set(tmp_path):
         "  lora_rank = 7  (settings.toml)",
         "  lora_type = 'lora'  (environment)",
     ]
-    assert resolve(settings.SETTINGS_FILE, {}, [], SECTIONS).overridden() == "overridden settings: none"
+    assert resolve(settings.SETTINGS_FILE, {}, [], Everything).overridden() == "overridden settings: none"
 
 
 def test_alpha_follows_the_rank_unless_it_is_set(tmp_path):
     file = write(tmp_path, "")
     of = {
-        name: resolve(file, variables, [], SECTIONS).sections["train"].lora
+        name: resolve(file, variables, [], Everything).settings.train.lora
         for name, variables in {
             "default": {},
             "rank": {"LORA_RANK": "4"},
@@ -171,13 +210,13 @@ def test_alpha_follows_the_rank_unless_it_is_set(tmp_path):
 def test_misspelt_variables_are_reported_by_every_stage(tmp_path, monkeypatch, name, hint):
     monkeypatch.setattr(settings, "ENV_FILE", tmp_path / ".env")
     for section in ("project", "collect", "caption", "train"):
-        request = resolve(write(tmp_path, ""), {name: "4"}, [], {section: SECTIONS[section]})
+        request = resolve(write(tmp_path, ""), {name: "4"}, [], make_dataclass("Tables", [(section, SECTIONS[section])]))
         (line,) = request.unknown_variables
         assert line.startswith(f"unknown variable {name} in the environment: it has no effect; ")
         assert hint in line
         assert line in request.overridden()
     (tmp_path / ".env").write_text(f"# LORA_RNC=1\nLORA_RANK=4\n{name}=secret value\nEMPTY_LORA_RNK=\n")
-    (line,) = resolve(write(tmp_path, ""), {}, [], SECTIONS).unknown_variables
+    (line,) = resolve(write(tmp_path, ""), {}, [], Everything).unknown_variables
     assert line.startswith(f"unknown variable {name} in .env: ")
     assert "secret" not in line
 
@@ -200,7 +239,7 @@ def test_variables_of_other_programs_are_not_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(settings, "ENV_FILE", tmp_path / ".env")
     (tmp_path / ".env").write_text("".join(f"{name}=1\n" for name in OF_OTHER_PROGRAMS.split()))
     environment = dict.fromkeys(OF_OTHER_PROGRAMS.split(), "1")
-    assert resolve(write(tmp_path, ""), environment, [], {"project": ProjectSettings}).unknown_variables == ()
+    assert resolve(write(tmp_path, ""), environment, [], report.Tables).unknown_variables == ()
 
 
 def test_every_variable_is_known_to_every_stage():
@@ -210,7 +249,7 @@ def test_every_variable_is_known_to_every_stage():
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):
     with pytest.raises(SettingsError) as refused:
-        resolve(write(tmp_path, "[train.lora]\nlora_rang = 3\nxyz = 1\n"), {}, ["capton_model=x"], SECTIONS)
+        resolve(write(tmp_path, "[train.lora]\nlora_rang = 3\nxyz = 1\n"), {}, ["capton_model=x"], Everything)
     assert str(refused.value).splitlines()[1:] == [
         "  - [train.lora] lora_rang: unknown key (did you mean lora_rank?) in settings.toml",
         "  - [train.lora] xyz: unknown key in settings.toml",
@@ -223,9 +262,9 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):
 def test_names_too_long_for_the_file_system_are_refused_with_the_settings(tmp_path, variable, letter):
     name = letter * (222 // len(letter.encode()))
     variables = {"OUTPUT_DIR": str(tmp_path / "absent" / "output")}
-    resolve(write(tmp_path, ""), variables | {variable: name}, [], train_lora.SECTIONS, train_lora.validate)
+    resolve(write(tmp_path, ""), variables | {variable: name}, [], train_lora.Tables)
     with pytest.raises(SettingsError, match=r"output_name.* has 22[35] bytes; choose a name of at most 222 bytes"):
-        resolve(write(tmp_path, ""), variables | {variable: name + letter}, [], train_lora.SECTIONS, train_lora.validate)
+        resolve(write(tmp_path, ""), variables | {variable: name + letter}, [], train_lora.Tables)
 
 
 def test_the_longest_name_is_one_that_every_file_of_a_run_can_have(tmp_path):
@@ -263,17 +302,37 @@ def test_the_login_in_an_address_is_never_shown(tmp_path, monkeypatch, template,
     variables = {"COMFYUI_ENDPOINT": address} if source == "environment" else {}
     flags = [f"comfyui_endpoint={address}"] if source == "flag" else []
     shown = ""
-    for sections in (SECTIONS, train_lora.SECTIONS):
+    for tables in (Everything, train_lora.Tables):
         try:
-            request = resolve(write(tmp_path, text), variables, flags, sections)
-            shown += "\n".join(request.described()) + request.overridden() + resolved_toml(request.sections)
-            shown += comfyui_advice(request.sections["collect"].comfyui_endpoint)
-            for server in parse_addresses(request.sections["collect"].comfyui_endpoint):
+            request = resolve(write(tmp_path, text), variables, flags, tables)
+            shown += "\n".join(request.described()) + request.overridden() + resolved_toml(vars(request.settings))
+            shown += comfyui_advice(request.settings.collect.comfyui_endpoint)
+            for server in parse_addresses(request.settings.collect.comfyui_endpoint):
                 shown += f"{server} {server.url}"
         except SettingsError as refused:
             shown += str(refused)
     assert "host" in shown or "one" in shown or "me" in shown
     assert PASSWORD not in shown
+
+
+noise = st.text("/:@%?#[]\\ ,&=+;\"'\n\uff20\ufe6b\uff1aé猫40", max_size=8)
+
+
+@given(
+    scheme=st.sampled_from(["http://", "https://", "HTTP:/", "ws:\\\\", "//", "", "http:", " http://"]),
+    before=noise,
+    after=noise,
+    at=st.sampled_from(["@", "%40", "%2540", "\uff20", "@@"]),
+    host=noise.map(lambda text: f"host{text}"),
+)
+def test_no_address_with_an_at_sign_shows_what_is_before_it(scheme, before, after, at, host):
+    address = f"{scheme}me:{before}{PASSWORD}{after}{at}{host}"
+    assert PASSWORD not in masking.mask_address(address)
+    assert PASSWORD not in masking.mask_address(f"http://other:8188, {address}, http://more:8188")
+    with mock.patch.object(masking, "_known", set()):
+        masking.learn_secrets({"COMFYUI_ENDPOINT": address})
+        for said in (address, f"no host in {before}{PASSWORD}{after}"):
+            assert PASSWORD not in masking.mask_secrets(said)
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8188", "https://[::1]:8188/comfy", "http://a:1,http://b:2", "http://host"])
@@ -288,7 +347,7 @@ def test_what_a_library_says_about_an_address_of_the_environment_is_masked(tmp_p
         template += "@host"
     address = template.replace("{}", PASSWORD)
     monkeypatch.setattr(masking, "_known", set())
-    resolve(write(tmp_path, ""), {variable: address}, [], {"project": ProjectSettings})
+    resolve(write(tmp_path, ""), {variable: address}, [], report.Tables)
     login = address.rpartition("@")[0].rpartition("//")[2]
 
     def fail():
@@ -306,7 +365,7 @@ def test_what_a_library_says_about_an_address_of_the_environment_is_masked(tmp_p
 
 def test_a_byte_order_mark_is_ignored(tmp_path):
     (tmp_path / "settings.toml").write_text("[train.lora]\nlora_rank = 8\n", encoding="utf-8-sig")
-    assert resolve(tmp_path / "settings.toml", {}, [], SECTIONS).sections["train"].lora.lora_rank == 8
+    assert resolve(tmp_path / "settings.toml", {}, [], Everything).settings.train.lora.lora_rank == 8
 
 
 def test_a_deleted_current_directory_is_reported(tmp_path, monkeypatch):
@@ -315,42 +374,41 @@ def test_a_deleted_current_directory_is_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(gone)
     gone.rmdir()
     with pytest.raises(SettingsError, match="the current directory no longer exists"):
-        resolve(file, {"OUTPUT_DIR": "here"}, [], SECTIONS)
+        resolve(file, {"OUTPUT_DIR": "here"}, [], Everything)
 
 
 def test_secret_comes_from_its_variable_only_and_is_never_shown(tmp_path):
-    request = resolve(write(tmp_path, ""), {"WANDB_API_KEY": "hush"}, [], SECTIONS)
-    assert request.sections["train"].logging.wandb_api_key == "hush"
-    assert "hush" not in "".join(request.described()) + repr(request) + resolved_toml(request.sections)
+    request = resolve(write(tmp_path, ""), {"WANDB_API_KEY": "hush"}, [], Everything)
+    assert request.settings.train.logging.wandb_api_key == "hush"
+    assert "hush" not in "".join(request.described()) + repr(request) + resolved_toml(vars(request.settings))
     with pytest.raises(SettingsError, match="WANDB_API_KEY") as refused:
-        resolve(write(tmp_path, '[train.logging]\nwandb_api_key = "hush"\n'), {}, [], SECTIONS)
+        resolve(write(tmp_path, '[train.logging]\nwandb_api_key = "hush"\n'), {}, [], Everything)
     assert "hush" not in str(refused.value)
     with pytest.raises(SettingsError, match="set WANDB_API_KEY") as refused:
-        resolve(write(tmp_path, ""), {}, ["wandb_api_key=hush"], SECTIONS)
+        resolve(write(tmp_path, ""), {}, ["wandb_api_key=hush"], Everything)
     assert "hush" not in str(refused.value)
 
 
 def test_resolved_file_gives_the_same_settings_again(tmp_path):
-    request = resolve(write(tmp_path, ""), {"LORA_RANK": "5", "CAPTION_EXCLUDE_TAGS": "a b, c"}, [], SECTIONS)
-    again = resolve(write(tmp_path, resolved_toml(request.sections)), {}, [], SECTIONS)
-    assert again.sections == request.sections
+    request = resolve(write(tmp_path, ""), {"LORA_RANK": "5", "CAPTION_EXCLUDE_TAGS": "a b, c"}, [], Everything)
+    again = resolve(write(tmp_path, resolved_toml(vars(request.settings))), {}, [], Everything)
+    assert again.settings == request.settings
 
 
 def test_a_partial_section_agrees_with_the_whole_one_and_ignores_its_other_keys(tmp_path):
-    partial = {"collect": ComfyUIAddress, "train": SharedTrainSettings}
-    for name, section in partial.items():
+    for name, section in (("collect", ComfyUIAddress), ("train", SharedTrainSettings)):
         whole = {key.name: key for key in all_keys(SECTIONS[name])}
         for key in all_keys(section):
             assert (key.default, key.metadata) == (whole[key.name].default, whole[key.name].metadata)
     file = write(tmp_path, '[collect]\ncomfyui_delay = 2\ncomfyui_endpoint = "http://spark:8188"\n[train.lora]\nlora_rank = 4\n')
-    assert resolve(file, {}, [], partial).sections["collect"].comfyui_endpoint == "http://spark:8188"
+    assert resolve(file, {}, [], Partial).settings.collect.comfyui_endpoint == "http://spark:8188"
     with pytest.raises(SettingsError, match=r"\[collect\] comfyui_delai: unknown key"):
-        resolve(write(tmp_path, "[collect]\ncomfyui_delai = 2\n"), {}, [], SECTIONS)
+        resolve(write(tmp_path, "[collect]\ncomfyui_delai = 2\n"), {}, [], Everything)
 
 
 def test_version_is_that_of_the_changelog(capsys):
     with pytest.raises(SystemExit):
-        read_request("train_lora", "", ["--version"], SECTIONS)
+        read_request("train_lora", "", ["--version"], Everything)
     assert capsys.readouterr().out == f"LoRACat {settings.VERSION}\n"
     changelog = (settings.REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.search(r"^## \[(.+?)\]", changelog, re.MULTILINE)[1] == settings.VERSION

@@ -1,25 +1,25 @@
-"""Find the tagger's two files on the disk, or download them once."""
+"""Find the tagger's files on the disk, or download them once."""
 
 import os
-import re
 from pathlib import Path
 
+from captioning.onnx_file import read_onnx
+from captioning.preprocessing import DESCRIPTIONS
 from common.errors import ModelError, SettingsError
-from common.hub import HubError, download, download_command, file_size_bytes
+from common.hub import HubError, download, download_command, file_size_bytes, repository_id
 
 MODEL_FILE = "model.onnx"
 TAGS_FILE = "selected_tags.csv"
 FILES = (TAGS_FILE, MODEL_FILE)
-_REPOSITORY_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 def find_model(name: str, models_dir: Path) -> Path | None:
-    """The folder that holds both files of the tagger `name`; the network is not used.
+    """The folder that holds both files of the tagger `name`, and those with its weights; the network is not used.
 
     `name` is a path to a folder, a folder in `models_dir`, or `owner/repository`, looked for as `repository` and as
     `owner/repository` in `models_dir`.
     """
-    path = Path(name)
+    path = Path(repository_id(name) or name)
     candidates = [_as_path(name)] if _as_path(name) else [models_dir / path.name, models_dir / path, path]
     return next((folder for folder in candidates if not _missing_files(folder)), None)
 
@@ -30,12 +30,14 @@ def download_model(name: str, models_dir: Path) -> Path:
     Raises ModelError, with the command that downloads them, if that is not possible.
     """
     size_bytes = model_size_on_hub(name, models_dir)
-    folder = models_dir / name.split("/")[1]
-    print(f"downloading {name} ({size_bytes / 1e6:.0f} MB) to {folder}", flush=True)
+    repository = repository_id(name)
+    folder = _download_folder(repository, models_dir)
+    print(f"downloading {repository} ({size_bytes / 1e6:.0f} MB) to {folder}", flush=True)
     try:
-        download(name, _missing_files(folder), folder)
+        download(repository, [file for file in FILES if not (folder / file).is_file()], folder, optional=DESCRIPTIONS)
+        download(repository, _missing_files(folder), folder)  # the model names the files that hold its weights
     except HubError as error:
-        raise _cannot_download(name, models_dir, error) from None
+        raise _cannot_download(repository, models_dir, error) from None
     return folder
 
 
@@ -45,24 +47,35 @@ def model_size_on_hub(name: str, models_dir: Path) -> int:
         if not folder.is_dir():
             raise SettingsError(f"caption_model: {name} is not a folder")
         raise ModelError(f"{folder}: has no {' and no '.join(_missing_files(folder))}; put it there, or set another CAPTION_MODEL")
-    if not _REPOSITORY_ID.fullmatch(name):
+    repository = repository_id(name)
+    if not repository:
+        missing = " and ".join(sorted(_missing_files(models_dir / name)))
         raise ModelError(
-            f"caption_model: {models_dir / name} does not hold {MODEL_FILE} and {TAGS_FILE}; "
-            "put them there, or name a repository on huggingface.co as owner/name"
+            f"caption_model: {models_dir / name} does not hold {missing}; "
+            "put what is missing there, or name a repository on huggingface.co as owner/name"
         )
     try:
-        return file_size_bytes(name, MODEL_FILE)
+        return file_size_bytes(repository, MODEL_FILE)
     except HubError as error:
-        raise _cannot_download(name, models_dir, error) from None
+        raise _cannot_download(repository, models_dir, error) from None
 
 
-def _cannot_download(name: str, models_dir: Path, error: HubError) -> ModelError:
-    command = download_command(name, models_dir / name.split("/")[1], (MODEL_FILE, TAGS_FILE))
-    return ModelError(f"{name} is not in {models_dir} and cannot be downloaded: {error}. With a network, run:\n  {command}")
+def _cannot_download(repository: str, models_dir: Path, error: HubError) -> ModelError:
+    folder = _download_folder(repository, models_dir)
+    weights = [file for file in _missing_files(folder) if file not in FILES]
+    command = download_command(repository, folder, (MODEL_FILE, TAGS_FILE, *weights))
+    lacks = f"{folder} lacks {', '.join(weights)[:200]}, which" if weights else f"{repository} is not in {models_dir} and"
+    return ModelError(f"{lacks} cannot be downloaded: {error}. With a network, run:\n  {command}")
+
+
+def _download_folder(repository: str, models_dir: Path) -> Path:
+    return models_dir / repository.split("/")[1]
 
 
 def _missing_files(folder: Path) -> list[str]:
-    return [file for file in FILES if not (folder / file).is_file()]
+    """The files of a tagger that `folder` lacks; which ones hold its weights is known when its model is there."""
+    missing = [file for file in FILES if not (folder / file).is_file()]
+    return missing if MODEL_FILE in missing else [*missing, *read_onnx(folder / MODEL_FILE).missing_files()]
 
 
 def _as_path(name: str) -> Path | None:

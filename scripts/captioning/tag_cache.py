@@ -3,8 +3,8 @@
 The name of an image that version 1.0 decoded to other pixels has a mark after the hash; see `IndexedImage.pixels_key`.
 
 Thresholds, replacements and pruning are applied to cached probabilities, so that changing them costs no inference. A model
-is identified by the content of its two files. Its cache folder holds a copy of its list of tags, so that the model itself is
-not needed when every image is cached.
+is identified by the content of its files, and by how its images are prepared if that is not WD14's way. Its cache folder
+holds a copy of its list of tags, so that the model itself is not needed when every image is cached.
 """
 
 import hashlib
@@ -23,6 +23,8 @@ from captioning.config import CaptionSettings
 from captioning.cpu_affinity import decode_workers
 from captioning.image_audit import IndexedImage, file_stamp
 from captioning.model_files import MODEL_FILE, TAGS_FILE, download_model, find_model
+from captioning.onnx_file import read_onnx
+from captioning.preprocessing import find_preprocessing, wd14
 from captioning.report import CaptionCounts
 from captioning.tag_selection import TagSelector, read_tags
 from captioning.wd14 import Tagger, first_batch, predict
@@ -121,14 +123,18 @@ def open_cache(root: Path, name: str, model_folder: Path, bf16: bool) -> TagCach
     The content of the model's files decides; it is hashed only if no cache records these sizes and times of change. A cache
     whose list of tags was changed, or whose description is damaged, is written again and keeps its probabilities.
     """
-    files = (model_folder / MODEL_FILE, model_folder / TAGS_FILE)
-    read_tags(files[1])  # refuses a file that is not a list of tags, under its own path
+    onnx = read_onnx(model_folder / MODEL_FILE)
+    files = (onnx.path, model_folder / TAGS_FILE, *(model_folder / file for file in sorted(onnx.weights_files)))
+    preprocessing = find_preprocessing(onnx, len(read_tags(files[1])))  # both refuse unusable files under their own paths
+    described = [] if preprocessing == wd14(preprocessing.side_px) else [repr(preprocessing)]
     stamps = [list(file_stamp(file)) for file in files]
     about = {"name": name, "bf16": bf16, "stamps": stamps, _TAGS_SHA256: sha256_of(files[1])}
+    if described:
+        about["preprocessing"] = described[0]
     for folder, recorded in _complete_caches(root):
         if recorded == about:
             return TagCache(folder)
-    digests = "\n".join([*map(sha256_of, files), str(bf16)])
+    digests = "\n".join([*map(sha256_of, files), str(bf16), *described])
     folder = root / hashlib.sha256(digests.encode()).hexdigest()[:16]
     with atomic_write(folder / TAGS_FILE) as temporary:
         shutil.copyfile(files[1], temporary)

@@ -24,6 +24,8 @@ PUBLISHED_THRESHOLDS = {
     "idolsankaku-eva02-large-tagger-v1": 0.4985,
 }
 """Where precision equals recall on the model's validation set, as its author states it."""
+_CATEGORIES = {"general": GENERAL, "character": CHARACTER, "rating": RATING, "artist": 1, "copyright": 3, "meta": 5}
+"""Danbooru's categories by their names, which some lists have in place of numbers."""
 MIN_CHARACTER_MCUT = 0.15
 """Most images show none of the characters that the model knows: a gap below this does not separate one from the others."""
 DOWNLOAD_AGAIN = "delete it and run again to download it, or put a complete copy there"
@@ -137,14 +139,21 @@ def mcut(probabilities: np.ndarray) -> float:
 
 
 def read_tags(path: Path) -> list[Tag]:
-    """The rows of a `selected_tags.csv`. Raises ModelError for any other file."""
+    """The rows of a `selected_tags.csv`, with categories as numbers or as their names. Raises ModelError for any other file."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            tags = [Tag(row["name"], int(row["category"])) for row in csv.DictReader(file)]
+            tags = [_tag_of(row) for row in csv.DictReader(file)]
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}; make it readable for this user") from None
-    except (KeyError, TypeError, ValueError, csv.Error):
+    except (KeyError, TypeError, ValueError, AttributeError, csv.Error):
         raise ModelError(f"{path}: is not a table with the columns name and category; {DOWNLOAD_AGAIN}") from None
     if not tags:
         raise ModelError(f"{path}: lists no tags; {DOWNLOAD_AGAIN}")
     return tags
+
+
+def _tag_of(row: dict[str, str]) -> Tag:
+    name, category = row["name"] if "name" in row else row["tag"], row["category"].strip().lower()
+    if not name.strip():
+        raise ValueError("a tag without a name")
+    return Tag(name, _CATEGORIES[category] if category in _CATEGORIES else int(category))

@@ -109,7 +109,7 @@ class ComfyUI(contextlib.AbstractContextManager):
         except ComfyUIError:
             return
         size = len(content) + UPLOAD_OVERHEAD_BYTES
-        if isinstance(limit, int | float) and 0 < limit < size:
+        if type(limit) in (int, float) and 0 < limit < size:
             limit_mib, needed_mib = limit / 2**20, math.ceil(size / 2**20)
             raise self._http.error(
                 f"does not accept the face reference: it has {size / 2**20:.1f} MiB, and at most {limit_mib:.1f} MiB can be"

@@ -63,8 +63,8 @@ class InFlight:
     """While ComfyUI's answer is missing, the prompt may still arrive until this time (time.monotonic())."""
     failed_downloads: int = 0
     """How often the server became unavailable while the images were downloaded."""
-    was_waiting: bool = False
-    """Whether the prompt was waiting, and not running, when the queue was last read."""
+    behind: frozenset[str] = frozenset()
+    """Ids of prompts that the server runs before this one, as far as they are known; none when it runs itself."""
     submitted_s: float = 0.0
     """time.monotonic(); 0 for a prompt of an earlier run."""
 
@@ -135,7 +135,7 @@ class Plan:
         repeats: Counter[str] = Counter()
         jobs = []
         for number, entry in enumerate(entries, start=1):
-            seeds = self._seeds(entry)
+            seeds = self.seeds(entry)
             prompt, name = (entry.prompt, entry.name) if entry else (None, None)
             # The faces go by their bytes into the hash: the server may store them under any name.
             content = graph_hash(self.workflow.build_graph([face.sha256 for face in self.faces], prompt, seeds))
@@ -145,8 +145,11 @@ class Plan:
             jobs.append(Job(key, name or (f"prompt {number}" if entry else "the workflow"), name, prompt, seeds))
         return jobs
 
-    def _seeds(self, entry: Entry | None) -> dict[InputRef, int | None]:
-        """GLOBAL_SEED sets every literal seed. Otherwise only the mapped seed changes, in full-workflow mode with NEW_SEEDS all."""
+    def seeds(self, entry: Entry | None) -> dict[InputRef, int | None]:
+        """The seeds to set for one entry; None is drawn.
+
+        GLOBAL_SEED sets every literal seed. Otherwise only the mapped seed changes, in full-workflow mode with NEW_SEEDS all.
+        """
         literal, mapped = literal_seeds(self.workflow.graph), self.workflow.seed_input
         if self.global_seed is not None:
             return dict.fromkeys([*literal, mapped] if mapped else literal, self.global_seed)

@@ -121,9 +121,10 @@ class NodeClasses:
     def _class(self, node: dict[str, Any]) -> dict[str, Any]:
         return as_mapping(self._classes.get(node["class_type"]))
 
-    def _is_custom(self, node: dict[str, Any]) -> bool:
-        """Whether a custom node provides the class. It may have a VALIDATE_INPUTS that switches off ComfyUI's own checks."""
-        return str(self._class(node).get("python_module")).startswith("custom_nodes")
+    def _may_check_itself(self, node: dict[str, Any]) -> bool:
+        """Whether the class may switch off ComfyUI's checks of values and types: those of custom and partner nodes do."""
+        module = self._class(node).get("python_module", "nodes")
+        return not (module == "nodes" or str(module).startswith("comfy_extras"))
 
     def _title(self, node: dict[str, Any]) -> str:
         """The end of a message that names the title of a node, if the user gave it one."""
@@ -205,10 +206,10 @@ class NodeClasses:
             yield InputProblem(f"input {name} is connected to {which}, which has only {len(offered)}; export the workflow again")
             return
         if not _types_match(received, each.kind):
-            is_certain = not (self._is_custom(node) or self._is_custom(graph[source]))
+            is_certain = not (self._may_check_itself(node) or self._may_check_itself(graph[source]))
             what = f"input {name} takes {_kind_name(each.kind)}, but output {slot} of node {label} is {_kind_name(received)}"
             yield InputProblem(f"{what}: connect another output", is_certain)
-        elif any(each.options.get(key) for key in _MEDIA) and not self._is_custom(node):
+        elif (each.kind == "COMBO" or isinstance(each.kind, list)) and any(each.options.get(key) for key in _MEDIA):
             what = f"input {name} must be the name of a file, but is connected to node {label}"
             yield InputProblem(f"{what}: ComfyUI does not take a file name from another node", is_certain=False)
 
@@ -227,7 +228,7 @@ class NodeClasses:
         if unchecked is None or name in unchecked:
             return
         if outside := _outside_limits(value, each.options.get("min"), each.options.get("max")):
-            yield InputProblem(f"{name} must be {outside} (is {_quoted(value)})", is_certain=not self._is_custom(node))
+            yield InputProblem(f"{name} must be {outside} (is {_quoted(value)})", is_certain=not self._may_check_itself(node))
             return
         if (choices := each.choices()) is None:
             return
@@ -294,7 +295,7 @@ def _not_offered(name: str, value: Any, choices: list) -> str:
 
 def _nearest(value: Any, choices: list) -> str:
     words = [each for each in choices[:MAX_COMPARED] if isinstance(each, str) and len(each) <= MAX_COMPARED_LENGTH]
-    close = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
+    close = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) and len(value) < 200 else []
     return f" (did you mean '{shown(close[0])}'?)" if close else ""
 
 

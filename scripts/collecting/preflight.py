@@ -119,10 +119,11 @@ def _problems_of(classes: NodeClasses, plan: Plan) -> list[GraphProblem]:
         face_remedy = "; or provide face_reference.png, or set FACE_REFERENCE"
         problems.append(dataclasses.replace(problem, text=problem.text + face_remedy) if is_face else problem)
     refused: dict[str, list[str]] = {}
-    for job in plan.jobs(0):
-        for ref, seed in job.seeds.items():
+    for number, entry in enumerate(plan.entries or (None,), start=1):
+        for ref, seed in plan.seeds(entry).items():
             if seed is not None and (what := classes.value_problem(workflow.graph, ref, seed)):
-                refused.setdefault(f"node {node_label(workflow.graph, ref.node)}: {what}", []).append(job.label)
+                label = f"node {node_label(workflow.graph, ref.node)}: {what}"
+                refused.setdefault(label, []).append((entry and entry.name) or f"prompt {number}")
     for what, labels in refused.items():
         others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
         origin = "set by GLOBAL_SEED" if plan.global_seed is not None else f"the seed of {labels[0]}{others}"

@@ -85,8 +85,6 @@ class ServerWorker:
         """Read when nodes for faces have to be left out."""
         self._next_queue_check_s = 0.0
         self._last_queue: Queue | None = None
-        self._last_ended_id: str | None = None
-        """The prompt whose history entry was read last."""
         self._freed_s = float("-inf")
         """When the server was last asked to forget its cache."""
         self._last_progress_s = self._waiting_since_s = time.monotonic()
@@ -141,7 +139,8 @@ class ServerWorker:
         seeds = self._journal.seeds.get(job.key) or {
             str(ref): secrets.randbelow(SEED_LIMIT) if seed is None else seed for ref, seed in job.seeds.items()
         }
-        flight = InFlight(job, Submission(str(uuid.uuid4()), seeds), submitted_s=time.monotonic())
+        before = frozenset(each.submission.prompt_id for each in self._in_flight)
+        flight = InFlight(job, Submission(str(uuid.uuid4()), seeds), behind=before, submitted_s=time.monotonic())
         try:
             graph = self._leave_out_surplus(self._plan.graph_for(job, seeds, self._uploaded_faces(self._server)))
         except ComfyUIError:
@@ -198,7 +197,6 @@ class ServerWorker:
         entry = HistoryEntry(raw_entry)
         self._in_flight.remove(flight)
         self._confirm(flight)
-        self._last_ended_id = flight.submission.prompt_id
         self._pacing.note_end(entry.duration_s)
         self._last_progress_s = time.monotonic()
         self._finished.put((flight, entry))
@@ -213,18 +211,19 @@ class ServerWorker:
         """Find prompts that ended out of order, that were removed or lost, and a server that makes no progress."""
         current = self._server.queue()
         lost, queued = [], current.running | current.waiting
-        earlier_is_queued = False
+        before = current.running
         for flight in list(self._in_flight):
             if flight.submission.prompt_id in queued:
                 self._confirm(flight)
-                earlier_is_queued, flight.was_waiting = True, flight.submission.prompt_id in current.waiting
+                flight.behind = before if flight.submission.prompt_id in current.waiting else frozenset()
+                before |= {flight.submission.prompt_id}
                 continue
             # It may have ended between the two requests.
             entry = self._server.history(flight.submission.prompt_id)
             if entry is not None:
                 self._finish(flight, entry)
             elif time.monotonic() >= flight.unconfirmed_until_s:
-                if self._was_removed(flight, queued, earlier_is_queued):
+                if self._was_removed(flight, queued):
                     self._in_flight.remove(flight)
                     self._fail(flight.job, "its prompt was removed from ComfyUI's queue, and is not submitted again by this run")
                 else:
@@ -234,20 +233,14 @@ class ServerWorker:
         self._check_progress(current)
         self._next_queue_check_s = time.monotonic() + max(QUEUE_CHECK_INTERVAL_S, 5 * self._poll_delay_s())
 
-    def _was_removed(self, flight: InFlight, queued: frozenset[str], earlier_is_queued: bool) -> bool:
-        """Whether a user removed a prompt from the queue: it is gone, although the server still knows a prompt before it.
+    def _was_removed(self, flight: InFlight, queued: frozenset[str]) -> bool:
+        """Whether a user removed a prompt from the queue: it is gone, although a prompt before it is still queued or known.
 
-        Otherwise the server was restarted, or the prompt ran and its entry in the history was removed.
+        Otherwise the server was restarted, or the prompt ran and the history was cleared.
         """
         if flight.unconfirmed_until_s:
             return False
-        if earlier_is_queued:
-            return True
-        if not flight.was_waiting or self._last_queue is None:
-            return False
-        earlier = self._last_queue.running
-        known = filter(None, (self._last_ended_id, *earlier))
-        return bool(earlier & queued) or any(self._server.history(each) is not None for each in known)
+        return bool(flight.behind & queued) or any(self._server.history(each) is not None for each in flight.behind)
 
     def _requeue_lost(self, lost: list[InFlight]) -> None:
         """Put the jobs of lost prompts back into the job queue; one that may have crashed the server fails in the end."""

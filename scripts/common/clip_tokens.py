@@ -91,7 +91,7 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
         words = dict(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
         merges = sum(bool(line.strip()) for line in (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:])
         return words if merges >= len(words) - _UNMERGED_WORDS else {}  # else merges.txt is cut off
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

@@ -22,7 +22,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from common.masking import mask_secrets
 
@@ -188,6 +188,27 @@ def stop_on_signals() -> None:
         raise interruption_for(signum)
 
     _on_first_signal(stop)
+
+
+@contextlib.contextmanager
+def exit_on_signals(stage: str) -> Iterator[None]:
+    """Within the block, SIGTERM and SIGINT end the process at once with their message and exit code.
+
+    For imports, before there is anything to save: an exception that a signal raises inside a library's import may be replaced by
+    another one, and inside torch's it aborts the process.
+    """
+
+    def end(signum: int, _frame: object) -> None:
+        stopped = Stopped(signum)
+        print(f"{stage}: {stopped}", file=sys.stderr, flush=True)
+        os._exit(stopped.exit_code)
+
+    before = {signum: signal.signal(signum, end) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 class StopRequest:

@@ -3,19 +3,28 @@
 A caller checks `file_size_bytes` first: it sends one request, while a download without a network retries for minutes.
 """
 
+import re
 import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import DISK_ERRNOS
 from common.settings import IN_CONTAINER, REPOSITORY
 
+_REPOSITORY_ID = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w-][\w.-]*/[\w-][\w.-]*)/?", re.ASCII)
+
 
 class HubError(Exception):
     """The hub cannot be reached, refuses the request or breaks the transfer off; the message says why."""
+
+
+def repository_id(name: str) -> str | None:
+    """`owner/name` if `name` is that, or the address of a repository on huggingface.co; None for anything else."""
+    found = _REPOSITORY_ID.fullmatch(name.strip())
+    return found[1] if found else None
 
 
 def file_size_bytes(repository: str, file: str) -> int:
@@ -26,17 +35,22 @@ def file_size_bytes(repository: str, file: str) -> int:
         return get_hf_file_metadata(hf_hub_url(repository, file)).size or 0
 
 
-def download(repository: str, files: Sequence[str], folder: Path) -> None:
-    """Download `files` of `repository` into `folder`; files that are there already are not transferred again.
+def download(repository: str, files: Sequence[str], folder: Path, optional: Sequence[str] = ()) -> None:
+    """Download `files` of `repository` into `folder`, and those of `optional` that it has; files that are there already are not
+    transferred again.
 
     huggingface_hub downloads to a temporary name and checks the size, so a file that has its final name is complete.
     Raises HubError, and OSError if the disk is full or may not be written to.
     """
     with _as_hub_error():
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
         for file in files:
             hf_hub_download(repository, file, local_dir=folder)
+        for file in optional if files else ():
+            with suppress(RemoteEntryNotFoundError, RepositoryNotFoundError):
+                hf_hub_download(repository, file, local_dir=folder)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # partial files of runs that were killed
 
 

@@ -71,7 +71,7 @@ def _secrets_in(address: str) -> list[str]:
     password = re.split("[:\uff1a\ufe55]", login, maxsplit=1)[-1]
     if not login and not re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:\d*)?([/?#].*)?", _without_scheme(address)[1], re.DOTALL):
         password = _without_scheme(address)[1].partition(":")[2]  # there is no host: what follows the user name is not a port
-    return [login, password, *re.split(r"[/?#:@,\s\[\]]+", password)]
+    return [login, password, *re.split(rf"(?:{_AT}|[/?#:,\s\[\]])+", password)]
 
 
 def _strings_in(value: str) -> Iterator[str]:

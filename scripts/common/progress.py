@@ -12,9 +12,9 @@ LINE_INTERVAL_S = 60.0
 class ProgressBar(tqdm):
     """A tqdm bar for `total` units. Without a terminal it counts silently and prints lines with the time left."""
 
-    def __init__(self, total: int, desc: str, unit: str, initial: int = 0, *, enabled: bool = True, **options: Any):
-        super().__init__(total=total, desc=desc, unit=unit, initial=initial, disable=None if enabled else True, **options)
-        self._logs = enabled and self.disable
+    def __init__(self, total: int, desc: str, unit: str, initial: int = 0, **options: Any):
+        super().__init__(total=total, desc=desc, unit=unit, initial=initial, disable=None, **options)
+        self._logs = self.disable
         self._description, self._first, self._postfix = f"{desc}: {{done}}/{total} {unit}", initial, ""
         self._started_s = self._last_line_s = time.monotonic()
 

@@ -1,7 +1,8 @@
 """Command line and settings: TOML file < environment < `--set`, as frozen typed values, with all problems reported at once.
 
 A section is a frozen dataclass whose fields are made with `setting(...)`. It is one table of `config/training_config.toml`; a
-field that is itself a section is a table inside it. Every key has one environment variable, its name in capitals; an empty
+field that is itself a section is a table inside it. A stage declares the tables that it reads as a dataclass with a section for
+each; what their methods `validate` yield is a problem. Every key has one environment variable, its name in capitals; an empty
 variable means "not set". Relative paths in the file are relative to the repository, those in variables and flags to the current
 directory.
 """
@@ -16,10 +17,10 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import tomli_w
 
@@ -40,8 +41,13 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 """Bytes of a variable that are not UTF-8 appear as surrogates."""
 
-Validate = Callable[[dict[str, Any]], Iterable[str]]
-"""Checks settings across sections: filled sections by the names of their tables -> problems."""
+Tables = TypeVar("Tables")
+
+
+def pipeline_command(*flags: str, **variables: object) -> str:
+    """The command with which a user runs stages, for a message."""
+    command = ["docker", "compose", "run", "--rm", "loracat"] if IN_CONTAINER else ["scripts/run.sh"]
+    return " ".join([*(f"{name}={value}" for name, value in variables.items()), *command, *flags])
 
 
 def setting(
@@ -75,15 +81,15 @@ class PartialSection:
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Generic[Tables]):
     """What the command line, the environment and the settings file ask for."""
 
     check: bool
     """Check the requirements of the stage and exit."""
     inputs_pending: bool
     """Earlier stages still have to run: a check accepts that their outputs are missing."""
-    sections: dict[str, Any]
-    """The filled sections, by the names of their tables."""
+    settings: Tables
+    """The filled sections."""
     sources: dict[str, str]
     """Where the value of each key comes from: `default`, the file's name, `environment` or `--set`."""
     overrides: frozenset[str] = frozenset()
@@ -96,7 +102,7 @@ class Request:
     def described(self, names: Collection[str] | None = None) -> list[str]:
         """One `key = value  (source)` for each key, or for each of `names`. Secrets are masked."""
         lines = []
-        for key, value in _flat_values(*self.sections.values()):
+        for key, value in _flat_values(self.settings):
             if names is None or key.name in names:
                 if key.metadata["secret"]:
                     value = "set" if value else "not set"
@@ -114,11 +120,10 @@ def read_request(
     stage: str,
     description: str,
     argv: list[str],
-    sections: dict[str, type],
+    tables: type[Tables],
     flags: Mapping[str, str] | None = None,
-    validate: Validate = lambda _: (),
-) -> Request:
-    """Parse the command line and fill `sections` (table name -> section class). `flags` are the stage's own: name -> help.
+) -> Request[Tables]:
+    """Parse the command line and fill the sections of `tables`. `flags` are the stage's own: name -> help.
 
     Raises SettingsError with every problem at once. `--help`, `--version` and `--settings` print and exit.
     """
@@ -148,7 +153,7 @@ def read_request(
     for argument in argv:
         learn_secrets({"URL": argument})
     arguments = parser.parse_args(argv)
-    request = resolve(arguments.config, os.environ, arguments.set, sections, validate, check=arguments.check)
+    request = resolve(arguments.config, os.environ, arguments.set, tables, check=arguments.check)
     if arguments.settings:
         print("\n".join(request.described()))
         raise SystemExit(0)
@@ -158,29 +163,25 @@ def read_request(
 
 
 def resolve(
-    file: Path,
-    environment: Mapping[str, str],
-    overrides: list[str],
-    sections: dict[str, type],
-    validate: Validate = lambda _: (),
-    *,
-    check: str | None = None,
-) -> Request:
-    """Fill `sections` from the TOML `file`, then `environment`, then `overrides` (`KEY=VALUE`).
+    file: Path, environment: Mapping[str, str], overrides: list[str], tables: type[Tables], *, check: str | None = None
+) -> Request[Tables]:
+    """Fill the sections of `tables` from the TOML `file`, then `environment`, then `overrides` (`KEY=VALUE`).
 
-    Raises SettingsError with every problem at once: unknown keys, wrong types, values out of range, and what `validate` yields.
+    Raises SettingsError with every problem at once: unknown keys, wrong types, values out of range, and contradictions.
     """
-    keys = [key for section in sections.values() for key in all_keys(section)]
+    keys = list(all_keys(tables))
     learn_secrets(environment, tuple(key.name.upper() for key in keys if key.metadata["secret"]))
-    tables = _read_toml(file)
+    content = _read_toml(file)
     resolver = _Resolver(file, environment, overrides, [key.name for key in keys])
-    for name in tables:
+    for name in content:
         if name not in TABLES:
             resolver.problems.append(f"[{name}]: unknown table in {file.name}; known: {', '.join(TABLES)}")
-    filled = {name: resolver.fill(section, name, tables.get(name, {})) for name, section in sections.items()}
+    sections = typing.get_type_hints(tables).items()
+    filled = {name: resolver.fill(section, name, content.get(name, {})) for name, section in sections}
     problems = [*resolver.problems, *(f"--set {mask_secrets(key)}: {resolver.unknown(key)}" for key in resolver.overrides)]
-    if None not in filled.values():
-        problems += validate(filled)
+    settings = None if None in filled.values() else tables(**filled)
+    if settings and hasattr(settings, "validate"):
+        problems += settings.validate()
     if problems:
         raise SettingsError(bullet_list("invalid settings:", problems))
     known = known_variables(SETTINGS_FILE, (key.name for key in keys))
@@ -188,7 +189,7 @@ def resolve(
     return Request(
         check=check is not None,
         inputs_pending=check == "ahead",
-        sections=filled,
+        settings=settings,
         sources=resolver.sources,
         overrides=frozenset(resolver.overridden),
         unknown_variables=tuple(unknown),

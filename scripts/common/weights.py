@@ -8,13 +8,18 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.errors import ModelError
 
 FLOAT_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 """Bytes per value of the types that weights may have."""
+_OTHER_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
 
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS = 64
+_MAX_SHOWN = 80
+"""Characters of a name from a header that a message repeats."""
 _READ_BYTES = 1 << 22
 
 _PICKLE = "is a pickle checkpoint, which can run code when it is opened: use the .safetensors of the same model"
@@ -25,6 +30,9 @@ _OTHER_FORMATS = (
     (b"version https://git-lfs", "is a Git LFS pointer, not the weights: run `git lfs pull`, or download the file again"),
     (b"<", "is a web page, not weights: the download required a login or failed; download it again"),
 )
+
+_JSON_TYPES = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
+_JSON_TYPES |= {type(None): "null"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,8 @@ class WeightsFile:
 
 def read_header(path: Path) -> WeightsFile:
     """Read the header of `path` and compare it with the file's size. Raises ModelError if the file is not complete weights."""
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path}: is not a regular file: put the .safetensors file itself there")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(64)
@@ -62,23 +72,69 @@ def read_header(path: Path) -> WeightsFile:
         file.seek(8)
         raw = file.read(length)
     try:
-        header = json.loads(raw)
-        metadata = header.pop("__metadata__", {})
-        tensors = {name: _stored_tensor(entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ModelError(f"{path}: its header is damaged: download it again") from None
-    expected = max((tensor.end for tensor in tensors.values()), default=8 + length)
+        header = json.loads(raw.decode())
+        metadata = _checked_metadata(path, header.pop("__metadata__", None))
+        tensors = {name: _stored_tensor(name, entry, 8 + length) for name, entry in header.items()}
+        expected = _end_of_data(tensors, 8 + length)
+    except RecursionError:
+        raise ModelError(f"{path}: its header is damaged (it is nested too deeply): download it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ModelError(f"{path}: its header is damaged ({reason}): download it again") from None
     if size != expected:
         raise ModelError(f"{path}: is damaged, it has {size} bytes and its header describes {expected}: download it again")
     return WeightsFile(path, tensors, metadata)
 
 
-def _stored_tensor(entry: dict, data_start: int) -> StoredTensor:
-    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    width = FLOAT_BYTES.get(entry["dtype"])
-    if end < begin or (width and end - begin != width * math.prod(shape)):
-        raise ValueError("offsets do not match the shape")
-    return StoredTensor(entry["dtype"], shape, data_start + begin, data_start + end)
+def _checked_metadata(path: Path, metadata: Any) -> dict[str, str]:
+    """The header's `__metadata__`: texts only, as safetensors reads it. Raises ModelError for a value of another type."""
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict):
+        raise TypeError(f"its __metadata__ is {_JSON_TYPES[type(metadata)]}")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise ModelError(
+                f"{path}: its metadata holds {_JSON_TYPES[type(value)]} under {key[:_MAX_SHOWN]!r}, where only text is allowed: "
+                "save it again with the program that edited its metadata, or download it again"
+            )
+        _require_unicode(key + value)
+    return metadata
+
+
+def _stored_tensor(name: str, entry: Any, data_start: int) -> StoredTensor:
+    _require_unicode(name)
+    label = repr(name[:_MAX_SHOWN])
+    if not isinstance(entry, dict):
+        raise TypeError(f"{label} is {_JSON_TYPES[type(entry)]}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"the entry of {label} is not a dtype, a shape and two offsets")
+    begin, end = offsets
+    width = (FLOAT_BYTES | _OTHER_BYTES).get(dtype)
+    if end < begin or len(shape) > _MAX_DIMENSIONS or (width and end - begin != width * math.prod(shape)):
+        raise ValueError(f"the offsets of {label} do not match its shape")
+    return StoredTensor(dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _require_unicode(text: str) -> None:
+    """Raise ValueError for half of a surrogate pair, which JSON can spell and no file or terminal can."""
+    if not text.isascii():
+        text.encode()
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _end_of_data(tensors: dict[str, StoredTensor], data_start: int) -> int:
+    """Where the last tensor ends. Raises ValueError unless the tensors follow each other without gaps, as safetensors requires."""
+    end = data_start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if tensor.begin != end:
+            raise ValueError(f"{name[:_MAX_SHOWN]!r} does not begin where the tensor before it ends")
+        end = tensor.end
+    return end
 
 
 def data_sha256(path: Path) -> str:

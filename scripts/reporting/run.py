@@ -10,8 +10,8 @@ from typing import Any
 
 from common.errors import ModelError
 from common.files import parse_json, read_json_lines
+from common.masking import mask_address
 from common.output_layout import OutputLayout
-from common.settings import without_logins
 from common.weights import read_header
 from reporting.thumbnails import Thumbnails
 
@@ -129,8 +129,8 @@ def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _shown(value: Any) -> str:
     """A value as the page shows it. Of a path only the last part: the page may be passed on."""
-    value = without_logins(value)
     if isinstance(value, str):
+        value = mask_address(value)
         is_path = value.startswith(("/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", value)
         return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if is_path else value
     return json.dumps(value, ensure_ascii=False)

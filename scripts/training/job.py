@@ -1,24 +1,32 @@
 """Resolve what a run will do before anything heavy is loaded: every "auto", the plan, the engine, and where it continues."""
 
+import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 from common.errors import DataError, SettingsError
 from common.output_layout import OutputLayout
 from common.project import ProjectSettings
+from common.settings import VERSION
+from training.callbacks.checkpoint import (
+    Checkpoint,
+    Identity,
+    find_resume_point,
+    match_global_batch,
+    newest,
+    warmup_to_keep,
+)
 from training.config import TrainSettings
-from training.data.cache import Cache
 from training.data.dataset import Inputs, read_images
 from training.engine import EngineName, choose_engine
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size
-from training.method.optimizers import require_usable
+from training.method.optimizers import OPTIMIZERS, require_usable
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
 from training.plan import GLOBAL_BATCH, Plan, make_plan, result_fingerprint, runtime_settings, short_hash
-from training.state.checkpoint import Checkpoint, Identity, newest
-from training.state.resume import find_resume_point, match_global_batch, warmup_to_keep
-from training.system.device import Precision, choose_precision, describe
-from training.system.memory_guard import comfyui_advice
+from training.system.device import Precision, choose_precision, comfyui_advice, describe
 from training.system.process_group import ProcessGroup
 
 
@@ -34,12 +42,13 @@ class TrainingJob:
     precision: Precision
     engine: EngineName
     outputs: OutputLayout
-    cache: Cache
     identity: Identity
     saved: Checkpoint | None
     """The checkpoint from which the run is continued."""
     is_finished: bool
     """The LoRA of exactly this run exists already."""
+    follows_finished: bool
+    """The checkpoints that exist are of a run whose LoRA is complete."""
     budget: MemoryBudget
 
 
@@ -52,7 +61,8 @@ def resolve_on_all_ranks(
         return job
     if group.local_rank == 0:
         expected = sorted(example.sha256 for example in [*job.plan.examples, *job.plan.held_out])
-        if sorted(example.sha256 for example in read_images(project, settings.data)) != expected:
+        examples, _ = read_images(project, settings.data)
+        if sorted(example.sha256 for example in examples) != expected:
             raise DataError(f"{project.dataset_dir}: the images differ from those of the main machine; copy its folder here")
     return replace(job, precision=choose_precision(job.settings.model.mixed_precision, group.gpu))
 
@@ -61,10 +71,12 @@ def resolve_job(
     group: ProcessGroup, project: ProjectSettings, settings: TrainSettings, inputs: Inputs, comfyui: str
 ) -> TrainingJob:
     """Resolve every "auto", log what the run will do, and find out whether it is new, unfinished or finished."""
-    base, examples, world_size = inputs.base, inputs.examples, group.world_size
+    (base, examples, _), world_size = inputs, group.world_size
     outputs = OutputLayout(project.output_dir, settings.saving.output_name or project.trigger_word)
-    saved = None if settings.saving.fresh else newest(outputs.state)
+    saved = newest(outputs.state)
     was_finished = saved is not None and outputs.is_finished(short_hash(saved.identity.fingerprint))
+    if settings.saving.fresh:
+        saved = None
     precision = choose_precision(settings.model.mixed_precision, group.gpu)
     require_usable(settings.optimizer.optimizer, precision.device)
     engine_name, reason = choose_engine(settings.run.engine, settings.lora)
@@ -78,8 +90,7 @@ def resolve_job(
     settings = fit_to_memory(_resolved(settings, plan, precision, engine_name, outputs.name), budget, comfyui_advice(comfyui))
 
     print(f"training on {describe(precision)}; engine: {engine_name} ({reason})", flush=True)
-    cache = Cache(outputs.cache)
-    digests = [base_digest(base, cache.folder, part) for part in base.components]
+    digests = [base_digest(base, outputs.cache, part) for part in base.components]
     digests.append(tokenizers_digest(find_or_download_tokenizers(base, project.models_dir)))
     print(plan.announcement(), flush=True)
 
@@ -92,7 +103,7 @@ def resolve_job(
     if saved and not is_finished:
         saved = _resume_point(outputs, saved, identity, was_finished)
     return TrainingJob(
-        project, settings, base, plan, precision, engine_name, outputs, cache, identity, saved, is_finished, budget
+        project, settings, base, plan, precision, engine_name, outputs, identity, saved, is_finished, was_finished, budget
     )  # fmt: skip
 
 
@@ -128,3 +139,43 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
         validation=replace(settings.validation, validation_fraction=plan.validation_fraction),
         saving=replace(settings.saving, output_name=name),
     )
+
+
+def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
+    """What A1111, Forge, ComfyUI and model managers read in the header of the LoRA after `epochs` epochs; no paths."""
+    settings, plan, name = job.settings, job.plan, job.outputs.name
+    now, resolution = datetime.now(UTC), settings.data.resolution
+    tags = Counter(tag for example in plan.examples for tag in map(str.strip, example.caption.split(",")) if tag)
+    is_v = plan.schedule.prediction_type == "v_prediction"
+    return {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_v2": "False",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(settings.lora.lora_rank),
+        "ss_network_alpha": str(settings.lora.alpha),
+        "ss_network_args": "{}",
+        "ss_output_name": name,
+        "ss_sd_model_name": job.base.name,
+        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_num_train_images": str(len(plan.examples)),
+        "ss_num_epochs": str(epochs),
+        "ss_steps": str(sum(step.epoch < epochs for step in plan.order)),
+        "ss_batch_size_per_device": str(settings.run.train_batch_size),
+        "ss_learning_rate": str(settings.optimizer.learning_rate),
+        "ss_unet_lr": str(settings.optimizer.learning_rate),
+        "ss_optimizer": OPTIMIZERS[settings.optimizer.optimizer].label,
+        "ss_seed": str(settings.run.train_seed),
+        "ss_tag_frequency": json.dumps({"dataset": dict(tags.most_common())}, ensure_ascii=False),
+        "ss_training_finished_at": str(now.timestamp()),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": name,
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.date": now.isoformat(timespec="seconds"),
+        "modelspec.prediction_type": "v" if is_v else "epsilon",
+        "modelspec.trigger_phrase": job.project.trigger_word,
+        "loracat_version": VERSION,
+        "loracat_fingerprint": short_hash(job.identity.fingerprint),
+        **({"ss_v_parameterization": "True"} if is_v else {}),
+    }

@@ -2,16 +2,70 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from tqdm import tqdm
 
 from common.errors import Interruption, ResourceError, SettingsError
+from common.progress import ProgressBar
+from training.config import SavingSettings, ValidationSettings
 from training.data.batches import Batch
 from training.data.buckets import OptimizerStep
 from training.engine.step import StepResult
-from training.monitor.callbacks import Callback, Progress, smoothed
+
+SMOOTHED_OVER = 3
+"""Validation losses that are averaged into one smoothed value: a single one moves by chance."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Everything that the loop knows besides the weights."""
+
+    next_step: int = 0
+    """The optimizer step that comes next."""
+    loss_average: float | None = None
+    """The running average of the loss; None before the first one."""
+    validations: dict[int, float] = field(default_factory=dict)
+    """The validation losses so far, in order, by the number of epochs before them."""
+
+    def after(self, step: int, loss: float | None) -> "Progress":
+        """The progress after optimizer step `step`; `loss` is None if it was skipped."""
+        average = self.loss_average
+        if loss is not None:
+            average = loss if average is None else 0.98 * average + 0.02 * loss
+        return replace(self, next_step=step + 1, loss_average=average)
+
+    @property
+    def shown_loss(self) -> str:
+        """The running average as log lines show it."""
+        return "-" if self.loss_average is None else f"{self.loss_average:.4f}"
+
+
+def smoothed(validations: Mapping[int, float]) -> dict[int, float]:
+    """Each loss averaged with those before it, over SMOOTHED_OVER of them."""
+    losses = list(validations.values())
+    windows = [losses[max(0, end - SMOOTHED_OVER) : end] for end in range(1, len(losses) + 1)]
+    return {epochs: sum(window) / len(window) for epochs, window in zip(validations, windows, strict=True)}
+
+
+class Callback:
+    """What happens besides the training. A callback overrides what it needs."""
+
+    def after_step(self, step: OptimizerStep, values: dict[str, float]) -> None:
+        """Called when the result of `step` is known; `values` are its numbers by name: epoch, lr, loss, gradient_norm ..."""
+
+    def after_epoch(self, step: OptimizerStep, epochs: int, progress: Progress) -> tuple[Progress, str]:
+        """Called when `step` has completed `epochs` epochs, in every process. Returns the progress, changed where the callback
+        measured something, and what it adds to the log line of the epoch."""
+        return progress, ""
+
+    def after_validation(self, step: OptimizerStep, values: dict[str, float]) -> None:
+        """Called when a validation after `step` is complete, in the process that writes; `values` are its numbers by name."""
+
+    def save_state(self, progress: Progress, *, wait: bool) -> None:
+        """Save what the run is continued from at `progress`. Training may go on while it is written, unless it has to `wait`."""
+
 
 RunningStep = tuple[OptimizerStep, float, Callable[[], StepResult]]
 """A step that may still be running on the GPU, its learning rate, and a function that waits for its result."""
@@ -26,11 +80,8 @@ class RunSchedule:
     epochs: int
     shared_prefix_steps: int
     """A checkpoint is saved after so many steps: the last one that a run of more epochs has, too."""
-    save_every_epochs: int
-    save_state_every_s: float
-    validate_every_epochs: int
-    early_stop_patience: int
-    """Validations in a row without a lower smoothed loss after which the run ends; 0: never."""
+    saving: SavingSettings
+    validation: ValidationSettings
     learning_rate_at: Callable[[int], float]
 
     @property
@@ -40,19 +91,19 @@ class RunSchedule:
 
     def saves_lora_between(self, before: int, after: int) -> bool:
         """Whether a LoRA file is due when `after` epochs are complete and `before` were; the end of the run has its own."""
-        every = self.save_every_epochs
+        every = self.saving.save_every_epochs
         return every > 0 and before // every < after // every and after < self.epochs
 
     def validates_between(self, before: int, after: int) -> bool:
         """Whether a validation is due when `after` epochs are complete and `before` were: always for a LoRA that is kept."""
-        every = self.validate_every_epochs
+        every = self.validation.validate_every_epochs
         return before // every < after // every or after == self.epochs or self.saves_lora_between(before, after)
 
     def ends_early(self, progress: Progress) -> bool:
         """Whether the last `early_stop_patience` validations did not lower the smoothed loss."""
-        losses = [one.loss for one in smoothed(progress.validations)]
+        losses = list(smoothed(progress.validations).values())
         since_best = len(losses) - 1 - losses.index(min(losses)) if losses else 0
-        return 0 < self.early_stop_patience <= since_best
+        return 0 < self.validation.early_stop_patience <= since_best
 
     def epochs_complete(self, next_step: int) -> int:
         """How many epochs are complete before step `next_step`."""
@@ -76,8 +127,9 @@ def run_steps(
     """
     progress, saved_at = schedule.start, time.monotonic()
     running: RunningStep | None = None
+    state_every_s = schedule.saving.save_state_every_minutes * 60
     total, remaining = (sum(len(step.examples) for step in steps) for steps in (schedule.order, schedule.remaining))
-    with tqdm(total=total, initial=total - remaining, unit="img", desc="train", disable=None, dynamic_ncols=True) as bar:
+    with ProgressBar(total, "train", "img", total - remaining, dynamic_ncols=True) as bar:
         for step, micro_batches in zip(schedule.remaining, _with_error_as_last(batches), strict=True):
             if schedule.ends_early(progress):
                 break
@@ -93,7 +145,7 @@ def run_steps(
                 progress = _finish_step(running, schedule, progress, image_names, callbacks, bar)
             running = begun
             reason = stop_requested()
-            is_due = time.monotonic() - saved_at > schedule.save_state_every_s or step.number + 1 == schedule.shared_prefix_steps
+            is_due = time.monotonic() - saved_at > state_every_s or step.number + 1 == schedule.shared_prefix_steps
             ends_epoch = schedule.epochs_complete(step.number + 1) > step.epoch
             if not (reason or is_due or ends_epoch):
                 continue

@@ -13,8 +13,16 @@ from training.method.adapters import KEPT_BYTES_PER_WEIGHT
 from training.method.optimizers import OPTIMIZERS
 from training.models.sdxl import BaseModel
 from training.plan import placements_of
-from training.system.device import Precision, available_bytes, shares_memory
-from training.system.memory_guard import GIB, PROC, Thresholds, largest_other_process, thresholds
+from training.system.device import (
+    GIB,
+    Precision,
+    Thresholds,
+    available_bytes,
+    largest_other_process,
+    read_memory,
+    shares_memory,
+    thresholds,
+)
 
 _FAST_BYTES_PER_PIXEL = 5632, 1024
 """Activations of SDXL in bf16 per pixel of the micro-batch, kept or with gradient checkpointing. Measured: a step of batch 4 at
@@ -81,7 +89,7 @@ def measure_budget(
     kept_px, checkpointed_px = _PLAIN_BYTES_PER_PIXEL if engine == "plain" else _FAST_BYTES_PER_PIXEL
     image_px = max(place.bucket.width * place.bucket.height for place in placements_of(examples, settings.data))
     is_shared = shares_memory(precision.device)
-    limits = thresholds(settings.run.memory_floor_gib, PROC.read().total, is_shared)
+    limits = thresholds(settings.run.memory_floor_gib, read_memory().total, is_shared)
     return MemoryBudget(
         fixed=weights + lora + workspaces,
         fixed_kept=KEPT_BYTES_PER_WEIGHT[settings.lora.lora_type] * sum(map(math.prod, linears)),

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
+from common.errors import abbreviated
 from common.settings import all_keys
 from training.config import DataSettings, TrainSettings
 from training.data.buckets import OptimizerStep, Placement, assign_bucket, run_order
 from training.data.dataset import Example
-from training.method.optimizers import warmup_steps
 from training.models.sdxl import Schedule
 
 HELD_OUT_FROM = 40
@@ -81,12 +81,17 @@ class Plan:
             f"{self.schedule.prediction_type}, min-SNR {self.min_snr_gamma or 'off'}, noise offset {self.noise_offset or 'off'}",
         ]
         if self.held_out:
-            lines.append(f"held out for validation: {', '.join(example.name for example in self.held_out)}")
-        if samples < FEW_SAMPLES:
-            epochs = -(-ENOUGH_SAMPLES * self.epochs // samples)
-            few = f"{samples} training samples are few: a likeness needs 2000 to 3000."
-            lines.append(f"{few} Set NUM_TRAIN_EPOCHS={epochs}, or add images.")
-        return "\n".join(lines)
+            lines.append(f"held out for validation: {abbreviated([example.name for example in self.held_out])}")
+        return "\n".join([*lines, *self.warnings()])
+
+    def warnings(self) -> list[str]:
+        """What the user should know of this run before it begins, and again when it has ended."""
+        samples = sum(len(step.examples) for step in self.order)
+        if samples >= FEW_SAMPLES:
+            return []
+        epochs = -(-ENOUGH_SAMPLES * self.epochs // samples)
+        few = f"{samples} training samples are few: a likeness needs 2000 to 3000."
+        return [f"{few} Set NUM_TRAIN_EPOCHS={epochs}, or add images."]
 
 
 def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule, world_size: int = 1) -> Plan:
@@ -112,7 +117,7 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
         schedule=schedule,
         min_snr_gamma=(AUTO_MIN_SNR_GAMMA if is_plain else 0.0) if gamma == "auto" else gamma,
         noise_offset=(AUTO_NOISE_OFFSET if is_plain else 0.0) if offset == "auto" else offset,
-        warmup_steps=warmup_steps(train.optimizer.lr_warmup, len(order)),
+        warmup_steps=math.ceil(train.optimizer.lr_warmup * len(order)),
     )
 
 

@@ -11,16 +11,15 @@ from common.errors import ResourceError, run_checks
 from common.output_layout import check_disk_space
 from common.project import ProjectSettings
 from training.config import TrainSettings
-from training.data.dataset import Example, read_images
+from training.data.dataset import Example, read_images, require_all_images
 from training.engine import choose_engine
 from training.memory_budget import measure_budget, resolve_batch_size
 from training.method.optimizers import require_usable
 from training.models.base_model import find_base, find_tokenizers, require_tokenizers_on_hub
-from training.models.loading import load_tokenizers, require_matching_weights
 from training.models.sdxl import BaseModel
+from training.models.weights import load_tokenizers, require_matching_weights
 from training.plan import make_plan
-from training.system.device import available_bytes, choose_precision
-from training.system.memory_guard import GIB
+from training.system.device import GIB, available_bytes, choose_precision
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 DEVICE_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
@@ -37,6 +36,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
     `inputs_pending`: earlier stages still have to run, so images and captions may be missing.
     """
     found: list[BaseModel] = []
+    unusable: list[int] = []
 
     def check_base_model() -> str:
         base = find_base(settings.model.base_model, project.models_dir)
@@ -54,7 +54,8 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
             without = sum(not image.caption_to_read.exists() for image in images)
             if without or not images:
                 return f"images: {len(images)} so far, {without} without a caption; the run is planned when all are there"
-        examples = read_images(project, settings.data)
+        examples, left_out = read_images(project, settings.data)
+        unusable.append(left_out)
         if not found:
             return f"images: {len(examples)} with captions in {project.dataset_dir}"
         return describe_run(found[0], examples, settings)
@@ -62,6 +63,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
     checks = [check_processor, check_memory, lambda: check_disk_space(project.output_dir), lambda: check_method(settings)]
     checks += [check_base_model, check_run]
     run_checks("training cannot start:", checks)
+    require_all_images(sum(unusable))
 
 
 def check_method(settings: TrainSettings) -> str:

@@ -2,40 +2,41 @@
 
 import contextlib
 import gc
+import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from tqdm import tqdm
 
 from common.background import in_background, prefetch
-from common.errors import Interruption, ResourceError, StopRequest, interruption_for
+from common.errors import Interruption, ModelError, ResourceError, StopRequest, interruption_for
 from common.files import atomic_write, write_bytes
 from common.settings import resolved_toml
-from training.data.batches import BatchReader
+from training.callbacks.checkpoint import CheckpointWriter, keep_one, remove_incomplete, restore
+from training.callbacks.metrics import open_metrics
+from training.callbacks.validation import Validator
+from training.data.batches import Batch, BatchReader
 from training.data.buckets import OptimizerStep
-from training.data.cache import CacheBuilder, EncodedData
-from training.engine import build_engine, warm_up
-from training.engine.step import TrainStep
-from training.job import TrainingJob
-from training.loop import RunSchedule, run_steps
+from training.data.cache import CacheBuilder, CachedExample
+from training.engine import prepare_unet, warm_up
+from training.engine.step import StepResult, TrainStep
+from training.job import TrainingJob, lora_metadata
+from training.loop import Callback, Progress, RunSchedule, run_steps, smoothed
 from training.memory_budget import suggest_settings
 from training.method.adapters import Adapter, LoraModule, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
-from training.method.export import Description, write_lora
+from training.method.export import write_lora
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
-from training.models.loading import load_unet
-from training.monitor.callbacks import Callback, Progress, smoothed
-from training.monitor.metrics import open_metrics
-from training.monitor.validation import Validator
-from training.plan import short_hash
-from training.state.checkpoint import CheckpointWriter, Snapshot, keep_one, newest, remove_incomplete, restore, snapshot
-from training.system.device import available_bytes, limit_gpu_memory, make_deterministic
-from training.system.memory_guard import MemoryGuard, memory_guard
+from training.models.weights import load_unet, require_finite_weights
+from training.system.device import MemoryGuard, available_bytes, limit_gpu_memory, make_deterministic, memory_guard
 from training.system.process_group import ProcessGroup
-from training.system.worker_process import WorkerProcess
+from training.system.processes import WorkerProcess
 
 
 def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) -> None:
@@ -43,36 +44,47 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
     if group.is_main_process:
         prepare_outputs(job)
     prepare_device(job)
-    settings, outputs = job.settings, job.outputs
     with translate_cuda_oom(job), memory_guard(job.budget.thresholds) as guard:
         with unet_in_background(job) as load:
-            data = encode(job, group, encoder)
+            examples = encode(job, group, encoder)
             unet, adapter = load()
-        step = build_step(job, group, unet, adapter)
+        step, schedule = build_step(job, group, unet, adapter), schedule_of(job)
         if job.saved:
             restore(job.saved, group, adapter.weights, step.optimizer, step.scaler)
-        schedule, reader = schedule_of(job), batch_reader(job, group, data)
-        batches = prefetch(reader, schedule.remaining, settings.data.dataloader_num_workers)
-        remaining = len(schedule.remaining)
-        print(f"{len(adapter.modules)} modules of {settings.lora.describe()}; {remaining} steps to go", flush=True)
+        count = len(job.plan.examples)
+        reader = BatchReader(
+            examples=examples[:count],
+            seed=job.settings.run.train_seed,
+            caption_dropout=job.settings.data.caption_dropout,
+            micro_batch=job.settings.run.train_batch_size,
+            global_batch=job.plan.global_batch,
+            timesteps=job.plan.schedule.timesteps,
+            pin=job.precision.device.type == "cuda",
+            group=group,
+        )
+        held_out = replace(reader, examples=examples[count:], caption_dropout=0.0, pin=False)
+        batches = prefetch(reader, schedule.remaining, job.settings.data.dataloader_num_workers)
+        modules, remaining = adapter.modules, len(schedule.remaining)
+        print(f"{len(modules)} modules of {job.settings.lora.describe()}; {remaining} steps to go", flush=True)
         with writing_callbacks(job, adapter, step, schedule, is_writer=group.is_main_process) as writers:
-            callbacks = [*validation(job, group, data, step, schedule, writers), *writers]
-            stop = stop_request(group, guard)
-            progress = run_steps(schedule, step.begin, batches, reader.image_names, callbacks, stop)
+            callbacks = list(writers)
+            if held_out.examples:
+                callbacks.insert(0, Validator(held_out, step.evaluate, schedule.validates_between, writers))
+            begin = step.begin if job.saved else checking_first_step(job, step.begin)
+            progress = run_steps(schedule, begin, batches, reader.image_names, callbacks, stop_request(group, guard))
             if group.is_main_process:  # while the last checkpoint is still on its way to the disk
-                write_results(job, adapter.modules, schedule, progress)
+                write_results(job, modules, schedule, progress)
     if group.is_main_process:
-        keep_one(outputs.state, job.plan.shared_prefix_steps)
-        report_results(job, len(adapter.modules))
+        keep_one(job.outputs.state, job.plan.shared_prefix_steps)
+        report_results(job, len(modules))
 
 
 def prepare_outputs(job: TrainingJob) -> None:
     """Archive what earlier runs left, unless this one continues them, and write the resolved settings."""
     outputs = job.outputs
     if job.saved is None:
-        earlier = newest(outputs.state)
-        if earlier and outputs.is_finished(short_hash(earlier.identity.fingerprint)):
-            shutil.rmtree(outputs.state)  # its LoRA is complete, and another run follows
+        if job.follows_finished:
+            shutil.rmtree(outputs.state)
         remove_incomplete(outputs.state)
     outputs.begin(resumes=job.saved is not None)
     clean_up(job)
@@ -137,23 +149,25 @@ def unet_in_background(job: TrainingJob) -> Iterator[Callable[[], tuple[UNet2DCo
         yield wait
 
 
-def encode(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None = None) -> EncodedData:
-    """Compute once what does not change during training; in the process `encoder`, if there is one and memory for the UNet
-    beside it, so that encoding and loading do not wait for each other's interpreter lock."""
-    if encoder and has_memory_for_everything(job):
+def encode(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None = None) -> list[CachedExample]:
+    """Compute once what does not change during training, of the images that are trained on and then of those held out.
+
+    It is done in the process `encoder`, if there is one and memory for the UNet beside it, so that encoding and loading do not
+    wait for each other's interpreter lock.
+    """
+    concurrent = has_memory_for_everything(job)
+    if encoder and concurrent:
         return encoder.call_and_close(_encode_in_worker, job)
     if encoder:
         encoder.end()
-    device, dtype = job.precision.device, job.precision.dtype
-    concurrent = has_memory_for_everything(job)
-    builder = CacheBuilder(job.base, job.project.models_dir, job.cache, device, dtype, group, concurrent)
-    trained = list(zip(job.plan.examples, job.plan.placements, strict=True))
-    held_out = list(zip(job.plan.held_out, job.plan.held_out_placements, strict=True))
-    seed = job.settings.run.train_seed
-    return builder.build(trained, held_out, job.settings.data, job.project.trigger_word, seed)
+    plan, precision = job.plan, job.precision
+    folders = job.project.models_dir, job.outputs.cache
+    builder = CacheBuilder(job.base, *folders, precision.device, precision.dtype, group, concurrent)
+    images = zip([*plan.examples, *plan.held_out], [*plan.placements, *plan.held_out_placements], strict=True)
+    return builder.build(list(images), job.settings.data, job.project.trigger_word, job.settings.run.train_seed)
 
 
-def _encode_in_worker(job: TrainingJob) -> EncodedData:
+def _encode_in_worker(job: TrainingJob) -> list[CachedExample]:
     tqdm.set_lock(threading.RLock())  # tqdm's own lock, for several processes, would stay behind when this one is killed
     prepare_device(job)
     return encode(job, ProcessGroup())
@@ -171,72 +185,74 @@ def build_step(job: TrainingJob, group: ProcessGroup, unet: UNet2DConditionModel
         latent_scaling=job.base.components["vae"].config["scaling_factor"],
         loss=settings.objective.loss,
     )
-    return build_engine(
-        job.engine,
-        unet,
-        adapter,
-        optimizer,
-        config,
-        job.precision,
-        settings.optimizer.max_grad_norm,
-        group.all_reduce,
-        gradient_checkpointing=settings.model.gradient_checkpointing,
+    checkpointing = settings.model.gradient_checkpointing
+    sync = prepare_unet(job.engine, unet, adapter, job.precision.device, gradient_checkpointing=checkpointing)
+    norm = settings.optimizer.max_grad_norm
+    return TrainStep(unet, adapter, optimizer, config, job.precision, norm, group.all_reduce, sync_compute_weights=sync)
+
+
+def checking_first_step(
+    job: TrainingJob, begin: Callable[[list[Batch], float], Callable[[], StepResult]]
+) -> Callable[[list[Batch], float], Callable[[], StepResult]]:
+    """`begin` of a run's steps, of which the first raises ModelError if loss or gradient is not finite: the LoRA adds nothing yet,
+    so that the cause is the base model or its embeddings, and never the learning rate."""
+    is_first = True
+
+    def begin_step(batches: list[Batch], learning_rate: float) -> Callable[[], StepResult]:
+        nonlocal is_first
+        read = begin(batches, learning_rate)
+        if not is_first:
+            return read
+        is_first = False
+
+        def read_first() -> StepResult:
+            result = read()
+            if result.diverged or not math.isfinite(result.loss):
+                raise explain_first_step(job, batches)
+            return result
+
+        return read_first
+
+    return begin_step
+
+
+def explain_first_step(job: TrainingJob, batches: Sequence[Batch]) -> ModelError:
+    """Why the first step's loss or gradient is not finite. Reads every weight of the UNet if the data is not the cause."""
+    values = [tensor for batch in batches for tensor in (batch.mean, batch.log_variance, batch.hidden, batch.pooled)]
+    if not all(tensor.isfinite().all() for tensor in values):
+        return ModelError(
+            f"{job.outputs.cache}: holds NaN or infinity, which an earlier version stored; delete its folders text and latents, "
+            "and run again"
+        )
+    try:
+        require_finite_weights(job.base, ["unet"], job.precision.dtype)
+    except ModelError as found:
+        return found
+    remedy = "set MIXED_PRECISION=bf16, or use" if job.precision.dtype == torch.float16 else "use"
+    return ModelError(
+        f"{job.base.path}: the UNet's first prediction is NaN or infinity, with a LoRA that adds nothing yet and weights that are "
+        f"all finite; {remedy} another base model"
     )
 
 
 def schedule_of(job: TrainingJob) -> RunSchedule:
     """The steps that are left, and when to write what."""
-    optimizer, saving, plan = job.settings.optimizer, job.settings.saving, job.plan
+    settings, plan = job.settings, job.plan
     return RunSchedule(
         order=plan.order,
         start=job.saved.progress if job.saved else Progress(),
         epochs=plan.epochs,
         shared_prefix_steps=plan.shared_prefix_steps,
-        validate_every_epochs=job.settings.validation.validate_every_epochs,
-        early_stop_patience=job.settings.validation.early_stop_patience,
-        save_every_epochs=saving.save_every_epochs,
-        save_state_every_s=saving.save_state_every_minutes * 60,
-        learning_rate_at=lambda step: learning_rate_at(
-            step, len(plan.order), optimizer.learning_rate, optimizer.lr_scheduler, plan.warmup_steps
+        saving=settings.saving,
+        validation=settings.validation,
+        learning_rate_at=partial(
+            learning_rate_at,
+            total_steps=len(plan.order),
+            peak=settings.optimizer.learning_rate,
+            scheduler=settings.optimizer.lr_scheduler,
+            warmup_steps=plan.warmup_steps,
         ),
     )
-
-
-def batch_reader(job: TrainingJob, group: ProcessGroup, data: EncodedData) -> BatchReader:
-    return BatchReader(
-        examples=data.examples,
-        empty_caption=data.empty_caption,
-        seed=job.settings.run.train_seed,
-        caption_dropout=job.settings.data.caption_dropout,
-        micro_batch=job.settings.run.train_batch_size,
-        global_batch=job.plan.global_batch,
-        timesteps=job.plan.schedule.timesteps,
-        pin=job.precision.device.type == "cuda",
-        rank=group.rank,
-        world_size=group.world_size,
-    )
-
-
-def validation(
-    job: TrainingJob, group: ProcessGroup, data: EncodedData, step: TrainStep, schedule: RunSchedule, trackers: Sequence[Callback]
-) -> list[Callback]:
-    """The callback that measures the validation loss in every process, if images are held out."""
-    if not data.held_out:
-        return []
-    validator = Validator(
-        examples=data.held_out,
-        empty_caption=data.empty_caption,
-        seed=job.settings.run.train_seed,
-        micro_batch=job.settings.run.train_batch_size,
-        timesteps=job.plan.schedule.timesteps,
-        evaluate=step.evaluate,
-        rank=group.rank,
-        world_size=group.world_size,
-        all_reduce_sum=group.all_reduce_sum,
-        is_due=schedule.validates_between,
-        trackers=trackers,
-    )
-    return [validator]
 
 
 def stop_request(group: ProcessGroup, guard: MemoryGuard | None) -> Callable[[], Interruption | None]:
@@ -263,80 +279,55 @@ def writing_callbacks(
         yield []
         return
     outputs, settings = job.outputs, job.settings
-
-    def capture(progress: Progress) -> Snapshot:
-        return snapshot(adapter.weights, step.optimizer, step.scaler, progress)
-
-    def write_lora_after(epochs: int) -> None:
-        write_lora(outputs.lora_after(epochs), adapter.modules, description(job, epochs))
-
+    state = adapter.weights, step.optimizer, step.scaler
     with (
         open_metrics(settings.logging, outputs.name, outputs.metrics, outputs.logs, schedule.start.next_step) as metrics,
-        CheckpointWriter(outputs.state, job.identity, settings.saving.keep_last_states, capture) as checkpoints,
+        CheckpointWriter(outputs.state, job.identity, settings.saving.keep_last_states, *state) as checkpoints,
     ):
-        yield [metrics, LoraSaver(write_lora_after, schedule.saves_lora_between), checkpoints]
+        yield [metrics, LoraSaver(job, adapter.modules, schedule), checkpoints]
 
 
+@dataclass(frozen=True)
 class LoraSaver(Callback):
     """Writes the LoRA files of a run on its way."""
 
-    def __init__(self, write: Callable[[int], None], is_due: Callable[[int, int], bool]):
-        """`write` writes the LoRA after so many epochs; `is_due` says whether to, by the numbers of epochs before and after."""
-        self._write = write
-        self._is_due = is_due
+    job: TrainingJob
+    modules: list[LoraModule]
+    schedule: RunSchedule
 
     def after_epoch(self, step: OptimizerStep, epochs: int, progress: Progress) -> tuple[Progress, str]:
-        if self._is_due(step.epoch, epochs):
-            self._write(epochs)
+        if self.schedule.saves_lora_between(step.epoch, epochs):
+            save_lora(self.job, self.modules, self.job.outputs.lora_after(epochs), epochs)
         return progress, ""
 
 
-def description(job: TrainingJob, epochs: int) -> Description:
-    """What the LoRA file after `epochs` epochs says about itself."""
-    settings, plan = job.settings, job.plan
-    return Description(
-        name=job.outputs.name,
-        trigger_word=job.project.trigger_word,
-        rank=settings.lora.lora_rank,
-        alpha=settings.lora.alpha,
-        base_name=job.base.name,
-        prediction_type=plan.schedule.prediction_type,
-        resolution=settings.data.resolution,
-        captions=[example.caption for example in plan.examples],
-        images=len(plan.examples),
-        epochs=epochs,
-        steps=sum(step.epoch < epochs for step in plan.order),
-        batch_size=settings.run.train_batch_size,
-        learning_rate=settings.optimizer.learning_rate,
-        optimizer=OPTIMIZERS[settings.optimizer.optimizer].label,
-        seed=settings.run.train_seed,
-        fingerprint=short_hash(job.identity.fingerprint),
-    )
+def save_lora(job: TrainingJob, modules: list[LoraModule], path: Path, epochs: int) -> None:
+    """Write the LoRA as it is after `epochs` epochs."""
+    write_lora(path, modules, job.settings.lora.alpha, lora_metadata(job, epochs))
 
 
 def write_results(job: TrainingJob, modules: list[LoraModule], schedule: RunSchedule, progress: Progress) -> None:
     """Write the LoRA, and beside it the one with the lowest validation loss; both are read back and verified."""
     epochs = schedule.epochs_complete(progress.next_step)
     if progress.next_step < len(schedule.order):
-        patience = schedule.early_stop_patience
+        patience = schedule.validation.early_stop_patience
         print(f"stopping early after {epochs} epochs: {patience} validations in a row did not lower the validation loss")
-    about = description(job, epochs)
     if progress.validations:
-        write_best(job, modules, progress, about)
-    write_lora(job.outputs.lora, modules, about)
+        write_best(job, modules, progress, epochs)
+    save_lora(job, modules, job.outputs.lora, epochs)
 
 
-def write_best(job: TrainingJob, modules: list[LoraModule], progress: Progress, last: Description) -> None:
-    """Report the LoRA with the lowest smoothed validation loss among those that were saved, and write it once more."""
-    outputs = job.outputs
-    saved = [one for one in smoothed(progress.validations) if outputs.lora_after(one.epochs).exists() or one.epochs == last.epochs]
-    best = min(saved, key=lambda one: one.loss)
-    if best.epochs == last.epochs:
-        write_lora(outputs.best, modules, last)
+def write_best(job: TrainingJob, modules: list[LoraModule], progress: Progress, last: int) -> None:
+    """Report the LoRA with the lowest smoothed validation loss among those that were saved, and write it once more. `last` is
+    the number of epochs of the one that is in memory."""
+    outputs, losses = job.outputs, smoothed(progress.validations)
+    best = min((epochs for epochs in losses if epochs == last or outputs.lora_after(epochs).exists()), key=losses.get)
+    if best == last:
+        save_lora(job, modules, outputs.best, last)
     else:
         with atomic_write(outputs.best) as temporary:
-            shutil.copyfile(outputs.lora_after(best.epochs), temporary)
-    print(f"best validation loss {best.loss:.4f} (smoothed) at epoch {best.epochs}: {outputs.best}")
+            shutil.copyfile(outputs.lora_after(best), temporary)
+    print(f"best validation loss {losses[best]:.4f} (smoothed) at epoch {best}: {outputs.best}")
 
 
 def report_results(job: TrainingJob, modules: int) -> None:
@@ -345,3 +336,12 @@ def report_results(job: TrainingJob, modules: int) -> None:
     path = job.outputs.lora
     size = path.stat().st_size / 2**20
     print(f"{path}: {size:.1f} MiB, {modules} modules, all known to ComfyUI; copy it to ComfyUI's models/loras")
+    print_next_steps(job)
+
+
+def print_next_steps(job: TrainingJob) -> None:
+    """What to do with the LoRA, and last what keeps it from being good."""
+    lora, trigger = job.outputs.lora.name, job.project.trigger_word
+    print(f"next: load {lora} in ComfyUI beside an SDXL checkpoint, with {trigger!r} in the prompt")
+    for warning in job.plan.warnings():
+        print(warning)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import shutil
 import socket
 import threading
@@ -10,8 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from other_taggers import STAGES, move_weights, take_rgb
 
 from captioning.model_files import FILES, find_model
+from demo import tiny_tagger
 
 NAME = "someone/some-tagger"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -104,6 +107,30 @@ def test_only_the_missing_file_is_downloaded(stage, photographs, tiny):
         assert not [line for line in served.requests if line.startswith("GET") and "model.onnx" in line]
 
 
+def test_weights_beside_the_model_and_its_description_are_downloaded_too(stage, photographs, tmp_path):
+    """As PixAI's and cl_tagger's exports have them: values of another kind, and weights in files of their own."""
+    photographs["coffee"].save(stage.images / "a.png")
+    folder = tiny_tagger.build(tmp_path / "repository")
+    take_rgb(folder)
+    move_weights(folder, "model.onnx.data", "more.bin")
+    (folder / "preprocess.json").write_text(json.dumps(STAGES))
+    with hub(folder) as served:
+        online = {"CAPTION_MODEL": NAME, "HF_HUB_OFFLINE": 0, "HF_ENDPOINT": served.endpoint}
+        assert stage.run_process(**online).returncode == 0
+        kept = stage.models / "some-tagger"
+        assert {path.name for path in kept.iterdir()} == {*FILES, "model.onnx.data", "more.bin", "preprocess.json"}
+        (kept / "more.bin").unlink()
+        offline = stage.run("--check", CAPTION_MODEL=NAME, HF_ENDPOINT="http://127.0.0.1:9")
+        assert offline.returncode == 5
+        assert "some-tagger lacks more.bin, which cannot be downloaded" in offline.stderr
+        assert "hf download someone/some-tagger model.onnx selected_tags.csv more.bin --local-dir" in offline.stderr
+        served.requests.clear()
+        assert stage.run_process("--check", **online).returncode == 0
+        photographs["chelsea"].save(stage.images / "b.png")
+        assert stage.run_process(**online).returncode == 0
+        assert not [line for line in served.requests if line.startswith("GET") and "model.onnx" in line]
+
+
 def test_truncated_download_leaves_no_file_under_the_final_name(stage, photographs, tiny):
     photographs["coffee"].save(stage.images / "a.png")
     with hub(tiny, cut_short=True) as served:
@@ -156,7 +183,8 @@ class HubHandler(BaseHTTPRequestHandler):
     def do_HEAD(self):
         self.server.requests.append(f"{self.command} {self.path}")
         name = self.path.rpartition("/")[2]
-        content = (self.server.folder / name).read_bytes() if name in FILES else b""
+        file = self.server.folder / name
+        content = file.read_bytes() if file.is_file() else b""
         if self.path == f"/{NAME}/resolve/main/{name}" and content:
             self.redirect(name, content)
         elif self.path in (f"/store/{name}", f"/api/resolve-cache/models/{NAME}/{COMMIT}/{name}"):

@@ -426,7 +426,12 @@ def test_run_without_any_image_is_exit_4(full, standin, collect, change):
 
 def test_interruption_in_comfyui_is_named(full, standin, collect):
     standin.worker.seconds_per_job = 5.0
-    threading.Timer(0.3, lambda: standin.worker.interrupt(None)).start()
+
+    def interrupt():
+        wait_for(lambda: standin.worker.queue()["queue_running"])
+        standin.worker.interrupt(None)
+
+    threading.Thread(target=interrupt).start()
     result = collect()
     assert result.code == 4
     assert "interrupted in ComfyUI at node" in result.out

@@ -9,7 +9,7 @@ import json
 
 import pytest
 from comfyui_workspace import DATA
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from collecting.object_info import NodeClasses
@@ -37,9 +37,9 @@ def latent(**inputs: object) -> dict:
     return {"1": {"class_type": "EmptyLatentImage", "inputs": {k: v for k, v in values.items() if v is not ...}}, "9": preview("1")}
 
 
-def custom(specification: dict, **inputs: object) -> tuple[dict, NodeClasses]:
+def custom(specification: dict, module: object = "custom_nodes.pack", **inputs: object) -> tuple[dict, NodeClasses]:
     """A graph of one node of a class that a custom node provides, and a server that has the class."""
-    node_class = {"input": specification, "output": ["INT"], "output_node": False, "python_module": "custom_nodes.pack"}
+    node_class = {"input": specification, "output": ["INT"], "output_node": False, "python_module": module}
     image = {"class_type": "LoadImage", "inputs": {"image": "a.png"}}
     graph = {"1": {"class_type": "Custom", "inputs": inputs}, "8": image, "9": preview("1")}
     return graph, NodeClasses(SERVER["object_info"] | {"Custom": node_class})
@@ -116,9 +116,10 @@ def test_only_what_the_collected_images_depend_on_can_be_refused():
     assert problems(graph, outputs=("9", "1")) == []
 
 
-def test_values_that_custom_nodes_may_accept_are_reported_and_never_certain():
+@pytest.mark.parametrize("module", ["custom_nodes.pack", "comfy_api_nodes.nodes_kling", "custom_nodes", 5])
+def test_values_that_custom_and_partner_nodes_may_accept_are_reported_and_never_certain(module):
     specification = {"required": {"mode": [["a", "b"]], "size": ["INT", {"min": 1}], "any": ["PIPE"]}}
-    graph, classes = custom(specification, mode="c", size=0, any=["8", 0])
+    graph, classes = custom(specification, module, mode="c", size=0, any=["8", 0])
     found = problems(graph, classes)
     assert len(found) == 3
     assert not any(problem.stops for problem in found)
@@ -189,6 +190,7 @@ def test_slot_with_inputs_of_its_own():
         ("IMAGE", {}, {"__value__": []}),
         ("SOMETHING_NEW_V9", {"template": 5}, {}),
         ([["a"], "b"], {}, ["8", 0]),
+        ("STRING,IMAGE", {"image_upload": True}, ["8", 0]),
         ("*", {"lazy": True, "rawLink": True}, ["8", 0]),
         ("MASK,*", {}, ["8", 0]),
         ("STRING , IMAGE", {}, ["8", 0]),
@@ -223,7 +225,7 @@ specifications = json_values | st.fixed_dictionaries({"required": json_values | 
 node_classes = json_values | st.fixed_dictionaries({"input": specifications, "output": json_values, "output_node": json_values})
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.fuzz
 @given(node_classes, st.dictionaries(st.sampled_from(["x", "x.key", "x.0.x", "1"]), json_values), json_values)
 def test_whatever_a_server_says_of_its_classes_and_a_graph_has_in_its_inputs(node_class, inputs, replacement):
     graph = {"1": {"class_type": "Odd", "inputs": inputs}, "2": {"class_type": "Old", "inputs": inputs}, "9": preview("1")}

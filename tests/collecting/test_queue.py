@@ -137,6 +137,23 @@ def test_only_prompt_that_a_user_removes_while_another_clients_runs_stays_remove
     assert len(standin.submitted) == 2
 
 
+def test_prompt_that_is_removed_before_the_queue_was_read_stays_removed(batch, standin, collect, while_collecting, monkeypatch):
+    monkeypatch.setattr("collecting.worker.QUEUE_CHECK_INTERVAL_S", 1.0)
+    batch.per_batch(PROMPTS[:2])
+    standin.worker.seconds_per_job = 0.3
+
+    def remove():
+        wait_for(lambda: in_queue(standin, "running") and in_queue(standin, "pending"))
+        standin.worker.delete_pending(None)
+
+    while_collecting(remove)
+    result = collect()
+    assert result.code == 1
+    assert "its prompt was removed from ComfyUI's queue" in result.out
+    assert AGAIN not in result.out
+    assert len(standin.submitted) == 2
+
+
 def test_history_that_a_user_clears_loses_nothing(batch, standin, collect, while_collecting):
     standin.worker.seconds_per_job = 0.2
     over = threading.Event()
@@ -282,7 +299,9 @@ def test_face_that_is_too_large_is_named_before_it_is_sent(batch, tmp_path, coll
         assert ("POST", "/upload/image") not in standin.requests
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b'{"max_upload_size": "large"}', b'{"max_upload_size": -1}', b"{}"])
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b'{"max_upload_size": "large"}', b'{"max_upload_size": -1}', b'{"max_upload_size": true}', b"{}"]
+)
 def test_server_that_names_no_upload_limit_is_supported(batch, standin, collect, monkeypatch, body):
     real = standin._features
     monkeypatch.setattr(standin, "_features", lambda: json.loads(body or b"null"))

@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 from comfyui_workspace import workflow
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -151,7 +151,7 @@ json_values = st.recursive(
 nodes = json_values | st.fixed_dictionaries({"class_type": st.text(max_size=4) | st.just("SaveImage"), "inputs": json_values})
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.mark.fuzz
 @given(json_values | st.dictionaries(st.sampled_from(["1", "2", "12:3", "prompt", "version"]), nodes), json_values)
 def test_whatever_the_files_contain_there_is_a_workflow_or_a_problem(content, config):
     problems: list[str] = []

@@ -1,5 +1,7 @@
 """How a stage ends: one line and an exit code, also when nothing reads its output any more."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -54,3 +56,30 @@ def test_text_that_cannot_be_encoded_is_escaped():
 def test_long_lists_are_abbreviated():
     assert abbreviated(["a", "b"]) == "a, b"
     assert abbreviated([1, 2, 3], 2) == "1, 2 and 1 more"
+
+
+IMPORTS = """
+import time
+from common.errors import exit_on_signals, stop_on_signals
+
+stop_on_signals()
+with exit_on_signals("stage"):
+    while True:
+        try:
+            print("importing", flush=True)
+            time.sleep(60)
+        except BaseException:  # as libraries do here and there
+            continue
+"""
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_imports_ends_the_process_whatever_they_catch(signum, code):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "scripts")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", IMPORTS], env=environment, **pipes)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signum)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (code, "")
+    assert errors == f"stage: stopped by {signal.Signals(signum).name}; run the same command again to resume\n"

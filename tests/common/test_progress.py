@@ -39,10 +39,3 @@ def test_what_is_done_within_a_minute_logs_nothing(clock, capsys):
         clock[0] += 2.0
         bar.update()
     assert capsys.readouterr() == ("", "")
-
-
-def test_a_bar_that_is_not_enabled_logs_nothing(clock, capsys):
-    with ProgressBar(3, "tagging", "images", enabled=False) as bar:
-        clock[0] += 61.0
-        bar.update()
-    assert capsys.readouterr() == ("", "")

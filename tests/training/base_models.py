@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from common.errors import ModelError
-from training.models import loading
 from training.models.base_model import find_base
+from training.models.weights import load_text_encoders, load_unet, load_vae
 
 CPU = torch.device("cpu")
 
@@ -26,13 +26,13 @@ def change_json(file: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def all_components(base, models_dir) -> dict[str, torch.nn.Module]:
-    text_encoders = loading.load_text_encoders(base, models_dir, CPU, torch.float32)
+def all_components(base) -> dict[str, torch.nn.Module]:
+    first, second = load_text_encoders(base, CPU, torch.float32)
     return {
-        "unet": loading.load_unet(base, CPU, torch.float32),
-        "vae": loading.load_vae(base, CPU),
-        "text_encoder": text_encoders.encoders[0],
-        "text_encoder_2": text_encoders.encoders[1],
+        "unet": load_unet(base, CPU, torch.float32),
+        "vae": load_vae(base, CPU),
+        "text_encoder": first,
+        "text_encoder_2": second,
     }
 
 

@@ -64,16 +64,15 @@ def serve(listener: socket.socket) -> dict:
 def import_everything() -> None:
     import torch
 
-    import caption_images  # noqa: F401
-    import collect_images  # noqa: F401
-    import train_lora
+    import train_lora  # noqa: F401
     import training.job
-    import training.preflight  # noqa: F401
+    import training.preflight
+    import training.trainer  # noqa: F401
 
-    train_lora.import_training()
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()  # a collection in a fork would copy every page
+    assert len(os.listdir("/proc/self/task")) == 1, "a lock that another thread holds would stay locked in a fork"
 
 
 def receive(listener: socket.socket) -> tuple[socket.socket, list[int], dict]:

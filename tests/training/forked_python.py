@@ -4,7 +4,7 @@ Importing torch, diffusers and PEFT takes about ten seconds of a core; a fork ta
 tests/conftest.py writes and which runs this file, can be given wherever a program takes an interpreter: as PYTHON of run.sh, or
 as the first word of a command. The script gets the arguments, environment, working directory and standard streams of the
 command. The command forwards signals to the script, ends as it ends, and takes it along when it is killed. Anything but a script
-is run by the real interpreter.
+that trains is run by the real interpreter.
 
 Differences from a real start: the script's parent process is the server, the libraries have read their environment variables
 already, and SIGSTOP stops only the command. Tests of imports and of a stage's relation to its parent process use the real
@@ -19,6 +19,8 @@ import socket
 import sys
 from pathlib import Path
 
+NOT_FORKED = ("collect_images.py", "caption_images.py")
+"""They import little; onnxruntime starts a thread when it is imported, and a process with threads cannot be forked safely."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -46,7 +48,7 @@ def read_number(connection: socket.socket) -> int:
 
 
 def main(command: Path, *arguments: str) -> None:
-    if not (arguments and arguments[0].endswith(".py")):
+    if not (arguments and arguments[0].endswith(".py")) or Path(arguments[0]).name in NOT_FORKED:
         os.execv(sys.executable, [sys.executable, *arguments])
     script, early = 0, []
 

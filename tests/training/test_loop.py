@@ -3,10 +3,13 @@
 import pytest
 
 from common.errors import SettingsError
+from training.config import SavingSettings, ValidationSettings
 from training.data.buckets import Bucket, OptimizerStep
 from training.engine.step import StepResult
-from training.loop import RunSchedule, run_steps
-from training.monitor.callbacks import Callback, Progress
+from training.loop import Callback, Progress, RunSchedule, run_steps
+
+SAVING = SavingSettings(save_every_epochs=0)
+VALIDATION = ValidationSettings(validate_every_epochs=1)
 
 
 class Lines(Callback, list):
@@ -18,7 +21,7 @@ class Lines(Callback, list):
 
 def test_a_step_that_fp16_skipped_has_no_loss_and_leaves_the_average_alone(capsys):
     order = [OptimizerStep(number, number, Bucket(64, 64), (0,)) for number in range(4)]
-    schedule = RunSchedule(order, Progress(), 4, 4, 0, 1e9, 1, 0, lambda number: 1e-4)
+    schedule = RunSchedule(order, Progress(), 4, 4, SAVING, VALIDATION, lambda number: 1e-4)
     skipped, taken = StepResult(float("nan"), float("inf"), skipped=True), StepResult(0.5, 1.0)
     steps, lines = iter([skipped, taken, skipped, taken]), Lines()
     progress = run_steps(schedule, lambda *_: lambda: next(steps), [[]] * 4, lambda step: "", [lines], lambda: None)
@@ -30,7 +33,8 @@ def test_a_step_that_fp16_skipped_has_no_loss_and_leaves_the_average_alone(capsy
 
 
 def test_a_loss_that_is_not_finite_ends_the_run():
-    schedule = RunSchedule([OptimizerStep(0, 0, Bucket(64, 64), (0,))], Progress(), 1, 1, 0, 1e9, 1, 0, lambda number: 1e-4)
+    order = [OptimizerStep(0, 0, Bucket(64, 64), (0,))]
+    schedule = RunSchedule(order, Progress(), 1, 1, SAVING, VALIDATION, lambda number: 1e-4)
     result = StepResult(float("nan"), 1.0, diverged=True)
     with pytest.raises(SettingsError, match="step 0: the loss is nan"):
         run_steps(schedule, lambda *_: lambda: result, [[]], lambda step: "a.png", [Lines()], lambda: None)

@@ -8,7 +8,7 @@ from common.errors import ResourceError
 from training.config import TrainSettings
 from training.memory_budget import MemoryBudget, fit_to_memory, fitting_batch, resolve_batch_size, suggest_settings
 from training.plan import runtime_settings
-from training.system.memory_guard import GIB, Thresholds
+from training.system.device import GIB, Thresholds
 
 SPARK = Thresholds(reserve=16 * GIB, warn=12 * GIB, stop=8 * GIB, emergency=2 * GIB)
 

@@ -65,8 +65,11 @@ def test_the_start_says_what_the_run_will_do(finished):
     assert "2 epochs, 6 optimizer steps of 2, 12 training samples; epsilon, min-SNR 5.0, noise offset 0.0357" in said
     few = next(line for line in said if "are few" in line)
     assert few == "12 training samples are few: a likeness needs 2000 to 3000. Set NUM_TRAIN_EPOCHS=334, or add images."
-    assert said[-1].startswith(f"{finished.stage.lora}: ")
-    assert "722 modules, all known to ComfyUI" in said[-1]
+    *_, written, following, warning = said
+    assert written.startswith(f"{finished.stage.lora}: ")
+    assert following == "next: load sks.safetensors in ComfyUI beside an SDXL checkpoint, with 'sks' in the prompt"
+    assert warning == few
+    assert "722 modules, all known to ComfyUI" in written
 
 
 def test_every_step_has_its_line_in_the_metrics(finished):
@@ -101,7 +104,10 @@ def test_a_finished_run_is_not_trained_again(finished):
     stage = finished.stage
     before = {path: path.stat().st_mtime_ns for path in stage.output.rglob("*")}
     said = stage.trained(**finished.variables)
-    assert said.splitlines()[-1].startswith(f"nothing to do: {stage.lora} is finished")
+    *_, done, following, warning = said.splitlines()
+    assert done.startswith(f"nothing to do: {stage.lora} is finished")
+    assert following.startswith(f"next: load {stage.lora.name} in ComfyUI")
+    assert "training samples are few" in warning
     assert {path: path.stat().st_mtime_ns for path in stage.output.rglob("*")} == before
 
 
@@ -368,5 +374,5 @@ def test_check_looks_at_everything_and_says_all_that_is_wrong(stage):
     bad = stage.run("--check", BASE_MODEL="nowhere")
     assert bad.returncode == 5
     assert "'nowhere' is neither in" in bad.stderr
-    assert "coffee.png: has no caption coffee.txt" in bad.stderr
+    assert "1 of the 2 images have no caption (coffee.png)" in bad.stderr
     assert not stage.output.exists()

@@ -6,14 +6,14 @@ counter, so the numbers of any sample can be drawn at any time, in any process a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from training.data.buckets import OptimizerStep
 from training.data.cache import CachedExample, read_embedding, read_latents
+from training.system.process_group import ProcessGroup
 
 Sample = dict[str, torch.Tensor]
 """One sample under the names of Batch's fields, without the batch dimension and without its weight."""
@@ -23,7 +23,7 @@ Sample = dict[str, torch.Tensor]
 class Batch:
     """One micro-batch of B samples of one shape. Floats are fp32, except the embeddings, which have the UNet's dtype.
 
-    A field is filled in by `read_sample` under the same name; everything else goes through the fields by name.
+    A field is filled in by `BatchReader.sample` or `draw` under the same name; everything else goes through the fields by name.
     """
 
     mean: torch.Tensor
@@ -31,11 +31,11 @@ class Batch:
     log_variance: torch.Tensor
     """[B, C, h, w]"""
     latent_noise: torch.Tensor
-    """[B, C, h, w]: samples the VAE's posterior."""
+    """[B, C, h, w], standard normal: samples the VAE's posterior."""
     noise: torch.Tensor
-    """[B, C, h, w]: is added to the latents."""
+    """[B, C, h, w], standard normal: is added to the latents."""
     offset: torch.Tensor
-    """[B, C, 1, 1]: direction of the noise offset."""
+    """[B, C, 1, 1], standard normal: direction of the noise offset."""
     timesteps: torch.Tensor
     """[B], int64"""
     hidden: torch.Tensor
@@ -61,8 +61,6 @@ class BatchReader:
     """Makes the micro-batches of any optimizer step of the run, in any order."""
 
     examples: Sequence[CachedExample]
-    empty_caption: Path
-    """Embeddings of the empty caption."""
     seed: int
     caption_dropout: float
     micro_batch: int
@@ -73,16 +71,15 @@ class BatchReader:
     """Length of the base model's noise schedule; timesteps are drawn from 0 .. timesteps - 1."""
     pin: bool
     """Page-lock the batches, for a GPU."""
-    rank: int = 0
-    """Which of the `world_size` processes this one is; they share each optimizer step."""
-    world_size: int = 1
+    group: ProcessGroup = field(default_factory=ProcessGroup)
+    """The processes that share each optimizer step."""
 
     def __call__(self, step: OptimizerStep) -> list[Batch]:
         """This process's micro-batches of `step`: every `world_size`-th one, at least one. Each has `micro_batch` samples;
         missing ones are padded with weight 0."""
         slots = list(enumerate(step.examples))
         parts = [slots[start : start + self.micro_batch] for start in range(0, len(slots), self.micro_batch)]
-        return [self._batch(step, part) for part in parts[self.rank :: self.world_size] or [[]]]
+        return [self._batch(step, part) for part in parts[self.group.rank :: self.group.world_size] or [[]]]
 
     def image_names(self, step: OptimizerStep) -> str:
         """The images of `step`, for messages."""
@@ -91,40 +88,24 @@ class BatchReader:
     def _batch(self, step: OptimizerStep, slots: Sequence[tuple[int, int]]) -> Batch:
         """The micro-batch of these (slot, example) pairs. Its weights are shares of the whole step over all processes."""
         weights = [1.0 / len(step.examples)] * len(slots) or [0.0]
-        samples = [
-            read_sample(
-                self.examples[index],
-                self.empty_caption,
-                seed=self.seed,
-                position=step.number * self.global_batch + slot,
-                caption_dropout=self.caption_dropout,
-                timesteps=self.timesteps,
-            )
-            for slot, index in slots or [(0, step.examples[0])]
-        ]
+        first = step.number * self.global_batch
+        samples = [self.sample(self.examples[index], first + slot) for slot, index in slots or [(0, step.examples[0])]]
         batch = make_batch(samples, weights, self.micro_batch)
         return batch.pinned() if self.pin else batch
 
-
-def read_sample(
-    example: CachedExample, empty_caption: Path, *, seed: int, position: int, caption_dropout: float, timesteps: int
-) -> Sample:
-    """The sample that `example` gives at `position` of the run, as every field of Batch but `weights`."""
-    mean, log_variance = read_latents(example.latents)
-    drawn = sample_randomness(seed, position, tuple(mean.shape), example.variants, caption_dropout, timesteps)
-    file, variant = (empty_caption, 0) if drawn.variant is None else (example.embeddings, drawn.variant)
-    hidden, pooled = read_embedding(file, variant)
-    return {
-        "mean": mean,
-        "log_variance": log_variance,
-        "latent_noise": drawn.latent_noise,
-        "noise": drawn.noise,
-        "offset": drawn.offset,
-        "timesteps": torch.tensor(drawn.timestep),
-        "hidden": hidden,
-        "pooled": pooled,
-        "add_time_ids": torch.tensor(example.placement.add_time_ids, dtype=torch.float32),
-    }
+    def sample(self, example: CachedExample, position: int) -> Sample:
+        """The sample that `example` gives at `position` of the run, as every field of Batch but `weights`."""
+        mean, log_variance = read_latents(example.latents)
+        variant, drawn = draw(self.seed, position, tuple(mean.shape), example.variants, self.caption_dropout, self.timesteps)
+        file = example.empty_caption if variant is None else example.embeddings
+        hidden, pooled = read_embedding(file, variant or 0)
+        return drawn | {
+            "mean": mean,
+            "log_variance": log_variance,
+            "hidden": hidden,
+            "pooled": pooled,
+            "add_time_ids": torch.tensor(example.placement.add_time_ids, dtype=torch.float32),
+        }
 
 
 def make_batch(samples: Sequence[Sample], weights: Sequence[float], size: int) -> Batch:
@@ -135,33 +116,19 @@ def make_batch(samples: Sequence[Sample], weights: Sequence[float], size: int) -
     return Batch(**stacked, weights=torch.tensor([*weights, *[0.0] * padding]))
 
 
-@dataclass(frozen=True)
-class SampleRandomness:
-    """The random numbers of one sample; tensors are fp32 on the CPU."""
-
-    timestep: int
-    """Uniform in 0 .. timesteps - 1."""
-    variant: int | None
-    """Which of the caption's variants; None: the empty caption."""
-    offset: torch.Tensor
-    """[C, 1, 1], standard normal: the direction of the noise offset."""
-    latent_noise: torch.Tensor
-    """[C, h, w], standard normal: samples the VAE's posterior."""
-    noise: torch.Tensor
-    """[C, h, w], standard normal: what is added to the latents."""
-
-
-def sample_randomness(
+def draw(
     seed: int, position: int, latent_shape: tuple[int, int, int], variants: int, caption_dropout: float, timesteps: int
-) -> SampleRandomness:
-    """The random numbers of the sample at `position` (optimizer step x global batch + slot) with latents of `latent_shape`
-    (C, h, w), for a noise schedule of `timesteps`."""
+) -> tuple[int | None, Sample]:
+    """Everything random about the sample at `position` (optimizer step x global batch + slot) with latents of `latent_shape`
+    (C, h, w), for a noise schedule of `timesteps`: which of the caption's `variants` it has (None: the empty caption), and the
+    fields of Batch that are drawn."""
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, position, 0]))
 
     # The order of the draws is part of the result: a new one goes to the end.
     timestep = int(generator.integers(timesteps))
     is_dropped = generator.random() < caption_dropout
     variant = int(generator.integers(variants))
-    shapes = ((latent_shape[0], 1, 1), latent_shape, latent_shape)
-    offset, latent_noise, noise = (torch.from_numpy(generator.standard_normal(shape, dtype=np.float32)) for shape in shapes)
-    return SampleRandomness(timestep, None if is_dropped else variant, offset, latent_noise, noise)
+    sample = {"timesteps": torch.tensor(timestep)}
+    for name, shape in (("offset", (latent_shape[0], 1, 1)), ("latent_noise", latent_shape), ("noise", latent_shape)):
+        sample[name] = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    return None if is_dropped else variant, sample

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,16 +23,16 @@ from tqdm import tqdm
 
 from common.background import in_background, prefetch
 from common.clip_tokens import CHUNK_TOKENS
-from common.errors import DataError, ResourceError
+from common.errors import ModelError, ResourceError
 from common.images import open_rgb
+from common.progress import ProgressBar
 from training.config import DataSettings
 from training.data.buckets import Placement
 from training.data.captions import caption_variants, chunks_needed, encode_captions, text_beyond
 from training.data.dataset import Example
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
-from training.models.loading import load_text_encoders, load_tokenizers, load_vae
 from training.models.sdxl import BaseModel
-from training.models.tensor_files import write_tensors
+from training.models.weights import load_text_encoders, load_tokenizers, load_vae, require_finite_weights, write_tensors
 from training.system.process_group import ProcessGroup
 
 FORMAT = 2
@@ -40,11 +41,18 @@ FORMAT = 2
 TENSORS = {"latents": {"mean", "log_variance"}, "text": {"hidden", "pooled"}}
 """Names of the tensors in a file, by its folder."""
 
+_MAX_SHOWN = 60
+"""Characters of a caption that a message repeats."""
+
 CHECKSUM = "crc32"
 """Name of the checksum in a file's metadata."""
 
 _WRITERS = 2
 """Threads that wait for the disk, and on a GPU for its results."""
+
+
+class NotFiniteError(ModelError):
+    """An encoder of the base model returns NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +65,8 @@ class CachedExample:
     embeddings: Path
     variants: int
     """How many variants of the caption `embeddings` holds."""
-
-
-@dataclass(frozen=True)
-class EncodedData:
-    """Everything that training reads."""
-
-    examples: list[CachedExample]
-    held_out: list[CachedExample]
     empty_caption: Path
-    """Embeddings of the empty caption."""
+    """The embeddings that replace those of the caption where it is dropped."""
 
 
 def read_latents(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,43 +94,10 @@ def _open_entry(path: Path) -> Iterator[safe_open]:
         ) from None
 
 
-@dataclass(frozen=True)
-class Cache:
-    """The paths in OUTPUT_DIR/cache."""
-
-    folder: Path
-
-    def latents_path(self, example: Example, placement: Placement, vae_digest: str) -> Path:
-        """The file for the latents of an image in its bucket."""
-        return self._path("latents", example.sha256 + example.revision, repr(placement), vae_digest)
-
-    def embeddings_path(self, variants: Sequence[str], chunks: int, dtype: torch.dtype, encoders_digest: str) -> Path:
-        """The file for the embeddings of a caption's variants."""
-        return self._path("text", json.dumps(list(variants)), str(chunks), str(dtype), encoders_digest)
-
-    def _path(self, kind: str, *parts: str) -> Path:
-        key = hashlib.sha256("\0".join((str(FORMAT), *parts)).encode()).hexdigest()
-        return self.folder / kind / f"{key}.safetensors"
-
-
-class CacheEntries:
-    """The files that a run needs."""
-
-    def __init__(self, items: Sequence[tuple], group: ProcessGroup, workers: int):
-        """`items`: (file, what is encoded into it ...) for each image or caption; equal ones share a file.
-
-        The processes of a machine share the verification, each with `workers` threads; a damaged file is removed.
-        """
-        by_path = {item[0]: item for item in items}
-        share = group.shard(list(by_path))
-        for path, is_valid in zip(share, prefetch(is_valid_entry, share, workers), strict=True):
-            if not is_valid and path.exists():
-                print(f"{path} is damaged; it is encoded again", flush=True)
-                path.unlink()
-        group.barrier()
-        self.paths: list[Path] = [item[0] for item in items]
-        self.missing = [item for path, item in by_path.items() if not path.is_file()]
-        self.summary = f"{len(self.missing)} encoded, {len(by_path) - len(self.missing)} in the cache"
+def entry(folder: Path, kind: Literal["latents", "text"], *parts: str) -> Path:
+    """The file in the cache `folder` for what depends on these `parts` alone."""
+    key = hashlib.sha256("\0".join((str(FORMAT), *parts)).encode()).hexdigest()
+    return folder / kind / f"{key}.safetensors"
 
 
 def is_valid_entry(path: Path) -> bool:
@@ -170,7 +137,8 @@ class CacheBuilder:
     base: BaseModel
     models_dir: Path
     """Where the tokenizers of a single-file base model are."""
-    cache: Cache
+    folder: Path
+    """The cache."""
     device: torch.device
     dtype: torch.dtype
     """Of the embeddings as they are stored; they are computed in fp32."""
@@ -179,22 +147,10 @@ class CacheBuilder:
     concurrent: bool = False
     """Whether there is memory for all encoders together: captions are then encoded beside the images."""
 
-    @property
-    def uses_tensor_cores(self) -> bool:
-        """Whether a GPU's fp32 products may round their factors to 11 bits (TF32), as torch's convolutions do by default: if
-        embeddings are stored with 8 (bf16) or 11 bits (fp16) anyway. Latents are stored in fp32; their key records it."""
-        return self.dtype != torch.float32
-
     def build(
-        self,
-        trained: Sequence[tuple[Example, Placement]],
-        held_out: Sequence[tuple[Example, Placement]],
-        settings: DataSettings,
-        trigger_word: str,
-        seed: int,
-    ) -> EncodedData:
+        self, images: Sequence[tuple[Example, Placement]], settings: DataSettings, trigger_word: str, seed: int
+    ) -> list[CachedExample]:
         """Encode every image and caption that the cache lacks, and free the encoders. Prints which text is cut from captions."""
-        images = [*trained, *held_out]
         captions = [example.caption for example, _ in images]
         count, shuffle, workers = settings.caption_variants, settings.caption_shuffle, settings.dataloader_num_workers
         variants = [caption_variants(caption, trigger_word, count, shuffle, seed) for caption in captions]
@@ -204,43 +160,70 @@ class CacheBuilder:
             if cut := text_beyond(chunks, example.caption, tokenizers):
                 print(f"{example.name}: its caption is longer than {CHUNK_TOKENS * chunks} tokens; training does not see: {cut}")
 
-        latents, embeddings = self.find_latents(images, workers), self.find_embeddings([*variants, [""]], chunks, workers)
+        latents, embeddings = self.latents_entries(images), self.embeddings_entries([*variants, [""]], chunks)
+        new_latents, images_found = self._missing(latents, workers)
+        new_embeddings, captions_found = self._missing(embeddings, workers)
         self.group.barrier()  # all processes know what is missing before one writes
-        total = len(self.group.shard(latents.missing)) + len(self.group.shard(embeddings.missing))
-        with tqdm(total=total, desc="encode", disable=None) as bar, _tensor_cores(enabled=self.uses_tensor_cores):
-            encode_texts = partial(self._encode_captions, embeddings.missing, chunks, workers, bar)
+        shares = self.group.shard(new_latents), self.group.shard(new_embeddings)
+        with (
+            ProgressBar(sum(map(len, shares)), "encode", "images and captions") as bar,
+            _tensor_cores(enabled=self.uses_tensor_cores),
+        ):
+            encode_texts = partial(self._encode_captions, shares[1], tokenizers, chunks, workers, bar)
             with in_background(encode_texts, start=self.concurrent) as texts_encoded:
-                self._encode_images(latents.missing, workers, bar)
+                self._encode_images(shares[0], workers, bar)
                 self._free_memory()
                 texts_encoded.result()
             self._free_memory()
         self.group.barrier()
-        print(f"images: {latents.summary}; captions: {embeddings.summary}, {chunks} x {CHUNK_TOKENS} tokens", flush=True)
+        print(f"images: {images_found}; captions: {captions_found}, {chunks} x {CHUNK_TOKENS} tokens", flush=True)
 
-        *embedding_paths, empty_caption = embeddings.paths
-        cached = [
-            CachedExample(example.name, placement, latents_path, embedding_path, len(texts))
-            for (example, placement), latents_path, embedding_path, texts in zip(
-                images, latents.paths, embedding_paths, variants, strict=True
-            )
+        *caption_paths, empty_caption = (path for path, _ in embeddings)
+        return [
+            CachedExample(example.name, placement, path, caption_path, len(texts), empty_caption)
+            for (path, example, placement), caption_path, texts in zip(latents, caption_paths, variants, strict=True)
         ]
-        return EncodedData(cached[: len(trained)], cached[len(trained) :], empty_caption)
 
-    def find_latents(self, images: Sequence[tuple[Example, Placement]], workers: int) -> CacheEntries:
-        """The entry of each image."""
-        digest = base_digest(self.base, self.cache.folder, "vae") + (" by tensor cores" if self.uses_tensor_cores else "")
-        return CacheEntries([(self.cache.latents_path(*image, digest), *image) for image in images], self.group, workers)
+    def _missing(self, entries: Sequence[tuple], workers: int) -> tuple[list[tuple], str]:
+        """Those of the entries (file, what is encoded into it ...) that have to be encoded, one for each file; and how many those
+        are, for the log.
 
-    def find_embeddings(self, captions: Sequence[list[str]], chunks: int, workers: int) -> CacheEntries:
-        """The entry of each caption; a caption is a list of variants."""
-        digest = "".join(base_digest(self.base, self.cache.folder, name) for name in ("text_encoder", "text_encoder_2"))
+        The processes of a machine share the verification, each with `workers` threads; a damaged file is removed.
+        """
+        by_path = {entry[0]: entry for entry in entries}
+        share = self.group.shard(list(by_path))
+        for path, is_valid in zip(share, prefetch(is_valid_entry, share, workers), strict=True):
+            if not is_valid and path.exists():
+                print(f"{path} is damaged; it is encoded again", flush=True)
+                path.unlink()
+        self.group.barrier()
+        missing = [entry for path, entry in by_path.items() if not path.is_file()]
+        return missing, f"{len(missing)} encoded, {len(by_path) - len(missing)} in the cache"
+
+    def latents_entries(self, images: Sequence[tuple[Example, Placement]]) -> list[tuple[Path, Example, Placement]]:
+        """The file of each image, with the image."""
+        digest = base_digest(self.base, self.folder, "vae") + (" by tensor cores" if self.uses_tensor_cores else "")
+        return [
+            (entry(self.folder, "latents", example.sha256 + example.revision, repr(place), digest), example, place)
+            for example, place in images
+        ]
+
+    def embeddings_entries(self, captions: Sequence[list[str]], chunks: int) -> list[tuple[Path, list[str]]]:
+        """The file of each caption, a list of variants, with the caption."""
+        digest = "".join(base_digest(self.base, self.folder, name) for name in ("text_encoder", "text_encoder_2"))
         digest += tokenizers_digest(find_or_download_tokenizers(self.base, self.models_dir))
-        items = [(self.cache.embeddings_path(texts, chunks, self.dtype, digest), texts) for texts in captions]
-        return CacheEntries(items, self.group, workers)
+        rest = str(chunks), str(self.dtype), digest
+        return [(entry(self.folder, "text", json.dumps(texts), *rest), texts) for texts in captions]
 
-    def _encode_images(self, missing: Sequence[tuple], workers: int, bar: tqdm) -> None:
+    @property
+    def uses_tensor_cores(self) -> bool:
+        """Whether a GPU's fp32 products may round their factors to 11 bits (TF32), as torch's convolutions do by default: if
+        embeddings are stored with 8 (bf16) or 11 bits (fp16) anyway. Latents are stored in fp32; their key records it."""
+        return self.dtype != torch.float32
+
+    def _encode_images(self, share: Sequence[tuple[Path, Example, Placement]], workers: int, bar: tqdm) -> None:
         """Write this process's share of the missing latents."""
-        if not (share := self.group.shard(missing)):
+        if not share:
             return
         vae = load_vae(self.base, self.device)
 
@@ -249,16 +232,30 @@ class CacheBuilder:
                 distribution = vae.encode(pixels.to(self.device)).latent_dist
             return distribution.mean, distribution.logvar
 
-        for _ in write_latents(share, posterior, workers):
-            bar.update()
+        with self._blaming_weights("vae"):
+            for _ in write_latents(share, posterior, workers):
+                bar.update()
 
-    def _encode_captions(self, missing: Sequence[tuple], chunks: int, workers: int, bar: tqdm) -> None:
+    def _encode_captions(
+        self, share: Sequence[tuple[Path, list[str]]], tokenizers: tuple, chunks: int, workers: int, bar: tqdm
+    ) -> None:
         """Write this process's share of the missing embeddings."""
-        if not (share := self.group.shard(missing)):
+        if not share:
             return
-        encoders = load_text_encoders(self.base, self.models_dir, self.device, torch.float32)
-        for _ in write_embeddings(share, lambda texts: encode_captions(texts, encoders, chunks), self.dtype, workers):
-            bar.update()
+        encoders = load_text_encoders(self.base, self.device, torch.float32)
+        encode = partial(encode_captions, tokenizers=tokenizers, encoders=encoders, chunks=chunks)
+        with self._blaming_weights("text_encoder", "text_encoder_2"):
+            for _ in write_embeddings(share, encode, self.dtype, workers):
+                bar.update()
+
+    @contextlib.contextmanager
+    def _blaming_weights(self, *names: str) -> Iterator[None]:
+        """If an encoder returns NaN or infinity, name the weight that holds it; the encoder's own error stays if all are finite."""
+        try:
+            yield
+        except NotFiniteError:
+            require_finite_weights(self.base, names, torch.float32)  # they compute in fp32
+            raise
 
     def _free_memory(self) -> None:
         """Return the memory of encoders that are not referenced any more."""
@@ -275,8 +272,8 @@ def write_latents(
     """Encode each of the `missing` images (file, example, placement) and yield its file when it is written.
 
     `encode` takes pixels [1, 3, H, W] in -1 .. 1 (fp32, CPU) and returns mean and log-variance [1, C, h, w] of the VAE's
-    posterior. `workers` threads decode images ahead of it; up to two write its results. Raises DataError naming an image whose
-    latents are not finite.
+    posterior. `workers` threads decode images ahead of it; up to two write its results. Raises NotFiniteError naming an image
+    whose latents are not finite; nothing is written for it.
     """
     pixels = prefetch(lambda item: image_pixels(item[1], item[2]), missing, workers)
     encoded = ((path, example, *encode(image[None])) for (path, example, _), image in zip(missing, pixels, strict=True))
@@ -285,7 +282,7 @@ def write_latents(
         path, example, *posterior = item
         mean, log_variance = (tensor[0].to("cpu", torch.float32).contiguous() for tensor in posterior)
         if not (mean.isfinite().all() and log_variance.isfinite().all()):
-            raise DataError(f"{example.name}: the VAE returns NaN or infinity for this image; remove it, or use another VAE")
+            raise NotFiniteError(f"{example.name}: the VAE returns NaN or infinity for this image; use another base model")
         write_entry(path, {"mean": mean, "log_variance": log_variance})
         return path
 
@@ -301,13 +298,19 @@ def write_embeddings(
     """Encode the variants of each of the `missing` captions (file, variants) and yield its file when it is written.
 
     `encode` returns hidden states [variants, tokens, D] and pooled embeddings [variants, P]; they are stored as `dtype`. Up to
-    two of `workers` threads write them.
+    two of `workers` threads write them. Raises NotFiniteError naming a caption whose embeddings are not finite, or not in
+    `dtype`; nothing is written for it.
     """
-    encoded = ((path, *encode(variants)) for path, variants in missing)
+    encoded = ((path, variants, *encode(variants)) for path, variants in missing)
 
-    def write(item: tuple[Path, torch.Tensor, torch.Tensor]) -> Path:
-        path, hidden, pooled = item
+    def write(item: tuple[Path, Sequence[str], torch.Tensor, torch.Tensor]) -> Path:
+        path, variants, hidden, pooled = item
         tensors = {"hidden": hidden.to("cpu", dtype).contiguous(), "pooled": pooled.to("cpu", dtype).contiguous()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            caption = repr(variants[0][:_MAX_SHOWN])
+            if hidden.isfinite().all() and pooled.isfinite().all():
+                raise NotFiniteError(f"the embeddings of the caption {caption} are too large for fp16: set MIXED_PRECISION=bf16")
+            raise NotFiniteError(f"the text encoders return NaN or infinity for the caption {caption}; use another base model")
         write_entry(path, tensors)
         return path
 

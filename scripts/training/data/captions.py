@@ -11,9 +11,7 @@ from common.captions import is_prose, leads_with_trigger
 from common.clip_tokens import CHUNK_TOKENS
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
-
-    from training.models.loading import TextEncoders
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 def caption_variants(caption: str, trigger: str, count: int, shuffle: bool, seed: int) -> list[str]:
@@ -88,14 +86,19 @@ def split_into_chunks(tokens: list[int], tokenizer: "CLIPTokenizer", chunks: int
 
 
 @torch.no_grad()
-def encode_captions(texts: list[str], text_encoders: "TextEncoders", chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_captions(
+    texts: list[str],
+    tokenizers: "tuple[CLIPTokenizer, CLIPTokenizer]",
+    encoders: "tuple[CLIPTextModel, CLIPTextModelWithProjection]",
+    chunks: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode the texts as one batch.
 
     Returns the hidden states before the last layer of both encoders side by side, [texts, 77 * chunks, 2048], and the
     second encoder's projection of the first chunk, [texts, 1280]: float32, on the encoders' device.
     """
     hidden = []
-    for tokenizer, encoder in zip(text_encoders.tokenizers, text_encoders.encoders, strict=True):
+    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
         tokens = torch.cat([split_into_chunks(token_ids(text, tokenizer), tokenizer, chunks) for text in texts])
         output = encoder(tokens.to(encoder.device), output_hidden_states=True)
         hidden.append(output.hidden_states[-2].unflatten(0, (len(texts), chunks)).flatten(1, 2).float())

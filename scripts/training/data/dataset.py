@@ -19,11 +19,12 @@ from common.dataset_layout import (
     name_in,
     unused_entries,
 )
-from common.errors import DataError, abbreviated, bullet_list
+from common.errors import DataError, SomeItemsFailed, abbreviated, bullet_list
 from common.files import sha256_of
 from common.images import BrokenImageError, read_image
 from common.output_layout import OutputLayout
 from common.project import ProjectSettings
+from common.settings import pipeline_command
 from training.config import DataSettings, TrainSettings
 from training.models.base_model import compute_digests, find_base
 from training.models.sdxl import BaseModel
@@ -53,29 +54,28 @@ class Example:
     """See `DecodedImage.revision`."""
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Verified, except for the values of the weights."""
-
-    base: BaseModel
-    examples: list[Example]
+Inputs = tuple[BaseModel, list[Example], int]
+"""The base model, the examples, and how many images cannot be trained on."""
 
 
 def read_inputs(project: ProjectSettings, settings: TrainSettings) -> Inputs:
-    """Read headers and hash weights, decode images and read captions. Raises ModelError, or DataError with everything that
-    is wrong with the data."""
+    """Read headers and hash weights, decode images and read captions. The values of the weights are not verified. Raises
+    ModelError, or DataError with everything that is wrong with the data."""
     base = find_base(settings.model.base_model, project.models_dir)
     compute_digests(base, OutputLayout(project.output_dir, project.trigger_word).cache)
-    return Inputs(base, read_images(project, settings.data))
+    return base, *read_images(project, settings.data)
 
 
-def read_images(project: ProjectSettings, settings: DataSettings) -> list[Example]:
-    """The examples of the data set. Prints what is skipped or ignored, and what is probably a mistake."""
+def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[Example], int]:
+    """The examples of the data set, and how many of its images cannot be trained on. Prints what is left out or ignored, and
+    what is probably a mistake."""
     dataset = DatasetFolder(project.dataset_dir)
     flagged = flagged_images(dataset, settings.resolution) if settings.skip_flagged else {}
     if flagged:
-        print(f"skipping flagged images: {', '.join(f'{name} ({flaws})' for name, flaws in flagged.items())}")
-    examples = read_examples(dataset.images, settings.dataloader_num_workers, flagged)
+        print(f"skipping flagged images: {abbreviated([f'{name} ({flaws})' for name, flaws in flagged.items()])}")
+    examples, problems = read_examples(dataset.images, settings.dataloader_num_workers, flagged)
+    if problems:
+        print(bullet_list(f"{dataset.images}: {len(problems)} images cannot be trained on and are left out:", problems), flush=True)
 
     folders = sorted({str(example.path.parent) for example in examples if example.repeats > MANY_REPEATS})
     if folders:
@@ -88,7 +88,13 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> list[Exampl
     unused = unused_entries(dataset.images)
     if ignored := [f"{name} ({unused[name]})" for name in unused] + other_entries(dataset.images, unused):
         print(f"ignored, because neither image, caption of an image, nor N_name folder: {abbreviated(ignored)}")
-    return examples
+    return examples, len(problems)
+
+
+def require_all_images(left_out: int) -> None:
+    """At the end of a run or check: raises SomeItemsFailed if images could not be trained on."""
+    if left_out:
+        raise SomeItemsFailed(f"{left_out} images cannot be trained on and are left out; they are listed above")
 
 
 def flagged_images(dataset: DatasetFolder, resolution: int) -> dict[str, str]:
@@ -110,10 +116,11 @@ def flagged_images(dataset: DatasetFolder, resolution: int) -> dict[str, str]:
     return {name: flaws[name] for name in names if name in flaws and digests[name] in ("", sha256_of(names[name]))}
 
 
-def read_examples(folder: Path, workers: int, skipped: Collection[str] = ()) -> list[Example]:
-    """All images of `folder` and its `N_name` folders, except those whose names are in `skipped`, with their captions.
+def read_examples(folder: Path, workers: int, skipped: Collection[str] = ()) -> tuple[list[Example], list[str]]:
+    """All images of `folder` and its `N_name` folders, except those whose names are in `skipped`, with their captions; and for
+    each that cannot be trained on a line that says why.
 
-    Each image is decoded once, by `workers` threads. Raises DataError with everything that is wrong with any of them.
+    Each image is decoded once, by `workers` threads. Raises DataError if images have no caption yet, or none can be trained on.
     """
     found = find_images(folder)
     images = [image for image in found if name_in(folder, image.path) not in skipped]
@@ -122,42 +129,45 @@ def read_examples(folder: Path, workers: int, skipped: Collection[str] = ()) -> 
     if not images:
         remedy = "put them there or run the collect stage, then the caption stage"
         raise DataError(describe_missing_images(folder, remedy))
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        results = list(pool.map(lambda image: _read(image, folder), images))
-    problems = [problem for _, problems in results for problem in problems]
     owners = caption_owners(images)
-    for image in images:
-        owner = owners[image.caption_path]
-        if owner != image:
-            name, owner_name = name_in(folder, image.path), name_in(folder, owner.path)
-            problems.append(f"{name}: would share its caption with {owner_name}; rename one of the two")
-    if problems:
-        unusable = sum(example is None for example, _ in results)
-        raise DataError(bullet_list(f"{folder}: {unusable} of the {len(images)} images cannot be trained on:", problems))
-    return [example for example, _ in results]
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        results = list(pool.map(lambda image: _read(image, folder, owners[image.caption_path]), images))
+    if uncaptioned := [name_in(folder, image.path) for image, result in zip(images, results, strict=True) if result is None]:
+        command = pipeline_command("--caption", "--train")
+        which = f"{len(uncaptioned)} of the {len(images)} images have no caption ({abbreviated(uncaptioned)})"
+        raise DataError(f"{folder}: {which}; caption them and train with: {command}")
+    examples, problems = ([each for each in results if isinstance(each, kind)] for kind in (Example, str))
+    if not examples:
+        raise DataError(bullet_list(f"{folder}: none of the {len(images)} images can be trained on:", problems))
+    return examples, problems
 
 
-def _read(image: ImageFile, folder: Path) -> tuple[Example | None, list[str]]:
-    """The example, or None and what is wrong with it."""
+def _read(image: ImageFile, folder: Path, owner: ImageFile) -> Example | str | None:
+    """The example, or a line with everything that is wrong with it; None if it has no caption yet. `owner` is the image to which
+    its caption belongs."""
     name = name_in(folder, image.path)
-    problems, caption = [], ""
+    problems, is_uncaptioned, caption = [], False, ""
+    if owner != image:
+        problems.append(f"would share its caption with {name_in(folder, owner.path)}; rename one of the two")
     try:
         caption = in_one_line(read_caption(image.caption_to_read, dataset=folder.parent))
     except FileNotFoundError:
-        problems.append(f"{name}: has no caption {image.caption_path.name}; run the caption stage")
+        is_uncaptioned = True
     except UnusableCaptionError as error:
-        problems.append(f"{name}: its caption {image.caption_to_read.name} {error}")
+        problems.append(f"its caption {image.caption_to_read.name} {error}")
     try:
         decoded = read_image(image.path)
         width, height = decoded.rgb.size
         if min(width, height) < MIN_SIDE_PX:
-            problems.append(f"{name}: {width}x{height} is too small; the shorter side must have at least {MIN_SIDE_PX} px")
+            problems.append(f"{width}x{height} is too small; the shorter side must have at least {MIN_SIDE_PX} px")
     except BrokenImageError as error:
-        problems.append(f"{name}: {error}; replace or remove it")
+        problems.append(f"{error}; replace or remove it")
     if problems:
-        return None, problems
+        return f"{name}: {'; '.join(problems)}"
+    if is_uncaptioned:
+        return None
     sha256 = sha256_of(image.path)
-    return Example(image.path, name, caption, width, height, image.repeats, sha256, decoded.revision), []
+    return Example(image.path, name, caption, width, height, image.repeats, sha256, decoded.revision)
 
 
 def other_entries(folder: Path, unused: Collection[str]) -> list[str]:

@@ -7,11 +7,8 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from training.config import LoraSettings, unsupported_by_fast_engine
-from training.engine.step import TrainStep, enable_gradient_checkpointing
+from training.engine.step import recomputed
 from training.method.adapters import Adapter
-from training.method.diffusion import LossConfig
-from training.method.optimizers import Optimizer
-from training.system.device import Precision
 
 EngineName = Literal["fast", "plain"]
 
@@ -32,32 +29,21 @@ def warm_up(name: EngineName, device: torch.device, dtype: torch.dtype) -> None:
         warm_up_libraries(device, dtype)
 
 
-def build_engine(
-    name: EngineName,
-    unet: UNet2DConditionModel,
-    adapter: Adapter,
-    optimizer: Optimizer,
-    config: LossConfig,
-    precision: Precision,
-    max_grad_norm: float,
-    all_reduce: Callable[[torch.Tensor], None] | None = None,
-    *,
-    gradient_checkpointing: bool = False,
-    captures: bool = True,
-) -> TrainStep:
-    """The engine `name` that trains `adapter` in `unet`; the forwards of `unet` may be replaced."""
-    sync = lambda: None  # noqa: E731
-    if name == "fast":
-        from training.engine.fast.lora_linear import fuse
-        from training.engine.fast.unet import fast_ops, install_fast_forwards
+def prepare_unet(
+    name: EngineName, unet: UNet2DConditionModel, adapter: Adapter, device: torch.device, *, gradient_checkpointing: bool = False
+) -> Callable[[], None]:
+    """Make `unet` compute by the engine `name`: the fast one replaces its forwards.
 
-        fused = fuse(adapter)
-        install_fast_forwards(unet, fused, fast_ops(precision.device))
-        sync = fused.sync_compute_weights
-    else:
-        unet.to(memory_format=torch.channels_last)
+    Returns what TrainStep calls as `sync_compute_weights`.
+    """
+    unet.to(memory_format=torch.channels_last)
     if gradient_checkpointing:
-        enable_gradient_checkpointing(unet)
-    return TrainStep(
-        unet, adapter, optimizer, config, precision, max_grad_norm, all_reduce, sync_compute_weights=sync, captures=captures
-    )
+        unet.enable_gradient_checkpointing(recomputed)
+    if name == "plain":
+        return lambda: None
+    from training.engine.fast.lora_linear import fuse
+    from training.engine.fast.unet import install_fast_forwards
+
+    groups, sync_compute_weights = fuse(adapter)
+    install_fast_forwards(unet, groups)
+    return sync_compute_weights

@@ -14,7 +14,7 @@ from peft.tuners.lora import Linear as LoraLinear
 
 from common.errors import ModelError
 from training.config import LoraSettings
-from training.models.loading import shapes_only
+from training.models.weights import shapes_only
 
 ADAPTER = "default"
 """PEFT's name of the only adapter."""

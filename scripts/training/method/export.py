@@ -7,10 +7,7 @@ import csv
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -19,9 +16,8 @@ from safetensors.torch import save
 
 from common.errors import ModelError, bullet_list
 from common.files import atomic_write
-from common.settings import VERSION
 from training.method.adapters import LoraModule, row_norms
-from training.models.tensor_files import write_into
+from training.models.weights import write_into
 
 COMFYUI_MODULES = Path(__file__).with_name("comfyui_sdxl_modules.csv")
 """The module names that ComfyUI loads for SDXL, with the sizes of the layers; demo/comfyui_modules.py derives them."""
@@ -30,35 +26,17 @@ _BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d)\.attentions\.([0-2])\.(.+)")
 _MID_BLOCK = "mid_block.attentions.0."
 
 
-@dataclass(frozen=True)
-class Description:
-    """What the metadata of the file is made of."""
+def write_lora(path: Path, modules: Sequence[LoraModule], alpha: float, metadata: dict[str, str]) -> None:
+    """Write the LoRA to `path` with `metadata` in its header, and verify it. Raises ModelError, and leaves no file, if the
+    verification fails.
 
-    name: str
-    trigger_word: str
-    rank: int
-    alpha: float
-    base_name: str
-    prediction_type: str
-    resolution: int
-    captions: Sequence[str]
-    images: int
-    epochs: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    optimizer: str
-    seed: int
-    fingerprint: str
-    """Of everything that decides the result: runs with the same fingerprint give the same LoRA."""
-
-
-def write_lora(path: Path, modules: Sequence[LoraModule], about: Description) -> None:
-    """Write the LoRA to `path` and verify it. Raises ModelError, and leaves no file, if the verification fails."""
-    tensors = kohya_tensors(modules, about.alpha)
+    Model managers recognise a file by the SHA-256 of what follows its header, which is added to the metadata.
+    """
+    tensors = kohya_tensors(modules, alpha)
     content = save(tensors)
     header_bytes = int.from_bytes(content[:8], "little")
-    metadata = _metadata(about, data_hash=hashlib.sha256(memoryview(content)[8 + header_bytes :]).hexdigest())
+    data_hash = hashlib.sha256(memoryview(content)[8 + header_bytes :]).hexdigest()
+    metadata = metadata | {"sshs_model_hash": data_hash, "modelspec.hash_sha256": f"0x{data_hash}"}
     if any(name.endswith(".dora_scale") for name in tensors):
         metadata["ss_network_args"] = json.dumps({"dora_wd": "True"})
     with atomic_write(path) as temporary:
@@ -142,48 +120,3 @@ def comfyui_modules() -> set[str]:
     """The names of the modules that ComfyUI loads for SDXL."""
     with COMFYUI_MODULES.open(encoding="utf-8", newline="") as file:
         return {row["kohya_module"] for row in csv.DictReader(file)}
-
-
-def _metadata(about: Description, data_hash: str) -> dict[str, str]:
-    """Header entries that A1111, Forge, ComfyUI and model managers read, all of them strings; no paths.
-
-    `data_hash`: SHA-256 of the file without its header, by which model managers recognise it.
-    """
-    now = datetime.now(UTC)
-    tags = Counter(tag for caption in about.captions for tag in (part.strip() for part in caption.split(",")) if tag)
-    size = f"{about.resolution}x{about.resolution}"
-    is_v = about.prediction_type == "v_prediction"
-    return {
-        "ss_base_model_version": "sdxl_base_v1-0",
-        "ss_v2": "False",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(about.rank),
-        "ss_network_alpha": str(about.alpha),
-        "ss_network_args": "{}",
-        "ss_output_name": about.name,
-        "ss_sd_model_name": about.base_name,
-        "ss_resolution": f"({about.resolution}, {about.resolution})",
-        "ss_num_train_images": str(about.images),
-        "ss_num_epochs": str(about.epochs),
-        "ss_steps": str(about.steps),
-        "ss_batch_size_per_device": str(about.batch_size),
-        "ss_learning_rate": str(about.learning_rate),
-        "ss_unet_lr": str(about.learning_rate),
-        "ss_optimizer": about.optimizer,
-        "ss_seed": str(about.seed),
-        "ss_tag_frequency": json.dumps({"dataset": dict(tags.most_common())}, ensure_ascii=False),
-        "ss_training_finished_at": str(now.timestamp()),
-        "sshs_model_hash": data_hash,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": about.name,
-        "modelspec.resolution": size,
-        "modelspec.date": now.isoformat(timespec="seconds"),
-        "modelspec.prediction_type": "v" if is_v else "epsilon",
-        "modelspec.trigger_phrase": about.trigger_word,
-        "modelspec.hash_sha256": f"0x{data_hash}",
-        "loracat_version": VERSION,
-        "loracat_fingerprint": about.fingerprint,
-        **({"ss_v_parameterization": "True"} if is_v else {}),
-    }

@@ -168,11 +168,6 @@ def require_usable(name: str, device: torch.device) -> None:
         raise SettingsError(f"OPTIMIZER={name} needs an NVIDIA GPU; set OPTIMIZER=adamw")
 
 
-def warmup_steps(share: float, total_steps: int) -> int:
-    """Number of optimizer steps over which the rate rises: the `share` of all, rounded up."""
-    return math.ceil(share * total_steps)
-
-
 def learning_rate_at(
     step: int, total_steps: int, peak: float, scheduler: Literal["constant", "linear", "cosine"], warmup_steps: int
 ) -> float:

@@ -3,13 +3,12 @@
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 
 from common.clip_tokens import TOKENIZERS, find_tokenizers_in
 from common.errors import ModelError
 from common.files import read_cached_json, sha256_of, write_cached_json
-from common.hub import HubError, download, download_command, file_size_bytes
+from common.hub import HubError, download, download_command, file_size_bytes, repository_id
 from training.models.diffusers_folder import read_folder
 from training.models.sdxl import BaseModel, Component
 from training.models.single_file import read_file
@@ -41,18 +40,21 @@ _TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "toke
 def find_base(base_model: str, models_dir: Path) -> BaseModel:
     """The base model of that name in `models_dir`, or at that path: a diffusers folder or a `.safetensors` file.
 
+    `owner/name`, a repository on huggingface.co, is looked for as `owner/name` and as `name` in `models_dir`.
     Raises ModelError with everything that is wrong with it.
     """
     name = base_model.strip()
     candidates = [models_dir / name, models_dir / f"{name}.safetensors", Path(os.path.expanduser(name))] if name else []
+    repository = None if name.endswith(".safetensors") else repository_id(name)
+    if repository:  # where the command below downloads it to, and below its owner's name
+        candidates += [models_dir / repository, models_dir / repository.split("/")[1]]
     path = next((path for path in candidates if path.exists()), None)
     if path is None:
-        is_repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII) and not name.endswith(".safetensors")
-        repository, patterns = (name, _ANY_FILES) if is_repository and name != SDXL else (SDXL, _SDXL_FILES)
-        command = download_command(repository, models_dir / repository.split("/")[1], patterns=patterns)
+        patterns = _SDXL_FILES if repository in (None, SDXL) else _ANY_FILES
+        command = download_command(repository or SDXL, models_dir / (repository or SDXL).split("/")[1], patterns=patterns)
         raise ModelError(
             f"base model {name!r} is neither in {models_dir} nor a path. Set BASE_MODEL to a diffusers folder or a .safetensors "
-            f"file, or download one:\n  {command}"
+            f"file, or download one and run again:\n  {command}"
         )
     try:
         return read_folder(path) if path.is_dir() else read_file(path)

@@ -56,6 +56,8 @@ REQUIRED_WEIGHTS = {
 """Weights without which a file does not hold the component, and their names in a single file: a check of the headers alone.
 All weights are compared with the network when it is built."""
 
+LABELS = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder CLIP-L", "text_encoder_2": "text encoder CLIP-G"}
+
 OTHER_INPUT_CHANNELS = {8: "an instruct-pix2pix model", 9: "an inpainting model"}
 """SDXL's UNet has 4."""
 
@@ -94,19 +96,41 @@ class Component:
         prefix = PREFIXES[self.name] if self.in_single_file else ""
         return {key: tensor for file in self.files for key, tensor in file.tensors.items() if key.startswith(prefix)}
 
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return LABELS[self.name]
+
+    def file_of(self, tensor: str) -> Path:
+        """The file that holds one of `tensors`; of several with that name the last, as in `tensors`."""
+        return next(file.path for file in reversed(self.files) if tensor in file.tensors)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the weights, the key of everything that is computed from them. Reads all of them, once."""
         return digest((file, [key for key in file.tensors if key in self.tensors]) for file in self.files)
 
+    @cached_property
+    def has_original_names(self) -> bool:
+        """Whether the weights have the names of the original layout. In a single file, the VAE and the text encoders may also have
+        diffusers' and transformers' names."""
+        named = REQUIRED_WEIGHTS[self.name].items()
+        return self.in_single_file and any(PREFIXES[self.name] + old in self.tensors for new, old in named if new != old)
+
+    def required_tensor(self, weight: str, original: str) -> StoredTensor | None:
+        """One of REQUIRED_WEIGHTS, under any of the names that it has in files; None if it is missing."""
+        # CLIPTextModel lost its `text_model.` in transformers 5.6.
+        spellings = [weight, weight.removeprefix("text_model.")]
+        if self.in_single_file:
+            prefix = PREFIXES[self.name]
+            others = [] if self.name == "unet" else [prefix + spelling for spelling in spellings]
+            spellings = [prefix + original, *others]
+        return next((self.tensors[spelling] for spelling in spellings if spelling in self.tensors), None)
+
     def problems(self) -> list[str]:
         """What the headers of the files show to be wrong."""
         for weight, original in REQUIRED_WEIGHTS[self.name].items():
-            if self.in_single_file:  # text_projection also occurs under its name in transformers
-                spellings = {PREFIXES[self.name] + original, PREFIXES[self.name] + weight}
-            else:  # CLIPTextModel lost its `text_model.` in transformers 5.6
-                spellings = {weight, weight.removeprefix("text_model.")}
-            if spellings.isdisjoint(self.tensors):
+            if self.required_tensor(weight, original) is None:
                 return [f"{self.name}: its weights lack {weight}"]
         unknown = {tensor.dtype for tensor in self.tensors.values()} - {*FLOAT_BYTES, "I64", "I32"}
         if unknown:

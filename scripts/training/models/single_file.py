@@ -12,7 +12,7 @@ from typing import Any
 
 from common.errors import ModelError, bullet_list
 from common.weights import WeightsFile, read_header
-from training.models.sdxl import OTHER_INPUT_CHANNELS, PREFIXES, REQUIRED_WEIGHTS, BaseModel, Component, Schedule
+from training.models.sdxl import LABELS, OTHER_INPUT_CHANNELS, PREFIXES, REQUIRED_WEIGHTS, BaseModel, Component, Schedule
 
 HEAD_CHANNELS = 64
 
@@ -36,8 +36,6 @@ _SINGLE_COMPONENTS = (
 )
 """Names of tensors in a file that holds one network without the prefixes of a whole checkpoint."""
 
-_LABELS = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder CLIP-L", "text_encoder_2": "text encoder CLIP-G"}
-
 _DEPTHS = {"input_blocks.4.1": 2, "input_blocks.7.1": 10, "middle_block.1": 10}
 """Transformer blocks in some of the UNet's attention modules."""
 
@@ -48,7 +46,7 @@ def read_file(path: Path) -> BaseModel:
     if other := _other_model(file):
         raise ModelError(f"{path}: {other}")
     components = [Component(name, {}, (file,), in_single_file=True) for name in PREFIXES]
-    if problems := [problem for component in components for problem in component.problems()]:
+    if problems := [problem for component in components for problem in component.problems() or _wrong_shapes(component)]:
         raise ModelError(bullet_list(f"{path}: this base model cannot be used:", problems))
     if variant := _variant_of_sdxl(file):
         raise ModelError(f"{path}: {variant}; LoRACat trains on SDXL base models")
@@ -61,6 +59,16 @@ def infer_configs(file: WeightsFile) -> dict[str, dict[str, Any]]:
     clip_l, clip_g = _clip_config(file, "text_encoder", "quick_gelu"), _clip_config(file, "text_encoder_2", "gelu")
     unet = _unet_config(file, pooled=clip_g["projection_dim"])
     return {"unet": unet, "vae": _vae_config(file), "text_encoder": clip_l, "text_encoder_2": clip_g}
+
+
+def _wrong_shapes(component: Component) -> list[str]:
+    """Problems with the shapes from which the configuration is inferred: true ones have these numbers of sizes, none of them 0."""
+    for weight, original in REQUIRED_WEIGHTS[component.name].items():
+        shape = component.required_tensor(weight, original).shape
+        dimensions = 4 if "conv" in weight or "out_layers" in original else 2
+        if len(shape) < 2 or len(shape) > dimensions or 0 in shape:
+            return [f"{component.name}: {weight} has the shape {list(shape)}, which is not that of an SDXL model"]
+    return []
 
 
 def _other_model(file: WeightsFile) -> str | None:
@@ -76,8 +84,8 @@ def _other_model(file: WeightsFile) -> str | None:
             if any(re.search(pattern, key) for key in file.tensors):
                 return f"holds only {component}; use the whole checkpoint"
         return "holds no component of an SDXL model"
-    present = ", ".join(label for name, label in _LABELS.items() if name not in missing)
-    absent = ", ".join(_LABELS[name] for name in missing)
+    present = ", ".join(label for name, label in LABELS.items() if name not in missing)
+    absent = ", ".join(LABELS[name] for name in missing)
     return f"holds only {present}, and no {absent}; use the whole checkpoint"
 
 
@@ -142,13 +150,14 @@ def _vae_config(file: WeightsFile) -> dict[str, Any]:
 def _clip_config(file: WeightsFile, name: str, activation: str) -> dict[str, Any]:
     shapes = _shapes(file, name)
     first_layer = "text_model.encoder.layers.0.mlp.fc1.weight"
+    spellings = (REQUIRED_WEIGHTS[name][first_layer], first_layer, first_layer.removeprefix("text_model."))
     vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": shapes[first_layer][0],
         "projection_dim": shapes.get("text_projection.weight", (width,))[0],
-        "num_hidden_layers": _count_layers(file, PREFIXES[name] + REQUIRED_WEIGHTS[name][first_layer].replace(".0.", ".{}.")),
+        "num_hidden_layers": max(_count_layers(file, PREFIXES[name] + spelling.replace(".0.", ".{}.")) for spelling in spellings),
         "num_attention_heads": max(1, width // HEAD_CHANNELS),
         "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
         "hidden_act": activation,
@@ -160,13 +169,11 @@ def _clip_config(file: WeightsFile, name: str, activation: str) -> dict[str, Any
 
 def _shapes(file: WeightsFile, name: str) -> dict[str, tuple[int, ...]]:
     """Shapes of the required weights of the component, as diffusers and transformers name and store them."""
-    prefix = PREFIXES[name]
-    stored = {weight: file.tensors.get(prefix + original) for weight, original in REQUIRED_WEIGHTS[name].items()}
+    component = Component(name, {}, (file,), in_single_file=True)
+    stored = {weight: component.required_tensor(weight, original) for weight, original in REQUIRED_WEIGHTS[name].items()}
     shapes = {weight: tensor.shape for weight, tensor in stored.items() if tensor}
-    if "text_projection.weight" in shapes:
-        shapes["text_projection.weight"] = shapes["text_projection.weight"][::-1]  # OpenCLIP multiplies from the other side
-    elif untransposed := file.tensors.get(f"{prefix}text_projection.weight"):
-        shapes["text_projection.weight"] = untransposed.shape
+    if f"{PREFIXES[name]}text_projection" in component.tensors:  # OpenCLIP multiplies from the other side
+        shapes["text_projection.weight"] = shapes["text_projection.weight"][::-1]
     return shapes
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from common.errors import MemoryShort, ResourceError, Stopped
-from training.system.launcher import RankInfo
+from training.system.processes import RankInfo
 
 Value, Item = TypeVar("Value"), TypeVar("Item")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training.data.batches import Batch, BatchReader, sample_randomness
+from training.data.batches import Batch, BatchReader, draw
 from training.data.buckets import assign_bucket, run_order
 from training.data.cache import CachedExample
 
@@ -31,13 +31,12 @@ def reader_of(tmp_path):
             "pooled": torch.randn(variants, 3, generator=generator),
         }
         save_file(text, tmp_path / f"{index}.text")
-        examples.append(
-            CachedExample(f"{index}.png", placement, tmp_path / f"{index}.latents", tmp_path / f"{index}.text", variants)
-        )
+        files = tmp_path / f"{index}.latents", tmp_path / f"{index}.text"
+        examples.append(CachedExample(f"{index}.png", placement, *files, variants, tmp_path / "empty.text"))
     save_file({"hidden": torch.full((1, 77, 6), 9.0), "pooled": torch.full((1, 3), 9.0)}, tmp_path / "empty.text")
 
     def make(micro_batch: int = 2, global_batch: int = 4, timesteps: int = 1000) -> BatchReader:
-        return BatchReader(examples, tmp_path / "empty.text", SEED, DROPOUT, micro_batch, global_batch, timesteps, pin=False)
+        return BatchReader(examples, SEED, DROPOUT, micro_batch, global_batch, timesteps, pin=False)
 
     return make
 
@@ -70,23 +69,22 @@ def test_a_sample_combines_cache_and_randomness(reader_of):
         (batch,) = reader(step)
         for slot, index in enumerate(step.examples):
             example = reader.examples[index]
-            drawn = sample_randomness(SEED, step.number * 4 + slot, tuple(batch.mean.shape[1:]), example.variants, DROPOUT, 1000)
+            variant, drawn = draw(SEED, step.number * 4 + slot, tuple(batch.mean.shape[1:]), example.variants, DROPOUT, 1000)
             generator = torch.Generator().manual_seed(index)
             mean, log_variance = (torch.randn(batch.mean.shape[1:], generator=generator) for _ in range(2))
             hidden = torch.randn(example.variants, 77, 6, generator=generator)
             pooled = torch.randn(example.variants, 3, generator=generator)
             assert torch.equal(batch.mean[slot], mean)
             assert torch.equal(batch.log_variance[slot], log_variance)
-            for name in ("latent_noise", "noise", "offset"):
-                assert torch.equal(getattr(batch, name)[slot], getattr(drawn, name))
-            assert batch.timesteps[slot] == drawn.timestep
-            if drawn.variant is None:
+            for name in ("latent_noise", "noise", "offset", "timesteps"):
+                assert torch.equal(getattr(batch, name)[slot], drawn[name])
+            if variant is None:
                 assert (batch.hidden[slot] == 9).all()
                 assert (batch.pooled[slot] == 9).all()
                 dropped += 1
             else:
-                assert torch.equal(batch.hidden[slot], hidden[drawn.variant])
-                assert torch.equal(batch.pooled[slot], pooled[drawn.variant])
+                assert torch.equal(batch.hidden[slot], hidden[variant])
+                assert torch.equal(batch.pooled[slot], pooled[variant])
             assert batch.add_time_ids[slot].tolist() == list(example.placement.add_time_ids)
     assert dropped > 2
     assert batch.timesteps.dtype == torch.int64

@@ -12,15 +12,16 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from common import images
-from common.errors import DataError, ResourceError
+from common.errors import ResourceError
 from common.images import DECODER_REVISION
 from common.settings import REPOSITORY
 from training.config import TrainSettings
 from training.data import cache as cache_module
 from training.data.buckets import assign_bucket
 from training.data.cache import (
-    Cache,
     CacheBuilder,
+    NotFiniteError,
+    entry,
     image_pixels,
     is_valid_entry,
     read_embedding,
@@ -51,7 +52,7 @@ def examples(stage):
     rocket.putalpha(Image.fromarray(fade))
     rocket.save(stage.images / "rocket.png")
     (stage.images / "rocket.txt").write_text("sks, rocket")
-    return {example.path.stem: example for example in read_examples(stage.images, workers=0)}
+    return {example.path.stem: example for example in read_examples(stage.images, workers=0)[0]}
 
 
 def as_image(pixels: torch.Tensor) -> Image.Image:
@@ -88,10 +89,11 @@ def test_orientation_is_applied_before_the_bucket_is_chosen(stage, examples):
 def test_images_with_other_pixels_than_in_version_1_0_have_another_key_and_no_others(stage, examples):
     """Version 1.0 ignored color profiles; the key of an image was the hash of its file."""
     stage.add("coffee", "wide.png", icc_profile=rgb_profile(ADOBE_RGB, gamma_curve(2.2)))
-    wide = next(example for example in read_examples(stage.images, workers=0) if example.name == "wide.png")
+    wide = next(example for example in read_examples(stage.images, workers=0)[0] if example.name == "wide.png")
     assert {example.revision for example in examples.values()} == {""}
     assert wide.revision == DECODER_REVISION
-    paths = {Cache(stage.output).latents_path(each, placement_of(each), "vae") for each in (wide, replace(wide, revision=""))}
+    both = [(each, placement_of(each)) for each in (wide, replace(wide, revision=""))]
+    paths = {path for path, *_ in builder(stage, "cache").latents_entries(both)}
     assert len(paths) == 2
 
 
@@ -101,7 +103,7 @@ def test_large_phone_photos_have_the_size_that_is_decoded(stage, monkeypatch):
     photo = stage.photographs["coffee"].resize((1200, 800), Image.Resampling.LANCZOS)
     photo.save(stage.images / "large.jpg", quality=95)
     (stage.images / "large.txt").write_text("sks, cup")
-    (example,) = read_examples(stage.images, workers=0)
+    (example,), _ = read_examples(stage.images, workers=0)
     placement = assign_bucket(example.width, example.height, resolution=128, step=8, max_side=256)
     assert placement.add_time_ids[:2] == (400, 600)
     assert image_pixels(example, placement).shape == (3, placement.bucket.height, placement.bucket.width)
@@ -119,24 +121,24 @@ def test_transparent_images_are_put_on_white(examples):
 
 def builder(stage, folder) -> CacheBuilder:
     base = find_base(str(stage.base), stage.models)
-    return CacheBuilder(base, stage.base.parent, Cache(stage.output / folder), CPU, torch.float32)
+    return CacheBuilder(base, stage.base.parent, stage.output / folder, CPU, torch.float32)
 
 
 def build_cache(stage, folder, examples):
-    """Encode all of `examples` into the cache `folder`; return the data, and file name -> bytes."""
+    """Encode all of `examples` into the cache `folder`; return them, and file name -> bytes."""
     settings = replace(TrainSettings().data, resolution=128, bucket_step=8, bucket_max_side=256, dataloader_num_workers=1)
-    trained = [(example, placement_of(example)) for example in examples]
-    data = builder(stage, folder).build(trained, [], settings, "sks", seed=0)
+    images = [(example, placement_of(example)) for example in examples]
+    cached = builder(stage, folder).build(images, settings, "sks", seed=0)
     files = {path.name: path.read_bytes() for path in (stage.output / folder).glob("*/*.safetensors")}
-    return data, files
+    return cached, files
 
 
 def test_latents_are_the_posterior_of_the_vae(stage, examples):
-    data, _ = build_cache(stage, "cache", [examples["coffee"]])
+    cached, _ = build_cache(stage, "cache", [examples["coffee"]])
     vae = AutoencoderKL.from_pretrained(stage.base / "vae", dtype=torch.float32)
     with torch.no_grad():
         expected = vae.encode(image_pixels(examples["coffee"], placement_of(examples["coffee"]))[None]).latent_dist
-    mean, log_variance = read_latents(data.examples[0].latents)
+    mean, log_variance = read_latents(cached[0].latents)
     assert mean.dtype == log_variance.dtype == torch.float32
     torch.testing.assert_close(mean, expected.mean[0])
     torch.testing.assert_close(log_variance, expected.logvar[0])
@@ -201,7 +203,7 @@ def test_files_of_the_first_version_without_a_checksum_are_valid(tmp_path):
 
 def test_a_file_that_is_gone_or_overwritten_is_a_resource_error(stage, examples):
     data, _ = build_cache(stage, "cache", [examples["coffee"]])
-    cached = data.examples[0]
+    cached = data[0]
     cached.latents.unlink()
     cached.embeddings.write_bytes(b"{}")
     for path, read in ((cached.latents, read_latents), (cached.embeddings, lambda path: read_embedding(path, 0))):
@@ -212,40 +214,48 @@ def test_a_file_that_is_gone_or_overwritten_is_a_resource_error(stage, examples)
 
 def test_two_names_for_the_same_image_share_a_file(stage, examples):
     copy = replace(examples["coffee"], name="copy.webp", path=examples["coffee"].path)
-    data, files = build_cache(stage, "cache", [examples["coffee"], copy])
-    assert data.examples[0].latents == data.examples[1].latents
+    cached, files = build_cache(stage, "cache", [examples["coffee"], copy])
+    assert cached[0].latents == cached[1].latents
     assert len(files) == 1 + 2
 
 
-def test_everything_that_latents_depend_on_is_in_their_key(examples):
-    example, cache = examples["coffee"], Cache(examples["coffee"].path.parent)
+def test_everything_that_latents_depend_on_is_in_their_key(stage, examples, monkeypatch):
+    example, cache = examples["coffee"], builder(stage, "cache")
     placement = placement_of(example)
+
+    def latents(example, placement, builder=cache):
+        ((path, *_),) = builder.latents_entries([(example, placement)])
+        return path
+
     keys = [
-        cache.latents_path(example, placement, "vae"),
-        cache.latents_path(replace(example, sha256="another"), placement, "vae"),
-        cache.latents_path(example, replace(placement, left=placement.left + 1), "vae"),
-        cache.latents_path(example, assign_bucket(600, 400, 192, 8, 256), "vae"),
-        cache.latents_path(example, placement, "another vae"),
+        latents(example, placement),
+        latents(replace(example, sha256="another"), placement),
+        latents(example, replace(placement, left=placement.left + 1)),
+        latents(example, assign_bucket(600, 400, 192, 8, 256)),
+        latents(example, placement, replace(cache, dtype=torch.bfloat16)),  # computed by tensor cores
     ]
-    assert len(set(keys)) == len(keys)
     renamed = replace(example, path=example.path.with_name("x.png"), name="x.png", caption="", repeats=9)
-    assert cache.latents_path(renamed, placement, "vae") == keys[0]
+    assert latents(renamed, placement) == keys[0]
+    monkeypatch.setattr(cache_module, "base_digest", lambda base, folder, name: f"another {name}")
+    keys.append(latents(example, placement))
+    assert len(set(keys)) == len(keys)
 
 
-def test_everything_that_embeddings_depend_on_is_in_their_key(tmp_path):
-    cache = Cache(tmp_path)
-    variants = (("sks, a", "a, sks"), ("sks, a",), ("a, sks", "sks, a"), ("sks, b", "b, sks"))
-    keys = [
-        cache.embeddings_path(*key)
-        for key in itertools.product(variants, (1, 2), (torch.float32, torch.bfloat16), ("encoders", "other encoders"))
-    ]
+def test_everything_that_embeddings_depend_on_is_in_their_key(stage, monkeypatch):
+    captions = [["sks, a", "a, sks"], ["sks, a"], ["a, sks", "sks, a"], ["sks, b", "b, sks"]]
+    cache = builder(stage, "cache")
+    keys = []
+    for digest in ("encoders", "other encoders"):
+        monkeypatch.setattr(cache_module, "base_digest", lambda base, folder, name, digest=digest: digest)
+        for chunks, dtype in itertools.product((1, 2), (torch.float32, torch.bfloat16)):
+            keys += [path for path, _ in replace(cache, dtype=dtype).embeddings_entries(captions, chunks)]
     assert len(set(keys)) == len(keys) == 32
 
 
 def test_another_format_of_the_cache_is_another_key(tmp_path, monkeypatch):
-    first = Cache(tmp_path).embeddings_path(["sks"], 1, torch.float32, "encoders")
+    first = entry(tmp_path, "text", "sks")
     monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
-    assert Cache(tmp_path).embeddings_path(["sks"], 1, torch.float32, "encoders") != first
+    assert entry(tmp_path, "text", "sks") != first
 
 
 def test_latents_that_are_not_finite_name_their_image(stage, examples):
@@ -253,9 +263,9 @@ def test_latents_that_are_not_finite_name_their_image(stage, examples):
         return torch.full((1, 4, 2, 2), float("nan")), torch.zeros(1, 4, 2, 2)
 
     path = stage.output / "latents" / "a.safetensors"
-    with pytest.raises(DataError, match=r"coffee\.webp: the VAE returns NaN") as error:
+    with pytest.raises(NotFiniteError, match=r"coffee\.webp: the VAE returns NaN") as error:
         list(write_latents([(path, examples["coffee"], placement_of(examples["coffee"]))], broken, workers=1))
-    assert error.value.exit_code == 3
+    assert error.value.exit_code == 5
     assert not is_valid_entry(path)
     assert not path.exists()
 

@@ -14,14 +14,24 @@ from training.data.captions import (
     token_ids,
 )
 from training.models.base_model import find_base
-from training.models.loading import TextEncoders, load_text_encoders
+from training.models.weights import load_text_encoders, load_tokenizers
 
 CAPTION = "nyafyi_woman, 1girl, smile, long hair, outdoors"
 
 
 @pytest.fixture(scope="module")
-def encoders(tiny_sdxl) -> TextEncoders:
-    return load_text_encoders(find_base(str(tiny_sdxl), tiny_sdxl), tiny_sdxl, torch.device("cpu"), torch.float32)
+def base(tiny_sdxl):
+    return find_base(str(tiny_sdxl), tiny_sdxl)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(base, tiny_sdxl):
+    return load_tokenizers(base, tiny_sdxl)
+
+
+@pytest.fixture(scope="module")
+def encoders(base):
+    return load_text_encoders(base, torch.device("cpu"), torch.float32)
 
 
 def test_first_variant_is_the_caption_and_the_others_shuffle_what_follows_the_trigger():
@@ -88,8 +98,8 @@ def test_tags_that_look_like_punctuation_are_tags():
     assert len(caption_variants("nyafyi_woman, :d, ^_^, !?, ...", "nyafyi_woman", 8, True, 0)) == 8
 
 
-def test_chunks_are_filled_to_75_tokens_and_padded_as_each_encoder_requires(encoders):
-    first, second = encoders.tokenizers
+def test_chunks_are_filled_to_75_tokens_and_padded_as_each_encoder_requires(tokenizers):
+    first, second = tokenizers
     start, end = first.bos_token_id, first.eos_token_id
     tokens = token_ids("a" * 80, first)
     assert len(tokens) == 80
@@ -102,56 +112,57 @@ def test_chunks_are_filled_to_75_tokens_and_padded_as_each_encoder_requires(enco
 
 
 @pytest.mark.parametrize(("tokens", "chunks"), [(0, 1), (1, 1), (75, 1), (76, 2), (150, 2), (151, 3), (999, 3)])
-def test_as_many_chunks_as_the_longest_caption_needs(encoders, tokens, chunks):
-    assert chunks_needed(["a", "a" * tokens], encoders.tokenizers, at_most=3) == chunks
+def test_as_many_chunks_as_the_longest_caption_needs(tokens, chunks, tokenizers):
+    assert chunks_needed(["a", "a" * tokens], tokenizers, at_most=3) == chunks
 
 
-def test_the_text_that_is_cut_is_reported(encoders):
-    assert text_beyond(1, "a" * 75, encoders.tokenizers) == ""
-    assert text_beyond(2, "smile, " * 75, encoders.tokenizers) == ""
-    assert text_beyond(1, "smile, " * 38, encoders.tokenizers) == ","
+def test_the_text_that_is_cut_is_reported(tokenizers):
+    assert text_beyond(1, "a" * 75, tokenizers) == ""
+    assert text_beyond(2, "smile, " * 75, tokenizers) == ""
+    assert text_beyond(1, "smile, " * 38, tokenizers) == ","
 
 
-def test_brackets_are_plain_text_and_may_be_escaped(encoders):
-    tokenizer = encoders.tokenizers[0]
+def test_brackets_are_plain_text_and_may_be_escaped(tokenizers):
+    tokenizer = tokenizers[0]
     plain = token_ids("saber (fate)", tokenizer)
     assert token_ids(r"saber \(fate\)", tokenizer) == plain
     assert tokenizer.decode(token_ids("(smile:1.2)", tokenizer)).replace(" ", "") == "(smile:1.2)"
 
 
 @pytest.mark.parametrize("caption", [CAPTION, "", "A photo (detailed:1.3), année 日本語"])
-def test_one_chunk_is_what_diffusers_encodes(encoders, caption):
+def test_one_chunk_is_what_diffusers_encodes(caption, tokenizers, encoders):
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline  # takes seconds, which no other test here needs
 
     pipeline = StableDiffusionXLPipeline(
         vae=None,
-        text_encoder=encoders.encoders[0],
-        text_encoder_2=encoders.encoders[1],
-        tokenizer=encoders.tokenizers[0],
-        tokenizer_2=encoders.tokenizers[1],
+        text_encoder=encoders[0],
+        text_encoder_2=encoders[1],
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
         unet=None,
         scheduler=EulerDiscreteScheduler(),
     )
     theirs, _, their_pooled, _ = pipeline.encode_prompt(caption, device="cpu", do_classifier_free_guidance=False)
-    hidden, pooled = encode_captions([caption], encoders, 1)
+    hidden, pooled = encode_captions([caption], tokenizers, encoders, 1)
     assert hidden.dtype == pooled.dtype == torch.float32
     assert torch.equal(hidden, theirs)
     assert torch.equal(pooled, their_pooled)
 
 
-def test_long_caption_is_its_chunks_one_after_another(encoders):
-    hidden, pooled = encode_captions(["smile " * 80], encoders, 3)
+def test_long_caption_is_its_chunks_one_after_another(tokenizers, encoders):
+    hidden, pooled = encode_captions(["smile " * 80], tokenizers, encoders, 3)
     assert hidden.shape == (1, 3 * 77, 96)
-    pieces, pieces_pooled = zip(*(encode_captions([text], encoders, 1) for text in ("smile " * 75, "smile " * 5, "")), strict=True)
+    texts = ("smile " * 75, "smile " * 5, "")
+    pieces, pieces_pooled = zip(*(encode_captions([text], tokenizers, encoders, 1) for text in texts), strict=True)
     torch.testing.assert_close(hidden, torch.cat(pieces, dim=1), rtol=0, atol=1e-5)
     torch.testing.assert_close(pooled, pieces_pooled[0], rtol=0, atol=1e-5)
 
 
-def test_embedding_does_not_depend_on_what_is_encoded_with_it(encoders):
+def test_embedding_does_not_depend_on_what_is_encoded_with_it(tokenizers, encoders):
     texts = [CAPTION, "", "smile, " * 60]
-    together, together_pooled = encode_captions(texts, encoders, 2)
+    together, together_pooled = encode_captions(texts, tokenizers, encoders, 2)
     for position, text in enumerate(texts):
-        alone, alone_pooled = encode_captions([text], encoders, 2)
+        alone, alone_pooled = encode_captions([text], tokenizers, encoders, 2)
         torch.testing.assert_close(alone[0], together[position], rtol=1e-4, atol=1e-5)  # the size of a batch moves roundings
         torch.testing.assert_close(alone_pooled[0], together_pooled[position], rtol=1e-4, atol=1e-5)
 

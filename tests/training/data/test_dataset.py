@@ -31,7 +31,8 @@ def test_every_format_and_n_name_folder(stage):
     stage.add("coffee", "0_unused/f.png", None)
     stage.add("coffee", "elsewhere/g.png", None)
     stage.add("coffee", ".hidden.png", None)
-    examples = read_examples(stage.images, workers=2)
+    examples, problems = read_examples(stage.images, workers=2)
+    assert problems == []
     assert [(e.name, e.caption, e.width, e.height, e.repeats) for e in examples] == [
         ("12_more rockets/e.jpeg", "sks, rocket, day", 640, 427, 12),
         ("3_cats/c.webp", "sks, cat", 451, 300, 3),
@@ -41,13 +42,13 @@ def test_every_format_and_n_name_folder(stage):
     ]
     for example in examples:
         assert example.sha256 == hashlib.sha256(example.path.read_bytes()).hexdigest()
-    assert read_examples(stage.images, workers=0) == examples
+    assert read_examples(stage.images, workers=0) == (examples, [])
 
 
 @pytest.mark.parametrize(("orientation", "size"), [(1, (451, 300)), (3, (451, 300)), (6, (300, 451)), (8, (300, 451))])
 def test_size_is_that_of_the_upright_image(stage, orientation, size):
     stage.add("chelsea", "cat.jpg", exif=oriented(orientation))
-    (example,) = read_examples(stage.images, workers=0)
+    (example,), _ = read_examples(stage.images, workers=0)
     assert (example.width, example.height) == size
 
 
@@ -62,18 +63,17 @@ def test_size_is_that_of_the_upright_image(stage, orientation, size):
 )
 def test_caption_is_its_text_in_one_line(stage, content, caption):
     stage.add("coffee").with_suffix(".txt").write_bytes(content)
-    assert read_examples(stage.images, workers=0)[0].caption == caption
+    assert read_examples(stage.images, workers=0)[0][0].caption == caption
 
 
 def test_magic_bytes_decide_the_format_and_not_the_suffix(stage):
     stage.add("coffee", "really-a-jpeg.png", format="JPEG")
-    assert len(read_examples(stage.images, workers=0)) == 1
+    assert len(read_examples(stage.images, workers=0)[0]) == 1
 
 
 def damage(stage) -> int:
     """Fill the data set with good images and one of everything that can be wrong; return how many are bad."""
     stage.add("astronaut", "good.png")
-    stage.add("astronaut", "no_caption.png", caption=None)
     stage.add("coffee", "latin1.jpg").with_suffix(".txt").write_bytes("sks, niña".encode("latin-1"))
     stage.add("coffee", "3_photos/utf16.jpg").with_suffix(".txt").write_bytes("sks".encode("utf-16"))
     cut = stage.add("rocket", "cut_off.png")
@@ -90,7 +90,6 @@ def damage(stage) -> int:
 
 
 PROBLEMS = (
-    "no_caption.png: has no caption no_caption.txt; run the caption stage",
     "latin1.jpg: its caption latin1.txt is not UTF-8; save it as UTF-8",
     "3_photos/utf16.jpg: its caption utf16.txt is not UTF-8; save it as UTF-8",
     "cut_off.png: cannot be decoded: ",
@@ -99,34 +98,53 @@ PROBLEMS = (
     "animation.png: is a GIF, which is not read (save it as PNG or JPEG); replace or remove it",
     "small.png: 255x400 is too small; the shorter side must have at least 256 px",
     "good.png: would share its caption with good.jpg; rename one of the two",
-    "5_cats/both.png: has no caption both.txt; run the caption stage",
     "5_cats/both.png: cannot be decoded: ",
 )
 
 
-def test_everything_wrong_is_one_list(stage):
+def test_images_that_cannot_be_trained_on_are_left_out_and_named(stage):
     bad = damage(stage)
-    with pytest.raises(DataError) as error:
-        read_examples(stage.images, workers=2)
-    title, *lines = str(error.value).splitlines()
-    assert title == f"{stage.images}: {bad} of the 11 images cannot be trained on:"
-    assert len(lines) == len(PROBLEMS)
+    examples, lines = read_examples(stage.images, workers=2)
+    assert [example.name for example in examples] == ["good.jpg"]
+    assert len(lines) == len(PROBLEMS) == bad
     for problem in PROBLEMS:
-        assert any(line.startswith(f"  - {problem}") for line in lines), problem
+        assert any(line.startswith(problem) for line in lines), problem
 
 
-def test_the_stage_ends_with_that_list_and_writes_nothing(stage):
+def test_training_goes_on_with_the_other_images_and_ends_with_1(stage):
+    bad = damage(stage)
+    for _ in range(2):  # trained, and then found finished
+        ended = stage.run()
+        assert ended.returncode == 1
+        assert ended.stderr == f"train_lora: {bad} images cannot be trained on and are left out; they are listed above\n"
+        assert f"{stage.images}: {bad} images cannot be trained on and are left out:\n" in ended.stdout
+        assert all(problem in ended.stdout for problem in PROBLEMS)
+        assert stage.lora.exists()
+    checked = stage.run("--check")
+    assert (checked.returncode, checked.stderr) == (1, ended.stderr)
+
+
+def test_nothing_is_trained_while_images_have_no_caption(stage):
     damage(stage)
+    stage.add("astronaut", "new.png", caption=None)
     ended = stage.run()
     assert ended.returncode == 3
-    assert ended.stderr.startswith(f"train_lora: {stage.images}: 9 of the 11 images cannot be trained on:\n")
-    assert all(problem in ended.stderr for problem in PROBLEMS)
+    assert ended.stderr == (
+        f"train_lora: {stage.images}: 1 of the 11 images have no caption (new.png); caption them and train with: "
+        "scripts/run.sh --caption --train\n"
+    )
     assert set(stage.files()) <= {"state/.lock"}
+
+
+def test_only_images_that_cannot_be_trained_on_is_an_error(stage):
+    stage.add("coffee", "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of the 1 images can be trained on:\n  - a.png: is empty"):
+        read_examples(stage.images, workers=0)
 
 
 def test_an_image_without_read_permission_is_in_the_list_and_not_a_disk_error(stage, monkeypatch):
     stage.add("coffee", "mine.png")
-    stage.add("chelsea", "no_caption.png", caption=None)
+    stage.add("chelsea", "cat.png")
     plain_open = Path.open
 
     def open_some(path, *how, **more):
@@ -135,16 +153,15 @@ def test_an_image_without_read_permission_is_in_the_list_and_not_a_disk_error(st
         return plain_open(path, *how, **more)
 
     monkeypatch.setattr(Path, "open", open_some)  # root may read everything
-    ended = stage.run()
-    assert ended.returncode == 3
-    assert "mine.png: cannot be read: Permission denied" in ended.stderr
-    assert "no_caption.png: has no caption" in ended.stderr
+    examples, problems = read_examples(stage.images, workers=0)
+    assert [example.name for example in examples] == ["cat.png"]
+    assert problems == ["mine.png: cannot be read: Permission denied; replace or remove it"]
 
 
 def test_images_of_256_px_are_accepted(stage):
     stage.photographs["astronaut"].resize((256, 256)).save(stage.images / "a.png")
     (stage.images / "a.txt").write_text("sks")
-    assert len(read_examples(stage.images, workers=0)) == 1
+    assert len(read_examples(stage.images, workers=0)[0]) == 1
 
 
 def test_a_missing_or_empty_folder_reports_what_to_do(stage):
@@ -180,7 +197,7 @@ def test_flagged_images_are_skipped_if_enabled_and_unchanged(stage):
     assert flagged_images(DatasetFolder(stage.dataset), 64) == {"coffee.png": "blurred, small"}
     output = stage.run("--check", SKIP_FLAGGED=1).stdout
     assert "skipping flagged images: coffee.png (blurred, small)" in output
-    assert [example.name for example in read_examples(stage.images, 0, {"coffee.png"})] == ["astronaut.png", "chelsea.png"]
+    assert [example.name for example in read_examples(stage.images, 0, {"coffee.png"})[0]] == ["astronaut.png", "chelsea.png"]
     assert "skipping" not in stage.run("--check").stdout
 
 
@@ -205,7 +222,7 @@ def test_captions_with_other_suffixes_are_read(stage):
     (stage.images / "b.caption").write_text("sks, cat")
     stage.add("rocket", "c.png", "sks, rocket")
     (stage.images / "c.caption").write_text("another text")
-    assert [example.caption for example in read_examples(stage.images, workers=0)] == ["sks, coffee", "sks, cat", "sks, rocket"]
+    assert [example.caption for example in read_examples(stage.images, workers=0)[0]] == ["sks, coffee", "sks, cat", "sks, rocket"]
     assert other_entries(stage.images, unused_entries(stage.images)) == ["c.caption"]
 
 
@@ -217,11 +234,11 @@ def test_captions_that_cannot_be_used_are_in_the_list(stage, tmp_path):
     (stage.images / "link.txt").symlink_to(tmp_path / "secret")
     (stage.images / "long.txt").write_bytes(b"a" * 65537)
     (stage.images / "utf16.txt").write_bytes("sks".encode("utf-16-be"))
-    with pytest.raises(DataError) as error:
-        read_examples(stage.images, workers=2)
-    assert str(error.value).splitlines()[1:] == [
-        "  - link.png: its caption link.txt is a link to a file outside the data set; replace it by a copy of that file",
-        "  - long.png: its caption long.txt is larger than the 64 KiB of a caption; shorten or remove it",
-        "  - pipe.png: its caption pipe.txt is not a file; rename it",
-        "  - utf16.png: its caption utf16.txt is not UTF-8; save it as UTF-8 (it is UTF-16)",
+    stage.add("coffee", "fine.png")
+    _, problems = read_examples(stage.images, workers=2)
+    assert problems == [
+        "link.png: its caption link.txt is a link to a file outside the data set; replace it by a copy of that file",
+        "long.png: its caption long.txt is larger than the 64 KiB of a caption; shorten or remove it",
+        "pipe.png: its caption pipe.txt is not a file; rename it",
+        "utf16.png: its caption utf16.txt is not UTF-8; save it as UTF-8 (it is UTF-16)",
     ]

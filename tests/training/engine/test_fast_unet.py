@@ -10,13 +10,12 @@ import torch
 
 from demo import tiny_sdxl
 from training.config import LoraSettings
-from training.engine.fast import torch_ops
-from training.engine.fast.lora_linear import FusedAdapter, fuse
+from training.engine.fast.lora_linear import FusedLoraLinear, fuse
 from training.engine.fast.unet import install_fast_forwards
-from training.engine.step import enable_gradient_checkpointing
+from training.engine.step import recomputed
 from training.method.adapters import Adapter, inject
 from training.models.base_model import find_base
-from training.models.loading import load_unet
+from training.models.weights import load_unet
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +46,13 @@ def adapted(unet, targets: str = "all", alpha: float = 6.0) -> tuple[torch.nn.Mo
     return mine, lora
 
 
-def quick(unet, targets: str = "all") -> tuple[torch.nn.Module, FusedAdapter]:
-    """The same with fast forwards."""
+def quick(unet, targets: str = "all") -> tuple[torch.nn.Module, Adapter, dict[str, FusedLoraLinear]]:
+    """The same with fast forwards, and its fused layers."""
     network, lora = adapted(unet, targets)
-    fused = fuse(lora)
-    fused.sync_compute_weights()
-    install_fast_forwards(network, fused, torch_ops)
-    return network, fused
+    groups, sync_compute_weights = fuse(lora)
+    sync_compute_weights()
+    install_fast_forwards(network, groups)
+    return network, lora, groups
 
 
 def peft_gradients(unet, lora: Adapter) -> dict[str, torch.Tensor]:
@@ -66,9 +65,9 @@ def peft_gradients(unet, lora: Adapter) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def flat_gradients(fused: FusedAdapter) -> dict[str, torch.Tensor]:
+def flat_gradients(groups: dict[str, FusedLoraLinear]) -> dict[str, torch.Tensor]:
     gradients = {}
-    for group in fused.groups.values():
+    for group in groups.values():
         for i, (name, down) in enumerate(zip(group.names, group.down_grad.chunk(len(group.names)), strict=True)):
             gradients[f"{name}.lora_A"], gradients[f"{name}.lora_B"] = down, group.up_grad[i]
     return gradients
@@ -93,28 +92,28 @@ def reference(unet, request) -> tuple[str, torch.Tensor, dict[str, torch.Tensor]
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_answer_and_every_gradient_are_those_of_diffusers_and_peft(unet, reference, recomputes):
     targets, answer, wanted = reference
-    fast, fused = quick(unet, targets)
+    fast, _, groups = quick(unet, targets)
     if recomputes:
-        enable_gradient_checkpointing(fast)
+        fast.enable_gradient_checkpointing(recomputed)
     torch.testing.assert_close(answered(fast), answer, rtol=1e-6, atol=1e-6)
-    found = flat_gradients(fused)
+    found = flat_gradients(groups)
     assert wanted.keys() == found.keys()
     for name, gradient in wanted.items():
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 def test_gradients_are_added_to_what_is_there(unet):
-    fast, fused = quick(unet)
+    fast, lora, _ = quick(unet)
     for times in (1, 2):
         fast(**inputs(), return_dict=False)[0].square().mean().backward()
         if times == 1:
-            once = fused.adapter.weights.grad.clone()
-    torch.testing.assert_close(fused.adapter.weights.grad, 2 * once, rtol=1e-4, atol=1e-6)
+            once = lora.weights.grad.clone()
+    torch.testing.assert_close(lora.weights.grad, 2 * once, rtol=1e-4, atol=1e-6)
 
 
 def test_layers_of_a_group_are_in_memory_once(unet):
-    fast, fused = quick(unet)
-    for group in fused.groups.values():
+    fast, _, groups = quick(unet)
+    for group in groups.values():
         base = fast.get_submodule(group.names[0]).base_layer.weight
         assert base.untyped_storage().data_ptr() == group.weight.untyped_storage().data_ptr()
 
@@ -131,8 +130,8 @@ def test_any_choice_of_layers_is_computed_as_diffusers_and_peft_do(unet, monkeyp
     plain, lora = adapted(unet)
     plain.double()
     expected = answered(plain)
-    fast, fused = quick(unet)
+    fast, _, groups = quick(unet)
     torch.testing.assert_close(answered(fast), expected, rtol=1e-6, atol=1e-6)
-    found = flat_gradients(fused)
+    found = flat_gradients(groups)
     for name, gradient in peft_gradients(plain, lora).items():
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name

@@ -15,16 +15,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from demo import tiny_sdxl
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
-from training.engine import build_engine
-from training.engine.fast import torch_ops
+from training.engine import prepare_unet
+from training.engine.fast.ops import add_layer_norm, geglu, group_norm
 from training.engine.step import TrainStep
 from training.method import diffusion
 from training.method.adapters import ADAPTER, Adapter, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
-from training.method.optimizers import AdamW, AdamW8bit
+from training.method.optimizers import AdamW, AdamW8bit, Optimizer
 from training.models.base_model import find_base
-from training.models.loading import load_unet
 from training.models.sdxl import Schedule
+from training.models.weights import load_unet
 from training.system.device import Precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -67,11 +67,18 @@ def loss_config() -> LossConfig:
     return LossConfig("epsilon", alphas_cumprod(Schedule()).float().cuda(), 5.0, 0.0357, 0.13025)
 
 
-def stepper(base: Path, name: str = "fast", **options: bool) -> tuple[TrainStep, Adapter]:
+def stepper(base: Path, name: str = "fast", *, recomputes: bool = False, captures: bool = True) -> tuple[TrainStep, Adapter]:
     """The training step of a fresh adapter in bf16, by the engine `name`."""
     unet, lora = fresh(base, torch.bfloat16)
-    optimizer, precision = AdamW(lora.weights, OptimizerSettings()), Precision(torch.device("cuda"), torch.bfloat16)
-    return build_engine(name, unet, lora, optimizer, loss_config(), precision, 1.0, **options), lora
+    return step_of(name, unet, lora, AdamW(lora.weights, OptimizerSettings()), recomputes, captures), lora
+
+
+def step_of(
+    name: str, unet: torch.nn.Module, lora: Adapter, optimizer: Optimizer, recomputes: bool = False, captures: bool = True
+) -> TrainStep:
+    sync = prepare_unet(name, unet, lora, torch.device("cuda"), gradient_checkpointing=recomputes)
+    precision = Precision(torch.device("cuda"), torch.bfloat16)
+    return TrainStep(unet, lora, optimizer, loss_config(), precision, 1.0, sync_compute_weights=sync, captures=captures)
 
 
 @functools.cache
@@ -79,7 +86,7 @@ def trained(
     base: Path, name: str = "fast", *, captures: bool, recomputes: bool = False, micro_batches: int = 1
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and learned changes of 50 steps of an engine."""
-    step, lora = stepper(base, name, gradient_checkpointing=recomputes, captures=captures)
+    step, lora = stepper(base, name, recomputes=recomputes, captures=captures)
     losses = []
     for number in range(STEPS):
         whole = batch_of(number % 10)
@@ -206,36 +213,33 @@ def test_broken_step_changes_nothing_in_a_graph(base):
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("with_plus", [True, False])
 def test_group_norm_kernels(silu, with_plus):
-    from training.engine.fast import triton_ops
-
     norm = randomised(torch.nn.GroupNorm(32, 320, eps=1e-5))
     results = []
-    for ops in (torch_ops, triton_ops):
-        generator = torch.Generator("cuda").manual_seed(1)
-        x = torch.randn(2, 320, 40, 24, device="cuda", generator=generator) + 1
+    for device in ("cpu", "cuda"):
+        norm, generator = norm.to(device), torch.Generator().manual_seed(1)
+        x = (torch.randn(2, 320, 40, 24, generator=generator) + 1).to(device)
         x = x.contiguous(memory_format=torch.channels_last).requires_grad_(True)
-        plus = torch.randn(2, 320, device="cuda", generator=generator) if with_plus else None
-        same, normed = ops.group_norm(x, plus, norm, silu=silu)
-        upstream = torch.randn(2, 2, 320, 40, 24, device="cuda", generator=generator)
+        plus = torch.randn(2, 320, generator=generator).to(device) if with_plus else None
+        same, normed = group_norm(x, plus, norm, silu=silu)
+        upstream = torch.randn(2, 2, 320, 40, 24, generator=generator).to(device)
         (same * upstream[0] + normed * upstream[1]).sum().backward()
-        results.append((normed.detach(), x.grad))
+        results.append((normed.detach().cpu(), x.grad.cpu()))
     for plain, ours in zip(*results, strict=True):
         assert (ours - plain).norm() < 1e-5 * plain.norm()
 
 
 @pytest.mark.parametrize("adds", [True, False])
 def test_layer_norm_and_geglu_kernels(adds):
-    from training.engine.fast import triton_ops
-
     norm = randomised(torch.nn.LayerNorm(640))
     results = []
-    for ops in (torch_ops, triton_ops):
-        generator = torch.Generator("cuda").manual_seed(1)
-        x, y = (torch.randn(2, 37, 640, device="cuda", generator=generator).requires_grad_(True) for _ in range(2))
-        total, normed = ops.add_layer_norm(x, y if adds else None, norm)
-        activated = ops.geglu(total + normed)
-        (activated * torch.randn(2, 37, 320, device="cuda", generator=generator)).sum().backward()
-        results.append((total.detach(), normed.detach(), activated.detach(), x.grad, *([y.grad] if adds else [])))
+    for device in ("cpu", "cuda"):
+        norm, generator = norm.to(device), torch.Generator().manual_seed(1)
+        x, y = (torch.randn(2, 37, 640, generator=generator).to(device).requires_grad_(True) for _ in range(2))
+        total, normed = add_layer_norm(x, y if adds else None, norm)
+        activated = geglu(total + normed)
+        (activated * torch.randn(2, 37, 320, generator=generator).to(device)).sum().backward()
+        found = (total, normed, activated, x.grad, *([y.grad] if adds else []))
+        results.append([tensor.detach().cpu() for tensor in found])
     for plain, ours in zip(*results, strict=True):
         assert (ours - plain).norm() < 1e-5 * plain.norm()
 
@@ -245,14 +249,13 @@ def randomised(norm: torch.nn.Module) -> torch.nn.Module:
     with torch.no_grad():
         norm.weight.copy_(torch.randn(norm.weight.shape, generator=generator))
         norm.bias.copy_(torch.randn(norm.bias.shape, generator=generator))
-    return norm.cuda().requires_grad_(False)
+    return norm.requires_grad_(False)
 
 
 def test_dora_trains_in_a_graph(base):
     unet = load_unet(find_base(str(base), base.parent), torch.device("cuda"), torch.bfloat16)
     lora = inject(unet, LoraSettings(lora_rank=8, lora_alpha=8.0, lora_type="dora"), seed=3)
-    optimizer, precision = AdamW(lora.weights, OptimizerSettings()), Precision(torch.device("cuda"), torch.bfloat16)
-    step = build_engine("plain", unet, lora, optimizer, loss_config(), precision, 1.0)
+    step = step_of("plain", unet, lora, AdamW(lora.weights, OptimizerSettings()))
     before = [module.magnitude.clone() for module in lora.modules]
     losses = [step([batch_of(0)], RATE).loss for _ in range(STEPS)]
     assert losses[-1] < losses[0]
@@ -265,8 +268,8 @@ def test_eight_bit_moments_train_and_continue_exactly(base):
     states = []
     for interrupted in (False, True):
         unet, lora = fresh(base, torch.bfloat16)
-        optimizer, precision = AdamW8bit(lora.weights, OptimizerSettings()), Precision(torch.device("cuda"), torch.bfloat16)
-        step = build_engine("fast", unet, lora, optimizer, loss_config(), precision, 1.0)
+        optimizer = AdamW8bit(lora.weights, OptimizerSettings())
+        step = step_of("fast", unet, lora, optimizer)
         losses = [step([batch_of(number % 10)], RATE).loss for number in range(5)]
         if interrupted:
             weights, state = lora.weights.detach().cpu(), {name: value.cpu() for name, value in optimizer.state_dict().items()}
@@ -274,7 +277,7 @@ def test_eight_bit_moments_train_and_continue_exactly(base):
             lora.weights.data.copy_(weights)
             optimizer = AdamW8bit(lora.weights, OptimizerSettings())
             optimizer.load_state_dict(state)
-            step = build_engine("fast", unet, lora, optimizer, loss_config(), precision, 1.0)
+            step = step_of("fast", unet, lora, optimizer)
         losses += [step([batch_of(number % 10)], RATE).loss for number in range(5, 10)]
         states.append((losses, lora.weights.detach().clone()))
     assert states[0][0] == states[1][0]

@@ -13,13 +13,13 @@ import torch
 
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
-from training.engine import build_engine
+from training.engine import prepare_unet
 from training.engine.step import TrainStep
 from training.method.adapters import ADAPTER, Adapter, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.optimizers import AdamW
-from training.models.loading import UNet2DConditionModel
 from training.models.sdxl import Schedule
+from training.models.weights import UNet2DConditionModel
 from training.system.device import Precision
 
 SCALING = 0.13025
@@ -89,7 +89,8 @@ def stepper(request) -> Callable[..., TrainStep]:
     def make(unet, lora, optimizer, schedule=PLAIN, gamma=5.0, offset=0.0357, max_grad_norm=0.0, dtype=torch.float32) -> TrainStep:
         config = LossConfig(schedule.prediction_type, alphas_cumprod(schedule).float(), gamma, offset, SCALING)
         precision = Precision(torch.device("cpu"), dtype)
-        return build_engine(request.param, unet, lora, optimizer, config, precision, max_grad_norm)
+        sync = prepare_unet(request.param, unet, lora, precision.device)
+        return TrainStep(unet, lora, optimizer, config, precision, max_grad_norm, sync_compute_weights=sync)
 
     return make
 

@@ -8,9 +8,9 @@ from accelerate import init_empty_weights
 
 from common.errors import ModelError
 from training.config import LoraSettings
-from training.method.adapters import inject, target_modules
+from training.method.adapters import _uniform, inject, target_modules
 from training.method.export import COMFYUI_MODULES, kohya_name
-from training.models.loading import UNet2DConditionModel
+from training.models.weights import UNet2DConditionModel
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +122,15 @@ def test_a_unet_without_transformers_is_refused():
     )
     with pytest.raises(ModelError, match="no transformer blocks"):
         inject(unet, LoraSettings(), seed=0)
+
+
+def test_first_lora_weights_are_uniform_and_belong_to_their_module():
+    numbers = _uniform(0, "down_blocks.1.attentions.0.proj_in", (32, 640), 0.25)
+    assert (numbers.dtype, numbers.shape) == (torch.float32, (32, 640))
+    assert -0.25 <= numbers.min() < -0.249
+    assert 0.249 < numbers.max() <= 0.25
+    assert numbers.var().item() == pytest.approx(0.25**2 / 3, rel=0.02)
+    assert torch.equal(_uniform(0, "down_blocks.1.attentions.0.proj_in", (32, 640), 0.25), numbers)
+    assert not torch.equal(_uniform(0, "down_blocks.1.attentions.0.proj_out", (32, 640), 0.25), numbers)
+    assert not torch.equal(_uniform(1, "down_blocks.1.attentions.0.proj_in", (32, 640), 0.25), numbers)
+    assert _uniform(3, "a.b", (3,), 0.5).tolist() == pytest.approx([0.1040714, -0.3309504, -0.3686371], abs=1e-6)

@@ -10,8 +10,7 @@ from training.config import LoraSettings
 from training.method.adapters import ADAPTER, inject, row_norms
 from training.method.export import kohya_name, kohya_tensors, verify
 from training.models.base_model import find_base
-from training.models.loading import load_unet
-from training.models.tensor_files import write_tensors
+from training.models.weights import load_unet, write_tensors
 
 
 @pytest.fixture(scope="module")

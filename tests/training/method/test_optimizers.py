@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from training.config import OptimizerSettings
-from training.method.optimizers import AdamW, Prodigy, learning_rate_at, warmup_steps
+from training.method.optimizers import AdamW, Prodigy, learning_rate_at
 
 
 def rates(scheduler: str, warmup: float, steps: int = 10) -> list[float]:
-    return [learning_rate_at(step, steps, 2e-4, scheduler, warmup_steps(warmup, steps)) for step in range(steps)]
+    return [learning_rate_at(step, steps, 2e-4, scheduler, math.ceil(warmup * steps)) for step in range(steps)]
 
 
 def test_constant_rate_is_the_peak_from_the_first_step_on():

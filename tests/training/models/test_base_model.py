@@ -13,14 +13,25 @@ from safetensors.torch import load_file, save_file
 from common.errors import ModelError
 from common.weights import digest
 from demo import tiny_sdxl as miniature
-from training.models import base_model, loading
+from training.models import base_model
 from training.models.base_model import find_base
+from training.models.weights import load_tokenizers
 
 
 def test_a_name_in_models_dir_finds_folder_and_file(tiny_sdxl, tiny_single_file):
     assert find_base(tiny_sdxl.name, tiny_sdxl.parent).path == tiny_sdxl
     assert find_base("tiny-sdxl", tiny_single_file.parent).path == tiny_single_file
     assert find_base(tiny_single_file.name, tiny_single_file.parent).name == "tiny-sdxl"
+
+
+@pytest.mark.parametrize("name", ["owner/some-XL", "https://huggingface.co/owner/some-XL", "https://hf.co/owner/some-XL/"])
+@pytest.mark.parametrize("folder", ["some-XL", "owner/some-XL"])
+def test_a_repository_is_found_where_its_download_command_puts_it(tiny_sdxl, tmp_path, name, folder):
+    with pytest.raises(ModelError, match=f"hf download owner/some-XL --local-dir {tmp_path}/some-XL "):
+        find_base(name, tmp_path)
+    (tmp_path / folder).parent.mkdir(exist_ok=True)
+    (tmp_path / folder).symlink_to(tiny_sdxl)
+    assert find_base(name, tmp_path).path == tmp_path / folder
 
 
 def test_missing_base_model_names_the_download_command(tmp_path):
@@ -45,7 +56,7 @@ def test_tokenizers_of_a_file_are_downloaded_once_into_models_dir(tiny_single_fi
     base = find_base(str(tiny_single_file), tmp_path)
     assert base_model.find_tokenizers(base, tmp_path) is None
     for _ in range(2):
-        first, second = loading.load_tokenizers(base, tmp_path)
+        first, second = load_tokenizers(base, tmp_path)
         assert (first.pad_token_id, second.pad_token_id) == (526, 0)
     assert len(downloaded) == 8
     assert "downloading the tokenizers" in capsys.readouterr().out
@@ -61,7 +72,7 @@ def test_tokenizers_of_a_file_without_a_network(tiny_single_file, tmp_path, monk
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: SimpleNamespace(size=1))
     monkeypatch.setattr(f"huggingface_hub.{unreachable_call}", unreachable)
     with pytest.raises(ModelError) as caught:
-        loading.load_tokenizers(find_base(str(tiny_single_file), tmp_path), tmp_path)
+        load_tokenizers(find_base(str(tiny_single_file), tmp_path), tmp_path)
     assert caught.value.exit_code == 5
     command = (
         f"hf download stabilityai/stable-diffusion-xl-base-1.0 --local-dir {tmp_path}/sdxl-tokenizers --include 'tokenizer*/*'"
@@ -122,13 +133,13 @@ def test_a_digest_is_remembered_until_its_file_changes(stage, tiny_sdxl, tmp_pat
     file.write_bytes(content)
     changed = digest_now()
     assert changed != first
-    for damage in ("{ half a", "[1, 2]", "[]", "null", "5"):
+    for damage in ("{ half a", "[1, 2]", "[]", "null", "5", '{"a":' * 100_000):
         (kept / base_model.DIGESTS).write_text(damage)
         assert digest_now() == changed
     remembered = json.loads((kept / base_model.DIGESTS).read_text())
     (kept / base_model.DIGESTS).write_text(json.dumps(dict.fromkeys(remembered, 5)))
     assert digest_now() == changed
-    assert len(computed) == 11
+    assert len(computed) == 12
 
 
 def test_demo_is_reproducible_and_small(tmp_path, tiny_sdxl):

@@ -23,8 +23,8 @@ def test_fp16_files_and_shards_are_accepted(folder, tiny_sdxl):
     (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     for part in ("vae", "text_encoder", "text_encoder_2"):
         (folder / part / f"{WEIGHT_STEMS[part]}.safetensors").rename(folder / part / f"{WEIGHT_STEMS[part]}.fp16.safetensors")
-    ours = all_components(find_base(str(folder), folder), folder)
-    for name, module in all_components(find_base(str(tiny_sdxl), tiny_sdxl), tiny_sdxl).items():
+    ours = all_components(find_base(str(folder), folder))
+    for name, module in all_components(find_base(str(tiny_sdxl), tiny_sdxl)).items():
         assert_same_weights(module, ours[name])
     (folder / "unet" / shards[1]).unlink()
     assert f"unet/{shards[1]} is missing" in refusal(folder, folder)

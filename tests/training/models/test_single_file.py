@@ -1,11 +1,12 @@
 """Base models in one file with the original layout: their configuration, and which files are refused."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import init_empty_weights
-from base_models import refusal
+from base_models import all_components, assert_same_weights, refusal
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -14,7 +15,7 @@ from common.weights import StoredTensor, WeightsFile
 from demo import tiny_sdxl as miniature
 from demo.sgm_names import name_in_files, sgm_source
 from training.models.base_model import find_base
-from training.models.sdxl import Schedule
+from training.models.sdxl import PREFIXES, Schedule
 from training.models.single_file import infer_configs
 
 UNET = "model.diffusion_model."
@@ -133,6 +134,28 @@ def test_modelspec_metadata_declares_v_prediction(tiny_single_file, tmp_path):
 def test_files_that_hold_something_else(tmp_path, keys, problem):
     save_file({key: torch.zeros(1) for key in keys}, tmp_path / "other.safetensors")
     assert problem in refusal(Path("other"), tmp_path)
+
+
+def test_a_vae_and_text_encoders_may_have_the_names_of_diffusers(tiny_sdxl, tiny_single_file, tmp_path):
+    weights = load_file(tiny_single_file)
+    for part, stem in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model"), ("text_encoder_2", "model")):
+        weights = {key: weight for key, weight in weights.items() if not key.startswith(PREFIXES[part])}
+        own = load_file(tiny_sdxl / part / f"{stem}.safetensors")
+        weights |= {PREFIXES[part] + name: weight.contiguous() for name, weight in own.items()}
+    save_file(weights, tmp_path / "baked.safetensors")
+    shutil.copytree(tiny_sdxl, tmp_path / "sdxl")  # for its tokenizers
+    baked, whole = (all_components(find_base(path, tmp_path)) for path in ("baked", str(tiny_single_file)))
+    for name, network in whole.items():
+        assert_same_weights(baked[name], network)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (1, 2, 3, 4, 5), (0, 4, 3, 3)])
+@pytest.mark.parametrize(
+    "key", [f"{UNET}input_blocks.0.0.weight", "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight"]
+)
+def test_shapes_that_are_not_those_of_sdxl_are_named(tiny_single_file, tmp_path, key, shape):
+    save_file(load_file(tiny_single_file) | {key: torch.zeros(shape)}, tmp_path / "odd.safetensors")
+    assert f"has the shape {list(shape)}, which is not that of an SDXL model" in refusal(Path("odd"), tmp_path)
 
 
 @pytest.mark.parametrize(

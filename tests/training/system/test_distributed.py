@@ -14,12 +14,11 @@ from process_table import children_of, pair_of
 
 from common.errors import ResourceError, SettingsError
 from common.settings import REPOSITORY
+from training.callbacks.checkpoint import Checkpoint, Identity, match_global_batch
 from training.config import ProcessSettings, RunSettings
-from training.monitor.callbacks import Progress
+from training.loop import Progress
 from training.plan import GLOBAL_BATCH, WORLD_SIZE
-from training.state.checkpoint import Checkpoint, Identity
-from training.state.resume import match_global_batch
-from training.system import launcher
+from training.system import processes as training_processes
 
 RUN_SH = REPOSITORY / "scripts" / "run.sh"
 PAIR = {"NUM_PROCESSES": 2, "TRAIN_BATCH_SIZE": 1, "LORA_TARGETS": "attention", "PYTHON": sys.executable}
@@ -118,12 +117,12 @@ def test_another_number_of_processes_takes_the_same_steps_or_is_refused(tmp_path
 
 
 def test_rank_info_reads_the_variables_of_any_launcher(monkeypatch):
-    assert launcher.rank_info() == launcher.RankInfo()
+    assert training_processes.rank_info() == training_processes.RankInfo()
     for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": 1234}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert launcher.rank_info() == launcher.RankInfo(3, 4, 1, 2, "10.0.0.1", 1234, gpu=1)
-    assert not launcher.needs_launcher(ProcessSettings(num_processes=2))
+    assert training_processes.rank_info() == training_processes.RankInfo(3, 4, 1, 2, "10.0.0.1", 1234, gpu=1)
+    assert not training_processes.needs_launcher(ProcessSettings(num_processes=2))
 
 
 @pytest.fixture
@@ -138,8 +137,8 @@ def signal_handlers():
 @pytest.mark.usefixtures("signal_handlers")
 def test_rank_0_has_the_time_that_it_needs_to_save(tmp_path, monkeypatch):
     """The other rank, which has nothing to save, exits long before."""
-    monkeypatch.setattr(launcher, "GRACE_S", 0.2)
-    monkeypatch.setattr(launcher, "SIGTERM_S", 0.2)
+    monkeypatch.setattr(training_processes, "GRACE_S", 0.2)
+    monkeypatch.setattr(training_processes, "SIGTERM_S", 0.2)
     saves = f"time.sleep(1.5); open({str(tmp_path / 'saved')!r}, 'w').close(); sys.exit(143)"
     program = f"""
 import os, signal, sys, time
@@ -161,7 +160,7 @@ time.sleep(60)
     thread = threading.Thread(target=stop)
     thread.start()
     try:
-        assert launcher.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2)) == 143
+        assert training_processes.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2)) == 143
     finally:
         thread.join()
     assert (tmp_path / "saved").exists()
@@ -179,12 +178,12 @@ time.sleep(60)
     ],
 )
 def test_launcher_ends_with_the_code_of_the_cause(programs, code, monkeypatch):
-    monkeypatch.setattr(launcher, "SAVING_S", 0.5)
-    monkeypatch.setattr(launcher, "GRACE_S", 0.5)
-    monkeypatch.setattr(launcher, "SIGTERM_S", 0.5)
+    monkeypatch.setattr(training_processes, "SAVING_S", 0.5)
+    monkeypatch.setattr(training_processes, "GRACE_S", 0.5)
+    monkeypatch.setattr(training_processes, "SIGTERM_S", 0.5)
     program = f"import os, signal, sys, time\nexec({programs!r}[int(os.environ['RANK'])])"
     if isinstance(code, str):
         with pytest.raises(ResourceError, match=code):
-            launcher.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2))
+            training_processes.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2))
     else:
-        assert launcher.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2)) == code
+        assert training_processes.launch([sys.executable, "-c", program], ProcessSettings(num_processes=2)) == code

@@ -6,18 +6,19 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 
-from training.system.memory_guard import (
+from training.system.device import (
     GIB,
-    PROC,
     Memory,
-    MemoryFiles,
     MemoryGuard,
     Thresholds,
     comfyui_advice,
     largest_other_process,
+    read_memory,
     thresholds,
 )
 
@@ -35,12 +36,13 @@ class FakeProc:
     """Files like those in /proc, with figures that a test sets."""
 
     def __init__(self, folder):
-        self.files = MemoryFiles(folder / "meminfo", folder / "memory")
+        self.meminfo, self.pressure = folder / "meminfo", folder / "memory"
 
-    def set(self, available_gib: float, full: str = "0.00") -> MemoryFiles:
-        self.files.meminfo.write_text(MEMINFO.format(total=128 * 2**20, available=int(available_gib * 2**20)), encoding="ascii")
-        self.files.pressure.write_text(PRESSURE.format(full=full), encoding="ascii")
-        return self.files
+    def set(self, available_gib: float, full: str = "0.00") -> Callable[[], Memory]:
+        """Set the figures, and return what reads them."""
+        self.meminfo.write_text(MEMINFO.format(total=128 * 2**20, available=int(available_gib * 2**20)), encoding="ascii")
+        self.pressure.write_text(PRESSURE.format(full=full), encoding="ascii")
+        return partial(read_memory, self.meminfo, self.pressure)
 
 
 @pytest.fixture
@@ -52,18 +54,19 @@ def proc(tmp_path):
 def sent(monkeypatch):
     """The signals that the guard sends."""
     signals = []
-    monkeypatch.setattr("training.system.memory_guard.os.kill", lambda process, signum: signals.append((process, signum)))
+    monkeypatch.setattr("training.system.device.os.kill", lambda process, signum: signals.append((process, signum)))
     return signals
 
 
 def test_figures_come_from_meminfo_and_pressure(proc):
-    assert proc.set(20.5, "3.25").read() == Memory(128 * GIB, int(20.5 * GIB), 3.25)
-    proc.files.pressure.unlink()
-    assert proc.files.read().pressure == 0.0
+    read = proc.set(20.5, "3.25")
+    assert read() == Memory(128 * GIB, int(20.5 * GIB), 3.25)
+    proc.pressure.unlink()
+    assert read().pressure == 0.0
 
 
 def test_this_machine_reports_its_memory():
-    memory = PROC.read()
+    memory = read_memory()
     assert 0 < memory.available <= memory.total
 
 
@@ -105,7 +108,7 @@ def test_pressure_stops_the_run_although_memory_is_available(proc, sent):
 
 def test_the_guard_exits_at_once_when_nearly_nothing_is_available(proc, monkeypatch, sent):
     codes = []
-    monkeypatch.setattr("training.system.memory_guard.os._exit", codes.append)
+    monkeypatch.setattr("training.system.device.os._exit", codes.append)
     MemoryGuard(SPARK, proc.set(1.9)).poll()
     assert codes == [75]
 
@@ -153,12 +156,12 @@ def test_a_real_shortage_ends_the_run_with_75_and_the_next_one_resumes(stage):
     """The floor is so high that a program that takes a few GiB gets below it."""
     stage.add("astronaut")
     stage.add("coffee")
-    memory = PROC.read()
+    memory = read_memory()
     floor = (memory.available - memory.total // 16) / GIB - 1.5
     long = {"NUM_TRAIN_EPOCHS": 4000, "SAVE_EVERY_EPOCHS": 0, "LORA_TARGETS": "attention", "MEMORY_FLOOR_GIB": floor}
 
     def take(is_over: threading.Event) -> None:
-        with hogging(max(1, int((PROC.read().available / GIB - floor) * 8)), more=24):  # other programs free memory meanwhile
+        with hogging(max(1, int((read_memory().available / GIB - floor) * 8)), more=24):  # other programs free memory meanwhile
             is_over.wait(120)
 
     run = stage.disturbed(1, take, **long)

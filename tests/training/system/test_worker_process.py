@@ -11,11 +11,11 @@ import pytest
 
 from common.errors import DataError, ResourceError
 from common.settings import REPOSITORY
-from training.system.worker_process import worker_process
+from training.system.processes import worker_process
 
 WAITS = """
 import os, signal, time
-from training.system.worker_process import worker_process
+from training.system.processes import worker_process
 
 if __name__ == "__main__":
     with worker_process(enabled=True) as worker:
@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 import train_lora
 from common.errors import run_main
-from training.system.worker_process import WorkerProcess
+from training.system.processes import WorkerProcess
 
 if __name__ == "__main__":
     from training import trainer

@@ -5,7 +5,7 @@ Here frozen layers keep nothing, layers that read the same input are one product
 place in the adapter's flat fp32 buffer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,25 +42,9 @@ class FusedLoraLinear:
     """A scalar that requires a gradient: autograd calls the backward even where the input requires none."""
 
 
-@dataclass(frozen=True)
-class FusedAdapter:
-    """All groups of fused layers, and the copy of the weights that they compute with."""
-
-    adapter: Adapter
-    compute_weights: torch.Tensor
-    """[P] in the UNet's dtype; the adapter's own weights if that is fp32."""
-    groups: dict[str, FusedLoraLinear]
-    """By the name of the group."""
-
-    @torch.no_grad()
-    def sync_compute_weights(self) -> None:
-        """Copy the adapter's fp32 weights to the ones that the layers compute with."""
-        if self.compute_weights is not self.adapter.weights:
-            self.compute_weights.copy_(self.adapter.weights)
-
-
-def fuse(adapter: Adapter) -> FusedAdapter:
-    """Build the fused layers from the PEFT layers of `adapter`.
+def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], Callable[[], None]]:
+    """The fused layers, built from the PEFT layers of `adapter`, by the name of the group; and a function that copies the fp32
+    weights to those in the UNet's dtype with which they compute.
 
     In the flat weights all `down` of a group come before all `up`, without a gap: a slice is the weight of a fused product.
     The frozen weights of a group are joined, and its base layers become views of the joined one, so that none is held twice.
@@ -85,7 +69,13 @@ def fuse(adapter: Adapter) -> FusedAdapter:
             tuple(names), *_joined(bases), down, up, down_grad, up_grad, adapter.scale, anchor
         )  # fmt: skip
         start = end
-    return FusedAdapter(adapter, compute, groups)
+
+    @torch.no_grad()
+    def sync_compute_weights() -> None:
+        if compute is not adapter.weights:
+            compute.copy_(adapter.weights)
+
+    return groups, sync_compute_weights
 
 
 def _joined(linears: Sequence[torch.nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,9 +1,13 @@
-"""The networks of a base model, built by diffusers and transformers and loaded straight from the files onto the device."""
+"""Weights: from `.safetensors` files straight into networks on the device, which diffusers and transformers build; and back.
+
+Files are written with the mode and the errors that all other files have.
+"""
 
 import contextlib
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,13 +20,15 @@ from diffusers.loaders.single_file_utils import (
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from common.background import prefetch
 from common.clip_tokens import TOKENIZERS
 from common.errors import ModelError, bullet_list
+from common.files import atomic_write
 from training.models.base_model import find_or_download_tokenizers
 from training.models.sdxl import PREFIXES, BaseModel, Component
 
@@ -54,14 +60,6 @@ _MAX_SHOWN = 5
 """Mismatches that are printed; a wrong file easily has a thousand."""
 
 
-@dataclass(frozen=True)
-class TextEncoders:
-    """SDXL's two CLIP text encoders with their tokenizers."""
-
-    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
-    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
-
-
 def load_unet(base: BaseModel, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
     """The UNet, frozen."""
     return _load(base.components["unet"], device, dtype)
@@ -72,10 +70,12 @@ def load_vae(base: BaseModel, device: torch.device) -> AutoencoderKL:
     return _load(base.components["vae"], device, torch.float32)
 
 
-def load_text_encoders(base: BaseModel, models_dir: Path, device: torch.device, dtype: torch.dtype) -> TextEncoders:
-    """Both text encoders, frozen, with their tokenizers."""
+def load_text_encoders(
+    base: BaseModel, device: torch.device, dtype: torch.dtype
+) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """SDXL's two CLIP text encoders, frozen."""
     first, second = (_load(base.components[name], device, dtype) for name in ("text_encoder", "text_encoder_2"))
-    return TextEncoders(load_tokenizers(base, models_dir), (first, second))
+    return first, second
 
 
 def load_tokenizers(base: BaseModel, models_dir: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
@@ -91,12 +91,44 @@ def require_matching_weights(base: BaseModel) -> None:
         _matching_network(component)
 
 
+def require_finite_weights(base: BaseModel, names: Sequence[str], dtype: torch.dtype) -> None:
+    """Search the weights of these components for NaN and infinity, as they are in `dtype`. Raises ModelError with file and tensor.
+
+    Reads all of them: for the case that something computed with them is not finite.
+    """
+    for component in (base.components[name] for name in names):
+        with _opened(component, torch.device("cpu")) as where:
+            for key, file in where.items():
+                weight = file.get_tensor(key)
+                if weight.isfinite().all() and not weight.to(dtype).isfinite().all():
+                    raise ModelError(
+                        f"{component.file_of(key)}: {key} of the {component.label} is too large for {str(dtype)[6:]}; set "
+                        "MIXED_PRECISION=bf16, or use another base model"
+                    )
+                if not weight.isfinite().all():
+                    raise ModelError(
+                        f"{component.file_of(key)}: {key} of the {component.label} holds NaN or infinity: the file is damaged, or "
+                        "the result of a bad merge; download it again, or use another base model"
+                    )
+
+
+@contextlib.contextmanager
+def _opened(component: Component, device: torch.device) -> Iterator[dict[str, safe_open]]:
+    """The name of each of the component's tensors, and its opened file. Raises ModelError if safetensors refuses a file."""
+    with ExitStack() as stack:
+        opened = {}
+        for path in {file.path for file in component.files}:
+            try:
+                opened[path] = stack.enter_context(safe_open(path, "pt", str(device)))
+            except SafetensorError as error:
+                raise ModelError(f"{path}: {' '.join(str(error).split())}: download it again") from None
+        yield {key: opened[file.path] for file in component.files for key in file.tensors if key in component.tensors}
+
+
 def _load(component: Component, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """The network of `component` with its weights: frozen, in `dtype`, on `device`."""
     network = _matching_network(component)
-    with ExitStack() as stack:
-        opened = {file.path: stack.enter_context(safe_open(file.path, "pt", str(device))) for file in component.files}
-        where = {key: opened[file.path] for file in component.files for key in file.tensors if key in component.tensors}
+    with _opened(component, device) as where:
         read = prefetch(lambda key: where[key].get_tensor(key).to(dtype), where, _READERS)
         tensors = dict(zip(where, read, strict=True))
     network.load_state_dict(_state_dict(component, tensors, network), assign=True)
@@ -141,13 +173,15 @@ def _state_dict(component: Component, tensors: dict[str, torch.Tensor], network:
 
 def _diffusers_names(component: Component, tensors: dict[str, torch.Tensor], network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """`tensors` under the names that diffusers and transformers give them."""
-    if component.in_single_file:
+    if component.has_original_names:
         try:
             converted = _FROM_SINGLE_FILE[component.name](tensors, network)
         except KeyError as error:
             raise ModelError(f"{component.files[0].path}: {component.name}: {error.args[0]} is missing") from None
         untransposed = tensors.get(f"{PREFIXES[component.name]}text_projection.weight")
         return converted if untransposed is None else converted | {"text_projection.weight": untransposed}
+    if component.in_single_file:
+        tensors = {key.removeprefix(PREFIXES[component.name]): tensor for key, tensor in tensors.items()}
     if component.name == "vae":
         for old, new in _OLD_VAE_NAMES.items():
             tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
@@ -175,3 +209,25 @@ class _SkipInit(TorchFunctionMode):
         if function is torch.arange:
             kwargs = {"device": "cpu"} | kwargs
         return function(*args, **kwargs)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write contiguous `tensors` on the CPU to `path`, atomically. Raises OSError if the disk refuses."""
+    with atomic_write(path) as temporary:
+        write_into(temporary, tensors, metadata)
+
+
+def write_into(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write `tensors` into the existing `file`, whose mode is kept. Raises OSError if the disk refuses.
+
+    safetensors writes a temporary file that only this user may read and renames it; its own error hides the errno.
+    """
+    mode = file.stat().st_mode
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:
+        cause = re.search(r"os error (\d+)", str(error))
+        if cause is None:
+            raise
+        raise OSError(int(cause[1]), os.strerror(int(cause[1])), str(file.parent)) from None
+    file.chmod(mode)

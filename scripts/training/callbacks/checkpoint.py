@@ -1,5 +1,6 @@
-"""Checkpoints: everything needed to continue a run exactly. safetensors and JSON only, the same for every engine.
+"""Checkpoints: everything needed to continue a run exactly, and which one it is continued from given what changed since.
 
+They are safetensors and JSON only, the same for every engine.
 A checkpoint is two files: the tensors, then the record that points to them and holds the checksums of both. The newest one
 whose record and tensors match is used; a corrupt one is reported and skipped.
 """
@@ -8,26 +9,32 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from common.errors import ModelError
+from common.errors import ModelError, SettingsError, bullet_list
 from common.files import write_json
+from common.settings import pipeline_command
 from common.weights import digest, read_header
+from training.config import RunSettings
 from training.data.buckets import OptimizerStep
+from training.loop import Callback, Progress
 from training.method.optimizers import Optimizer
-from training.models.tensor_files import write_tensors
-from training.monitor.callbacks import Callback, Progress
+from training.models.weights import write_tensors
+from training.plan import GLOBAL_BATCH, WARMUP_STEPS, WORLD_SIZE, changes
 from training.system.process_group import ProcessGroup
 
 WEIGHTS = "weights"
 """Name of the adapter's flat weights among the tensors; the others are the optimizer's."""
+EPOCHS, EARLY_STOP = "num_train_epochs", "early_stop_patience"
+"""Settings that a run may be continued with other values of."""
 _RECORD = re.compile(r"step-(\d{9})\.json")
 _OWN_FILES = re.compile(r"step-\d{9}\.(json|safetensors)|\..*\.part|\.tmp.*")
 """Names of files in the folder that this module wrote; the last two are left by a save that was killed."""
@@ -60,32 +67,26 @@ class Checkpoint:
     folder: Path
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A copy of the state at one moment; training goes on without changing it."""
-
-    tensors: dict[str, torch.Tensor]
-    progress: Progress
-    scaler: dict[str, Any]
-
-
-def snapshot(weights: torch.nn.Parameter, optimizer: Optimizer, scaler: torch.amp.GradScaler, progress: Progress) -> Snapshot:
-    """Copy the state to the CPU's memory, each tensor in a thread."""
+def snapshot(weights: torch.nn.Parameter, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """A copy of the state's tensors in the CPU's memory, made by a thread for each; training goes on without changing it."""
     tensors = {WEIGHTS: weights, **optimizer.state_dict()}
     with ThreadPoolExecutor() as pool:
         copies = pool.map(lambda tensor: tensor.detach().to("cpu", copy=True), tensors.values())
-        return Snapshot(dict(zip(tensors, copies, strict=True)), progress, scaler.state_dict())
+        return dict(zip(tensors, copies, strict=True))
 
 
-def write(folder: Path, state: Snapshot, identity: Identity, keep: int) -> None:
-    """Write `state` into `folder`: the tensors, then the record. After that, checkpoints older than the last `keep` are
+def write(
+    folder: Path, tensors: dict[str, torch.Tensor], progress: Progress, scaler: dict[str, Any], identity: Identity, keep: int
+) -> None:
+    """Write a checkpoint into `folder`: the tensors, then the record. After that, checkpoints older than the last `keep` are
     removed, except the one from which a run of more epochs can be continued."""
-    file = folder / f"step-{state.progress.next_step:09d}.safetensors"
-    write_tensors(file, state.tensors)
-    record = {
-        "progress": asdict(state.progress),
-        "scaler": state.scaler,
-        "identity": {  # by the names of the first version
+    file = folder / f"step-{progress.next_step:09d}.safetensors"
+    write_tensors(file, tensors)
+    validations = [{"epochs": epochs, "loss": loss} for epochs, loss in progress.validations.items()]
+    record = {  # by the names of the first version
+        "progress": {**asdict(progress), "validations": validations},
+        "scaler": scaler,
+        "identity": {
             "fingerprint": identity.fingerprint,
             "circumstances": identity.runtime,
             "common_steps": identity.shared_prefix_steps,
@@ -98,22 +99,27 @@ def write(folder: Path, state: Snapshot, identity: Identity, keep: int) -> None:
     _remove_others(folder, [path.stem for path in until[:keep]] + [f"step-{identity.shared_prefix_steps:09d}"])
 
 
-class CheckpointWriter(Callback):
-    """Writes checkpoints in a thread, one after the other. What the disk refuses is raised after the next step.
+class CheckpointWriter(Callback, AbstractContextManager):
+    """Writes checkpoints in a thread, one after the other. What the disk refuses is raised after the next step."""
 
-    `capture` takes the snapshot of the training at a progress.
-    """
-
-    def __init__(self, folder: Path, identity: Identity, keep: int, capture: Callable[[Progress], Snapshot]):
-        self._arguments = (identity, keep)
-        self._folder = folder
-        self._capture = capture
+    def __init__(
+        self,
+        folder: Path,
+        identity: Identity,
+        keep: int,
+        weights: torch.nn.Parameter,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+    ):
+        self._folder, self._identity, self._keep = folder, identity, keep
+        self._weights, self._optimizer, self._scaler = weights, optimizer, scaler
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
 
     def save_state(self, progress: Progress, *, wait: bool) -> None:
         self.wait()
-        self._writing = self._pool.submit(write, self._folder, self._capture(progress), *self._arguments)
+        tensors, scaler = snapshot(self._weights, self._optimizer), self._scaler.state_dict()
+        self._writing = self._pool.submit(write, self._folder, tensors, progress, scaler, self._identity, self._keep)
         if wait:
             self.wait()
 
@@ -126,9 +132,6 @@ class CheckpointWriter(Callback):
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
-
-    def __enter__(self) -> "CheckpointWriter":
-        return self
 
     def __exit__(self, kind, *_) -> None:
         self._pool.shutdown(wait=True)
@@ -154,9 +157,10 @@ def _read(path: Path) -> Checkpoint:
     checksum = record.pop("record_sha256")
     if checksum != _checksum(record) or record["sha256"] != _digest(path.with_name(record["tensors"])):
         raise ValueError("the checksum differs")
-    progress, identity = Progress.from_json(record.pop("progress")), record.pop("identity")
+    progress, identity = record.pop("progress"), record.pop("identity")
+    progress["validations"] = {each["epochs"]: each["loss"] for each in progress["validations"]}
     run = Identity(identity["fingerprint"], identity["circumstances"], identity["common_steps"])
-    return Checkpoint(progress=progress, identity=run, folder=path.parent, **record)
+    return Checkpoint(progress=Progress(**progress), identity=run, folder=path.parent, **record)
 
 
 def restore(
@@ -175,6 +179,50 @@ def restore(
     optimizer.load_state_dict(tensors)
     if saved.scaler:
         scaler.load_state_dict(saved.scaler)
+
+
+def warmup_to_keep(saved: Checkpoint, fingerprint: Mapping[str, Any]) -> int:
+    """The warm-up steps of a run that may be extended: those it began with, whatever its number of epochs is now."""
+    before = saved.identity.fingerprint
+    same = all(before.get(key) == fingerprint[key] for key in ("lr_scheduler", "lr_warmup"))
+    return before[WARMUP_STEPS] if same and before["lr_scheduler"] == "constant" else fingerprint[WARMUP_STEPS]
+
+
+def find_resume_point(folder: Path, saved: Checkpoint, now: Identity) -> Checkpoint:
+    """The checkpoint in `folder` from which the run `now` is continued: `saved`, or an older one that is part of both runs.
+
+    Raises SettingsError if `saved` belongs to another run than `now`.
+    """
+    before = saved.identity
+    found = changes(before.fingerprint, now.fingerprint)
+    allowed = {EPOCHS, EARLY_STOP} if now.fingerprint["lr_scheduler"] == "constant" else {EARLY_STOP}
+    point = saved
+    if EPOCHS in found:  # the steps of the two runs differ from where the shorter one ends
+        point = newest(folder, at_most=min(before.shared_prefix_steps, now.shared_prefix_steps))
+    if not found.keys() <= allowed or point is None:
+        title = f"{folder} holds a run, stopped at step {saved.progress.next_step}, with other settings or data:"
+        remedy = f"Restore these values to continue that run, or archive it and start again: {pipeline_command('--train', FRESH=1)}"
+        raise SettingsError(f"{bullet_list(title, list(found.values()))}\n{remedy}")
+    for change in (found | changes(before.runtime, now.runtime)).values():
+        print(f"setting changed since the checkpoint: {change}", flush=True)
+    return point
+
+
+def match_global_batch(run: RunSettings, world_size: int, saved: Checkpoint | None) -> RunSettings:
+    """`run` with the gradient accumulation by which `world_size` processes take steps of the size that the saved run has, if
+    their number has changed since. Raises SettingsError if that does not divide, with what would."""
+    if saved is None or world_size == saved.identity.runtime[WORLD_SIZE]:
+        return run
+    samples = saved.identity.fingerprint[GLOBAL_BATCH]
+    accumulation, rest = divmod(samples, run.train_batch_size * world_size)
+    if rest == 0 and accumulation:
+        return replace(run, gradient_accumulation_steps=accumulation)
+    fitting = [str(batch) for batch in range(1, samples + 1) if samples % (batch * world_size) == 0]
+    remedy = f"set TRAIN_BATCH_SIZE to {' or '.join(fitting)}" if fitting else "set NUM_PROCESSES to a divisor of it"
+    raise SettingsError(
+        f"the saved run has {samples} images per step, which {world_size} processes with batch size {run.train_batch_size} cannot "
+        f"share: {remedy}, or set FRESH=1 to archive it and start again"
+    )
 
 
 def keep_one(folder: Path, at_most: int) -> None:

@@ -3,17 +3,18 @@
 import json
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from common.errors import DISK_ERRNOS
+from training.callbacks import checkpoint
+from training.callbacks.checkpoint import CheckpointWriter, Identity
 from training.config import OptimizerSettings
 from training.data.buckets import Bucket, OptimizerStep
+from training.loop import Progress
 from training.method.optimizers import AdamW
-from training.monitor.callbacks import Progress
-from training.state import checkpoint
-from training.state.checkpoint import CheckpointWriter, Identity
 from training.system.process_group import ProcessGroup
 
 STEP = OptimizerStep(0, 0, Bucket(64, 64), (0,))
@@ -35,11 +36,18 @@ class Training:
         self.optimizer.step(torch.tensor(1e-4))
         self.taken += 1
 
-    def snapshot(self) -> checkpoint.Snapshot:
-        return checkpoint.snapshot(self.weights, self.optimizer, self.scaler, Progress(self.taken, 1 / 3))
+    @property
+    def progress(self) -> Progress:
+        return Progress(self.taken, 1 / 3)
+
+    def save(self, folder: Path, keep: int = 2) -> None:
+        checkpoint.write(folder, checkpoint.snapshot(self.weights, self.optimizer), self.progress, {}, IDENTITY, keep)
+
+    def writer(self, folder: Path) -> CheckpointWriter:
+        return CheckpointWriter(folder, IDENTITY, 2, self.weights, self.optimizer, self.scaler)
 
     def numbers(self) -> dict[str, bytes]:
-        return {name: tensor.numpy().tobytes() for name, tensor in self.snapshot().tensors.items()}
+        return {name: tensor.numpy().tobytes() for name, tensor in checkpoint.snapshot(self.weights, self.optimizer).items()}
 
     def restored(self, saved: checkpoint.Checkpoint) -> "Training":
         checkpoint.restore(saved, ProcessGroup(), self.weights, self.optimizer, self.scaler)
@@ -57,7 +65,7 @@ def two_states(tmp_path, training):
     numbers = {}
     for step in (1, 2):
         training.step()
-        checkpoint.write(tmp_path, training.snapshot(), IDENTITY, keep=2)
+        training.save(tmp_path)
         numbers[step] = training.numbers()
     return tmp_path, numbers
 
@@ -72,8 +80,8 @@ def test_state_is_restored_to_the_last_bit(two_states):
 def test_training_that_goes_on_does_not_change_what_is_being_written(tmp_path, training):
     training.step()
     numbers = training.numbers()
-    with CheckpointWriter(tmp_path, IDENTITY, 2, lambda _: training.snapshot()) as writer:
-        writer.save_state(Progress(), wait=False)
+    with training.writer(tmp_path) as writer:
+        writer.save_state(training.progress, wait=False)
         training.step()
     assert Training(seed=1).restored(checkpoint.newest(tmp_path)).numbers() == numbers
 
@@ -110,7 +118,7 @@ def test_damaged_state_is_named_and_the_one_before_it_counts(two_states, capsys,
     assert resumed.numbers() == numbers[1]
     resumed.taken = 1
     resumed.step()
-    checkpoint.write(folder, resumed.snapshot(), IDENTITY, keep=2)
+    resumed.save(folder)
     assert checkpoint.newest(folder).progress.next_step == 2
     assert sorted(path.name for path in folder.glob("*.json")) == ["step-000000001.json", "step-000000002.json"]
 
@@ -124,7 +132,7 @@ def test_half_a_save_is_no_state_and_goes_with_the_next_one(two_states, training
     assert checkpoint.newest(folder).progress.next_step == 2
     for _ in range(2):
         training.step()
-    checkpoint.write(folder, training.snapshot(), IDENTITY, keep=1)
+    training.save(folder, keep=1)
     assert sorted(path.name for path in folder.iterdir()) == ["step-000000004.json", "step-000000004.safetensors"]
 
 
@@ -136,7 +144,7 @@ def test_a_folder_with_an_incomplete_first_checkpoint_is_removed(tmp_path, train
     checkpoint.remove_incomplete(folder)
     assert list(tmp_path.iterdir()) == []
     training.step()
-    checkpoint.write(folder, training.snapshot(), IDENTITY, keep=2)
+    training.save(folder)
     checkpoint.remove_incomplete(folder)
     assert checkpoint.newest(folder).progress.next_step == 1
 
@@ -154,7 +162,7 @@ def test_newest_goes_by_number_and_not_by_time(two_states):
 def test_the_last_states_are_kept_and_the_one_that_a_longer_run_shares(tmp_path, training):
     for _ in range(10):
         training.step()
-        checkpoint.write(tmp_path, training.snapshot(), IDENTITY, keep=2)
+        training.save(tmp_path)
     assert sorted(path.stem for path in tmp_path.glob("*.json")) == ["step-000000007", "step-000000009", "step-000000010"]
     checkpoint.keep_one(tmp_path, at_most=IDENTITY.shared_prefix_steps)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000007.json", "step-000000007.safetensors"]
@@ -167,7 +175,7 @@ def test_damaged_states_of_later_steps_do_not_push_out_valid_ones(two_states):
         (folder / f"step-{step:09d}.json").write_text("{}")
     training = Training()
     training.taken = 3
-    checkpoint.write(folder, training.snapshot(), IDENTITY, keep=2)
+    training.save(folder)
     assert sorted(path.stem for path in folder.glob("*.json")) == ["step-000000002", "step-000000003"]
 
 
@@ -181,11 +189,11 @@ def small_disk(tmp_path, mount_tmpfs):
 def test_full_disk_keeps_the_last_valid_state(small_disk, training):
     training.step()
     numbers = training.numbers()
-    with CheckpointWriter(small_disk, IDENTITY, 2, lambda _: training.snapshot()) as writer:
-        writer.save_state(Progress(), wait=False)
+    with training.writer(small_disk) as writer:
+        writer.save_state(training.progress, wait=False)
         writer.wait()
         training.step()
-        writer.save_state(Progress(), wait=False)
+        writer.save_state(training.progress, wait=False)
         with pytest.raises(OSError, match="No space left") as full:
             writer.wait()
     assert full.value.errno in DISK_ERRNOS
@@ -195,8 +203,8 @@ def test_full_disk_keeps_the_last_valid_state(small_disk, training):
 
 def test_writer_raises_what_the_disk_refused_after_the_next_step(tmp_path, training):
     (tmp_path / "file").touch()
-    with CheckpointWriter(tmp_path / "file" / "state", IDENTITY, 2, lambda _: training.snapshot()) as writer:
-        writer.save_state(Progress(), wait=False)
+    with training.writer(tmp_path / "file" / "state") as writer:
+        writer.save_state(training.progress, wait=False)
         (thread,) = [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
         while thread.is_alive() and not writer._writing.done():
             thread.join(0.01)

@@ -7,9 +7,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.errors import SettingsError
+from training.callbacks.metrics import open_metrics
 from training.config import LoggingSettings
 from training.data.buckets import Bucket, OptimizerStep
-from training.monitor.metrics import open_metrics
 
 
 @pytest.fixture

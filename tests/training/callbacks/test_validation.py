@@ -1,14 +1,19 @@
 """The validation loss is measured on all held-out images, at fixed timesteps of the base model's noise schedule."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from training.data.buckets import assign_bucket
+from training.callbacks.validation import STRATA, Validator
+from training.data.batches import BatchReader
+from training.data.buckets import Bucket, OptimizerStep, assign_bucket
 from training.data.cache import CachedExample
-from training.monitor.validation import STRATA, Validator
+from training.loop import Progress
+from training.system.process_group import ProcessGroup
+from training.system.processes import RankInfo
 
 SIZES = [(128, 128), (300, 150), (128, 128)]
 
@@ -23,11 +28,12 @@ def validator_of(tmp_path):
         shape = (4, placement.bucket.height // 8, placement.bucket.width // 8)
         save_file({"mean": torch.full(shape, float(index)), "log_variance": torch.zeros(shape)}, latents)
         save_file({"hidden": torch.full((2, 77, 6), float(index)), "pooled": torch.zeros(2, 3)}, text)
-        examples.append(CachedExample(f"{index}.png", placement, latents, text, variants=2))
+        examples.append(CachedExample(f"{index}.png", placement, latents, text, 2, tmp_path / "never read"))
 
-    def make(evaluate, **changes) -> Validator:
-        how = {"seed": 3, "micro_batch": 3, "timesteps": 1000}
-        return Validator(examples, tmp_path / "never read", evaluate=evaluate, **how | changes)
+    def make(evaluate, rank: int = 0, world_size: int = 1, **changes) -> Validator:
+        how = {"seed": 3, "caption_dropout": 0.0, "micro_batch": 3, "global_batch": 4, "timesteps": 1000, "pin": False}
+        group = ProcessGroup(RankInfo(rank=rank, world_size=world_size))
+        return Validator(BatchReader(examples, **how | changes, group=group), evaluate)
 
     return make
 
@@ -35,18 +41,13 @@ def validator_of(tmp_path):
 def samples_of(validator_of, **changes) -> dict[int, list[tuple]]:
     """Image -> what the validator hands out of it: timestep, weight, noise."""
     found = defaultdict(list)
-
-    def evaluate(batches) -> float:
-        for batch in batches:
-            for mean, hidden, timestep, weight, noise in zip(
-                batch.mean, batch.hidden, batch.timesteps, batch.weights, batch.noise, strict=True
-            ):
-                assert (hidden == mean.flatten()[0]).all()  # the image's own caption, not the empty one
-                if weight:
-                    found[int(mean.flatten()[0])].append((int(timestep), float(weight), noise.flatten().tolist()))
-        return 0.0
-
-    validator_of(evaluate, **changes)()
+    for batch in validator_of(None, **changes).batches():
+        for mean, hidden, timestep, weight, noise in zip(
+            batch.mean, batch.hidden, batch.timesteps, batch.weights, batch.noise, strict=True
+        ):
+            assert (hidden == mean.flatten()[0]).all()  # the image's own caption, not the empty one
+            if weight:
+                found[int(mean.flatten()[0])].append((int(timestep), float(weight), noise.flatten().tolist()))
     return found
 
 
@@ -80,4 +81,10 @@ def test_processes_share_the_work_without_overlap(validator_of):
 
 
 def test_the_result_is_what_the_step_measures(validator_of):
-    assert validator_of(lambda batches: 0.25)() == 0.25
+    validator = validator_of(lambda batches: 0.25 * len(list(batches)))
+    step = OptimizerStep(6, 1, Bucket(64, 64), (0,))
+    before = Progress(7, validations={1: 3.0})
+    progress, line = validator.after_epoch(step, 2, before)
+    measured = 0.25 * len(list(validator.batches()))
+    assert progress == replace(before, validations={1: 3.0, 2: measured})
+    assert line == f"  validation {measured:.4f} (smoothed {(3 + measured) / 2:.4f})"

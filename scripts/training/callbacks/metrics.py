@@ -10,7 +10,7 @@ from common.errors import SettingsError
 from common.files import naming_oserror, read_json_lines, write_bytes
 from training.config import LoggingSettings
 from training.data.buckets import OptimizerStep
-from training.monitor.callbacks import Callback
+from training.loop import Callback
 
 Log = Callable[[dict[str, Any], int], None]
 """Records the values of an optimizer step."""

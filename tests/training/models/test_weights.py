@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from common.errors import ModelError
-from training.models import loading
 from training.models.base_model import find_base
 from training.models.sdxl import WEIGHT_STEMS
+from training.models.weights import load_text_encoders, load_unet, load_vae, require_matching_weights
 
 UNET = "model.diffusion_model."
 
@@ -21,13 +21,13 @@ def test_folder_loads_as_diffusers_loads_it(tiny_sdxl):
     from diffusers import StableDiffusionXLPipeline  # imports all of diffusers
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32, local_files_only=True)
-    for name, module in all_components(find_base(str(tiny_sdxl), tiny_sdxl), tiny_sdxl).items():
+    for name, module in all_components(find_base(str(tiny_sdxl), tiny_sdxl)).items():
         assert_same_weights(module, getattr(pipeline, name))
 
 
 def test_single_file_and_folder_give_the_same_modules(tiny_sdxl, tiny_single_file):
-    from_folder = all_components(find_base(str(tiny_sdxl), tiny_sdxl), tiny_sdxl)
-    from_file = all_components(find_base(str(tiny_single_file), tiny_sdxl.parent), tiny_sdxl.parent)
+    from_folder = all_components(find_base(str(tiny_sdxl), tiny_sdxl))
+    from_file = all_components(find_base(str(tiny_single_file), tiny_sdxl.parent))
     for name in WEIGHT_STEMS:
         assert_same_weights(from_folder[name], from_file[name])
     tokens = torch.tensor([[525, 70, 12, 526] + [0] * 73])
@@ -68,7 +68,7 @@ def test_original_layout_is_what_diffusers_converts(tiny_sdxl, tiny_single_file)
 
 
 def test_lora_has_the_722_linear_layers_of_sdxl(tiny_sdxl):
-    unet = loading.load_unet(find_base(str(tiny_sdxl), tiny_sdxl), CPU, torch.float32)
+    unet = load_unet(find_base(str(tiny_sdxl), tiny_sdxl), CPU, torch.float32)
     linears = [name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear) and "attentions" in name]
     assert len(linears) == 722
     assert len(unet.state_dict()) == 1680
@@ -77,8 +77,8 @@ def test_lora_has_the_722_linear_layers_of_sdxl(tiny_sdxl):
 def test_components_are_frozen_in_the_requested_type_and_not_initialised(tiny_sdxl):
     base = find_base(str(tiny_sdxl), tiny_sdxl)
     randomness = torch.get_rng_state()
-    unet, vae = loading.load_unet(base, CPU, torch.bfloat16), loading.load_vae(base, CPU)
-    encoders = loading.load_text_encoders(base, tiny_sdxl, CPU, torch.bfloat16).encoders
+    unet, vae = load_unet(base, CPU, torch.bfloat16), load_vae(base, CPU)
+    encoders = load_text_encoders(base, CPU, torch.bfloat16)
     assert torch.equal(torch.get_rng_state(), randomness)
     for module, dtype in ((unet, torch.bfloat16), (vae, torch.float32), *((encoder, torch.bfloat16) for encoder in encoders)):
         assert not module.training
@@ -94,15 +94,15 @@ def test_vae_with_the_old_names_of_attention(folder, tiny_sdxl):
         new = next((new for new in old if f".{new}." in name), None)
         renamed[name.replace(new, old[new]) if new else name] = weight
     save_file(renamed, file)
-    ours = loading.load_vae(find_base(str(folder), folder), CPU)
-    assert_same_weights(ours, loading.load_vae(find_base(str(tiny_sdxl), tiny_sdxl), CPU))
+    ours = load_vae(find_base(str(folder), folder), CPU)
+    assert_same_weights(ours, load_vae(find_base(str(tiny_sdxl), tiny_sdxl), CPU))
 
 
 def test_text_encoder_without_the_old_prefix(folder, tiny_sdxl):
     file = folder / "text_encoder" / "model.safetensors"
     save_file({name.removeprefix("text_model."): weight for name, weight in load_file(file).items()}, file)
-    ours = loading.load_text_encoders(find_base(str(folder), folder), folder, CPU, torch.float32).encoders[0]
-    theirs = loading.load_text_encoders(find_base(str(tiny_sdxl), folder), folder, CPU, torch.float32).encoders[0]
+    ours = load_text_encoders(find_base(str(folder), folder), CPU, torch.float32)[0]
+    theirs = load_text_encoders(find_base(str(tiny_sdxl), folder), CPU, torch.float32)[0]
     assert_same_weights(ours, theirs)
 
 
@@ -111,8 +111,8 @@ def test_file_with_an_untransposed_text_projection(tiny_single_file, tmp_path, t
     projection = weights.pop("conditioner.embedders.1.model.text_projection")
     weights["conditioner.embedders.1.model.text_projection.weight"] = projection.T.contiguous()
     save_file(weights, tmp_path / "a.safetensors")
-    ours = loading.load_text_encoders(find_base("a", tmp_path), tiny_sdxl.parent, CPU, torch.float32).encoders[1]
-    theirs = loading.load_text_encoders(find_base(str(tiny_sdxl), tmp_path), tmp_path, CPU, torch.float32).encoders[1]
+    ours = load_text_encoders(find_base("a", tmp_path), CPU, torch.float32)[1]
+    theirs = load_text_encoders(find_base(str(tiny_sdxl), tmp_path), CPU, torch.float32)[1]
     assert_same_weights(ours, theirs)
 
 
@@ -120,11 +120,11 @@ def test_linear_layers_may_be_stored_as_1x1_convolutions(tiny_single_file, tmp_p
     weights = load_file(tiny_single_file)
     key = f"{UNET}input_blocks.4.1.proj_in.weight"
     save_file(weights | {key: weights[key][..., None, None].contiguous()}, tmp_path / "a.safetensors")
-    ours = loading.load_unet(find_base("a", tmp_path), CPU, torch.float32)
-    assert_same_weights(ours, loading.load_unet(find_base(str(tiny_sdxl), tmp_path), CPU, torch.float32))
+    ours = load_unet(find_base("a", tmp_path), CPU, torch.float32)
+    assert_same_weights(ours, load_unet(find_base(str(tiny_sdxl), tmp_path), CPU, torch.float32))
 
 
-@pytest.mark.parametrize("use", [loading.require_matching_weights, lambda base: loading.load_unet(base, CPU, torch.float32)])
+@pytest.mark.parametrize("use", [require_matching_weights, lambda base: load_unet(base, CPU, torch.float32)])
 def test_mismatched_weights_are_named_before_any_is_read(tiny_single_file, tmp_path, use):
     weights = load_file(tiny_single_file)
     del weights[f"{UNET}input_blocks.8.0.out_layers.0.bias"]
@@ -142,7 +142,7 @@ def test_a_missing_weight_that_the_conversion_needs_is_named(tiny_single_file, t
     del weights[f"{UNET}label_emb.0.2.bias"]
     save_file(weights, tmp_path / "odd.safetensors")
     with pytest.raises(ModelError, match=r"odd\.safetensors: unet: label_emb\.0\.2\.bias is missing"):
-        loading.require_matching_weights(find_base("odd", tmp_path))
+        require_matching_weights(find_base("odd", tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -152,4 +152,4 @@ def test_a_missing_weight_that_the_conversion_needs_is_named(tiny_single_file, t
 def test_an_invalid_configuration_is_named_before_any_weight_is_read(folder, part, changes):
     change_json(folder / part / "config.json", **changes)
     with pytest.raises(ModelError, match=part):
-        loading.require_matching_weights(find_base(str(folder), folder.parent))
+        require_matching_weights(find_base(str(folder), folder.parent))

@@ -1,18 +1,18 @@
 """What may change while a run is stopped, and what may not."""
 
-from dataclasses import asdict, replace
+import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from common.errors import SettingsError
+from training.callbacks import checkpoint
+from training.callbacks.checkpoint import Identity, find_resume_point, warmup_to_keep
 from training.config import TrainSettings
 from training.data.buckets import Bucket, run_order
-from training.monitor.callbacks import Progress, Validation
+from training.loop import Progress
 from training.plan import WARMUP_STEPS, runtime_settings
-from training.state import checkpoint
-from training.state.checkpoint import Identity, Snapshot
-from training.state.resume import find_resume_point, warmup_to_keep
 
 BEGAN = {
     "lr_scheduler": "constant",
@@ -26,8 +26,7 @@ BEGAN = {
 
 def saved(folder, step: int = 60, shared_prefix_steps: int = 95, **fingerprint: object) -> checkpoint.Checkpoint:
     identity = Identity({**BEGAN, **fingerprint}, {"dataloader_num_workers": 4}, shared_prefix_steps)
-    state = Snapshot({"weight": torch.zeros(1)}, Progress(step, 0.5), {})
-    checkpoint.write(folder, state, identity, keep=2)
+    checkpoint.write(folder, {"weight": torch.zeros(1)}, Progress(step, 0.5), {}, identity, keep=2)
     return checkpoint.newest(folder)
 
 
@@ -121,8 +120,14 @@ def test_only_these_settings_may_change():
     }
 
 
-def test_progress_survives_json():
-    progress = replace(Progress().after(0, 0.5).after(1, 0.25), validations=(Validation(1, 0.75), Validation(2, 0.125)))
-    assert Progress.from_json(asdict(progress)) == progress
+def test_progress_survives_its_checkpoint_in_the_names_of_the_first_version(tmp_path):
+    progress = replace(Progress().after(0, 0.5).after(1, 0.25), validations={1: 0.75, 2: 0.125})
     assert progress.loss_average == 0.98 * 0.5 + 0.02 * 0.25
-    assert replace(progress, validations=()).next_step == 2
+    checkpoint.write(tmp_path, {"weight": torch.zeros(1)}, progress, {}, now(), keep=2)
+    assert checkpoint.newest(tmp_path).progress == progress
+    record = json.loads((tmp_path / "step-000000002.json").read_text())
+    assert record["progress"] == {
+        "next_step": 2,
+        "loss_average": progress.loss_average,
+        "validations": [{"epochs": 1, "loss": 0.75}, {"epochs": 2, "loss": 0.125}],
+    }

@@ -1,0 +1,133 @@
+"""Norms, activations and residuals of a frozen UNet: on a GPU by Triton kernels, elsewhere in PyTorch's own operations.
+
+In the kernels, residual gradients are added on the way, and only gradients of inputs are computed.
+"""
+
+import functools
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """The Triton kernels; None, with a log line, if this PyTorch has no Triton."""
+    try:
+        import training.engine.fast.triton_kernels as kernels
+    except ImportError as error:
+        print(f"Triton kernels: off, training is slower ({error})", flush=True)
+        return None
+    return kernels
+
+
+def add_layer_norm(x: torch.Tensor, y: torch.Tensor | None, norm: torch.nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x` [..., D] and `y` alike (or None) -> their sum, and its layer norm."""
+    if x.is_cuda and _kernels():
+        return _AddLayerNorm.apply(x, y, norm.weight, norm.bias, norm.eps)
+    total = x if y is None else x + y
+    return total, norm(total)
+
+
+def geglu(projected: torch.Tensor) -> torch.Tensor:
+    """[..., 2 D] -> first half * gelu(second half) (Shazeer 2020, arXiv 2002.05202, equation 6)."""
+    if projected.is_cuda and _kernels():
+        return _Geglu.apply(projected)
+    value, gate = projected.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def group_norm(
+    x: torch.Tensor, plus: torch.Tensor | None, norm: torch.nn.GroupNorm, *, silu: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x` [B, C, h, w], `plus` [B, C] (or None) -> `x` itself, and the group norm of x + plus, with SiLU if requested.
+
+    A caller that also needs `x` itself takes it from here, so that its gradient can be added on the way. On a GPU, `plus` gets
+    no gradient.
+    """
+    if x.is_cuda and _kernels():
+        return _GroupNorm.apply(x, plus, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+    normed = norm(x if plus is None else x + plus[:, :, None, None])
+    return x, F.silu(normed) if silu else normed
+
+
+def add_with_bias(x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """`x` + `y` + `bias`: [B, C, h, w] both, and [C]."""
+    if x.is_cuda and _kernels():
+        return _AddWithBias.apply(x, y, bias)
+    return x + y + bias[:, None, None]
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, weight, bias, eps):
+        total, normed, mean, rstd = _kernels().layer_norm_forward(y, x, weight, bias, eps)
+        ctx.adds = y is not None
+        ctx.save_for_backward(total, weight, mean, rstd)
+        ctx.set_materialize_grads(False)  # an output that nothing uses has the gradient None instead of a tensor of zeros
+        return total.view_as(total), normed  # without y, `total` is x itself, which autograd does not allow as an output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_total, d_normed):
+        d_total = d_total if d_total is None else d_total.contiguous()
+        dx = _kernels().layer_norm_backward(*ctx.saved_tensors, d_normed.contiguous(), d_total)
+        return dx, dx if ctx.adds else None, None, None, None
+
+
+class _Geglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, projected):
+        rows = projected.view(-1, projected.shape[-1])
+        ctx.save_for_backward(rows)
+        return _kernels().geglu_forward(rows).view(*projected.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        (rows,) = ctx.saved_tensors
+        d_projected = _kernels().geglu_backward(rows, d_out.reshape(rows.shape[0], -1))
+        return d_projected.view(*d_out.shape[:-1], -1)
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, plus, weight, bias, groups, eps, silu):
+        rows = _as_rows(x)
+        out, kept = _kernels().group_norm_forward(rows, plus, weight, bias, groups, eps, silu)
+        ctx.groups, ctx.silu = groups, silu
+        ctx.save_for_backward(rows, plus, weight, *kept)
+        ctx.set_materialize_grads(False)
+        # x is returned as well: code that needs it besides the norm takes it from here. Its gradient comes back as d_x, which
+        # the kernel of the norm's gradient adds.
+        return x.view_as(x), _as_image(out, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_x, d_normed):
+        rows, plus, weight, *kept = ctx.saved_tensors
+        d_rows = None if d_x is None else _as_rows(d_x)
+        dx = _kernels().group_norm_backward(rows, plus, weight, ctx.groups, ctx.silu, kept, _as_rows(d_normed), d_rows)
+        return _as_image(dx, d_normed), None, None, None, None, None, None
+
+
+class _AddWithBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, bias):
+        return _as_image(_kernels().add_with_bias(_as_rows(x), _as_rows(y), bias), x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        return d_out, d_out, None
+
+
+def _as_rows(image: torch.Tensor) -> torch.Tensor:
+    """[B, C, h, w] as contiguous [B, h * w, C]; a copy only if it is not channels last."""
+    return image.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+
+
+def _as_image(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The reverse, with height and width of `like`."""
+    return rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)

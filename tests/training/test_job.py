@@ -1,0 +1,63 @@
+"""What the LoRA files of a job say about themselves."""
+
+import json
+
+from common.project import ProjectSettings
+from common.settings import VERSION
+from training.config import DataSettings, LoraSettings, ModelSettings, RunSettings, TrainSettings
+from training.data.dataset import read_inputs
+from training.job import TrainingJob, lora_metadata, resolve_job
+from training.plan import short_hash
+from training.system.process_group import ProcessGroup
+
+
+def job_of(stage, prediction_type: str = "auto") -> TrainingJob:
+    """Four epochs of three images of one size."""
+    for number, caption in enumerate(("sks, smile, tree", "sks, smile", "sks, año")):
+        stage.add("astronaut", f"{number}.png", caption)
+    project = ProjectSettings("sks", stage.dataset, stage.output, stage.models)
+    settings = TrainSettings(
+        model=ModelSettings(base_model=str(stage.base), prediction_type=prediction_type),
+        data=DataSettings(resolution=64),
+        lora=LoraSettings(lora_rank=2, lora_alpha=1.0),
+        run=RunSettings(train_batch_size=2, num_train_epochs=4),
+    )
+    return resolve_job(ProcessGroup(), project, settings, read_inputs(project, settings), comfyui="")
+
+
+def test_header_has_the_entries_that_programs_read(stage):
+    job = job_of(stage)
+    about = lora_metadata(job, epochs=4)
+    expected = {
+        "ss_v2": "False",
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "2",
+        "ss_network_alpha": "1.0",
+        "ss_network_args": "{}",
+        "ss_output_name": "sks",
+        "ss_sd_model_name": job.base.name,
+        "ss_resolution": "(64, 64)",
+        "ss_num_train_images": "3",
+        "ss_num_epochs": "4",
+        "ss_steps": "6",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.title": "sks",
+        "modelspec.resolution": "64x64",
+        "modelspec.prediction_type": "epsilon",
+        "modelspec.trigger_phrase": "sks",
+        "loracat_fingerprint": short_hash(job.identity.fingerprint),
+        "loracat_version": VERSION,
+    }
+    assert expected.items() <= about.items()
+    assert all(isinstance(value, str) for value in about.values())
+    assert {"modelspec.implementation", "modelspec.date"} <= about.keys()
+    assert json.loads(about["ss_tag_frequency"]) == {"dataset": {"sks": 3, "smile": 2, "tree": 1, "año": 1}}
+    assert "ss_v_parameterization" not in about
+    assert lora_metadata(job, epochs=2)["ss_steps"] == "3"
+
+
+def test_v_prediction_is_in_the_header(stage):
+    about = lora_metadata(job_of(stage, "v_prediction"), epochs=1)
+    assert (about["modelspec.prediction_type"], about["ss_v_parameterization"]) == ("v", "True")
