@@ -236,7 +236,7 @@ def as_toml(value: Any) -> Any:
     if value is None:
         return ""
     if isinstance(value, tuple):
-        return list(value)
+        return [as_toml(each) for each in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -377,6 +377,8 @@ def _converter(option: Any, base: Path) -> tuple[Callable[[Any, bool], Any], str
     if typing.get_origin(option) is Literal:
         choices = typing.get_args(option)
         return lambda raw, _: next((choice for choice in choices if choice == raw), None), "one of " + ", ".join(choices)
+    if option == tuple[Path, ...]:
+        return lambda raw, is_text: _as_paths(raw, base, is_text), "a path, or a list of paths"
     if typing.get_origin(option) is tuple:
         return _as_list, "a list of words"
     converters = {
@@ -418,6 +420,17 @@ def _as_list(raw: Any, is_text: bool) -> tuple[str, ...] | None:
     words = [word.strip() for word in raw.split(",") if word.strip()] if is_text else raw
     are_words = isinstance(words, list) and all(isinstance(word, str) and word.strip() and word.isprintable() for word in words)
     return tuple(words) if are_words else None
+
+
+def _as_paths(raw: Any, base: Path, is_text: bool) -> tuple[Path, ...] | None:
+    """A string is one path if there is such a file, else a list separated by commas; empty for none."""
+    if isinstance(raw, str):
+        path = _as_path(raw, base)
+        pieces = [raw] if path is not None and path.is_file() else [piece.strip() for piece in raw.split(",") if piece.strip()]
+    else:
+        pieces = raw if isinstance(raw, list) and not is_text else [None]
+    paths = [_as_path(piece, base) for piece in pieces]
+    return None if None in paths else tuple(paths)
 
 
 def _as_path(raw: Any, base: Path) -> Path | None:
