@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from common.errors import DataError, SettingsError
@@ -55,6 +55,8 @@ class TrainingJob:
     budget: MemoryBudget
     samples: SamplePlan | None
     """The sample images; None if they are off."""
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Where each setting that is not the default was set."""
 
 
 def resolve_on_all_ranks(
@@ -105,16 +107,16 @@ def resolve_job(
         fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests)
     continues = saved is not None and changes(saved.identity.fingerprint, fingerprint).keys() <= {EPOCHS, EARLY_STOP}
     recorded = saved.identity.runtime if continues else {}
-    samples, sample_settings = plan_samples(settings, project.trigger_word, plan, budget, base, recorded)
-    settings = replace(settings, samples=sample_settings)
-    if samples:
-        print(samples.announcement, flush=True)
+    images, resolved = plan_samples(settings, project.trigger_word, plan, budget, base, recorded)
+    settings = replace(settings, samples=resolved)
     identity = Identity(fingerprint, runtime_settings(settings, world_size), plan.shared_prefix_steps)
     is_finished = not settings.saving.fresh and outputs.is_finished(short_hash(fingerprint))
+    if images and not is_finished:
+        print(images.announcement, flush=True)
     if saved and not is_finished:
         saved = _resume_point(outputs, saved, identity, was_finished)
     return TrainingJob(
-        project, settings, base, plan, precision, engine_name, outputs, identity, saved, is_finished, was_finished, budget, samples
+        project, settings, base, plan, precision, engine_name, outputs, identity, saved, is_finished, was_finished, budget, images
     )  # fmt: skip
 
 

@@ -72,13 +72,17 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             if held_out.examples:
                 callbacks.insert(0, Validator(held_out, step.evaluate, schedule.validates_between, writers))
             stop = stop_request(group, guard)
+            samples = None
             if job.samples and job.samples.prompts:
-                callbacks.append(samples := sample_images(job, group, step, schedule, prompts, stop, writers))
+                samples = sample_images(job, group, step, schedule, prompts, stop, writers)
                 samples.start(schedule.start)
+                if reason := stop():  # before a step changes the weights of a row that is incomplete
+                    raise reason
+                callbacks.append(samples)
             begin = step.begin if job.saved else checking_first_step(job, step.begin)
             progress = run_steps(schedule, begin, batches, reader.image_names, callbacks, stop)
             if group.is_main_process:  # while the last checkpoint is still on its way to the disk
-                write_results(job, modules, schedule, progress)
+                write_results(job, modules, schedule, progress, samples)
     if group.is_main_process:
         keep_one(job.outputs.state, job.plan.shared_prefix_steps)
         report_results(job, len(modules))
@@ -93,7 +97,8 @@ def prepare_outputs(job: TrainingJob) -> None:
         remove_incomplete(outputs.state)
     outputs.begin(resumes=job.saved is not None)
     clean_up(job)
-    write_bytes(outputs.resolved_config, resolved_toml({"project": job.project, "train": job.settings}).encode("utf-8"))
+    config = resolved_toml({"project": job.project, "train": job.settings}, job.origins)
+    write_bytes(outputs.resolved_config, config.encode("utf-8"))
 
 
 def clean_up(job: TrainingJob) -> None:
@@ -331,20 +336,28 @@ def save_lora(job: TrainingJob, modules: list[LoraModule], path: Path, epochs: i
     write_lora(path, modules, job.settings.lora.alpha, lora_metadata(job, epochs))
 
 
-def write_results(job: TrainingJob, modules: list[LoraModule], schedule: RunSchedule, progress: Progress) -> None:
-    """Write the LoRA, and beside it the one with the lowest validation loss; both are read back and verified."""
+def write_results(
+    job: TrainingJob, modules: list[LoraModule], schedule: RunSchedule, progress: Progress, samples: SampleImages | None
+) -> None:
+    """Write the LoRA, and beside it the one with the lowest validation loss; both are read back and verified. The record of the
+    sample images says which one to use, and why."""
     epochs = schedule.epochs_complete(progress.next_step)
     if progress.next_step < len(schedule.order):
         patience = schedule.validation.early_stop_patience
         print(f"stopping early after {epochs} epochs: {patience} validations in a row did not lower the validation loss")
+    file, reason = job.outputs.lora, "It is the last one; there is no validation loss, and nothing else by which to compare them."
     if progress.validations:
-        write_best(job, modules, progress, epochs)
+        best, loss = write_best(job, modules, progress, epochs)
+        file = file if best == epochs else job.outputs.lora_after(best)
+        reason = f"It has the lowest validation loss: {loss:.4f} (smoothed)."
+    if samples:
+        samples.recommend(file.name, reason)
     save_lora(job, modules, job.outputs.lora, epochs)
 
 
-def write_best(job: TrainingJob, modules: list[LoraModule], progress: Progress, last: int) -> None:
+def write_best(job: TrainingJob, modules: list[LoraModule], progress: Progress, last: int) -> tuple[int, float]:
     """Report the LoRA with the lowest smoothed validation loss among those that were saved, and write it once more. `last` is
-    the number of epochs of the one that is in memory."""
+    the number of epochs of the one that is in memory. Returns the epochs of the best one, and its loss."""
     outputs, losses = job.outputs, smoothed(progress.validations)
     best = min((epochs for epochs in losses if epochs == last or outputs.lora_after(epochs).exists()), key=losses.get)
     if best == last:
@@ -353,6 +366,7 @@ def write_best(job: TrainingJob, modules: list[LoraModule], progress: Progress, 
         with atomic_write(outputs.best) as temporary:
             shutil.copyfile(outputs.lora_after(best), temporary)
     print(f"best validation loss {losses[best]:.4f} (smoothed) at epoch {best}: {outputs.best}")
+    return best, losses[best]
 
 
 def report_results(job: TrainingJob, modules: int) -> None:
@@ -367,6 +381,9 @@ def report_results(job: TrainingJob, modules: int) -> None:
 def print_next_steps(job: TrainingJob) -> None:
     """What to do with the LoRA, and last what keeps it from being good."""
     lora, trigger = job.outputs.lora.name, job.project.trigger_word
-    print(f"next: load {lora} in ComfyUI beside an SDXL checkpoint, with {trigger!r} in the prompt")
+    print(
+        f"next: load {lora} in ComfyUI beside an SDXL checkpoint, with {trigger!r} in the prompt; the whole run is on one page, "
+        f"{job.project.output_dir / 'report.html'}"
+    )
     for warning in job.plan.warnings():
         print(warning)

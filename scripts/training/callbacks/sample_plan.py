@@ -60,7 +60,7 @@ def plan_samples(
     """The sample images of a run, None if there are none, and the settings with every "auto" resolved. Raises SettingsError for
     prompts that cannot be used.
 
-    `recorded` are the settings of the run that is continued: its choices are kept, so that all rows of a run are alike.
+    `recorded` are the settings of the run that is continued: if it has samples, its choices are kept, so that all rows are alike.
     """
     samples = settings.samples
     captions = [example.caption for example in plan.examples]
@@ -70,7 +70,7 @@ def plan_samples(
     fixed = {}
     for name, key in (("steps", "sample_steps"), ("size", "sample_size"), ("every", "sample_every_epochs")):
         value = getattr(samples, key)
-        value = recorded.get(key, "auto") if value == "auto" else value
+        value = recorded.get(key, "auto") if value == "auto" and recorded.get("samples") else value
         if value != "auto":
             fixed[name] = max(SIDE_STEP_PX, value // SIDE_STEP_PX * SIDE_STEP_PX) if name == "size" else value
     choice = replace(first, **fixed)

@@ -6,6 +6,7 @@ and a process that was killed renders the same pixels again.
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ FORMAT = 1
 KEY = "loracat"
 """Name of the text in a PNG file that identifies what it was rendered from."""
 BASE = "base model"
+_IMAGE = re.compile(r"\d{6,}-\d{2}\.png")
 _OUT_OF_MEMORY, _NOT_FINITE = 1, 2
 _FAILURES = {
     _OUT_OF_MEMORY: "there is not enough GPU memory besides training; set SAMPLE_SIZE to a smaller number",
@@ -252,12 +254,23 @@ class SampleImages(Callback):
         numbers = range(len(self.plan.prompts))
         images = [row.image(number) for number in numbers]
         self.rows[row.epochs] = asdict(row) | {"images": images, "likeness": [None] * len(images)}
-        write_json(
-            self.outputs.samples_record, {"prompts": self._prompts(), "rows": [self.rows[each] for each in sorted(self.rows)]}
-        )
+        self._write_record({})
         files = {f"samples/{number + 1:02d}": self.outputs.samples / images[number] for number in numbers}
         for tracker in self.trackers:
             tracker.after_samples(max(0, row.step - 1), files)
+
+    def recommend(self, file: str, reason: str) -> None:
+        """Record which LoRA file to use. Images of no row, such as the last ones of a run that is extended, are removed."""
+        listed = {image for row in self.rows.values() for image in row["images"]}
+        for path in self.outputs.samples.glob("*.png"):
+            if _IMAGE.fullmatch(path.name) and path.name not in listed and not self.is_off:
+                path.unlink()
+        if self.rows:
+            self._write_record({"recommended": {"file": file, "strength": 1.0, "reason": reason}})
+
+    def _write_record(self, more: dict[str, Any]) -> None:
+        rows = [self.rows[epochs] for epochs in sorted(self.rows)]
+        write_json(self.outputs.samples_record, {"prompts": self._prompts(), "rows": rows, **more})
 
     def _recorded_rows(self, progress: Progress) -> dict[int, dict[str, Any]]:
         """The rows in samples.json that are part of this run: of the same prompts, from steps that are not repeated. The end of a
