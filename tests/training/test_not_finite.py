@@ -48,6 +48,25 @@ def test_weights_that_are_not_finite_are_named_and_not_cached(stage, tiny_single
     assert not stage.lora.exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "code"), [("first_stage_model.decoder.conv_out.bias", 0), ("model.diffusion_model.middle_block.1.proj_in.weight", 5)]
+)
+def test_sample_images_that_are_not_finite_are_left_out_and_never_the_failure(stage, tiny_single_file, tiny_sdxl, key, code):
+    """A decoder is not needed for training; for the UNet, the first step has the better message."""
+    stage.add("coffee")
+    weights = load_file(tiny_single_file)
+    weights[key] = torch.full_like(weights[key], NAN)
+    save_file(weights, stage.models / "merged.safetensors")
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(tiny_sdxl / name, stage.models / "tokenizers" / name)
+    once = {"NUM_TRAIN_EPOCHS": 1, "LORA_TARGETS": "attention", "SAMPLE_STEPS": 1}
+    ended = stage.run(BASE_MODEL="merged.safetensors", SAMPLES="true", **once)
+    assert ended.returncode == code
+    assert ended.stdout.count("sample images: none from here on (the UNet or the VAE returns NaN or infinity)") == 1
+    assert stage.lora.exists() == (code == 0)
+    assert not (stage.output / "samples").exists()
+
+
 def test_a_weight_that_fp16_cannot_hold_names_the_setting(tiny_single_file, tmp_path):
     weights = load_file(tiny_single_file)
     key = "model.diffusion_model.out.2.bias"

@@ -177,6 +177,8 @@ def _announcement(choice: _Choice, requested: _Choice, prompts: Sequence[SampleP
     ]
     sizes = sorted({f"{prompt.width}x{prompt.height}" for prompt in prompts})
     steps = sorted({prompt.steps for prompt in prompts})
-    line = f"sample images: {len(prompts)} prompts x {rows} (base model and {rows - 1} LoRAs), {'/'.join(sizes)}, "
-    line += f"{'/'.join(map(str, steps))} steps: about {max(1, round(100 * share))} % of the training time"
+    of = f"base model and {rows - 1} LoRA{'s' if rows > 2 else ''}"
+    how = f"{'/'.join(sizes)}, {'/'.join(map(str, steps))} steps"
+    cost = f"about {max(1, round(100 * share))} % of the training time"
+    line = f"sample images: {len(prompts)} prompts x {rows} ({of}), {how}: {cost}"
     return line + (f" ({', '.join(lowered)})" if lowered else "")

@@ -116,9 +116,11 @@ class Renderer:
     def _decoded(self, latents: torch.Tensor) -> Image.Image:
         """The image of latents [1, 4, h, w]. The VAE computes in fp32: SDXL's overflows in fp16. It is on the GPU no longer than
         this takes."""
-        vae = self._vae.to(latents.device)
-        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0][0]
-        self._vae.to("cpu")
+        try:
+            vae = self._vae.to(latents.device)
+            pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0][0]
+        finally:
+            self._vae.to("cpu")
         if not pixels.isfinite().all():
             raise FloatingPointError
         pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
@@ -131,7 +133,7 @@ class Row:
 
     label: str
     file: str | None
-    """Name of the LoRA file."""
+    """Name of the LoRA file; None for the base model, and where none was saved."""
     step: int
     """Optimizer steps before it."""
     epochs: int
@@ -178,9 +180,8 @@ class SampleImages(Callback):
         if epochs == self.schedule.epochs or self.schedule.ends_early(progress):
             self._render(Row("final", self.outputs.lora.name, step.number + 1, epochs))
         elif self.plan.is_due(step.epoch, epochs):
-            is_saved = self.schedule.saves_lora_between(step.epoch, epochs)
-            name = self.outputs.lora_after(epochs).name if is_saved else None
-            self._render(Row(f"after epoch {epochs}", name, step.number + 1, epochs))
+            file = self.outputs.lora_after(epochs)
+            self._render(Row(f"after epoch {epochs}", file.name if file.exists() else None, step.number + 1, epochs))
         return progress, ""
 
     def _render(self, row: Row) -> None:

@@ -91,7 +91,7 @@ def test_images_are_not_larger_than_the_resolution(planned, side, size):
 def test_one_lora_is_one_row_more_than_the_base_model(planned):
     plan, settings = planned(150, 20, every=0)
     assert settings.sample_every_epochs == 0
-    assert "x 2 (base model and 1 LoRAs)" in plan.announcement
+    assert "x 2 (base model and 1 LoRA)" in plan.announcement
     assert not plan.is_due(0, 20)
 
 

@@ -141,6 +141,26 @@ def test_a_finished_run_renders_nothing_and_a_new_one_archives_its_images(sample
     assert not (stage.output / "samples" / "sks").exists()
 
 
+def test_a_run_that_is_extended_keeps_its_rows(sampled, stage):
+    shutil.copytree(sampled.stage.dataset, stage.dataset, dirs_exist_ok=True)
+    shutil.copytree(sampled.stage.output, stage.output)
+    folder = stage.output / "samples" / "sks"
+    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    stage.trained(**RUN | {"NUM_TRAIN_EPOCHS": 3})
+    rows = json.loads((folder / "samples.json").read_text())["rows"]
+    assert [(row["label"], row["file"]) for row in rows] == [
+        ("base model", None),
+        ("after epoch 1", "sks-000001.safetensors"),
+        ("after epoch 2", None),  # it was the end, whose LoRA is in the archive
+        ("final", "sks.safetensors"),
+    ]
+    assert sorted(path.name for path in folder.glob("*.png")) == [image for row in rows for image in row["images"]]
+    for image in (*rows[0]["images"], *rows[1]["images"]):
+        assert (folder / image).stat().st_mtime_ns == times[image]
+    before = pixels(sampled.stage.output / "samples" / "sks")
+    assert {name: image for name, image in pixels(folder).items() if name in before} == before
+
+
 @pytest.fixture(scope="module")
 def trained_network(tiny_sdxl):
     """`trained_network(schedule, kind, engine)`: a step whose LoRA is not zero, and the base model."""
