@@ -8,7 +8,8 @@ from captioning.model_files import find_model, model_size_on_hub
 from captioning.tag_cache import load_tagger
 from common.captions import ordinary_trigger
 from common.dataset_layout import DatasetFolder, Selection, describe_missing_images, find_images, select_images
-from common.errors import DataError, ResourceError, run_checks
+from common.errors import DataError, ModelError, ResourceError, run_checks
+from common.faces import load_face_model
 from common.files import write_problem
 from common.project import ProjectSettings
 
@@ -22,6 +23,7 @@ def check(folder: DatasetFolder, settings: CaptionSettings, project: ProjectSett
         lambda: _describe_images(folder, inputs_pending),
         lambda: _check_folders(folder),
         lambda: _check_model(settings, project),
+        lambda: _describe_face_model(project.face_model),
     ]
     run_checks("captioning cannot run:", [partial(_naming_unreadable_file, check) for check in checks])
 
@@ -55,6 +57,17 @@ def _check_folders(folder: DatasetFolder) -> str:
     if problems:
         raise ResourceError(f"captions cannot be written: {'; '.join(problems)}")
     return f"captions can be written to {folder.images}"
+
+
+def _describe_face_model(name: str) -> str:
+    """Captions do not depend on it: a missing model is not a problem."""
+    if name == "off":
+        return "face model: off"
+    try:
+        load_face_model(name)
+    except ModelError as error:
+        return f"no likeness: {error}"
+    return f"face model {name}: loads"
 
 
 def _check_model(settings: CaptionSettings, project: ProjectSettings) -> str:

@@ -77,6 +77,8 @@ def main(name: str) -> None:
             answer = {"faces": [face.as_json() for face in faces]}
         except LoracatError as error:
             answer = {"problem": str(error)}
+        except MemoryError:
+            answer = {"problem": f"out of memory while faces are searched in {line.strip()}"}
         print(json.dumps(answer), flush=True)
 
 

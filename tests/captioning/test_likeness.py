@@ -97,6 +97,7 @@ def test_without_dlib_everything_else_works(stage, folder, photographs, without_
     assert (folder.images / "a.txt").exists()
     assert not folder.likeness.exists()
     assert done.stderr == ""
+    assert "face model dlib: loads" in stage.run("--check", FACE_MODEL="dlib").stdout
 
 
 def test_images_of_another_person_are_flagged_and_kept(stage, folder):

@@ -4,6 +4,9 @@ import io
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from common.errors import ModelError
 from common.face_process import face_process
 from common.faces import MAX_TURN_DEGREES, MIN_FACE_PX, NOSE_DEPTH, DlibFaces, Face, load_face_model, why_unusable
 from common.likeness import MIN_FACES, NO_FACE, FaceCache, FoundFace, find_faces, score_image, score_set
+from common.settings import REPOSITORY
 
 NOTHING = np.empty((0, 2), dtype=np.float32)
 
@@ -194,6 +198,19 @@ def test_process_that_is_killed(tmp_path, astronaut):
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(ModelError, match="the process that finds faces has ended"):
             process.find(tmp_path / "a.png")
+
+
+def test_process_ends_when_its_parent_is_killed():
+    program = "import sys, time; from common.face_process import face_process\n"
+    program += "with face_process('dlib') as process: print(process.pid, flush=True); time.sleep(60)"
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY / "scripts", stdout=subprocess.PIPE)
+    with parent:
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.usefixtures("without_dlib")
