@@ -9,6 +9,7 @@ Collect images from ComfyUI, caption them, and train a LoRA for SDXL.
 Options:
   --collect, --caption, --train
               run only these stages (default: all three)
+  --report    write the page output/report.html from what the stages have left, which every stage does at its end, too
   --check     check the requirements of each stage and exit
   --version   print the version and exit
   -h, --help  print this text and exit
@@ -34,18 +35,21 @@ refuse() {
 }
 
 scripts=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
-check="" requested=""
+check="" requested="" only_report=""
 for flag in "$@"; do
     case $flag in
         --collect | --caption | --train) requested+=" $flag " ;;
         --check) check=--check ;;
+        --report) only_report=yes ;;
         -h | --help) say "$usage" && exit 0 ;;
         --version) say "$(sed -n 's/^VERSION = "\(.*\)"$/LoRACat \1/p' "$scripts/common/settings.py")" && exit 0 ;;
         *) refuse "unknown argument: $flag" ;;
     esac
 done
+[[ ! $requested && ! $check ]] || only_report="" # a stage writes the page in any case
 stages=()
 for script in collect_images caption_images train_lora; do
+    [[ $only_report ]] && continue
     [[ $requested && $requested != *" --${script%_*} "* ]] || stages+=("$script")
 done
 choose_python() {
@@ -74,9 +78,10 @@ declare -A packages=( # the modules that a stage imports
     [caption_images]="PIL huggingface_hub numpy onnxruntime pillow_heif tokenizers tomli_w tqdm"
     [train_lora]="PIL accelerate diffusers huggingface_hub numpy peft pillow_heif safetensors tensorboard tokenizers tomli_w
         torch tqdm transformers wandb"
+    [report]="PIL jinja2 markupsafe numpy pillow_heif tokenizers tomli_w"
 )
 find_missing='import sys, importlib.util as u; print("OK", *(name for name in sys.argv[1:] if not u.find_spec(name)))'
-for stage in "${stages[@]}"; do
+for stage in "${stages[@]}" ${only_report:+report}; do
     # shellcheck disable=SC2086 # one argument for each name
     missing=$("$python" -c "$find_missing" ${packages[$stage]} 2>/dev/null) || missing=""
     missing=${missing##*$'\n'}
@@ -150,11 +155,24 @@ instead=TERM                  # on SIGINT Python prints a traceback while it imp
 run_all --settings >/dev/null # report a wrong setting of a later stage now and not after hours
 instead=""
 
+if [[ $only_report ]]; then
+    run_stage report
+    exit "$code"
+fi
+
+# report: write the page. Whatever goes wrong with it is one warning, because the stage itself has done its work.
+report() {
+    local problem
+    problem=$("$python" "$scripts/report.py" 2>&1 >/dev/null </dev/null) ||
+        echo "run.sh: warning: the report page was not written: ${problem##*$'\n'}" >&2
+}
+
 result=0
 for stage in "${stages[@]}"; do
     say "$stage: started"
     SECONDS=0
     run_stage "$stage"
+    [[ $stopped_by ]] || report
     # What a finished run says last is what the user should read.
     [[ $code == 0 && $stage == "${stages[-1]}" ]] || say "$stage: exit code $code after $SECONDS s"
     if ((code > 1)) || [[ $code == 1 && $strict ]]; then exit "$code"; fi

@@ -58,6 +58,18 @@ except InterruptedError as stopped:
     sys.exit(128 + stopped.args[0])
 """
 
+REPORT = """
+import sys
+from pathlib import Path
+
+here = Path(__file__).parent
+with (here / "reports").open("a") as reports:
+    print("report", *sys.argv[1:], file=reports)
+print("report: output/report.html")
+if (here / "report.does").exists():
+    sys.exit("report: no space left")
+"""
+
 
 class Checkout:
     """A checkout with the real run.sh and fake stages."""
@@ -71,6 +83,7 @@ class Checkout:
             shutil.copy2(REPOSITORY / "scripts" / name, self.scripts / name)
         for name in SCRIPTS:
             (self.scripts / f"{name}.py").write_text(STAGE, encoding="utf-8")
+        (self.scripts / "report.py").write_text(REPORT, encoding="utf-8")
 
     def let(self, name: str, does: object) -> None:
         """Set what the stage `name` does."""
@@ -330,9 +343,9 @@ def test_every_stage_is_checked_for_the_packages_that_it_imports():
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
     names = [line.partition("==")[0].lower() for line in lines if line and not line.startswith("#")]
     pinned = {module_of.get(name, name.replace("-", "_")) for name in names} | {"numpy", "torch"}
-    imported = {name: third_party_imports(name) & pinned | IMPORTED_BY_LIBRARIES.get(name, set()) for name in SCRIPTS}
+    imported = {name: third_party_imports(name) & pinned | IMPORTED_BY_LIBRARIES.get(name, set()) for name in (*SCRIPTS, "report")}
     assert required == imported
-    assert set().union(*required.values()) == pinned
+    assert set().union(*required.values(), third_party_imports("report") & pinned) == pinned
 
 
 def third_party_imports(script: str) -> set[str]:
@@ -471,3 +484,30 @@ def wait_until(holds: Callable[[], bool]) -> None:
 def state_of(pid: int) -> str:
     """The state that ps shows: S for sleeping, T for suspended."""
     return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+
+
+def test_the_report_is_written_after_every_stage(checkout):
+    done = checkout.run()
+    assert done.returncode == 0
+    assert (checkout.scripts / "reports").read_text() == "report\n" * 3
+    assert "report.html" not in done.stdout
+
+
+def test_a_report_that_fails_is_one_warning_and_changes_no_exit_code(checkout):
+    checkout.let("report", "fail")
+    checkout.let("train_lora", 1)
+    done = checkout.run("--train")
+    assert done.returncode == 1
+    warnings = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert warnings == ["run.sh: warning: the report page was not written: report: no space left"]
+
+
+def test_report_alone_runs_no_stage(checkout):
+    done = checkout.run("--report")
+    assert (done.returncode, done.stdout) == (0, "report: output/report.html\n")
+    assert checkout.calls() == []
+
+
+def test_report_alone_fails_with_its_own_exit_code(checkout):
+    checkout.let("report", "fail")
+    assert checkout.run("--report").returncode == 1

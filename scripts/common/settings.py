@@ -196,8 +196,11 @@ def resolve(
     )
 
 
-def resolved_toml(sections: dict[str, Any]) -> str:
-    """The filled sections as TOML in the layout of the settings file, without secrets."""
+def resolved_toml(sections: dict[str, Any], origins: Mapping[str, str] | None = None) -> str:
+    """The filled sections as TOML in the layout of the settings file, without secrets.
+
+    `origins`: key -> where its value comes from, which becomes a comment after the value.
+    """
 
     def as_table(section: Any) -> dict[str, Any]:
         table = {}
@@ -210,7 +213,12 @@ def resolved_toml(sections: dict[str, Any]) -> str:
                 table[key.name] = mask_secrets(shown) if isinstance(shown, str) else shown
         return table
 
-    return tomli_w.dumps({name: as_table(section) for name, section in sections.items()})
+    lines = tomli_w.dumps({name: as_table(section) for name, section in sections.items()}).splitlines()
+    for number, line in enumerate(lines):
+        origin = (origins or {}).get(line.partition(" = ")[0])
+        if origin and not line.endswith("["):  # a comment after the first line of a list would be lost in it
+            lines[number] = f"{line}  # set by {origin}"
+    return "\n".join(lines) + "\n"
 
 
 def all_keys(section: type) -> Iterator[dataclasses.Field]:

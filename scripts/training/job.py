@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from common.errors import DataError, SettingsError
@@ -50,6 +50,8 @@ class TrainingJob:
     follows_finished: bool
     """The checkpoints that exist are of a run whose LoRA is complete."""
     budget: MemoryBudget
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Where each setting that is not the default was set."""
 
 
 def resolve_on_all_ranks(

@@ -88,7 +88,8 @@ def prepare_outputs(job: TrainingJob) -> None:
         remove_incomplete(outputs.state)
     outputs.begin(resumes=job.saved is not None)
     clean_up(job)
-    write_bytes(outputs.resolved_config, resolved_toml({"project": job.project, "train": job.settings}).encode("utf-8"))
+    config = resolved_toml({"project": job.project, "train": job.settings}, job.origins)
+    write_bytes(outputs.resolved_config, config.encode("utf-8"))
 
 
 def clean_up(job: TrainingJob) -> None:
@@ -342,6 +343,9 @@ def report_results(job: TrainingJob, modules: int) -> None:
 def print_next_steps(job: TrainingJob) -> None:
     """What to do with the LoRA, and last what keeps it from being good."""
     lora, trigger = job.outputs.lora.name, job.project.trigger_word
-    print(f"next: load {lora} in ComfyUI beside an SDXL checkpoint, with {trigger!r} in the prompt")
+    print(
+        f"next: load {lora} in ComfyUI beside an SDXL checkpoint, with {trigger!r} in the prompt; the whole run is on one page, "
+        f"{job.project.output_dir / 'report.html'}"
+    )
     for warning in job.plan.warnings():
         print(warning)
