@@ -20,7 +20,7 @@ from collecting.http import parse_addresses
 from common import masking, settings
 from common.errors import ModelError, SettingsError, run_main
 from common.output_layout import OutputLayout, name_problem
-from common.project import ComfyUIAddress, ProjectSettings, SharedTrainSettings
+from common.project import ComfyUIAddress, FaceReferences, ProjectSettings, SharedTrainSettings
 from common.settings import all_keys, read_request, resolve, resolved_toml
 from common.variables import known_variables
 from training.config import TrainSettings
@@ -405,7 +405,7 @@ def test_resolved_file_says_where_a_value_was_set(tmp_path):
 
 
 def test_a_partial_section_agrees_with_the_whole_one_and_ignores_its_other_keys(tmp_path):
-    for name, section in (("collect", ComfyUIAddress), ("train", SharedTrainSettings)):
+    for name, section in (("collect", ComfyUIAddress), ("collect", FaceReferences), ("train", SharedTrainSettings)):
         whole = {key.name: key for key in all_keys(SECTIONS[name])}
         for key in all_keys(section):
             assert (key.default, key.metadata) == (whole[key.name].default, whole[key.name].metadata)

@@ -5,7 +5,7 @@ is not measured again. The flaws are recorded in `dataset/.loracat/audit.json`: 
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from captioning.image_stats import HASH_SIDE, ImageStats, measure
 from common.background import prefetch
-from common.dataset_layout import CAPTION_SUFFIXES, DatasetFolder, ImageFile, name_in, unused_entries
+from common.dataset_layout import CAPTION_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in, unused_entries
 from common.files import read_cached_json, sha256_of, write_cached_json, write_json
 from common.images import BrokenImageError
 from common.progress import ProgressBar
@@ -149,10 +149,17 @@ def audit_images(folder: DatasetFolder, images: Sequence[ImageFile], indexed: di
         if flaws:
             flagged[entry.name] = flaws
     ignored = unused_entries(folder.images)
-    orphans = _orphaned_captions(folder.images, images, ignored)
+    orphans = _orphaned_captions(folder.images, find_images(folder.images), ignored)  # an excluded image may have a caption
     digests = {entry.name: entry.sha256 for entry in entries if entry.name in flagged}
     common = dict(_common_flaws([entry.stats for entry in entries if entry.stats]))
     return Audit(len(entries), resolution, flagged, digests, tuple(orphans), ignored, common)
+
+
+def with_flaws(audit: Audit, kind: str, flaws: Mapping[str, str], indexed: Mapping[Path, IndexedImage]) -> Audit:
+    """The audit with another kind of flaw: image -> the flaw in words."""
+    digests = {image.name: image.sha256 for image in indexed.values()}
+    flagged = audit.flagged | {name: audit.flagged.get(name, {}) | {kind: flaw} for name, flaw in flaws.items()}
+    return dataclasses.replace(audit, flagged=flagged, sha256=audit.sha256 | {name: digests[name] for name in flaws})
 
 
 def write_audit(audit: Audit, folder: DatasetFolder) -> None:

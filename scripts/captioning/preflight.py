@@ -7,7 +7,7 @@ from captioning.config import CaptionSettings
 from captioning.model_files import find_model, model_size_on_hub
 from captioning.tag_cache import load_tagger
 from common.captions import ordinary_trigger
-from common.dataset_layout import DatasetFolder, ImageFile, describe_missing_images, find_images
+from common.dataset_layout import DatasetFolder, Selection, describe_missing_images, find_images, select_images
 from common.errors import DataError, ResourceError, run_checks
 from common.files import write_problem
 from common.project import ProjectSettings
@@ -19,19 +19,26 @@ def check(folder: DatasetFolder, settings: CaptionSettings, project: ProjectSett
     `inputs_pending`: the collect stage is still to run, so that images may be missing.
     """
     checks = [
-        lambda: f"{len(find_images(folder.images) if inputs_pending else require_images(folder))} images in {folder.images}",
+        lambda: _describe_images(folder, inputs_pending),
         lambda: _check_folders(folder),
         lambda: _check_model(settings, project),
     ]
     run_checks("captioning cannot run:", [partial(_naming_unreadable_file, check) for check in checks])
 
 
-def require_images(folder: DatasetFolder) -> list[ImageFile]:
+def require_images(folder: DatasetFolder) -> Selection:
     """The images of the data set. Raises DataError if there are none."""
-    images = find_images(folder.images)
-    if not images:
+    selection = select_images(folder)
+    if selection.excluded and not selection.images:
+        raise DataError(f"{folder.exclusions}: excludes all {len(selection.excluded)} images; remove lines from it")
+    if not selection.images:
         raise DataError(describe_missing_images(folder.images, "put some there, or run the collect stage first"))
-    return images
+    return selection
+
+
+def _describe_images(folder: DatasetFolder, inputs_pending: bool) -> str:
+    selection = select_images(folder) if inputs_pending else require_images(folder)
+    return f"{selection.notes()}{len(selection.images)} images in {folder.images}"
 
 
 def _naming_unreadable_file(check: Callable[[], str]) -> str:
