@@ -317,4 +317,5 @@ def test_the_included_workflows_load_each_large_model_once(tmp_path, hash_seed, 
         server.stop()
     assert len(space.images()) == 48
     uses = [line.split()[-1] for line in log.read_text().splitlines() if line.startswith(("sample ", "encode q"))]
-    assert [model for model, _ in itertools.groupby(uses)] == models
+    loaded = [model for model, _ in itertools.groupby(uses)]
+    assert sorted(loaded) == sorted(models)  # each once; the encoders of both stages may come first

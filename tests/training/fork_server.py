@@ -93,7 +93,7 @@ def become(executable: str, arguments: list[str], environment: dict[str, str], f
     # Objects for the streams that the process has now: the old ones remember whether the server's could seek.
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(
-            open(number, "wb", closefd=False),
+            open(number, "wb", closefd=False),  # noqa: SIM115 - as long as the process
             encoding="utf-8",
             errors=old.errors,
             line_buffering=number == 2 or os.isatty(number),
