@@ -14,7 +14,7 @@ if __name__ == "__main__":  # Ctrl-C while libraries are imported ends the progr
 
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +24,9 @@ from captioning import report
 from captioning.captions import caption_text
 from captioning.config import CaptionSettings
 from captioning.cpu_affinity import decode_workers
-from captioning.image_audit import IndexedImage, audit_images, index_images, write_audit
+from captioning.image_audit import Audit, IndexedImage, audit_images, index_images, with_flaws, write_audit
 from captioning.journal import CaptionFiles
+from captioning.likeness import OTHER_PERSON, SetLikeness, likeness_in_background
 from captioning.preflight import check, require_images
 from captioning.prompt_captions import PromptRules, prompt_caption, read_prompts
 from captioning.report import STAGE, CaptionCounts
@@ -37,7 +38,7 @@ from common.clip_tokens import find_clip_tokens, find_vocabulary
 from common.dataset_layout import CAPTION_SUFFIX, DatasetFolder, ImageFile, caption_owners, name_in
 from common.errors import DataError, SettingsError, abbreviated, run_main, stop_on_signals
 from common.files import locked, write_json
-from common.project import ProjectSettings, SharedTrainSettings
+from common.project import FaceReferences, ProjectSettings, SharedTrainSettings, face_references
 from common.settings import read_request
 
 FLAGS = {"undo": "restore the captions that the last run changed, and exit; repeat it for earlier runs"}
@@ -48,6 +49,7 @@ class Tables:
     """What this stage reads of the settings."""
 
     project: ProjectSettings
+    collect: FaceReferences
     caption: CaptionSettings
     train: SharedTrainSettings
 
@@ -75,9 +77,10 @@ def main(argv: list[str]) -> None:
         if "undo" in request.flags:
             undo(captions)
             return
-        images = require_images(folder)
-        print(f"{request.overridden()}\n{len(images)} images in {folder.images}", flush=True)
-        caption(images, captions, folder, project, settings, train)
+        selection = require_images(folder)
+        images, notes = selection.images, selection.notes()
+        print(f"{request.overridden()}\n{notes}{len(images)} images in {folder.images}", flush=True)
+        caption(images, captions, folder, project, settings, train, face_references(request.settings.collect.face_reference))
 
 
 def resolve(settings: CaptionSettings) -> CaptionSettings:
@@ -112,6 +115,7 @@ def caption(
     project: ProjectSettings,
     settings: CaptionSettings,
     train: SharedTrainSettings,
+    references: Sequence[Path],
 ) -> None:
     """Check every image, caption it or keep its caption, and print what the captions of the data set contain."""
     counts = CaptionCounts()
@@ -120,12 +124,9 @@ def caption(
     write_audit(audit, folder)
     print(report.new_formats(images, folder) + report.audit_table(audit, folder.audit), flush=True)
     to_generate, to_copy, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)
-    for image in to_copy:
-        if apply_change(counts, captions.copy, image.captions[-1], image.caption_path):
-            counts.copied.append(image.captions[-1].name)
-    for image in to_keep:
-        counts.trigger_added += apply_change(counts, captions.ensure_trigger, image.caption_path)
-    generate_captions(to_generate, indexed, settings, project, folder, captions, counts)
+    with likeness_in_background(folder, indexed, references, project.face_model) as measure_likeness:
+        write_captions(to_generate, to_copy, to_keep, indexed, settings, project, folder, captions, counts)
+        flag_other_persons(measure_likeness(), audit, indexed, folder)
     if warning := ordinary_trigger(
         project.trigger_word,
         tagger_vocabulary(folder.tag_cache),
@@ -136,6 +137,37 @@ def caption(
     texts = report.read_captions(images, folder)
     print(report.caption_table(texts, project.trigger_word, train.data.caption_chunks, tokens), flush=True)
     counts.report(project.trigger_word)
+
+
+def write_captions(
+    to_generate: list[ImageFile],
+    to_copy: list[ImageFile],
+    to_keep: list[ImageFile],
+    indexed: dict[Path, IndexedImage],
+    settings: CaptionSettings,
+    project: ProjectSettings,
+    folder: DatasetFolder,
+    captions: CaptionFiles,
+    counts: CaptionCounts,
+) -> None:
+    """Write the captions of the three kinds of images that `classify_captions` returns."""
+    for image in to_copy:
+        if apply_change(counts, captions.copy, image.captions[-1], image.caption_path):
+            counts.copied.append(image.captions[-1].name)
+    for image in to_keep:
+        counts.trigger_added += apply_change(counts, captions.ensure_trigger, image.caption_path)
+    generate_captions(to_generate, indexed, settings, project, folder, captions, counts)
+
+
+def flag_other_persons(
+    likeness: SetLikeness | None, audit: Audit, indexed: dict[Path, IndexedImage], folder: DatasetFolder
+) -> None:
+    """Record how much every image looks like the others, and add those of another person to the audit."""
+    if likeness is None:
+        return
+    write_json(folder.likeness, likeness.as_json({image.name: image.sha256 for image in indexed.values()}))
+    write_audit(with_flaws(audit, OTHER_PERSON, likeness.flaws(), indexed), folder)
+    print(likeness.table(), flush=True)
 
 
 def classify_captions(

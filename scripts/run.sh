@@ -9,6 +9,7 @@ Collect images from ComfyUI, caption them, and train a LoRA for SDXL.
 Options:
   --collect, --caption, --train
               run only these stages (default: all three)
+  --review    stop before training, to look at the images and captions; REVIEW=1 does the same
   --report    write the page output/report.html from what the stages have left, which every stage does at its end, too
   --check     check the requirements of each stage and exit
   --version   print the version and exit
@@ -35,11 +36,12 @@ refuse() {
 }
 
 scripts=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
-check="" requested="" only_report=""
+check="" requested="" only_report="" asked_for_review=""
 for flag in "$@"; do
     case $flag in
         --collect | --caption | --train) requested+=" $flag " ;;
         --check) check=--check ;;
+        --review) asked_for_review=yes ;;
         --report) only_report=yes ;;
         -h | --help) say "$usage" && exit 0 ;;
         --version) say "$(sed -n 's/^VERSION = "\(.*\)"$/LoRACat \1/p' "$scripts/common/settings.py")" && exit 0 ;;
@@ -66,12 +68,18 @@ if [[ -e $dotenv && ! -v LORACAT_IN_CONTAINER ]] && "$python" -c "" 2>/dev/null;
     done
     choose_python
 fi
-strict=${STRICT:-0}
-case ${strict,,} in
-    1 | true | yes | on) strict=yes ;;
-    0 | false | no | off) strict="" ;;
-    *) refuse "STRICT: '$strict' must be true or false" ;;
-esac
+# is_true NAME VALUE: whether the value of a variable is true. Anything but true and false is refused.
+is_true() {
+    case ${2,,} in
+        1 | true | yes | on) return 0 ;;
+        0 | false | no | off) return 1 ;;
+        *) refuse "$1: '$2' must be true or false" ;;
+    esac
+}
+strict="" review=$asked_for_review
+is_true REVIEW "${REVIEW:-0}" && review=yes
+is_true STRICT "${STRICT:-0}" && strict=yes
+[[ $asked_for_review && ${stages[*]} == train_lora ]] && refuse "--review stops before training: leave out --review or --train"
 
 declare -A packages=( # the modules that a stage imports
     [collect_images]="PIL numpy pillow_heif requests tomli_w tqdm urllib3 websocket"
@@ -168,7 +176,9 @@ report() {
 }
 
 result=0
+[[ ${stages[0]} != train_lora ]] || review="" # what trains alone is the run after the review
 for stage in "${stages[@]}"; do
+    [[ ! $review || $stage != train_lora ]] || break
     say "$stage: started"
     SECONDS=0
     run_stage "$stage"
@@ -177,5 +187,14 @@ for stage in "${stages[@]}"; do
     [[ $code == 0 && $stage == "${stages[-1]}" ]] || say "$stage: exit code $code after $SECONDS s"
     if ((code > 1)) || [[ $code == 1 && $strict ]]; then exit "$code"; fi
     ((code == 0)) || result=1
+    continue_with="--train"
+    [[ $stage == caption_images ]] || continue_with="--caption --review"
 done
+if [[ $review ]]; then
+    command=scripts/run.sh
+    [[ ! -v LORACAT_IN_CONTAINER ]] || command="docker compose run --rm loracat"
+    run_stage report # names the page
+    say "review: look at this page, and write the names of images to leave out into exclude.txt in the folder of the data set"
+    say "review: continue with: $command $continue_with"
+fi
 exit "$result"

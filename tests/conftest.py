@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from common import masking
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported; no test may reach the real hub
 
 # Such small networks gain nothing from threads, which spend their time waiting for each other on a busy machine.
@@ -88,6 +90,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=position)
+
+
+@pytest.fixture(autouse=True)
+def no_known_secrets(monkeypatch):
+    """The secrets of one test are not masked in the messages of the next one."""
+    monkeypatch.setattr(masking, "_known", set())
 
 
 @pytest.fixture(scope="session")

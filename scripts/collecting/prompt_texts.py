@@ -124,9 +124,9 @@ class _TextReader:
             return None
         match kind:
             case "CaseConverter":
-                return _CASES.get(inputs.get("mode"), str)(text)
+                return _CASES.get(str(inputs.get("mode")), str)(text)
             case "StringTrim":
-                return _STRIPS.get(inputs.get("mode"), str)(text)
+                return _STRIPS.get(str(inputs.get("mode")), str)(text)
             case "StringSubstring":
                 ends = inputs.get("start"), inputs.get("end")
                 return text[slice(*ends)] if all(type(end) is int for end in ends) else None

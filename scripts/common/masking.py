@@ -32,7 +32,7 @@ def mask_secrets(text: str) -> str:
     """Any text that may be about an address, with `***` for logins in addresses and for every secret that is known."""
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, MASK)
-    return re.sub(rf"((?:{_SCHEME}|//))[^\s'\"]*{_AT}", rf"\1{MASK}@", text)
+    return re.sub(rf"((?:{_SCHEME}|//))(?:(?!,{_SCHEME})[^\s'\"])*{_AT}", rf"\1{MASK}@", text)
 
 
 def mask_address(text: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from common.dataset_layout import DatasetFolder, find_images
+from common.dataset_layout import DatasetFolder, select_images
 from common.errors import ResourceError, run_checks
 from common.output_layout import check_disk_space
 from common.project import ProjectSettings
@@ -51,7 +51,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
 
     def check_run() -> str:
         if inputs_pending:
-            images = find_images(DatasetFolder(project.dataset_dir).images)
+            images = select_images(DatasetFolder(project.dataset_dir)).images
             without = sum(not image.caption_to_read.exists() for image in images)
             if without or not images:
                 return f"images: {len(images)} so far, {without} without a caption; the run is planned when all are there"

@@ -188,3 +188,12 @@ def test_long_prompts_and_patterns_take_no_time(collected):
     rules = PromptRules("sks", ["a * b * c"], ["*x*y*", "z *"])
     assert rules.sentence(ImagePrompt(("a b, " * 1_000,), "q " * 2_000))
     assert PromptRules("s" * 99, ["a"], ()).sentence(ImagePrompt(("a " * 2_000,), "")) == ""  # too long with the trigger word
+
+
+def test_manifest_that_cannot_be_read_ends_the_stage_with_one_line(collected):
+    manifest = collected.images.parent / "manifest.jsonl"
+    manifest.unlink()
+    manifest.mkdir()
+    ended = collected.run(CAPTION_SOURCE="prompt")
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1)
+    assert "manifest.jsonl" in ended.stderr

@@ -128,7 +128,7 @@ def test_name_that_the_server_returns_is_set_in_the_workflow(batch, standin, col
 
 
 def test_without_a_face_the_image_of_the_workflow_is_used_and_this_is_logged_once(full, standin, collect, monkeypatch):
-    monkeypatch.setattr("collecting.jobs.DEFAULT_FACE", full.root / "none.png")
+    monkeypatch.setattr("common.project.DEFAULT_FACE", full.root / "none.png")
     (standin.folder / "input" / "example.png").write_bytes(png())
     result = collect(FACE_REFERENCE="")
     assert result.code == 0
@@ -138,7 +138,7 @@ def test_without_a_face_the_image_of_the_workflow_is_used_and_this_is_logged_onc
 
 
 def test_face_in_the_repository_is_used_when_none_is_set(full, standin, collect, monkeypatch):
-    monkeypatch.setattr("collecting.jobs.DEFAULT_FACE", Path(full.environment["FACE_REFERENCE"]))
+    monkeypatch.setattr("common.project.DEFAULT_FACE", Path(full.environment["FACE_REFERENCE"]))
     assert collect(FACE_REFERENCE="").code == 0
     assert ("POST", "/upload/image") in standin.requests
 

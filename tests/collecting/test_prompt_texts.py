@@ -1,6 +1,7 @@
 """The prompts that lead to a node: those of the included workflows, and graphs with every kind of text node."""
 
 import json
+import random
 
 import pytest
 
@@ -180,3 +181,30 @@ def test_every_kept_node_of_the_included_workflows_has_its_own_composed_prompt(n
     assert len(nearest) == len(set(nearest)) == 48
     start = f"{workflow.person} " if workflow.person else "Create a new realistic photograph of the person in Picture 1. "
     assert all(text.startswith(start) for text in nearest)
+
+
+def test_no_graph_is_too_odd():
+    draw = random.Random(0)
+    kinds = ["StringConcatenate", "StringFormat", "StringReplace", "CaseConverter", "StringSubstring", "StringTrim", "KSampler"]
+    kinds += ["ComfySwitchNode", "ImpactSwitch", "Any Switch", "Reroute", "ShowText", "CLIPTextEncode", "ConditioningCombine"]
+    names = ["text", "prompt", "string", "string_a", "string_b", "delimiter", "f_string", "values.a", "find", "replace", "mode"]
+    names += [
+        "switch",
+        "on_true",
+        "select",
+        "input1",
+        "any_01",
+        "",
+        "value",
+        "positive",
+        "conditioning",
+        "negative",
+        "start",
+        "end",
+    ]
+    odd = ["a", "b c", "{a}", "", "x" * 9_000, [], [None, 1], ["zz", 0], True, -5, 10**400, float("nan"), None, {"a": 1}, [[1]]]
+    for _ in range(1_000):
+        ids = [str(number) for number in range(draw.randint(1, 12))]
+        values = [*odd, *([node_id, 0] for node_id in ids)]
+        graph = {i: node(draw.choice(kinds), **{draw.choice(names): draw.choice(values) for _ in range(5)}) for i in ids}
+        assert all(isinstance(text, str) for text in prompt_texts(graph, "0"))

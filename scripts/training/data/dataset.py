@@ -17,6 +17,7 @@ from common.dataset_layout import (
     describe_missing_images,
     find_images,
     name_in,
+    select_images,
     unused_entries,
 )
 from common.errors import DataError, SomeItemsFailed, abbreviated, bullet_list
@@ -70,10 +71,13 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[
     """The examples of the data set, and how many of its images cannot be trained on. Prints what is left out or ignored, and
     what is probably a mistake."""
     dataset = DatasetFolder(project.dataset_dir)
+    selection = select_images(dataset)
+    print(selection.notes(), end="")
     flagged = flagged_images(dataset, settings.resolution) if settings.skip_flagged else {}
+    flagged = {name: flaws for name, flaws in flagged.items() if name not in selection.excluded}
     if flagged:
         print(f"skipping flagged images: {abbreviated([f'{name} ({flaws})' for name, flaws in flagged.items()])}")
-    examples, problems = read_examples(dataset.images, settings.dataloader_num_workers, flagged)
+    examples, problems = read_examples(dataset.images, settings.dataloader_num_workers, {*flagged, *selection.excluded})
     if problems:
         print(bullet_list(f"{dataset.images}: {len(problems)} images cannot be trained on and are left out:", problems), flush=True)
 
@@ -120,18 +124,21 @@ def read_examples(folder: Path, workers: int, skipped: Collection[str] = ()) -> 
     """All images of `folder` and its `N_name` folders, except those whose names are in `skipped`, with their captions; and for
     each that cannot be trained on a line that says why.
 
-    Each image is decoded once, by `workers` threads. Raises DataError if images have no caption yet, or none can be trained on.
+    Each image is decoded once, by `workers` threads. Raises DataError if captions cannot be used, images have no caption yet, or
+    none can be trained on.
     """
     found = find_images(folder)
     images = [image for image in found if name_in(folder, image.path) not in skipped]
     if found and not images:
-        raise DataError(f"{folder}: all {len(found)} images are flagged; replace some, or set SKIP_FLAGGED=0")
+        raise DataError(f"{folder}: all {len(found)} images are flagged or excluded; set SKIP_FLAGGED=0, or shorten exclude.txt")
     if not images:
         remedy = "put them there or run the collect stage, then the caption stage"
         raise DataError(describe_missing_images(folder, remedy))
     owners = caption_owners(images)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         results = list(pool.map(lambda image: _read(image, folder, owners[image.caption_path]), images))
+    if unusable := [str(result) for result in results if isinstance(result, UnusableCaptionError)]:
+        raise DataError(bullet_list(f"{folder}: {len(unusable)} of {len(images)} captions cannot be used:", unusable))
     if uncaptioned := [name_in(folder, image.path) for image, result in zip(images, results, strict=True) if result is None]:
         command = pipeline_command("--caption", "--train")
         which = f"{len(uncaptioned)} of the {len(images)} images have no caption ({abbreviated(uncaptioned)})"
@@ -142,19 +149,19 @@ def read_examples(folder: Path, workers: int, skipped: Collection[str] = ()) -> 
     return examples, problems
 
 
-def _read(image: ImageFile, folder: Path, owner: ImageFile) -> Example | str | None:
-    """The example, or a line with everything that is wrong with it; None if it has no caption yet. `owner` is the image to which
-    its caption belongs."""
+def _read(image: ImageFile, folder: Path, owner: ImageFile) -> Example | str | UnusableCaptionError | None:
+    """The example, or a line with everything that is wrong with the image; for an image without fault, what is wrong with its
+    caption, or None if it has none yet. `owner` is the image to which its caption belongs."""
     name = name_in(folder, image.path)
-    problems, is_uncaptioned, caption = [], False, ""
+    problems, caption, unusable = [], None, None
     if owner != image:
         problems.append(f"would share its caption with {name_in(folder, owner.path)}; rename one of the two")
     try:
         caption = in_one_line(read_caption(image.caption_to_read, dataset=folder.parent))
     except FileNotFoundError:
-        is_uncaptioned = True
+        pass
     except UnusableCaptionError as error:
-        problems.append(f"its caption {image.caption_to_read.name} {error}")
+        unusable = UnusableCaptionError(f"{name_in(folder, image.caption_to_read)} {error}")
     try:
         decoded = read_image(image.path)
         width, height = decoded.rgb.size
@@ -164,8 +171,8 @@ def _read(image: ImageFile, folder: Path, owner: ImageFile) -> Example | str | N
         problems.append(f"{error}; replace or remove it")
     if problems:
         return f"{name}: {'; '.join(problems)}"
-    if is_uncaptioned:
-        return None
+    if caption is None:
+        return unusable
     sha256 = sha256_of(image.path)
     return Example(image.path, name, caption, width, height, image.repeats, sha256, decoded.revision)
 

@@ -74,8 +74,6 @@ def test_magic_bytes_decide_the_format_and_not_the_suffix(stage):
 def damage(stage) -> int:
     """Fill the data set with good images and one of everything that can be wrong; return how many are bad."""
     stage.add("astronaut", "good.png")
-    stage.add("coffee", "latin1.jpg").with_suffix(".txt").write_bytes("sks, niña".encode("latin-1"))
-    stage.add("coffee", "3_photos/utf16.jpg").with_suffix(".txt").write_bytes("sks".encode("utf-16"))
     cut = stage.add("rocket", "cut_off.png")
     cut.write_bytes(cut.read_bytes()[:20000])
     stage.add("rocket", "text.png").write_text("this is not an image")
@@ -86,12 +84,10 @@ def damage(stage) -> int:
     stage.add("coffee", "good.jpg")
     both = stage.add("chelsea", "5_cats/both.png", caption=None)
     both.write_bytes(both.read_bytes()[:5000])
-    return 9
+    return 7
 
 
 PROBLEMS = (
-    "latin1.jpg: its caption latin1.txt is not UTF-8; save it as UTF-8",
-    "3_photos/utf16.jpg: its caption utf16.txt is not UTF-8; save it as UTF-8",
     "cut_off.png: cannot be decoded: ",
     "text.png: is not a PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF image; replace or remove it",
     "empty.webp: is empty; replace or remove it",
@@ -130,7 +126,7 @@ def test_nothing_is_trained_while_images_have_no_caption(stage):
     ended = stage.run()
     assert ended.returncode == 3
     assert ended.stderr == (
-        f"train_lora: {stage.images}: 1 of the 11 images have no caption (new.png); caption them and train with: "
+        f"train_lora: {stage.images}: 1 of the 9 images have no caption (new.png); caption them and train with: "
         "scripts/run.sh --caption --train\n"
     )
     assert set(stage.files()) <= {"state/.lock"}
@@ -212,7 +208,7 @@ def test_a_data_set_that_is_all_flagged_or_was_never_audited(stage):
     assert "was made for 64 px; run the caption stage again with RESOLUTION=128" in of_another.stderr
     nothing_left = stage.run(SKIP_FLAGGED=1)
     assert nothing_left.returncode == 3
-    assert "all 1 images are flagged; replace some, or set SKIP_FLAGGED=0" in nothing_left.stderr
+    assert "all 1 images are flagged or excluded; set SKIP_FLAGGED=0, or shorten exclude.txt" in nothing_left.stderr
 
 
 def test_captions_with_other_suffixes_are_read(stage):
@@ -234,11 +230,31 @@ def test_captions_that_cannot_be_used_are_in_the_list(stage, tmp_path):
     (stage.images / "link.txt").symlink_to(tmp_path / "secret")
     (stage.images / "long.txt").write_bytes(b"a" * 65537)
     (stage.images / "utf16.txt").write_bytes("sks".encode("utf-16-be"))
+    stage.add("coffee", "latin1.jpg").with_suffix(".txt").write_bytes("sks, niña".encode("latin-1"))
+    stage.add("coffee", "3_photos/utf16.jpg").with_suffix(".txt").write_bytes("sks".encode("utf-16"))
     stage.add("coffee", "fine.png")
-    _, problems = read_examples(stage.images, workers=2)
-    assert problems == [
-        "link.png: its caption link.txt is a link to a file outside the data set; replace it by a copy of that file",
-        "long.png: its caption long.txt is larger than the 64 KiB of a caption; shorten or remove it",
-        "pipe.png: its caption pipe.txt is not a file; rename it",
-        "utf16.png: its caption utf16.txt is not UTF-8; save it as UTF-8 (it is UTF-16)",
-    ]
+    with pytest.raises(DataError) as refused:
+        read_examples(stage.images, workers=2)
+    assert str(refused.value) == (
+        f"{stage.images}: 6 of 7 captions cannot be used:\n"
+        "  - 3_photos/utf16.txt is not UTF-8; save it as UTF-8 (it is UTF-16)\n"
+        "  - latin1.txt is not UTF-8; save it as UTF-8\n"
+        "  - link.txt is a link to a file outside the data set; replace it by a copy of that file\n"
+        "  - long.txt is larger than the 64 KiB of a caption; shorten or remove it\n"
+        "  - pipe.txt is not a file; rename it\n"
+        "  - utf16.txt is not UTF-8; save it as UTF-8 (it is UTF-16)"
+    )
+
+
+def test_excluded_images_are_not_read(stage):
+    stage.add("astronaut")
+    stage.add("coffee", "5_cups/coffee.png", None)  # without a caption: training would refuse it
+    (stage.dataset / "exclude.txt").write_text("5_cups/coffee.png\ngone.png\n")
+    done = stage.run("--check")
+    assert done.returncode == 0
+    assert "excluded by exclude.txt: 1 images (5_cups/coffee.png)" in done.stdout
+    assert "exclude.txt names images that are not in the data set: gone.png" in done.stdout
+    (stage.dataset / "exclude.txt").write_text("5_cups/coffee.png\nastronaut.png\n")
+    none_left = stage.run()
+    assert none_left.returncode == 3
+    assert "all 2 images are flagged or excluded; set SKIP_FLAGGED=0, or shorten exclude.txt" in none_left.stderr
