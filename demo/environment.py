@@ -103,6 +103,7 @@ class DemoEnvironment:
             "num_train_epochs": 4,
             "save_every_epochs": 2,
             "dataloader_num_workers": 1,
+            "samples": False,
         }
         kept = {name: value for name, value in os.environ.items() if name not in setting_names()}
         changed = {name.upper(): str(value) for name, value in (defaults(settings_file) | of_demo | settings).items()}
