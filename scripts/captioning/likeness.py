@@ -94,6 +94,8 @@ class SetLikeness:
             lines.append(f"  {useless} of {self.references} face references cannot be read, or show no face that can be compared")
         if unknown:
             lines.append(f"  cannot tell: {len(unknown)} images: {abbreviated(unknown, 3)}")
+        if sum(score < FACE_MODELS[self.model].other_below for score in scores) > MAX_FLAGGED * len(scores):
+            lines.append("  most faces are unlike the others, as in a data set of several persons; none is flagged for that")
         if flaws := self.flaws():
             lines.append(f"  flagged as {OTHER_PERSON}: {abbreviated([f'{name} ({flaw})' for name, flaw in flaws.items()])}")
             lines.append("  write the names of those that are to be left out into dataset/exclude.txt, or set SKIP_FLAGGED=1")

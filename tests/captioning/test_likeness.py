@@ -127,6 +127,7 @@ def test_a_set_without_a_main_person_and_a_reference_without_a_face_flag_nothing
     remember(folder, {f"{number}.png": float(number) for number in range(6)} | {"../face.png": None})
     done = stage.run(FACE_MODEL="dlib", FACE_REFERENCE=f"{reference},{folder.root / 'gone.png'}")
     assert flaws(folder) == {}
+    assert "most faces are unlike the others, as in a data set of several persons; none is flagged" in done.stdout
     assert "2 of 2 face references cannot be read, or show no face that can be compared" in done.stdout
 
 
