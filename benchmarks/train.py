@@ -137,6 +137,7 @@ def run(folder: Path, job: Job) -> tuple[float, str]:
         "save_every_epochs": 0,
         "gradient_checkpointing": "false",
         "validation_fraction": 0,
+        "samples": "false",
     }
     changed = {name.upper(): str(value) for name, value in (of_benchmark | job.settings).items() if name.upper() in names}
     command = [sys.executable, REPOSITORY / "scripts" / "train_lora.py"]

@@ -92,6 +92,7 @@ class DemoEnvironment:
             "prompts_file": self.folder / "prompts.json",
             "face_reference": self.folder / "face.png",
             "comfyui_delay": 0,
+            "face_model": "off",  # the images are too small for faces
             "caption_model": "tiny-tagger",
             "base_model": "tiny-sdxl",
             "resolution": 128,
@@ -102,6 +103,7 @@ class DemoEnvironment:
             "num_train_epochs": 4,
             "save_every_epochs": 2,
             "dataloader_num_workers": 1,
+            "samples": False,
         }
         kept = {name: value for name, value in os.environ.items() if name not in setting_names()}
         changed = {name.upper(): str(value) for name, value in (defaults(settings_file) | of_demo | settings).items()}
@@ -112,7 +114,7 @@ class DemoEnvironment:
 
 def setting_names() -> set[str]:
     """Every environment variable that the pipeline reads."""
-    return {key.name.upper() for section in SECTIONS for key in all_keys(section)} | {"STRICT"}
+    return {key.name.upper() for section in SECTIONS for key in all_keys(section)} | {"REVIEW", "STRICT"}
 
 
 def defaults(file: Path) -> dict[str, str]:

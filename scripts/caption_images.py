@@ -1,9 +1,10 @@
 """Caption every image of DATASET_DIR/images with the tags of a WD14 tagger, the trigger word first.
 
-An image without a caption is tagged. A caption that this stage generated follows the settings: when they change, it is
-written again, from cached probabilities if only the selection of tags changed. A caption that you wrote keeps its text and
-only gains the trigger word if it lacks it (an empty one becomes the trigger word alone). CAPTION_OVERWRITE=1 replaces your
-captions, too; --undo restores what the last run changed.
+With CAPTION_SOURCE=prompt, the captions of collected images are made of the prompts that the collect stage recorded; with
+CAPTION_SOURCE=both, of tags and prompts. An image without a caption is captioned. A caption that this stage generated follows
+the settings: when they change, it is written again, from cached probabilities if only the selection of tags changed. A caption
+that you wrote keeps its text and only gains the trigger word if it lacks it (an empty one becomes the trigger word alone).
+CAPTION_OVERWRITE=1 replaces your captions, too; --undo restores what the last run changed.
 """
 
 import signal
@@ -13,28 +14,31 @@ if __name__ == "__main__":  # Ctrl-C while libraries are imported ends the progr
 
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from captioning import report
+from captioning.captions import caption_text
 from captioning.config import CaptionSettings
 from captioning.cpu_affinity import decode_workers
-from captioning.image_audit import IndexedImage, audit_images, index_images, write_audit
+from captioning.image_audit import Audit, IndexedImage, audit_images, index_images, with_flaws, write_audit
 from captioning.journal import CaptionFiles
+from captioning.likeness import OTHER_PERSON, SetLikeness, likeness_in_background
 from captioning.preflight import check, require_images
+from captioning.prompt_captions import PromptRules, prompt_caption, read_prompts
 from captioning.report import STAGE, CaptionCounts
 from captioning.tag_cache import tag_images
-from captioning.tag_selection import TagSelector, published_threshold
+from captioning.tag_selection import TagSelector, appended_tags, published_threshold
 from captioning.traits import prune_common_traits
 from common.captions import UnusableCaptionError, ordinary_trigger, tagger_vocabulary
 from common.clip_tokens import find_clip_tokens, find_vocabulary
-from common.dataset_layout import CAPTION_SUFFIX, DatasetFolder, ImageFile, caption_owners
+from common.dataset_layout import CAPTION_SUFFIX, DatasetFolder, ImageFile, caption_owners, name_in
 from common.errors import DataError, SettingsError, abbreviated, run_main, stop_on_signals
 from common.files import locked, write_json
-from common.project import ProjectSettings, SharedTrainSettings
+from common.project import FaceReferences, ProjectSettings, SharedTrainSettings, face_references
 from common.settings import read_request
 
 FLAGS = {"undo": "restore the captions that the last run changed, and exit; repeat it for earlier runs"}
@@ -45,6 +49,7 @@ class Tables:
     """What this stage reads of the settings."""
 
     project: ProjectSettings
+    collect: FaceReferences
     caption: CaptionSettings
     train: SharedTrainSettings
 
@@ -72,9 +77,10 @@ def main(argv: list[str]) -> None:
         if "undo" in request.flags:
             undo(captions)
             return
-        images = require_images(folder)
-        print(f"{request.overridden()}\n{len(images)} images in {folder.images}", flush=True)
-        caption(images, captions, folder, project, settings, train)
+        selection = require_images(folder)
+        images, notes = selection.images, selection.notes()
+        print(f"{request.overridden()}\n{notes}{len(images)} images in {folder.images}", flush=True)
+        caption(images, captions, folder, project, settings, train, face_references(request.settings.collect.face_reference))
 
 
 def resolve(settings: CaptionSettings) -> CaptionSettings:
@@ -109,6 +115,7 @@ def caption(
     project: ProjectSettings,
     settings: CaptionSettings,
     train: SharedTrainSettings,
+    references: Sequence[Path],
 ) -> None:
     """Check every image, caption it or keep its caption, and print what the captions of the data set contain."""
     counts = CaptionCounts()
@@ -117,12 +124,9 @@ def caption(
     write_audit(audit, folder)
     print(report.new_formats(images, folder) + report.audit_table(audit, folder.audit), flush=True)
     to_generate, to_copy, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)
-    for image in to_copy:
-        if apply_change(counts, captions.copy, image.captions[-1], image.caption_path):
-            counts.copied.append(image.captions[-1].name)
-    for image in to_keep:
-        counts.trigger_added += apply_change(counts, captions.ensure_trigger, image.caption_path)
-    generate_captions(to_generate, indexed, settings, project.models_dir, folder, captions, counts)
+    with likeness_in_background(folder, indexed, references, project.face_model) as measure_likeness:
+        write_captions(to_generate, to_copy, to_keep, indexed, settings, project, folder, captions, counts)
+        flag_other_persons(measure_likeness(), audit, indexed, folder)
     if warning := ordinary_trigger(
         project.trigger_word,
         tagger_vocabulary(folder.tag_cache),
@@ -133,6 +137,37 @@ def caption(
     texts = report.read_captions(images, folder)
     print(report.caption_table(texts, project.trigger_word, train.data.caption_chunks, tokens), flush=True)
     counts.report(project.trigger_word)
+
+
+def write_captions(
+    to_generate: list[ImageFile],
+    to_copy: list[ImageFile],
+    to_keep: list[ImageFile],
+    indexed: dict[Path, IndexedImage],
+    settings: CaptionSettings,
+    project: ProjectSettings,
+    folder: DatasetFolder,
+    captions: CaptionFiles,
+    counts: CaptionCounts,
+) -> None:
+    """Write the captions of the three kinds of images that `classify_captions` returns."""
+    for image in to_copy:
+        if apply_change(counts, captions.copy, image.captions[-1], image.caption_path):
+            counts.copied.append(image.captions[-1].name)
+    for image in to_keep:
+        counts.trigger_added += apply_change(counts, captions.ensure_trigger, image.caption_path)
+    generate_captions(to_generate, indexed, settings, project, folder, captions, counts)
+
+
+def flag_other_persons(
+    likeness: SetLikeness | None, audit: Audit, indexed: dict[Path, IndexedImage], folder: DatasetFolder
+) -> None:
+    """Record how much every image looks like the others, and add those of another person to the audit."""
+    if likeness is None:
+        return
+    write_json(folder.likeness, likeness.as_json({image.name: image.sha256 for image in indexed.values()}))
+    write_audit(with_flaws(audit, OTHER_PERSON, likeness.flaws(), indexed), folder)
+    print(likeness.table(), flush=True)
 
 
 def classify_captions(
@@ -168,12 +203,12 @@ def generate_captions(
     images: list[ImageFile],
     indexed: dict[Path, IndexedImage],
     settings: CaptionSettings,
-    models_dir: Path,
+    project: ProjectSettings,
     folder: DatasetFolder,
     captions: CaptionFiles,
     counts: CaptionCounts,
 ) -> None:
-    """Write captions of tags: all images are tagged first, because the traits to prune depend on all of them."""
+    """Write captions of tags, prompts or both: all images are tagged first, because the traits to prune depend on all of them."""
     readable = {}
     for image in images:
         if indexed[image.path].stats:
@@ -182,17 +217,43 @@ def generate_captions(
             counts.fail(image.path, f"{indexed[image.path].broken}; replace or remove it")
     if not readable:
         return
-    tags, probabilities = tag_images(readable, settings, models_dir, folder.tag_cache, counts)
+    trigger, sentences = project.trigger_word, prompt_sentences(readable, settings, project.trigger_word, folder)
+    to_tag = {path: image for path, image in readable.items() if settings.caption_source != "prompt" or path not in sentences}
+    of_tags = caption_tags(to_tag, settings, project.models_dir, folder, counts) if to_tag else {}
+    for image in images:
+        if image.path not in readable or (image.path in to_tag and image.path not in of_tags):
+            continue
+        texts = of_tags.get(image.path, appended_tags(settings))
+        sentence = sentences.get(image.path)
+        text = prompt_caption(trigger, texts, sentence) if sentence else caption_text(trigger, texts)
+        counts.captioned += apply_change(counts, captions.write, image.caption_path, text)
+
+
+def prompt_sentences(
+    images: dict[Path, IndexedImage], settings: CaptionSettings, trigger: str, folder: DatasetFolder
+) -> dict[Path, str]:
+    """The sentences that the prompts of the images make, as far as the settings ask for them and the manifest has them."""
+    if settings.caption_source == "tags":
+        return {}
+    rules = PromptRules(trigger, settings.caption_prompt_person, settings.caption_prompt_remove)
+    prompts = read_prompts(folder, images)
+    sentences = {path: sentence for path, prompt in prompts.items() if (sentence := rules.sentence(prompt))}
+    missing = [name_in(folder.images, path) for path in images if path not in sentences]
+    print(report.prompt_notes(len(sentences), missing, folder), flush=True)
+    return sentences
+
+
+def caption_tags(
+    images: dict[Path, IndexedImage], settings: CaptionSettings, models_dir: Path, folder: DatasetFolder, counts: CaptionCounts
+) -> dict[Path, list[str]]:
+    """The tags of each image's caption, for those that can be tagged."""
+    tags, probabilities = tag_images(images, settings, models_dir, folder.tag_cache, counts)
     selector = TagSelector(tags, settings)
     selected = [selector.select(of_image) for of_image in probabilities.values()]
     pruning = prune_common_traits(tags, selected, settings.caption_prune_traits)
     write_json(folder.traits, report.traits_record(selector, pruning))
     print(report.selection_notes(selector, pruning), end="", flush=True)
-    for image in images:
-        if image.path not in probabilities:
-            continue
-        texts = selector.caption_tags(probabilities[image.path], pruning.pruned)
-        counts.captioned += apply_change(counts, captions.write, image.caption_path, texts)
+    return {path: selector.caption_tags(of_image, pruning.pruned) for path, of_image in probabilities.items()}
 
 
 def apply_change(counts: CaptionCounts, change: Callable[..., bool], caption: Path, *arguments: Any) -> bool:

@@ -9,6 +9,8 @@ Collect images from ComfyUI, caption them, and train a LoRA for SDXL.
 Options:
   --collect, --caption, --train
               run only these stages (default: all three)
+  --review    stop before training, to look at the images and captions; REVIEW=1 does the same
+  --report    write the page output/report.html from what the stages have left, which every stage does at its end, too
   --check     check the requirements of each stage and exit
   --version   print the version and exit
   -h, --help  print this text and exit
@@ -34,18 +36,22 @@ refuse() {
 }
 
 scripts=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
-check="" requested=""
+check="" requested="" only_report="" asked_for_review=""
 for flag in "$@"; do
     case $flag in
         --collect | --caption | --train) requested+=" $flag " ;;
         --check) check=--check ;;
+        --review) asked_for_review=yes ;;
+        --report) only_report=yes ;;
         -h | --help) say "$usage" && exit 0 ;;
         --version) say "$(sed -n 's/^VERSION = "\(.*\)"$/LoRACat \1/p' "$scripts/common/settings.py")" && exit 0 ;;
         *) refuse "unknown argument: $flag" ;;
     esac
 done
+[[ ! $requested && ! $check ]] || only_report="" # a stage writes the page in any case
 stages=()
 for script in collect_images caption_images train_lora; do
+    [[ $only_report ]] && continue
     [[ $requested && $requested != *" --${script%_*} "* ]] || stages+=("$script")
 done
 choose_python() {
@@ -62,21 +68,28 @@ if [[ -e $dotenv && ! -v LORACAT_IN_CONTAINER ]] && "$python" -c "" 2>/dev/null;
     done
     choose_python
 fi
-strict=${STRICT:-0}
-case ${strict,,} in
-    1 | true | yes | on) strict=yes ;;
-    0 | false | no | off) strict="" ;;
-    *) refuse "STRICT: '$strict' must be true or false" ;;
-esac
+# is_true NAME VALUE: whether the value of a variable is true. Anything but true and false is refused.
+is_true() {
+    case ${2,,} in
+        1 | true | yes | on) return 0 ;;
+        0 | false | no | off) return 1 ;;
+        *) refuse "$1: '$2' must be true or false" ;;
+    esac
+}
+strict="" review=$asked_for_review
+is_true REVIEW "${REVIEW:-0}" && review=yes
+is_true STRICT "${STRICT:-0}" && strict=yes
+[[ $asked_for_review && ${stages[*]} == train_lora ]] && refuse "--review stops before training: leave out --review or --train"
 
 declare -A packages=( # the modules that a stage imports
     [collect_images]="PIL numpy pillow_heif requests tomli_w tqdm urllib3 websocket"
     [caption_images]="PIL huggingface_hub numpy onnxruntime pillow_heif tokenizers tomli_w tqdm"
     [train_lora]="PIL accelerate diffusers huggingface_hub numpy peft pillow_heif safetensors tensorboard tokenizers tomli_w
         torch tqdm transformers wandb"
+    [report]="PIL jinja2 markupsafe numpy pillow_heif tokenizers tomli_w"
 )
 find_missing='import sys, importlib.util as u; print("OK", *(name for name in sys.argv[1:] if not u.find_spec(name)))'
-for stage in "${stages[@]}"; do
+for stage in "${stages[@]}" ${only_report:+report}; do
     # shellcheck disable=SC2086 # one argument for each name
     missing=$("$python" -c "$find_missing" ${packages[$stage]} 2>/dev/null) || missing=""
     missing=${missing##*$'\n'}
@@ -150,14 +163,38 @@ instead=TERM                  # on SIGINT Python prints a traceback while it imp
 run_all --settings >/dev/null # report a wrong setting of a later stage now and not after hours
 instead=""
 
+if [[ $only_report ]]; then
+    run_stage report
+    exit "$code"
+fi
+
+# report: write the page. Whatever goes wrong with it is one warning, because the stage itself has done its work.
+report() {
+    local problem
+    problem=$("$python" "$scripts/report.py" 2>&1 >/dev/null </dev/null) ||
+        echo "run.sh: warning: the report page was not written: ${problem##*$'\n'}" >&2
+}
+
 result=0
+[[ ${stages[0]} != train_lora ]] || review="" # what trains alone is the run after the review
 for stage in "${stages[@]}"; do
+    [[ ! $review || $stage != train_lora ]] || break
     say "$stage: started"
     SECONDS=0
     run_stage "$stage"
+    [[ $stopped_by ]] || report
     # What a finished run says last is what the user should read.
     [[ $code == 0 && $stage == "${stages[-1]}" ]] || say "$stage: exit code $code after $SECONDS s"
     if ((code > 1)) || [[ $code == 1 && $strict ]]; then exit "$code"; fi
     ((code == 0)) || result=1
+    continue_with="--train"
+    [[ $stage == caption_images ]] || continue_with="--caption --review"
 done
+if [[ $review ]]; then
+    command=scripts/run.sh
+    [[ ! -v LORACAT_IN_CONTAINER ]] || command="docker compose run --rm loracat"
+    run_stage report # names the page
+    say "review: look at this page, and write the names of images to leave out into exclude.txt in the folder of the data set"
+    say "review: continue with: $command $continue_with"
+fi
 exit "$result"

@@ -76,6 +76,7 @@ def main(argv: list[str]) -> None:
             return
         with process_group(ranks) as group, only_run_in(project.output_dir) if group.is_main_process else nullcontext():
             run = resolve_on_all_ranks(group, project, settings, inputs.result, request.settings.collect.comfyui_endpoint)
+            run = replace(run, origins={key: request.sources[key] for key in request.overrides})
             if not run.is_finished:
                 train(run, group, encoder)
             elif group.is_main_process:

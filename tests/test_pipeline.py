@@ -39,6 +39,7 @@ FILES_IN_DATASET = {
     ".loracat/tags/<hash>/model.json": 1,
     ".loracat/tags/<hash>/selected_tags.csv": 1,
     ".loracat/tags/<hash>/<hash>.npy": IMAGES,
+    ".loracat/thumbnails/<hash>.webp": IMAGES,
 }
 FILES_IN_OUTPUT = {
     "cache/digests.json": 1,
@@ -48,6 +49,7 @@ FILES_IN_OUTPUT = {
     f"lora/{TRIGGER_WORD}-000001.safetensors": 1,
     "lora/metrics.jsonl": 1,
     "lora/training_config_resolved.toml": 1,
+    "report.html": 1,
     "state/.lock": 1,
     f"state/{TRIGGER_WORD}/step-000000004.json": 1,  # from which the run can be extended
     f"state/{TRIGGER_WORD}/step-000000004.safetensors": 1,

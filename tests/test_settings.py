@@ -20,7 +20,7 @@ from collecting.http import parse_addresses
 from common import masking, settings
 from common.errors import ModelError, SettingsError, run_main
 from common.output_layout import OutputLayout, name_problem
-from common.project import ComfyUIAddress, ProjectSettings, SharedTrainSettings
+from common.project import ComfyUIAddress, FaceReferences, ProjectSettings, SharedTrainSettings
 from common.settings import all_keys, read_request, resolve, resolved_toml
 from common.variables import known_variables
 from training.config import TrainSettings
@@ -111,7 +111,26 @@ def test_relative_paths_start_at_the_repository_in_the_file_and_at_the_current_d
     monkeypatch.chdir(tmp_path)
     request = resolve(write(tmp_path, ""), {"FACE_REFERENCE": "me.png"}, [], Everything)
     assert request.settings.project.dataset_dir == settings.REPOSITORY / "dataset"
-    assert request.settings.collect.face_reference == tmp_path / "me.png"
+    assert request.settings.collect.face_reference == (tmp_path / "me.png",)
+
+
+def test_list_of_paths_is_one_path_where_there_is_a_file_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a, b.png").touch()
+    for text, names in {"a, b.png": ["a, b.png"], "a.png, ~x,b.png,": None, "c.png, d.png,": ["c.png", "d.png"]}.items():
+        if names is None:
+            with pytest.raises(SettingsError, match="no such user"):
+                resolve(write(tmp_path, ""), {"FACE_REFERENCE": text}, [], Everything)
+        else:
+            request = resolve(write(tmp_path, ""), {"FACE_REFERENCE": text}, [], Everything)
+            assert request.settings.collect.face_reference == tuple(tmp_path / name for name in names)
+    in_file = resolve(write(tmp_path, '[collect]\nface_reference = ["a.png", "b, c.png"]\n'), {}, [], Everything)
+    assert in_file.settings.collect.face_reference == (settings.REPOSITORY / "a.png", settings.REPOSITORY / "b, c.png")
+    for value in ('""', "[]"):
+        empty = resolve(write(tmp_path, f"[collect]\nface_reference = {value}\n"), {}, [], Everything)
+        assert empty.settings.collect.face_reference == ()
+    with pytest.raises(SettingsError, match=r"face_reference .*must be a path, or a list of paths"):
+        resolve(write(tmp_path, "[collect]\nface_reference = [1]\n"), {}, [], Everything)
 
 
 def test_home_of_an_unknown_user_and_a_path_with_a_null_byte_are_refused(tmp_path):
@@ -389,8 +408,15 @@ def test_resolved_file_gives_the_same_settings_again(tmp_path):
     assert again.settings == request.settings
 
 
+def test_resolved_file_says_where_a_value_was_set(tmp_path):
+    request = resolve(write(tmp_path, ""), {"LORA_RANK": "5", "TRIGGER_WORD": "a # b"}, [], Everything)
+    text = resolved_toml(vars(request.settings), request.sources)
+    assert "lora_rank = 5  # set by environment" in text
+    assert resolve(write(tmp_path, text), {}, [], Everything).settings == request.settings
+
+
 def test_a_partial_section_agrees_with_the_whole_one_and_ignores_its_other_keys(tmp_path):
-    for name, section in (("collect", ComfyUIAddress), ("train", SharedTrainSettings)):
+    for name, section in (("collect", ComfyUIAddress), ("collect", FaceReferences), ("train", SharedTrainSettings)):
         whole = {key.name: key for key in all_keys(SECTIONS[name])}
         for key in all_keys(section):
             assert (key.default, key.metadata) == (whole[key.name].default, whole[key.name].metadata)

@@ -12,6 +12,26 @@ from common.settings import setting
 class CaptionSettings:
     """`[caption]`: the WD14 tagger, and how captions are made of its tags."""
 
+    caption_source: Literal["tags", "prompt", "both"] = setting("tags")
+    """What captions are made of: the tagger's tags, or the prompts that the collect stage recorded."""
+    caption_prompt_person: tuple[str, ...] = setting(
+        (
+            "a realistic photograph of a person",
+            "a photograph of a person",
+            "a photo of a person",
+            "the person in Picture 1",
+            "a person",
+            "the person",
+        )
+    )
+    """Phrases that the trigger word replaces in prompts, besides the text of `person_node`."""
+    caption_prompt_remove: tuple[str, ...] = setting(
+        (
+            *("Create a new *", "Keep the identity *", "Do not copy *", "Natural skin texture with fine pores*"),
+            *("masterpiece", "best quality", "high quality", "highly detailed", "photorealistic", "sharp focus", "8k", "4k"),
+        )
+    )
+    """Phrases to leave out of prompts where they stand between punctuation marks; `*` matches any text within a sentence."""
     caption_model: str = setting("SmilingWolf/wd-swinv2-tagger-v3")
     """`owner/repository` on Hugging Face, the name of a folder in MODELS_DIR, or a path."""
     caption_provider: Literal["auto", "cpu", "cuda"] = setting("auto")

@@ -5,7 +5,7 @@ is not measured again. The flaws are recorded in `dataset/.loracat/audit.json`: 
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,12 @@ import numpy as np
 
 from captioning.image_stats import HASH_SIDE, ImageStats, measure
 from common.background import prefetch
-from common.dataset_layout import CAPTION_SUFFIXES, DatasetFolder, ImageFile, name_in, unused_entries
+from common.dataset_layout import CAPTION_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in, unused_entries
 from common.files import read_cached_json, sha256_of, write_cached_json, write_json
 from common.images import BrokenImageError
 from common.progress import ProgressBar
 
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3
 """To be raised when ImageStats or the pixels of any image change: every image is then measured again."""
 MIN_SHARE_OF_AREA = 0.9
 """Of resolution²: SDXL's own sizes go down to 0.91 of it, 640x1536; a smaller image is trained in less detail."""
@@ -28,6 +28,17 @@ NEARLY_BLACK, NEARLY_WHITE = 24, 240
 """Grey levels: 99 % of the pixels are darker than the first, or brighter than the second."""
 MAX_DUPLICATE_BITS = 32
 """Of 256: a copy in another size, format or brightness differs in 0 to 20 bits, other photographs in more than 90."""
+MIN_TINT, MIN_TINT_SHARE = 6.0, 0.7
+"""A cast: a tint of this strength towards the common direction, in this share of the images. Of random sets of 19 different
+photographs none has it in more than 53 % of the images; under a planted light of (1.1, 1, 0.7), (0.6, 1, 1.3) or
+(0.85, 1.1, 0.85) in linear RGB, 99 % of the sets are reported, and under (1.05, 1, 0.8) 84 %."""
+SAME_EDGES, MIN_SAME_SHARE = 30, 0.5
+"""Of 255: the edges of two images are the same if half of their cells differ by less. In sets of 12 different photographs at
+most 17 % are the same as any one of them, with people in front of one background about 80 %."""
+MIN_SET = 8
+"""Fewer images are not judged as a set."""
+_TINTS = ("red", "orange", "yellow", "yellowish green", "green", "cyan", "blue", "magenta")
+"""Names of the directions in the plane of a* and b*, from a* on, every 45 degrees."""
 
 UNREADABLE, TOO_SMALL, DUPLICATE = "unreadable", "too small", "near-duplicate"
 BLURRED, BLACK, WHITE, ANIMATED = "blurred", "nearly black", "nearly white", "animated"
@@ -100,7 +111,7 @@ def _read_index(record: Path) -> dict[str, IndexedImage]:
     try:
         content = read_cached_json(record)
         for entry in content["pictures"] if content["format"] == INDEX_FORMAT else ():
-            stats = ImageStats(**entry["look"]) if entry["look"] else None
+            stats = ImageStats(**entry["look"] | {"tint": tuple(entry["look"]["tint"])}) if entry["look"] else None
             image = IndexedImage(entry["name"], tuple(entry["stamp"]), entry["sha256"], stats, entry["broken"])
             index[image.name] = image
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -122,6 +133,8 @@ class Audit:
     captions_without_image: tuple[str, ...]
     ignored: dict[str, str]
     """Entries that look like images of the data set but do not belong to it -> what they are."""
+    common: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    """What most images have in common, and the LoRA would learn -> in how many, and a description."""
 
 
 def audit_images(folder: DatasetFolder, images: Sequence[ImageFile], indexed: dict[Path, IndexedImage], resolution: int) -> Audit:
@@ -136,9 +149,17 @@ def audit_images(folder: DatasetFolder, images: Sequence[ImageFile], indexed: di
         if flaws:
             flagged[entry.name] = flaws
     ignored = unused_entries(folder.images)
-    orphans = _orphaned_captions(folder.images, images, ignored)
+    orphans = _orphaned_captions(folder.images, find_images(folder.images), ignored)  # an excluded image may have a caption
     digests = {entry.name: entry.sha256 for entry in entries if entry.name in flagged}
-    return Audit(len(entries), resolution, flagged, digests, tuple(orphans), ignored)
+    common = dict(_common_flaws([entry.stats for entry in entries if entry.stats]))
+    return Audit(len(entries), resolution, flagged, digests, tuple(orphans), ignored, common)
+
+
+def with_flaws(audit: Audit, kind: str, flaws: Mapping[str, str], indexed: Mapping[Path, IndexedImage]) -> Audit:
+    """The audit with another kind of flaw: image -> the flaw in words."""
+    digests = {image.name: image.sha256 for image in indexed.values()}
+    flagged = audit.flagged | {name: audit.flagged.get(name, {}) | {kind: flaw} for name, flaw in flaws.items()}
+    return dataclasses.replace(audit, flagged=flagged, sha256=audit.sha256 | {name: digests[name] for name in flaws})
 
 
 def write_audit(audit: Audit, folder: DatasetFolder) -> None:
@@ -168,6 +189,26 @@ def _flaws_of(image: IndexedImage, resolution: int) -> Iterator[tuple[str, str]]
         yield BLURRED, f"is blurred everywhere ({stats.blur:.2f} of 1)"
     if stats.animated:
         yield ANIMATED, "is an animation, of which only the first frame counts"
+
+
+def _common_flaws(stats: Sequence[ImageStats]) -> Iterator[tuple[str, tuple[int, str]]]:
+    """A color cast and a background that most images have in common."""
+    if len(stats) < MIN_SET:
+        return
+    tints = np.array([each.tint for each in stats])
+    direction = np.median(tints, axis=0)
+    strengths = tints @ direction / max(np.hypot(*direction), 1e-9)
+    if (tinted := int((strengths >= MIN_TINT).sum())) >= MIN_TINT_SHARE * len(stats):
+        name = _TINTS[round(np.arctan2(direction[1], direction[0]) / (np.pi / 4)) % 8]
+        yield "color cast", (tinted, f"tinted {name}, by {np.median(strengths):.0f} (reported from {MIN_TINT:.0f})")
+    edges = np.array([np.frombuffer(bytes.fromhex(each.edges), np.uint8) for each in stats], dtype=np.int16)
+    edges = edges.reshape(len(stats), -1, 3)
+    same = 0
+    for candidate in edges[:: max(1, len(edges) // 100)]:  # a sample meets a group of half the images for certain
+        differences = np.median(np.abs(edges - candidate).max(axis=2), axis=1)
+        same = max(same, int((differences < SAME_EDGES).sum()))
+    if same >= MIN_SAME_SHARE * len(stats):
+        yield "same background", (same, "alike along the top and the sides")
 
 
 def find_near_duplicates(images: Sequence[IndexedImage]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Measure one image: size, sharpness, brightness and a perceptual hash, from which the audit finds flaws and duplicates."""
+"""Measure one image: size, sharpness, brightness, tint, edges and a perceptual hash, from which the audit finds flaws."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,11 @@ HASH_SIDE = 16
 """The perceptual hash has HASH_SIDE² bits. 64 bits do not distinguish two expressions in front of the same background."""
 _WINDOW_PX = 9
 _TILES = 4
+_COLOR_SIDE_PX = 32
+_EDGE_CELLS = 8
+"""The edges of an image are compared in cells of 1/8 of its width and height: the top row and, down to 3/4, both sides."""
+_XYZ_OF_RGB = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]])
+_WHITE_XYZ = _XYZ_OF_RGB.sum(axis=1)
 _EVEN = 0.5
 """A tile whose neighbouring pixels differ by less than this on average, of 255, is an even surface: neither sharp nor blurred."""
 
@@ -34,6 +39,10 @@ class ImageStats:
     """Grey level, 0..255, that 1 % of the pixels are brighter than."""
     hash: str
     """Perceptual hash, hexadecimal, HASH_SIDE² bits."""
+    tint: tuple[float, float]
+    """Color of the light, as a* and b* of CIELAB: (0, 0) is neutral, (0, 12) a clearly yellow light. See `measure_tint`."""
+    edges: str
+    """Mean RGB of the cells along the edges, hexadecimal, 3 bytes each."""
     revision: str = ""
     """See `DecodedImage.revision`."""
 
@@ -46,6 +55,8 @@ def measure(path: Path) -> ImageStats:
     grey.thumbnail((GREY_SIDE_PX, GREY_SIDE_PX), Image.Resampling.BOX)
     levels = np.asarray(grey, dtype=np.float32)
     dark, bright = np.percentile(levels, (1, 99))
+    size = (_COLOR_SIDE_PX, _COLOR_SIDE_PX)
+    colors = np.asarray(image.resize(size, Image.Resampling.BOX, reducing_gap=2.0), dtype=np.float32)
     return ImageStats(
         width=image.width,
         height=image.height,
@@ -54,8 +65,31 @@ def measure(path: Path) -> ImageStats:
         dark=int(dark),
         bright=int(bright),
         hash=perceptual_hash(grey),
+        tint=measure_tint(colors),
+        edges=edge_cells(colors).tobytes().hex(),
         revision=decoded.revision,
     )
+
+
+def measure_tint(colors: np.ndarray) -> tuple[float, float]:
+    """`colors` float32 [side, side, 3], 0..255 -> (a*, b*) of the light by the grey-edge hypothesis with Minkowski norm 6.
+
+    Van de Weijer et al. 2007, "Edge-Based Color Constancy": the differences between neighbours are grey on average, whatever
+    the colors of the surfaces are. The mean color or the brightest pixels say more about the subject than about the light.
+    """
+    linear = (colors / 255) ** 2.2
+    steps = np.abs(np.diff(linear, axis=0))[:, :-1] + np.abs(np.diff(linear, axis=1))[:-1]
+    light = (steps.reshape(-1, 3).astype(np.float64) ** 6).mean(axis=0) ** (1 / 6) + 1e-4  # neutral where nothing differs
+    x, y, z = np.cbrt(_XYZ_OF_RGB @ (0.4 * light / light.mean()) / _WHITE_XYZ)
+    return round(float(500 * (x - y)), 1), round(float(200 * (y - z)), 1)
+
+
+def edge_cells(colors: np.ndarray) -> np.ndarray:
+    """`colors` [side, side, 3] -> uint8 [cells, 3]: the mean of each cell along the top and the sides, where the person is not."""
+    cell = len(colors) // _EDGE_CELLS
+    cells = colors.reshape(_EDGE_CELLS, cell, _EDGE_CELLS, cell, 3).mean(axis=(1, 3))
+    sides = slice(1, _EDGE_CELLS * 3 // 4)
+    return np.concatenate([cells[0], cells[sides, 0], cells[sides, -1]]).astype(np.uint8)
 
 
 def measure_blur(levels: np.ndarray) -> float:

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from captioning.captions import add_trigger, caption_text
+from captioning.captions import add_trigger
 from common.captions import UnusableCaptionError, read_caption, read_caption_bytes
 from common.dataset_layout import DatasetFolder, name_in
 from common.files import append_json_line, read_json_lines, write_bytes
@@ -25,8 +25,8 @@ class Change:
     """Path relative to the folder of images."""
     trigger: str
     made: bool
-    """True for a caption made of the trigger word and tags; False for a user's caption that was copied from a file with another
-    suffix, or gained the trigger word."""
+    """True for a caption that was generated, of tags or of a prompt; False for a user's caption that was copied from a file with
+    another suffix, or gained the trigger word."""
     before: bytes | None
     """The file's content; None if it did not exist."""
     after: bytes
@@ -79,12 +79,12 @@ class CaptionFiles:
             return bool(texts) and read_caption_bytes(caption, self._dataset).strip() in texts
         return False
 
-    def write(self, caption: Path, tags: list[str]) -> bool:
-        """Write the trigger word and `tags` to `caption`, whatever it was before; returns whether the file changed.
+    def write(self, caption: Path, text: str) -> bool:
+        """Write a text that was generated to `caption`, whatever it was before; returns whether the file changed.
 
         Raises UnusableCaptionError for a caption that cannot be read, because it could not be restored.
         """
-        return self._change(caption, (caption_text(self._trigger, tags) + "\n").encode("utf-8"), made=True)
+        return self._change(caption, (text + "\n").encode("utf-8"), made=True)
 
     def ensure_trigger(self, caption: Path) -> bool:
         """Add the trigger word to the user's existing `caption` unless it has it; returns whether the file changed.

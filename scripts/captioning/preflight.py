@@ -7,8 +7,9 @@ from captioning.config import CaptionSettings
 from captioning.model_files import find_model, model_size_on_hub
 from captioning.tag_cache import load_tagger
 from common.captions import ordinary_trigger
-from common.dataset_layout import DatasetFolder, ImageFile, describe_missing_images, find_images
-from common.errors import DataError, ResourceError, run_checks
+from common.dataset_layout import DatasetFolder, Selection, describe_missing_images, find_images, select_images
+from common.errors import DataError, ModelError, ResourceError, run_checks
+from common.faces import load_face_model
 from common.files import write_problem
 from common.project import ProjectSettings
 
@@ -19,19 +20,27 @@ def check(folder: DatasetFolder, settings: CaptionSettings, project: ProjectSett
     `inputs_pending`: the collect stage is still to run, so that images may be missing.
     """
     checks = [
-        lambda: f"{len(find_images(folder.images) if inputs_pending else require_images(folder))} images in {folder.images}",
+        lambda: _describe_images(folder, inputs_pending),
         lambda: _check_folders(folder),
         lambda: _check_model(settings, project),
+        lambda: _describe_face_model(project.face_model),
     ]
     run_checks("captioning cannot run:", [partial(_naming_unreadable_file, check) for check in checks])
 
 
-def require_images(folder: DatasetFolder) -> list[ImageFile]:
+def require_images(folder: DatasetFolder) -> Selection:
     """The images of the data set. Raises DataError if there are none."""
-    images = find_images(folder.images)
-    if not images:
+    selection = select_images(folder)
+    if selection.excluded and not selection.images:
+        raise DataError(f"{folder.exclusions}: excludes all {len(selection.excluded)} images; remove lines from it")
+    if not selection.images:
         raise DataError(describe_missing_images(folder.images, "put some there, or run the collect stage first"))
-    return images
+    return selection
+
+
+def _describe_images(folder: DatasetFolder, inputs_pending: bool) -> str:
+    selection = select_images(folder) if inputs_pending else require_images(folder)
+    return f"{selection.notes()}{len(selection.images)} images in {folder.images}"
 
 
 def _naming_unreadable_file(check: Callable[[], str]) -> str:
@@ -48,6 +57,17 @@ def _check_folders(folder: DatasetFolder) -> str:
     if problems:
         raise ResourceError(f"captions cannot be written: {'; '.join(problems)}")
     return f"captions can be written to {folder.images}"
+
+
+def _describe_face_model(name: str) -> str:
+    """Captions do not depend on it: a missing model is not a problem."""
+    if name == "off":
+        return "face model: off"
+    try:
+        load_face_model(name)
+    except ModelError as error:
+        return f"no likeness: {error}"
+    return f"face model {name}: loads"
 
 
 def _check_model(settings: CaptionSettings, project: ProjectSettings) -> str:

@@ -13,7 +13,7 @@ from captioning.captions import normalized, split_tags
 from captioning.image_audit import DUPLICATE, UNREADABLE, Audit
 from captioning.tag_selection import TagSelector
 from captioning.traits import SUGGESTED_MIN_SHARE, TraitPruning
-from common.captions import UnusableCaptionError, in_one_line, read_caption
+from common.captions import UnusableCaptionError, in_one_line, is_prose, read_caption
 from common.clip_tokens import CHUNK_TOKENS, ClipTokens
 from common.dataset_layout import CAPTION_SUFFIX, FIRST_SUFFIXES, DatasetFolder, ImageFile, name_in
 from common.errors import SomeItemsFailed, abbreviated
@@ -29,7 +29,7 @@ class CaptionCounts:
     """What became of the captions; each failure is logged when it happens."""
 
     captioned: int = 0
-    """Captions made of tags."""
+    """Captions made of tags or prompts."""
     copied: list[str] = field(default_factory=list)
     """Captions written by the user in a file with another suffix, which a `.txt` file now has."""
     trigger_added: int = 0
@@ -71,14 +71,24 @@ def audit_table(audit: Audit, record: Path) -> str:
         by_kind["caption without an image"] = list(audit.captions_without_image)
     if audit.ignored:
         by_kind["ignored"] = [f"{name} ({what})" for name, what in audit.ignored.items()]
+    common = [f"  {kind:25} {count:5}  of {audit.images} images are {what}" for kind, (count, what) in audit.common.items()]
+    if common:
+        common.append("  the LoRA would learn this as part of the person: correct the images, or collect others")
     if not by_kind:
-        return f"image check: no flaws found in {audit.images} images"
+        return "\n".join([f"image check: no flaws found in {audit.images} images", *common])
     lines = [f"image check: {len(audit.flagged)} of {audit.images} images are flagged for training at {audit.resolution} px"]
     lines += [f"  {kind:25} {len(names):5}  {abbreviated(names)}" for kind, names in by_kind.items()]
     lines.append(f"  full list: {record}")
     if audit.flagged:
         lines.append("  set SKIP_FLAGGED=1 to train without the flagged images")
-    return "\n".join(lines)
+    return "\n".join([*lines, *common])
+
+
+def prompt_notes(found: int, missing: Sequence[str], folder: DatasetFolder) -> str:
+    """How many images have prompts, and which get tags instead."""
+    notes = f"prompts in {folder.manifest}: of {found} of {found + len(missing)} images"
+    what = "images without a prompt, or changed since they were collected, are captioned with tags"
+    return f"{notes}\n{len(missing)} {what}: {abbreviated(missing)}" if missing else notes
 
 
 def selection_notes(selector: TagSelector, pruning: TraitPruning) -> str:
@@ -129,7 +139,7 @@ def caption_table(captions: Mapping[str, str], trigger: str, chunks: int, tokens
     lines += [f"  {tag:30} {count:5}  {count / len(captions):4.0%}" for tag, count in frequency.most_common(_TAGS_SHOWN)]
     if len(frequency) > _TAGS_SHOWN:
         lines.append(f"  and {len(frequency) - _TAGS_SHOWN} more")
-    if few := [name for name, tags in tags_of.items() if len(tags) < FEW_TAGS]:
+    if few := [name for name, tags in tags_of.items() if len(tags) < FEW_TAGS and not is_prose(captions[name])]:
         lines.append(f"captions with fewer than {FEW_TAGS} tags: {len(few)} ({abbreviated(few)})")
     max_tokens = chunks * CHUNK_TOKENS
     if tokens is None:

@@ -55,7 +55,7 @@ class TagSelector:
         self.texts = [replaced.get(name, tag_to_text(tag.name)) for name, tag in zip(names, tags, strict=True)]
         # The entries of these settings may hold commas where they come from a file.
         self._first = [normalized(tag) for entry in settings.caption_always_first for tag in split_tags(entry)]
-        self._appended = [tag for entry in settings.caption_append for tag in split_tags(entry)]
+        self._appended = appended_tags(settings)
         entries = [*settings.caption_exclude_tags, *(old for old, _ in pairs)]
         self.unknown_entries = [entry for entry in entries if not match_tags(names, [entry])]
         """Tags that the settings exclude or replace and that the model does not have: most likely misspelt."""
@@ -88,6 +88,11 @@ class TagSelector:
             threshold = max(mcut(probabilities[candidates]), MIN_CHARACTER_MCUT if category == CHARACTER else 0.0)
         # In float32 like the probabilities: otherwise a tag with exactly 0.35 would be below a threshold of 0.35.
         return candidates[probabilities[candidates] >= np.float32(threshold)]
+
+
+def appended_tags(settings: CaptionSettings) -> list[str]:
+    """The tags at the end of every caption. An entry may hold commas where it comes from a file."""
+    return [tag for entry in settings.caption_append for tag in split_tags(entry)]
 
 
 def match_tags(names: Collection[str], entries: Collection[str]) -> set[str]:

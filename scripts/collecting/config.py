@@ -21,8 +21,8 @@ class CollectSettings(SharedCollectSettings):
     comfyui_workflow: Path = setting(Path("workflow_api.json"))
     workflow_config: Path = setting(Path("config/workflow_config.json"))
     prompts_file: Path = setting(Path("prompts.json"))
-    face_reference: Path | None = setting(None)
-    """None: `face_reference.png` in the repository if it exists."""
+    face_reference: tuple[Path, ...] = setting(())
+    """One image for each node of `image_loader_node`. Empty: `face_reference.png` in the repository if it exists."""
     global_seed: int | None = setting(None, at_least=0, at_most=2**64 - 1)
     new_seeds: bool = setting(False)
     comfyui_delay: float = setting(2.0, at_least=0)

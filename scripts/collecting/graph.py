@@ -17,6 +17,8 @@ SEED_HOLDERS = (*SEED_INPUTS, "value", "int", "integer", "number", "Number")
 """Names of the inputs that hold the number of a seed, in samplers and in the nodes for a number alone."""
 TEXT_INPUTS = (("text",), ("prompt",), ("text_g", "text_l"), ("clip_l", "t5xxl"), ("value",))
 """Names of the inputs that hold a prompt; an encoder for two text models has one input for each."""
+SEPARATORS = ("delimiter", "separator")
+"""Names of the input with the text that a join puts between its parts."""
 Graph = dict[str, dict[str, Any]]
 _UNREADABLE_CLASSES = {
     "animated": "an animation",
@@ -40,7 +42,7 @@ _OTHER_FORMATS = re.compile("(exr|hdr|tiff?|jxl|jp2|psd|svg|gif|bmp|ico|pdf|dds|
 _NUMBER_CLASSES = {"reroute", "math", "expression", "int", "integer", "number", "seed", "calculate", "operation", "convert"}
 """Words in the class names of nodes that pass on a number, or calculate with it."""
 
-_DISPLAYS = ("preview", "show", "display")
+DISPLAYS = ("preview", "show", "display")
 """Parts of the class names of nodes that show a value, and may return it too."""
 
 
@@ -141,17 +143,6 @@ def upstream_seeds(graph: Graph, node_id: str, mapped: Iterable[InputRef] = ()) 
     return {str(ref): seed for ref, seed in (_seed_values(graph, upstream) | values).items()}
 
 
-def upstream_text(graph: Graph, node_id: str) -> str:
-    """The positive prompts that the images of a node depend on, the nearest first, one per line."""
-    names = {name for group in TEXT_INPUTS for name in group}
-    texts: dict[str, None] = {}
-    for each in _upstream(graph, node_id):
-        for name, value in graph[each]["inputs"].items():
-            if name in names and isinstance(value, str) and value.strip():
-                texts[value] = None
-    return "\n".join(texts)
-
-
 def graph_hash(graph: Graph) -> str:
     """SHA-256 of what a graph computes: classes and inputs, without the titles in `_meta`."""
     essence = {node_id: [node["class_type"], node["inputs"]] for node_id, node in graph.items()}
@@ -176,7 +167,7 @@ def execution_targets(graph: Graph, outputs: Collection[str]) -> list[str] | Non
     for node_id, node in graph.items():
         name, sources = node["class_type"].lower(), _sources(graph, node_id)
         writes_files = "filename_prefix" in node["inputs"] or "save" in name
-        is_display = node_id not in used or any(word in name for word in _DISPLAYS)
+        is_display = node_id not in used or any(word in name for word in DISPLAYS)
         if node_id not in needed and sources and needed.issuperset(sources) and is_display and not writes_files:
             displays.append(node_id)
     return [*outputs, *displays] if graph.keys() - needed - set(displays) else None

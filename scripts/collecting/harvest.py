@@ -8,11 +8,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from collecting.client import ComfyUI, FileMissing, ImageGone
-from collecting.graph import Graph, graph_hash, literal_seeds, node_label, upstream_seeds, upstream_text
+from collecting.graph import Graph, graph_hash, literal_seeds, node_label, upstream_seeds
 from collecting.http import shown
 from collecting.image_store import DownloadedImage, ImageStore
 from collecting.jobs import InFlight, JobResult, Plan
 from collecting.journal import Journal
+from collecting.prompt_texts import prompt_texts
 from common.dataset_layout import FORMAT_NAMES, IMAGE_SUFFIXES
 from common.errors import abbreviated
 from common.images import BrokenImageError
@@ -177,14 +178,18 @@ class Harvester:
                         self._journal.record("picture", **position, line=earlier)
                     return False
         image = self._download(file)
+        texts = prompt_texts(graph, node) or [text for text in (job.prompt,) if text]
         details = {
             "prompt_id": prompt_id,
             "node": node,
             "seeds": upstream_seeds(graph, node, job.seeds),
-            "prompt": upstream_text(graph, node) if job.prompt is None else job.prompt,
+            "prompt": "\n".join(texts) if job.prompt is None else job.prompt,
+            "texts": texts,
             "workflow_sha256": self._workflow_hash,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        if (person := self._plan.workflow.person) is not None:
+            details["person"] = person
         with self._store.lock:
             line = self._store.manifest_line(image, job.prefix or f"node{node}", details)
             self._journal.record("picture", **position, line=line)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -19,12 +19,11 @@ from collecting.workflow_file import parse_workflow_file
 from common.errors import SettingsError
 from common.files import parse_json
 from common.images import BrokenImageError
-from common.settings import REPOSITORY
+from common.project import face_references
 
 MAX_SEED = 2**64 - 1
 ENTRY_KEYS = ("prompt", "seed", "name")
 ENTRIES_EXAMPLE = 'a list such as [{"prompt": "a photo of a woman", "seed": 1, "name": "first"}]'
-DEFAULT_FACE = REPOSITORY / "face_reference.png"
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class Plan:
     workflow: Workflow
     entries: tuple[Entry, ...]
     """The entries of prompts.json; empty in full-workflow mode."""
-    face: DownloadedImage | None
+    faces: tuple[DownloadedImage, ...]
     global_seed: int | None
     new_seeds: bool
 
@@ -137,8 +136,8 @@ class Plan:
         for number, entry in enumerate(entries, start=1):
             seeds = self.seeds(entry)
             prompt, name = (entry.prompt, entry.name) if entry else (None, None)
-            # The face goes by its bytes into the hash: the server may store it under any name.
-            content = graph_hash(self.workflow.build_graph(self.face.sha256 if self.face else None, prompt, seeds))
+            # The faces go by their bytes into the hash: the server may store them under any name.
+            content = graph_hash(self.workflow.build_graph([face.sha256 for face in self.faces], prompt, seeds))
             parts = [content, self.workflow.output_nodes, repeats[content], round_number]
             key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
             repeats[content] += 1
@@ -157,9 +156,14 @@ class Plan:
             return {mapped: None if self.new_seeds or entry is None else entry.seed}
         return dict.fromkeys(literal) if self.new_seeds else {}
 
-    def graph_for(self, job: Job, seeds: dict[str, int], face_name: str | None = None) -> Graph:
-        """The graph that is submitted for a job; without `face_name` the workflow's own image stays in it."""
-        return self.workflow.build_graph(face_name, job.prompt, {ref: seeds[str(ref)] for ref in job.seeds})
+    @property
+    def surplus_loaders(self) -> tuple[str, ...]:
+        """The nodes for faces that get none because there are fewer faces: they are left out of what is submitted."""
+        return tuple(ref.node for ref in self.workflow.face_inputs[len(self.faces) :]) if self.faces else ()
+
+    def graph_for(self, job: Job, seeds: dict[str, int], faces: Sequence[str] = ()) -> Graph:
+        """The graph of a job with these names of the faces; without any, the workflow's own images stay in it."""
+        return self.workflow.build_graph(faces, job.prompt, {ref: seeds[str(ref)] for ref in job.seeds})
 
 
 def read_plan(settings: CollectSettings, problems: list[str]) -> Plan | None:
@@ -173,19 +177,22 @@ def read_plan(settings: CollectSettings, problems: list[str]) -> Plan | None:
         _read("comfyui_ca_bundle", settings.comfyui_ca_bundle, problems)
     graph = _read_workflow(settings.comfyui_workflow, problems)
     config = _read_json("workflow_config", settings.workflow_config, problems)
-    face = _read_face(settings.face_reference, problems)
+    faces = _read_faces(face_references(settings.face_reference), problems)
     workflow = parse_workflow(graph, config, problems) if graph is not None and config is not None else None
     entries: list[Entry] = []
     if workflow and workflow.per_batch:
         content = _read_json("prompts_file", settings.prompts_file, problems)
         entries = [] if content is None else parse_entries(content, problems)
+    nodes = len(workflow.face_inputs) if workflow else 0
+    if workflow and len(faces) > max(nodes, 1):
+        named = f"image_loader_node in workflow_config names {nodes or 'no'} node{'' if nodes == 1 else 's'}"
+        problems.append(f"face_reference: {len(faces)} images, but {named} for them; add nodes there, or name fewer images")
     sets_seeds = settings.new_seeds or settings.global_seed is not None
     if workflow and sets_seeds and not workflow.seed_input and not literal_seeds(workflow.graph):
         problems.append("workflow: has no seed that GLOBAL_SEED or NEW_SEEDS could set; unset them")
     if workflow is None or len(problems) > before:
         return None
-    face = face if workflow.face_input else None
-    return Plan(workflow, tuple(entries), face, settings.global_seed, settings.new_seeds)
+    return Plan(workflow, tuple(entries), faces if nodes else (), settings.global_seed, settings.new_seeds)
 
 
 def parse_entries(content: Any, problems: list[str]) -> list[Entry]:
@@ -227,19 +234,16 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _read_face(path: Path | None, problems: list[str]) -> DownloadedImage | None:
-    """The face reference that is set, else the one in the repository if it exists."""
-    if path is None and not DEFAULT_FACE.is_file():
-        return None
-    path = path or DEFAULT_FACE
-    content = _read("face_reference", path, problems)
-    if content is None:
-        return None
-    try:
-        return DownloadedImage.for_upload(content)
-    except BrokenImageError as error:
-        problems.append(f"face_reference: {path} {error}; save it as a PNG or JPEG image")
-        return None
+def _read_faces(paths: Sequence[Path], problems: list[str]) -> tuple[DownloadedImage, ...]:
+    faces = []
+    for path in paths:
+        content = _read("face_reference", path, problems)
+        try:
+            if content is not None:
+                faces.append(DownloadedImage.for_upload(content))
+        except BrokenImageError as error:
+            problems.append(f"face_reference: {path} {error}; save it as a PNG or JPEG image")
+    return tuple(faces)
 
 
 def _read_workflow(path: Path, problems: list[str]) -> Any:

@@ -199,9 +199,12 @@ def describe_plan(plan: Plan, jobs: int, todo: int, missing: int) -> str:
         per_batch if workflow.per_batch else "Full-workflow mode: one submission",
         f"Collecting images from {len(workflow.output_nodes)} of {nodes} nodes: {outputs}",
     ]
-    if plan.face is not None:
-        lines.append(f"Face reference: used in node {node_label(workflow.graph, workflow.face_input.node)}")
-    elif workflow.face_input is None:
+    loaders = [node_label(workflow.graph, ref.node) for ref in workflow.face_inputs]
+    if plan.faces:
+        used, left_out = loaders[: len(plan.faces)], loaders[len(plan.faces) :]
+        omitted = f"; left out for lack of an image: {', '.join(left_out)}" if left_out else ""
+        lines.append(f"Face reference: used in node{'s' if len(used) > 1 else ''} {', '.join(used)}{omitted}")
+    elif not workflow.face_inputs:
         lines.append("Face reference: not used (workflow_config.json does not set image_loader_node)")
     else:
         lines.append("Face reference: none (no FACE_REFERENCE, no face_reference.png); the workflow's own image is used")

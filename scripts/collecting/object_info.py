@@ -6,7 +6,7 @@ not decide is left to it: a graph that it accepts is not refused.
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from collecting.graph import Graph, InputRef, is_link, node_label
 from collecting.http import shown
 from collecting.node_inputs import InputProblem, NodeInput, as_mapping, declared_inputs
+from common.errors import ComfyUIError
 
 MAX_CHOICES_SHOWN = 8
 MAX_COMPARED, MAX_COMPARED_LENGTH = 20_000, 300
@@ -50,10 +51,10 @@ class NodeClasses:
         self._classes = object_info
         self._replacements = replacements or {}
 
-    def problems(self, graph: Graph, outputs: tuple[str, ...], ignored: InputRef | None = None) -> list[GraphProblem]:
+    def problems(self, graph: Graph, outputs: tuple[str, ...], ignored: Collection[InputRef] = ()) -> list[GraphProblem]:
         """What ComfyUI would refuse in everything that `outputs` depend on, and values that it offers nowhere in the graph.
 
-        The value of the input `ignored` is not checked, because another one is submitted.
+        The values of the inputs `ignored` are not checked, because others are submitted.
         """
         original, (graph, problems) = graph, self._replace_classes(graph, frozenset(outputs))
         problems += self._missing_classes(graph, frozenset(outputs))
@@ -65,7 +66,7 @@ class NodeClasses:
             found = [(None, problem) for problem in dynamic_problems] if stops else []
             for name, each in inputs.items():
                 ref = InputRef(node_id, name)
-                if ref != ignored and (stops or each.choices() is not None):
+                if ref not in ignored and (stops or each.choices() is not None):
                     found += [(ref, problem) for problem in self._input_problems(graph, ref, each, is_needed=bool(stops))]
             for ref, each in found:
                 text = f"node {node_label(original, node_id)}: {each.what}{self._title(original[node_id])}"
@@ -81,6 +82,34 @@ class NodeClasses:
             what = "ComfyUI has no output node in this workflow: add a SaveImage node"
             problems.append(GraphProblem(what, frozenset(outputs)))
         return problems
+
+    def leave_out(self, graph: Graph, unused: Collection[str], outputs: Collection[str], used: Collection[str]) -> Graph:
+        """The graph without the nodes `unused`, the links to them, and the nodes that cannot run without them.
+
+        A link goes where the class of the node does not need the input. Raises ComfyUIError if one of `outputs` would go, or a
+        node that also uses the result of one of the nodes `used`.
+        """
+        sources = {node_id: _linked_nodes(node) for node_id, node in graph.items()}
+        left = {node_id: {**node, "inputs": dict(node["inputs"])} for node_id, node in graph.items()}
+        waiting = [(node_id, node_id) for node_id in unused]
+        while waiting:
+            gone, loader = waiting.pop()
+            if left.pop(gone, None) is None:
+                continue
+            for node_id, node in list(left.items()):
+                linked = [name for name, value in node["inputs"].items() if is_link(value) and value and value[0] == gone]
+                declared, _ = declared_inputs(self._class(node), node["inputs"])
+                if not any(name in declared and declared[name].is_required for name in linked):
+                    node["inputs"] = {name: value for name, value in node["inputs"].items() if name not in linked}
+                elif node_id in outputs or not _upstream(sources, node_id).isdisjoint(used):
+                    raise ComfyUIError(
+                        f"node {node_label(graph, loader)} has no face reference and cannot be left out, because node "
+                        f"{node_label(graph, node_id)} needs its input {linked[0]}; add an image to FACE_REFERENCE, or remove "
+                        f"{loader} from image_loader_node"
+                    )
+                else:
+                    waiting.append((node_id, loader))
+        return left
 
     def value_problem(self, graph: Graph, ref: InputRef, value: Any) -> str | None:
         """Why ComfyUI is sure to refuse `value` as the value of one input, as a sentence; None if it would not."""
@@ -219,12 +248,17 @@ def _sources(graph: Graph, node_id: str, declared: dict[str, NodeInput]) -> Iter
             yield value[0]
 
 
+def _linked_nodes(node: dict[str, Any]) -> list[str]:
+    links = (value for value in node["inputs"].values() if is_link(value) and len(value) == 2)
+    return [value[0] for value in links if isinstance(value[0], str)]
+
+
 def _upstream(sources: dict[str, list[str]], node_id: str) -> set[str]:
     seen, waiting = set(), [node_id]
     while waiting:
         if (current := waiting.pop()) not in seen:
             seen.add(current)
-            waiting += sources[current]
+            waiting += sources.get(current, ())
     return seen
 
 

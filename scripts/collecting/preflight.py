@@ -5,7 +5,7 @@ import uuid
 
 from collecting.client import ComfyUI
 from collecting.config import CollectSettings
-from collecting.graph import node_label
+from collecting.graph import Graph, node_label
 from collecting.http import Address, parse_addresses, shown
 from collecting.jobs import Plan, read_plan
 from collecting.object_info import GraphProblem, NodeClasses
@@ -13,6 +13,8 @@ from common.dataset_layout import DatasetFolder
 from common.errors import ComfyUIError, SettingsError, bullet_list
 from common.files import write_problem
 
+SHIPPED_PERSON = "A realistic photograph of a person."
+"""What `person_node` of the included workflow contains."""
 MAX_PROBLEM_LENGTH = 1000
 """Of a line about a node, which may contain texts of the server."""
 
@@ -37,6 +39,10 @@ def check(settings: CollectSettings, folder: DatasetFolder) -> None:
     if plan:
         outputs, nodes = len(plan.workflow.output_nodes), len(plan.workflow.graph)
         print(f"{settings.comfyui_workflow}: {nodes} nodes; images are collected from {outputs} of them", flush=True)
+        if (person := plan.workflow.person) is not None:
+            node = node_label(plan.workflow.graph, plan.workflow.person_input.node)
+            hint = ": say what is special about yours (hair, age, skin, build), for small faces" if person == SHIPPED_PERSON else ""
+            print(f"node {node} describes the person as '{shown(person, 300)}'; edit it there{hint}", flush=True)
     check_folder(folder, problems)
     local_problems = len(problems)
     try:
@@ -64,8 +70,8 @@ def _check_server(address: Address, plan: Plan | None, problems: list[str]) -> N
             if plan and not found:
                 print(f"ComfyUI {version} at {address.url}: has every node class and file of the workflow", flush=True)
             problems += [problem.text for problem in found]
-            if plan and plan.face:
-                server.check_upload_size(plan.face.content)
+            for face in plan.faces if plan else ():
+                server.check_upload_size(face.content)
     except ComfyUIError as error:
         problems.append(str(error))
 
@@ -94,11 +100,22 @@ def _problems_on(server: ComfyUI, plan: Plan) -> list[GraphProblem]:
     return [dataclasses.replace(problem, text=shown(problem.text, MAX_PROBLEM_LENGTH)) for problem in problems]
 
 
+def leave_out_surplus(classes: NodeClasses, plan: Plan, graph: Graph) -> Graph:
+    """The graph without the nodes for faces that get none. Raises ComfyUIError if a node needs one of them."""
+    used = [ref.node for ref in plan.workflow.face_inputs[: len(plan.faces)]]
+    return classes.leave_out(graph, plan.surplus_loaders, plan.workflow.output_nodes, used) if plan.surplus_loaders else graph
+
+
 def _problems_of(classes: NodeClasses, plan: Plan) -> list[GraphProblem]:
     workflow = plan.workflow
     problems = []
-    for problem in classes.problems(workflow.graph, workflow.output_nodes, workflow.face_input if plan.face else None):
-        is_face = problem.ref is not None and problem.ref == workflow.face_input
+    graph = workflow.graph
+    try:
+        graph = leave_out_surplus(classes, plan, graph)
+    except ComfyUIError as error:
+        problems.append(GraphProblem(f"face_reference: {error}", frozenset(workflow.output_nodes)))
+    for problem in classes.problems(graph, workflow.output_nodes, workflow.face_inputs if plan.faces else ()):
+        is_face = problem.ref is not None and problem.ref in workflow.face_inputs
         face_remedy = "; or provide face_reference.png, or set FACE_REFERENCE"
         problems.append(dataclasses.replace(problem, text=problem.text + face_remedy) if is_face else problem)
     refused: dict[str, list[str]] = {}

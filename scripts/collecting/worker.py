@@ -13,14 +13,16 @@ import uuid
 from collections.abc import Callable
 
 from collecting.client import ComfyUI, PromptRejected, Queue, SubmissionUnconfirmed
-from collecting.graph import execution_targets
+from collecting.graph import Graph, execution_targets
 from collecting.harvest import Harvester, HistoryEntry
 from collecting.http import Address, ServerUnavailable
 from collecting.image_store import ImageStore
 from collecting.jobs import InFlight, Job, JobQueue, JobResult, Plan
 from collecting.journal import Journal, Submission
 from collecting.monitor import WebsocketMonitor
+from collecting.object_info import NodeClasses
 from collecting.pacing import Pacing
+from collecting.preflight import leave_out_surplus
 from common.errors import ComfyUIError
 
 RECONNECT_TIMEOUT_S = 300.0
@@ -78,7 +80,9 @@ class ServerWorker:
         """What `run` hands to `download`; None ends it."""
         self._not_downloaded: queue.SimpleQueue[InFlight] = queue.SimpleQueue()
         """What `download` hands back to `run`."""
-        self._face_name: str | None = None
+        self._face_names: list[str] = []
+        self._classes: NodeClasses | None = None
+        """Read when nodes for faces have to be left out."""
         self._next_queue_check_s = 0.0
         self._last_queue: Queue | None = None
         self._freed_s = float("-inf")
@@ -138,7 +142,7 @@ class ServerWorker:
         before = frozenset(each.submission.prompt_id for each in self._in_flight)
         flight = InFlight(job, Submission(str(uuid.uuid4()), seeds), behind=before, submitted_s=time.monotonic())
         try:
-            graph = self._plan.graph_for(job, seeds, self._uploaded_face(self._server))
+            graph = self._leave_out_surplus(self._plan.graph_for(job, seeds, self._uploaded_faces(self._server)))
         except ComfyUIError:
             self._jobs.requeue([job])
             raise
@@ -168,12 +172,18 @@ class ServerWorker:
             flight.submission = Submission(queued.prompt_id, seeds)
             self._journal.record("sent", key=job.key, prompt_id=queued.prompt_id, seeds=seeds)
 
-    def _uploaded_face(self, server: ComfyUI) -> str | None:
-        """The name of the face reference on the server; it is uploaded once, under a name that is unique to its bytes."""
-        face = self._plan.face
-        if face is not None and self._face_name is None:
-            self._face_name = server.upload(f"loracat_face_{face.sha256[:16]}{face.suffix}", face.content)
-        return self._face_name
+    def _uploaded_faces(self, server: ComfyUI) -> list[str]:
+        """The names of the face references on the server; each is uploaded once, under a name that is unique to its bytes."""
+        for face in self._plan.faces[len(self._face_names) :]:
+            self._face_names.append(server.upload(f"loracat_face_{face.sha256[:16]}{face.suffix}", face.content))
+        return self._face_names
+
+    def _leave_out_surplus(self, graph: Graph) -> Graph:
+        if not self._plan.surplus_loaders:
+            return graph
+        if self._classes is None:
+            self._classes = NodeClasses(self._server.object_info())
+        return leave_out_surplus(self._classes, self._plan, graph)
 
     def _check_prompts(self) -> None:
         """Notice which prompts have ended: the oldest at each poll, all of them now and then."""
@@ -309,7 +319,7 @@ class ServerWorker:
         self._probe.queue()
         if self._in_flight:
             self._probe.history(self._in_flight[0].submission.prompt_id)
-        self._uploaded_face(self._probe)
+        self._uploaded_faces(self._probe)
 
     def _resume(self) -> None:
         if self._requeued_ids:
@@ -326,7 +336,7 @@ class ServerWorker:
     def _forget_server_state(self) -> None:
         """The server may have been restarted: file names may be used again, and the face may be gone."""
         self._harvester.downloaded.clear()
-        self._face_name = None
+        self._face_names = []
 
     def _requeue_all(self) -> None:
         """Put every job of this server back into the job queue."""

@@ -1,13 +1,15 @@
 """Pure: a workflow and the node ids of workflow_config.json -> which inputs are set and which nodes' images are collected."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from collecting.graph import (
     SEED_HOLDERS,
     SEED_INPUTS,
+    SEPARATORS,
     TEXT_INPUTS,
     Graph,
     InputRef,
@@ -19,7 +21,8 @@ from collecting.graph import (
 )
 from collecting.workflow_file import MAX_NODES_SHOWN, find_graph
 
-CONFIG_KEYS = ("image_loader_node", "positive_prompt_node", "seed_node", "output_node", "output_prefix")
+CONFIG_KEYS = ("image_loader_node", "positive_prompt_node", "seed_node", "output_node", "output_prefix", "person_node")
+LOADER_KEY = CONFIG_KEYS[0]
 
 
 @dataclass(frozen=True)
@@ -27,23 +30,35 @@ class Workflow:
     """A valid workflow and its mapping. Nothing else in the graph is ever changed."""
 
     graph: Graph
-    face_input: InputRef | None
+    face_inputs: tuple[InputRef, ...]
+    """The inputs that get the face references, in their order."""
     text_inputs: tuple[InputRef, ...]
     """The inputs that get the prompt of an entry; empty in full-workflow mode."""
     seed_input: InputRef | None
     output_nodes: tuple[str, ...]
     """Ids of the nodes whose images are collected."""
+    person_input: InputRef | None = None
+    """The input with the text that describes the person in every prompt."""
 
     @property
     def per_batch(self) -> bool:
         """Whether the workflow is submitted once for each entry of prompts.json; otherwise it is submitted once."""
         return self.seed_input is not None
 
-    def build_graph(self, face_name: str | None, prompt: str | None, seeds: dict[InputRef, int | None]) -> Graph:
-        """A copy of the graph with the face, the prompt and the seeds set; where face or prompt is None its own value stays."""
+    @property
+    def person(self) -> str | None:
+        """How the workflow describes the person; None without `person_node`."""
+        ref = self.person_input
+        return None if ref is None else self.graph[ref.node]["inputs"][ref.name]
+
+    def build_graph(self, faces: Sequence[str], prompt: str | None, seeds: dict[InputRef, int | None]) -> Graph:
+        """A copy of the graph with the faces, the prompt and the seeds set; without any faces or prompt its own values stay.
+
+        With fewer faces than nodes for them, the other nodes get None: see `Plan.surplus_loaders`.
+        """
         values: dict[InputRef, Any] = {}
-        if face_name is not None and self.face_input is not None:
-            values[self.face_input] = face_name
+        if faces:
+            values |= dict(zip_longest(self.face_inputs, faces[: len(self.face_inputs)]))
         if prompt is not None:
             values |= dict.fromkeys(self.text_inputs, prompt)
         graph = {node_id: {**node, "inputs": dict(node["inputs"])} for node_id, node in self.graph.items()}
@@ -56,31 +71,40 @@ def parse_workflow(content: Any, config: Any, problems: list[str]) -> Workflow |
     """The workflow in the content of a workflow file with its mapping, or None after every problem was added to `problems`.
 
     With both `positive_prompt_node` and `seed_node` the workflow runs in per-batch mode, with neither in full-workflow
-    mode. The face is set as the input `image` of `image_loader_node`, the seed as the literal `seed` or `noise_seed` of
-    `seed_node` or as the number of a node for a number alone (`value`), the prompt as `text`, `prompt`, `value` or the only
-    text of `positive_prompt_node`; an encoder with a text for each of its two text models (`text_g` and `text_l`, `clip_l`
-    and `t5xxl`) gets the prompt in both. Images are collected from `output_node`, or from every node that saves images;
-    `output_prefix` selects from these the nodes whose `filename_prefix` begins with it.
+    mode. The face is set as the input `image` of `image_loader_node`, several faces in those of a list of nodes, the seed as
+    the literal `seed` or `noise_seed` of `seed_node` or as the number of a node for a number alone (`value`), the prompt as
+    `text`, `prompt`, `value` or the only text of `positive_prompt_node`; an encoder with a text for each of its two text
+    models (`text_g` and `text_l`, `clip_l` and `t5xxl`) gets the prompt in both. `person_node` has one such text, which is
+    only read. Images are collected from `output_node`, or from every node that saves images; `output_prefix` selects from
+    these the nodes whose `filename_prefix` begins with it.
     """
     before = len(problems)
-    ids = _node_ids(config, problems)
+    ids, loaders = _node_ids(config, problems)
     graph = find_graph(content, problems)
     if graph is None:
         return None
-    mapping = _Mapping(graph, ids, problems)
-    workflow = Workflow(graph, mapping.face_input(), mapping.text_inputs(), mapping.seed_input(), mapping.output_nodes())
+    mapping = _Mapping(graph, ids, loaders, problems)
+    face_inputs, text_inputs, seed_input = mapping.face_inputs(), mapping.text_inputs(), mapping.seed_input()
+    workflow = Workflow(graph, face_inputs, text_inputs, seed_input, mapping.output_nodes(), mapping.person_input())
     problems += _dangling_links(graph, workflow.output_nodes)
     return workflow if len(problems) == before else None
 
 
-def _node_ids(config: Any, problems: list[str]) -> dict[str, str]:
-    """The keys of workflow_config.json that are set."""
+def _node_ids(config: Any, problems: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The keys of workflow_config.json that are set, and the nodes of `image_loader_node`, which may be a list."""
     if not isinstance(config, dict):
         problems.append(f'workflow_config: must be a JSON object such as {{"{CONFIG_KEYS[0]}": "16"}}')
-        return {}
+        return {}, []
     unknown = [key for key in config if key not in CONFIG_KEYS]
     problems += [f"workflow_config: unknown key {key!r} (known keys: {', '.join(CONFIG_KEYS)})" for key in unknown]
     ids = {}
+    loaders = None
+    if isinstance(listed := config.get(LOADER_KEY), list):
+        config = config | {LOADER_KEY: None}
+        loaders = [str(each) for each in listed if (isinstance(each, str) and each) or type(each) is int]
+        if len(set(loaders)) < len(listed):
+            what = f"must be a node id or a list of different node ids (is {json.dumps(listed)[:100]})"
+            problems.append(f"workflow_config: {LOADER_KEY} {what}")
     for key in CONFIG_KEYS:
         value = config.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and key != "output_prefix":
@@ -95,7 +119,7 @@ def _node_ids(config: Any, problems: list[str]) -> dict[str, str]:
         (given,) = set(pair) - set(missing)
         remedy = "set both to submit the workflow once per prompt, or neither to submit it once"
         problems.append(f"workflow_config: {given} is set but {missing[0]} is not; {remedy}")
-    return ids
+    return ids, loaders or [ids[key] for key in (LOADER_KEY,) if key in ids]
 
 
 def _dangling_links(graph: Graph, output_nodes: Iterable[str]) -> Iterator[str]:
@@ -123,13 +147,42 @@ def _is_whole_number(value: Any) -> bool:
 class _Mapping:
     """Resolves the keys of workflow_config.json in a graph; what does not fit is added to `problems`."""
 
-    def __init__(self, graph: Graph, ids: dict[str, str], problems: list[str]):
-        self._graph, self._ids, self._problems = graph, ids, problems
+    def __init__(self, graph: Graph, ids: dict[str, str], loaders: list[str], problems: list[str]):
+        self._graph, self._ids, self._loaders, self._problems = graph, ids, loaders, problems
         self._labels = {key: node_label(graph, node_id) for key, node_id in ids.items()}
 
-    def face_input(self) -> InputRef | None:
-        inputs = self._inputs_of("image_loader_node", ("image",))
-        return None if inputs is None else self._literal("image_loader_node", "image")
+    def face_inputs(self) -> tuple[InputRef, ...]:
+        found = [self._inputs_of(LOADER_KEY, ("image",), node_id) for node_id in self._loaders]
+        refs = [
+            self._literal(LOADER_KEY, "image", node_id)
+            for node_id, inputs in zip(self._loaders, found, strict=True)
+            if inputs is not None
+        ]
+        return tuple(ref for ref in refs if ref is not None)
+
+    def person_input(self) -> InputRef | None:
+        key = "person_node"
+        inputs = self._inputs_of(key, tuple(group[0] for group in TEXT_INPUTS))
+        if inputs is None:
+            return None
+        if self._ids[key] == self._ids.get("positive_prompt_node"):
+            self._add_problem(key, "is also positive_prompt_node, whose text is replaced by each prompt; choose another node")
+            return None
+        names = [name for group in TEXT_INPUTS for name in group if isinstance(inputs.get(name), str)]
+        names = names or [name for name, value in inputs.items() if isinstance(value, str)]
+        is_join = any(name in inputs for name in SEPARATORS)
+        if len(names) > 1 or is_join:
+            several = ", ".join(inputs if is_join else names)
+            self._add_problem(key, f"node {self._labels[key]} has several text inputs ({several}); choose a node with one")
+            return None
+        if not names:
+            linked = [name for group in TEXT_INPUTS for name in group if is_link(inputs.get(name))]
+            return self._literal(key, linked[0]) if linked else self._without_text(key, inputs)
+        return self._literal(key, names[0])
+
+    def _without_text(self, key: str, inputs: dict[str, Any]) -> None:
+        what = f"node {self._labels[key]} has no text input (its inputs: {', '.join(inputs) or 'none'})"
+        self._add_problem(key, what)
 
     def seed_input(self) -> InputRef | None:
         key = "seed_node"
@@ -159,9 +212,10 @@ class _Mapping:
         groups = groups or [(name,) for name, value in inputs.items() if isinstance(value, str)]
         if len(groups) != 1:
             names = ", ".join(name for group in groups for name in group)
-            several = f"several text inputs ({names}); choose a node with one"
-            none = f"no text input (its inputs: {', '.join(inputs) or 'none'})"
-            self._add_problem(key, f"node {self._labels[key]} has {several if groups else none}")
+            if groups:
+                self._add_problem(key, f"node {self._labels[key]} has several text inputs ({names}); choose a node with one")
+            else:
+                self._without_text(key, inputs)
             return ()
         refs = [self._literal(key, name) for name in groups[0]]
         return tuple(ref for ref in refs if ref is not None)
@@ -200,31 +254,31 @@ class _Mapping:
             self._add_problem("output_prefix", what)
         return tuple(selected)
 
-    def _inputs_of(self, key: str, names: tuple[str, ...]) -> dict[str, Any] | None:
-        """The inputs of the node that `key` names; None if the key is not set or there is no such node.
+    def _inputs_of(self, key: str, names: tuple[str, ...], node_id: str | None = None) -> dict[str, Any] | None:
+        """The inputs of the node that `key` names, or of `node_id`, one of several; None without the key or the node.
 
         `names` are the inputs that the key needs, for a list of candidates.
         """
-        node_id = self._ids.get(key)
+        node_id = node_id or self._ids.get(key)
         if node_id is None or node_id in self._graph:
             return None if node_id is None else self._graph[node_id]["inputs"]
         candidates = [each for each, node in self._graph.items() if set(names) & node["inputs"].keys()]
         self._add_problem(key, f"the workflow has no node {node_id}; nodes with such an input: {self._list(candidates)}")
         return None
 
-    def _literal(self, key: str, name: str) -> InputRef | None:
-        """The input `name` of the node that `key` names, if it exists and is a value rather than a link."""
-        node_id = self._ids[key]
-        inputs = self._graph[node_id]["inputs"]
+    def _literal(self, key: str, name: str, node_id: str | None = None) -> InputRef | None:
+        """The input `name` of the node that `key` names, or of `node_id`, if it exists and is a value rather than a link."""
+        node_id = node_id or self._ids[key]
+        label, inputs = node_label(self._graph, node_id), self._graph[node_id]["inputs"]
         if name not in inputs:
-            what = f"node {self._labels[key]} has no input {name!r} (its inputs: {', '.join(inputs) or 'none'})"
+            what = f"node {label} has no input {name!r} (its inputs: {', '.join(inputs) or 'none'})"
             self._add_problem(key, what)
             return None
         if is_link(inputs[name]):
             source = f"node {node_label(self._graph, str(inputs[name][0]))}" if inputs[name] else "nothing"
             holder = seed_source(self._graph, InputRef(node_id, name)) if key == "seed_node" else None
             shown = f": {node_label(self._graph, holder.node)}" if holder else ""
-            what = f"input {name} of node {self._labels[key]} is connected to {source}"
+            what = f"input {name} of node {label} is connected to {source}"
             self._add_problem(key, f"{what}; choose the node that holds the value{shown}")
             return None
         return InputRef(node_id, name)

@@ -4,10 +4,12 @@ Stages share the data set only through these files. A file gets its name when it
 can be trusted. Standard library only.
 """
 
+import codecs
 import contextlib
 import os
 import re
-from collections.abc import Collection, Iterable
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,19 +77,24 @@ class DatasetFolder:
 
     def __init__(self, root: Path):
         self.root = root
-        # For the user: images with their captions, and one JSON line for each collected image.
+        # For the user: images with their captions, one JSON line for each collected image, and, written by the user, the names
+        # of images that are not used.
         self.images = root / "images"
         self.manifest = root / "manifest.jsonl"
+        self.exclusions = root / "exclude.txt"
         # Records of the stages: what the collect stage sent and received, ...
         self.records = root / ".loracat"
         self.collect_log = self.records / "collect.jsonl"
         # ... every change that the caption stage made to a caption, measurements of the images, the flaws that were found
-        # (training skips such images on request), the share of images with each trait, and the tagger's probabilities.
+        # (training skips such images on request), the share of images with each trait, the tagger's probabilities, the faces
+        # that were found in each image, and how much each looks like the others.
         self.caption_log = self.records / "captions.jsonl"
         self.image_index = self.records / "pictures.json"
         self.audit = self.records / "audit.json"
         self.traits = self.records / "traits.json"
         self.tag_cache = self.records / "tags"
+        self.faces = self.records / "faces.jsonl"
+        self.likeness = self.records / "likeness.json"
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files that killed runs left anywhere in the data set, except those of the last minute."""
@@ -137,6 +144,66 @@ def find_images(folder: Path) -> list[ImageFile]:
     first = {image.path.with_suffix("") for image in images if image.path.suffix.lower() in FIRST_SUFFIXES}
     images = [image for image in images if image.path.suffix.lower() in FIRST_SUFFIXES or image.path.with_suffix("") not in first]
     return sorted(images, key=lambda image: image.path.relative_to(folder).as_posix())
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The images of a data set, without those that `exclude.txt` names."""
+
+    images: list[ImageFile]
+    excluded: list[str]
+    """Names of the images that are left out."""
+    unknown: list[str]
+    """Lines of `exclude.txt` that name no image."""
+
+    def notes(self) -> str:
+        """What `exclude.txt` does, in one line or two; "" without it."""
+        lines = [f"excluded by exclude.txt: {len(self.excluded)} images ({abbreviated(self.excluded)})\n"] if self.excluded else []
+        if self.unknown:
+            lines.append(f"exclude.txt names images that are not in the data set: {abbreviated(self.unknown)}\n")
+        return "".join(lines)
+
+
+def select_images(folder: DatasetFolder) -> Selection:
+    """The images that are captioned and trained on.
+
+    A line of `exclude.txt` is the name of an image or of an `N_name` folder, relative to the folder of images; an image in
+    such a folder may also be named without it. Text after # is a comment, unless the name itself contains it.
+    """
+    images = {name_in(folder.images, image.path): image for image in find_images(folder.images)}
+    exact = {_comparable(name): [name] for name in images}
+    other: dict[str, list[str]] = {}
+    for name in images:
+        parent, _, last = name.rpartition("/")
+        for key in (parent, last) if parent else ():
+            other.setdefault(_comparable(key), []).append(name)
+    excluded: set[str] = set()
+    unknown = []
+    for line in _lines_of(folder.exclusions):
+        comments = [comment.start() for comment in re.finditer(r"(?:^|\s)#", line)]
+        candidates = [_comparable(line[:end]) for end in (len(line), *reversed(comments))]
+        if found := next((names[key] for key in candidates for names in (exact, other) if key in names), None):
+            excluded.update(found)
+        elif candidates[-1]:
+            unknown.append(line[: comments[0] if comments else None].strip())
+    return Selection([image for name, image in images.items() if name not in excluded], sorted(excluded), unknown)
+
+
+def _lines_of(file: Path) -> Iterator[str]:
+    """The lines of a text file in UTF-8 or UTF-16, with any line ends; none if it does not exist."""
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if is_utf16 else "utf-8", "backslashreplace").replace("\ufeff", "")
+    yield from re.split(r"\r\n|\r|\n", text)
+
+
+def _comparable(name: str) -> str:
+    """A name in one Unicode form, with / between its parts, without quotation marks, spaces around it, and `images/` before it."""
+    name = unicodedata.normalize("NFC", name.strip().strip("\"'").replace("\\", "/"))
+    return re.sub(r"^(\./)*(dataset/)?(images/)?", "", name).rstrip("/")
 
 
 def _captions_by_stem(paths: list[Path]) -> dict[Path, tuple[Path, ...]]:

@@ -55,6 +55,8 @@ class OutputLayout:
         """TensorBoard's files, in a folder for each run."""
         self.samples = output_dir / "samples" / name
         """Sample images of the saved LoRAs."""
+        self.samples_record = self.samples / "samples.json"
+        """What they show."""
 
     def lora_after(self, epoch: int) -> Path:
         """The LoRA as it was after `epoch` epochs."""

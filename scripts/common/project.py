@@ -6,8 +6,11 @@ The other settings are in each stage's own config.py.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from common.settings import PartialSection, setting
+from common.settings import REPOSITORY, PartialSection, setting
+
+DEFAULT_FACE = REPOSITORY / "face_reference.png"
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,8 @@ class ProjectSettings:
     dataset_dir: Path = setting(Path("dataset"))
     output_dir: Path = setting(Path("output"))
     models_dir: Path = setting(Path("models"))
+    face_model: Literal["dlib", "off"] = setting("dlib")
+    """Recognises the person, to measure how much each image looks like her; see common/faces.py."""
 
     def validate(self) -> Iterator[str]:
         word = self.trigger_word
@@ -36,6 +41,19 @@ class SharedCollectSettings:
 @dataclass(frozen=True)
 class ComfyUIAddress(SharedCollectSettings, PartialSection):
     """The same as a section; collecting/config.py has all of it."""
+
+
+@dataclass(frozen=True)
+class FaceReferences(PartialSection):
+    """The part of `[collect]` that captioning reads: images are compared with the person whose images are collected."""
+
+    face_reference: tuple[Path, ...] = setting(())
+    """Empty: `face_reference.png` in the repository if it exists."""
+
+
+def face_references(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The images of the person's face that the setting `face_reference` stands for."""
+    return paths or ((DEFAULT_FACE,) if DEFAULT_FACE.is_file() else ())
 
 
 @dataclass(frozen=True)

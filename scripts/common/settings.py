@@ -198,8 +198,11 @@ def resolve(
     )
 
 
-def resolved_toml(sections: dict[str, Any]) -> str:
-    """The filled sections as TOML in the layout of the settings file, without secrets."""
+def resolved_toml(sections: dict[str, Any], origins: Mapping[str, str] | None = None) -> str:
+    """The filled sections as TOML in the layout of the settings file, without secrets.
+
+    `origins`: key -> where its value comes from, which becomes a comment after the value.
+    """
 
     def as_table(section: Any) -> dict[str, Any]:
         table = {}
@@ -212,7 +215,12 @@ def resolved_toml(sections: dict[str, Any]) -> str:
                 table[key.name] = mask_secrets(shown) if isinstance(shown, str) else shown
         return table
 
-    return tomli_w.dumps({name: as_table(section) for name, section in sections.items()})
+    lines = tomli_w.dumps({name: as_table(section) for name, section in sections.items()}).splitlines()
+    for number, line in enumerate(lines):
+        origin = (origins or {}).get(line.partition(" = ")[0])
+        if origin and not line.endswith("["):  # a comment after the first line of a list would be lost in it
+            lines[number] = f"{line}  # set by {origin}"
+    return "\n".join(lines) + "\n"
 
 
 def all_keys(section: type) -> Iterator[dataclasses.Field]:
@@ -230,7 +238,7 @@ def as_toml(value: Any) -> Any:
     if value is None:
         return ""
     if isinstance(value, tuple):
-        return list(value)
+        return [as_toml(each) for each in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -372,6 +380,8 @@ def _converter(option: Any, base: Path) -> tuple[Callable[[Any, bool], Any], str
     if typing.get_origin(option) is Literal:
         choices = typing.get_args(option)
         return lambda raw, _: next((choice for choice in choices if choice == raw), None), "one of " + ", ".join(choices)
+    if option == tuple[Path, ...]:
+        return lambda raw, is_text: _as_paths(raw, base, is_text), "a path, or a list of paths"
     if typing.get_origin(option) is tuple:
         return _as_list, "a list of words"
     converters = {
@@ -413,6 +423,17 @@ def _as_list(raw: Any, is_text: bool) -> tuple[str, ...] | None:
     words = [word.strip() for word in raw.split(",") if word.strip()] if is_text else raw
     are_words = isinstance(words, list) and all(isinstance(word, str) and word.strip() and word.isprintable() for word in words)
     return tuple(words) if are_words else None
+
+
+def _as_paths(raw: Any, base: Path, is_text: bool) -> tuple[Path, ...] | None:
+    """A string is one path if there is such a file, else a list separated by commas; empty for none."""
+    if isinstance(raw, str):
+        path = _as_path(raw, base)
+        pieces = [raw] if path is not None and path.is_file() else [piece.strip() for piece in raw.split(",") if piece.strip()]
+    else:
+        pieces = raw if isinstance(raw, list) and not is_text else [None]
+    paths = [_as_path(piece, base) for piece in pieces]
+    return None if None in paths else tuple(paths)
 
 
 def _as_path(raw: Any, base: Path) -> Path | None:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-OTHER_VARIABLES = ("COMFYUI_HEADERS", "COMFYUI_API_KEY", "WANDB_API_KEY", "STRICT", "PYTHON", "BASE_IMAGE")
+OTHER_VARIABLES = ("COMFYUI_HEADERS", "COMFYUI_API_KEY", "WANDB_API_KEY", "REVIEW", "STRICT", "PYTHON", "BASE_IMAGE")
 """Variables that are not in the settings file: the secrets, and those of run.sh and Docker Compose."""
 _OWN_PREFIXES = ("CAPTION_", "LORA", "SAMPLE_", "TRAIN_")
 """Beginnings of names that hardly any other program uses, unlike COMFYUI_."""

@@ -15,8 +15,7 @@ TAGS_SHOWN = 40
 
 
 def write_page(page: Path, trigger: str, dataset: Dataset, run: Run | None) -> None:
-    """Write the whole page to `page`, atomically. Every text of the user is escaped."""
-    # autoescape: captions, prompts, names and settings are text, whatever they contain.
+    """Write the whole page to `page`, atomically, unless it is there already. Every text of the user is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -33,8 +32,10 @@ def write_page(page: Path, trigger: str, dataset: Dataset, run: Run | None) -> N
         charts=_charts(run) if run else [],
         command=_command(run) if run else "",
     )
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(page, html.encode("utf-8", "replace"))
+    content = html.encode("utf-8", "replace")
+    if not page.is_file() or page.read_bytes() != content:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(page, content)
 
 
 def _charts(run: Run) -> list[str]:

@@ -153,6 +153,27 @@ class ValidationSettings:
 
 
 @dataclass(frozen=True)
+class SampleSettings:
+    """`[train.samples]`: images that show what the LoRA has learned. "auto" is lowered where samples would take too long."""
+
+    samples: bool = setting(True, role="saving")
+    sample_prompts: str = setting("", role="saving")
+    """A file of prompts or the prompts themselves, as JSON or one a line with kohya's options; empty: made from the captions."""
+    subject_class: str = setting("", role="saving")
+    """The word for the kind of subject, such as woman; empty: from the captions."""
+    sample_every_epochs: int | Literal["auto"] = setting("auto", at_least=0, role="saving")
+    """0: only the last one; "auto": as LoRA files."""
+    sample_size: int | Literal["auto"] = setting("auto", at_least=64, at_most=2048, role="saving")
+    """Pixels of a side; "auto": the resolution, at most 1024."""
+    sample_steps: int | Literal["auto"] = setting("auto", at_least=1, at_most=200, role="saving")
+    """Denoising steps of an image; "auto": 20."""
+    sample_guidance: float = setting(6.0, at_least=1, at_most=30, role="saving")
+    """Scale of classifier-free guidance; 1 is off."""
+    sample_seed: int = setting(0, at_least=0, at_most=2**62, role="saving")
+    """Of the first prompt; each further prompt has the next seed."""
+
+
+@dataclass(frozen=True)
 class SavingSettings:
     """`[train.saving]`: what is written, and when."""
 
@@ -199,6 +220,7 @@ class TrainSettings:
     run: RunSettings = field(default_factory=RunSettings)
     processes: ProcessSettings = field(default_factory=ProcessSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
+    samples: SampleSettings = field(default_factory=SampleSettings)
     saving: SavingSettings = field(default_factory=SavingSettings)
     logging: LoggingSettings = field(default_factory=LoggingSettings)
 

@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from common.errors import DataError, SettingsError
@@ -11,6 +11,8 @@ from common.output_layout import OutputLayout
 from common.project import ProjectSettings
 from common.settings import VERSION
 from training.callbacks.checkpoint import (
+    EARLY_STOP,
+    EPOCHS,
     Checkpoint,
     Identity,
     find_resume_point,
@@ -18,6 +20,7 @@ from training.callbacks.checkpoint import (
     newest,
     warmup_to_keep,
 )
+from training.callbacks.sample_plan import SamplePlan, plan_samples
 from training.config import TrainSettings
 from training.data.dataset import Inputs, read_images
 from training.engine import EngineName, choose_engine
@@ -25,7 +28,7 @@ from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, 
 from training.method.optimizers import OPTIMIZERS, require_usable
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
-from training.plan import GLOBAL_BATCH, Plan, make_plan, result_fingerprint, runtime_settings, short_hash
+from training.plan import GLOBAL_BATCH, Plan, changes, make_plan, result_fingerprint, runtime_settings, short_hash
 from training.system.device import Precision, choose_precision, comfyui_advice, describe
 from training.system.process_group import ProcessGroup
 
@@ -53,6 +56,10 @@ class TrainingJob:
     follows_finished: bool
     """The checkpoints that exist are of a run whose LoRA is complete."""
     budget: MemoryBudget
+    samples: SamplePlan | None
+    """The sample images; None if they are off."""
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Where each setting that is not the default was set."""
 
 
 def resolve_on_all_ranks(
@@ -101,12 +108,18 @@ def resolve_job(
     if saved:
         plan = replace(plan, warmup_steps=warmup_to_keep(saved, fingerprint))
         fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests)
+    continues = saved is not None and changes(saved.identity.fingerprint, fingerprint).keys() <= {EPOCHS, EARLY_STOP}
+    recorded = saved.identity.runtime if continues else {}
+    images, resolved = plan_samples(settings, project.trigger_word, plan, budget, base, recorded)
+    settings = replace(settings, samples=resolved)
     identity = Identity(fingerprint, runtime_settings(settings, world_size), plan.shared_prefix_steps)
     is_finished = not settings.saving.fresh and outputs.is_finished(short_hash(fingerprint))
+    if images and not is_finished:
+        print(images.announcement, flush=True)
     if saved and not is_finished:
         saved = _resume_point(outputs, saved, identity, was_finished)
     return TrainingJob(
-        project, settings, base, plan, precision, engine_name, outputs, identity, saved, is_finished, was_finished, budget
+        project, settings, base, plan, precision, engine_name, outputs, identity, saved, is_finished, was_finished, budget, images
     )  # fmt: skip
 
 

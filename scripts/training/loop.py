@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -62,6 +63,9 @@ class Callback:
 
     def after_validation(self, step: OptimizerStep, values: dict[str, float]) -> None:
         """Called when a validation after `step` is complete, in the process that writes; `values` are its numbers by name."""
+
+    def after_samples(self, step: int, images: dict[str, Path]) -> None:
+        """Called when sample images with the weights after `step` are complete, in the process that writes: their files by name."""
 
     def save_state(self, progress: Progress, *, wait: bool) -> None:
         """Save what the run is continued from at `progress`. Training may go on while it is written, unless it has to `wait`."""
@@ -153,6 +157,7 @@ def run_steps(
             if ends_epoch:
                 progress, line = _end_epoch(step, schedule, progress, callbacks)
                 bar.write(f"{line}  lr {rate:.2e}", file=sys.stdout)
+                reason = reason or stop_requested()  # callbacks may take minutes, and end early when a stop is requested
             if reason or is_due or schedule.ends_early(progress):
                 for callback in callbacks:
                     callback.save_state(progress, wait=reason is not None)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from common.dataset_layout import DatasetFolder, find_images
+from common.dataset_layout import DatasetFolder, select_images
 from common.errors import ResourceError, run_checks
 from common.output_layout import check_disk_space
 from common.project import ProjectSettings
+from training.callbacks.sample_plan import plan_samples
 from training.config import TrainSettings
 from training.data.dataset import Example, read_images, require_all_images
 from training.engine import choose_engine
@@ -50,7 +51,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
 
     def check_run() -> str:
         if inputs_pending:
-            images = find_images(DatasetFolder(project.dataset_dir).images)
+            images = select_images(DatasetFolder(project.dataset_dir)).images
             without = sum(not image.caption_to_read.exists() for image in images)
             if without or not images:
                 return f"images: {len(images)} so far, {without} without a caption; the run is planned when all are there"
@@ -58,7 +59,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
         unusable.append(left_out)
         if not found:
             return f"images: {len(examples)} with captions in {project.dataset_dir}"
-        return describe_run(found[0], examples, settings)
+        return describe_run(found[0], examples, settings, project.trigger_word)
 
     checks = [check_processor, check_memory, lambda: check_disk_space(project.output_dir), lambda: check_method(settings)]
     checks += [check_base_model, check_run]
@@ -74,14 +75,16 @@ def check_method(settings: TrainSettings) -> str:
     return f"LoRA: {settings.lora.describe()}; engine: {engine} ({reason}); optimizer: {optimizer}"
 
 
-def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettings) -> str:
-    """What a run would do, and on a GPU how much memory a step would need."""
+def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettings, trigger: str) -> str:
+    """What a run would do, with which sample images, and on a GPU how much memory a step would need."""
     schedule = base.schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
     precision = choose_precision(settings.model.mixed_precision)
     engine, _ = choose_engine(settings.run.engine, settings.lora)
     budget = measure_budget(base, examples, settings, precision, engine, processes=1)
     settings = resolve_batch_size(settings, budget, len(examples))
-    announcement = make_plan(examples, settings, schedule).announcement()
+    plan = make_plan(examples, settings, schedule)
+    samples, _ = plan_samples(settings, trigger, plan, budget, base, {})
+    announcement = "\n".join([plan.announcement(), *([samples.announcement] if samples else [])])
     if precision.device.type != "cuda":
         return announcement
     batch = settings.run.train_batch_size

@@ -20,6 +20,7 @@ from common.files import atomic_write, write_bytes
 from common.settings import resolved_toml
 from training.callbacks.checkpoint import CheckpointWriter, keep_one, remove_incomplete, restore
 from training.callbacks.metrics import open_metrics
+from training.callbacks.samples import Renderer, SampleImages, texts_of
 from training.callbacks.validation import Validator
 from training.data.batches import Batch, BatchReader
 from training.data.buckets import OptimizerStep
@@ -33,7 +34,7 @@ from training.method.adapters import Adapter, LoraModule, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.export import write_lora
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
-from training.models.weights import load_unet, require_finite_weights
+from training.models.weights import load_unet, load_vae, require_finite_weights
 from training.system.device import MemoryGuard, available_bytes, limit_gpu_memory, make_deterministic, memory_guard
 from training.system.process_group import ProcessGroup
 from training.system.processes import WorkerProcess
@@ -46,7 +47,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
     prepare_device(job)
     with translate_cuda_oom(job), memory_guard(job.budget.thresholds) as guard:
         with unet_in_background(job) as load:
-            examples = encode(job, group, encoder)
+            examples, prompts = encode(job, group, encoder)
             unet, adapter = load()
         step, schedule = build_step(job, group, unet, adapter), schedule_of(job)
         if job.saved:
@@ -70,10 +71,18 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             callbacks = list(writers)
             if held_out.examples:
                 callbacks.insert(0, Validator(held_out, step.evaluate, schedule.validates_between, writers))
+            stop = stop_request(group, guard)
+            samples = None
+            if job.samples and job.samples.prompts:
+                samples = sample_images(job, group, step, schedule, prompts, stop, writers)
+                samples.start(schedule.start)
+                if reason := stop():  # before a step changes the weights of a row that is incomplete
+                    raise reason
+                callbacks.append(samples)
             begin = step.begin if job.saved else checking_first_step(job, step.begin)
-            progress = run_steps(schedule, begin, batches, reader.image_names, callbacks, stop_request(group, guard))
+            progress = run_steps(schedule, begin, batches, reader.image_names, callbacks, stop)
             if group.is_main_process:  # while the last checkpoint is still on its way to the disk
-                write_results(job, modules, schedule, progress)
+                write_results(job, modules, schedule, progress, samples)
     if group.is_main_process:
         keep_one(job.outputs.state, job.plan.shared_prefix_steps)
         report_results(job, len(modules))
@@ -88,7 +97,8 @@ def prepare_outputs(job: TrainingJob) -> None:
         remove_incomplete(outputs.state)
     outputs.begin(resumes=job.saved is not None)
     clean_up(job)
-    write_bytes(outputs.resolved_config, resolved_toml({"project": job.project, "train": job.settings}).encode("utf-8"))
+    config = resolved_toml({"project": job.project, "train": job.settings}, job.origins)
+    write_bytes(outputs.resolved_config, config.encode("utf-8"))
 
 
 def clean_up(job: TrainingJob) -> None:
@@ -149,8 +159,11 @@ def unet_in_background(job: TrainingJob) -> Iterator[Callable[[], tuple[UNet2DCo
         yield wait
 
 
-def encode(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None = None) -> list[CachedExample]:
-    """Compute once what does not change during training, of the images that are trained on and then of those held out.
+def encode(
+    job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None = None
+) -> tuple[list[CachedExample], dict[str, Path]]:
+    """Compute once what does not change during training, of the images that are trained on and then of those held out, and of the
+    prompts of sample images.
 
     It is done in the process `encoder`, if there is one and memory for the UNet beside it, so that encoding and loading do not
     wait for each other's interpreter lock.
@@ -164,10 +177,11 @@ def encode(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None 
     folders = job.project.models_dir, job.outputs.cache
     builder = CacheBuilder(job.base, *folders, precision.device, precision.dtype, group, concurrent)
     images = zip([*plan.examples, *plan.held_out], [*plan.placements, *plan.held_out_placements], strict=True)
-    return builder.build(list(images), job.settings.data, job.project.trigger_word, job.settings.run.train_seed)
+    prompts = texts_of(job.samples) if job.samples else []
+    return builder.build(list(images), job.settings.data, job.project.trigger_word, job.settings.run.train_seed, prompts)
 
 
-def _encode_in_worker(job: TrainingJob) -> list[CachedExample]:
+def _encode_in_worker(job: TrainingJob) -> tuple[list[CachedExample], dict[str, Path]]:
     tqdm.set_lock(threading.RLock())  # tqdm's own lock, for several processes, would stay behind when this one is killed
     prepare_device(job)
     return encode(job, ProcessGroup())
@@ -287,6 +301,22 @@ def writing_callbacks(
         yield [metrics, LoraSaver(job, adapter.modules, schedule), checkpoints]
 
 
+def sample_images(
+    job: TrainingJob,
+    group: ProcessGroup,
+    step: TrainStep,
+    schedule: RunSchedule,
+    prompts: dict[str, Path],
+    stop: Callable[[], Interruption | None],
+    trackers: Sequence[Callback],
+) -> SampleImages:
+    """The callback that renders the sample images; `prompts` are the files of their embeddings."""
+    vae = load_vae(job.base, torch.device("cpu"))
+    renderer = Renderer(step, job.plan.schedule, prompts, vae, job.samples.tiled)
+    fingerprint = job.identity.fingerprint
+    return SampleImages(job.samples, renderer, job.outputs, schedule, fingerprint, job.base.name, group, stop, trackers)
+
+
 @dataclass(frozen=True)
 class LoraSaver(Callback):
     """Writes the LoRA files of a run on its way."""
@@ -306,20 +336,28 @@ def save_lora(job: TrainingJob, modules: list[LoraModule], path: Path, epochs: i
     write_lora(path, modules, job.settings.lora.alpha, lora_metadata(job, epochs))
 
 
-def write_results(job: TrainingJob, modules: list[LoraModule], schedule: RunSchedule, progress: Progress) -> None:
-    """Write the LoRA, and beside it the one with the lowest validation loss; both are read back and verified."""
+def write_results(
+    job: TrainingJob, modules: list[LoraModule], schedule: RunSchedule, progress: Progress, samples: SampleImages | None
+) -> None:
+    """Write the LoRA, and beside it the one with the lowest validation loss; both are read back and verified. The record of the
+    sample images says which one to use, and why."""
     epochs = schedule.epochs_complete(progress.next_step)
     if progress.next_step < len(schedule.order):
         patience = schedule.validation.early_stop_patience
         print(f"stopping early after {epochs} epochs: {patience} validations in a row did not lower the validation loss")
+    file, reason = job.outputs.lora, "It is the last one; there is no validation loss, and nothing else by which to compare them."
     if progress.validations:
-        write_best(job, modules, progress, epochs)
+        best, loss = write_best(job, modules, progress, epochs)
+        file = file if best == epochs else job.outputs.lora_after(best)
+        reason = f"It has the lowest validation loss: {loss:.4f} (smoothed)."
+    if samples:
+        samples.recommend(file.name, reason)
     save_lora(job, modules, job.outputs.lora, epochs)
 
 
-def write_best(job: TrainingJob, modules: list[LoraModule], progress: Progress, last: int) -> None:
+def write_best(job: TrainingJob, modules: list[LoraModule], progress: Progress, last: int) -> tuple[int, float]:
     """Report the LoRA with the lowest smoothed validation loss among those that were saved, and write it once more. `last` is
-    the number of epochs of the one that is in memory."""
+    the number of epochs of the one that is in memory. Returns the epochs of the best one, and its loss."""
     outputs, losses = job.outputs, smoothed(progress.validations)
     best = min((epochs for epochs in losses if epochs == last or outputs.lora_after(epochs).exists()), key=losses.get)
     if best == last:
@@ -328,6 +366,7 @@ def write_best(job: TrainingJob, modules: list[LoraModule], progress: Progress, 
         with atomic_write(outputs.best) as temporary:
             shutil.copyfile(outputs.lora_after(best), temporary)
     print(f"best validation loss {losses[best]:.4f} (smoothed) at epoch {best}: {outputs.best}")
+    return best, losses[best]
 
 
 def report_results(job: TrainingJob, modules: int) -> None:
@@ -342,6 +381,9 @@ def report_results(job: TrainingJob, modules: int) -> None:
 def print_next_steps(job: TrainingJob) -> None:
     """What to do with the LoRA, and last what keeps it from being good."""
     lora, trigger = job.outputs.lora.name, job.project.trigger_word
-    print(f"next: load {lora} in ComfyUI beside an SDXL checkpoint, with {trigger!r} in the prompt")
+    print(
+        f"next: load {lora} in ComfyUI beside an SDXL checkpoint, with {trigger!r} in the prompt; the whole run is on one page, "
+        f"{job.project.output_dir / 'report.html'}"
+    )
     for warning in job.plan.warnings():
         print(warning)

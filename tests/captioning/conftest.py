@@ -56,7 +56,7 @@ class Stage:
         self.record = workspace / "dataset" / ".loracat" / "captions.jsonl"
         self.models = workspace / "models"
         self.images.mkdir(parents=True)
-        variables = {"DATASET_DIR": self.images.parent, "MODELS_DIR": self.models, "CAPTION_MODEL": tagger}
+        variables = {"DATASET_DIR": self.images.parent, "MODELS_DIR": self.models, "CAPTION_MODEL": tagger, "FACE_MODEL": "off"}
         variables |= {"HF_HOME": workspace / "hf", "HF_HUB_OFFLINE": "1"}
         self.variables = {name: str(value) for name, value in variables.items()}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from captioning import journal
+from captioning.captions import caption_text
 from captioning.journal import CaptionFiles
 from common import files
 from common.dataset_layout import DatasetFolder
@@ -444,7 +445,7 @@ def test_a_change_of_trigger_that_is_interrupted_anywhere_is_completed_by_the_ne
     def run(trigger) -> list[bool]:
         captions = CaptionFiles(folder, trigger)
         assert all(captions.is_generated(path) for path in made if path.exists())
-        return [captions.write(path, of_path) for path, of_path in zip(made, words, strict=True)] + [
+        return [captions.write(path, caption_text(trigger, of_path)) for path, of_path in zip(made, words, strict=True)] + [
             captions.ensure_trigger(path) for path in kept
         ]
 
@@ -469,7 +470,7 @@ def test_undo_that_is_interrupted_anywhere_is_completed_by_the_next_one(tmp_path
             path.write_bytes(text)
     first = CaptionFiles(folder, "sks")
     for path in paths:
-        first.write(path, ["1girl"])
+        first.write(path, "sks, 1girl")
     with dying_at(moment):
         try:
             CaptionFiles(folder, "sks").undo()

@@ -6,7 +6,8 @@ import random
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance, ImageFilter
+from conftest import PHOTOGRAPHS
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 
 from captioning import image_audit
 from captioning.image_audit import IndexedImage, audit_images, find_near_duplicates, index_images, write_audit
@@ -113,10 +114,105 @@ def test_near_duplicates_are_found_and_the_largest_one_stays(folder, photographs
 
 def test_a_duplicate_is_found_among_a_thousand_images():
     draw = random.Random(0)
-    stats = {"width": 512, "height": 512, "animated": False, "blur": 0.1, "dark": 0, "bright": 255}
+    stats = {"width": 512, "height": 512, "animated": False, "blur": 0.1, "dark": 0, "bright": 255, "tint": (0, 0), "edges": ""}
     images = [IndexedImage(f"{i}", (), f"{i}", ImageStats(**stats, hash=f"{draw.getrandbits(256):064x}")) for i in range(1000)]
     twin = IndexedImage("twin", (), "twin", ImageStats(**stats, hash=f"{int(images[5].stats.hash, 16) ^ 0xFF:064x}"))
     assert find_near_duplicates([*images, twin]) == {"twin": "5"}
+
+
+CORNERS = [(0.0, 0.0), (0.45, 0.45), (0.0, 0.45), (0.45, 0.0), (0.2, 0.2)]
+
+
+def varied(photographs) -> list[Image.Image]:
+    """16 different images: parts of photographs, of which those of a cat, a flame and a red motorcycle have colors of their own."""
+    more = photographs | {"motorcycle": Image.open(PHOTOGRAPHS / "motorcycle_left.png").convert("RGB")}
+    corners = {name: CORNERS[: 5 if name in ("astronaut", "coffee") else 2] for name in more}
+    return [corner(more[name], x, y) for name, of_image in corners.items() for x, y in of_image]
+
+
+def corner(image, x, y, side=0.55):
+    width, height = image.size
+    box = (int(width * x), int(height * y), int(width * (x + side)), int(height * (y + side)))
+    return image.crop(box).resize((192, 192))
+
+
+def under(image, *light):
+    """The image under a light of this linear RGB."""
+    linear = (np.asarray(image, dtype=np.float64) / 255) ** 2.2 * light
+    return Image.fromarray((np.clip(linear, 0, 1) ** (1 / 2.2) * 255).astype(np.uint8))
+
+
+def in_front_of(background, person, x, y):
+    """An ellipse of `person` in the lower middle of a background."""
+    image, size = background.copy(), (int(110 + 60 * x), int(120 + 60 * y))
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).ellipse((0, 0, *size), fill=255)
+    image.paste(person.resize(size), ((192 - size[0]) // 2, 192 - size[1]), mask)
+    return image
+
+
+def common(folder, images):
+    for number, image in enumerate(images):
+        image.save(folder.images / f"{number:02}.png")
+    return audited(folder, 192).common
+
+
+def test_varied_photographs_have_nothing_in_common(folder, photographs):
+    assert common(folder, varied(photographs)) == {}
+
+
+@pytest.mark.parametrize(
+    ("light", "name"),
+    [
+        ((1.1, 1.0, 0.65), "orange|yellow"),
+        ((1.2, 1.0, 0.5), "orange|yellow"),
+        ((0.4, 0.9, 1.5), "blue|cyan"),
+        ((0.75, 1.15, 0.75), "green|yellowish green"),
+        ((1.1, 0.8, 1.1), "magenta|red"),
+    ],
+)
+def test_color_cast_over_most_images_is_reported(folder, photographs, light, name):
+    images = varied(photographs)
+    found = common(folder, [*(under(image, *light) for image in images[:14]), *images[14:]])
+    assert found.keys() == {"color cast"}
+    count, what = found["color cast"]
+    assert 12 <= count <= 16
+    assert what.split(",")[0].removeprefix("tinted ") in name.split("|")
+    table = audit_table(audited(folder, 192), folder.audit)
+    assert f"color cast                   {count:2}  of 16 images are tinted" in table
+    assert "the LoRA would learn this" in table
+
+
+def test_cast_over_half_of_the_images_and_grey_images_are_not_reported(folder, photographs):
+    images = varied(photographs)
+    assert common(folder, [*(under(image, 1.2, 1, 0.5) for image in images[:5]), *images[5:10]]) == {}
+    assert common(folder, [image.convert("L") for image in images]) == {}
+    assert common(folder, [Image.new("RGB", (192, 192), (255, 32 * n, 0)) for n in range(8)] + images[:8]) == {}
+
+
+def test_same_background_in_most_images_is_reported(folder, photographs):
+    images = varied(photographs)
+    background = photographs["coffee"].resize((220, 220))
+    same = [
+        in_front_of(background.crop((x, y, x + 192, y + 192)), person, x / 28, y / 28)
+        for person, x, y in zip(images[:10], [0, 4, 8, 12, 16, 0, 4, 8, 12, 16], [0, 8, 4, 0, 8, 12, 16, 12, 4, 16], strict=True)
+    ]
+    found = common(folder, [*same, *images[10:]])
+    assert found.keys() == {"same background"}
+    assert 8 <= found["same background"][0] <= 11
+
+
+def test_plain_backgrounds_of_one_color_are_the_same_and_those_of_different_colors_are_not(folder, photographs):
+    people = varied(photographs)[:12]
+    colors = [(250, 250, 248), (200, 170, 140), (60, 60, 66), (170, 205, 235), (240, 190, 200), (120, 30, 30)]
+    different = [in_front_of(Image.new("RGB", (192, 192), colors[n % 6]), person, 0, 0) for n, person in enumerate(people)]
+    assert common(folder, different) == {}
+    white = [in_front_of(Image.new("RGB", (192, 192), (235 - n,) * 3), person, 0, 0) for n, person in enumerate(people)]
+    assert common(folder, white).keys() == {"same background"}
+
+
+def test_few_images_are_not_judged_as_a_set(folder, photographs):
+    assert common(folder, [under(image, 1.2, 1, 0.5) for image in varied(photographs)[:7]]) == {}
 
 
 def test_captions_without_an_image(folder, photographs):

@@ -14,8 +14,9 @@ import requests
 from comfyui_workspace import png, workflow
 from PIL import Image
 
-from collecting.graph import InputRef, upstream_seeds, upstream_text
+from collecting.graph import InputRef, upstream_seeds
 from collecting.jobs import parse_entries
+from collecting.prompt_texts import prompt_texts
 from collecting.workflow import parse_workflow
 from common.files import locked, read_json_lines
 from common.settings import REPOSITORY
@@ -28,7 +29,7 @@ PROMPTS = [
     {"prompt": "a woman at the beach, 猫", "seed": 12},
     {"prompt": "close-up, night", "seed": 13, "name": "night"},
 ]
-FIELDS = ["file", "sha256", "size_px", "prompt_id", "node", "seeds", "prompt", "workflow_sha256", "time"]
+FIELDS = ["file", "sha256", "size_px", "prompt_id", "node", "seeds", "prompt", "texts", "workflow_sha256", "time"]
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def test_name_that_the_server_returns_is_set_in_the_workflow(batch, standin, col
 
 
 def test_without_a_face_the_image_of_the_workflow_is_used_and_this_is_logged_once(full, standin, collect, monkeypatch):
-    monkeypatch.setattr("collecting.jobs.DEFAULT_FACE", full.root / "none.png")
+    monkeypatch.setattr("common.project.DEFAULT_FACE", full.root / "none.png")
     (standin.folder / "input" / "example.png").write_bytes(png())
     result = collect(FACE_REFERENCE="")
     assert result.code == 0
@@ -137,7 +138,7 @@ def test_without_a_face_the_image_of_the_workflow_is_used_and_this_is_logged_onc
 
 
 def test_face_in_the_repository_is_used_when_none_is_set(full, standin, collect, monkeypatch):
-    monkeypatch.setattr("collecting.jobs.DEFAULT_FACE", Path(full.environment["FACE_REFERENCE"]))
+    monkeypatch.setattr("common.project.DEFAULT_FACE", Path(full.environment["FACE_REFERENCE"]))
     assert collect(FACE_REFERENCE="").code == 0
     assert ("POST", "/upload/image") in standin.requests
 
@@ -698,9 +699,9 @@ def test_default_workflow_mapping_and_example_prompts_are_valid(space, standin, 
     config = json.loads((REPOSITORY / "config" / "workflow_config.json").read_text(encoding="utf-8"))
     parsed = parse_workflow(graph, config, [])
     assert not parsed.per_batch
-    assert parsed.face_input == InputRef("16", "image")
+    assert parsed.face_inputs == (InputRef("16", "image"),)
     assert len(parsed.output_nodes) >= 40
-    assert all(len(upstream_seeds(graph, node)) == 2 and upstream_text(graph, node) for node in parsed.output_nodes)
+    assert all(len(upstream_seeds(graph, node)) == 2 and len(prompt_texts(graph, node)) == 2 for node in parsed.output_nodes)
     problems = []
     assert len(parse_entries(json.loads((REPOSITORY / "prompts_example.json").read_text(encoding="utf-8")), problems)) == 40
     assert problems == []

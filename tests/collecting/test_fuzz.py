@@ -316,7 +316,7 @@ messages = st.builds(
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     graph, config = workflow("full_workflow_no_model.json"), workflow("full_workflow_no_model.config.json")
-    return Plan(parse_workflow(graph, config, []), (), None, None, False)
+    return Plan(parse_workflow(graph, config, []), (), (), None, False)
 
 
 @times(20)

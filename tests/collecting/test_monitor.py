@@ -89,7 +89,7 @@ def test_silent_websocket_is_opened_again(standin, monkeypatch):
 @pytest.fixture
 def plan():
     graph, config = workflow("full_workflow_no_model.json"), workflow("full_workflow_no_model.config.json")
-    return Plan(parse_workflow(graph, config, []), (), None, None, False)
+    return Plan(parse_workflow(graph, config, []), (), (), None, False)
 
 
 def test_without_a_terminal_progress_is_logged_once_a_minute(plan, capsys, monkeypatch):

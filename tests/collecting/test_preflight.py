@@ -12,7 +12,7 @@ def full(space):
 
 @pytest.fixture
 def without_face(full, monkeypatch, tmp_path):
-    monkeypatch.setattr("collecting.jobs.DEFAULT_FACE", tmp_path / "missing.png")
+    monkeypatch.setattr("common.project.DEFAULT_FACE", tmp_path / "missing.png")
     full.environment["FACE_REFERENCE"] = ""
     return full
 

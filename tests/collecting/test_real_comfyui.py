@@ -5,9 +5,11 @@ LORACAT_COMFYUI is a folder with ComfyUI's sources; LORACAT_COMFYUI_COMMAND runs
 """
 
 import io
+import itertools
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from comfyui_workspace import Result, Workspace, png
 from PIL import Image
 
 from common.files import read_json_lines
+from common.settings import REPOSITORY
 
 SOURCES = os.environ.get("LORACAT_COMFYUI")
 COMMAND = os.environ.get("LORACAT_COMFYUI_COMMAND", f"{shlex.quote(sys.executable)} main.py")
@@ -32,8 +35,8 @@ AGAIN = "submitting it again"
 class Server:
     """ComfyUI as a process, with all its files in `folder`."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, custom_nodes: bool = False, **environment: str):
+        self.folder, self.custom_nodes, self.environment = folder, custom_nodes, environment
         for name in ("input", "output", "temp", "models", "custom_nodes", "user"):
             (folder / name).mkdir(parents=True)
         with socket.socket() as free:
@@ -44,10 +47,13 @@ class Server:
 
     def start(self) -> None:
         arguments = ["--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(self.folder)]
-        arguments += ["--disable-all-custom-nodes", "--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+        arguments += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+        arguments += [] if self.custom_nodes else ["--disable-all-custom-nodes"]
         command = [os.path.expanduser(part) for part in shlex.split(COMMAND)]
         with (self.folder / "comfyui.log").open("a") as log:
-            self.process = subprocess.Popen([*command, *arguments], cwd=SOURCES, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                [*command, *arguments], cwd=SOURCES, stdout=log, stderr=subprocess.STDOUT, env=os.environ | self.environment
+            )
         deadline = time.monotonic() + 300
         while not self.answers():
             assert self.process.poll() is None, (self.folder / "comfyui.log").read_text()[-3000:]
@@ -264,3 +270,52 @@ def test_face_larger_than_the_limit_is_refused_by_comfyui(server):
     limit = server.get("/features")["max_upload_size"]
     files = {"image": ("large.png", io.BytesIO(bytes(limit)), "image/png")}
     assert requests.post(f"{server.url}/upload/image", files=files, timeout=60).status_code == 413
+
+
+QWEN, Z_IMAGE = "qwen_image_edit_2509_fp8_e4m3fn_scaled.safetensors", "z_image_turbo_bf16.safetensors"
+QWEN_TEXT, Z_IMAGE_TEXT = "qwen_2.5_vl_7b_fp8_scaled.safetensors", "qwen_3_4b.safetensors"
+QWEN_2511 = "qwen_image_edit_2511_fp8mixed.safetensors"
+MODEL_FILES = {
+    "diffusion_models": (QWEN, Z_IMAGE, QWEN_2511),
+    "text_encoders": (QWEN_TEXT, Z_IMAGE_TEXT),
+    "vae": ("qwen_image_vae.safetensors", "ae.safetensors"),
+    "loras": tuple(f"Qwen-Image-Edit-{version}-Lightning-4steps-V1.0-bf16.safetensors" for version in (2509, 2511)),
+}
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "2", "3"])
+@pytest.mark.parametrize(
+    ("folder", "mapping", "models"),
+    [
+        (".", "config", [QWEN_TEXT, QWEN, Z_IMAGE_TEXT, Z_IMAGE]),
+        ("workflows/qwen_image_edit_2511", "workflows/qwen_image_edit_2511", [QWEN_TEXT, QWEN_2511]),
+    ],
+    ids=["default", "2511"],
+)
+def test_the_included_workflows_load_each_large_model_once(tmp_path, hash_seed, folder, mapping, models):
+    """ComfyUI's order of work follows Python's hash seed."""
+    log = tmp_path / "models.log"
+    server = Server(tmp_path / "comfyui", custom_nodes=True, MODEL_LOG=str(log), PYTHONHASHSEED=hash_seed)
+    pack = Path(__file__).parents[1] / "data/comfyui/models_of_nothing"
+    shutil.copytree(pack, server.folder / "custom_nodes" / pack.name)
+    for kind, names in MODEL_FILES.items():
+        (server.folder / "models" / kind).mkdir()
+        for name in names:
+            (server.folder / "models" / kind / name).touch()
+    server.start()
+    try:
+        (tmp_path / "project").mkdir()
+        space = Workspace(tmp_path / "project")
+        space.environment |= {"COMFYUI_ENDPOINT": server.url, "COMFYUI_DELAY": "0", "DATASET_DIR": str(space.dataset)}
+        space.environment |= {"COMFYUI_FREE": "0", "COMFYUI_WORKFLOW": str(REPOSITORY / folder / "workflow_api.json")}
+        space.environment |= {"WORKFLOW_CONFIG": str(REPOSITORY / mapping / "workflow_config.json"), "GLOBAL_SEED": ""}
+        space.write("FACE_REFERENCE", "face.png", png())
+        process = space.start()
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, out + err
+    finally:
+        server.stop()
+    assert len(space.images()) == 48
+    uses = [line.split()[-1] for line in log.read_text().splitlines() if line.startswith(("sample ", "encode q"))]
+    loaded = [model for model, _ in itertools.groupby(uses)]
+    assert sorted(loaded) == sorted(models)  # each once; the encoders of both stages may come first

@@ -5,8 +5,9 @@ import copy
 import pytest
 from comfyui_workspace import workflow
 
-from collecting.graph import InputRef, graph_hash, literal_seeds, upstream_seeds, upstream_text
+from collecting.graph import InputRef, graph_hash, literal_seeds, upstream_seeds
 from collecting.jobs import MAX_SEED, Entry, parse_entries
+from collecting.prompt_texts import prompt_texts
 from collecting.workflow import parse_workflow
 
 
@@ -29,7 +30,7 @@ def mapping():
 def test_both_prompt_and_seed_node_mean_per_batch(batch, mapping):
     parsed = parse_workflow(batch, mapping, [])
     assert parsed.per_batch
-    assert parsed.face_input == InputRef("12", "image")
+    assert parsed.face_inputs == (InputRef("12", "image"),)
     assert parsed.text_inputs == (InputRef("6", "text"),)
     assert parsed.seed_input == InputRef("3", "seed")
     assert parsed.output_nodes == ("9",)
@@ -44,7 +45,7 @@ def test_neither_means_full_workflow_and_the_prefix_selects_the_nodes():
 def test_without_prefix_and_output_node_every_saving_node_is_used_but_no_preview():
     parsed = parse_workflow(workflow("full_workflow_no_model.json"), {}, [])
     assert parsed.output_nodes == ("60", "300", "301", "302")
-    assert parsed.face_input is None
+    assert parsed.face_inputs == ()
 
 
 @pytest.mark.parametrize("given", ["positive_prompt_node", "seed_node"])
@@ -58,7 +59,7 @@ def test_exactly_one_of_prompt_and_seed_node_is_refused(batch, mapping, given):
 def test_only_mapped_inputs_change(batch, mapping):
     before = copy.deepcopy(batch)
     parsed = parse_workflow(batch, mapping, [])
-    built = parsed.build_graph("faces/me.png", "a woman", {InputRef("3", "seed"): 5})
+    built = parsed.build_graph(["faces/me.png"], "a woman", {InputRef("3", "seed"): 5})
     changed = {
         (node_id, name)
         for node_id, node in built.items()
@@ -182,7 +183,7 @@ def test_mapping_of_another_type_is_refused(batch, config):
 
 def test_node_id_may_be_a_number_and_null_means_not_set(batch):
     parsed = parse_workflow(batch, {"image_loader_node": 12, "output_node": None}, [])
-    assert parsed.face_input == InputRef("12", "image")
+    assert parsed.face_inputs == (InputRef("12", "image"),)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +326,7 @@ def test_upstream_seeds_and_text_are_those_an_image_depends_on():
     graph["51"] = {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["4", 2]}}
     assert upstream_seeds(graph, "50") == {"3.seed": 1}
     assert upstream_seeds(graph, "9") == {"3.seed": 1, "31.noise_seed": 2, "32.noise_seed": 3}
-    assert upstream_text(graph, "50") == "placeholder"
+    assert prompt_texts(graph, "50") == ["placeholder"]
 
 
 def test_hash_depends_on_what_is_computed_not_on_titles(batch):

@@ -79,7 +79,7 @@ def test_only_what_comfyui_runs_is_submitted():
     del graph["3"]["_meta"]
     content = png(prompt=json.dumps(graph))
     parsed = parse_workflow(parse_workflow_file(content), MAPPING, [])
-    built = parsed.build_graph(None, None, {})
+    built = parsed.build_graph((), None, {})
     assert built["12"] == GRAPH["12"]
     assert built["3"] == GRAPH["3"] | {"_meta": {}}
 
@@ -103,7 +103,7 @@ def test_deep_values_that_can_be_sent_are_copied():
     graph = json.loads(json.dumps(GRAPH))
     graph["3"]["inputs"]["curve"] = json.loads('{"a":' * 99 + "1" + "}" * 99)
     parsed = parse_workflow(graph, MAPPING, [])
-    assert parsed.build_graph(None, "x", {})["3"] == graph["3"]
+    assert parsed.build_graph((), "x", {})["3"] == graph["3"]
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,12 @@ def stage(tmp_path, tiny_sdxl, photographs):
     return Stage(tmp_path, tiny_sdxl, photographs)
 
 
+@pytest.fixture(scope="session")
+def shared_stage(tmp_path_factory, tiny_sdxl, photographs) -> Callable[[str], "Stage"]:
+    """A function that returns a new stage in a folder of this name, for a run that several tests read."""
+    return lambda name: Stage(tmp_path_factory.mktemp(name), tiny_sdxl, photographs)
+
+
 class Terminal(io.StringIO):
     """A stream that claims to be a terminal."""
 
@@ -86,6 +92,7 @@ class Stage:
             "NUM_TRAIN_EPOCHS": 2,
             "DATALOADER_NUM_WORKERS": 1,
             "HF_HUB_OFFLINE": 1,
+            "SAMPLES": "false",
         }
 
     def add(self, photograph: str, path: str = "", caption: str | None = "sks, photo, outdoors", **how: object) -> Path:

@@ -5,6 +5,7 @@ input is closed, together with everything that it forked.
 """
 
 import gc
+import io
 import json
 import os
 import runpy
@@ -89,8 +90,17 @@ def become(executable: str, arguments: list[str], environment: dict[str, str], f
     os.environ.pop("LORACAT_LAUNCHER_PID", None)  # a process that the launcher did not start itself would end
     sys.executable, sys.argv = executable, arguments
     sys.path.insert(0, str(Path(arguments[0]).parent))
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=stream.isatty() or stream is sys.stderr, write_through="PYTHONUNBUFFERED" in environment)
+    # Objects for the streams that the process has now: the old ones remember whether the server's could seek.
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(
+            open(number, "wb", closefd=False),  # noqa: SIM115 - as long as the process
+            encoding="utf-8",
+            errors=old.errors,
+            line_buffering=number == 2 or os.isatty(number),
+            write_through="PYTHONUNBUFFERED" in environment,
+        )
+        for number, old in ((1, sys.stdout), (2, sys.stderr))
+    )
     try:
         runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as ending:

@@ -67,7 +67,8 @@ def test_the_start_says_what_the_run_will_do(finished):
     assert few == "12 training samples are few: a likeness needs 2000 to 3000. Set NUM_TRAIN_EPOCHS=334, or add images."
     *_, written, following, warning = said
     assert written.startswith(f"{finished.stage.lora}: ")
-    assert following == "next: load sks.safetensors in ComfyUI beside an SDXL checkpoint, with 'sks' in the prompt"
+    assert following.startswith("next: load sks.safetensors in ComfyUI beside an SDXL checkpoint, with 'sks' in the prompt; ")
+    assert following.endswith(f"{finished.stage.output / 'report.html'}")
     assert warning == few
     assert "722 modules, all known to ComfyUI" in written
 
@@ -81,6 +82,7 @@ def test_every_step_has_its_line_in_the_metrics(finished):
 
 
 def test_resolved_settings_have_every_auto_decided_and_every_setting_in_it(finished):
+    assert "lora_rank = 2  # set by environment" in finished.files["lora/training_config_resolved.toml"].decode().splitlines()
     resolved = tomllib.loads(finished.files["lora/training_config_resolved.toml"].decode())
     shipped = tomllib.loads(SETTINGS_FILE.read_text(encoding="utf-8"))
     assert {table: set(keys) for table, keys in resolved["train"].items()} == {

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from common.errors import SettingsError
 from common.files import naming_oserror, read_json_lines, write_bytes
 from training.config import LoggingSettings
@@ -13,7 +16,7 @@ from training.data.buckets import OptimizerStep
 from training.loop import Callback
 
 Log = Callable[[dict[str, Any], int], None]
-"""Records the values of an optimizer step."""
+"""Records the values of an optimizer step: numbers, or the files of images."""
 
 
 @contextlib.contextmanager
@@ -53,6 +56,10 @@ class Metrics(Callback):
 
     after_validation = after_step
 
+    def after_samples(self, step: int, images: dict[str, Path]) -> None:
+        for log in self.logs:
+            log(images, step)
+
     def close(self) -> None:
         """Close the file, which writes what a full disk has refused before."""
         with naming_oserror(self._path):
@@ -60,7 +67,7 @@ class Metrics(Callback):
 
 
 def _tensorboard(folder: Path, next_step: int, closing: contextlib.ExitStack) -> Log:
-    """Event files in `folder`, with one scalar for each value."""
+    """Event files in `folder`, with one scalar for each number."""
     from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
     writer = SummaryWriter(folder, purge_step=next_step)
@@ -68,7 +75,10 @@ def _tensorboard(folder: Path, next_step: int, closing: contextlib.ExitStack) ->
 
     def log(values: dict[str, Any], step: int) -> None:
         for name, value in values.items():
-            writer.add_scalar(name, value, step)
+            if isinstance(value, Path):
+                writer.add_image(name, np.asarray(Image.open(value)), step, dataformats="HWC")
+            else:
+                writer.add_scalar(name, value, step)
 
     return log
 
@@ -83,4 +93,9 @@ def _wandb(project: str, name: str, folder: Path, closing: contextlib.ExitStack)
         reason = ": ".join(line.strip() for line in str(error).splitlines()[:3])
         raise SettingsError(f"Weights & Biases: {reason}; check WANDB_API_KEY, or leave it empty to train without") from None
     closing.callback(run.finish)
-    return run.log
+
+    def log(values: dict[str, Any], step: int) -> None:
+        shown = {name: wandb.Image(str(value)) if isinstance(value, Path) else value for name, value in values.items()}
+        run.log(shown, step)
+
+    return log

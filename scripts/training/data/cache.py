@@ -148,9 +148,18 @@ class CacheBuilder:
     """Whether there is memory for all encoders together: captions are then encoded beside the images."""
 
     def build(
-        self, images: Sequence[tuple[Example, Placement]], settings: DataSettings, trigger_word: str, seed: int
-    ) -> list[CachedExample]:
-        """Encode every image and caption that the cache lacks, and free the encoders. Prints which text is cut from captions."""
+        self,
+        images: Sequence[tuple[Example, Placement]],
+        settings: DataSettings,
+        trigger_word: str,
+        seed: int,
+        prompts: Sequence[str] = (),
+    ) -> tuple[list[CachedExample], dict[str, Path]]:
+        """Encode every image, caption and prompt that the cache lacks, and free the encoders. Captions are encoded the same way
+        whatever the prompts are.
+
+        Returns the examples, and the file of each prompt. Prints which text is cut from captions.
+        """
         captions = [example.caption for example, _ in images]
         count, shuffle, workers = settings.caption_variants, settings.caption_shuffle, settings.dataloader_num_workers
         variants = [caption_variants(caption, trigger_word, count, shuffle, seed) for caption in captions]
@@ -160,16 +169,19 @@ class CacheBuilder:
             if cut := text_beyond(chunks, example.caption, tokenizers):
                 print(f"{example.name}: its caption is longer than {CHUNK_TOKENS * chunks} tokens; training does not see: {cut}")
 
+        prompt_chunks = chunks_needed(list(prompts), tokenizers, settings.caption_chunks)
+
         latents, embeddings = self.latents_entries(images), self.embeddings_entries([*variants, [""]], chunks)
+        of_prompts = self.embeddings_entries([[prompt] for prompt in prompts], prompt_chunks)
         new_latents, images_found = self._missing(latents, workers)
-        new_embeddings, captions_found = self._missing(embeddings, workers)
+        new_embeddings, captions_found = self._missing([*embeddings, *of_prompts], workers)
         self.group.barrier()  # all processes know what is missing before one writes
         shares = self.group.shard(new_latents), self.group.shard(new_embeddings)
         with (
             ProgressBar(sum(map(len, shares)), "encode", "images and captions") as bar,
             _tensor_cores(enabled=self.uses_tensor_cores),
         ):
-            encode_texts = partial(self._encode_captions, shares[1], tokenizers, chunks, workers, bar)
+            encode_texts = partial(self._encode_captions, shares[1], tokenizers, workers, bar)
             with in_background(encode_texts, start=self.concurrent) as texts_encoded:
                 self._encode_images(shares[0], workers, bar)
                 self._free_memory()
@@ -178,11 +190,12 @@ class CacheBuilder:
         self.group.barrier()
         print(f"images: {images_found}; captions: {captions_found}, {chunks} x {CHUNK_TOKENS} tokens", flush=True)
 
-        *caption_paths, empty_caption = (path for path, _ in embeddings)
-        return [
+        *caption_paths, empty_caption = (path for path, _, _ in embeddings)
+        examples = [
             CachedExample(example.name, placement, path, caption_path, len(texts), empty_caption)
             for (path, example, placement), caption_path, texts in zip(latents, caption_paths, variants, strict=True)
         ]
+        return examples, {prompt: path for path, (prompt,), _ in of_prompts}
 
     def _missing(self, entries: Sequence[tuple], workers: int) -> tuple[list[tuple], str]:
         """Those of the entries (file, what is encoded into it ...) that have to be encoded, one for each file; and how many those
@@ -208,12 +221,12 @@ class CacheBuilder:
             for example, place in images
         ]
 
-    def embeddings_entries(self, captions: Sequence[list[str]], chunks: int) -> list[tuple[Path, list[str]]]:
-        """The file of each caption, a list of variants, with the caption."""
+    def embeddings_entries(self, captions: Sequence[list[str]], chunks: int) -> list[tuple[Path, list[str], int]]:
+        """The file of each caption, a list of variants, with the caption and its number of chunks."""
         digest = "".join(base_digest(self.base, self.folder, name) for name in ("text_encoder", "text_encoder_2"))
         digest += tokenizers_digest(find_or_download_tokenizers(self.base, self.models_dir))
         rest = str(chunks), str(self.dtype), digest
-        return [(entry(self.folder, "text", json.dumps(texts), *rest), texts) for texts in captions]
+        return [(entry(self.folder, "text", json.dumps(texts), *rest), texts, chunks) for texts in captions]
 
     @property
     def uses_tensor_cores(self) -> bool:
@@ -236,17 +249,17 @@ class CacheBuilder:
             for _ in write_latents(share, posterior, workers):
                 bar.update()
 
-    def _encode_captions(
-        self, share: Sequence[tuple[Path, list[str]]], tokenizers: tuple, chunks: int, workers: int, bar: tqdm
-    ) -> None:
+    def _encode_captions(self, share: Sequence[tuple[Path, list[str], int]], tokenizers: tuple, workers: int, bar: tqdm) -> None:
         """Write this process's share of the missing embeddings."""
         if not share:
             return
         encoders = load_text_encoders(self.base, self.device, torch.float32)
-        encode = partial(encode_captions, tokenizers=tokenizers, encoders=encoders, chunks=chunks)
         with self._blaming_weights("text_encoder", "text_encoder_2"):
-            for _ in write_embeddings(share, encode, self.dtype, workers):
-                bar.update()
+            for chunks in sorted({chunks for _, _, chunks in share}):
+                encode = partial(encode_captions, tokenizers=tokenizers, encoders=encoders, chunks=chunks)
+                missing = [(path, texts) for path, texts, count in share if count == chunks]
+                for _ in write_embeddings(missing, encode, self.dtype, workers):
+                    bar.update()
 
     @contextlib.contextmanager
     def _blaming_weights(self, *names: str) -> Iterator[None]:

@@ -17,6 +17,7 @@ from common.dataset_layout import (
     describe_missing_images,
     find_images,
     name_in,
+    select_images,
     unused_entries,
 )
 from common.errors import DataError, SomeItemsFailed, abbreviated, bullet_list
@@ -70,10 +71,13 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[
     """The examples of the data set, and how many of its images cannot be trained on. Prints what is left out or ignored, and
     what is probably a mistake."""
     dataset = DatasetFolder(project.dataset_dir)
+    selection = select_images(dataset)
+    print(selection.notes(), end="")
     flagged = flagged_images(dataset, settings.resolution) if settings.skip_flagged else {}
+    flagged = {name: flaws for name, flaws in flagged.items() if name not in selection.excluded}
     if flagged:
         print(f"skipping flagged images: {abbreviated([f'{name} ({flaws})' for name, flaws in flagged.items()])}")
-    examples, problems = read_examples(dataset.images, settings.dataloader_num_workers, flagged)
+    examples, problems = read_examples(dataset.images, settings.dataloader_num_workers, {*flagged, *selection.excluded})
     if problems:
         print(bullet_list(f"{dataset.images}: {len(problems)} images cannot be trained on and are left out:", problems), flush=True)
 
@@ -126,7 +130,7 @@ def read_examples(folder: Path, workers: int, skipped: Collection[str] = ()) -> 
     found = find_images(folder)
     images = [image for image in found if name_in(folder, image.path) not in skipped]
     if found and not images:
-        raise DataError(f"{folder}: all {len(found)} images are flagged; replace some, or set SKIP_FLAGGED=0")
+        raise DataError(f"{folder}: all {len(found)} images are flagged or excluded; set SKIP_FLAGGED=0, or shorten exclude.txt")
     if not images:
         remedy = "put them there or run the collect stage, then the caption stage"
         raise DataError(describe_missing_images(folder, remedy))

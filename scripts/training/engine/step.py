@@ -152,18 +152,21 @@ class TrainStep:
         latents = sampled_latents(batch.mean, batch.log_variance, batch.latent_noise, config.latent_scaling)
         noise = offset_noise(batch.noise, batch.offset, config.noise_offset)
         alpha_bar = config.alphas_cumprod[batch.timesteps]
-        prediction = self.predict(noised(latents, noise, alpha_bar), batch)
+        noisy = noised(latents, noise, alpha_bar)
+        prediction = self.predict(noisy, batch.timesteps, batch.hidden, batch.pooled, batch.add_time_ids)
         target = target_of(latents, noise, alpha_bar, config.prediction_type)
         losses = loss_per_sample(prediction, target, config.loss)
         return (losses * weight_per_sample(alpha_bar, config) * batch.weights).sum()
 
-    def predict(self, noisy: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[B, C, h, w] fp32: the UNet's prediction, computed in its own dtype."""
+    def predict(
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor, pooled: torch.Tensor, add_time_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """[B, C, h, w] fp32: the UNet's prediction, computed in its own dtype. The arguments are as in Batch."""
         return self.unet(
             noisy.to(self.precision.dtype).contiguous(memory_format=torch.channels_last),
-            batch.timesteps,
-            encoder_hidden_states=batch.hidden,
-            added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.add_time_ids},
+            timesteps,
+            encoder_hidden_states=hidden,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": add_time_ids},
             return_dict=False,
         )[0].float()
 

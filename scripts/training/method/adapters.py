@@ -2,8 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,6 +150,26 @@ def _with_flat_parameters(layers: dict[str, LoraLinear], settings: LoraSettings,
                 layer.lora_magnitude_vector[ADAPTER].weight.copy_(row_norms(layer.base_layer.weight))
     modules = [_lora_module(name, layer, settings.lora_type) for name, layer in layers.items()]
     return Adapter(settings.alpha / settings.lora_rank, weights, sums, modules, ordered)
+
+
+@contextmanager
+def at_strength(adapter: Adapter, strength: float) -> Iterator[None]:
+    """Within this block the adapter changes the layers `strength` times as much; 0 is the base model. Its weights are restored to
+    the last bit. For DoRA, the magnitudes are interpolated with the norms of the frozen weights."""
+    if strength == 1:
+        yield
+        return
+    with torch.no_grad():
+        trained = adapter.weights.clone()
+        for module in adapter.modules:
+            module.up.mul_(strength)
+            if module.magnitude is not None:
+                module.magnitude.copy_(torch.lerp(row_norms(module.base), module.magnitude, strength))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            adapter.weights.copy_(trained)
 
 
 def _lora_module(name: str, layer: LoraLinear, kind: str) -> LoraModule:

@@ -68,6 +68,15 @@ class ProcessGroup:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def gather_objects(self, value: Value) -> list[Value]:
+        """The `value` of every process by rank, in the main process; [] in the others."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size if self.is_main_process else None
+        with _lost_processes():
+            dist.gather_object(value, values, dst=0)
+        return values or []
+
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite `tensors` with those of the main process."""
         if self.world_size == 1:

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.errors import SettingsError
@@ -52,6 +53,17 @@ def test_tensorboard_has_every_step_once_after_resuming(record, tmp_path):
     assert shown["loss"] == [(step, pytest.approx(1 / (step + 1))) for step in range(4)]
 
 
+def test_sample_images_are_logged(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "000005-01.png")
+    with open_metrics(LoggingSettings(tensorboard=True), "mia", file, tmp_path / "logs", 0) as metrics:
+        metrics.after_samples(7, {"samples/01": tmp_path / "000005-01.png"})
+    read = EventAccumulator(str(tmp_path / "logs" / "mia")).Reload()
+    (shown,) = read.Images("samples/01")
+    assert (shown.step, shown.width, shown.height) == (7, 64, 32)
+    assert file.read_text() == ""
+
+
 def test_weights_and_biases_is_not_imported_without_a_key(record, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
     record([0], wandb_api_key="")
@@ -80,6 +92,11 @@ def test_weights_and_biases_records_the_steps_with_a_key(record, tmp_path, wandb
     key = "0123456789" * 4
     monkeypatch.setenv("WANDB_API_KEY", key)
     assert len(record([0, 1], wandb_api_key=key, wandb_project="faces")) == 2
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "image.png")
+    logging = LoggingSettings(wandb_api_key=key, wandb_project="faces")
+    with open_metrics(logging, "mia", tmp_path / "metrics.jsonl", tmp_path / "logs2", 0) as metrics:
+        metrics.after_samples(1, {"samples/01": tmp_path / "image.png"})
+    assert len(list((tmp_path / "logs2").rglob("media/images/samples/*.png"))) == 1
     wandb.teardown()  # its service may still be writing when the run is finished
     (record,) = (tmp_path / "logs" / "wandb").glob("offline-run-*/run-*.wandb")
     content = record.read_bytes()

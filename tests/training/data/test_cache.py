@@ -128,7 +128,7 @@ def build_cache(stage, folder, examples):
     """Encode all of `examples` into the cache `folder`; return them, and file name -> bytes."""
     settings = replace(TrainSettings().data, resolution=128, bucket_step=8, bucket_max_side=256, dataloader_num_workers=1)
     images = [(example, placement_of(example)) for example in examples]
-    cached = builder(stage, folder).build(images, settings, "sks", seed=0)
+    cached, _ = builder(stage, folder).build(images, settings, "sks", seed=0)
     files = {path.name: path.read_bytes() for path in (stage.output / folder).glob("*/*.safetensors")}
     return cached, files
 
@@ -248,7 +248,7 @@ def test_everything_that_embeddings_depend_on_is_in_their_key(stage, monkeypatch
     for digest in ("encoders", "other encoders"):
         monkeypatch.setattr(cache_module, "base_digest", lambda base, folder, name, digest=digest: digest)
         for chunks, dtype in itertools.product((1, 2), (torch.float32, torch.bfloat16)):
-            keys += [path for path, _ in replace(cache, dtype=dtype).embeddings_entries(captions, chunks)]
+            keys += [path for path, *_ in replace(cache, dtype=dtype).embeddings_entries(captions, chunks)]
     assert len(set(keys)) == len(keys) == 32
 
 

@@ -208,7 +208,7 @@ def test_a_data_set_that_is_all_flagged_or_was_never_audited(stage):
     assert "was made for 64 px; run the caption stage again with RESOLUTION=128" in of_another.stderr
     nothing_left = stage.run(SKIP_FLAGGED=1)
     assert nothing_left.returncode == 3
-    assert "all 1 images are flagged; replace some, or set SKIP_FLAGGED=0" in nothing_left.stderr
+    assert "all 1 images are flagged or excluded; set SKIP_FLAGGED=0, or shorten exclude.txt" in nothing_left.stderr
 
 
 def test_captions_with_other_suffixes_are_read(stage):
@@ -244,3 +244,17 @@ def test_captions_that_cannot_be_used_are_in_the_list(stage, tmp_path):
         "  - pipe.txt is not a file; rename it\n"
         "  - utf16.txt is not UTF-8; save it as UTF-8 (it is UTF-16)"
     )
+
+
+def test_excluded_images_are_not_read(stage):
+    stage.add("astronaut")
+    stage.add("coffee", "5_cups/coffee.png", None)  # without a caption: training would refuse it
+    (stage.dataset / "exclude.txt").write_text("5_cups/coffee.png\ngone.png\n")
+    done = stage.run("--check")
+    assert done.returncode == 0
+    assert "excluded by exclude.txt: 1 images (5_cups/coffee.png)" in done.stdout
+    assert "exclude.txt names images that are not in the data set: gone.png" in done.stdout
+    (stage.dataset / "exclude.txt").write_text("5_cups/coffee.png\nastronaut.png\n")
+    none_left = stage.run()
+    assert none_left.returncode == 3
+    assert "all 2 images are flagged or excluded; set SKIP_FLAGGED=0, or shorten exclude.txt" in none_left.stderr

@@ -64,6 +64,21 @@ def test_a_stopped_pair_is_resumed_by_one_process_with_the_same_losses(images, f
     assert len(together) == 10
 
 
+def test_a_pair_shares_the_sample_images(images, forked_python):
+    """Three prompts: one process has none in the second round. The images of the base model are those of a single process."""
+    once = {"NUM_TRAIN_EPOCHS": 1, "SAMPLES": "true", "SAMPLE_STEPS": 1, "SAMPLE_PROMPTS": "sks\nsks, cup\ncup"}
+    pair = through_run_sh(images, PYTHON=forked_python, **once)
+    assert (pair.communicate()[1], pair.returncode) == ("", 0)
+    together = {path.name: path.read_bytes() for path in (images.output / "samples" / "sks").glob("*.png")}
+    assert len(together) == 6
+    images.output = images.output.with_name("alone")
+    images.trained(**once | {"OUTPUT_DIR": images.output, "LORA_TARGETS": "attention"})
+    alone = {path.name: path.read_bytes() for path in (images.output / "samples" / "sks").glob("*.png")}
+    assert alone.keys() == together.keys()
+    base = [f"000000-{number:02d}.png" for number in (1, 2, 3)]
+    assert [alone[name] for name in base] == [together[name] for name in base]
+
+
 def test_a_killed_process_ends_the_other_and_leaves_a_valid_checkpoint(images):
     pair = through_run_sh(images, NUM_TRAIN_EPOCHS=2000, SAVE_EVERY_EPOCHS=0, SAVE_STATE_EVERY_MINUTES=1e-6)
     images.wait_for_steps(pair, 2)

@@ -1,0 +1,182 @@
+"""Which sample images a run renders, how, and what they cost: decided before the run, from its length and the memory. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from training.callbacks.sample_prompts import SIDE_STEP_PX, SamplePrompt, sample_prompts
+from training.config import SampleSettings, TrainSettings
+from training.memory_budget import MemoryBudget
+from training.models.sdxl import BaseModel
+from training.plan import Plan
+
+MAX_SHARE = 0.2
+"""Of the training time: what sample images may add to it, as long as an "auto" is left to lower."""
+STEPS, LEAST_STEPS = 20, 12
+SIZE_PX, LEAST_SIZE_PX = 1024, 768
+_TRAIN_COST = 2.5
+"""Time of a training sample, in forward passes of the UNet at the same size: forward, backward and update."""
+_CHECKPOINTING_COST = 1.36
+_DECODE_COST = 6
+"""Time in which the VAE decodes an image in fp32, in the same unit."""
+_VAE_BYTES_PER_PIXEL = 8192
+"""Activations of SDXL's decoder in fp32 per pixel."""
+_VAE_WIDTH = 128
+_VAE_WEIGHT_BYTES = 335 * 10**6
+TILE_PX = 512
+"""Side of the tiles in which an image is decoded where memory is short."""
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """The sample images of a run: one row of `prompts` from the base model, one for each save that is due, one at the end."""
+
+    prompts: tuple[SamplePrompt, ...]
+    """With every field filled in."""
+    every_epochs: int
+    """0: only at the end."""
+    tiled: bool
+    """The VAE decodes tiles of TILE_PX."""
+    announcement: str
+    """One line: what is rendered, and what it costs."""
+
+    def is_due(self, before: int, after: int) -> bool:
+        """Whether a row is due when `after` epochs are complete and `before` were; the end of the run has its own."""
+        return self.every_epochs > 0 and before // self.every_epochs < after // self.every_epochs
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Values for the three "auto"."""
+
+    steps: int
+    size: int
+    every: int
+
+
+def plan_samples(
+    settings: TrainSettings, trigger: str, plan: Plan, budget: MemoryBudget, base: BaseModel, recorded: Mapping[str, Any]
+) -> tuple[SamplePlan | None, SampleSettings]:
+    """The sample images of a run, None if there are none, and the settings with every "auto" resolved. Raises SettingsError for
+    prompts that cannot be used.
+
+    `recorded` are the settings of the run that is continued: if it has samples, its choices are kept, so that all rows are alike.
+    """
+    samples = settings.samples
+    captions = [example.caption for example in plan.examples]
+    prompts = sample_prompts(samples, trigger, captions) if samples.samples else []
+    most = min(SIZE_PX, settings.data.resolution) // SIDE_STEP_PX * SIDE_STEP_PX or SIDE_STEP_PX
+    first = _Choice(STEPS, most, settings.saving.save_every_epochs)
+    fixed = {}
+    for name, key in (("steps", "sample_steps"), ("size", "sample_size"), ("every", "sample_every_epochs")):
+        value = getattr(samples, key)
+        value = recorded.get(key, "auto") if value == "auto" and recorded.get("samples") else value
+        if value != "auto":
+            fixed[name] = max(SIDE_STEP_PX, value // SIDE_STEP_PX * SIDE_STEP_PX) if name == "size" else value
+    choice = replace(first, **fixed)
+    if samples.samples:
+        choice = _within_share(choice, set(fixed), prompts, settings, plan)
+        choice, tiled, problem = _within_memory(choice, "size" in fixed, prompts, settings, plan, budget, base)
+    resolved = replace(samples, sample_steps=choice.steps, sample_size=choice.size, sample_every_epochs=choice.every)
+    if not samples.samples:
+        return None, resolved
+    if problem:
+        return SamplePlan((), 0, False, f"sample images: none ({problem})"), resolved
+    filled = tuple(_filled(prompt, number, choice, samples) for number, prompt in enumerate(prompts))
+    return SamplePlan(filled, choice.every, tiled, _announcement(choice, replace(first, **fixed), filled, settings, plan)), resolved
+
+
+def _filled(prompt: SamplePrompt, number: int, choice: _Choice, samples: SampleSettings) -> SamplePrompt:
+    values = {
+        "width": choice.size,
+        "height": choice.size,
+        "steps": choice.steps,
+        "seed": samples.sample_seed + number,
+        "guidance": samples.sample_guidance,
+    }
+    return replace(prompt, **{name: value for name, value in values.items() if getattr(prompt, name) is None})
+
+
+def rows_of(every: int, epochs: int) -> int:
+    """How many rows there are: the base model, those on the way, and the end."""
+    return 2 + ((epochs - 1) // every if every else 0)
+
+
+def share_of(choice: _Choice, prompts: Sequence[SamplePrompt], settings: TrainSettings, plan: Plan) -> float:
+    """The time of the sample images, as a share of the training time."""
+    per_row = 0.0
+    for prompt in prompts:
+        pixels = (prompt.width or choice.size) * (prompt.height or choice.size)
+        per_row += pixels * (2 * (prompt.steps or choice.steps) + _DECODE_COST)
+    pixels = [placement.bucket.width * placement.bucket.height for placement in plan.placements]
+    trained = sum(pixels[index] for step in plan.order for index in step.examples)
+    cost = _TRAIN_COST * (_CHECKPOINTING_COST if settings.model.gradient_checkpointing is True else 1)
+    return rows_of(choice.every, plan.epochs) * per_row / (cost * trained)
+
+
+def _within_share(
+    choice: _Choice, fixed: set[str], prompts: Sequence[SamplePrompt], settings: TrainSettings, plan: Plan
+) -> _Choice:
+    """`choice` with what is not fixed lowered until the images cost at most MAX_SHARE: first steps, then size, then rows."""
+    steps = range(choice.steps - 1, LEAST_STEPS - 1, -1)
+    sizes = range(choice.size - SIDE_STEP_PX, LEAST_SIZE_PX - 1, -SIDE_STEP_PX)
+    on_the_way = rows_of(choice.every, plan.epochs) - 2
+    strides = [choice.every * factor for factor in range(2, on_the_way // 2 + 2)] if on_the_way > 1 else []
+    candidates = {"steps": steps, "size": sizes, "every": strides}
+    for name, values in candidates.items():
+        for value in values if name not in fixed else ():
+            if share_of(choice, prompts, settings, plan) <= MAX_SHARE:
+                return choice
+            choice = replace(choice, **{name: value})
+    return choice
+
+
+def _within_memory(
+    choice: _Choice,
+    is_size_fixed: bool,
+    prompts: Sequence[SamplePrompt],
+    settings: TrainSettings,
+    plan: Plan,
+    budget: MemoryBudget,
+    base: BaseModel,
+) -> tuple[_Choice, bool, str]:
+    """`choice` with a size whose images can be rendered beside what training holds; whether the VAE has to decode in tiles; and
+    why there can be no images, else empty."""
+    held = budget.needed(settings.run.train_batch_size, checkpointing=settings.model.gradient_checkpointing is True)
+    free = (budget.free if budget.thresholds else budget.available) - held
+    largest = max(place.bucket.width * place.bucket.height for place in [*plan.placements, *plan.held_out_placements])
+    vae_width = base.components["vae"].config["block_out_channels"][0] / _VAE_WIDTH
+
+    def needed(size: int, *, tiled: bool) -> int:
+        pixels = max((prompt.width or size) * (prompt.height or size) for prompt in prompts)
+        # With gradient checkpointing, a training step keeps what one block needs, as a forward pass without gradients does.
+        unet = 2 * budget.per_image_checkpointed * pixels // largest
+        decoded = min(pixels, TILE_PX**2) if tiled else pixels
+        return max(unet, int(vae_width * (_VAE_BYTES_PER_PIXEL * decoded + vae_width * _VAE_WEIGHT_BYTES)))
+
+    for size in [choice.size] if is_size_fixed else range(choice.size, min(choice.size, LEAST_SIZE_PX) - 1, -SIDE_STEP_PX):
+        for tiled in (False, True):
+            if needed(size, tiled=tiled) <= free:
+                return replace(choice, size=size), tiled, ""
+    least = needed(min(choice.size, LEAST_SIZE_PX), tiled=True)
+    return choice, True, f"they need {least / 2**30:.1f} GiB besides training, {max(0, free) / 2**30:.1f} GiB are free"
+
+
+def _announcement(choice: _Choice, requested: _Choice, prompts: Sequence[SamplePrompt], settings: TrainSettings, plan: Plan) -> str:
+    """One line with the number of images and their cost, and what was lowered."""
+    rows = rows_of(choice.every, plan.epochs)
+    share = share_of(choice, prompts, settings, plan)
+    lowered = [
+        f"{text} {before} -> {after}"
+        for text, before, after in (
+            ("steps", requested.steps, choice.steps),
+            ("size", requested.size, choice.size),
+            ("epochs between them", requested.every, choice.every),
+        )
+        if before != after
+    ]
+    sizes = sorted({f"{prompt.width}x{prompt.height}" for prompt in prompts})
+    steps = sorted({prompt.steps for prompt in prompts})
+    line = f"sample images: {len(prompts)} prompts x {rows} (base model and {rows - 1} LoRAs), {'/'.join(sizes)}, "
+    line += f"{'/'.join(map(str, steps))} steps: about {max(1, round(100 * share))} % of the training time"
+    return line + (f" ({', '.join(lowered)})" if lowered else "")
