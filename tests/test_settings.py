@@ -204,6 +204,7 @@ def test_alpha_follows_the_rank_unless_it_is_set(tmp_path):
         ("LORA_RNK", "LORA_RANK"), ("TRIGER_WORD", "TRIGGER_WORD"), ("OUTPUT_DRI", "OUTPUT_DIR"), ("lora_rank", "LORA_RANK"),
         ("COMFYUI_ENDPOINTS", "COMFYUI_ENDPOINT"), ("COMFYUI_URL", "COMFYUI_ENDPOINT"), ("COMFYUI_HEADER", "COMFYUI_HEADERS"),
         ("WANDB_APIKEY", "WANDB_API_KEY"), ("NUM_TRAIN_EPOCH", "NUM_TRAIN_EPOCHS"), ("STRCT", "STRICT"), ("LORA_DROPOUT", ""),
+        ("LORANK", "LORA_RANK"), ("NETWORK_DIM", "LORA_RANK"),
         ("CAPTION_LANGUAGE", ""), ("TRAIN_STEPS", ""),
     ],
 )  # fmt: skip
@@ -245,6 +246,16 @@ def test_variables_of_other_programs_are_not_reported(tmp_path, monkeypatch):
 def test_every_variable_is_known_to_every_stage():
     known = known_variables(settings.SETTINGS_FILE, ())
     assert {key.name.upper() for section in SECTIONS.values() for key in all_keys(section)} <= known
+
+
+def test_variables_that_are_no_settings_are_not_reported(tmp_path):
+    variables = {"LORACAT_IN_CONTAINER": "1", "LORACAT": "/app", "LOGNAME": "me"}
+    assert resolve(write(tmp_path, ""), variables, [], Everything).unknown_variables == ()
+
+
+def test_a_settings_file_without_end_is_refused():
+    with pytest.raises(SettingsError, match="not valid TOML"):
+        resolve(Path("/dev/zero"), {}, [], Everything)
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):

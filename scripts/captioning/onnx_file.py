@@ -17,6 +17,8 @@ from common.errors import ModelError
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_DEPTH = 50
 _UINT8 = 2
+_MAX_NAME_BYTES = 255
+"""Of a file or folder, on every file system in use."""
 
 _MESSAGES = {
     "model": {7: "graph", 14: "metadata", 25: "function"},
@@ -168,6 +170,7 @@ def _dimension(content: mmap.mmap, start: int, end: int) -> int | None:
 def _inside_folder(location: str) -> str:
     """A file of external data; ONNX allows only those in or below the folder of the model."""
     path = PurePosixPath(location.replace("\\", "/"))
-    if not location or path.is_absolute() or ".." in path.parts or "\0" in location:
+    is_name = location.isprintable() and all(len(part.encode()) <= _MAX_NAME_BYTES for part in path.parts)
+    if not location or path.is_absolute() or ".." in path.parts or not is_name:
         raise ValueError(f"its weights are in {location[:80]!r}, which is not in its folder")
     return str(path)

@@ -5,7 +5,6 @@ the metadata in the ONNX file, `preprocess.json` (deepghs, animetimm, PixAI), `p
 `config.json` (timm).
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -310,7 +309,7 @@ def _from_metadata(metadata: dict[str, str], channels_first: bool, side_px: int 
     known = {key.lower().removesuffix(".json").replace("-", "_"): value for key, value in metadata.items()}
     for name in DESCRIPTIONS[:2]:
         if name.removesuffix(".json") in known:
-            return _from_json(name, json.loads(known[name.removesuffix(".json")]), side_px, 0)
+            return _from_json(name, parse_json(known[name.removesuffix(".json")].encode()), side_px, 0)
 
     def value_of(*keys: str) -> str:
         return next((known[key].strip().lower() for key in keys if key in known), "")
@@ -346,7 +345,7 @@ def _levels(levels: str, mean: str, std: str, factor: str, channels_first: bool)
         lowest, highest = _RANGES[limits[0], abs(limits[1])]
         scale, offset = scale * (highest - lowest) / 255, offset + lowest
     if factor:
-        scale, offset = scale * float(factor), offset * float(factor)
+        scale, offset = scale * _per_channel(float(factor)), offset * _per_channel(float(factor))
     if mean or std:
         means, stds = (_per_channel(_numbers(text)) if text else None for text in (mean, std))
         means = np.zeros(3) if means is None else means

@@ -154,6 +154,6 @@ def read_tags(path: Path) -> list[Tag]:
 
 def _tag_of(row: dict[str, str]) -> Tag:
     name, category = row["name"] if "name" in row else row["tag"], row["category"].strip().lower()
-    if not name.strip():
-        raise ValueError("a tag without a name")
+    if not name.strip() or min(name) < " ":
+        raise ValueError("a tag without a name, or with a control character")
     return Tag(name, _CATEGORIES[category] if category in _CATEGORIES else int(category))

@@ -281,9 +281,10 @@ def _outside_limits(value: Any, low: Any, high: Any) -> str | None:
         return None
     if isinstance(value, int | float) and (low is None or not value < low) and (high is None or not value > high):
         return None
+    lowest, highest = shown(low, 40), shown(high, 40)
     if low is None or high is None:
-        return f"a number of at least {low}" if high is None else f"a number of at most {high}"
-    return f"between {low} and {high}"
+        return f"a number of at least {lowest}" if high is None else f"a number of at most {highest}"
+    return f"between {lowest} and {highest}"
 
 
 def _not_offered(name: str, value: Any, choices: list) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from collecting.graph import Graph
 from common.files import parse_json
+from common.images import DECODER_ERRORS
 
 EXPORT_HINT = 'export it with "Save (API Format)" ("Export (API)" in newer versions of ComfyUI)'
 MAX_NODES_SHOWN = 8
@@ -32,7 +33,7 @@ def parse_workflow_file(content: bytes) -> Any:
             text = next(_texts(image), None)
     except Image.UnidentifiedImageError:
         return _parse(content)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*DECODER_ERRORS, Image.DecompressionBombError) as error:
         raise ValueError(f"is an image that cannot be read ({error}); {EXPORT_HINT}") from None
     if text is None:
         raise ValueError(f"is an image without a workflow of ComfyUI in it; {EXPORT_HINT}")

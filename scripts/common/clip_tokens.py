@@ -89,8 +89,13 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
         if not _has_merges(folder):
             return dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
         words = dict(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
-        merges = sum(bool(line.strip()) for line in (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:])
-        return words if merges >= len(words) - _UNMERGED_WORDS else {}  # else merges.txt is cut off
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
+        merges = [tuple(line.split(" ")) for line in lines if line.strip()]
+        if len(merges) < len(words) - _UNMERGED_WORDS:  # merges.txt is cut off
+            return {}
+        are_ids = all(type(number) is int and 0 <= number < 1 << 32 for number in words.values())
+        fit = all(first in words and second in words and first + second in words for first, second in merges)
+        return words if are_ids and fit else {}
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 

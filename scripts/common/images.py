@@ -66,7 +66,7 @@ _TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_DECODER_ERRORS = (
+DECODER_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, EOFError, ArithmeticError, AssertionError),
     *(RuntimeError, struct.error, zlib.error, Warning),
 )
@@ -199,7 +199,7 @@ def _as_broken_image() -> Iterator[None]:
         raise BrokenImageError("does not fit into memory") from None
     except ImportError as error:  # LittleCMS and libheif are built into the packages of Pillow and pillow-heif
         raise BrokenImageError(f"needs a library that is missing (install Pillow and pillow-heif with pip): {error}") from None
-    except _DECODER_ERRORS as error:
+    except DECODER_ERRORS as error:
         if str(error) == "unknown pixel mode":
             raise BrokenImageError("is a TIFF image with pixels of a kind that is not read (save it as PNG)") from None
         raise BrokenImageError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
@@ -315,6 +315,6 @@ def _exif_value(image: ImageFile.ImageFile, tag: int, folder: int | None = None)
     try:
         exif = image.getexif()
         value = (exif if folder is None else exif.get_ifd(folder)).get(tag)
-    except _DECODER_ERRORS:
+    except DECODER_ERRORS:
         return None
     return value.strip("\0 ") if isinstance(value, str) else value

@@ -35,6 +35,8 @@ IN_CONTAINER = bool(os.environ.get("LORACAT_IN_CONTAINER"))
 SETTINGS_FILE = REPOSITORY / "config" / "training_config.toml"
 ENV_FILE = REPOSITORY / ".env"
 """Variables for Docker Compose, which passes on only those whose names it knows."""
+_MAX_FILE_BYTES = 1 << 20
+"""Of a settings file; what is longer is not one."""
 TABLES = ("project", "collect", "caption", "train")
 MISSING = dataclasses.MISSING
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -253,7 +255,8 @@ def _flat_values(*sections: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        with file.open("rb") as content:
+            return tomllib.loads(content.read(_MAX_FILE_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:
         raise SettingsError(f"{file}: settings file not found; choose another one with --config") from None
     except (ValueError, RecursionError) as error:

@@ -7,18 +7,24 @@ from pathlib import Path
 
 OTHER_VARIABLES = ("COMFYUI_HEADERS", "COMFYUI_API_KEY", "WANDB_API_KEY", "REVIEW", "STRICT", "PYTHON", "BASE_IMAGE")
 """Variables that are not in the settings file: the secrets, and those of run.sh and Docker Compose."""
-_OWN_PREFIXES = ("CAPTION_", "LORA_", "SAMPLE_", "TRAIN_")
+_OWN_PREFIXES = ("CAPTION_", "LORA", "SAMPLE_", "TRAIN_")
 """Beginnings of names that hardly any other program uses, unlike COMFYUI_."""
+_OWN_NAME = "LORACAT"
+"""Beginning of the names that are not settings."""
 _OTHER_NAMES = {
     "COMFYUI_URL": "COMFYUI_ENDPOINT",
     "COMFYUI_ADDRESS": "COMFYUI_ENDPOINT",
     "COMFYUI_SERVER": "COMFYUI_ENDPOINT",
     "LORA_DIM": "LORA_RANK",
+    "NETWORK_DIM": "LORA_RANK",
+    "NETWORK_ALPHA": "LORA_ALPHA",
+    "NUM_EPOCHS": "NUM_TRAIN_EPOCHS",
     "LORA_NAME": "OUTPUT_NAME",
 }
 """Names that resemble none of LoRACat, but are often used for the same."""
-_SIMILAR = 0.88
-"""Of difflib's ratio: one letter of eight is missing, added, or has changed places with its neighbour."""
+_SIMILAR, _SIMILAR_OWN = 0.88, 0.75
+"""Of difflib's ratio: one letter of eight is missing, added, or has changed places with its neighbour. A name with one of the
+beginnings is wrong anyway, and may differ more."""
 
 
 def known_variables(settings_file: Path, keys: Iterable[str]) -> set[str]:
@@ -37,8 +43,10 @@ def find_unknown_variables(known: set[str], environment: Mapping[str, str], env_
     names = dict.fromkeys(_names_in(env_file), env_file.name)
     names |= {name: "the environment" for name, value in environment.items() if value}
     for name in sorted(names.keys() - known):
-        similar = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else difflib.get_close_matches(name.upper(), targets, 1, _SIMILAR)
-        if similar or name.upper().startswith(prefixes):
+        is_own = name.upper().startswith(prefixes) and not name.upper().startswith(_OWN_NAME)
+        similar = difflib.get_close_matches(name.upper(), targets, 1, _SIMILAR_OWN if is_own else _SIMILAR)
+        similar = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else similar
+        if similar or is_own:
             hint = f"did you mean {similar[0]}?" if similar else "docs/settings.md lists all of them"
             yield f"unknown variable {name} in {names[name]}: it has no effect; {hint}"
 

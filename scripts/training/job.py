@@ -32,6 +32,9 @@ from training.plan import GLOBAL_BATCH, Plan, changes, make_plan, result_fingerp
 from training.system.device import Precision, choose_precision, comfyui_advice, describe
 from training.system.process_group import ProcessGroup
 
+_MAX_TAGS_BYTES = 10_000_000
+"""Of the tags of all captions in the header of a LoRA. safetensors reads headers of up to 100 MB."""
+
 
 @dataclass(frozen=True)
 class TrainingJob:
@@ -178,7 +181,7 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
         "ss_unet_lr": str(settings.optimizer.learning_rate),
         "ss_optimizer": OPTIMIZERS[settings.optimizer.optimizer].label,
         "ss_seed": str(settings.run.train_seed),
-        "ss_tag_frequency": json.dumps({"dataset": dict(tags.most_common())}, ensure_ascii=False),
+        "ss_tag_frequency": json.dumps({"dataset": _most_frequent(tags)}, ensure_ascii=False),
         "ss_training_finished_at": str(now.timestamp()),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
@@ -192,3 +195,14 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
         "loracat_fingerprint": short_hash(job.identity.fingerprint),
         **({"ss_v_parameterization": "True"} if is_v else {}),
     }
+
+
+def _most_frequent(tags: Counter[str]) -> dict[str, int]:
+    """The tags and their counts, the most frequent first, up to _MAX_TAGS_BYTES: safetensors limits the size of a header."""
+    kept, size_bytes = {}, 0
+    for tag, count in tags.most_common():
+        size_bytes += len(json.dumps(tag)) + 10
+        if size_bytes > _MAX_TAGS_BYTES:
+            break
+        kept[tag] = count
+    return kept

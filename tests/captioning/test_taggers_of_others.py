@@ -177,6 +177,8 @@ def test_what_cannot_be_followed_is_refused(folder, file, content, reason):
         ({"Image.BitmapPixelFormat": "Gray8", "Image.NominalPixelRange": "Normalized_0_1"}, "does not say RGB or BGR"),
         ({"Image.BitmapPixelFormat": "Rgb8", "Image.ColorSpaceGamma": "Linear"}, "not sRGB"),
         ({"preprocess": "{"}, "its metadata describes"),
+        ({"preprocess": "[" * 100_000}, "nested too deeply"),
+        ({"channel_order": "bgr", "scale": "nan"}, "'nan' is not one number"),
     ],
 )
 def test_metadata_that_is_not_clear_is_refused(folder, metadata, reason):
@@ -253,7 +255,7 @@ def test_weights_in_several_files_are_named_when_missing_and_part_of_the_cache_k
         assert f"{folder}: has no model.onnx.data; put it there" in ended.stderr
 
 
-@pytest.mark.parametrize("location", ["../model.bin", "/etc/passwd", "a/../../b", ""])
+@pytest.mark.parametrize("location", ["../model.bin", "/etc/passwd", "a/../../b", "", "n" * 300, "a\nb"])
 def test_weights_outside_the_folder_are_refused(folder, location):
     move_weights(folder, "model.onnx.data")
     model = onnx.load(folder / "model.onnx", load_external_data=False)

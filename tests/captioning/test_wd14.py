@@ -211,7 +211,9 @@ def test_values_that_are_not_probabilities_are_refused(tmp_path, photographs):
         tagger_of(folder).probabilities([preprocess(photographs["coffee"], 448)])
 
 
-@pytest.mark.parametrize("text", ["", "tag_id,name,category,count\n", "a,b\n1,2\n", "name,category\nsmile,many\n", "<html>\n"])
+@pytest.mark.parametrize(
+    "text", ["", "tag_id,name,category,count\n", "a,b\n1,2\n", "name,category\nsmile,many\n", "<html>\n", "name,category\na\0b,0\n"]
+)
 def test_file_that_is_not_a_list_of_tags_is_refused(tmp_path, text):
     (tmp_path / "selected_tags.csv").write_text(text)
     with pytest.raises(ModelError, match=r"selected_tags.csv: .*delete it and run again"):

@@ -1,5 +1,6 @@
 """The workflow file as users have it: API format, an image made by ComfyUI, a request, or something else."""
 
+import contextlib
 import io
 import json
 import struct
@@ -157,3 +158,23 @@ def test_whatever_the_files_contain_there_is_a_workflow_or_a_problem(content, co
     problems: list[str] = []
     parsed = parse_workflow(content, config, problems)
     assert (parsed is None) == bool(problems)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "AVIF"])
+@given(st.data())
+def test_a_damaged_image_is_a_workflow_or_refused(image_format, data):
+    image, file = Image.new("RGB", (8, 8)), io.BytesIO()
+    image.getexif()[271] = f"prompt:{json.dumps(GRAPH)}"
+    image.save(file, image_format, exif=image.getexif())
+    content = bytearray(file.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ValueError):
+        parse_workflow_file(bytes(content))
+
+
+def test_an_avif_without_its_image_is_refused():
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "AVIF")
+    with pytest.raises(ValueError, match="is an image that cannot be read"):
+        parse_workflow_file(file.getvalue().replace(b"av01", b"xxxx"))

@@ -85,3 +85,20 @@ def test_a_tokenizer_with_a_missing_or_truncated_file_has_no_vocabulary(tiny_sdx
     assert read_vocabulary(folder) == {}
     (folder / file).unlink()
     assert read_vocabulary(folder) == {}
+
+
+@pytest.mark.parametrize("merges", ["a", "a b c", "a unknown", "\xa0 a"])
+def test_a_vocabulary_without_its_merges_is_damaged(tokenizer, tmp_path, merges):
+    shutil.copytree(tokenizer, tmp_path / "base" / "tokenizer")
+    with (tmp_path / "base" / "tokenizer" / "merges.txt").open("a", encoding="utf-8") as file:
+        file.write(f"{merges}\n")
+    assert read_vocabulary(tmp_path / "base" / "tokenizer") == {}
+    assert find_clip_tokens(tmp_path, "base") is None
+
+
+@pytest.mark.parametrize("number", ["text", 1.5, -1, 1 << 40, None])
+def test_a_vocabulary_with_something_else_than_ids_is_damaged(tokenizer, tmp_path, number):
+    shutil.copytree(tokenizer, tmp_path / "base" / "tokenizer")
+    vocabulary = tmp_path / "base" / "tokenizer" / "vocab.json"
+    vocabulary.write_text(json.dumps(json.loads(vocabulary.read_text()) | {"a": number}))
+    assert find_clip_tokens(tmp_path, "base") is None

@@ -2,6 +2,7 @@
 
 import json
 
+import training.job as job_module
 from common.project import ProjectSettings
 from common.settings import VERSION
 from training.config import DataSettings, LoraSettings, ModelSettings, RunSettings, TrainSettings
@@ -56,6 +57,12 @@ def test_header_has_the_entries_that_programs_read(stage):
     assert json.loads(about["ss_tag_frequency"]) == {"dataset": {"sks": 3, "smile": 2, "tree": 1, "año": 1}}
     assert "ss_v_parameterization" not in about
     assert lora_metadata(job, epochs=2)["ss_steps"] == "3"
+
+
+def test_rare_tags_are_left_out_of_a_header_that_would_be_too_large(stage, monkeypatch):
+    monkeypatch.setattr(job_module, "_MAX_TAGS_BYTES", 35)
+    about = lora_metadata(job_of(stage), epochs=1)
+    assert json.loads(about["ss_tag_frequency"]) == {"dataset": {"sks": 3, "smile": 2}}
 
 
 def test_v_prediction_is_in_the_header(stage):

@@ -23,6 +23,10 @@ _SDXL_UNET = {
 _OTHER_CONTEXTS = {768: "an SD 1.5 model", 1024: "an SD 2.x model", 1280: "the SDXL refiner"}
 """By cross_attention_dim; SDXL's is 2048."""
 
+_MAX_TIMESTEPS = 100_000
+_MAX_NUMBER = 1e9
+"""NaN, infinity and integers that are not a float are not below it."""
+
 
 def read_folder(folder: Path) -> BaseModel:
     """The base model in `folder`. Raises ModelError with everything that is wrong with it."""
@@ -41,7 +45,7 @@ def read_folder(folder: Path) -> BaseModel:
     for name in WEIGHT_STEMS:
         files = _weights_files(folder / name, problems)
         components[name] = Component(name, configs[name], files, in_single_file=False)
-        problems += components[name].problems() if files else []
+        problems += [*components[name].problems(), *_impossible_sizes(components[name])] if files else []
     for name in TOKENIZERS:
         if not read_vocabulary(folder / name):
             problems.append(f"{name}/: a tokenizer's files are missing or damaged")
@@ -57,9 +61,15 @@ def _read_json(file: Path, problems: list[str]) -> dict[str, Any]:
     """The JSON object in `file`; if there is none, an empty one, and a problem is added."""
     label = "/".join(file.parts[-2:]) if file.name != "model_index.json" else file.name
     try:
+        if file.exists() and not file.is_file():  # reading a pipe may never end
+            problems.append(f"{label} is not a file")
+            return {}
         content = parse_json(file.read_bytes())
     except FileNotFoundError:
         problems.append(f"{label} is missing")
+        return {}
+    except OSError as error:
+        problems.append(f"{label} cannot be read: {error.strerror}")
         return {}
     except ValueError:
         content = None
@@ -113,11 +123,29 @@ def _invalid_numbers(schedule: Schedule, vae: dict[str, Any]) -> Iterator[str]:
     """Problems with the numbers that training computes with."""
     if not (_is_number(vae.get("scaling_factor")) and vae["scaling_factor"] > 0):
         yield "vae/config.json: scaling_factor must be a number above 0; SDXL's is 0.13025"
-    if type(schedule.timesteps) is not int or schedule.timesteps < 1:
-        yield "scheduler/scheduler_config.json: num_train_timesteps must be a whole number above 0; SDXL's is 1000"
+    if type(schedule.timesteps) is not int or not 1 <= schedule.timesteps <= _MAX_TIMESTEPS:
+        allowed = f"must be a whole number from 1 to {_MAX_TIMESTEPS:,}"
+        yield f"scheduler/scheduler_config.json: num_train_timesteps {allowed}; SDXL's is 1000"
     for name, beta in (("beta_start", schedule.beta_start), ("beta_end", schedule.beta_end)):
         if not (_is_number(beta) and 0 < beta < 1):
             yield f"scheduler/scheduler_config.json: {name} must be a number between 0 and 1"
+
+
+def _impossible_sizes(component: Component) -> Iterator[str]:
+    """Numbers of layers and positions that do not fit the files: building such a network could take hours, or all memory."""
+    limits = {key: len(component.tensors) for key in component.config if "layers" in key}
+    positions = component.required_tensor("text_model.embeddings.position_embedding.weight", "")
+    if positions is not None and positions.shape:
+        limits["max_position_embeddings"] = positions.shape[0]
+    for key, limit in limits.items():
+        waiting = [component.config.get(key)]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, list):
+                waiting += value
+            elif isinstance(value, int) and not 1 <= value <= limit:
+                yield f"{component.name}/config.json: {key} does not fit the weights"
+                break
 
 
 def _inconsistent_widths(configs: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -128,7 +156,7 @@ def _inconsistent_widths(configs: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MAX_NUMBER
 
 
 def _weights_files(folder: Path, problems: list[str]) -> tuple[WeightsFile, ...]:
@@ -141,6 +169,8 @@ def _weights_files(folder: Path, problems: list[str]) -> tuple[WeightsFile, ...]
             problems.append(f"{folder.name}/{path.name} is missing")
         except ModelError as error:
             problems.append(str(error))
+        except OSError as error:
+            problems.append(f"{folder.name}/{path.name[:80]} cannot be read: {error.strerror}")
     return tuple(files)
 
 
@@ -163,7 +193,12 @@ def _weight_paths(folder: Path, problems: list[str]) -> list[Path]:
     if first.suffix == ".safetensors":
         return [first]
     weight_map = _read_json(first, problems).get("weight_map")
-    shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else set()
+    shards = {shard for shard in weight_map.values() if _is_name(shard)} if isinstance(weight_map, dict) else set()
     if not shards:
         problems.append(f"{folder.name}/{first.name} lists no files")
     return [folder / Path(shard).name for shard in sorted(shards)]
+
+
+def _is_name(value: Any) -> bool:
+    """Whether it can be the name of a file."""
+    return isinstance(value, str) and Path(value).name not in ("", "..") and value.isprintable()

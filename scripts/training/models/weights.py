@@ -81,8 +81,16 @@ def load_text_encoders(
 def load_tokenizers(base: BaseModel, models_dir: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
     """The tokenizers of the two text encoders; see `find_or_download_tokenizers` for those of a single file."""
     folder = find_or_download_tokenizers(base, models_dir)
-    first, second = (CLIPTokenizer.from_pretrained(folder / name, local_files_only=True) for name in TOKENIZERS)
+    first, second = (_load_tokenizer(folder / name) for name in TOKENIZERS)
     return first, second
+
+
+def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (*_CONFIG_ERRORS, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{folder}: this tokenizer is damaged ({type(error).__name__}: {reason}): download it again") from None
 
 
 def require_matching_weights(base: BaseModel) -> None:

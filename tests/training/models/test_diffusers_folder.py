@@ -1,6 +1,8 @@
 """Base models in diffusers' layout: which files are read, and which folders are refused."""
 
 import json
+import math
+import os
 import shutil
 from pathlib import Path
 
@@ -114,6 +116,15 @@ def test_folder_with_a_single_file_in_it(tmp_path):
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "num_train_timesteps must be a whole number"),
         ("scheduler/scheduler_config.json", {"beta_start": "x"}, "beta_start must be a number between 0 and 1"),
         ("scheduler/scheduler_config.json", {"beta_end": -1.0}, "beta_end must be a number between 0 and 1"),
+        ("vae/config.json", {"scaling_factor": math.inf}, "scaling_factor must be a number"),
+        ("vae/config.json", {"scaling_factor": 10**400}, "scaling_factor must be a number"),
+        ("vae/config.json", {"layers_per_block": 10**8}, "vae/config.json: layers_per_block does not fit the weights"),
+        ("unet/config.json", {"layers_per_block": [2, 2, 10**8]}, "unet/config.json: layers_per_block does not fit the weights"),
+        ("unet/config.json", {"reverse_transformer_layers_per_block": [[10**8]]}, "per_block does not fit the weights"),
+        ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers does not fit the weights"),
+        ("text_encoder_2/config.json", {"num_hidden_layers": -1}, "num_hidden_layers does not fit the weights"),
+        ("text_encoder/config.json", {"max_position_embeddings": 10**10}, "max_position_embeddings does not fit the weights"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "num_train_timesteps must be a whole number"),
         (
             "text_encoder/config.json",
             {"hidden_size": "32"},
@@ -131,6 +142,27 @@ def test_an_index_that_is_a_list_lists_no_files(folder):
     (folder / "unet" / f"{stem}.safetensors").unlink()
     (folder / "unet" / f"{stem}.safetensors.index.json").write_text('{"weight_map": [1]}')
     assert f"unet/{stem}.safetensors.index.json lists no files" in refusal(folder, folder.parent)
+
+
+@pytest.mark.parametrize("name", ["x\0y.safetensors", "", "..", "n" * 300])
+def test_an_index_with_impossible_names(folder, name):
+    stem = WEIGHT_STEMS["unet"]
+    (folder / "unet" / f"{stem}.safetensors").unlink()
+    (folder / "unet" / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": {"conv_in.weight": name}}))
+    assert "  - unet/" in refusal(folder, folder.parent)
+
+
+def test_what_is_not_a_file_is_not_read(folder):
+    config, weights = folder / "unet" / "config.json", folder / "vae" / f"{WEIGHT_STEMS['vae']}.safetensors"
+    for path in (config, weights, folder / "vae" / "config.json"):
+        path.unlink()
+    os.mkfifo(config)
+    weights.symlink_to(weights)
+    (folder / "vae" / "config.json").mkdir()
+    message = refusal(folder, folder.parent)
+    assert "unet/config.json is not a file" in message
+    assert "vae/config.json is not a file" in message
+    assert f"vae/{weights.name} cannot be read: Too many levels of symbolic links" in message
 
 
 def test_a_tokenizer_with_a_truncated_merges_file_is_damaged(folder):

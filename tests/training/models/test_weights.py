@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from common.errors import ModelError
 from training.models.base_model import find_base
 from training.models.sdxl import WEIGHT_STEMS
-from training.models.weights import load_text_encoders, load_unet, load_vae, require_matching_weights
+from training.models.weights import load_text_encoders, load_tokenizers, load_unet, load_vae, require_matching_weights
 
 UNET = "model.diffusion_model."
 
@@ -153,3 +153,10 @@ def test_an_invalid_configuration_is_named_before_any_weight_is_read(folder, par
     change_json(folder / part / "config.json", **changes)
     with pytest.raises(ModelError, match=part):
         require_matching_weights(find_base(str(folder), folder.parent))
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"bos_token": 7}'])
+def test_a_tokenizer_that_transformers_refuses_is_named(folder, content):
+    (folder / "tokenizer_2" / "special_tokens_map.json").write_text(content)
+    with pytest.raises(ModelError, match=r"tokenizer_2: this tokenizer is damaged \(.*download it again"):
+        load_tokenizers(find_base(str(folder), folder.parent), folder.parent)
