@@ -182,7 +182,7 @@ class ServerWorker:
         if not self._plan.surplus_loaders:
             return graph
         if self._classes is None:
-            self._classes = NodeClasses(self._server.object_info())
+            self._classes = NodeClasses(self._server.object_info(), self._server.node_replacements())
         return leave_out_surplus(self._classes, self._plan, graph)
 
     def _check_prompts(self) -> None:
@@ -357,7 +357,7 @@ class ServerWorker:
             flight, entry = finished
             try:
                 result = self._harvester.harvest(flight, entry)
-                if result.new:
+                if result.new or not result.failures:
                     self._failing_since_s.pop("/view", None)
                 if self._remake(flight, result):
                     continue

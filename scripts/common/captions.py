@@ -41,8 +41,8 @@ def read_caption(caption: Path, dataset: Path) -> str:
         text = content.decode("utf-8").replace("\ufeff", "")
     except UnicodeDecodeError:
         text = None
-    if text is None or "\0" in text:
-        wide = _utf16_or_utf32(content)
+    wide = _utf16_or_utf32(content)
+    if text is None or wide:
         raise UnusableCaptionError(f"is not UTF-8; save it as UTF-8{f' (it is {wide})' if wide else ''}")
     if _BINARY.search(text) or text.startswith("{\\rtf"):
         raise UnusableCaptionError("is not plain text; save it as plain text in UTF-8")
@@ -79,10 +79,10 @@ def read_caption_bytes(caption: Path, dataset: Path) -> bytes:
 
 
 def _utf16_or_utf32(content: bytes) -> str:
-    """The name of the encoding if `content` begins with its byte order mark, or has the zero bytes of Latin text in it."""
+    """The name of the encoding if `content` begins with its byte order mark, or a sixth of its bytes are zero as in Latin text."""
     marks = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
     marked = next((name for mark, name in marks.items() if content.startswith(mark)), "")
-    if marked or b"\0" not in content:
+    if marked or 6 * content.count(0) < len(content) or not content:
         return marked
     return "UTF-32" if b"\0\0" in content else "UTF-16"
 

@@ -34,11 +34,13 @@ FIRST_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _OTHER_SUFFIXES = {
     "a GIF": ".gif",
     "a JPEG XL image": ".jxl",
-    "a JPEG 2000 image": ".jp2 .j2k .jpx .jpf .jxr",
-    "an SVG drawing": ".svg .svgz .eps .ai .pdf",
-    "a Photoshop document": ".psd .psb .xcf .kra .clip .procreate .afphoto",
+    "a JPEG 2000 image": ".jp2 .j2k .jpx .jpf",
+    "an SVG drawing": ".svg .svgz",
+    "a vector drawing or document": ".eps .ai .pdf",
+    "a Photoshop document": ".psd .psb",
+    "a document of an image editor": ".xcf .kra .clip .procreate .afphoto",
     "a camera's raw file": ".dng .raw .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .raf .orf .rw2 .pef .srw .x3f .3fr .iiq .erf .mrw",
-    "an image of another format": ".exr .hdr .tga .ico .icns .pcx .ppm .pgm .pbm .pnm .qoi .dds",
+    "an image of another format": ".exr .hdr .tga .ico .icns .pcx .ppm .pgm .pbm .pnm .qoi .dds .jxr",
     "a video": ".mp4 .m4v .mov .webm .mkv .avi .wmv .mpg .mpeg .3gp .mts",
 }
 UNREAD_SUFFIXES = {suffix: what for what, suffixes in _OTHER_SUFFIXES.items() for suffix in suffixes.split()}
@@ -60,11 +62,11 @@ _CONTAINER_BRANDS = (b"mif1", b"msf1", b"mif2", b"miaf")
 """Of ISO 23008-12: the brands after them tell which codec it is."""
 _OTHER_MAGIC_BYTES = {
     b"GIF8": "a GIF",
-    b"8BPS": "a Photoshop document",
+    b"8BPS": "a document of an image editor",
     b"\xff\x0a": "a JPEG XL image",
     b"\0\0\0\x0cJXL ": "a JPEG XL image",
     b"\0\0\0\x0cjP  ": "a JPEG 2000 image",
-    b"<svg": "an SVG drawing",
+    b"<svg": "a vector drawing or document",
     b"<?xml": "an SVG drawing or another XML file",
     b"%PDF": "a PDF document",
     b"\x1aE\xdf\xa3": "a video",

@@ -293,9 +293,8 @@ def _color_profile(image: ImageFile.ImageFile, image_format: str, content: bytes
     """
     info, is_grey = image.info, image.mode[0] in "1LIF" and image.mode != "LAB"
     chunks = {chunk.name: chunk for chunk in png_chunks(content)} if image_format == "png" else {}
-    if b"cICP" in chunks:
-        primaries, transfer, *_ = chunks[b"cICP"].data(content)
-        return profile_of_code_points(primaries, transfer, is_grey)
+    if b"cICP" in chunks and len(code_points := chunks[b"cICP"].data(content)) >= 2:
+        return profile_of_code_points(code_points[0], code_points[1], is_grey)
     if icc := info.get("icc_profile"):
         return icc
     if image_format == "png" and "srgb" not in info and ("gamma" in info or "chromaticity" in info):
@@ -303,7 +302,7 @@ def _color_profile(image: ImageFile.ImageFile, image_format: str, content: bytes
     if image_format == "heic" and "nclx_profile" in info:
         nclx = info["nclx_profile"]
         return profile_of_code_points(nclx["color_primaries"], nclx["transfer_characteristics"], is_grey)
-    if image_format == "avif" and (start := content.find(b"colrnclx")) >= 0:
+    if image_format == "avif" and 0 <= (start := content.find(b"colrnclx")) <= len(content) - 12:
         return profile_of_code_points(*struct.unpack_from(">HH", content, start + 8), is_grey)
     if image_format == "jpeg" and _exif_value(image, _INTEROPERABILITY_INDEX, ExifTags.IFD.Interop) == "R03":
         return adobe_rgb_profile()

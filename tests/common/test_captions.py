@@ -225,3 +225,10 @@ def test_the_tags_of_the_taggers_that_captioned_the_data_set_are_known(tmp_path)
         (tmp_path / name / "selected_tags.csv").write_bytes(content)
     assert tagger_vocabulary(tmp_path) == {"smile"}
     assert tagger_vocabulary(tmp_path / "absent") == set()
+
+
+def test_a_stray_zero_byte_is_not_taken_for_another_encoding(tmp_path):
+    caption = tmp_path / "a.txt"
+    caption.write_bytes(b"sks, a woman with a red hat\0 on a bench")
+    with pytest.raises(UnusableCaptionError, match="is not plain text"):
+        read_caption(caption, tmp_path)

@@ -243,3 +243,14 @@ def test_cameras_mark_adobe_rgb_in_exif_alone():
     assert distance(decode(encoded(image, "JPEG", quality=100, exif=exif)), shown(image, WIDE["Adobe RGB"])) <= 4
     exif.get_ifd(0x8769)[0xA005] = {1: "R98"}
     assert decode(encoded(image, "JPEG", quality=100, exif=exif)).revision == ""
+
+
+def test_a_cicp_chunk_that_is_too_short_is_ignored(tmp_path):
+    path = tmp_path / "a.png"
+    pixels = np.full((8, 8, 3), (200, 100, 50), np.uint8)
+    Image.fromarray(pixels).save(path)
+    content = path.read_bytes()
+    kind = b"cICP" + b"\1"
+    chunk = len(kind[4:]).to_bytes(4, "big") + kind + zlib.crc32(kind).to_bytes(4, "big")
+    path.write_bytes(content[:33] + chunk + content[33:])
+    assert np.array_equal(np.asarray(decode(path.read_bytes()).rgb), pixels)
