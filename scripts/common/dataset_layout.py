@@ -62,11 +62,11 @@ _CONTAINER_BRANDS = (b"mif1", b"msf1", b"mif2", b"miaf")
 """Of ISO 23008-12: the brands after them tell which codec it is."""
 _OTHER_MAGIC_BYTES = {
     b"GIF8": "a GIF",
-    b"8BPS": "a document of an image editor",
+    b"8BPS": "a Photoshop document",
     b"\xff\x0a": "a JPEG XL image",
     b"\0\0\0\x0cJXL ": "a JPEG XL image",
     b"\0\0\0\x0cjP  ": "a JPEG 2000 image",
-    b"<svg": "a vector drawing or document",
+    b"<svg": "an SVG drawing",
     b"<?xml": "an SVG drawing or another XML file",
     b"%PDF": "a PDF document",
     b"\x1aE\xdf\xa3": "a video",
