@@ -144,7 +144,7 @@ def test_cookies_do_not_pile_up(talker):
 
     def talk(send: Callable[[bytes], None], _key: str) -> None:
         asked.append(1)
-        send(HEADERS + cookies.replace(b"c", b"c%d_" % len(asked)) + b"Content-Length: 2\r\n\r\n{}")
+        send(HEADERS + cookies.replace(b"c", b"c%d_" % len(asked)) + b"Connection: close\r\nContent-Length: 2\r\n\r\n{}")
 
     talker.talk = talk
     with ComfyUI(talker.address, "client", retry_delays_s=()) as client:
