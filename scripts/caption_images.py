@@ -125,7 +125,8 @@ def caption(
     print(report.new_formats(images, folder) + report.audit_table(audit, folder.audit), flush=True)
     to_generate, to_copy, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)
     with likeness_in_background(folder, indexed, references, project.face_model) as measure_likeness:
-        write_captions(to_generate, to_copy, to_keep, indexed, settings, project, folder, captions, counts)
+        keep_captions(to_copy, to_keep, captions, counts)
+        generate_captions(to_generate, indexed, settings, project, folder, captions, counts)
         flag_other_persons(measure_likeness(), audit, indexed, folder)
     if warning := ordinary_trigger(
         project.trigger_word,
@@ -139,24 +140,13 @@ def caption(
     counts.report(project.trigger_word)
 
 
-def write_captions(
-    to_generate: list[ImageFile],
-    to_copy: list[ImageFile],
-    to_keep: list[ImageFile],
-    indexed: dict[Path, IndexedImage],
-    settings: CaptionSettings,
-    project: ProjectSettings,
-    folder: DatasetFolder,
-    captions: CaptionFiles,
-    counts: CaptionCounts,
-) -> None:
-    """Write the captions of the three kinds of images that `classify_captions` returns."""
+def keep_captions(to_copy: list[ImageFile], to_keep: list[ImageFile], captions: CaptionFiles, counts: CaptionCounts) -> None:
+    """Copy the user's captions that have another suffix, and add the trigger word to those that are kept."""
     for image in to_copy:
         if apply_change(counts, captions.copy, image.captions[-1], image.caption_path):
             counts.copied.append(image.captions[-1].name)
     for image in to_keep:
         counts.trigger_added += apply_change(counts, captions.ensure_trigger, image.caption_path)
-    generate_captions(to_generate, indexed, settings, project, folder, captions, counts)
 
 
 def flag_other_persons(

@@ -2,10 +2,10 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from common.dataset_layout import DatasetFolder
 from common.errors import run_main
+from common.output_layout import OutputLayout
 from common.project import ProjectSettings
 from common.settings import read_request
 from reporting.dataset import read_dataset
@@ -25,7 +25,7 @@ class Tables:
 def main(argv: list[str]) -> None:
     request = read_request(STAGE, __doc__, argv, Tables)
     project = request.settings.project
-    page = Path(project.output_dir) / "report.html"
+    page = OutputLayout(project.output_dir, "").report
     dataset = read_dataset(DatasetFolder(project.dataset_dir), project.trigger_word)
     run = read_run(project.output_dir)
     if request.check:

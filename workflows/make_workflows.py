@@ -8,6 +8,7 @@ settings below and run it again; or edit the workflow files themselves, in Comfy
 
 import json
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,7 @@ def qwen_2509_and_z_image(shots: list[dict[str, str]]) -> Workflow:
         **_sizes(),
     }
     flow |= _previews("15", *(node for node, _, _ in SIZES.values()))
-    for number, shot in enumerate(shots, 1):
-        title, at = f"Shot {number:02}, {shot['name']}", 100 * number
-        n = {offset: str(at + offset) for offset in range(100)}
+    for number, shot, title, n in _numbered(shots):
         flow[n[10]] = _qwen_prompt(f"{title}: what Qwen makes of the face reference", shot)
         flow[n[11]] = _preview(f"{title}: Qwen prompt, encoded before any sampling", n[10])
         flow[n[12]] = _qwen_sampler(f"{title}: Qwen sampler", 250900000 + number, "12", n[10], "15", shot)
@@ -128,9 +127,7 @@ def qwen_2511(shots: list[dict[str, str]]) -> Workflow:
         **_sizes(),
     }
     flow |= _previews("18", *(node for node, _, _ in SIZES.values()))
-    for number, shot in enumerate(shots, 1):
-        title, at = f"Shot {number:02}, {shot['name']}", 100 * number
-        n = {offset: str(at + offset) for offset in range(100)}
+    for number, shot, title, n in _numbered(shots):
         flow[n[10]] = _qwen_prompt(f"{title}: what Qwen makes of the face reference", shot)
         flow[n[11]] = _reference_method(f"{title}: reference latents", n[10])
         flow[n[12]] = _preview(f"{title}: prompt, encoded before any sampling", n[11])
@@ -138,6 +135,12 @@ def qwen_2511(shots: list[dict[str, str]]) -> Workflow:
         flow[n[14]] = _node("VAEDecode", f"{title}: image", samples=[n[13], 0], vae=["14", 0])
         flow[n[15]] = _save(f"{title}: save", n[14], "Qwen_2511_Char/FINAL")
     return flow
+
+
+def _numbered(shots: list[dict[str, str]]) -> Iterator[tuple[int, dict[str, str], str, dict[int, str]]]:
+    """The number of each shot, the shot, the beginning of its nodes' titles, and the id of its node with each offset."""
+    for number, shot in enumerate(shots, 1):
+        yield number, shot, f"Shot {number:02}, {shot['name']}", {offset: str(100 * number + offset) for offset in range(100)}
 
 
 def _face() -> Workflow:

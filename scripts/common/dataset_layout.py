@@ -97,6 +97,8 @@ class DatasetFolder:
         self.tag_cache = self.records / "tags"
         self.faces = self.records / "faces.jsonl"
         self.likeness = self.records / "likeness.json"
+        # For the report page: small copies of the images.
+        self.thumbnails = self.records / "thumbnails"
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files that killed runs left anywhere in the data set, except those of the last minute."""

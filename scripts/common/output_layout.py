@@ -57,10 +57,18 @@ class OutputLayout:
         """Sample images of the saved LoRAs."""
         self.samples_record = self.samples / "samples.json"
         """What they show."""
+        self.report = output_dir / "report.html"
+        """The page of the whole project."""
 
     def lora_after(self, epoch: int) -> Path:
         """The LoRA as it was after `epoch` epochs."""
         return self.lora_dir / f"{self.name}-{epoch:06d}.safetensors"
+
+    def saved_loras(self) -> list[Path]:
+        """The files of `lora_after` that exist, the earliest first."""
+        saved = re.compile(re.escape(self.name) + r"-\d{6}\.safetensors")
+        present = sorted(self.lora_dir.iterdir()) if self.lora_dir.is_dir() else []
+        return [path for path in present if saved.fullmatch(path.name)]
 
     def is_finished(self, fingerprint: str) -> bool:
         """Whether there is a LoRA of exactly the run with this fingerprint. One that is corrupt or from another program is not."""
@@ -100,9 +108,8 @@ class OutputLayout:
             if finished:
                 self._move_to_archive(finished, copied=[path for path in own if path.exists()])
             return
-        saved = re.compile(re.escape(self.name) + r"-\d{6}\.safetensors")
         present = sorted(self.lora_dir.iterdir()) if self.lora_dir.is_dir() else []
-        loras = [path for path in present if path in (self.lora, self.best) or saved.fullmatch(path.name)]
+        loras = sorted(path for path in (self.best, self.lora, *self.saved_loras()) if path.exists())
         loras = [path for path in loras if self._owner_of_lora(path) == self.name]
         described = re.compile(
             "|".join(f"{re.escape(path.name)}(-\\d+)?" for path in own.values())

@@ -49,7 +49,7 @@ def read_dataset(folder: DatasetFolder, trigger: str) -> Dataset:
     flaws = _object(_read_json(folder.audit), "flagged")
     traits = _read_json(folder.traits)
     shares = {**_object(traits, "pruned"), **_object(traits, "kept")}
-    with Thumbnails(folder.records / "thumbnails") as thumbnails:
+    with Thumbnails(folder.thumbnails) as thumbnails:
         images = tuple(_image(file, folder, flaws, thumbnails) for file in files)
     counts = Counter(tag for image in images for tag in dict.fromkeys(map(str.strip, image.caption.split(","))) if tag)
     counts = Counter({tag: count for tag, count in counts.items() if tag.casefold() != trigger.casefold()})

@@ -87,9 +87,8 @@ def read_run(output_dir: Path) -> Run | None:
     if not name or Path(name).name != name:
         return None
     outputs = OutputLayout(output_dir, name)
-    files = [outputs.lora, outputs.best, *sorted(outputs.lora_dir.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9][0-9].safetensors"))]
     loras, metadata = [], {}
-    for path in files:
+    for path in (outputs.lora, outputs.best, *outputs.saved_loras()):
         with contextlib.suppress(ModelError, OSError):
             header = read_header(path).metadata
             metadata = metadata or {str(key): str(value) for key, value in header.items()}
@@ -99,7 +98,7 @@ def read_run(output_dir: Path) -> Run | None:
     metrics = []
     with contextlib.suppress(OSError):
         metrics = [line for line in read_json_lines(outputs.metrics) if isinstance(line.get("step"), int)]
-    prompts, rows, recommended = _read_samples(output_dir, name)
+    prompts, rows, recommended = _read_samples(outputs)
     is_finished = outputs.lora.is_file()
     return Run(name, is_finished, tuple(loras), tuple(metrics), settings, metadata, prompts, rows, recommended)
 
@@ -136,11 +135,11 @@ def _shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _read_samples(output_dir: Path, name: str) -> tuple[tuple[str, ...], tuple[SampleRow, ...], dict[str, Any]]:
+def _read_samples(outputs: OutputLayout) -> tuple[tuple[str, ...], tuple[SampleRow, ...], dict[str, Any]]:
     """Prompts, rows and the recommendation of `samples/<name>/samples.json`."""
-    folder = output_dir / "samples" / name
+    folder = outputs.samples
     try:
-        record = parse_json((folder / "samples.json").read_bytes())
+        record = parse_json(outputs.samples_record.read_bytes())
         prompts = tuple(str(prompt["text"]) for prompt in record["prompts"])
         rows = []
         with Thumbnails(folder / ".thumbnails") as thumbnails:
@@ -149,7 +148,7 @@ def _read_samples(output_dir: Path, name: str) -> tuple[tuple[str, ...], tuple[S
                 images = []
                 for file, score in zip(row["images"], scores, strict=True):
                     path = folder / Path(file).name if file else folder / "missing"
-                    link = path.relative_to(output_dir).as_posix() if path.is_file() else ""
+                    link = path.relative_to(outputs.report.parent).as_posix() if path.is_file() else ""
                     images.append(SampleImage(thumbnails.of(path, SAMPLE_SIZE_PX), link, score))
                 rows.append(SampleRow(str(row["label"]), tuple(images)))
         recommended = record.get("recommended")

@@ -383,7 +383,7 @@ def print_next_steps(job: TrainingJob) -> None:
     lora, trigger = job.outputs.lora.name, job.project.trigger_word
     print(
         f"next: load {lora} in ComfyUI beside an SDXL checkpoint, with {trigger!r} in the prompt; the whole run is on one page, "
-        f"{job.project.output_dir / 'report.html'}"
+        f"{job.outputs.report}"
     )
     for warning in job.plan.warnings():
         print(warning)

@@ -184,3 +184,13 @@ def test_leftovers_are_removed_in_every_folder_of_the_output(tmp_path):
     outputs.remove_leftovers()
     assert contents(tmp_path) == kept | {"lora/.hidden": '"the user\'s"'}
     assert os.path.isdir(tmp_path / "state" / "two")
+
+
+def test_saved_loras_are_found_under_a_name_with_wildcards(tmp_path):
+    outputs = OutputLayout(tmp_path, "one[12]*")
+    outputs.lora_dir.mkdir()
+    for epoch in (10, 5):
+        outputs.lora_after(epoch).touch()
+    OutputLayout(tmp_path, "one1").lora_after(5).touch()
+    outputs.best.touch()
+    assert outputs.saved_loras() == [outputs.lora_after(5), outputs.lora_after(10)]
