@@ -20,7 +20,8 @@ from common.files import atomic_write, write_bytes
 from common.settings import resolved_toml
 from training.callbacks.checkpoint import CheckpointWriter, keep_one, remove_incomplete, restore
 from training.callbacks.metrics import open_metrics
-from training.callbacks.samples import Renderer, SampleImages, texts_of
+from training.callbacks.renderer import Renderer
+from training.callbacks.samples import SampleImages, texts_of
 from training.callbacks.validation import Validator
 from training.data.batches import Batch, BatchReader
 from training.data.buckets import OptimizerStep

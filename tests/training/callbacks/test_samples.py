@@ -15,8 +15,9 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from training.callbacks.renderer import Renderer, initial_noise, scheduler_of
 from training.callbacks.sample_prompts import SamplePrompt
-from training.callbacks.samples import Renderer, generation_parameters, initial_noise, scheduler_of
+from training.callbacks.samples import generation_parameters
 from training.config import LoraSettings, TrainSettings
 from training.engine import prepare_unet
 from training.engine.step import TrainStep

@@ -1,0 +1,95 @@
+"""Renders images with the UNet and the adapter of a training step, as diffusers' SDXL pipeline would."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from diffusers import EulerDiscreteScheduler
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import Image
+
+from training.callbacks.sample_plan import TILE_PX
+from training.callbacks.sample_prompts import SamplePrompt
+from training.data.cache import read_embedding
+from training.engine.step import TrainStep
+from training.models.sdxl import Schedule
+
+
+def scheduler_of(schedule: Schedule) -> EulerDiscreteScheduler:
+    """diffusers' Euler sampler for the noise that the model was trained with. A schedule with zero terminal SNR begins at its last
+    timestep, pure noise (Lin et al. 2023, arXiv 2305.08891, section 3.3); others have SDXL's spacing."""
+    return EulerDiscreteScheduler(
+        num_train_timesteps=schedule.timesteps,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+        beta_schedule="scaled_linear",
+        prediction_type=schedule.prediction_type,
+        rescale_betas_zero_snr=schedule.zero_terminal_snr,
+        timestep_spacing="trailing" if schedule.zero_terminal_snr else "leading",
+        steps_offset=0 if schedule.zero_terminal_snr else 1,
+    )
+
+
+def initial_noise(prompt: SamplePrompt) -> torch.Tensor:
+    """[1, 4, h, w] fp32 on the CPU, standard normal: that of ComfyUI for the same seed and size."""
+    generator = torch.Generator("cpu").manual_seed(prompt.seed)
+    return torch.randn((1, 4, prompt.height // 8, prompt.width // 8), generator=generator)
+
+
+class Renderer:
+    """Renders images with the UNet of a training step, and the adapter in it.
+
+    `embeddings` are the files in the cache of every prompt and negative prompt; they and the VAE are kept in the CPU's memory, so
+    that nothing has to be read during training. `tiled`: the VAE decodes tiles, which takes less memory.
+    """
+
+    def __init__(self, step: TrainStep, schedule: Schedule, embeddings: Mapping[str, Path], vae: AutoencoderKL, tiled: bool):
+        self.step, self._schedule, self._vae = step, schedule, vae
+        self._embeddings = {text: read_embedding(path, 0) for text, path in embeddings.items()}
+        if tiled:
+            vae.enable_tiling()
+            vae.tile_sample_min_size, vae.tile_latent_min_size = TILE_PX, TILE_PX // 8
+
+    def __call__(self, prompt: SamplePrompt, stops: Callable[[], bool] = lambda: False) -> Image.Image | None:
+        """An image; None if `stops` returns true before it is complete. Raises FloatingPointError for NaN and infinity."""
+        latents = self.latents(prompt, stops)
+        return None if latents is None else self._decoded(latents)
+
+    @torch.no_grad()
+    def latents(self, prompt: SamplePrompt, stops: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
+        """[1, 4, h, w] fp32: the latents of an image; None if `stops` returns true before they are complete.
+
+        Both predictions of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) are one batch.
+        """
+        device = self.step.precision.device
+        scheduler = scheduler_of(self._schedule)
+        scheduler.set_timesteps(prompt.steps)  # on the CPU: the GPU is not waited for
+        latents = initial_noise(prompt).to(device) * float(scheduler.init_noise_sigma)
+        texts = [self._embeddings[text] for text in (prompt.negative, prompt.text)]
+        hidden, pooled = (torch.stack(parts).to(device) for parts in zip(*texts, strict=True))
+        size = (prompt.height, prompt.width)
+        add_time_ids = torch.tensor([[*size, 0, 0, *size]] * 2, dtype=torch.float32, device=device)
+        self.step.sync_compute_weights()
+        for timestep in scheduler.timesteps:
+            if stops():
+                return None
+            noisy = scheduler.scale_model_input(latents, timestep).expand(2, -1, -1, -1)
+            timesteps = torch.full((2,), float(timestep), device=device)
+            without, with_text = self.step.predict(noisy, timesteps, hidden, pooled, add_time_ids).chunk(2)
+            prediction = without + prompt.guidance * (with_text - without)
+            latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        return latents
+
+    @torch.no_grad()
+    def _decoded(self, latents: torch.Tensor) -> Image.Image:
+        """The image of latents [1, 4, h, w]. The VAE computes in fp32: SDXL's overflows in fp16. It is on the GPU no longer than
+        this takes."""
+        try:
+            vae = self._vae.to(latents.device)
+            pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0][0]
+        finally:
+            self._vae.to("cpu")
+        if not pixels.isfinite().all():
+            raise FloatingPointError
+        pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
