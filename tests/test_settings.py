@@ -253,9 +253,11 @@ def test_variables_that_are_no_settings_are_not_reported(tmp_path):
     assert resolve(write(tmp_path, ""), variables, [], Everything).unknown_variables == ()
 
 
-def test_a_settings_file_without_end_is_refused():
+def test_of_a_large_file_only_the_beginning_is_read(tmp_path):
+    with (tmp_path / "settings.toml").open("wb") as file:
+        file.truncate(1 << 40)
     with pytest.raises(SettingsError, match="not valid TOML"):
-        resolve(Path("/dev/zero"), {}, [], Everything)
+        resolve(tmp_path / "settings.toml", {}, [], Everything)
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):
@@ -374,6 +376,21 @@ def test_what_a_library_says_about_an_address_of_the_environment_is_masked(tmp_p
     assert "cannot connect to" in printed
     assert "unexpected address" in printed
     assert PASSWORD not in printed
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("name", ["settings.toml", ".env", "training_config.toml"])
+def test_a_pipe_a_folder_or_a_device_is_not_read(tmp_path, monkeypatch, make, name):
+    """A pipe would be waited for, a device has no end."""
+    make(tmp_path / name)
+    if name == "settings.toml":
+        with pytest.raises(
+            SettingsError, match=r"settings\.toml: cannot be read as a settings file: (Is a dir|Not a regular file)"
+        ):
+            resolve(tmp_path / name, {}, [], Everything)
+        return
+    monkeypatch.setattr(settings, "ENV_FILE" if name == ".env" else "SETTINGS_FILE", tmp_path / name)  # only for their names
+    assert resolve(write(tmp_path, ""), {}, [], Everything)
 
 
 def test_a_byte_order_mark_is_ignored(tmp_path):

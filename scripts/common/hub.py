@@ -70,10 +70,10 @@ def _hf() -> list[str]:
     """How the program `hf` is started: in a new container, by its name, or from where this Python is installed."""
     if IN_CONTAINER:
         return ["docker", "compose", "run", "--rm", "loracat-cpu", "hf"]  # this service starts on every machine
-    beside_python = Path(sys.executable).with_name("hf")
-    if shutil.which("hf"):
-        return ["hf"]
-    return [str(beside_python)] if beside_python.exists() else [sys.executable, "-m", "huggingface_hub.cli.hf"]
+    beside_python, in_path = Path(sys.executable).with_name("hf"), shutil.which("hf")
+    if beside_python.exists() and (in_path is None or not beside_python.samefile(in_path)):
+        return [str(beside_python)]  # another one may belong to a version that does not have the command
+    return ["hf"] if in_path else [sys.executable, "-m", "huggingface_hub.cli.hf"]
 
 
 @contextmanager

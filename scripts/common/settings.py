@@ -25,6 +25,7 @@ from typing import Any, Generic, Literal, TypeVar
 import tomli_w
 
 from common.errors import SettingsError, bullet_list
+from common.files import read_file
 from common.masking import learn_secrets, mask_address, mask_secrets
 from common.variables import find_unknown_variables, known_variables
 
@@ -255,8 +256,7 @@ def _flat_values(*sections: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        with file.open("rb") as content:
-            return tomllib.loads(content.read(_MAX_FILE_BYTES).decode("utf-8-sig"))
+        return tomllib.loads(read_file(file, _MAX_FILE_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:
         raise SettingsError(f"{file}: settings file not found; choose another one with --config") from None
     except (ValueError, RecursionError) as error:

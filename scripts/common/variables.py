@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from common.files import read_file
+
 OTHER_VARIABLES = ("COMFYUI_HEADERS", "COMFYUI_API_KEY", "WANDB_API_KEY", "REVIEW", "STRICT", "PYTHON", "BASE_IMAGE")
 """Variables that are not in the settings file: the secrets, and those of run.sh and Docker Compose."""
 _OWN_PREFIXES = ("CAPTION_", "LORA", "SAMPLE_", "TRAIN_")
@@ -29,7 +31,7 @@ beginnings is wrong anyway, and may differ more."""
 
 def known_variables(settings_file: Path, keys: Iterable[str]) -> set[str]:
     """The names of all variables of LoRACat: those of `keys`, and of every key in the settings file, even a commented one."""
-    in_file = re.findall(r"^#?\s*(\w+)\s*=", settings_file.read_text(encoding="utf-8"), re.MULTILINE)
+    in_file = re.findall(r"^#?\s*(\w+)\s*=", _text_of(settings_file), re.MULTILINE)
     return {*OTHER_VARIABLES, *(name.upper() for name in (*in_file, *keys))}
 
 
@@ -53,8 +55,12 @@ def find_unknown_variables(known: set[str], environment: Mapping[str, str], env_
 
 def _names_in(env_file: Path) -> list[str]:
     """The names that the file gives values to. The values are not read."""
+    return re.findall(r"^\s*(?:export\s+)?(\w+)\s*=\s*\S", _text_of(env_file), re.MULTILINE)
+
+
+def _text_of(file: Path) -> str:
+    """The text of a file that others read and report on; "" if it cannot be read."""
     try:
-        text = env_file.read_text(encoding="utf-8", errors="replace")
+        return read_file(file).decode("utf-8", "replace")
     except OSError:
-        return []
-    return re.findall(r"^\s*(?:export\s+)?(\w+)\s*=\s*\S", text, re.MULTILINE)
+        return ""

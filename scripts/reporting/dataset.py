@@ -8,7 +8,7 @@ from typing import Any
 
 from common.captions import UnusableCaptionError, in_one_line, read_caption
 from common.dataset_layout import DatasetFolder, ImageFile, find_images, name_in
-from common.files import parse_json
+from common.files import parse_json, read_file
 from reporting.thumbnails import Thumbnails
 
 
@@ -70,7 +70,7 @@ def _image(file: ImageFile, folder: DatasetFolder, flaws: dict[str, Any], thumbn
 def _read_json(path: Path) -> Any:
     """The content of a record; None if there is none yet, or only half of it."""
     with contextlib.suppress(OSError, ValueError):
-        return parse_json(path.read_bytes())
+        return parse_json(read_file(path))
     return None
 
 

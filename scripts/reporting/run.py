@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ModelError
-from common.files import parse_json, read_json_lines
+from common.files import parse_json, read_file, read_json_lines
 from common.masking import mask_address
 from common.output_layout import OutputLayout
 from common.weights import read_header
@@ -106,7 +106,7 @@ def read_run(output_dir: Path) -> Run | None:
 def _read_settings(path: Path) -> tuple[Setting, ...]:
     """Every setting in the resolved settings, in the order of the file, without logins and without the folders of a path."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path).decode()
         tables = tomllib.loads(text)
     except (OSError, ValueError):
         return ()
@@ -139,7 +139,7 @@ def _read_samples(outputs: OutputLayout) -> tuple[tuple[str, ...], tuple[SampleR
     """Prompts, rows and the recommendation of `samples/<name>/samples.json`."""
     folder = outputs.samples
     try:
-        record = parse_json(outputs.samples_record.read_bytes())
+        record = parse_json(read_file(outputs.samples_record))
         prompts = tuple(str(prompt["text"]) for prompt in record["prompts"])
         rows = []
         with Thumbnails(folder / ".thumbnails") as thumbnails:

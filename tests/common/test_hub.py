@@ -65,6 +65,14 @@ def test_the_command_uses_the_hf_of_this_environment(monkeypatch, no_hf_in_path)
     import huggingface_hub.cli.hf  # noqa: F401
 
 
+def test_the_hf_beside_this_python_comes_before_another_one(monkeypatch, no_hf_in_path):
+    (no_hf_in_path / "hf").touch(0o755)
+    real = Path(sys.executable).with_name("hf")
+    assert download_command("a/b", Path("/b")) == f"{real} download a/b --local-dir /b"
+    monkeypatch.setenv("PATH", str(real.parent))
+    assert download_command("a/b", Path("/b")) == "hf download a/b --local-dir /b"
+
+
 def test_in_a_container_the_command_and_its_paths_are_those_of_the_host(monkeypatch):
     monkeypatch.setattr("common.hub.IN_CONTAINER", True)
     command = download_command("a/b", REPOSITORY / "models" / "b")

@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from common.errors import Interruption
-from common.files import atomic_write, parse_json, write_json
+from common.files import atomic_write, parse_json, read_file, write_json
 from common.output_layout import OutputLayout
 from common.progress import ProgressBar
 from common.settings import VERSION
@@ -192,7 +192,7 @@ class SampleImages(Callback):
         """The rows in samples.json that are part of this run: of the same prompts, from steps that are not repeated. The end of a
         run that is extended is not."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            record = parse_json(self.outputs.samples_record.read_bytes())
+            record = parse_json(read_file(self.outputs.samples_record))
             rows = {row["epochs"]: row for row in record["rows"] if row["label"] != "final" and row["step"] <= progress.next_step}
             return rows if record["prompts"] == self._prompts() else {}
         return {}
