@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import DISK_ERRNOS
-from common.settings import IN_CONTAINER, REPOSITORY
+from common.settings import IN_CONTAINER, REPOSITORY, address_problem
+from common.variables import PROXY_VARIABLES
 
 _REPOSITORY_ID = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w-][\w.-]*/[\w-][\w.-]*)/?", re.ASCII)
 
@@ -80,7 +81,7 @@ def _hf() -> list[str]:
 def _as_hub_error() -> Iterator[None]:
     """Turn whatever huggingface_hub raises for a failed request into a HubError."""
     # HTTPError is the HTTP library's base class for network failures, under the name by which huggingface_hub imports it. The
-    # library's error for the malformed address of a proxy is in the same module, and has another base class.
+    # library's error for a malformed address is in the same module, and has another base class.
     from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
     malformed_address = vars(sys.modules[HTTPError.__module__])["InvalidURL"]
@@ -90,10 +91,10 @@ def _as_hub_error() -> Iterator[None]:
         yield
     except RepositoryNotFoundError:
         raise HubError("the hub has no such repository, or it is private") from None
-    except malformed_address as error:
-        raise HubError(f"a proxy variable or HF_ENDPOINT is not a valid address ({error})") from None
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+    except (HTTPError, malformed_address, ImportError, OSError, RuntimeError, ValueError) as error:  # a SOCKS proxy needs a package
         if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
             raise
+        if problem := address_problem("HF_ENDPOINT", *PROXY_VARIABLES):
+            raise HubError(problem) from None
         lines = str(error).strip().splitlines()
         raise HubError(lines[0].rstrip(".") if lines else type(error).__name__) from None

@@ -27,7 +27,7 @@ import tomli_w
 from common.errors import SettingsError, bullet_list
 from common.files import read_file
 from common.masking import learn_secrets, mask_address, mask_secrets
-from common.variables import find_unknown_variables, known_variables
+from common.variables import find_address_problems, find_unknown_variables, known_variables
 
 VERSION = "2.0.0"
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -51,6 +51,11 @@ def pipeline_command(*flags: str, **variables: object) -> str:
     """The command with which a user runs stages, for a message."""
     command = ["docker", "compose", "run", "--rm", "loracat"] if IN_CONTAINER else ["scripts/run.sh"]
     return " ".join([*(f"{name}={value}" for name, value in variables.items()), *command, *flags])
+
+
+def address_problem(*names: str) -> str:
+    """What is wrong with the addresses in variables that libraries read themselves; "" if nothing is."""
+    return "; ".join(find_address_problems(os.environ, names))
 
 
 def setting(

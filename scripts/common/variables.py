@@ -1,9 +1,10 @@
-"""Environment variables whose names are probably misspelt: they resemble a variable of LoRACat, but have no effect."""
+"""Environment variables whose names are probably misspelt, and addresses in variables of other programs that are not valid."""
 
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from common.files import read_file
 
@@ -24,6 +25,12 @@ _OTHER_NAMES = {
     "LORA_NAME": "OUTPUT_NAME",
 }
 """Names that resemble none of LoRACat, but are often used for the same."""
+PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
+"""HTTP libraries read them in either case."""
+_SCHEMES = ("http", "https")
+_PROXY_SCHEMES = (*_SCHEMES, "socks4", "socks4a", "socks5", "socks5h")
+_WITHOUT_LOGIN = ("WANDB_BASE_URL",)
+"""Weights & Biases prints the login of its address, and does not use it."""
 _SIMILAR, _SIMILAR_OWN = 0.88, 0.75
 """Of difflib's ratio: one letter of eight is missing, added, or has changed places with its neighbour. A name with one of the
 beginnings is wrong anyway, and may differ more."""
@@ -64,3 +71,37 @@ def _text_of(file: Path) -> str:
         return read_file(file).decode("utf-8", "replace")
     except OSError:
         return ""
+
+
+def find_address_problems(environment: Mapping[str, str], names: Iterable[str]) -> Iterator[str]:
+    """A line for each of the variables `names` whose value is not the address of a server. The value is not in it: it may hold a
+    login."""
+    for name in names:
+        is_proxy = name in PROXY_VARIABLES
+        value = environment.get(name, "").strip()
+        if value and is_proxy and "://" not in value:
+            value = f"http://{value}"
+        if value and (problem := _address_problem(value, _PROXY_SCHEMES if is_proxy else _SCHEMES)):
+            yield f"{name} is not a valid address: {problem}"
+        elif name in _WITHOUT_LOGIN and "@" in urlsplit(value).netloc:
+            yield f"{name} must not contain a login, which would appear in logs"
+
+
+def _address_problem(address: str, schemes: Iterable[str]) -> str:
+    """What is wrong with the address; "" if it is valid."""
+    try:
+        parts = urlsplit(address)
+        host = parts.hostname or ""
+    except ValueError:
+        return "its host is not valid"
+    if parts.scheme not in schemes:
+        return "it must begin with http:// or https://"
+    try:
+        if not host or re.search(r"[\s/\\]", parts.netloc) or not host.encode("idna"):
+            return "it has no valid host"
+    except UnicodeError:
+        return "it has no valid host"
+    try:
+        return "its port must be a number from 1 to 65535" if parts.port == 0 else ""
+    except ValueError:
+        return "its port must be a number from 1 to 65535"
