@@ -22,6 +22,10 @@ class HubError(Exception):
     """The hub cannot be reached, refuses the request or breaks the transfer off; the message says why."""
 
 
+class MissingFileError(HubError):
+    """The repository does not have the file."""
+
+
 def repository_id(name: str) -> str | None:
     """`owner/name` if `name` is that, or the address of a repository on huggingface.co; None for anything else."""
     found = _REPOSITORY_ID.fullmatch(name.strip())
@@ -37,8 +41,8 @@ def file_size_bytes(repository: str, file: str) -> int:
 
 
 def download(repository: str, files: Sequence[str], folder: Path, optional: Sequence[str] = ()) -> None:
-    """Download `files` of `repository` into `folder`, and those of `optional` that it has; files that are there already are not
-    transferred again.
+    """Download those of `optional` that `repository` has into `folder`, then `files`: with the last one, all are there. Files that
+    are there already are not transferred again.
 
     huggingface_hub downloads to a temporary name and checks the size, so a file that has its final name is complete.
     Raises HubError, and OSError if the disk is full or may not be written to.
@@ -47,11 +51,11 @@ def download(repository: str, files: Sequence[str], folder: Path, optional: Sequ
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
-        for file in files:
-            hf_hub_download(repository, file, local_dir=folder)
         for file in optional if files else ():
             with suppress(RemoteEntryNotFoundError, RepositoryNotFoundError):
                 hf_hub_download(repository, file, local_dir=folder)
+        for file in files:
+            hf_hub_download(repository, file, local_dir=folder)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # partial files of runs that were killed
 
 
@@ -82,7 +86,7 @@ def _as_hub_error() -> Iterator[None]:
     """Turn whatever huggingface_hub raises for a failed request into a HubError."""
     # HTTPError is the HTTP library's base class for network failures, under the name by which huggingface_hub imports it. The
     # library's error for a malformed address is in the same module, and has another base class.
-    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
     malformed_address = vars(sys.modules[HTTPError.__module__])["InvalidURL"]
     try:
@@ -91,6 +95,8 @@ def _as_hub_error() -> Iterator[None]:
         yield
     except RepositoryNotFoundError:
         raise HubError("the hub has no such repository, or it is private") from None
+    except RemoteEntryNotFoundError:
+        raise MissingFileError("the repository does not have that file") from None
     except (HTTPError, malformed_address, ImportError, OSError, RuntimeError, ValueError) as error:  # a SOCKS proxy needs a package
         if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
             raise
