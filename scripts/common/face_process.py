@@ -79,7 +79,10 @@ def main(name: str) -> None:
             answer = {"problem": str(error)}
         except MemoryError:
             answer = {"problem": f"out of memory while faces are searched in {line.strip()}"}
-        print(json.dumps(answer), flush=True)
+        try:
+            print(json.dumps(answer), flush=True)
+        except BrokenPipeError:  # the parent was killed
+            os._exit(1)
 
 
 if __name__ == "__main__":
