@@ -127,6 +127,13 @@ def moment(victim: Victim, kind: str, chance: random.Random) -> Callable[[], boo
     records = victim.records
     folder = {"download": victim.stage.models, "records": records, "tags": records / "tags", "captions": victim.images}.get(kind)
     log = {"log": victim.stage.record, "faces": records / "faces.jsonl"}.get(kind)
+
+    def being_written() -> set[str]:
+        walked = os.walk(folder) if folder else ()  # unlike glob, it goes on when a folder is removed meanwhile
+        listed = itertools.islice(walked, 1) if kind == "records" else walked
+        return {name for _, _, names in listed for name in names if PARTIAL.fullmatch(name)}
+
+    before = being_written()  # left by runs that were killed
     size, was_writing = log.stat().st_size if log and log.exists() else 0, False
 
     def has_come() -> bool:
@@ -138,9 +145,7 @@ def moment(victim: Victim, kind: str, chance: random.Random) -> Callable[[], boo
             return grown and skipped < 0
         if kind == "any":
             return time.monotonic() - begin > after_s
-        walked = os.walk(folder)  # unlike glob, it goes on when a folder is removed meanwhile
-        listed = itertools.islice(walked, 1) if kind == "records" else walked
-        is_writing = any(PARTIAL.fullmatch(name) for _, _, names in listed for name in names)
+        is_writing = not being_written() <= before
         skipped -= is_writing and not was_writing
         was_writing = is_writing
         return is_writing and skipped < 0
