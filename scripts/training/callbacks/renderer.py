@@ -11,7 +11,7 @@ from PIL import Image
 from training.callbacks.sample_plan import TILE_PX
 from training.callbacks.sample_prompts import SamplePrompt
 from training.data.cache import read_embedding
-from training.engine.step import TrainStep
+from training.engine.step import CudaGraphs, TrainStep
 from training.models.sdxl import Schedule
 
 
@@ -45,6 +45,9 @@ class Renderer:
 
     def __init__(self, step: TrainStep, schedule: Schedule, embeddings: Mapping[str, Path], vae: AutoencoderKL, tiled: bool):
         self.step, self._schedule, self._vae = step, schedule, vae
+        # Training does not run while images are rendered, so both use the same memory.
+        is_cuda = step.precision.device.type == "cuda"
+        self._predict = CudaGraphs(step.predict, "sample images are", step.graphs and step.graphs.pool) if is_cuda else step.predict
         self._embeddings = {text: read_embedding(path, 0) for text, path in embeddings.items()}
         if tiled:
             vae.enable_tiling()
@@ -75,7 +78,7 @@ class Renderer:
                 return None
             noisy = scheduler.scale_model_input(latents, timestep).expand(2, -1, -1, -1)
             timesteps = torch.full((2,), float(timestep), device=device)
-            without, with_text = self.step.predict(noisy, timesteps, hidden, pooled, add_time_ids).chunk(2)
+            without, with_text = self._predict(noisy, timesteps, hidden, pooled, add_time_ids).chunk(2)
             prediction = without + prompt.guidance * (with_text - without)
             latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         return latents
