@@ -60,10 +60,10 @@ class FoundFace:
 def find_faces(rgb: np.ndarray, model: FaceModel) -> list[FoundFace]:
     """The largest usable faces in an image, uint8 [height, width, 3], or the largest face if none is usable."""
     faces = model.detect(rgb)
-    chosen = [face for face in faces if not why_unusable(face, model)] or faces[:1]
+    chosen = [face for face in faces if not why_unusable(rgb, face, model)] or faces[:1]
     found = []
     for face in [face for face in chosen if face.width >= MIN_SHARE_OF_LARGEST * chosen[0].width][:MAX_FACES]:
-        unusable = why_unusable(face, model)
+        unusable = why_unusable(rgb, face, model)
         vector = None if unusable else model.embed(rgb, face)
         found.append(FoundFace(round(face.width), round(face.height / rgb.shape[0], 4), unusable, vector))
     return found

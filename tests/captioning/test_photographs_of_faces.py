@@ -21,10 +21,12 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from captioning.likeness import SetLikeness
+from common.errors import ModelError
 from common.face_process import face_process
-from common.faces import DlibFaces, Face, load_face_model
+from common.faces import FACE_MODELS, Face, FaceModel, MissingWeightsError, download_weights, load_face_model
 from common.images import open_rgb
 from common.likeness import FoundFace, find_faces, score_set
+from common.settings import REPOSITORY
 
 pytestmark = [pytest.mark.photographs, pytest.mark.timeout(1200)]
 
@@ -36,6 +38,7 @@ GROUPS = [f"sample{number}.jpg" for number in range(1, 7)]
 MOST_UNKNOWN = 0.2
 MOST_SECONDS = 0.4
 NOTHING = np.empty((0, 128), dtype=np.float32)
+MODELS_DIR = REPOSITORY / "models"
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,19 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def model() -> DlibFaces:
-    return load_face_model("dlib")
+@pytest.fixture(scope="module", params=list(FACE_MODELS))
+def model(request) -> FaceModel:
+    """Every face model, except those that this machine cannot download or has no packages for."""
+    try:
+        try:
+            return load_face_model(request.param, MODELS_DIR)
+        except MissingWeightsError:
+            download_weights(request.param, MODELS_DIR)
+            return load_face_model(request.param, MODELS_DIR)
+    except ModelError as error:
+        if request.param == "dlib":
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +205,7 @@ def test_foreign_faces_in_a_data_set_are_flagged_and_no_others(portraits, change
             if main.may_be(portrait):
                 continue
             faces = changed[number]["as it is"]
-            scored = score_set(images | {"foreign": faces}, NOTHING, DlibFaces)
+            scored = score_set(images | {"foreign": faces}, NOTHING, type(model))
             flaws = SetLikeness(model.name, scored, 0, 0).flaws()
             planted += 1
             missed += "foreign" not in flaws
@@ -202,9 +215,9 @@ def test_foreign_faces_in_a_data_set_are_flagged_and_no_others(portraits, change
     assert (missed, false_alarms <= 1) == (0, True)
 
 
-def test_time_for_an_image(folder):
+def test_time_for_an_image(folder, model):
     seconds = []
-    with face_process("dlib") as process:
+    with face_process(model.name, MODELS_DIR) as process:
         process.find(folder / "obama.jpg")  # loads the model
         for name in (*PERSONS, *GROUPS):
             before = cpu_seconds(process.pid)
