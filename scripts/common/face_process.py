@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import LoracatError, ModelError, as_loracat_error
-from common.faces import FaceModel, MissingWeightsError, download_weights, load_face_model
+from common.faces import FACE_MODELS, FaceModel, MissingWeightsError, download_weights, load_face_model
 from common.images import BrokenImageError, open_rgb
 from common.likeness import FoundFace, find_faces
 
@@ -26,8 +26,8 @@ _SCRIPTS = Path(__file__).parents[1]
 class FaceProcess:
     """The process, as its parent sees it."""
 
-    def __init__(self, process: subprocess.Popen):
-        self._process = process
+    def __init__(self, process: subprocess.Popen, model: str):
+        self._process, self._model = process, FACE_MODELS[model]
         self.pid = process.pid
 
     def find(self, image: Path) -> list[FoundFace]:
@@ -42,7 +42,7 @@ class FaceProcess:
             raise ModelError("the process that finds faces has ended; run the stage again") from None
         if "problem" in answer:
             raise ModelError(answer["problem"])
-        return [FoundFace.from_json(face) for face in answer["faces"]]
+        return [FoundFace.from_json(face, self._model.vector_size) for face in answer["faces"]]
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def face_process(model: str, models_dir: Path) -> Iterator[FaceProcess]:
         start_new_session=True,  # Ctrl-C is for the parent alone
     )
     try:
-        yield FaceProcess(process)
+        yield FaceProcess(process, model)
     finally:
         process.kill()
         process.wait()

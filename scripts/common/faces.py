@@ -74,6 +74,7 @@ class FaceModel(Protocol):
     """Of the head to the left or right; a face in profile shows too little."""
     min_light: ClassVar[float] = 30
     """Of 255: a tenth of the face is at least as bright. In a darker face, a network sees hardly more than noise."""
+    vector_size: ClassVar[int] = 128
     min_score: ClassVar[float]
     """A face with a lower detector score is not recognised."""
     same_from: ClassVar[float]

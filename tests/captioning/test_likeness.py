@@ -53,7 +53,7 @@ def remember(folder: DatasetFolder, distances: dict[str, float | None]) -> None:
             path = folder.images / name
             if not path.exists():
                 Image.new("RGB", (64, 64), (number * 9, 99, 200 - number)).save(path)
-            vector = base64.b64encode(np.array([distance or 0, 0], dtype="<f4").tobytes()).decode()
+            vector = base64.b64encode(np.array([distance or 0] + 127 * [0], dtype="<f4").tobytes()).decode()
             face = {"width_px": 90, "height_share": 0.2, "unusable": "", "vector": vector}
             if distance is None:
                 face |= {"unusable": "the face is 20 px wide, less than 64", "vector": ""}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from captioning.likeness import SetLikeness
 from common.errors import ModelError
@@ -151,6 +151,14 @@ MORE_CHANGES = CHANGES | {
     "tilted": lambda portrait: portrait.image.rotate(12, Image.Resampling.BICUBIC),
     "mirrored and recompressed": lambda portrait: recompressed(ImageOps.mirror(portrait.image), 40),
     "cropped and darkened": lambda portrait: ImageEnhance.Brightness(CHANGES["cropped"](portrait)).enhance(0.6),
+    "cropped closely": lambda portrait: portrait.image.crop(around(portrait.face, portrait.image, 0.25)),
+    "enlarged": lambda portrait: resized(portrait.image, 2),
+    "darkened and recompressed": lambda portrait: recompressed(CHANGES["darkened"](portrait), 50),
+    "recompressed strongly": lambda portrait: recompressed(portrait.image, 15),
+    "less contrast": lambda portrait: ImageEnhance.Contrast(portrait.image).enhance(0.5),
+    "in warm light": lambda portrait: Image.fromarray((np.asarray(portrait.image) * [1, 0.85, 0.6]).astype(np.uint8)),
+    "blurred": lambda portrait: portrait.image.filter(ImageFilter.GaussianBlur(portrait.face.width / 60)),
+    "tilted the other way": lambda portrait: portrait.image.rotate(-12, Image.Resampling.BICUBIC),
 }
 
 
@@ -191,10 +199,10 @@ def test_every_pair_is_told_apart_or_cannot_be_told(portraits, changed, model):
 
 
 def data_sets(portraits: list[Portrait], changed: dict) -> Iterator[tuple[Portrait, dict[str, list[FoundFace]]]]:
-    """For every person about 20 images; of most there is only one photograph."""
+    """For every person about 20 images; of most there is only one photograph, in 20 variants."""
     for person in dict.fromkeys(portrait.person for portrait in portraits):
         own = [number for number, portrait in enumerate(portraits) if portrait.person == person]
-        names = list(MORE_CHANGES)[: 12 if len(own) < 3 else 4]
+        names = list(MORE_CHANGES)[: 20 if len(own) < 3 else 4]
         yield portraits[own[0]], {f"{number} {name}": changed[number][name] for number in own for name in names}
 
 

@@ -181,8 +181,11 @@ def test_framing_follows_the_height_of_the_face(share, name):
 def test_cache_keeps_what_was_found(tmp_path):
     file = tmp_path / ".loracat" / "faces.jsonl"
     cache = FaceCache(file, "dlib")
-    cache.add("1", [found(0.25, -1e-7), TURNED])
+    values = [0.25, -1e-7, *range(126)]
+    cache.add("1", [found(*values), TURNED])
     cache.add("2", [])
+    cache.add("6", [found(0.25)])
+    cache.add("7", [found(*values, height_share=math.nan)])
     with file.open("ab") as lines:  # a killed run, damage, and another model
         lines.write(b'{"model": "dlib", "sha256": "3", "faces": [{"width_px": 5}]}\n')
         lines.write(b'{"model": "dlib", "sha256": "4", "faces": [{"width_px":1,"height_share":1,"unusable":"","vector":"AAD"}]}\n')
@@ -190,9 +193,9 @@ def test_cache_keeps_what_was_found(tmp_path):
     cache = FaceCache(file, "dlib")
     first, second = cache.get("1")
     assert (first.width_px, first.height_share, first.unusable) == (100, 0.3, "")
-    assert np.array_equal(first.vector, np.array([0.25, -1e-7], dtype=np.float32))
+    assert np.array_equal(first.vector, np.array(values, dtype=np.float32))
     assert second == TURNED
-    assert [cache.get(name) for name in "2345"] == [[], None, None, None]
+    assert [cache.get(name) for name in "234567"] == [[], None, None, None, None, None]
     cache.add("3", [])
     assert FaceCache(file, "dlib").get("3") == []
 
