@@ -70,7 +70,7 @@ def _describe_face_model(name: str, models_dir: Path) -> str:
         except MissingWeightsError:
             size_bytes = size_of_missing_weights(name, models_dir)
             return f"face model {name}: will be downloaded to {models_dir} ({size_bytes / 1e6:.0f} MB)"
-    except ModelError as error:
+    except (ModelError, OSError) as error:
         return f"no likeness: {error}"
     return f"face model {name}: loads"
 

@@ -195,6 +195,7 @@ class OpenCVFaces(FaceModel):
     """What the detector finds with less is seldom a face."""
     _PASSES_PIXELS = (300_000, 1_200_000)
     """The image is searched at these sizes, one after the other, until a face is found."""
+    _OPENCV_FROM = "4.10"
     _ALIGNED_PX = 160
     """A larger face is scaled to this width before OpenCV's alignment, which would take single pixels of it."""
 
@@ -202,17 +203,17 @@ class OpenCVFaces(FaceModel):
         import cv2
 
         detector, recognizer = (str(_verified(file, models_dir)) for file in self.weights)
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # OpenCV 5 warns of the computation on the CPU
         cv2.setNumThreads(1)
         try:
+            cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # OpenCV 5 warns of the computation on the CPU
             self._detector = cv2.FaceDetectorYN.create(detector, "", (320, 320), self._LOWEST_SCORE)
             self._recognizer = cv2.FaceRecognizerSF.create(recognizer, "")
             self.detect(np.zeros((320, 320, 3), np.uint8))  # versions that cannot run the weights say so only here
+            self._recognizer.feature(np.zeros((112, 112, 3), np.uint8))
         except (AttributeError, cv2.error) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(
-                f"face model {self.name}: OpenCV {cv2.__version__} cannot run it ({reason}); {_remedy(self.packages)}"
-            ) from None
+            reason = f"OpenCV {cv2.__version__} cannot run it ({str(error).strip().splitlines()[0]})"
+            remedy = f"it needs OpenCV {self._OPENCV_FROM} or newer; {_remedy(self.packages)}"
+            raise ModelError(f"face model {self.name}: {reason}; {remedy}") from None
 
     def detect(self, rgb: np.ndarray) -> list[Face]:
         all_pixels = rgb.shape[0] * rgb.shape[1]

@@ -52,6 +52,16 @@ def folder(stage) -> DatasetFolder:
     return DatasetFolder(stage.images.parent)
 
 
+@pytest.fixture
+def served_from(models, weights, tmp_path) -> Path:
+    """A folder with both networks, as a server has it."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    for file in weights:
+        shutil.copy(file.path(models), folder)
+    return folder
+
+
 def add(folder: DatasetFolder) -> None:
     """Five images of one person, and one of another."""
     for number, size in enumerate(((640, 480), (800, 600), (1600, 1200), (720, 540), (1000, 750))):
@@ -106,11 +116,15 @@ def test_weights_that_are_missing_damaged_or_other_ones(models, tmp_path, monkey
         ModelError, match=r"sface_2021dec\.onnx: is not the file of opencv/face_recognition_sface or is damaged; delete"
     ):
         load_face_model("sface", mine)
-    for content in (damaged.read_bytes(), b""):  # what this version of OpenCV cannot run
+    detector = OpenCVFaces.weights[0].path(mine).read_bytes()
+    for content in (damaged.read_bytes(), b"", detector):  # what this version of OpenCV cannot run as a recognizer
         damaged.write_bytes(content)
         only = type(OpenCVFaces.weights[1])(REPOSITORIES[1], damaged.name, sha256_of(damaged))
         monkeypatch.setattr(OpenCVFaces, "weights", (OpenCVFaces.weights[0], only))
-        with pytest.raises(ModelError, match=rf"^face model sface: OpenCV {cv2.__version__} cannot run it \(.*pip install opencv"):
+        with pytest.raises(
+            ModelError,
+            match=rf"^face model sface: OpenCV {cv2.__version__} cannot run it \(.*needs OpenCV 4\.10 .*pip install opencv",
+        ):
             load_face_model("sface", mine)
 
 
@@ -120,12 +134,8 @@ def test_an_opencv_that_has_no_faces(models, expected, monkeypatch):
         load_face_model("sface", models)
 
 
-def test_weights_are_downloaded_once_and_faces_compared(stage, folder, models, expected, tmp_path):
+def test_weights_are_downloaded_once_and_faces_compared(stage, folder, expected, served_from):
     add(folder)
-    served_from = tmp_path / "served"
-    served_from.mkdir()
-    for file in OpenCVFaces.weights:
-        shutil.copy(file.path(models), served_from)
     with hub(served_from, repositories=REPOSITORIES) as served:
         online = expected | {"HF_HUB_OFFLINE": 0, "HF_ENDPOINT": served.endpoint}
         checked = stage.run_process("--check", **online)
@@ -159,10 +169,8 @@ def test_without_weights_and_network_everything_else_works(stage, folder, expect
     assert (folder.images / "0.txt").exists()
 
 
-def test_other_weights_under_the_same_name_are_refused_after_the_download(stage, folder, models, expected, tmp_path):
+def test_other_weights_under_the_same_name_are_refused_after_the_download(stage, folder, expected, served_from):
     add(folder)
-    served_from = tmp_path / "served"
-    served_from.mkdir()
     for file in OpenCVFaces.weights:
         (served_from / file.name).write_bytes(b"a newer version")
     with hub(served_from, repositories=REPOSITORIES) as served:
@@ -171,12 +179,8 @@ def test_other_weights_under_the_same_name_are_refused_after_the_download(stage,
     assert "2023mar.onnx: is not the file of opencv/face_detection_yunet or is damaged; delete it and run again" in done.stdout
 
 
-def test_interrupted_download_starts_again(stage, folder, models, expected, tmp_path):
+def test_interrupted_download_starts_again(stage, folder, expected, served_from):
     add(folder)
-    served_from = tmp_path / "served"
-    served_from.mkdir()
-    for file in OpenCVFaces.weights:
-        shutil.copy(file.path(models), served_from)
     with hub(served_from, stall=True, repositories=REPOSITORIES) as served:
         process = stage.start(**expected | {"HF_HUB_OFFLINE": 0, "HF_ENDPOINT": served.endpoint})
         assert served.stalled.wait(timeout=30)
@@ -201,3 +205,14 @@ def test_without_opencv_one_line_says_so(stage, folder, tmp_path):
     assert line.startswith(
         "no likeness: face model sface: cv2 is not installed; install it with: pip install opencv-python-headless"
     )
+
+
+def test_a_folder_for_the_weights_that_cannot_be_written_is_one_line(stage, folder, expected, served_from):
+    add(folder)
+    stage.models.write_text("a file")
+    with hub(served_from, repositories=REPOSITORIES) as served:
+        done = stage.run_process(**expected | {"HF_HUB_OFFLINE": 0, "HF_ENDPOINT": served.endpoint})
+    assert done.returncode == 0
+    (line,) = [line for line in done.stdout.splitlines() if "likeness" in line]
+    assert line.startswith("no likeness: ")
+    assert str(stage.models) in line
