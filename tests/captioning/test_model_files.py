@@ -1,23 +1,18 @@
 """The tagger's files are found on the disk, or downloaded once and completely, or the error names the command that does it."""
 
-import contextlib
-import hashlib
 import json
 import shutil
 import socket
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from hub_server import NAME, hub
 from other_taggers import STAGES, move_weights, take_rgb
 
 from captioning.model_files import FILES, find_model
 from demo import tiny_tagger
 
-NAME = "someone/some-tagger"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 COMMAND = "hf download someone/some-tagger model.onnx selected_tags.csv --local-dir"
 
 
@@ -161,89 +156,3 @@ def test_repository_that_the_hub_does_not_have_is_named(stage, photographs, tiny
     assert ended.returncode == 5
     assert "someone/else is not in" in ended.stderr
     assert "no such repository" in ended.stderr
-
-
-class Hub(ThreadingHTTPServer):
-    """Answers as huggingface.co does for the files of one repository: small ones by a redirect within the hub, large
-    ones (`model.onnx`) by a redirect to a store elsewhere, with the content's hash and size in X-Linked-* headers."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path, cut_short: bool, stall: bool):
-        super().__init__(("127.0.0.1", 0), HubHandler)
-        self.folder, self.cut_short, self.stall = folder, cut_short, stall
-        self.requests: list[str] = []
-        self.stalled, self.closing = threading.Event(), threading.Event()
-        self.endpoint = f"http://127.0.0.1:{self.server_port}"
-
-
-class HubHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self):
-        self.server.requests.append(f"{self.command} {self.path}")
-        name = self.path.rpartition("/")[2]
-        file = self.server.folder / name
-        content = file.read_bytes() if file.is_file() else b""
-        if self.path == f"/{NAME}/resolve/main/{name}" and content:
-            self.redirect(name, content)
-        elif self.path in (f"/store/{name}", f"/api/resolve-cache/models/{NAME}/{COMMIT}/{name}"):
-            self.deliver(name, content)
-        else:
-            self.answer(404, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
-
-    def do_GET(self):
-        self.do_HEAD()
-
-    def redirect(self, name: str, content: bytes):
-        headers = {"X-Repo-Commit": COMMIT, "X-Linked-Size": len(content), "X-Linked-ETag": etag_of(name, content)}
-        if name == "model.onnx":
-            store = f"http://localhost:{self.server.server_port}/store/{name}"
-            self.answer(302, headers | {"Location": store})
-        else:
-            self.answer(307, headers | {"Location": f"/api/resolve-cache/models/{NAME}/{COMMIT}/{name}"})
-
-    def deliver(self, name: str, content: bytes):
-        headers = {"ETag": etag_of(name, content), "X-Repo-Commit": COMMIT}
-        if self.server.cut_short and name == "model.onnx":
-            content = content[: len(content) // 2]
-        self.answer(200, headers, content)
-
-    def answer(self, status: int, headers: dict, content: bytes = b""):
-        self.send_response(status)
-        for header, value in headers.items():
-            self.send_header(header, str(value))
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "HEAD" or not content:
-            return
-        if self.server.stall and self.path.endswith("model.onnx"):
-            self.wfile.write(content[: len(content) // 2])
-            self.server.stalled.set()
-            self.server.closing.wait(timeout=60)
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-    def handle(self):
-        with contextlib.suppress(ConnectionError):
-            super().handle()
-
-
-def etag_of(name: str, content: bytes) -> str:
-    return f'"{(hashlib.sha256 if name == "model.onnx" else hashlib.sha1)(content).hexdigest()}"'
-
-
-@contextlib.contextmanager
-def hub(folder: Path, cut_short: bool = False, stall: bool = False):
-    server = Hub(folder, cut_short, stall)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.closing.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
