@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from training.callbacks.renderer import Renderer, initial_noise, scheduler_of
 from training.callbacks.sample_prompts import SamplePrompt
-from training.callbacks.samples import generation_parameters
+from training.callbacks.sample_record import generation_parameters
 from training.config import LoraSettings, TrainSettings
 from training.engine import prepare_unet
 from training.engine.step import TrainStep
