@@ -92,20 +92,17 @@ def _by_likeness(compared: Sequence[Save]) -> tuple[Save, str]:
     distances = {index: math.inf if compared[index].distance is None else compared[index].distance for index in candidates}
     chosen = min(candidates, key=distances.get)
     save, likeness = compared[chosen], f"{means[chosen]:.3f} ({len(compared[chosen].scores)} samples)"
+    within = f"within one standard error ({error:.3f})"
     if len(compared) == 1:
         return save, f"It is the only one whose likeness could be measured: {likeness}."
     if len(candidates) == 1:
-        return save, f"Its likeness, {likeness}, is the highest; no other is within one standard error ({error:.3f})."
-    known = f"the best, {means[best]:.3f}" if chosen != best else "the best"
-    why = (
-        f"it changes images without the trigger word least ({save.distance:.3f})"
-        if save.distance is not None
-        else "it is the earliest of them"
-    )
-    label = f"Its likeness, {likeness}, is " + ("" if chosen == best else f"within one standard error ({error:.3f}) of ") + known
+        return save, f"Its likeness, {likeness}, is the best; no other is {within}."
+    why = "it is the earliest of these"
+    if save.distance is not None:
+        why = f"it changes images without the trigger word least ({save.distance:.3f})"
     if chosen == best:
-        label += f", with {len(candidates) - 1} more within one standard error ({error:.3f})"
-    return save, f"{label}, and {why}."
+        return save, f"Its likeness, {likeness}, is the best, and of the {len(candidates)} {within} of it, {why}."
+    return save, f"Its likeness, {likeness}, is {within} of the best, {means[best]:.3f}, and {why}."
 
 
 def lowest_strength(scores: Mapping[float, Sequence[float]]) -> tuple[float, str]:

@@ -72,28 +72,46 @@ def tensors_of_loras(stage) -> dict[str, dict[str, bytes]]:
 def test_base_model_and_every_save_are_rendered(sampled):
     folder = sampled.stage.output / "samples" / "sks"
     record = json.loads((folder / "samples.json").read_text())
-    line = r"^sample images: 4 prompts x 3 \(base model and 2 LoRAs\), 64x64, 2 steps: about \d+ % of the training time$"
+    line = r"^sample images: 6 prompts x 5 \(base model, 2 LoRAs, and one of them at 2 lower strengths\), 64x64, 2 steps: about \d+ % "
     assert re.search(line, sampled.output, re.MULTILINE)
     assert [(prompt["text"], prompt["seed"], prompt["kind"]) for prompt in record["prompts"]] == [
         ("sks", 0, "trigger"),
-        ("sks, standing on a beach at sunset", 1, "scene"),
-        ("sks, in a snowy forest", 2, "scene"),
-        ("1girl", 3, "class"),
+        ("sks", 1, "trigger"),
+        ("sks", 2, "trigger"),
+        ("sks, standing on a beach at sunset", 3, "scene"),
+        ("sks, in a snowy forest", 4, "scene"),
+        ("1girl", 5, "class"),
     ]
     assert [(row["label"], row["file"], row["step"]) for row in record["rows"]] == [
         ("base model", None, 0),
         ("after epoch 1", "sks-000001.safetensors", 1),
         ("final", "sks.safetensors", 2),
     ]
-    assert record["recommended"]["file"] == "sks.safetensors"
-    assert "no validation loss" in record["recommended"]["reason"]
+    assert [(row["strength"], row["file"], row["images"][0]) for row in record["strengths"]] == [
+        (0.6, "sks.safetensors", "000002-0.6-01.png"),
+        (0.8, "sks.safetensors", "000002-0.8-01.png"),
+        (1.0, "sks.safetensors", "000002-01.png"),
+    ]
     found = pixels(folder)
-    assert sorted(found) == [image for row in record["rows"] for image in row["images"]]
-    assert len(set(found.values())) == 12  # each LoRA, prompt and seed gives another image
-    assert {name.rpartition("/")[2] for name in sampled.files if name.startswith("samples/")} == {*found, "samples.json"}
-    with Image.open(folder / "000001-04.png") as image:
-        shown = image.info["parameters"]
-    assert shown.startswith("1girl <lora:sks-000001:1>\nSteps: 2, Sampler: Euler, CFG scale: 6, Seed: 3, Size: 64x64, Model: ")
+    assert set(found) == {image for row in record["rows"] + record["strengths"] for image in row["images"]}
+    assert len(set(found.values())) == len(found) == 30  # each LoRA, strength, prompt and seed gives another image
+    latents = {f".latents/00000{epochs}-06.safetensors" for epochs in range(3)}
+    prefix = "samples/sks/"
+    assert {name.removeprefix(prefix) for name in sampled.files if name.startswith(prefix)} == {*found, "samples.json", *latents}
+    for name, lora in (("000001-06.png", "sks-000001:1"), ("000002-0.6-06.png", "sks:0.6")):
+        with Image.open(folder / name) as image:
+            shown = image.info["parameters"]
+        assert shown.startswith(f"1girl <lora:{lora}>\nSteps: 2, Sampler: Euler, CFG scale: 6, Seed: 5, Size: 64x64, Model: ")
+
+
+def test_without_likeness_and_validation_the_last_file_is_recommended(sampled):
+    record = json.loads((sampled.stage.output / "samples" / "sks" / "samples.json").read_text())
+    reason = "It is the last one; nothing could be compared: there is no validation loss, and no likeness (FACE_MODEL=off)."
+    assert record["recommended"] == {"file": "sks.safetensors", "strength": 1.0, "reason": reason}
+    assert (record["floor"], record["ceiling"]) == (None, None)
+    for row in record["rows"]:
+        assert (row["likeness"], row["unscored"]) == ([None] * 6, [""] * 6)
+    assert f"recommended: sks.safetensors at strength 1. {reason}" in sampled.output.splitlines()
 
 
 def test_training_is_the_same_with_and_without(sampled, stage):
@@ -105,7 +123,7 @@ def test_training_is_the_same_with_and_without(sampled, stage):
 
 
 def test_a_run_that_is_stopped_has_the_same_images(sampled, stage):
-    """Stopped within each row: the base model's, that of the first epoch, and the last."""
+    """Stopped within each row: the base model's, that of the first epoch, the last, and that of a lower strength."""
     add_images(stage)
     folder = stage.output / "samples" / "sks"
 
@@ -117,11 +135,11 @@ def test_a_run_that_is_stopped_has_the_same_images(sampled, stage):
 
         return stage.disturbed(0, disturb, **RUN).returncode
 
-    for images in (1, 6, 10):
+    for images in (1, 9, 15, 20):
         assert stopped_at(images) == 143
         assert not stage.lora.exists()
     times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
-    assert 10 <= len(times) < 12
+    assert 20 <= len(times) < 30
     assert "continuing at step 2" in stage.trained(**RUN)
     images = {name: content for name, content in sampled.files.items() if name.startswith("samples/")}
     assert {name: content for name, content in stage.files().items() if name.startswith("samples/")} == images
@@ -148,18 +166,23 @@ def test_a_run_that_is_extended_keeps_its_rows(sampled, stage):
     folder = stage.output / "samples" / "sks"
     times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
     stage.trained(**RUN | {"NUM_TRAIN_EPOCHS": 3})
-    rows = json.loads((folder / "samples.json").read_text())["rows"]
+    record = json.loads((folder / "samples.json").read_text())
+    rows = record["rows"]
     assert [(row["label"], row["file"]) for row in rows] == [
         ("base model", None),
         ("after epoch 1", "sks-000001.safetensors"),
         ("after epoch 2", None),  # it was the end, whose LoRA is in the archive
         ("final", "sks.safetensors"),
     ]
-    assert sorted(path.name for path in folder.glob("*.png")) == [image for row in rows for image in row["images"]]
+    assert [row["images"][0] for row in record["strengths"]] == ["000003-0.6-01.png", "000003-0.8-01.png", "000003-01.png"]
+    assert set(pixels(folder)) == {image for row in rows + record["strengths"] for image in row["images"]}
     for image in (*rows[0]["images"], *rows[1]["images"]):
         assert (folder / image).stat().st_mtime_ns == times[image]
     before = pixels(sampled.stage.output / "samples" / "sks")
-    assert {name: image for name, image in pixels(folder).items() if name in before} == before
+    again = pixels(folder)
+    assert {name: again[name] for row in rows[:3] for name in row["images"]} == {
+        name: image for name, image in before.items() if len(name) == len("000002-01.png")
+    }
 
 
 @pytest.fixture(scope="module")
