@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from common import output_layout as results
+from common.weights import data_sha256, read_header
 from training.callbacks import checkpoint
 
 SHORT = {"LORA_TARGETS": "attention", "SAVE_EVERY_EPOCHS": 0, "SAVE_STATE_EVERY_MINUTES": 1e-6}
@@ -112,7 +113,11 @@ def test_a_held_out_loss_that_rises_ends_the_run_early_and_names_the_best_lora(i
     lines = [json.loads(line) for line in (images.output / "lora" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["validation_loss_smoothed"] for line in lines if "validation_loss" in line]
     assert losses[-1] > min(losses)
-    assert (images.output / "lora" / "sks-best.safetensors").exists()
+    best, recommended = (read_header(images.output / "lora" / f"sks-{what}.safetensors") for what in ("best", "recommended"))
+    assert recommended.metadata["sshs_model_hash"] == data_sha256(recommended.path) == data_sha256(best.path)
+    reason = f"It has the lowest validation loss: {min(losses):.4f} (smoothed). Likeness was not compared: "
+    assert recommended.metadata["loracat_recommended_reason"].startswith(reason)
+    assert f"recommended: {recommended.metadata['loracat_recommended_file']} at strength 1. {reason}" in said
     assert "nothing to do" in images.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 200, "SAVE_EVERY_EPOCHS": 1})
 
 

@@ -78,7 +78,7 @@ def test_faces_are_searched_once(likeness_of, tmp_path, standin, monkeypatch, da
     # Those of the data set that the caption stage has found are not searched.
     known = FaceCache(tmp_path / "known.jsonl", "dlib")
     for each in data:
-        known.add(each.sha256, [FoundFace(90, 0.2, "", np.array([0.5, 0.5, 0.5], dtype=np.float32))])
+        known.add(each.sha256, [FoundFace(90, 0.2, "", np.full(128, 0.05, dtype=np.float32))])
     with likeness_of() as likeness:
         assert scored(likeness, sample)[0] != before[0]
         assert likeness.ceiling == 1.0

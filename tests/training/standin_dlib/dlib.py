@@ -1,6 +1,7 @@
 """Stands for dlib where tests need likeness of the tiny model's images, which show no face.
 
-Every image that is bright enough has one face, which fills it and looks into the camera. Its vector is the mean color.
+Every image that is bright enough has one face, which fills it and looks into the camera. Its vector is the mean color,
+followed by zeros.
 """
 
 import numpy as np
@@ -58,7 +59,7 @@ class face_recognition_model_v1:  # noqa: N801
         pass
 
     def compute_face_descriptor(self, rgb: np.ndarray, shape: full_object_detection) -> list[float]:
-        return (rgb.mean(axis=(0, 1)) / 255).tolist()
+        return [*(rgb.mean(axis=(0, 1)) / 255).tolist(), *[0.0] * 125]
 
 
 class _Detector:
