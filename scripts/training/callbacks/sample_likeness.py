@@ -71,7 +71,8 @@ class SampleLikeness(AbstractContextManager):
             return score.result()
         except ModelError as error:
             self.problem = str(error)
-            print(f"no likeness of sample images: {error}. Everything else works without it; FACE_MODEL=off silences this line")
+            without = "Everything else works without it; FACE_MODEL=off silences this line"
+            print(f"no likeness of sample images: {error}. {without}", flush=True)
             return None, ""
 
     def _read_set(self) -> np.ndarray:

@@ -91,10 +91,15 @@ class SampleImages(Callback):
 
     def _render_again(self, row: Row) -> None:
         """Render what is missing of the row of a LoRA whose weights are no longer in memory, if its file is there."""
-        is_listed = row in self.record
-        has_file = row.file is not None and is_lora_of(self.outputs.lora_dir / row.file, self.renderer.step.adapter.modules)
-        if self.group.broadcast_object(lambda: not is_listed and has_file):
-            with self._weights_of(row.file):
+        modules = self.renderer.step.adapter.modules
+        is_missing, has_file = self.group.broadcast_object(
+            lambda: (
+                bool(self.record.missing(row)),
+                row.file is not None and is_lora_of(self.outputs.lora_dir / row.file, modules),
+            )
+        )
+        if has_file or not is_missing:
+            with self._weights_of(row.file) if is_missing else contextlib.nullcontext():
                 self._render(row)
 
     @contextlib.contextmanager
@@ -159,10 +164,12 @@ class SampleImages(Callback):
         if not self._is_scored():
             return
         save, reason = self.group.broadcast_object(lambda: self._choose(last, progress))
+        steps = sum(step.epoch < save.epochs for step in self.schedule.order)
         with contextlib.nullcontext() if save.epochs == last else self._weights_of(save.file):
+            self._render(Row(f"after epoch {save.epochs}", save.file, steps, save.epochs))  # unless its row exists
             for strength in STRENGTHS[:-1]:
                 with at_strength(self.renderer.step.adapter, strength):
-                    self._render(Row(f"strength {strength}", save.file, 0, save.epochs, strength))
+                    self._render(Row(f"strength {strength}", save.file, steps, save.epochs, strength))
         if (self._is_scored() or self.is_off) and self.group.is_main_process:
             strength, verdict = lowest_strength(self.record.scores_by_strength(save.epochs))
             self.recommendation = Recommendation(save.file, save.epochs, strength, f"{reason} {verdict}".strip())
