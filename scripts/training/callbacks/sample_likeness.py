@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import ModelError
+from common.errors import ModelError, as_loracat_error
 from common.face_process import FaceProcess, face_process
 from common.faces import FACE_MODELS
 from common.files import sha256_of
@@ -45,7 +45,11 @@ class SampleLikeness(AbstractContextManager):
         if self.problem:
             return
         if self._process is None:
-            self._process = self._opened.enter_context(face_process(self._model))
+            try:
+                self._process = self._opened.enter_context(face_process(self._model))
+            except OSError as error:  # such as too many processes
+                self._give_up(error)
+                return
             self._faces_of_set = self._pool.submit(self._read_set)
         for image in images:
             self._scores[image.name] = self._pool.submit(self._score, image)
@@ -69,11 +73,14 @@ class SampleLikeness(AbstractContextManager):
             return None, ""
         try:
             return score.result()
-        except ModelError as error:
-            self.problem = str(error)
-            without = "Everything else works without it; FACE_MODEL=off silences this line"
-            print(f"no likeness of sample images: {error}. {without}", flush=True)
+        except (ModelError, OSError) as error:  # the latter for a full disk, of which training itself has more to say
+            self._give_up(error)
             return None, ""
+
+    def _give_up(self, error: Exception) -> None:
+        self.problem = str(as_loracat_error(error) or error)
+        without = "Everything else works without it; FACE_MODEL=off silences this line"
+        print(f"no likeness of sample images: {self.problem}. {without}", flush=True)
 
     def _read_set(self) -> np.ndarray:
         """The faces of the data set: [n, values]. Raises ModelError if they are too few."""

@@ -86,7 +86,7 @@ class SampleRecord:
             found = [
                 Row(str(row["label"]), file, int(row["step"]), int(row["epochs"])) for row, file in zip(rows, files, strict=True)
             ]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return
         for row in found:
             if row.label != FINAL and row.step <= next_step and not self.missing(row):
@@ -95,7 +95,7 @@ class SampleRecord:
         self.write()
 
     def __contains__(self, row: Row) -> bool:
-        return (row.epochs, row.strength) in self._rows
+        return self._rows.get((row.epochs, row.strength)) == row
 
     def missing(self, row: Row) -> list[int]:
         """Numbers of the prompts whose image does not exist, or was rendered from something else."""

@@ -68,6 +68,8 @@ class SampleImages(Callback):
         ends = [(step, self.schedule.epochs_complete(step.number + 1)) for step in self.schedule.order[: progress.next_step]]
         ends = [(step, epochs) for step, epochs in ends if epochs > step.epoch]
         for step, epochs in ends:
+            if self.stop_requested():
+                return
             if step.number + 1 == progress.next_step:
                 self.after_epoch(step, epochs, progress)
             elif self.plan.is_due(step.epoch, epochs):
@@ -91,16 +93,15 @@ class SampleImages(Callback):
 
     def _render_again(self, row: Row) -> None:
         """Render what is missing of the row of a LoRA whose weights are no longer in memory, if its file is there."""
-        modules = self.renderer.step.adapter.modules
-        is_missing, has_file = self.group.broadcast_object(
-            lambda: (
-                bool(self.record.missing(row)),
-                row.file is not None and is_lora_of(self.outputs.lora_dir / row.file, modules),
-            )
-        )
+        file, modules = self.outputs.lora_dir / (row.file or ""), self.renderer.step.adapter.modules
+        is_missing, has_file = self.group.broadcast_object(lambda: (bool(self._missing(row)), is_lora_of(file, modules)))
         if has_file or not is_missing:
             with self._weights_of(row.file) if is_missing else contextlib.nullcontext():
                 self._render(row)
+
+    def _missing(self, row: Row) -> list[int]:
+        """Numbers of the prompts that are still to be rendered; the images of a row that is listed were looked at before."""
+        return [] if row in self.record else self.record.missing(row)
 
     @contextlib.contextmanager
     def _weights_of(self, file: str | None) -> Iterator[None]:
@@ -121,8 +122,8 @@ class SampleImages(Callback):
         if a stop is requested."""
         if self.is_off:
             return
-        missing, is_listed = self.group.broadcast_object(lambda: (self.record.missing(row), row in self.record))
-        if not missing and is_listed:
+        is_listed, missing = self.group.broadcast_object(lambda: (row in self.record, self._missing(row)))
+        if is_listed:
             return
         world_size = self.group.world_size
         with ProgressBar(len(missing), f"samples, {row.label}", "img", leave=False) as bar:
@@ -166,7 +167,8 @@ class SampleImages(Callback):
         save, reason = self.group.broadcast_object(lambda: self._choose(last, progress))
         steps = sum(step.epoch < save.epochs for step in self.schedule.order)
         with contextlib.nullcontext() if save.epochs == last else self._weights_of(save.file):
-            self._render(Row(f"after epoch {save.epochs}", save.file, steps, save.epochs))  # unless its row exists
+            if save.epochs != last:
+                self._render(Row(f"after epoch {save.epochs}", save.file, steps, save.epochs))  # usually it is there
             for strength in STRENGTHS[:-1]:
                 with at_strength(self.renderer.step.adapter, strength):
                     self._render(Row(f"strength {strength}", save.file, steps, save.epochs, strength))
