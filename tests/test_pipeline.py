@@ -47,6 +47,8 @@ FILES_IN_OUTPUT = {
     "cache/text/<hash>.safetensors": IMAGES + 1,  # the captions and the empty caption
     f"lora/{TRIGGER_WORD}.safetensors": 1,
     f"lora/{TRIGGER_WORD}-000001.safetensors": 1,
+    f"lora/{TRIGGER_WORD}-recommended.safetensors": 1,
+    f"lora/{TRIGGER_WORD}.workflow.json": 1,
     "lora/metrics.jsonl": 1,
     "lora/training_config_resolved.toml": 1,
     "report.html": 1,

@@ -93,6 +93,7 @@ class Stage:
             "DATALOADER_NUM_WORKERS": 1,
             "HF_HUB_OFFLINE": 1,
             "SAMPLES": "false",
+            "FACE_MODEL": "off",
         }
 
     def add(self, photograph: str, path: str = "", caption: str | None = "sks, photo, outdoors", **how: object) -> Path:

@@ -56,7 +56,7 @@ class Renderer:
     def __call__(self, prompt: SamplePrompt, stops: Callable[[], bool] = lambda: False) -> Image.Image | None:
         """An image; None if `stops` returns true before it is complete. Raises FloatingPointError for NaN and infinity."""
         latents = self.latents(prompt, stops)
-        return None if latents is None else self._decoded(latents)
+        return None if latents is None else self.decoded(latents)
 
     @torch.no_grad()
     def latents(self, prompt: SamplePrompt, stops: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
@@ -84,7 +84,7 @@ class Renderer:
         return latents
 
     @torch.no_grad()
-    def _decoded(self, latents: torch.Tensor) -> Image.Image:
+    def decoded(self, latents: torch.Tensor) -> Image.Image:
         """The image of latents [1, 4, h, w]. The VAE computes in fp32: SDXL's overflows in fp16. It is on the GPU no longer than
         this takes."""
         try:
