@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 
 from common.dataset_layout import DatasetFolder
-from common.errors import run_main
+from common.errors import run_main, stop_on_signals
 from common.output_layout import OutputLayout
 from common.project import ProjectSettings
 from common.settings import read_request
@@ -23,11 +23,12 @@ class Tables:
 
 
 def main(argv: list[str]) -> None:
+    stop_on_signals()
     request = read_request(STAGE, __doc__, argv, Tables)
     project = request.settings.project
     page = OutputLayout(project.output_dir, "").report
     dataset = read_dataset(DatasetFolder(project.dataset_dir), project.trigger_word)
-    run = read_run(project.output_dir)
+    run = read_run(project.output_dir, project.trigger_word)
     if request.check:
         print(f"report: {len(dataset.images)} images, {'a training run' if run else 'no training run yet'}; written to {page}")
         return

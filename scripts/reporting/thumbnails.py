@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import hashlib
+import io
 import os
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from common.files import write_bytes
 from common.images import BrokenImageError, open_rgb
 
 SIZE_PX = 192
-_QUALITY = 62
+_QUALITY, _METHOD = 62, 2
+"""Of WebP: a slower method saves a tenth of the page and doubles the time."""
 
 
 class Thumbnails:
@@ -26,10 +28,15 @@ class Thumbnails:
             status = path.stat()
             key = f"{path.name}|{status.st_size}|{status.st_mtime_ns}|{size_px}"
             cached = self._folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.webp"
-            if not cached.exists():
-                _make(path, cached, size_px)
             self._used.add(cached.name)
-            return "data:image/webp;base64," + base64.b64encode(cached.read_bytes()).decode("ascii")
+            content = b""
+            with contextlib.suppress(FileNotFoundError):
+                content = cached.read_bytes()
+            if not content:
+                content = _make(path, size_px)
+                with contextlib.suppress(OSError):  # without a cache the page is only slower
+                    write_bytes(cached, content)
+            return "data:image/webp;base64," + base64.b64encode(content).decode("ascii")
         except (OSError, BrokenImageError):
             return ""
 
@@ -44,12 +51,9 @@ class Thumbnails:
                         path.unlink()
 
 
-def _make(source: Path, target: Path, size_px: int) -> None:
-    import io
-
+def _make(source: Path, size_px: int) -> bytes:
     image = open_rgb(source)
-    image.thumbnail((size_px, size_px))
+    image.thumbnail((size_px, size_px), reducing_gap=2.0)
     content = io.BytesIO()
-    image.save(content, "webp", quality=_QUALITY, method=4)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(target, content.getvalue())
+    image.save(content, "webp", quality=_QUALITY, method=_METHOD)
+    return content.getvalue()

@@ -19,8 +19,10 @@ from common.errors import Interruption, ModelError, ResourceError, StopRequest, 
 from common.files import atomic_write, write_bytes
 from common.settings import resolved_toml
 from training.callbacks.checkpoint import CheckpointWriter, keep_one, remove_incomplete, restore
+from training.callbacks.history import recorded_history
 from training.callbacks.metrics import open_metrics
 from training.callbacks.renderer import Renderer
+from training.callbacks.report_page import report_page
 from training.callbacks.samples import SampleImages, texts_of
 from training.callbacks.validation import Validator
 from training.data.batches import Batch, BatchReader
@@ -36,6 +38,7 @@ from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.export import write_lora
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
 from training.models.weights import load_unet, load_vae, require_finite_weights
+from training.plan import short_hash
 from training.system.device import MemoryGuard, available_bytes, limit_gpu_memory, make_deterministic, memory_guard
 from training.system.process_group import ProcessGroup
 from training.system.processes import WorkerProcess
@@ -46,7 +49,8 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
     if group.is_main_process:
         prepare_outputs(job)
     prepare_device(job)
-    with translate_cuda_oom(job), memory_guard(job.budget.thresholds) as guard:
+    history = recorded(job, group) if group.is_main_process else contextlib.nullcontext()
+    with history, translate_cuda_oom(job), memory_guard(job.budget.thresholds) as guard:
         with unet_in_background(job) as load:
             examples, prompts = encode(job, group, encoder)
             unet, adapter = load()
@@ -115,6 +119,20 @@ def prepare_device(job: TrainingJob) -> None:
         make_deterministic()
     if job.budget.thresholds:
         limit_gpu_memory(job.precision.device, available_bytes(job.precision.device) - job.budget.thresholds.stop)
+
+
+def recorded(job: TrainingJob, group: ProcessGroup) -> contextlib.AbstractContextManager[None]:
+    """Records this process in the history of the run."""
+    fingerprint = job.identity.fingerprint
+    about = {
+        "step": job.saved.progress.next_step if job.saved else 0,
+        "steps": len(job.plan.order),
+        "base": job.base.name,
+        "base_hash": fingerprint["base model"],
+        "dataset_hash": fingerprint["data set"],
+        "fingerprint": short_hash(fingerprint),
+    }
+    return recorded_history(job.outputs.history, job.precision, group.world_size, about)
 
 
 @contextlib.contextmanager
@@ -298,8 +316,9 @@ def writing_callbacks(
     with (
         open_metrics(settings.logging, outputs.name, outputs.metrics, outputs.logs, schedule.start.next_step) as metrics,
         CheckpointWriter(outputs.state, job.identity, settings.saving.keep_last_states, *state) as checkpoints,
+        report_page(job.project, schedule.saves_lora_between) as page,
     ):
-        yield [metrics, LoraSaver(job, adapter.modules, schedule), checkpoints]
+        yield [metrics, LoraSaver(job, adapter.modules, schedule), checkpoints, page]
 
 
 def sample_images(

@@ -50,11 +50,23 @@ def test_a_whole_run_leaves_exactly_these_files(finished):
             "lora/sks.safetensors",
             "lora/training_config_resolved.toml",
             "state/.lock",
+            "state/sks/history.jsonl",
             "state/sks/step-000000006.json",  # from which the run could be lengthened
             "state/sks/step-000000006.safetensors",
         ]
     )
     assert sorted(path.name for path in stage.models.iterdir()) == []
+    assert "The run is not finished." in (stage.output / "report.html").read_text(encoding="utf-8")  # written at the save
+
+
+def test_the_history_says_on_what_and_how_long_the_run_took(finished):
+    start, end = map(json.loads, finished.files["state/sks/history.jsonl"].splitlines())
+    assert (start["event"], start["step"], start["steps"], start["device"]) == ("start", 0, 6, "the CPU in float32")
+    assert {"LoRACat", "Python", "torch", "diffusers", "transformers", "peft"} <= start["versions"].keys()
+    assert start["fingerprint"] == metadata(finished.stage.lora)["loracat_fingerprint"]
+    assert end["event"] == "end"
+    assert end["seconds"] > 0
+    assert end["peak_bytes"] > 2**27
 
 
 def test_the_start_says_what_the_run_will_do(finished):
