@@ -7,7 +7,7 @@ from common.dataset_layout import DatasetFolder
 from common.errors import run_main, stop_on_signals
 from common.output_layout import OutputLayout
 from common.project import ProjectSettings
-from common.settings import read_request
+from common.settings import IN_CONTAINER, REPOSITORY, read_request
 from reporting.dataset import read_dataset
 from reporting.page import write_page
 from reporting.run import read_run
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
         print(f"report: {len(dataset.images)} images, {'a training run' if run else 'no training run yet'}; written to {page}")
         return
     write_page(page, project.trigger_word, dataset, run)
-    print(f"report: {page}")
+    print(f"report: {page.relative_to(REPOSITORY) if IN_CONTAINER and page.is_relative_to(REPOSITORY) else page}")
 
 
 if __name__ == "__main__":

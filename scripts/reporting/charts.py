@@ -8,7 +8,7 @@ from markupsafe import Markup, escape
 
 Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 640, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 10, 26
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 16, 10, 28
 _TICKS = 4
 _MAX_POINTS = 600
 """A curve of more points is thinned out: the page stays small and looks the same."""

@@ -12,6 +12,9 @@ from reporting.records import Records, as_number, as_numbers, as_object
 from reporting.thumbnails import Thumbnails
 
 
+_CLOSENESS = "full half close"
+
+
 @dataclass(frozen=True)
 class DatasetImage:
     """An image as the contact sheet shows it."""
@@ -81,9 +84,9 @@ class Dataset:
 
     @property
     def typical(self) -> DatasetImage | None:
-        """The image that stands for the data set: the one that looks most like the others."""
+        """The image that stands for the data set: of those that show the person closest, the one most like the others."""
         shown = [image for image in self.images if image.thumbnail and not image.is_excluded]
-        return max(shown, key=lambda image: (image.likeness or 0.0, not image.flaws), default=None)
+        return max(shown, key=lambda image: (not image.flaws, _CLOSENESS.find(image.framing), image.likeness or 0.0), default=None)
 
 
 def read_dataset(folder: DatasetFolder, trigger: str) -> Dataset:
@@ -92,16 +95,14 @@ def read_dataset(folder: DatasetFolder, trigger: str) -> Dataset:
     flaws, likeness, traits = (records.json(path) for path in (folder.audit, folder.likeness, folder.traits))
     used = {image.path for image in select_images(folder).images}
     found, flagged = as_object(likeness.get("images")), as_object(flaws.get("flagged"))
+    images, files = [], find_images(folder.images)
     with Thumbnails(folder.thumbnails) as thumbnails:
-        images = []
-        for file in find_images(folder.images):
+        for file, thumbnail in zip(files, thumbnails.of_all(file.path for file in files), strict=True):
             name = name_in(folder.images, file.path)
             entry = as_object(flagged.get(name))
             described = _described(as_object(entry.get("flaws", entry)), as_object(found.get(name)))
-            thumbnail, caption = thumbnails.of(file.path), _caption(file, folder)
-            images.append(
-                DatasetImage(name, thumbnail, caption, repeats=file.repeats, is_excluded=file.path not in used, **described)
-            )
+            is_excluded, caption = file.path not in used, _caption(file, folder)
+            images.append(DatasetImage(name, thumbnail, caption, repeats=file.repeats, is_excluded=is_excluded, **described))
     alone = flaws.get("captions_without_picture")
     unused = dict.fromkeys(alone if isinstance(alone, list) else (), "a caption without an image")
     unused |= as_object(flaws.get("not_looked_at"))

@@ -5,7 +5,7 @@ document.documentElement.classList.add("scripted");
 function write() {
   const picked = boxes.filter((box) => box.checked).map((box) => box.value);
   lines.value = picked.join("\n") + (picked.length ? "\n" : "");
-  lines.rows = Math.min(12, Math.max(3, picked.length + 1));
+  lines.rows = Math.min(12, Math.max(4, picked.length + 2));
   document.getElementById("picked").textContent = String(picked.length);
 }
 for (const box of boxes) box.addEventListener("change", write);
