@@ -77,7 +77,7 @@ def next_steps(page: Path) -> str:
             f"Open the page of this run in a browser: {page.as_uri()}",
             "  The models of the demo are tiny and random, so its sample images show noise.",
             "Next: a LoRA of your own",
-            "  put an SDXL base model into models/, and images into dataset/images/ or a workflow and a face for ComfyUI (README.md)",
+            "  put an SDXL base model into models/, and a photo of the face or your own images beside it (see README.md)",
             "  docker compose run --rm loracat --check      says what is missing",
             "  docker compose run --rm loracat --review     collects, captions, and stops so that you can look at the page",
             "  docker compose run --rm loracat --train      trains",

@@ -11,7 +11,6 @@ from common.dataset_layout import DatasetFolder, ImageFile, find_images, name_in
 from reporting.records import Records, as_number, as_numbers, as_object
 from reporting.thumbnails import Thumbnails
 
-
 _CLOSENESS = "full half close"
 
 
