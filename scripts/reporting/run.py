@@ -1,7 +1,7 @@
 """What the report shows of OUTPUT_DIR: the latest run's LoRA files, metrics, settings, history and sample images."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,8 @@ def read_run(output_dir: Path, trigger: str) -> Run | None:
     with records.reading(outputs.history):
         history = read_json_lines(outputs.history)
     samples = read_samples(outputs, trigger, records, files_like)
+    if not samples.file and loras:
+        samples = replace(samples, **_advice_of(loras[0]))
     if not (settings or loras or metrics or records.unreadable):
         return None
     return Run(
@@ -113,6 +115,13 @@ def read_run(output_dir: Path, trigger: str) -> Run | None:
         workflow=outputs.workflow.name if outputs.workflow.is_file() else "",
         unreadable=tuple(dict.fromkeys(records.unreadable)),
     )
+
+
+def _advice_of(lora: LoraFile) -> dict[str, str]:
+    """What the header of the recommended LoRA says, as fields of Samples; {} for another LoRA. It is there without sample images,
+    too."""
+    advice = {name: lora.metadata.get(f"loracat_recommended_{name}", "") for name in ("file", "strength", "reason")}
+    return advice if advice["file"] and Path(advice["file"]).name == advice["file"] else {}
 
 
 def _read_loras(outputs: OutputLayout, records: Records) -> tuple[LoraFile, ...]:

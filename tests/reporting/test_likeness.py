@@ -4,7 +4,9 @@ import html as html_text
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from common.dataset_layout import DatasetFolder, name_in, select_images
 
@@ -134,6 +136,16 @@ def test_the_verdict_says_which_file_at_which_strength_why_and_how_to_load_it(pr
     assert "It is sks_woman-000005.safetensors (after epoch 5). Most like her." in text
     assert 'href="lora/sks_woman.workflow.json"' in page
     assert "0.20 base model data set 0.80" in text
+
+
+def test_without_samples_the_header_of_the_recommended_file_says_why(project):
+    project.add_run()
+    advice = {"file": "sks_woman-000005.safetensors", "strength": "1", "reason": "It has the lowest validation loss."}
+    metadata = {f"loracat_recommended_{name}": value for name, value in advice.items()}
+    save_file({"a": np.zeros(4, np.float16)}, project.output / "lora" / "sks_woman-recommended.safetensors", metadata)
+    text = text_of(project.html())
+    assert "Use sks_woman-recommended.safetensors at strength 1." in text
+    assert "It is sks_woman-000005.safetensors . It has the lowest validation loss." in text
 
 
 def test_samples_show_likeness_between_floor_and_ceiling_and_the_recommended_row(project):
