@@ -9,7 +9,7 @@ from common.errors import ModelError
 from common.files import read_json_lines
 from common.output_layout import OutputLayout
 from common.weights import read_header
-from reporting.recipe import Fact, Setting, facts_of, read_settings
+from reporting.recipe import Fact, Setting, facts_of, read_settings, shown
 from reporting.records import Records, as_number
 from reporting.samples import Samples, read_samples
 
@@ -50,8 +50,9 @@ class Run:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The header of a LoRA file."""
-        return self.loras[0].metadata if self.loras else {}
+        """The header of the final LoRA file, else of any that there is."""
+        final = [lora for lora in self.loras if lora.label == "final"]
+        return next((lora.metadata for lora in (*final, *self.loras)), {})
 
     @property
     def file_to_use(self) -> str:
@@ -134,7 +135,7 @@ def _read_loras(outputs: OutputLayout, records: Records) -> tuple[LoraFile, ...]
                 header = read_header(path).metadata
             except ModelError as error:
                 raise ValueError from error
-            metadata = {str(key): str(value) for key, value in header.items()}
+            metadata = {str(key): shown(str(value)) for key, value in header.items()}
             label = path.stem.removeprefix(outputs.name).removeprefix("-").lstrip("0") or "final"
             label = f"after epoch {label}" if label.isdecimal() else label
             loras.append(LoraFile(path.name, label, size / 1e6, metadata.get("sshs_model_hash", ""), metadata))

@@ -244,6 +244,8 @@ def test_no_login_and_no_folder_is_shown_of_any_kind_of_value(project):
     state = project.output / "state" / "sks_woman"
     state.mkdir(parents=True)
     (state / "history.jsonl").write_text('{"event": "start", "device": "/srv/anna/gpu", "base": "/srv/anna/base.safetensors"}\n')
+    header = {"ss_sd_model_name": "/srv/anna/base", "sshs_model_hash": "ab12", "modelspec.trigger_phrase": "sks_woman"}
+    save_file({"a": np.zeros(4, np.float16)}, project.output / "lora" / "sks_woman.safetensors", header)
     page = project.html()
     for secret in ("hunter2", "anna", "srv", "C:"):
         assert secret not in page
