@@ -1,6 +1,6 @@
 """What the report shows of OUTPUT_DIR/samples: the sample images of every LoRA with their likeness, and which LoRA to use."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -92,7 +92,7 @@ def read_samples(outputs: OutputLayout, trigger: str, records: Records, files_li
         return samples
     with records.reading(outputs.samples_record), Thumbnails(outputs.cache / "thumbnails") as thumbnails:
         prompts = [as_object(prompt) for prompt in record["prompts"]]
-        texts = tuple(str(prompt["text"]) for prompt in prompts)
+        texts = [str(prompt["text"]) for prompt in prompts]
         shows_person = [_shows_person(prompt, trigger) for prompt in prompts]
         advice = as_object(record.get("recommended"))
         file, strength = str(advice.get("file") or ""), as_number(advice.get("strength")) or 1.0
@@ -111,7 +111,7 @@ def read_samples(outputs: OutputLayout, trigger: str, records: Records, files_li
             for each in record.get("strengths") or ()
         ]
         samples = Samples(
-            prompts=texts,
+            prompts=tuple(_with_seed(prompt, texts) for prompt in prompts),
             rows=tuple(rows),
             strengths=tuple(strengths),
             floor=as_number(record.get("floor")),
@@ -125,6 +125,12 @@ def read_samples(outputs: OutputLayout, trigger: str, records: Records, files_li
 
 def _decimal(strength: float) -> str:
     return f"{strength:.1f}" if round(strength, 1) == strength else f"{strength:g}"
+
+
+def _with_seed(prompt: Mapping[str, Any], texts: Sequence[str]) -> str:
+    """The text of a prompt, and its seed if several prompts have that text."""
+    text, seed = str(prompt["text"]), prompt.get("seed")
+    return f"{text} (seed {seed})" if texts.count(text) > 1 and seed is not None else text
 
 
 def _shows_person(prompt: Mapping[str, Any], trigger: str) -> bool:

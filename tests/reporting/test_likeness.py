@@ -168,6 +168,12 @@ def test_the_curve_of_likeness_leaves_out_the_class_word(project):
     assert chart.count('class="mark"') == 1
 
 
+def test_prompts_of_the_same_text_are_told_apart_by_their_seeds(project):
+    add_scored_samples(project, prompts=[PROMPTS[0], PROMPTS[0] | {"seed": 7}])
+    text = text_of(project.html())
+    assert "sks_woman (seed 0) sks_woman (seed 7)" in text
+
+
 @pytest.mark.parametrize("missing", ["floor", "ceiling", "strengths", "recommended"])
 def test_keys_that_are_not_there_yet_are_done_without(project, missing):
     add_scored_samples(project, **{missing: None})
