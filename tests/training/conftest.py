@@ -171,8 +171,9 @@ class Stage:
         return ended.stdout
 
     def files(self) -> dict[str, bytes]:
-        """Relative path -> bytes of every file in the output folder but the page, which shows the others as they were at a save."""
-        found = sorted(path for path in self.output.rglob("*") if path.is_file() and path != self.output / "report.html")
+        """Relative path -> bytes of every file in the output folder, but the page and the history, which differ each time."""
+        found = sorted(path for path in self.output.rglob("*") if path.is_file())
+        found = [path for path in found if path.name not in ("report.html", "history.jsonl")]
         return {path.relative_to(self.output).as_posix(): path.read_bytes() for path in found}
 
     def _environment(self, variables: dict[str, object]) -> dict[str, str]:

@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from common.files import read_json_lines
 from common.settings import SETTINGS_FILE
 from demo import tiny_sdxl as miniature
 from training.data.batches import Batch
@@ -50,7 +51,6 @@ def test_a_whole_run_leaves_exactly_these_files(finished):
             "lora/sks.safetensors",
             "lora/training_config_resolved.toml",
             "state/.lock",
-            "state/sks/history.jsonl",
             "state/sks/step-000000006.json",  # from which the run could be lengthened
             "state/sks/step-000000006.safetensors",
         ]
@@ -60,7 +60,7 @@ def test_a_whole_run_leaves_exactly_these_files(finished):
 
 
 def test_the_history_says_on_what_and_how_long_the_run_took(finished):
-    start, end = map(json.loads, finished.files["state/sks/history.jsonl"].splitlines())
+    start, end = read_json_lines(finished.stage.output / "state" / "sks" / "history.jsonl")
     assert (start["event"], start["step"], start["steps"], start["device"]) == ("start", 0, 6, "the CPU in float32")
     assert {"LoRACat", "Python", "torch", "diffusers", "transformers", "peft"} <= start["versions"].keys()
     assert start["fingerprint"] == metadata(finished.stage.lora)["loracat_fingerprint"]
