@@ -76,11 +76,11 @@ def test_an_excluded_image_is_shown_as_such_and_not_named_again(reviewed):
 
 
 @pytest.mark.parametrize(
-    "name", ["x.png", "with  space.png", "no. #1.png", "#2.png", "ünï.png", "5_face/x.png", "a'b&<i>.png", "x # y.png"]
+    "name", ["x.png", "a  b.png", "no. #1.png", "#2.png", "ünï.png", "5_face/x.png", "a'b&<i>.png", "x # y.png"]
 )
 def test_the_text_excludes_exactly_the_flagged_image(project, name):
     """Other names are a part of it, so that a line that is cut off in the wrong place would exclude another image."""
-    for other in ("no..png", "with.png", "1.png", "y.png"):
+    for other in ("no..png", "a.png", "1.png", "y.png"):
         project.add_image(other, "sks_woman")
     project.add_image(name, "sks_woman")
     project.add_record("dataset/.loracat/audit.json", flagged(**{name: "is # not\nher"}))
