@@ -157,11 +157,11 @@ def locked(path: Path, refusal: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming_oserror(path: Path) -> Iterator[None]:
-    """Add `path` to an OSError that names no file, such as that of a write to a full disk."""
+    """Add `path` to an OSError that names no file, such as that of a write to a full disk; one of a renaming names the new name."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        error.filename = error.filename2 or error.filename or str(path)
         raise
 
 

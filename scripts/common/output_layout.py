@@ -53,6 +53,8 @@ class OutputLayout:
         self.archive = self.lora_dir / "archive"
         self.state = output_dir / "state" / name
         """Checkpoints; state/checkpoint.py names the files in it."""
+        self.history = self.state / "history.jsonl"
+        """When, on what and for how long each process worked on the run."""
         self.cache = output_dir / "cache"
         """Latents and embeddings, which all runs share."""
         self.logs = output_dir / "logs"

@@ -21,9 +21,11 @@ from common.files import atomic_write, write_bytes, write_json
 from common.settings import resolved_toml
 from common.weights import copy_with_metadata, read_header
 from training.callbacks.checkpoint import CheckpointWriter, keep_one, remove_incomplete, restore
+from training.callbacks.history import recorded_history
 from training.callbacks.metrics import open_metrics
 from training.callbacks.recommendation import Recommendation, choose
 from training.callbacks.renderer import Renderer
+from training.callbacks.report_page import report_page
 from training.callbacks.sample_likeness import SampleLikeness
 from training.callbacks.sample_record import SampleRecord
 from training.callbacks.samples import SampleImages, saves_of, texts_of
@@ -42,6 +44,7 @@ from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.export import write_lora
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
 from training.models.weights import load_unet, load_vae, require_finite_weights
+from training.plan import short_hash
 from training.system.device import MemoryGuard, available_bytes, limit_gpu_memory, make_deterministic, memory_guard
 from training.system.process_group import ProcessGroup
 from training.system.processes import WorkerProcess
@@ -52,7 +55,8 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
     if group.is_main_process:
         prepare_outputs(job)
     prepare_device(job)
-    with translate_cuda_oom(job), memory_guard(job.budget.thresholds) as guard:
+    history = recorded(job, group) if group.is_main_process else contextlib.nullcontext()
+    with history, translate_cuda_oom(job), memory_guard(job.budget.thresholds) as guard:
         with unet_in_background(job) as load:
             examples, prompts = encode(job, group, encoder)
             unet, adapter = load()
@@ -124,6 +128,20 @@ def prepare_device(job: TrainingJob) -> None:
         make_deterministic()
     if job.budget.thresholds:
         limit_gpu_memory(job.precision.device, available_bytes(job.precision.device) - job.budget.thresholds.stop)
+
+
+def recorded(job: TrainingJob, group: ProcessGroup) -> contextlib.AbstractContextManager[None]:
+    """Records this process in the history of the run."""
+    fingerprint = job.identity.fingerprint
+    about = {
+        "step": job.saved.progress.next_step if job.saved else 0,
+        "steps": len(job.plan.order),
+        "base": job.base.name,
+        "base_hash": fingerprint["base model"],
+        "dataset_hash": fingerprint["data set"],
+        "fingerprint": short_hash(fingerprint),
+    }
+    return recorded_history(job.outputs.history, job.precision, group.world_size, about)
 
 
 @contextlib.contextmanager
@@ -307,14 +325,17 @@ def writing_callbacks(
     with (
         open_metrics(settings.logging, outputs.name, outputs.metrics, outputs.logs, schedule.start.next_step) as metrics,
         CheckpointWriter(outputs.state, job.identity, settings.saving.keep_last_states, *state) as checkpoints,
+        report_page(job.project, schedule.saves_lora_between) as page,
     ):
-        yield [metrics, LoraSaver(job, adapter.modules, schedule), checkpoints]
+        yield [metrics, LoraSaver(job, adapter.modules, schedule), checkpoints, page]
 
 
 def likeness_of_samples(job: TrainingJob) -> SampleLikeness:
     """What measures how much sample images look like the data set."""
     examples = [*job.plan.examples, *job.plan.held_out]
-    return SampleLikeness(job.project.face_model, examples, DatasetFolder(job.project.dataset_dir).faces, job.outputs.sample_faces)
+    project = job.project
+    cached = DatasetFolder(project.dataset_dir).faces
+    return SampleLikeness(project.face_model, project.models_dir, examples, cached, job.outputs.sample_faces)
 
 
 def sample_images(

@@ -172,8 +172,9 @@ class Stage:
         return ended.stdout
 
     def files(self) -> dict[str, bytes]:
-        """Relative path -> bytes of every file in the output folder."""
+        """Relative path -> bytes of every file in the output folder, but the page and the history, which differ each time."""
         found = sorted(path for path in self.output.rglob("*") if path.is_file())
+        found = [path for path in found if path.name not in ("report.html", "history.jsonl")]
         return {path.relative_to(self.output).as_posix(): path.read_bytes() for path in found}
 
     def _environment(self, variables: dict[str, object]) -> dict[str, str]:

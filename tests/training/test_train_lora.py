@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from common.files import read_json_lines
 from common.settings import SETTINGS_FILE
 from demo import tiny_sdxl as miniature
 from training.data.batches import Batch
@@ -57,6 +58,17 @@ def test_a_whole_run_leaves_exactly_these_files(finished):
         ]
     )
     assert sorted(path.name for path in stage.models.iterdir()) == []
+    assert "The run is not finished." in (stage.output / "report.html").read_text(encoding="utf-8")  # written at the save
+
+
+def test_the_history_says_on_what_and_how_long_the_run_took(finished):
+    start, end = read_json_lines(finished.stage.output / "state" / "sks" / "history.jsonl")
+    assert (start["event"], start["step"], start["steps"], start["device"]) == ("start", 0, 6, "the CPU in float32")
+    assert {"LoRACat", "Python", "torch", "diffusers", "transformers", "peft"} <= start["versions"].keys()
+    assert start["fingerprint"] == metadata(finished.stage.lora)["loracat_fingerprint"]
+    assert end["event"] == "end"
+    assert end["seconds"] > 0
+    assert end["peak_bytes"] > 2**27
 
 
 def test_the_start_says_what_the_run_will_do(finished):

@@ -28,7 +28,8 @@ class SampleLikeness(AbstractContextManager):
     written, and all others are added to `found`. Leaving the context ends the process, and forgets what is still to be scored.
     """
 
-    def __init__(self, model: str, examples: Iterable[Example], known: Path, found: Path):
+    def __init__(self, model: str, models_dir: Path, examples: Iterable[Example], known: Path, found: Path):
+        self._models_dir = models_dir
         self._model, self._examples, self._caches = model, {example.sha256: example.path for example in examples}, (known, found)
         self.problem = "" if model != "off" else "FACE_MODEL=off"
         """Why no image can be scored; "" if it can, or it is not known yet."""
@@ -46,7 +47,7 @@ class SampleLikeness(AbstractContextManager):
             return
         if self._process is None:
             try:
-                self._process = self._opened.enter_context(face_process(self._model))
+                self._process = self._opened.enter_context(face_process(self._model, self._models_dir))
             except OSError as error:  # such as too many processes
                 self._give_up(error)
                 return

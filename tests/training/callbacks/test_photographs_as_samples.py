@@ -56,7 +56,7 @@ def test_the_likeness_is_that_of_the_person_in_the_data_set(persons, tmp_path, p
     paths = {name: tmp_path / f"{name}.png" for name in samples}
     for name, image in samples.items():
         image.save(paths[name])
-    with SampleLikeness("dlib", examples, tmp_path / "known.jsonl", tmp_path / "found.jsonl") as likeness:
+    with SampleLikeness("dlib", tmp_path, examples, tmp_path / "known.jsonl", tmp_path / "found.jsonl") as likeness:
         likeness.submit(list(paths.values()))
         wait(likeness.pending(), timeout=300)
         scores = {name: likeness.score_of(path.name) for name, path in paths.items()}

@@ -41,7 +41,14 @@ def data(tmp_path) -> list[Example]:
 def likeness_of(tmp_path, data):
     """`likeness_of(...)`: the likeness of images to `data`."""
     return lambda **how: SampleLikeness(
-        **{"model": "dlib", "examples": data, "known": tmp_path / "known.jsonl", "found": tmp_path / "found.jsonl"} | how
+        **{
+            "model": "dlib",
+            "models_dir": tmp_path,
+            "examples": data,
+            "known": tmp_path / "known.jsonl",
+            "found": tmp_path / "found.jsonl",
+        }
+        | how
     )
 
 
