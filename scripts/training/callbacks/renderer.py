@@ -1,5 +1,6 @@
 """Renders images with the UNet and the adapter of a training step, as diffusers' SDXL pipeline would."""
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -49,6 +50,7 @@ class Renderer:
         is_cuda = step.precision.device.type == "cuda"
         self._predict = CudaGraphs(step.predict, "sample images are", step.graphs and step.graphs.pool) if is_cuda else step.predict
         self._embeddings = {text: read_embedding(path, 0) for text, path in embeddings.items()}
+        self._decoder: AutoencoderKL | None = None
         if tiled:
             vae.enable_tiling()
             vae.tile_sample_min_size, vae.tile_latent_min_size = TILE_PX, TILE_PX // 8
@@ -85,14 +87,20 @@ class Renderer:
 
     @torch.no_grad()
     def decoded(self, latents: torch.Tensor) -> Image.Image:
-        """The image of latents [1, 4, h, w]. The VAE computes in fp32: SDXL's overflows in fp16. It is on the GPU no longer than
-        this takes."""
-        try:
-            vae = self._vae.to(latents.device)
-            pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0][0]
-        finally:
-            self._vae.to("cpu")
+        """The image of latents [1, 4, h, w]. The VAE computes in fp32: SDXL's overflows in fp16. A copy of it stays on the GPU
+        until `release`."""
+        if self._decoder is None:
+            is_cuda = latents.device.type == "cuda"
+            self._decoder = copy.deepcopy(self._vae).to(latents.device) if is_cuda else self._vae
+        vae = self._decoder
+        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0][0]
         if not pixels.isfinite().all():
             raise FloatingPointError
         pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+    def release(self) -> None:
+        """Give back the GPU memory that training does not need."""
+        self._decoder = None
+        if self.step.precision.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -141,8 +141,7 @@ class SampleImages(Callback):
                 if self.stop_requested():
                     return
                 bar.update(len(numbers))
-        if self.renderer.step.precision.device.type == "cuda":
-            torch.cuda.empty_cache()  # training has other shapes
+        self.renderer.release()
         if self.group.is_main_process and not self.is_off:
             files = self.record.complete(row)
             for tracker in self.trackers if row.strength == 1 else ():
