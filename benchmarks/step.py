@@ -4,6 +4,7 @@ where the time of a step goes. MODEL is a base model: a diffusers folder or a si
 import argparse
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,8 +43,23 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--latents", type=int, default=128, help="height and width; 128 is 1024 px")
     options = parser.parse_args()
+    build = step_builder(options.model)
+    plain = build("plain")
+    unet, precision = plain.unet, plain.precision
+    batch = random_batch(unet, 1, options.latents // 2).to(precision.device)
+    reference, other = (autocast_gradient(plain, batch, backend) for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH))
+    fast = build("fast")  # replaces the forwards of the UNet
+    distances = [((each - reference).norm() / reference.norm()).item() for each in (gradient(fast, batch), other)]
+    print(
+        f"gradient: {distances[0]:.2%} of its norm from PEFT's; PEFT's with another attention kernel {distances[1]:.2%}", flush=True
+    )
+    print(families(fast, random_batch(unet, options.batch, options.latents)), flush=True)
+
+
+def step_builder(model: Path) -> Callable[[EngineName], TrainStep]:
+    """Loads a base model; the returned function builds a training step of a LoRA with some effect, "plain" before "fast"."""
     precision = choose_precision("bf16")
-    unet = load_unet(find_base(str(options.model), options.model.parent), precision.device, precision.dtype)
+    unet = load_unet(find_base(str(model), model.parent), precision.device, precision.dtype)
     lora = inject(unet, LoraSettings(), seed=0)
     with torch.no_grad():
         lora.weights.add_(0.01 * torch.randn_like(lora.weights))
@@ -55,15 +71,7 @@ def main() -> None:
         sync = prepare_unet(engine, unet, lora, precision.device)
         return TrainStep(unet, lora, optimizer, config, precision, max_grad_norm=1.0, sync_compute_weights=sync)
 
-    batch = random_batch(unet, 1, options.latents // 2).to(precision.device)
-    plain = build("plain")
-    reference, other = (autocast_gradient(plain, batch, backend) for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH))
-    fast = build("fast")  # replaces the forwards of the UNet
-    distances = [((each - reference).norm() / reference.norm()).item() for each in (gradient(fast, batch), other)]
-    print(
-        f"gradient: {distances[0]:.2%} of its norm from PEFT's; PEFT's with another attention kernel {distances[1]:.2%}", flush=True
-    )
-    print(families(fast, random_batch(unet, options.batch, options.latents)), flush=True)
+    return build
 
 
 def random_batch(unet: UNet2DConditionModel, size: int, side: int) -> Batch:

@@ -67,8 +67,14 @@ git ls-files -z | xargs -0 cp --parents --target-directory="$root/opt/loracat"
 in_root python3 -m pip install --no-cache-dir --quiet --requirement /opt/loracat/requirements.txt "$onnx"
 in_root python3 -m pip check
 in_root python3 -c '
-import platform, accelerate, diffusers, huggingface_hub, onnxruntime, peft, PIL, requests, safetensors, tensorboard, torch, transformers
+import platform, accelerate, diffusers, dlib, huggingface_hub, onnxruntime, peft, PIL, requests, safetensors, tensorboard, torch, transformers
 print("imported on", platform.machine(), "with torch", torch.__version__)'
+
+in_root PYTHONPATH=/opt/loracat/scripts python3 -c '
+import numpy, pathlib, common.faces
+model = common.faces.load_face_model("dlib", pathlib.Path())
+assert model.detect(numpy.zeros((200, 200, 3), numpy.uint8)) == []
+print("the face model dlib loads")'
 
 echo "Running the demo in the emulation."
 in_root bash -c 'cd /opt/loracat && PYTHON=python3 python3 -m demo --workspace /var/tmp/demo'

@@ -14,6 +14,9 @@ WORKSPACE = REPOSITORY / "demo" / "workspace"
 MARK = ".made-by-loracat-demo"
 """File that marks a workspace of the demo: a folder without it is never emptied."""
 
+SAMPLES = {"samples": True, "sample_size": 128, "sample_steps": 2}
+"""Settings of the sample images. The weights are random, so they show noise."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
@@ -26,9 +29,9 @@ def main() -> int:
     demo = DemoEnvironment.build(workspace)
     print(f"Created a demo environment in {demo.folder}. Running scripts/run.sh on it.\n", flush=True)
     with demo.serve() as comfyui:
-        code = run_pipeline(demo.environment(comfyui.url, PYTHON=sys.executable))
+        code = run_pipeline(demo.environment(comfyui.url, PYTHON=sys.executable, **SAMPLES))
     if code == 0:
-        print(f"\n{describe_lora(demo.lora)}")
+        print(f"\n{describe_lora(demo.lora)}\n\n{next_steps(demo.output / 'report.html')}")
     return code
 
 
@@ -63,6 +66,21 @@ def describe_lora(lora: Path) -> str:
             f"  trained on {metadata['ss_num_train_images']} images for {metadata['ss_num_epochs']} epochs, "
             f"{metadata['ss_steps']} steps, on {metadata['ss_sd_model_name']}",
             f"  trigger word {metadata['modelspec.trigger_phrase']}",
+        ]
+    )
+
+
+def next_steps(page: Path) -> str:
+    """What to look at, and how to train a LoRA of one's own."""
+    return "\n".join(
+        [
+            f"Open the page of this run in a browser: {page.as_uri()}",
+            "  The models of the demo are tiny and random, so its sample images show noise.",
+            "Next: a LoRA of your own",
+            "  put an SDXL base model into models/, and a photo of the face or your own images beside it (see README.md)",
+            "  docker compose run --rm loracat --check      says what is missing",
+            "  docker compose run --rm loracat --review     collects, captions, and stops so that you can look at the page",
+            "  docker compose run --rm loracat --train      trains",
         ]
     )
 

@@ -124,7 +124,8 @@ def caption(
     write_audit(audit, folder)
     print(report.new_formats(images, folder) + report.audit_table(audit, folder.audit), flush=True)
     to_generate, to_copy, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)
-    with likeness_in_background(folder, indexed, references, project.face_model) as measure_likeness:
+    face_model = project.face_model, project.models_dir
+    with likeness_in_background(folder, indexed, references, *face_model) as measure_likeness:
         keep_captions(to_copy, to_keep, captions, counts)
         generate_captions(to_generate, indexed, settings, project, folder, captions, counts)
         flag_other_persons(measure_likeness(), audit, indexed, folder)

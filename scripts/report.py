@@ -4,10 +4,10 @@ import sys
 from dataclasses import dataclass
 
 from common.dataset_layout import DatasetFolder
-from common.errors import run_main
+from common.errors import run_main, stop_on_signals
 from common.output_layout import OutputLayout
 from common.project import ProjectSettings
-from common.settings import read_request
+from common.settings import IN_CONTAINER, REPOSITORY, read_request
 from reporting.dataset import read_dataset
 from reporting.page import write_page
 from reporting.run import read_run
@@ -23,16 +23,17 @@ class Tables:
 
 
 def main(argv: list[str]) -> None:
+    stop_on_signals()
     request = read_request(STAGE, __doc__, argv, Tables)
     project = request.settings.project
     page = OutputLayout(project.output_dir, "").report
     dataset = read_dataset(DatasetFolder(project.dataset_dir), project.trigger_word)
-    run = read_run(project.output_dir)
+    run = read_run(project.output_dir, project.trigger_word)
     if request.check:
         print(f"report: {len(dataset.images)} images, {'a training run' if run else 'no training run yet'}; written to {page}")
         return
     write_page(page, project.trigger_word, dataset, run)
-    print(f"report: {page}")
+    print(f"report: {page.relative_to(REPOSITORY) if IN_CONTAINER and page.is_relative_to(REPOSITORY) else page}")
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ if [[ $review ]]; then
     command=scripts/run.sh
     [[ ! -v LORACAT_IN_CONTAINER ]] || command="docker compose run --rm loracat"
     run_stage report # names the page
-    say "review: look at this page, and write the names of images to leave out into exclude.txt in the folder of the data set"
+    say "review: look at this page; to leave images out, copy the lines that it shows into exclude.txt in the folder of the data set"
     say "review: continue with: $command $continue_with"
 fi
 exit "$result"

@@ -47,10 +47,13 @@ FILES_IN_OUTPUT = {
     "cache/text/<hash>.safetensors": IMAGES + 1,  # the captions and the empty caption
     f"lora/{TRIGGER_WORD}.safetensors": 1,
     f"lora/{TRIGGER_WORD}-000001.safetensors": 1,
+    f"lora/{TRIGGER_WORD}-recommended.safetensors": 1,
+    f"lora/{TRIGGER_WORD}.workflow.json": 1,
     "lora/metrics.jsonl": 1,
     "lora/training_config_resolved.toml": 1,
     "report.html": 1,
     "state/.lock": 1,
+    f"state/{TRIGGER_WORD}/history.jsonl": 1,
     f"state/{TRIGGER_WORD}/step-000000004.json": 1,  # from which the run can be extended
     f"state/{TRIGGER_WORD}/step-000000004.safetensors": 1,
 }
@@ -227,6 +230,6 @@ def test_demo_does_not_empty_a_folder_that_it_did_not_create(tmp_path):
     assert [path.name for path in empty_workspace(tmp_path / "workspace").iterdir()] == [".made-by-loracat-demo"]
 
 
-@pytest.mark.parametrize("name", ["caption", "collect", "step", "train"])
+@pytest.mark.parametrize("name", ["caption", "collect", "report", "step", "train"])
 def test_benchmarks_use_names_that_exist(name):
     assert callable(importlib.import_module(f"benchmarks.{name}").main)

@@ -108,7 +108,7 @@ def _rounded(value: float | None) -> float | None:
 
 @contextmanager
 def likeness_in_background(
-    folder: DatasetFolder, indexed: Mapping[Path, IndexedImage], references: Sequence[Path], model: str
+    folder: DatasetFolder, indexed: Mapping[Path, IndexedImage], references: Sequence[Path], model: str, models_dir: Path
 ) -> Iterator[Callable[[], SetLikeness | None]]:
     """Find the faces of the images from now on. Yields a function that waits for them and returns the likeness of every image; it
     prints one line and returns None if that is not possible."""
@@ -138,7 +138,7 @@ def likeness_in_background(
         vectors = np.stack(found) if found else np.empty((0, 1), dtype=np.float32)
         return SetLikeness(model, score_set(scored, vectors, FACE_MODELS[model]), len(references), len(found))
 
-    with face_process(model) if files else nullcontext() as process:
+    with face_process(model, models_dir) if files else nullcontext() as process:
         searches = [pool.submit(lambda sha256, path: cache.add(sha256, process.find(path)), *item) for item in files.items()]
         try:
             yield likeness

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from captioning.config import CaptionSettings
 from captioning.model_files import find_model, model_size_on_hub
@@ -9,7 +10,7 @@ from captioning.tag_cache import load_tagger
 from common.captions import ordinary_trigger
 from common.dataset_layout import DatasetFolder, Selection, describe_missing_images, find_images, select_images
 from common.errors import DataError, ModelError, ResourceError, run_checks
-from common.faces import load_face_model
+from common.faces import MissingWeightsError, load_face_model, size_of_missing_weights
 from common.files import write_problem
 from common.project import ProjectSettings
 
@@ -23,7 +24,7 @@ def check(folder: DatasetFolder, settings: CaptionSettings, project: ProjectSett
         lambda: _describe_images(folder, inputs_pending),
         lambda: _check_folders(folder),
         lambda: _check_model(settings, project),
-        lambda: _describe_face_model(project.face_model),
+        lambda: _describe_face_model(project.face_model, project.models_dir),
     ]
     run_checks("captioning cannot run:", [partial(_naming_unreadable_file, check) for check in checks])
 
@@ -59,13 +60,17 @@ def _check_folders(folder: DatasetFolder) -> str:
     return f"captions can be written to {folder.images}"
 
 
-def _describe_face_model(name: str) -> str:
+def _describe_face_model(name: str, models_dir: Path) -> str:
     """Captions do not depend on it: a missing model is not a problem."""
     if name == "off":
         return "face model: off"
     try:
-        load_face_model(name)
-    except ModelError as error:
+        try:
+            load_face_model(name, models_dir)
+        except MissingWeightsError:
+            size_bytes = size_of_missing_weights(name, models_dir)
+            return f"face model {name}: will be downloaded to {models_dir} ({size_bytes / 1e6:.0f} MB)"
+    except (ModelError, OSError) as error:
         return f"no likeness: {error}"
     return f"face model {name}: loads"
 

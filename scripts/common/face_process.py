@@ -9,13 +9,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
 
-from common.errors import LoracatError, ModelError
-from common.faces import FaceModel, load_face_model
+from common.errors import LoracatError, ModelError, as_loracat_error
+from common.faces import FACE_MODELS, FaceModel, MissingWeightsError, download_weights, load_face_model
 from common.images import BrokenImageError, open_rgb
 from common.likeness import FoundFace, find_faces
 
@@ -26,14 +26,14 @@ _SCRIPTS = Path(__file__).parents[1]
 class FaceProcess:
     """The process, as its parent sees it."""
 
-    def __init__(self, process: subprocess.Popen):
-        self._process = process
+    def __init__(self, process: subprocess.Popen, model: str):
+        self._process, self._model = process, FACE_MODELS[model]
         self.pid = process.pid
 
     def find(self, image: Path) -> list[FoundFace]:
         """The faces in an image file; see `find_faces`. [] also if the image cannot be read.
 
-        Raises ModelError if the face model cannot be loaded, or the process has ended.
+        Raises ModelError if the face model cannot be downloaded or loaded, or the process has ended.
         """
         try:
             self._process.stdin.write(json.dumps(str(image.absolute())).encode() + b"\n")
@@ -42,14 +42,14 @@ class FaceProcess:
             raise ModelError("the process that finds faces has ended; run the stage again") from None
         if "problem" in answer:
             raise ModelError(answer["problem"])
-        return [FoundFace.from_json(face) for face in answer["faces"]]
+        return [FoundFace.from_json(face, self._model.vector_size) for face in answer["faces"]]
 
 
 @contextmanager
-def face_process(model: str) -> Iterator[FaceProcess]:
+def face_process(model: str, models_dir: Path) -> Iterator[FaceProcess]:
     """The process for the face model with that name. Leaving the block ends it, even while another thread waits for it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "common.face_process", model],
+        [sys.executable, "-m", "common.face_process", model, str(models_dir.absolute())],
         cwd=_SCRIPTS,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -57,7 +57,7 @@ def face_process(model: str) -> Iterator[FaceProcess]:
         start_new_session=True,  # Ctrl-C is for the parent alone
     )
     try:
-        yield FaceProcess(process)
+        yield FaceProcess(process, model)
     finally:
         process.kill()
         process.wait()
@@ -65,12 +65,12 @@ def face_process(model: str) -> Iterator[FaceProcess]:
         process.stdout.close()
 
 
-def main(name: str) -> None:
+def main(name: str, models_dir: Path) -> None:
     os.nice(NICENESS)
     model: FaceModel | None = None
     for line in sys.stdin:
         try:
-            model = model or load_face_model(name)
+            model = model or _load(name, models_dir)
             faces = []
             with suppress(BrokenImageError):
                 faces = find_faces(np.asarray(open_rgb(Path(json.loads(line)))), model)
@@ -79,11 +79,23 @@ def main(name: str) -> None:
             answer = {"problem": str(error)}
         except MemoryError:
             answer = {"problem": f"out of memory while faces are searched in {line.strip()}"}
+        except OSError as error:  # a full disk, or a folder that may not be written to
+            answer = {"problem": str(as_loracat_error(error) or error)}
         try:
             print(json.dumps(answer), flush=True)
         except BrokenPipeError:  # the parent was killed
             os._exit(1)
 
 
+def _load(name: str, models_dir: Path) -> FaceModel:
+    """The face model, whose weights are downloaded once."""
+    try:
+        return load_face_model(name, models_dir)
+    except MissingWeightsError:
+        with redirect_stdout(sys.stderr):  # the parent reads answers only from standard output
+            download_weights(name, models_dir)
+        return load_face_model(name, models_dir)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -65,11 +65,12 @@ def remove_partial_files(folder: Path, min_age_s: float = 60) -> None:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a regular file for reading. Raises OSError for anything else: a pipe may wait for ever, and a device has no end."""
-    mode = path.stat().st_mode
-    if stat.S_ISDIR(mode):
+    """Open a regular file, or /dev/null, for reading. Raises OSError for anything else: a pipe may wait for ever, and a device has
+    no end."""
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode) and not os.path.samestat(status, os.stat(os.devnull)):
         raise OSError(errno.ENODEV, "Not a regular file", str(path))
     return path.open("rb")
 
@@ -175,11 +176,11 @@ def locked(path: Path, refusal: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming_oserror(path: Path) -> Iterator[None]:
-    """Add `path` to an OSError that names no file, such as that of a write to a full disk."""
+    """Add `path` to an OSError that names no file, such as that of a write to a full disk; one of a renaming names the new name."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        error.filename = error.filename2 or error.filename or str(path)
         raise
 
 

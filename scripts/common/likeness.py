@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from common.faces import FaceModel, why_unusable
+from common.faces import FACE_MODELS, FaceModel, why_unusable
 from common.files import append_json_line, read_json_lines
 
 MAX_FACES = 2
@@ -47,23 +47,26 @@ class FoundFace:
         return {"width_px": self.width_px, "height_share": self.height_share, "unusable": self.unusable, "vector": vector}
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "FoundFace":
+    def from_json(cls, content: dict[str, Any], vector_size: int) -> "FoundFace":
         """Raises ValueError, KeyError or TypeError for what `as_json` did not return."""
         vector = None
         if not content["unusable"]:
             vector = np.frombuffer(base64.b64decode(content["vector"], validate=True), dtype="<f4").astype(np.float32)
-            if not vector.size or not np.isfinite(vector).all():
+            if vector.size != vector_size or not np.isfinite(vector).all():
                 raise ValueError("vector")
-        return cls(int(content["width_px"]), float(content["height_share"]), str(content["unusable"]), vector)
+        height_share = float(content["height_share"])
+        if not height_share >= 0:
+            raise ValueError("height_share")
+        return cls(int(content["width_px"]), height_share, str(content["unusable"]), vector)
 
 
 def find_faces(rgb: np.ndarray, model: FaceModel) -> list[FoundFace]:
     """The largest usable faces in an image, uint8 [height, width, 3], or the largest face if none is usable."""
     faces = model.detect(rgb)
-    chosen = [face for face in faces if not why_unusable(face, model)] or faces[:1]
+    chosen = [face for face in faces if not why_unusable(rgb, face, model)] or faces[:1]
     found = []
     for face in [face for face in chosen if face.width >= MIN_SHARE_OF_LARGEST * chosen[0].width][:MAX_FACES]:
-        unusable = why_unusable(face, model)
+        unusable = why_unusable(rgb, face, model)
         vector = None if unusable else model.embed(rgb, face)
         found.append(FoundFace(round(face.width), round(face.height / rgb.shape[0], 4), unusable, vector))
     return found
@@ -75,10 +78,11 @@ class FaceCache:
     def __init__(self, file: Path, model: str):
         self._file, self._model = file, model
         self._faces: dict[str, list[FoundFace]] = {}
+        size = FACE_MODELS[model].vector_size
         for line in read_json_lines(file):
             try:
                 if line["model"] == model:
-                    self._faces[str(line["sha256"])] = [FoundFace.from_json(face) for face in line["faces"]]
+                    self._faces[str(line["sha256"])] = [FoundFace.from_json(face, size) for face in line["faces"]]
             except (ValueError, KeyError, TypeError):  # a damaged line: the faces are searched again
                 continue
 

@@ -44,11 +44,17 @@ class OutputLayout:
         self.lora = self.lora_dir / f"{name}.safetensors"
         self.best = self.lora_dir / f"{name}-best.safetensors"
         """The saved LoRA with the lowest validation loss."""
+        self.recommended = self.lora_dir / f"{name}-recommended.safetensors"
+        """A copy of the saved LoRA to use."""
+        self.workflow = self.lora_dir / f"{name}.workflow.json"
+        """A workflow for ComfyUI with that LoRA."""
         self.resolved_config = self.lora_dir / "training_config_resolved.toml"
         self.metrics = self.lora_dir / "metrics.jsonl"
         self.archive = self.lora_dir / "archive"
         self.state = output_dir / "state" / name
         """Checkpoints; state/checkpoint.py names the files in it."""
+        self.history = self.state / "history.jsonl"
+        """When, on what and for how long each process worked on the run."""
         self.cache = output_dir / "cache"
         """Latents and embeddings, which all runs share."""
         self.logs = output_dir / "logs"
@@ -57,6 +63,10 @@ class OutputLayout:
         """Sample images of the saved LoRAs."""
         self.samples_record = self.samples / "samples.json"
         """What they show."""
+        self.sample_latents = self.samples / ".latents"
+        """Latents of the images without the trigger word, which are compared with the base model's."""
+        self.sample_faces = self.cache / "faces.jsonl"
+        """The faces that were found in sample images."""
         self.report = output_dir / "report.html"
         """The page of the whole project."""
 
@@ -91,12 +101,12 @@ class OutputLayout:
     def begin(self, *, resumes: bool) -> None:
         """Before training: archive what this run does not continue, and make the shared file names those of this run.
 
-        A run that resumes keeps its files; if it is a finished one that is extended, its LoRA and the best one move to the
-        archive, with copies of its settings and metrics. A new run moves everything of an earlier one with the same name to the
-        archive: LoRA files, checkpoints, settings, metrics, logs and sample images.
+        A run that resumes keeps its files; if it is a finished one that is extended, its LoRA, the best and the recommended one,
+        and the workflow with that move to the archive, with copies of its settings and metrics. A new run moves everything of an
+        earlier one with the same name to the archive: LoRA files, checkpoints, settings, metrics, logs and sample images.
         """
         self._rename_files_of_another_run()
-        for path in (self.lora, self.best):  # `one-best` may be a run of its own
+        for path in (self.lora, self.best, self.recommended):  # `one-best` may be a run of its own
             if path.exists() and (owner := self._owner_of_lora(path)) != self.name:
                 OutputLayout(self._output_dir, owner)._move_to_archive([path])
         own = {shared: shared.with_name(f"{self.name}.{shared.name}") for shared in (self.resolved_config, self.metrics)}
@@ -104,24 +114,26 @@ class OutputLayout:
             for shared, under_own_name in own.items():
                 if under_own_name.exists() and not shared.exists():
                     under_own_name.rename(shared)
-            finished = [path for path in (self.best, self.lora, *own.values()) if path.exists()]
+            results = (self.best, self.recommended, self.workflow, self.lora) if self.lora.exists() else ()
+            finished = [path for path in (*results, *own.values()) if path.exists()]
             if finished:
                 self._move_to_archive(finished, copied=[path for path in own if path.exists()])
             return
         present = sorted(self.lora_dir.iterdir()) if self.lora_dir.is_dir() else []
-        loras = sorted(path for path in (self.best, self.lora, *self.saved_loras()) if path.exists())
+        loras = [path for path in (self.lora, self.best, self.recommended, *self.saved_loras()) if path.exists()]
         loras = [path for path in loras if self._owner_of_lora(path) == self.name]
         described = re.compile(
             "|".join(f"{re.escape(path.name)}(-\\d+)?" for path in own.values())
         )  # 1.0 wrote NAME.metrics.jsonl-2
-        others = [path for path in present if path in own or described.fullmatch(path.name)]
+        others = [path for path in present if path in (*own, self.workflow) or described.fullmatch(path.name)]
         if loras or self.state.exists():  # otherwise it ended before its first checkpoint, and its files are overwritten
             folders = [path for path in (self.state, self.logs / self.name, self.samples) if path.exists()]
             self._move_to_archive([*others, *loras, *folders])
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files that killed runs left anywhere in the output folder. No other run may be training there."""
-        for parent in (self._output_dir, self.lora_dir, self.state.parent, self.samples.parent, self.cache):
+        parents = (self._output_dir, self.lora_dir, self.state.parent, self.samples.parent, self.samples, self.cache)
+        for parent in parents:
             for folder in (parent, *parent.glob("*/")):
                 remove_partial_files(folder, min_age_s=0)
 

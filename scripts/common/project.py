@@ -21,7 +21,7 @@ class ProjectSettings:
     dataset_dir: Path = setting(Path("dataset"))
     output_dir: Path = setting(Path("output"))
     models_dir: Path = setting(Path("models"))
-    face_model: Literal["dlib", "off"] = setting("dlib")
+    face_model: Literal["dlib", "sface", "off"] = setting("dlib")
     """Recognises the person, to measure how much each image looks like her; see common/faces.py."""
 
     def validate(self) -> Iterator[str]:

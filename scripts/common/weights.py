@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ModelError
+from common.files import atomic_write
 
 FLOAT_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 """Bytes per value of the types that weights may have."""
@@ -135,6 +137,18 @@ def _end_of_data(tensors: dict[str, StoredTensor], data_start: int) -> int:
             raise ValueError(f"{name[:_MAX_SHOWN]!r} does not begin where the tensor before it ends")
         end = tensor.end
     return end
+
+
+def copy_with_metadata(source: Path, target: Path, added: dict[str, str]) -> None:
+    """Write a copy of `source` with `added` in its metadata to `target`, atomically. What follows the header, of which LoRA files
+    record the hash, is the same to the last byte."""
+    header = {"__metadata__": read_header(source).metadata | added}
+    with source.open("rb") as file, atomic_write(target) as temporary, temporary.open("wb") as copy:
+        stored = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        encoded = json.dumps(stored | header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        encoded += b" " * (-len(encoded) % 8)  # safetensors aligns the data
+        copy.write(len(encoded).to_bytes(8, "little") + encoded)
+        shutil.copyfileobj(file, copy, _READ_BYTES)
 
 
 def data_sha256(path: Path) -> str:

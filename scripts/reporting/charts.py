@@ -8,7 +8,7 @@ from markupsafe import Markup, escape
 
 Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 640, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 10, 26
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 16, 10, 28
 _TICKS = 4
 _MAX_POINTS = 600
 """A curve of more points is thinned out: the page stays small and looks the same."""
@@ -16,11 +16,25 @@ _MAX_POINTS = 600
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart. `style` is a class of the page's style sheet: raw, smooth, second."""
+    """One line of a chart. `style` is one or several classes of the page's style sheet: raw, smooth, second, dots."""
 
     label: str
     points: Points
     style: str
+
+
+@dataclass(frozen=True)
+class Level:
+    """A horizontal line across a chart, with its meaning above it."""
+
+    label: str
+    value: float
+
+
+def trailing_mean(points: Points, count: int = 3) -> list[tuple[float, float]]:
+    """Each value averaged with those before it, over `count` of them."""
+    windows = [points[max(0, end - count) : end] for end in range(1, len(points) + 1)]
+    return [(window[-1][0], sum(y for _, y in window) / len(window)) for window in windows]
 
 
 def smoothed(points: Points, weight: float = 0.95) -> list[tuple[float, float]]:
@@ -32,14 +46,15 @@ def smoothed(points: Points, weight: float = 0.95) -> list[tuple[float, float]]:
     return result
 
 
-def line_chart(title: str, curves: Sequence[Curve]) -> Markup:
-    """An SVG of all curves over one pair of axes; a note instead if there is no finite value."""
+def line_chart(title: str, curves: Sequence[Curve], levels: Sequence[Level] = (), marked: Points = ()) -> Markup:
+    """An SVG of all curves over one pair of axes, with a ring around the points in `marked`; a note instead if there is no finite
+    value."""
     curves = [Curve(c.label, [(x, y) for x, y in c.points if isfinite(x) and isfinite(y)], c.style) for c in curves]
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return Markup('<p class="missing">{}: no values yet</p>').format(title)
     xs = [x for curve in curves for x, _ in curve.points]
-    ys = [y for curve in curves for _, y in curve.points]
+    ys = [*(y for curve in curves for _, y in curve.points), *(level.value for level in levels)]
     (x_low, x_high), (y_low, y_high) = _range(xs), _range(ys)
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -56,12 +71,19 @@ def line_chart(title: str, curves: Sequence[Curve]) -> Markup:
         value = round(x_low + (x_high - x_low) * tick / _TICKS)
         x, _ = at(value, y_low)
         parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{value:.4g}</text>')
+    for level in levels:
+        _, y = at(x_low, level.value)
+        parts.append(f'<line class="level" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        above = y - 5 if y > _TOP + 16 else y + 14
+        parts.append(f'<text class="tick" x="{WIDTH - _RIGHT}" y="{above:.1f}" text-anchor="end">{escape(level.label)}</text>')
     for curve in curves:
         points = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in _thinned(curve.points))
-        if len(curve.points) == 1:
-            x, y = at(*curve.points[0])
-            parts.append(f'<circle class="{curve.style}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
+        if len(curve.points) == 1 or "dots" in curve.style:
+            for x, y in (at(*point) for point in curve.points):
+                parts.append(f'<circle class="{curve.style}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
         parts.append(f'<polyline class="{curve.style}" points="{points}"><title>{escape(curve.label)}</title></polyline>')
+    for x, y in (at(*point) for point in marked):
+        parts.append(f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="7"/>')
     legend = "".join(f'<span class="key {curve.style}">{escape(curve.label)}</span>' for curve in curves if len(curves) > 1)
     return Markup(
         f'<figure class="chart"><figcaption>{escape(title)} {legend}</figcaption>'

@@ -1,15 +1,17 @@
-"""What the report shows of DATASET_DIR: every image with its caption and flaws, and how often each tag and trait occurs."""
+"""What the report shows of DATASET_DIR: every image with its caption, likeness and flaws, and how often tags and traits occur."""
 
 import contextlib
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from common.captions import UnusableCaptionError, in_one_line, read_caption
-from common.dataset_layout import DatasetFolder, ImageFile, find_images, name_in
-from common.files import parse_json, read_file
+from common.dataset_layout import DatasetFolder, ImageFile, find_images, name_in, select_images
+from reporting.records import Records, as_number, as_numbers, as_object
 from reporting.thumbnails import Thumbnails
+
+_CLOSENESS = "full half close"
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,20 @@ class DatasetImage:
     caption: str
     flaws: tuple[str, ...]
     repeats: int
+    is_excluded: bool
+    """exclude.txt names it."""
+    likeness: float | None
+    """To the other images; None: it cannot be told, or was not measured."""
+    to_reference: float | None
+    framing: str
+    """close, half or full; empty if no face was found."""
+    why: str
+    """Why there is no likeness; empty if there is one, or it was not measured."""
+
+    @property
+    def exclusion(self) -> str:
+        """The line of exclude.txt that leaves this image out."""
+        return f"{self.name}  # {'; '.join(self.flaws)}" if self.flaws else self.name
 
 
 @dataclass(frozen=True)
@@ -33,47 +49,95 @@ class Dataset:
     """Tag and number of captions, the most frequent first, without the trigger word."""
     traits: dict[str, float] = field(default_factory=dict)
     """Trait of the person -> share of the images, as the caption stage found it."""
+    pruned: Collection[str] = ()
+    """Those traits that were left out of the captions."""
+    framing: dict[str, float] = field(default_factory=dict)
+    """close, half, full -> share of the images; empty if the faces were not compared."""
+    ceiling: float | None = None
+    """Mean likeness of the images to each other."""
+    is_checked: bool = False
+    """The caption stage has looked for flaws."""
+    unused: dict[str, str] = field(default_factory=dict)
+    """File or folder beside the images that is not used -> what it is."""
+    unreadable: tuple[str, ...] = ()
+    """Records that cannot be read."""
 
     @property
     def captioned(self) -> int:
         return sum(bool(image.caption) for image in self.images)
 
     @property
-    def flagged(self) -> int:
-        return sum(bool(image.flaws) for image in self.images)
+    def flagged(self) -> list[DatasetImage]:
+        """Images with flaws that are not excluded."""
+        return [image for image in self.images if image.flaws and not image.is_excluded]
+
+    @property
+    def others(self) -> list[DatasetImage]:
+        """The other images, the excluded ones last."""
+        others = [image for image in self.images if not image.flaws or image.is_excluded]
+        return sorted(others, key=lambda image: image.is_excluded)
+
+    @property
+    def excluded(self) -> int:
+        return sum(image.is_excluded for image in self.images)
+
+    @property
+    def typical(self) -> DatasetImage | None:
+        """The image that stands for the data set: of those that show the person closest, the one most like the others."""
+        shown = [image for image in self.images if image.thumbnail and not image.is_excluded]
+        return max(shown, key=lambda image: (not image.flaws, _CLOSENESS.find(image.framing), image.likeness or 0.0), default=None)
 
 
 def read_dataset(folder: DatasetFolder, trigger: str) -> Dataset:
     """Read images, captions and records. What is missing or half written is left out."""
-    files = find_images(folder.images)
-    flaws = _object(_read_json(folder.audit), "flagged")
-    traits = _read_json(folder.traits)
-    shares = {**_object(traits, "pruned"), **_object(traits, "kept")}
+    records = Records(folder.root)
+    flaws, likeness, traits = (records.json(path) for path in (folder.audit, folder.likeness, folder.traits))
+    used = {image.path for image in select_images(folder).images}
+    found, flagged = as_object(likeness.get("images")), as_object(flaws.get("flagged"))
+    images, files = [], find_images(folder.images)
     with Thumbnails(folder.thumbnails) as thumbnails:
-        images = tuple(_image(file, folder, flaws, thumbnails) for file in files)
-    counts = Counter(tag for image in images for tag in dict.fromkeys(map(str.strip, image.caption.split(","))) if tag)
-    counts = Counter({tag: count for tag, count in counts.items() if tag.casefold() != trigger.casefold()})
-    return Dataset(images, tuple(counts.most_common()), {str(k): v for k, v in shares.items() if isinstance(v, int | float)})
-
-
-def _image(file: ImageFile, folder: DatasetFolder, flaws: dict[str, Any], thumbnails: Thumbnails) -> DatasetImage:
-    name = name_in(folder.images, file.path)
-    caption = ""
-    with contextlib.suppress(UnusableCaptionError, OSError):
-        caption = in_one_line(read_caption(file.caption_path, folder.root))
-    found = _object(flaws, name)
-    return DatasetImage(
-        name, thumbnails.of(file.path), caption, tuple(f"{kind}: {flaw}" for kind, flaw in found.items()), file.repeats
+        for file, thumbnail in zip(files, thumbnails.of_all(file.path for file in files), strict=True):
+            name = name_in(folder.images, file.path)
+            entry = as_object(flagged.get(name))
+            described = _described(as_object(entry.get("flaws", entry)), as_object(found.get(name)))
+            is_excluded, caption = file.path not in used, _caption(file, folder)
+            images.append(DatasetImage(name, thumbnail, caption, repeats=file.repeats, is_excluded=is_excluded, **described))
+    alone = flaws.get("captions_without_picture")
+    unused = dict.fromkeys(alone if isinstance(alone, list) else (), "a caption without an image")
+    unused |= as_object(flaws.get("not_looked_at"))
+    pruned = as_numbers(traits.get("pruned"))
+    shares = pruned | as_numbers(traits.get("kept"))
+    return Dataset(
+        images=tuple(images),
+        tags=_tags([image.caption for image in images if not image.is_excluded], trigger),
+        traits=dict(sorted(shares.items(), key=lambda item: -item[1])),
+        pruned=tuple(pruned),
+        framing=as_numbers(likeness.get("framing")),
+        ceiling=as_number(likeness.get("ceiling")),
+        is_checked=bool(flaws),
+        unused={str(name): str(what) for name, what in unused.items()},
+        unreadable=tuple(records.unreadable),
     )
 
 
-def _read_json(path: Path) -> Any:
-    """The content of a record; None if there is none yet, or only half of it."""
-    with contextlib.suppress(OSError, ValueError):
-        return parse_json(read_file(path))
-    return None
+def _described(flaws: Mapping[str, Any], likeness: Mapping[str, Any]) -> dict[str, Any]:
+    """What the caption stage recorded of an image, as fields of DatasetImage."""
+    return {
+        "flaws": tuple(" ".join(f"{kind}: {flaw}".split()) for kind, flaw in flaws.items()),
+        "likeness": as_number(likeness.get("likeness")),
+        "to_reference": as_number(likeness.get("to_reference")),
+        "framing": str(likeness.get("framing") or ""),
+        "why": str(likeness.get("why") or ""),
+    }
 
 
-def _object(record: Any, key: str) -> dict[str, Any]:
-    value = record.get(key) if isinstance(record, dict) else None
-    return value if isinstance(value, dict) else {}
+def _caption(file: ImageFile, folder: DatasetFolder) -> str:
+    """The caption that training reads; empty if there is none that can be read."""
+    with contextlib.suppress(UnusableCaptionError, OSError):
+        return in_one_line(read_caption(file.caption_to_read, folder.root))
+    return ""
+
+
+def _tags(captions: list[str], trigger: str) -> tuple[tuple[str, int], ...]:
+    counts = Counter(tag for caption in captions for tag in dict.fromkeys(map(str.strip, caption.split(","))) if tag)
+    return tuple((tag, count) for tag, count in counts.most_common() if tag.casefold() != trigger.casefold())

@@ -1,28 +1,33 @@
 """The page: `page.html.j2` filled with what the other modules have read."""
 
-import shlex
+import base64
+import hashlib
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.files import write_bytes
-from common.settings import VERSION
-from reporting.charts import Curve, line_chart, smoothed
+from common.settings import VERSION, pipeline_command
+from reporting.charts import Curve, Level, line_chart, smoothed, trailing_mean
 from reporting.dataset import Dataset
+from reporting.recipe import repeat_command
 from reporting.run import Run
 
 TAGS_SHOWN = 40
+_TEMPLATES = Path(__file__).parent
+_SCRIPT = "page.js"
 
 
 def write_page(page: Path, trigger: str, dataset: Dataset, run: Run | None) -> None:
     """Write the whole page to `page`, atomically, unless it is there already. Every text of the user is escaped."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    script = (_TEMPLATES / _SCRIPT).read_text(encoding="utf-8")
     html = environment.get_template("page.html.j2").render(
         version=VERSION,
         trigger=trigger,
@@ -30,7 +35,11 @@ def write_page(page: Path, trigger: str, dataset: Dataset, run: Run | None) -> N
         run=run,
         tags=dataset.tags[:TAGS_SHOWN],
         charts=_charts(run) if run else [],
-        command=_command(run) if run else "",
+        command=repeat_command(run.settings) if run else "",
+        run_stage=pipeline_command,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),  # no other script runs on the page
+        unreadable=[*dataset.unreadable, *(run.unreadable if run else ())],
     )
     content = html.encode("utf-8", "replace")
     if not page.is_file() or page.read_bytes() != content:
@@ -39,22 +48,18 @@ def write_page(page: Path, trigger: str, dataset: Dataset, run: Run | None) -> N
 
 
 def _charts(run: Run) -> list[str]:
-    loss, validation = run.series("loss"), run.series("validation_loss")
+    loss, validation, samples = run.series("loss"), run.series("validation_loss"), run.samples
     curves = [Curve("training loss", loss, "raw"), Curve("smoothed", smoothed(loss), "smooth")]
     if validation:
-        curves.append(Curve("validation loss", validation, "second"))
-    return [
-        line_chart("Loss by step", curves),
-        line_chart("Learning rate by step", [Curve("learning rate", run.series("lr"), "smooth")]),
-    ]
-
-
-def _command(run: Run) -> str:
-    """The command that trains with these settings again: those that are not the defaults, as environment variables."""
-    changed = [f"{setting.key.rpartition('.')[2].upper()}={_quoted(setting.value)}" for setting in run.settings if setting.origin]
-    return " ".join([*changed, "docker compose run --rm loracat --train"])
-
-
-def _quoted(text: str) -> str:
-    """`text` as one word of a shell command."""
-    return shlex.quote(text.strip('"'))
+        curves.append(Curve("validation loss", validation, "raw second dots"))
+        curves.append(Curve("smoothed validation loss", trailing_mean(validation), "second"))
+    charts = [line_chart("Loss by step", curves)]
+    rows = [row for row in samples.rows if row.likeness is not None]
+    if rows:
+        ends = (("ceiling", samples.ceiling), ("floor", samples.floor))
+        levels = [Level(f"{name} {value:.2f}", value) for name, value in ends if value is not None]
+        points = [(row.step, row.likeness) for row in rows]
+        marked = [(row.step, row.likeness) for row in rows if row.is_recommended]
+        charts.append(line_chart("Likeness by step", [Curve("likeness", points, "smooth dots")], levels, marked))
+    charts.append(line_chart("Learning rate by step", [Curve("learning rate", run.series("lr"), "smooth")]))
+    return charts if run.metrics or rows else []

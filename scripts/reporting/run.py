@@ -1,23 +1,19 @@
-"""What the report shows of OUTPUT_DIR: the latest run's LoRA files, metrics, settings and sample images."""
+"""What the report shows of OUTPUT_DIR: the latest run's LoRA files, metrics, settings, history and sample images."""
 
-import contextlib
-import json
-import re
-import tomllib
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.errors import ModelError
-from common.files import parse_json, read_file, read_json_lines
-from common.masking import mask_address
+from common.files import read_file, read_json_lines
 from common.output_layout import OutputLayout
 from common.weights import read_header
-from reporting.thumbnails import Thumbnails
+from reporting.recipe import Fact, Setting, facts_of, read_settings, shown
+from reporting.records import Records, as_number
+from reporting.samples import Samples, read_samples
 
-SAMPLE_SIZE_PX = 320
-_ORIGIN = re.compile(r"^([a-z0-9_]+) = .*  # set by (.+)$")
-"""A line of the resolved settings whose value is not the default."""
+NAME = "train.saving.output_name"
 
 
 @dataclass(frozen=True)
@@ -26,36 +22,11 @@ class LoraFile:
 
     name: str
     label: str
-    """final, best, or the number of epochs after which it was saved."""
+    """final, best, recommended, or the number of epochs after which it was saved."""
     size_mb: float
     sha256: str
     """Of the file without its header, by which model managers recognise it; "" if unknown."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A setting as the run used it."""
-
-    key: str
-    value: str
-    origin: str
-    """Where it was set; "" for a default."""
-
-
-@dataclass(frozen=True)
-class SampleImage:
-    thumbnail: str
-    link: str
-    """Path of the PNG relative to the page; "" if it is gone."""
-    likeness: float | None
-
-
-@dataclass(frozen=True)
-class SampleRow:
-    """The images of one LoRA file, or of the base model, one for each prompt."""
-
-    label: str
-    images: tuple[SampleImage, ...]
+    metadata: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -68,90 +39,104 @@ class Run:
     metrics: tuple[dict[str, Any], ...]
     """One object for each optimizer step or validation."""
     settings: tuple[Setting, ...]
-    metadata: dict[str, str] = field(default_factory=dict)
-    """The header of the newest LoRA file."""
-    prompts: tuple[str, ...] = ()
-    rows: tuple[SampleRow, ...] = ()
-    recommended: dict[str, Any] = field(default_factory=dict)
-    """`file`, `strength` and `reason`; empty before the end of a run, and without sample images."""
+    facts: tuple[Fact, ...]
+    samples: Samples
+    total_steps: int
+    """Of the whole run; 0 if unknown."""
+    workflow: str
+    """Name of the workflow for ComfyUI; empty if there is none."""
+    unreadable: tuple[str, ...]
+    """Files that cannot be read."""
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The header of the final LoRA file, else of any that there is."""
+        final = [lora for lora in self.loras if lora.label == "final"]
+        return next((lora.metadata for lora in (*final, *self.loras)), {})
+
+    @property
+    def file_to_use(self) -> str:
+        """The recommended LoRA; without a recommendation the final one; empty if there is none yet."""
+        names = {lora.label: lora.name for lora in self.loras}
+        if self.samples.file:
+            return names.get("recommended", self.samples.file)
+        return names.get("recommended", names.get("final", ""))
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of every line of the metrics that has this value."""
-        return [(line["step"], line[key]) for line in self.metrics if isinstance(line.get(key), int | float)]
+        found = ((line["step"], as_number(line.get(key))) for line in self.metrics)
+        return [(step, value) for step, value in found if value is not None]
+
+    @property
+    def steps(self) -> int:
+        """How many optimizer steps were taken."""
+        return max((line["step"] + 1 for line in self.metrics if "lr" in line), default=0)
 
 
-def read_run(output_dir: Path) -> Run | None:
-    """The run whose settings and metrics are in OUTPUT_DIR/lora, None if there is none. Half-written files are left out."""
-    settings = _read_settings(OutputLayout(output_dir, "").resolved_config)
-    name = next((s.value for s in settings if s.key == "train.saving.output_name"), "")
+def read_run(output_dir: Path, trigger: str) -> Run | None:
+    """The run whose settings and metrics are in OUTPUT_DIR/lora, None if there is none. Half-written files are left out.
+
+    Without readable settings it is taken for the run that is named after the trigger word.
+    """
+    records, settings = Records(output_dir), ()
+    config = OutputLayout(output_dir, "").resolved_config
+    with records.reading(config):
+        settings = read_settings(read_file(config).decode())
+    name = next((setting.value for setting in settings if setting.key == NAME), trigger)
     if not name or Path(name).name != name:
         return None
     outputs = OutputLayout(output_dir, name)
-    loras, metadata = [], {}
-    for path in (outputs.lora, outputs.best, *outputs.saved_loras()):
-        with contextlib.suppress(ModelError, OSError):
-            header = read_header(path).metadata
-            metadata = metadata or {str(key): str(value) for key, value in header.items()}
-            label = path.stem.removeprefix(name).removeprefix("-").lstrip("0") or "final"
+    loras = _read_loras(outputs, records)
+    hashes = {lora.name: lora.sha256 for lora in loras if lora.sha256}
+
+    def files_like(file: str) -> Collection[str]:
+        return [other for other, sha256 in hashes.items() if sha256 == hashes.get(file)]
+
+    metrics, history = [], []
+    with records.reading(outputs.metrics):
+        metrics = [line for line in read_json_lines(outputs.metrics) if type(line.get("step")) is int]
+        if not metrics and outputs.metrics.exists() and outputs.metrics.stat().st_size:
+            raise ValueError
+    with records.reading(outputs.history):
+        history = read_json_lines(outputs.history)
+    samples = read_samples(outputs, trigger, records, files_like)
+    if not samples.file and loras:
+        samples = replace(samples, **_advice_of(loras[0]))
+    if not (settings or loras or metrics or records.unreadable):
+        return None
+    return Run(
+        name=name,
+        is_finished=any(lora.label == "final" for lora in loras),
+        loras=loras,
+        metrics=tuple(metrics),
+        settings=settings,
+        facts=facts_of(history),
+        samples=samples,
+        total_steps=next((int(as_number(line.get("steps")) or 0) for line in reversed(history) if "steps" in line), 0),
+        workflow=outputs.workflow.name if outputs.workflow.is_file() else "",
+        unreadable=tuple(dict.fromkeys(records.unreadable)),
+    )
+
+
+def _advice_of(lora: LoraFile) -> dict[str, str]:
+    """What the header of the recommended LoRA says, as fields of Samples; {} for another LoRA. It is there without sample images,
+    too."""
+    advice = {name: lora.metadata.get(f"loracat_recommended_{name}", "") for name in ("file", "strength", "reason")}
+    return advice if advice["file"] and Path(advice["file"]).name == advice["file"] else {}
+
+
+def _read_loras(outputs: OutputLayout, records: Records) -> tuple[LoraFile, ...]:
+    """The LoRA files of the run that are complete, the recommended one first."""
+    loras = []
+    for path in (outputs.recommended, outputs.lora, outputs.best, *outputs.saved_loras()):
+        with records.reading(path):
+            size = path.stat().st_size
+            try:
+                header = read_header(path).metadata
+            except ModelError as error:
+                raise ValueError from error
+            metadata = {str(key): shown(str(value)) for key, value in header.items()}
+            label = path.stem.removeprefix(outputs.name).removeprefix("-").lstrip("0") or "final"
             label = f"after epoch {label}" if label.isdecimal() else label
-            loras.append(LoraFile(path.name, label, path.stat().st_size / 1e6, str(header.get("sshs_model_hash", ""))))
-    metrics = []
-    with contextlib.suppress(OSError):
-        metrics = [line for line in read_json_lines(outputs.metrics) if isinstance(line.get("step"), int)]
-    prompts, rows, recommended = _read_samples(outputs)
-    is_finished = outputs.lora.is_file()
-    return Run(name, is_finished, tuple(loras), tuple(metrics), settings, metadata, prompts, rows, recommended)
-
-
-def _read_settings(path: Path) -> tuple[Setting, ...]:
-    """Every setting in the resolved settings, in the order of the file, without logins and without the folders of a path."""
-    try:
-        text = read_file(path).decode()
-        tables = tomllib.loads(text)
-    except (OSError, ValueError):
-        return ()
-    origins, table = {}, ""
-    for line in text.splitlines():
-        if line.startswith("["):
-            table = line.strip("[]") + "."
-        elif match := _ORIGIN.match(line):
-            origins[table + match[1]] = match[2]
-    return tuple(Setting(key, _shown(value), origins.get(key, "")) for key, value in _flat(tables))
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    entries = []
-    for key, value in table.items():
-        entries += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return entries
-
-
-def _shown(value: Any) -> str:
-    """A value as the page shows it. Of a path only the last part: the page may be passed on."""
-    if isinstance(value, str):
-        value = mask_address(value)
-        is_path = value.startswith(("/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", value)
-        return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if is_path else value
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _read_samples(outputs: OutputLayout) -> tuple[tuple[str, ...], tuple[SampleRow, ...], dict[str, Any]]:
-    """Prompts, rows and the recommendation of `samples/<name>/samples.json`."""
-    folder = outputs.samples
-    try:
-        record = parse_json(read_file(outputs.samples_record))
-        prompts = tuple(str(prompt["text"]) for prompt in record["prompts"])
-        rows = []
-        with Thumbnails(folder / ".thumbnails") as thumbnails:
-            for row in record["rows"]:
-                scores = row.get("likeness") or [None] * len(row["images"])
-                images = []
-                for file, score in zip(row["images"], scores, strict=True):
-                    path = folder / Path(file).name if file else folder / "missing"
-                    link = path.relative_to(outputs.report.parent).as_posix() if path.is_file() else ""
-                    images.append(SampleImage(thumbnails.of(path, SAMPLE_SIZE_PX), link, score))
-                rows.append(SampleRow(str(row["label"]), tuple(images)))
-        recommended = record.get("recommended")
-        return prompts, tuple(rows), recommended if isinstance(recommended, dict) else {}
-    except (OSError, ValueError, TypeError, KeyError):
-        return (), (), {}
+            loras.append(LoraFile(path.name, label, size / 1e6, metadata.get("sshs_model_hash", ""), metadata))
+    return tuple(loras)

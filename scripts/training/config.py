@@ -190,8 +190,9 @@ class SavingSettings:
         name = self.output_name
         if any(mark in name for mark in '/\\:*?"<>|\0') or name.startswith(".") or name != name.strip() or not name.isprintable():
             yield f"output_name: {name!r} must be a plain file name, without folders"
-        if re.search(r"(-best|-\d{6}|\.safetensors)$", name):
-            yield f"output_name: {name!r} must not end in -best, -NNNNNN or .safetensors, which training uses for its own files"
+        if re.search(r"(-best|-recommended|-\d{6}|\.safetensors)$", name):
+            endings = "-best, -recommended, -NNNNNN or .safetensors"
+            yield f"output_name: {name!r} must not end in {endings}, which training uses for its own files"
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,9 @@ class Callback:
     def after_samples(self, step: int, images: dict[str, Path]) -> None:
         """Called when sample images with the weights after `step` are complete, in the process that writes: their files by name."""
 
+    def after_likeness(self, step: int, likeness: float) -> None:
+        """Called at the end of the run, in the process that writes, with the likeness of the sample images after `step`."""
+
     def save_state(self, progress: Progress, *, wait: bool) -> None:
         """Save what the run is continued from at `progress`. Training may go on while it is written, unless it has to `wait`."""
 

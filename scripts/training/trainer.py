@@ -15,13 +15,20 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from tqdm import tqdm
 
 from common.background import in_background, prefetch
+from common.dataset_layout import DatasetFolder
 from common.errors import Interruption, ModelError, ResourceError, StopRequest, interruption_for
-from common.files import atomic_write, write_bytes
+from common.files import atomic_write, write_bytes, write_json
 from common.settings import resolved_toml
+from common.weights import copy_with_metadata, read_header
 from training.callbacks.checkpoint import CheckpointWriter, keep_one, remove_incomplete, restore
+from training.callbacks.history import recorded_history
 from training.callbacks.metrics import open_metrics
+from training.callbacks.recommendation import Recommendation, choose
 from training.callbacks.renderer import Renderer
-from training.callbacks.samples import SampleImages, texts_of
+from training.callbacks.report_page import report_page
+from training.callbacks.sample_likeness import SampleLikeness
+from training.callbacks.sample_record import SampleRecord
+from training.callbacks.samples import SampleImages, saves_of, texts_of
 from training.callbacks.validation import Validator
 from training.data.batches import Batch, BatchReader
 from training.data.buckets import OptimizerStep
@@ -32,10 +39,12 @@ from training.job import TrainingJob, lora_metadata
 from training.loop import Callback, Progress, RunSchedule, run_steps, smoothed
 from training.memory_budget import suggest_settings
 from training.method.adapters import Adapter, LoraModule, inject
+from training.method.comfyui_workflow import comfyui_workflow
 from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.export import write_lora
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
 from training.models.weights import load_unet, load_vae, require_finite_weights
+from training.plan import short_hash
 from training.system.device import MemoryGuard, available_bytes, limit_gpu_memory, make_deterministic, memory_guard
 from training.system.process_group import ProcessGroup
 from training.system.processes import WorkerProcess
@@ -46,7 +55,8 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
     if group.is_main_process:
         prepare_outputs(job)
     prepare_device(job)
-    with translate_cuda_oom(job), memory_guard(job.budget.thresholds) as guard:
+    history = recorded(job, group) if group.is_main_process else contextlib.nullcontext()
+    with history, translate_cuda_oom(job), memory_guard(job.budget.thresholds) as guard:
         with unet_in_background(job) as load:
             examples, prompts = encode(job, group, encoder)
             unet, adapter = load()
@@ -68,14 +78,17 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
         batches = prefetch(reader, schedule.remaining, job.settings.data.dataloader_num_workers)
         modules, remaining = adapter.modules, len(schedule.remaining)
         print(f"{len(modules)} modules of {job.settings.lora.describe()}; {remaining} steps to go", flush=True)
-        with writing_callbacks(job, adapter, step, schedule, is_writer=group.is_main_process) as writers:
+        with (
+            writing_callbacks(job, adapter, step, schedule, is_writer=group.is_main_process) as writers,
+            likeness_of_samples(job) as likeness,
+        ):
             callbacks = list(writers)
             if held_out.examples:
                 callbacks.insert(0, Validator(held_out, step.evaluate, schedule.validates_between, writers))
             stop = stop_request(group, guard)
             samples = None
             if job.samples and job.samples.prompts:
-                samples = sample_images(job, group, step, schedule, prompts, stop, writers)
+                samples = sample_images(job, group, step, schedule, prompts, likeness, stop, writers)
                 samples.start(schedule.start)
                 if reason := stop():  # before a step changes the weights of a row that is incomplete
                     raise reason
@@ -115,6 +128,20 @@ def prepare_device(job: TrainingJob) -> None:
         make_deterministic()
     if job.budget.thresholds:
         limit_gpu_memory(job.precision.device, available_bytes(job.precision.device) - job.budget.thresholds.stop)
+
+
+def recorded(job: TrainingJob, group: ProcessGroup) -> contextlib.AbstractContextManager[None]:
+    """Records this process in the history of the run."""
+    fingerprint = job.identity.fingerprint
+    about = {
+        "step": job.saved.progress.next_step if job.saved else 0,
+        "steps": len(job.plan.order),
+        "base": job.base.name,
+        "base_hash": fingerprint["base model"],
+        "dataset_hash": fingerprint["data set"],
+        "fingerprint": short_hash(fingerprint),
+    }
+    return recorded_history(job.outputs.history, job.precision, group.world_size, about)
 
 
 @contextlib.contextmanager
@@ -298,8 +325,17 @@ def writing_callbacks(
     with (
         open_metrics(settings.logging, outputs.name, outputs.metrics, outputs.logs, schedule.start.next_step) as metrics,
         CheckpointWriter(outputs.state, job.identity, settings.saving.keep_last_states, *state) as checkpoints,
+        report_page(job.project, schedule.saves_lora_between) as page,
     ):
-        yield [metrics, LoraSaver(job, adapter.modules, schedule), checkpoints]
+        yield [metrics, LoraSaver(job, adapter.modules, schedule), checkpoints, page]
+
+
+def likeness_of_samples(job: TrainingJob) -> SampleLikeness:
+    """What measures how much sample images look like the data set."""
+    examples = [*job.plan.examples, *job.plan.held_out]
+    project = job.project
+    cached = DatasetFolder(project.dataset_dir).faces
+    return SampleLikeness(project.face_model, project.models_dir, examples, cached, job.outputs.sample_faces)
 
 
 def sample_images(
@@ -308,14 +344,16 @@ def sample_images(
     step: TrainStep,
     schedule: RunSchedule,
     prompts: dict[str, Path],
+    likeness: SampleLikeness,
     stop: Callable[[], Interruption | None],
     trackers: Sequence[Callback],
 ) -> SampleImages:
     """The callback that renders the sample images; `prompts` are the files of their embeddings."""
     vae = load_vae(job.base, torch.device("cpu"))
     renderer = Renderer(step, job.plan.schedule, prompts, vae, job.samples.tiled)
-    fingerprint = job.identity.fingerprint
-    return SampleImages(job.samples, renderer, job.outputs, schedule, fingerprint, job.base.name, group, stop, trackers)
+    names = job.base.name, job.project.trigger_word
+    record = SampleRecord(job.samples, job.outputs, job.identity.fingerprint, *names, likeness)
+    return SampleImages(job.samples, renderer, job.outputs, schedule, record, likeness, group, stop, trackers)
 
 
 @dataclass(frozen=True)
@@ -332,33 +370,48 @@ class LoraSaver(Callback):
         return progress, ""
 
 
-def save_lora(job: TrainingJob, modules: list[LoraModule], path: Path, epochs: int) -> None:
+def save_lora(job: TrainingJob, modules: list[LoraModule], path: Path, epochs: int, **more_metadata: str) -> None:
     """Write the LoRA as it is after `epochs` epochs."""
-    write_lora(path, modules, job.settings.lora.alpha, lora_metadata(job, epochs))
+    write_lora(path, modules, job.settings.lora.alpha, lora_metadata(job, epochs) | more_metadata)
 
 
 def write_results(
     job: TrainingJob, modules: list[LoraModule], schedule: RunSchedule, progress: Progress, samples: SampleImages | None
 ) -> None:
-    """Write the LoRA, and beside it the one with the lowest validation loss; both are read back and verified. The record of the
-    sample images says which one to use, and why."""
-    epochs = schedule.epochs_complete(progress.next_step)
+    """Write the LoRA, and before it the one with the lowest validation loss, the recommended one, and a workflow with that. LoRA
+    files are read back and verified."""
+    outputs, epochs = job.outputs, schedule.epochs_complete(progress.next_step)
     if progress.next_step < len(schedule.order):
         patience = schedule.validation.early_stop_patience
         print(f"stopping early after {epochs} epochs: {patience} validations in a row did not lower the validation loss")
-    file, reason = job.outputs.lora, "It is the last one; there is no validation loss, and nothing else by which to compare them."
     if progress.validations:
-        best, loss = write_best(job, modules, progress, epochs)
-        file = file if best == epochs else job.outputs.lora_after(best)
-        reason = f"It has the lowest validation loss: {loss:.4f} (smoothed)."
-    if samples:
-        samples.recommend(file.name, reason)
-    save_lora(job, modules, job.outputs.lora, epochs)
+        write_best(job, modules, progress, epochs)
+    recommended = samples.recommendation if samples else None
+    if recommended is None:
+        save, reason = choose(saves_of(outputs, modules, progress, epochs), "there are no sample images of all LoRAs")
+        recommended = Recommendation(save.file, save.epochs, 1.0, reason)
+        if samples:
+            samples.record.write(recommended)
+    if recommended.epochs == epochs:
+        save_lora(job, modules, outputs.recommended, epochs, **recommended.metadata)
+    else:
+        copy_with_metadata(outputs.lora_after(recommended.epochs), outputs.recommended, recommended.metadata)
+    write_json(outputs.workflow, workflow_of(job, recommended.strength))
+    print(f"recommended: {recommended.file} at strength {recommended.strength:g}. {recommended.reason}")
+    save_lora(job, modules, outputs.lora, epochs)
 
 
-def write_best(job: TrainingJob, modules: list[LoraModule], progress: Progress, last: int) -> tuple[int, float]:
+def workflow_of(job: TrainingJob, strength: float) -> dict[str, dict]:
+    """A workflow for ComfyUI with the recommended LoRA."""
+    samples, trigger = job.settings.samples, job.project.trigger_word
+    how = min(1024, job.settings.data.resolution) // 64 * 64, samples.sample_guidance, samples.sample_seed
+    names = job.outputs.recommended.name, strength, job.base.name, job.plan.schedule
+    return comfyui_workflow(*names, trigger, job.outputs.name, *how)
+
+
+def write_best(job: TrainingJob, modules: list[LoraModule], progress: Progress, last: int) -> None:
     """Report the LoRA with the lowest smoothed validation loss among those that were saved, and write it once more. `last` is
-    the number of epochs of the one that is in memory. Returns the epochs of the best one, and its loss."""
+    the number of epochs of the one that is in memory."""
     outputs, losses = job.outputs, smoothed(progress.validations)
     best = min((epochs for epochs in losses if epochs == last or outputs.lora_after(epochs).exists()), key=losses.get)
     if best == last:
@@ -367,7 +420,6 @@ def write_best(job: TrainingJob, modules: list[LoraModule], progress: Progress, 
         with atomic_write(outputs.best) as temporary:
             shutil.copyfile(outputs.lora_after(best), temporary)
     print(f"best validation loss {losses[best]:.4f} (smoothed) at epoch {best}: {outputs.best}")
-    return best, losses[best]
 
 
 def report_results(job: TrainingJob, modules: int) -> None:
@@ -375,16 +427,20 @@ def report_results(job: TrainingJob, modules: int) -> None:
         print(f"peak GPU memory {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
     path = job.outputs.lora
     size = path.stat().st_size / 2**20
-    print(f"{path}: {size:.1f} MiB, {modules} modules, all known to ComfyUI; copy it to ComfyUI's models/loras")
+    print(f"{path}: {size:.1f} MiB, {modules} modules, all known to ComfyUI")
     print_next_steps(job)
 
 
 def print_next_steps(job: TrainingJob) -> None:
     """What to do with the LoRA, and last what keeps it from being good."""
-    lora, trigger = job.outputs.lora.name, job.project.trigger_word
-    print(
-        f"next: load {lora} in ComfyUI beside an SDXL checkpoint, with {trigger!r} in the prompt; the whole run is on one page, "
-        f"{job.outputs.report}"
-    )
+    outputs, trigger = job.outputs, job.project.trigger_word
+    load = f"load {outputs.lora.name} in ComfyUI beside an SDXL checkpoint, with {trigger!r} in the prompt"
+    with contextlib.suppress(ModelError, OSError, KeyError):  # earlier versions recommended none
+        strength = read_header(outputs.recommended).metadata["loracat_recommended_strength"]
+        load = (
+            f"copy {outputs.recommended} to ComfyUI's models/loras and drag {outputs.workflow.name} into its window, or load it "
+            f"beside an SDXL checkpoint at strength {strength}, with {trigger!r} in the prompt"
+        )
+    print(f"next: {load}; the whole run is on one page, {outputs.report}")
     for warning in job.plan.warnings():
         print(warning)

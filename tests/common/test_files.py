@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +66,4 @@ def test_only_regular_files_are_read(tmp_path, make):
         assert str(refused.value.filename) == str(tmp_path / "x")
         assert isinstance(as_loracat_error(refused.value), SettingsError)
     assert read_cached_json(tmp_path / "x") == {}
+    assert read_file(Path(os.devnull)) == b""

@@ -32,6 +32,8 @@ def train(output: Path, name: str, label: str, *, resumes: bool = False, is_fini
     if is_finished:
         write(outputs.lora_after(1), label)
         write(outputs.best, label)
+        write(outputs.recommended, label)
+        write(outputs.workflow, label)
         write(outputs.lora, label)
     return outputs
 
@@ -49,7 +51,8 @@ def archived(outputs: OutputLayout) -> list[dict[str, str]]:
 
 def whole_run(name: str, label: str, prefix: str = "") -> dict[str, str]:
     """What the archive holds of a finished run."""
-    loras = {f"{name}{suffix}.safetensors": label for suffix in ("", "-best", "-000001")}
+    loras = {f"{name}{suffix}.safetensors": label for suffix in ("", "-best", "-recommended", "-000001")}
+    loras[f"{name}.workflow.json"] = label
     described = {f"{prefix}metrics.jsonl": f"{label}\n", f"{prefix}training_config_resolved.toml": label}
     return loras | described | {"state/step-000000004.json": label, "logs/events": label, "samples/000001.webp": label}
 
@@ -108,9 +111,18 @@ def test_a_finished_run_that_is_extended_archives_its_loras_with_copies_of_what_
     train(tmp_path, "one", "first")
     outputs = train(tmp_path, "one", "longer", resumes=True)
     kept = whole_run("one", "first")
-    expected = ("one.safetensors", "one-best.safetensors", "metrics.jsonl", "training_config_resolved.toml")
+    loras = ("one.safetensors", "one-best.safetensors", "one-recommended.safetensors", "one.workflow.json")
+    expected = (*loras, "metrics.jsonl", "training_config_resolved.toml")
     assert archived(outputs) == [{name: kept[name] for name in expected}]
     assert outputs.metrics.read_text() == "first\nlonger\n"
+
+
+def test_a_run_that_was_killed_before_its_lora_was_written_overwrites_the_recommended_one(tmp_path):
+    outputs = train(tmp_path, "one", "first")
+    outputs.lora.unlink()
+    train(tmp_path, "one", "goes on", resumes=True)
+    assert archived(outputs) == []
+    assert outputs.recommended.read_text() == "goes on"
 
 
 @pytest.mark.parametrize("resumes", [False, True])
@@ -151,12 +163,13 @@ def test_a_run_that_is_called_like_a_file_of_another_keeps_its_lora(tmp_path):
     write(outputs.lora, lora_of("one"))
     write(outputs.lora_after(240115), lora_of("one-240115"))
     write(outputs.best, lora_of("one-best"))
+    write(outputs.recommended, lora_of("one-recommended"))
     outputs.begin(resumes=False)
     assert [path.name for path in outputs.lora_dir.iterdir() if path.is_file()] == ["one-240115.safetensors"]
-    own, best = sorted(outputs.archive.iterdir(), key=lambda folder: "one-best" in folder.name)
-    assert [path.name for path in own.iterdir()] == ["one.safetensors"]
-    assert [path.name for path in best.iterdir()] == ["one-best.safetensors"]
-    assert best.name.startswith("one-best-")
+    best, recommended, own = sorted(outputs.archive.iterdir(), key=lambda folder: ("-2" in folder.name[:5], folder.name))
+    for folder, name in ((own, "one"), (best, "one-best"), (recommended, "one-recommended")):
+        assert [path.name for path in folder.iterdir()] == [f"{name}.safetensors"]
+        assert folder.name.startswith(f"{name}-2")
 
 
 def test_a_lora_is_finished_only_with_the_hash_in_its_header(tmp_path, capsys):
@@ -176,7 +189,7 @@ def test_a_lora_is_finished_only_with_the_hash_in_its_header(tmp_path, capsys):
 def test_leftovers_are_removed_in_every_folder_of_the_output(tmp_path):
     outputs = train(tmp_path, "one", "first")
     kept = contents(tmp_path)
-    folders = (".", "lora", "state", "state/one", "state/two", "cache", "cache/latents", "cache/text")
+    folders = (".", "lora", "state", "state/one", "state/two", "cache", "cache/latents", "cache/text", "samples/one/.latents")
     for folder in folders:
         for name in (".abcd1234.part", ".tmpAbC123"):
             write(tmp_path / folder / name, "half")

@@ -44,6 +44,36 @@ def test_pip_check_finds_no_conflict_in_the_added_packages(image):
     assert not [line for line in check.lower().splitlines() if line.split()[0] in added]
 
 
+FACE_MODEL = """
+import sys
+sys.path.insert(0, "/app/scripts")
+import numpy, pathlib, common.faces
+model = common.faces.load_face_model("dlib", pathlib.Path("/app/models"))
+assert model.detect(numpy.zeros((200, 200, 3), numpy.uint8)) == []
+"""
+
+
+def test_the_default_face_model_loads_and_the_other_one_names_what_it_needs(image):
+    in_image(image, "python3", "-c", FACE_MODEL)
+    import_cv2, load_sface = "import cv2; print('imported')", FACE_MODEL.replace('"dlib"', '"sface"')
+    in_python = ("run", "--rm", "--entrypoint", "python3", image, "-c")
+    has_opencv = "imported" in docker(*in_python, import_cv2, check=False)  # the base image may have one
+    remedy = "add opencv-python-headless to requirements.txt, if it is not there, and run: docker compose build"
+    assert ("MissingWeightsError" if has_opencv else remedy) in docker(*in_python, load_sface, check=False)
+
+
+def test_opencv_can_be_added(unbuilt):
+    """For FACE_MODEL=sface; it needs numpy 2."""
+    (opencv,) = [line for line in (unbuilt.folder / "requirements-dev.txt").read_text().splitlines() if line.startswith("opencv")]
+    if packages(BASE_IMAGE)["numpy"].startswith("1."):
+        pytest.skip("the base image has numpy 1")
+    requirements = unbuilt.folder / "requirements.txt"
+    requirements.write_text(f"{requirements.read_text(encoding='utf-8')}{opencv}\n", encoding="utf-8")
+    built = unbuilt.build()
+    assert built.returncode == 0, built.stdout
+    in_image(OTHER_IMAGE, "python3", "-c", "import cv2; cv2.FaceDetectorYN, cv2.FaceRecognizerSF")
+
+
 def test_base_image_without_nvidias_entrypoint_works(image):
     output = docker("run", "--rm", "--volume", "/dev/null:/opt/nvidia/nvidia_entrypoint.sh", image, "--help")
     assert output.startswith("Usage: run.sh")

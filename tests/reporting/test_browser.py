@@ -17,6 +17,9 @@ import pytest
 import websocket
 from PIL import Image
 
+from benchmarks.report import build_dataset, report
+from common.dataset_layout import DatasetFolder
+
 ROOT = Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -45,7 +48,7 @@ class Browser:
             self._receive(lambda message: message.get("method") == "Page.loadEventFired")
 
     def value(self, expression: str) -> Any:
-        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
     def problems(self) -> list[str]:
         """Requests that left the page, and whatever the console reported."""
@@ -121,9 +124,52 @@ def test_the_page_fits_the_window_makes_no_request_and_reports_nothing(browser, 
 
 def test_captions_stay_text(browser, page):
     browser.open(page, 1400)
-    assert browser.value("document.scripts.length") == 0
+    assert browser.value("document.scripts.length") == 1  # the page's own
     assert "LoRACat report" in browser.value("document.title")
     assert "<script>" in browser.value("document.querySelector('.sheet figcaption').textContent")
+
+
+@pytest.fixture(scope="module")
+def reviewed(tmp_path_factory) -> str:
+    """The address of the page of a few images, two of them flagged."""
+    root = tmp_path_factory.mktemp("reviewed")
+    build_dataset(DatasetFolder(root / "dataset"), 14, 64, None)
+    report(root)
+    return (root / "output" / "report.html").as_uri()
+
+
+TEXT = "document.getElementById('exclusions').value"
+
+
+def test_ticked_images_make_the_text_for_the_exclusions(browser, reviewed):
+    browser.open(reviewed, 1400)
+    assert [line.split()[0] for line in browser.value(TEXT).splitlines()] == ["0003.png", "0011.png"]
+    browser.value("document.querySelector('input[value=\"0005.png\"]').click()")
+    browser.value("document.querySelector('input[value^=\"0003.png\"]').click()")
+    assert [line.split()[0] for line in browser.value(TEXT).splitlines()] == ["0011.png", "0005.png"]
+    assert browser.value("document.getElementById('picked').textContent") == "2"
+    browser.value("document.getElementById('copy').click()")
+    assert browser.value("document.activeElement.id") == "exclusions"
+    assert browser.problems() == []
+
+
+def test_without_script_the_text_has_the_flagged_images(browser, reviewed):
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(reviewed, 400)
+        assert browser.value("getComputedStyle(document.querySelector('label.pick')).display") == "none"
+        assert [line.split()[0] for line in browser.value(TEXT).splitlines()] == ["0003.png", "0011.png"]
+        assert browser.value("document.documentElement.scrollWidth") <= 400
+    finally:
+        browser.call("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_no_other_script_would_run(browser, reviewed):
+    """Even if a text of the user were taken for one."""
+    browser.open(reviewed, 1400)
+    browser.value("document.body.append(Object.assign(document.createElement('script'), {text: 'document.title = \"run\"'}))")
+    assert "LoRACat report" in browser.value("document.title")
+    assert "Content Security Policy" in str(browser.problems())
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -93,6 +93,7 @@ class Stage:
             "DATALOADER_NUM_WORKERS": 1,
             "HF_HUB_OFFLINE": 1,
             "SAMPLES": "false",
+            "FACE_MODEL": "off",
         }
 
     def add(self, photograph: str, path: str = "", caption: str | None = "sks, photo, outdoors", **how: object) -> Path:
@@ -171,8 +172,9 @@ class Stage:
         return ended.stdout
 
     def files(self) -> dict[str, bytes]:
-        """Relative path -> bytes of every file in the output folder."""
+        """Relative path -> bytes of every file in the output folder, but the page and the history, which differ each time."""
         found = sorted(path for path in self.output.rglob("*") if path.is_file())
+        found = [path for path in found if path.name not in ("report.html", "history.jsonl")]
         return {path.relative_to(self.output).as_posix(): path.read_bytes() for path in found}
 
     def _environment(self, variables: dict[str, object]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from forked_python import fork, read_number
 from process_table import has_ended, pair_of
 from safetensors import safe_open
 
+from common.files import read_json_lines
 from common.settings import REPOSITORY
 
 TIMES = ("ss_training_finished_at", "modelspec.date")
@@ -30,6 +31,14 @@ VARIABLES = {
 }
 FIRST_CACHED = "first cache file"
 PAIR = VARIABLES | {"NUM_PROCESSES": 2, "TRAIN_BATCH_SIZE": 1, "NUM_TRAIN_EPOCHS": 40, "SAVE_EVERY_EPOCHS": 10}
+
+SAMPLED = VARIABLES | {
+    "SAMPLES": "true",
+    "SAMPLE_STEPS": 2,
+    "SAVE_EVERY_EPOCHS": 1,
+    "FACE_MODEL": "dlib",
+    "PYTHONPATH": Path(__file__).with_name("standin_dlib"),
+}
 
 
 class Forks:
@@ -165,6 +174,51 @@ def test_a_hundred_kills(victim, forks, capsys):
     with capsys.disabled():
         print(f"\nseed {seed}: killed {dict(hits)} in {time.monotonic() - begin:.0f} s; a whole run takes {took:.1f} s")
     assert hits["save"] >= 5
+
+
+def images_of(stage) -> dict[str, object]:
+    """The files of sample images, and the faces that were found in images."""
+    folder = stage.output / "samples"
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return files | {"faces": {line["sha256"]: line for line in read_json_lines(stage.output / "cache" / "faces.jsonl")}}
+
+
+@pytest.mark.kill
+@pytest.mark.timeout(3600)
+def test_twenty_kills_while_images_are_rendered_and_scored(victim, forks, capsys):
+    """Also between an image and the record of its row, and while the last images are scored or the recommended file is written."""
+    seed = int(time.time())
+    chance, killed, ended = random.Random(seed), 0, 0
+    variables = {name: str(value) for name, value in (victim.variables | SAMPLED).items()}
+    forks.start(variables)
+    assert forks.ended() == 0, forks.log.read_text()
+    expected = left_by(victim), images_of(victim)
+    count = sum(name.endswith(".png") for name in expected[1])
+    shutil.rmtree(victim.output)
+    folder = victim.output / "samples" / "sks"
+    while killed < 20 or not ended:
+        present = len(list(folder.glob("*.png")))
+        images, delay_s = chance.randint(min(present + 1, count), count), chance.choice((0, 0.002, 0.01, 0.05, 0.3))
+        is_spared = killed >= 20
+        if present == count:  # only the scores are missing, or the results
+            delay_s, is_spared = chance.uniform(0, 2), is_spared or chance.random() < 0.5
+        process = forks.start(variables)
+        while not has_ended(process):
+            if not is_spared and len(list(folder.glob("*.png"))) >= images:
+                time.sleep(delay_s)
+                os.kill(process, signal.SIGKILL)
+                break
+            time.sleep(0.0005)
+        code = forks.ended()
+        if code == -signal.SIGKILL:
+            killed += 1
+            continue
+        assert code == 0, (seed, forks.log.read_text())
+        assert (left_by(victim), images_of(victim)) == expected, seed
+        ended += 1
+        shutil.rmtree(victim.output)
+    with capsys.disabled():
+        print(f"\nseed {seed}: killed {killed} times, {ended} runs ended")
 
 
 def uninterrupted_pair(stage) -> tuple[dict, float]:

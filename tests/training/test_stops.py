@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from common import output_layout as results
+from common.weights import data_sha256, read_header
 from training.callbacks import checkpoint
 
 SHORT = {"LORA_TARGETS": "attention", "SAVE_EVERY_EPOCHS": 0, "SAVE_STATE_EVERY_MINUTES": 1e-6}
@@ -106,13 +107,22 @@ def test_a_held_out_loss_that_rises_ends_the_run_early_and_names_the_best_lora(i
     images.add("chelsea")
     images.add("rocket")
     variables = {"VALIDATION_FRACTION": 0.5, "VALIDATE_EVERY_EPOCHS": 1, "EARLY_STOP_PATIENCE": 1, "LEARNING_RATE": 0.2}
+    variables |= {"SAMPLES": "true", "SAMPLE_EVERY_EPOCHS": 0, "SAMPLE_STEPS": 1, "SAMPLE_PROMPTS": "sks\ncup"}
     said = images.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 200, "SAVE_EVERY_EPOCHS": 1})
     assert "epochs: 1 validations in a row did not lower the validation loss" in said
     assert "best validation loss" in said
     lines = [json.loads(line) for line in (images.output / "lora" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["validation_loss_smoothed"] for line in lines if "validation_loss" in line]
     assert losses[-1] > min(losses)
-    assert (images.output / "lora" / "sks-best.safetensors").exists()
+    best, recommended = (read_header(images.output / "lora" / f"sks-{what}.safetensors") for what in ("best", "recommended"))
+    assert recommended.metadata["sshs_model_hash"] == data_sha256(recommended.path) == data_sha256(best.path)
+    reason = f"It has the lowest validation loss: {min(losses):.4f} (smoothed). Likeness was not compared: "
+    assert recommended.metadata["loracat_recommended_reason"].startswith(reason)
+    file = recommended.metadata["loracat_recommended_file"]
+    assert f"recommended: {file} at strength 1. {reason}" in said
+    samples = json.loads((images.output / "samples" / "sks" / "samples.json").read_text())
+    assert [row["file"] for row in samples["rows"]] == [None, file, "sks.safetensors"]  # it was not sampled on the way
+    assert [(row["strength"], row["file"]) for row in samples["strengths"]] == [(0.6, file), (0.8, file), (1.0, file)]
     assert "nothing to do" in images.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 200, "SAVE_EVERY_EPOCHS": 1})
 
 

@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from common.files import read_json_lines
 from common.settings import SETTINGS_FILE
 from demo import tiny_sdxl as miniature
 from training.data.batches import Batch
@@ -47,7 +48,9 @@ def test_a_whole_run_leaves_exactly_these_files(finished):
             *["cache/text"] * 5,
             "lora/metrics.jsonl",
             "lora/sks-000001.safetensors",
+            "lora/sks-recommended.safetensors",
             "lora/sks.safetensors",
+            "lora/sks.workflow.json",
             "lora/training_config_resolved.toml",
             "state/.lock",
             "state/sks/step-000000006.json",  # from which the run could be lengthened
@@ -55,6 +58,17 @@ def test_a_whole_run_leaves_exactly_these_files(finished):
         ]
     )
     assert sorted(path.name for path in stage.models.iterdir()) == []
+    assert "The run is not finished." in (stage.output / "report.html").read_text(encoding="utf-8")  # written at the save
+
+
+def test_the_history_says_on_what_and_how_long_the_run_took(finished):
+    start, end = read_json_lines(finished.stage.output / "state" / "sks" / "history.jsonl")
+    assert (start["event"], start["step"], start["steps"], start["device"]) == ("start", 0, 6, "the CPU in float32")
+    assert {"LoRACat", "Python", "torch", "diffusers", "transformers", "peft"} <= start["versions"].keys()
+    assert start["fingerprint"] == metadata(finished.stage.lora)["loracat_fingerprint"]
+    assert end["event"] == "end"
+    assert end["seconds"] > 0
+    assert end["peak_bytes"] > 2**27
 
 
 def test_the_start_says_what_the_run_will_do(finished):
@@ -67,7 +81,10 @@ def test_the_start_says_what_the_run_will_do(finished):
     assert few == "12 training samples are few: a likeness needs 2000 to 3000. Set NUM_TRAIN_EPOCHS=334, or add images."
     *_, written, following, warning = said
     assert written.startswith(f"{finished.stage.lora}: ")
-    assert following.startswith("next: load sks.safetensors in ComfyUI beside an SDXL checkpoint, with 'sks' in the prompt; ")
+    assert following.startswith(
+        f"next: copy {finished.stage.output}/lora/sks-recommended.safetensors to ComfyUI's models/loras and "
+    )
+    assert "drag sks.workflow.json into its window, or load it beside an SDXL checkpoint at strength 1, with 'sks'" in following
     assert following.endswith(f"{finished.stage.output / 'report.html'}")
     assert warning == few
     assert "722 modules, all known to ComfyUI" in written
@@ -108,7 +125,7 @@ def test_a_finished_run_is_not_trained_again(finished):
     said = stage.trained(**finished.variables)
     *_, done, following, warning = said.splitlines()
     assert done.startswith(f"nothing to do: {stage.lora} is finished")
-    assert following.startswith(f"next: load {stage.lora.name} in ComfyUI")
+    assert following.startswith(f"next: copy {stage.output}/lora/sks-recommended.safetensors to ComfyUI's models/loras")
     assert "training samples are few" in warning
     assert {path: path.stat().st_mtime_ns for path in stage.output.rglob("*")} == before
 
@@ -142,7 +159,8 @@ def test_new_settings_archive_the_lora_that_is_there(finished, stage):
     kept = {path.name: path.read_bytes() for path in archive.iterdir()}
     assert kept == {name.removeprefix("lora/"): content for name, content in finished.files.items() if name.startswith("lora/")}
     left = {path.name for path in (stage.output / "lora").iterdir()}
-    assert left == {"archive", "sks.safetensors", "metrics.jsonl", "training_config_resolved.toml"}
+    results = {"sks.safetensors", "sks-recommended.safetensors", "sks.workflow.json"}
+    assert left == {"archive", *results, "metrics.jsonl", "training_config_resolved.toml"}
     assert metadata(stage.lora)["ss_network_dim"] == "3"
     assert "images: 0 encoded, 4 in the cache" in said
     assert "captions: 0 encoded, 5 in the cache" in said
@@ -154,7 +172,7 @@ def test_another_name_leaves_the_first_lora_where_it_is(finished, stage):
     another = {"OUTPUT_NAME": "other", "NUM_TRAIN_EPOCHS": 1, "LORA_TARGETS": "attention", "TENSORBOARD": 1, "WANDB_API_KEY": ""}
     stage.trained(**finished.variables | another)
     files = stage.files()
-    for name in ("sks.safetensors", "sks-000001.safetensors"):
+    for name in ("sks.safetensors", "sks-000001.safetensors", "sks-recommended.safetensors", "sks.workflow.json"):
         assert files[f"lora/{name}"] == finished.files[f"lora/{name}"]
     for name in ("metrics.jsonl", "training_config_resolved.toml"):
         assert files[f"lora/sks.{name}"] == finished.files[f"lora/{name}"]
@@ -167,7 +185,8 @@ def test_another_name_leaves_the_first_lora_where_it_is(finished, stage):
         assert (archive / f"sks.{name}").read_bytes() == finished.files[f"lora/{name}"]
         assert (stage.output / "lora" / f"other.{name}").read_bytes() == files[f"lora/{name}"]
         assert not (stage.output / "lora" / f"sks.{name}").exists()
-    assert (archive / "sks.safetensors").read_bytes() == finished.files["lora/sks.safetensors"]
+    for name in ("sks.safetensors", "sks-recommended.safetensors", "sks.workflow.json"):
+        assert (archive / name).read_bytes() == finished.files[f"lora/{name}"]
 
 
 def test_batch_size_auto_takes_what_fits_and_goes_on_with_it(stage):
@@ -261,7 +280,7 @@ def test_weights_that_explode_end_the_run_with_step_and_images(stage):
         (
             {"OUTPUT_NAME": "mia-000029"},
             2,
-            ("output_name", "must not end in -best, -NNNNNN or .safetensors, which training uses for its own files"),
+            ("output_name", "must not end in -best, -recommended, -NNNNNN or .safetensors, which training uses for its own files"),
         ),
         ({"OUTPUT_NAME": "mia.safetensors"}, 2, ("output_name", "must not end in")),
         ({"TRIGGER_WORD": "mia-best"}, 2, ("output_name", "set OUTPUT_NAME")),

@@ -17,6 +17,8 @@ from training.loop import Callback
 
 Log = Callable[[dict[str, Any], int], None]
 """Records the values of an optimizer step: numbers, or the files of images."""
+LIKENESS = "likeness"
+"""Name of the value of a LoRA's sample images."""
 
 
 @contextlib.contextmanager
@@ -43,18 +45,25 @@ class Metrics(Callback):
 
     def __init__(self, path: Path, next_step: int):
         lines = [line for line in read_json_lines(path) if isinstance(line.get("step"), int) and line["step"] < next_step]
+        lines = [line for line in lines if LIKENESS not in line]  # the end of the run records it, of all its LoRAs
         write_bytes(path, "".join(json.dumps(line) + "\n" for line in lines).encode("utf-8"))
         self._path, self._file = path, path.open("a", encoding="utf-8")
         self.logs: list[Log] = []
 
     def after_step(self, step: OptimizerStep, values: dict[str, float]) -> None:
-        with naming_oserror(self._path):
-            self._file.write(json.dumps({"step": step.number, **values}) + "\n")
-            self._file.flush()
-        for log in self.logs:
-            log(values, step.number)
+        self._record(step.number, values)
 
     after_validation = after_step
+
+    def after_likeness(self, step: int, likeness: float) -> None:
+        self._record(step, {LIKENESS: likeness})
+
+    def _record(self, step: int, values: dict[str, float]) -> None:
+        with naming_oserror(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        for log in self.logs:
+            log(values, step)
 
     def after_samples(self, step: int, images: dict[str, Path]) -> None:
         for log in self.logs:
@@ -93,9 +102,13 @@ def _wandb(project: str, name: str, folder: Path, closing: contextlib.ExitStack)
         reason = ": ".join(line.strip() for line in str(error).splitlines()[:3])
         raise SettingsError(f"Weights & Biases: {reason}; check WANDB_API_KEY, or leave it empty to train without") from None
     closing.callback(run.finish)
+    run.define_metric(LIKENESS, step_metric="likeness_step")  # it is known later, and a step cannot be logged after another
 
     def log(values: dict[str, Any], step: int) -> None:
         shown = {name: wandb.Image(str(value)) if isinstance(value, Path) else value for name, value in values.items()}
-        run.log(shown, step)
+        if LIKENESS in values:
+            run.log(shown | {"likeness_step": step})
+        else:
+            run.log(shown, step)
 
     return log

@@ -1,5 +1,6 @@
 """Renders images with the UNet and the adapter of a training step, as diffusers' SDXL pipeline would."""
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from training.callbacks.sample_plan import TILE_PX
 from training.callbacks.sample_prompts import SamplePrompt
 from training.data.cache import read_embedding
-from training.engine.step import TrainStep
+from training.engine.step import CudaGraphs, TrainStep
 from training.models.sdxl import Schedule
 
 
@@ -45,7 +46,11 @@ class Renderer:
 
     def __init__(self, step: TrainStep, schedule: Schedule, embeddings: Mapping[str, Path], vae: AutoencoderKL, tiled: bool):
         self.step, self._schedule, self._vae = step, schedule, vae
+        # Training does not run while images are rendered, so both use the same memory.
+        is_cuda = step.precision.device.type == "cuda"
+        self._predict = CudaGraphs(step.predict, "sample images are", step.graphs and step.graphs.pool) if is_cuda else step.predict
         self._embeddings = {text: read_embedding(path, 0) for text, path in embeddings.items()}
+        self._decoder: AutoencoderKL | None = None
         if tiled:
             vae.enable_tiling()
             vae.tile_sample_min_size, vae.tile_latent_min_size = TILE_PX, TILE_PX // 8
@@ -53,7 +58,7 @@ class Renderer:
     def __call__(self, prompt: SamplePrompt, stops: Callable[[], bool] = lambda: False) -> Image.Image | None:
         """An image; None if `stops` returns true before it is complete. Raises FloatingPointError for NaN and infinity."""
         latents = self.latents(prompt, stops)
-        return None if latents is None else self._decoded(latents)
+        return None if latents is None else self.decoded(latents)
 
     @torch.no_grad()
     def latents(self, prompt: SamplePrompt, stops: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
@@ -75,21 +80,27 @@ class Renderer:
                 return None
             noisy = scheduler.scale_model_input(latents, timestep).expand(2, -1, -1, -1)
             timesteps = torch.full((2,), float(timestep), device=device)
-            without, with_text = self.step.predict(noisy, timesteps, hidden, pooled, add_time_ids).chunk(2)
+            without, with_text = self._predict(noisy, timesteps, hidden, pooled, add_time_ids).chunk(2)
             prediction = without + prompt.guidance * (with_text - without)
             latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         return latents
 
     @torch.no_grad()
-    def _decoded(self, latents: torch.Tensor) -> Image.Image:
-        """The image of latents [1, 4, h, w]. The VAE computes in fp32: SDXL's overflows in fp16. It is on the GPU no longer than
-        this takes."""
-        try:
-            vae = self._vae.to(latents.device)
-            pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0][0]
-        finally:
-            self._vae.to("cpu")
+    def decoded(self, latents: torch.Tensor) -> Image.Image:
+        """The image of latents [1, 4, h, w]. The VAE computes in fp32: SDXL's overflows in fp16. A copy of it stays on the GPU
+        until `release`."""
+        if self._decoder is None:
+            is_cuda = latents.device.type == "cuda"
+            self._decoder = copy.deepcopy(self._vae).to(latents.device) if is_cuda else self._vae
+        vae = self._decoder
+        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0][0]
         if not pixels.isfinite().all():
             raise FloatingPointError
         pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+    def release(self) -> None:
+        """Give back the GPU memory that training does not need."""
+        self._decoder = None
+        if self.step.precision.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from training.callbacks.recommendation import STRENGTHS
 from training.callbacks.sample_prompts import SIDE_STEP_PX, SamplePrompt, sample_prompts
 from training.config import SampleSettings, TrainSettings
 from training.memory_budget import MemoryBudget
@@ -14,6 +15,7 @@ MAX_SHARE = 0.2
 """Of the training time: what sample images may add to it, as long as an "auto" is left to lower."""
 STEPS, LEAST_STEPS = 20, 12
 SIZE_PX, LEAST_SIZE_PX = 1024, 768
+LOWER_STRENGTHS = len(STRENGTHS) - 1
 _TRAIN_COST = 2.5
 """Time of a training sample, in forward passes of the UNet at the same size: forward, backward and update."""
 _CHECKPOINTING_COST = 1.36
@@ -98,8 +100,8 @@ def _filled(prompt: SamplePrompt, number: int, choice: _Choice, samples: SampleS
 
 
 def rows_of(every: int, epochs: int) -> int:
-    """How many rows there are: the base model, those on the way, and the end."""
-    return 2 + ((epochs - 1) // every if every else 0)
+    """How many rows there are: the base model, those on the way, the end, and lower strengths of the recommended LoRA."""
+    return 2 + ((epochs - 1) // every if every else 0) + LOWER_STRENGTHS
 
 
 def share_of(choice: _Choice, prompts: Sequence[SamplePrompt], settings: TrainSettings, plan: Plan) -> float:
@@ -120,7 +122,7 @@ def _within_share(
     """`choice` with what is not fixed lowered until the images cost at most MAX_SHARE: first steps, then size, then rows."""
     steps = range(choice.steps - 1, LEAST_STEPS - 1, -1)
     sizes = range(choice.size - SIDE_STEP_PX, LEAST_SIZE_PX - 1, -SIDE_STEP_PX)
-    on_the_way = rows_of(choice.every, plan.epochs) - 2
+    on_the_way = rows_of(choice.every, plan.epochs) - 2 - LOWER_STRENGTHS
     strides = [choice.every * factor for factor in range(2, on_the_way // 2 + 2)] if on_the_way > 1 else []
     candidates = {"steps": steps, "size": sizes, "every": strides}
     for name, values in candidates.items():
@@ -177,7 +179,8 @@ def _announcement(choice: _Choice, requested: _Choice, prompts: Sequence[SampleP
     ]
     sizes = sorted({f"{prompt.width}x{prompt.height}" for prompt in prompts})
     steps = sorted({prompt.steps for prompt in prompts})
-    of = f"base model and {rows - 1} LoRA{'s' if rows > 2 else ''}"
+    loras = rows - 1 - LOWER_STRENGTHS
+    of = f"base model, {loras} LoRA{'s' if loras > 1 else ''}, and one of them at {LOWER_STRENGTHS} lower strengths"
     how = f"{'/'.join(sizes)}, {'/'.join(map(str, steps))} steps"
     cost = f"about {max(1, round(100 * share))} % of the training time"
     line = f"sample images: {len(prompts)} prompts x {rows} ({of}), {how}: {cost}"

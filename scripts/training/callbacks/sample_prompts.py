@@ -1,4 +1,4 @@
-"""What sample images show: prompts that the user wrote, or four that are made from the captions. Pure but for reading a file."""
+"""What sample images show: prompts that the user wrote, or six that are made from the captions. Pure but for reading a file."""
 
 import re
 from collections import Counter
@@ -88,10 +88,11 @@ def sample_prompts(settings: SampleSettings, trigger: str, captions: Sequence[st
 
 
 def default_prompts(trigger: str, captions: Sequence[str], subject_class: str = "") -> list[SamplePrompt]:
-    """The trigger word alone, in two scenes that no caption has (or the fewest have), and the class word without the trigger."""
+    """The trigger word alone, with three seeds; in two scenes that no caption has (or the fewest have); and the class word without
+    the trigger."""
     first, second = unseen_scenes(captions)
     return [
-        SamplePrompt(trigger, "trigger"),
+        *[SamplePrompt(trigger, "trigger")] * 3,  # a likeness of fewer samples than `recommendation.MIN_SCORED` is not compared
         SamplePrompt(f"{trigger}, {first}", "scene"),
         SamplePrompt(f"{trigger}, {second}", "scene"),
         SamplePrompt(subject_class.strip() or class_word(trigger, captions), "class"),

@@ -1,12 +1,11 @@
 """One optimizer step: noise, forward, loss, backward, clipping, update.
 
 This is the plain step: PEFT's own layers, autograd, any optimizer, any loss, any adapter. A faster engine replaces the
-UNet's forwards and keeps everything here. On a GPU the first step of each shape runs eagerly; the second is captured as a
-CUDA graph, which later steps replay with one launch. All three run the same kernels.
+UNet's forwards and keeps everything here. On a GPU, steps are CUDA graphs, which are replayed with one launch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -25,8 +24,6 @@ from training.method.diffusion import (
 from training.method.optimizers import Optimizer
 from training.system.device import Precision
 
-Step = Callable[[Sequence[Batch]], torch.Tensor]
-"""Takes a step on batches on the device."""
 MAX_SKIPPED = 20
 """Steps in a row that fp16 may skip while its loss scale halves from 2^16 to below 1."""
 
@@ -82,7 +79,8 @@ class TrainStep:
         can_capture = captures and precision.device.type == "cuda" and not precision.scales_loss and optimizer.capturable
         if precision.device.type == "cuda" and not optimizer.capturable:
             print(f"CUDA graphs: off, training is slower ({optimizer.label} cannot be captured)", flush=True)
-        self.graphs = CudaGraphRunner(self._step, precision.device) if can_capture else None
+        self.graphs = CudaGraphs(lambda *tensors: self._step(_batches(tensors)), "training is") if can_capture else None
+        self._copying = torch.cuda.Stream(precision.device) if can_capture else None
 
     def __call__(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """Take one optimizer step over its micro-batches and wait for its end."""
@@ -94,9 +92,21 @@ class TrainStep:
         A loss or gradient that is not finite leaves the weights as they were, and so do all steps after it.
         """
         self.learning_rate.fill_(learning_rate)
-        if self.graphs:
-            return self._reader(self.graphs(batches))
-        return self._reader(self._step([batch.to(self.precision.device) for batch in batches]))
+        tensors = self._on_device([tensor for batch in batches for tensor in vars(batch).values()])
+        return self._reader(self.graphs(*tensors) if self.graphs else self._step(_batches(tensors)))
+
+    def _on_device(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """`tensors` on the device. Where steps are captured, they are copied while the previous step is still running, on a stream
+        of their own, for which the current one waits."""
+        with torch.cuda.stream(self._copying):  # None: the current stream
+            uploaded = [tensor.to(self.precision.device, non_blocking=True) for tensor in tensors]
+        if self._copying:
+            current = torch.cuda.current_stream(self.precision.device)
+            current.wait_stream(self._copying)
+            for tensor in uploaded:
+                # Without this the allocator could give the memory away once the copying stream is done with it.
+                tensor.record_stream(current)
+        return uploaded
 
     def _step(self, batches: Sequence[Batch]) -> torch.Tensor:
         """The whole step on batches on the device; returns [3] fp32: loss, gradient norm, whether it diverged.
@@ -171,64 +181,55 @@ class TrainStep:
         )[0].float()
 
 
-class CudaGraphRunner:
-    """Runs `step` on batches from the CPU: eagerly for the first batches of a shape, as a CUDA graph from then on.
+def _batches(tensors: Sequence[torch.Tensor]) -> list[Batch]:
+    """Batches from the values of all their fields, one batch after the other."""
+    width = len(fields(Batch))
+    return [Batch(*tensors[first : first + width]) for first in range(0, len(tensors), width)]
 
-    `step` may change only tensors that exist before it is called, and must not read from the GPU. Its result is overwritten
-    by the next call. Inputs are copied to the GPU while the previous step is still running.
+
+class CudaGraphs:
+    """Runs `function` on tensors of a GPU: eagerly the first time for inputs of certain shapes, as a CUDA graph from then on.
+
+    `function` may change only tensors that exist before it is called, and must not read from the GPU. Its result is overwritten
+    by the next call. Graphs with the same memory `pool` must not run at the same time.
     """
 
-    def __init__(self, step: Step, device: torch.device):
-        self._step = step
-        self._device = device
-        self._copying = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[tuple, Step | None] = {}
+    def __init__(self, function: Callable[..., torch.Tensor], slower: str, pool: tuple[int, int] | None = None):
+        self._function = function
+        self._slower = slower
+        """What is slower where nothing can be captured, for the log."""
+        self.pool = pool or torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple, Callable[..., torch.Tensor] | None] = {}
         self._disabled = False
 
-    def __call__(self, batches: Sequence[Batch]) -> torch.Tensor:
-        shape = tuple(tensor.shape for batch in batches for tensor in vars(batch).values())
-        uploaded = self._copied_to_gpu(batches)
-        if self._disabled or shape not in self._graphs:
-            # The first step of a shape runs eagerly: it makes cuDNN, cuBLAS and Triton choose and load their kernels, which a
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        shapes = tuple(tensor.shape for tensor in inputs)
+        if self._disabled or shapes not in self._graphs:
+            # The first call for a shape runs eagerly: it makes cuDNN, cuBLAS and Triton choose and load their kernels, which a
             # capture could not.
-            self._graphs[shape] = None
-            return self._step(uploaded)
-        if self._graphs[shape] is None:
-            self._graphs[shape] = self._capture(uploaded)
-        return (self._graphs[shape] or self._step)(uploaded)
+            self._graphs[shapes] = None
+            return self._function(*inputs)
+        if self._graphs[shapes] is None:
+            self._graphs[shapes] = self._capture(inputs)
+        return (self._graphs[shapes] or self._function)(*inputs)
 
-    def _copied_to_gpu(self, batches: Sequence[Batch]) -> list[Batch]:
-        """The batches on the GPU, copied on a stream of their own; the current stream waits for them."""
-        current = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._copying):
-            uploaded = [batch.to(self._device) for batch in batches]
-        current.wait_stream(self._copying)
-        for batch in uploaded:
-            for tensor in vars(batch).values():
-                # Without this the allocator could give the memory away once the copying stream is done with it.
-                tensor.record_stream(current)
-        return uploaded
-
-    def _capture(self, batches: Sequence[Batch]) -> Step | None:
-        """The step for batches of this shape as a graph with input buffers of its own; None, with a log line, if it cannot be
-        captured: it then stays eager. All graphs share one memory pool: only one runs at a time."""
+    def _capture(self, inputs: Sequence[torch.Tensor]) -> Callable[..., torch.Tensor] | None:
+        """`function` for inputs of these shapes as a graph with input buffers of its own; None, with a log line, if it cannot be
+        captured: it then stays eager."""
         graph = torch.cuda.CUDAGraph()
         try:
-            inputs = [Batch(**{name: tensor.clone() for name, tensor in vars(batch).items()}) for batch in batches]
+            buffers = [tensor.clone() for tensor in inputs]
             # Other threads go on reading batches into pinned memory, which a capture in the usual mode would not survive.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = self._step(inputs)
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                output = self._function(*buffers)
         except RuntimeError as error:
             self._disabled = True
-            reason = str(error).splitlines()[0]
-            print(f"CUDA graphs: off, training is slower ({reason})", flush=True)
+            print(f"CUDA graphs: off, {self._slower} slower ({str(error).splitlines()[0]})", flush=True)
             return None
 
-        def replay(given: Sequence[Batch]) -> torch.Tensor:
-            for mine, batch in zip(inputs, given, strict=True):
-                for name, tensor in vars(batch).items():
-                    getattr(mine, name).copy_(tensor)
+        def replay(*given: torch.Tensor) -> torch.Tensor:
+            for buffer, tensor in zip(buffers, given, strict=True):
+                buffer.copy_(tensor)
             graph.replay()
             return output
 

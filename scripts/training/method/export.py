@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from common.errors import ModelError, bullet_list
 from common.files import atomic_write
+from common.weights import read_header
 from training.method.adapters import LoraModule, row_norms
 from training.models.weights import write_into
 
@@ -114,6 +115,38 @@ def verify(path: Path, written: dict[str, torch.Tensor], name: str | None = None
         problems += [f"{key}: missing" for key in sorted(expected - read.keys())]
     if problems:
         raise ModelError(bullet_list(f"{name or path.name}: verification of the exported LoRA failed:", problems[:20]))
+
+
+def is_lora_of(path: Path, modules: Sequence[LoraModule]) -> bool:
+    """Whether `path` is a complete file with the weights of exactly these modules, going by its header."""
+    try:
+        stored = read_header(path).tensors
+    except (OSError, ModelError):
+        return False
+    expected: dict[str, tuple[int, ...]] = {}
+    for module in modules:
+        name = kohya_name(module.name)
+        expected |= {f"{name}.lora_down.weight": tuple(module.down.shape), f"{name}.lora_up.weight": tuple(module.up.shape)}
+        expected[f"{name}.alpha"] = ()
+        if module.magnitude is not None:
+            expected[f"{name}.dora_scale"] = (len(module.up), 1)
+    return {name: tensor.shape for name, tensor in stored.items()} == expected
+
+
+@torch.no_grad()
+def load_lora(path: Path, modules: Sequence[LoraModule]) -> None:
+    """Overwrite the weights of `modules` with those in the file at `path`, for which `is_lora_of` is true: the reverse of
+    `kohya_tensors`, but for the rounding to fp16."""
+    with safe_open(path, framework="pt") as file:
+        for module in modules:
+            name = kohya_name(module.name)
+            module.down.copy_(file.get_tensor(f"{name}.lora_down.weight"))
+            module.up.copy_(file.get_tensor(f"{name}.lora_up.weight"))
+            if module.magnitude is not None:
+                base, scale = module.base.float(), file.get_tensor(f"{name}.alpha").item() / len(module.down)
+                adapted = base + scale * (module.up @ module.down)
+                relative = file.get_tensor(f"{name}.dora_scale")[:, 0].to(base.device)
+                module.magnitude.copy_(relative * row_norms(adapted) / row_norms(base))
 
 
 def comfyui_modules() -> set[str]:

@@ -53,6 +53,19 @@ def test_tensorboard_has_every_step_once_after_resuming(record, tmp_path):
     assert shown["loss"] == [(step, pytest.approx(1 / (step + 1))) for step in range(4)]
 
 
+def test_likeness_is_logged_at_the_steps_of_its_loras_once_after_resuming(record, tmp_path):
+    record([0, 1, 2, 3])
+    file, logs = tmp_path / "metrics.jsonl", tmp_path / "logs"
+    for next_step in (4, 4):  # killed after it was recorded, so that it is recorded again
+        with open_metrics(LoggingSettings(tensorboard=True), "mia", file, logs, next_step) as metrics:
+            for step, likeness in ((1, 0.5), (3, 0.625)):
+                metrics.after_likeness(step, likeness)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line for line in lines if "likeness" in line] == [{"step": 1, "likeness": 0.5}, {"step": 3, "likeness": 0.625}]
+    assert [line["step"] for line in lines if "loss" in line] == [0, 1, 2, 3]
+    assert set(scalars(logs / "mia")["likeness"]) == {(1, 0.5), (3, 0.625)}
+
+
 def test_sample_images_are_logged(tmp_path):
     file = tmp_path / "metrics.jsonl"
     Image.new("RGB", (64, 32), "red").save(tmp_path / "000005-01.png")
@@ -96,8 +109,13 @@ def test_weights_and_biases_records_the_steps_with_a_key(record, tmp_path, wandb
     logging = LoggingSettings(wandb_api_key=key, wandb_project="faces")
     with open_metrics(logging, "mia", tmp_path / "metrics.jsonl", tmp_path / "logs2", 0) as metrics:
         metrics.after_samples(1, {"samples/01": tmp_path / "image.png"})
+        metrics.after_likeness(0, 0.625)  # of an earlier step: it is not dropped
+        metrics.after_likeness(1, 0.75)
     assert len(list((tmp_path / "logs2").rglob("media/images/samples/*.png"))) == 1
     wandb.teardown()  # its service may still be writing when the run is finished
+    (likeness,) = (tmp_path / "logs2" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = likeness.read_bytes()
+    assert (b"0.625" in content, b"0.75" in content) == (True, True)
     (record,) = (tmp_path / "logs" / "wandb").glob("offline-run-*/run-*.wandb")
     content = record.read_bytes()
     assert b"faces" in content

@@ -52,21 +52,22 @@ def chosen(planned, *run, **how) -> tuple[int, int, int]:
 
 
 def test_a_run_of_the_usual_length_has_what_auto_means(planned):
-    plan, _ = planned(150, 20)
-    assert chosen(planned, 150, 20) == (20, 1024, 5)
+    plan, _ = planned(220, 20)
+    assert chosen(planned, 220, 20) == (20, 1024, 5)
     assert plan.announcement == (
-        "sample images: 4 prompts x 5 (base model and 4 LoRAs), 1024x1024, 20 steps: about 13 % of the training time"
+        "sample images: 6 prompts x 7 (base model, 4 LoRAs, and one of them at 2 lower strengths), 1024x1024, 20 steps: about 18 % "
+        "of the training time"
     )
     assert {(prompt.width, prompt.height, prompt.steps, prompt.guidance) for prompt in plan.prompts} == {(1024, 1024, 20, 6.0)}
-    assert [prompt.seed for prompt in plan.prompts] == [0, 1, 2, 3]
+    assert [prompt.seed for prompt in plan.prompts] == [0, 1, 2, 3, 4, 5]
     assert [epochs for epochs in range(1, 21) if plan.is_due(epochs - 1, epochs)] == [5, 10, 15, 20]
 
 
 def test_first_steps_then_size_then_rows_are_lowered(planned):
-    assert chosen(planned, 90, 20) == (18, 1024, 5)
-    assert chosen(planned, 70, 20) == (13, 1024, 5)
-    assert chosen(planned, 60, 20) == (12, 960, 5)
-    steps, size, every = chosen(planned, 45, 20)
+    assert chosen(planned, 150, 20) == (13, 1024, 5)
+    assert chosen(planned, 120, 20) == (12, 960, 5)
+    assert chosen(planned, 70, 20) == (12, 768, 10)
+    steps, size, every = chosen(planned, 90, 20)
     assert (steps, every) == (12, 5)
     assert 768 <= size < 1024
     assert chosen(planned, 25, 100)[:2] == (12, 768)
@@ -91,7 +92,7 @@ def test_images_are_not_larger_than_the_resolution(planned, side, size):
 def test_one_lora_is_one_row_more_than_the_base_model(planned):
     plan, settings = planned(150, 20, every=0)
     assert settings.sample_every_epochs == 0
-    assert "x 2 (base model and 1 LoRA)" in plan.announcement
+    assert "x 4 (base model, 1 LoRA, and one of them at 2 lower strengths)" in plan.announcement
     assert not plan.is_due(0, 20)
 
 
@@ -105,7 +106,7 @@ def test_a_run_that_is_continued_keeps_its_choices(planned):
     recorded = {"samples": True, "sample_steps": 13, "sample_size": 832, "sample_every_epochs": 10}
     assert chosen(planned, 150, 20, recorded=recorded) == (13, 832, 10)
     assert chosen(planned, 150, 20, recorded=recorded, sample_steps=8) == (8, 832, 10)
-    assert chosen(planned, 150, 20, recorded=recorded | {"samples": False}) == (20, 1024, 5)
+    assert chosen(planned, 150, 20, recorded=recorded | {"samples": False}) == (13, 1024, 5)
 
 
 def test_with_little_memory_there_are_tiles_then_smaller_images_then_none(planned):

@@ -23,10 +23,10 @@ def written(text: str) -> list[SamplePrompt]:
     return sample_prompts(SampleSettings(sample_prompts=text), "sks", CAPTIONS)
 
 
-def test_four_prompts_are_made_from_the_captions():
+def test_six_prompts_are_made_from_the_captions():
     prompts = default_prompts("sks", CAPTIONS)
     assert [(prompt.text, prompt.kind) for prompt in prompts] == [
-        ("sks", "trigger"),
+        *[("sks", "trigger")] * 3,
         ("sks, in a city street at night", "scene"),  # beach, snow and library are in captions
         ("sks, in a desert", "scene"),
         ("1girl", "class"),

@@ -1,4 +1,5 @@
-"""Sample images: what is rendered, that it equals diffusers' own pipeline, and that training is the same with and without them."""
+"""Sample images: what is rendered, that it equals diffusers' own pipeline, that training is the same with and without them, and
+which LoRA is recommended. What stands for dlib is in `standin_dlib`: the likeness of two images is that of their mean colors."""
 
 import contextlib
 import json
@@ -7,6 +8,7 @@ import re
 import shutil
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,14 +17,17 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from common.weights import data_sha256, read_header
+from training.callbacks.recommendation import Save, choose, lowest_strength
 from training.callbacks.renderer import Renderer, initial_noise, scheduler_of
 from training.callbacks.sample_prompts import SamplePrompt
-from training.callbacks.samples import generation_parameters
+from training.callbacks.sample_record import generation_parameters
 from training.config import LoraSettings, TrainSettings
 from training.engine import prepare_unet
 from training.engine.step import TrainStep
 from training.method.adapters import at_strength, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
+from training.method.export import is_lora_of, load_lora, write_lora
 from training.method.optimizers import OPTIMIZERS
 from training.models.base_model import find_base
 from training.models.sdxl import Schedule
@@ -32,16 +37,19 @@ from training.system.device import Precision
 CPU = torch.device("cpu")
 EPSILON = Schedule()
 RUN = {"SAMPLES": "true", "SAMPLE_STEPS": 2, "SAVE_EVERY_EPOCHS": 1, "LORA_TARGETS": "attention", "LEARNING_RATE": 0.01}
+SCORED = RUN | {"FACE_MODEL": "dlib", "PYTHONPATH": Path(__file__).parents[1] / "standin_dlib"}
 
 
 def add_images(stage) -> None:
     stage.add("astronaut", caption="sks, 1girl, smile, orange suit")
     stage.add("coffee", "coffee.jpg", caption="sks, cup, table")
+    stage.add("rocket", caption="sks, rocket, night")
+    stage.add("chelsea", caption="sks, cat")
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """A finished run of two epochs with sample images. Read only."""
+    """A finished run of two epochs with sample images and their likeness. Read only."""
 
     stage: object
     output: str
@@ -52,7 +60,7 @@ class Sampled:
 def sampled(shared_stage) -> Sampled:
     stage = shared_stage("sampled")
     add_images(stage)
-    return Sampled(stage, stage.trained(**RUN), stage.files())
+    return Sampled(stage, stage.trained(**SCORED), stage.files())
 
 
 def pixels(folder) -> dict[str, bytes]:
@@ -72,59 +80,136 @@ def tensors_of_loras(stage) -> dict[str, dict[str, bytes]]:
 def test_base_model_and_every_save_are_rendered(sampled):
     folder = sampled.stage.output / "samples" / "sks"
     record = json.loads((folder / "samples.json").read_text())
-    line = r"^sample images: 4 prompts x 3 \(base model and 2 LoRAs\), 64x64, 2 steps: about \d+ % of the training time$"
+    line = (
+        r"^sample images: 6 prompts x 5 \(base model, 2 LoRAs, and one of them at 2 lower strengths\), 64x64, 2 steps: about \d+ %"
+    )
     assert re.search(line, sampled.output, re.MULTILINE)
     assert [(prompt["text"], prompt["seed"], prompt["kind"]) for prompt in record["prompts"]] == [
         ("sks", 0, "trigger"),
-        ("sks, standing on a beach at sunset", 1, "scene"),
-        ("sks, in a snowy forest", 2, "scene"),
-        ("1girl", 3, "class"),
+        ("sks", 1, "trigger"),
+        ("sks", 2, "trigger"),
+        ("sks, standing on a beach at sunset", 3, "scene"),
+        ("sks, in a snowy forest", 4, "scene"),
+        ("1girl", 5, "class"),
     ]
     assert [(row["label"], row["file"], row["step"]) for row in record["rows"]] == [
         ("base model", None, 0),
-        ("after epoch 1", "sks-000001.safetensors", 1),
-        ("final", "sks.safetensors", 2),
+        ("after epoch 1", "sks-000001.safetensors", 2),
+        ("final", "sks.safetensors", 4),
     ]
-    assert record["recommended"]["file"] == "sks.safetensors"
-    assert "no validation loss" in record["recommended"]["reason"]
+    assert [(row["strength"], row["file"], row["images"][0]) for row in record["strengths"]] == [
+        (0.6, "sks-000001.safetensors", "000001-0.6-01.png"),
+        (0.8, "sks-000001.safetensors", "000001-0.8-01.png"),
+        (1.0, "sks-000001.safetensors", "000001-01.png"),
+    ]
     found = pixels(folder)
-    assert sorted(found) == [image for row in record["rows"] for image in row["images"]]
-    assert len(set(found.values())) == 12  # each LoRA, prompt and seed gives another image
-    assert {name.rpartition("/")[2] for name in sampled.files if name.startswith("samples/")} == {*found, "samples.json"}
-    with Image.open(folder / "000001-04.png") as image:
-        shown = image.info["parameters"]
-    assert shown.startswith("1girl <lora:sks-000001:1>\nSteps: 2, Sampler: Euler, CFG scale: 6, Seed: 3, Size: 64x64, Model: ")
+    assert set(found) == {image for row in record["rows"] + record["strengths"] for image in row["images"]}
+    assert len(set(found.values())) == len(found) == 30  # each LoRA, strength, prompt and seed gives another image
+    latents = {f".latents/00000{epochs}-06.safetensors" for epochs in range(3)}
+    prefix = "samples/sks/"
+    assert {name.removeprefix(prefix) for name in sampled.files if name.startswith(prefix)} == {*found, "samples.json", *latents}
+    for name, lora in (("000001-06.png", "sks-000001:1"), ("000001-0.6-06.png", "sks-000001:0.6")):
+        with Image.open(folder / name) as image:
+            shown = image.info["parameters"]
+        assert shown.startswith(f"1girl <lora:{lora}>\nSteps: 2, Sampler: Euler, CFG scale: 6, Seed: 5, Size: 64x64, Model: ")
+
+
+def color_of(image: Image.Image) -> np.ndarray:
+    return (np.asarray(image.convert("RGB")).mean(axis=(0, 1)) / 255).astype(np.float32)
+
+
+def test_every_image_has_its_likeness_between_floor_and_ceiling(sampled):
+    folder, photographs = sampled.stage.output / "samples" / "sks", sampled.stage.images
+    record = json.loads(sampled.files["samples/sks/samples.json"])
+    data = [color_of(Image.open(path)) for path in sorted(photographs.glob("*.[pj][np]g"))]
+    assert len(data) == 4
+    rows = record["rows"] + record["strengths"]
+    assert len(rows) == 6
+    for row in rows:
+        assert row["unscored"] == [""] * 6
+        for name, likeness in zip(row["images"], row["likeness"], strict=True):
+            color = color_of(Image.open(folder / name))
+            expected = np.mean([1 - np.linalg.norm(color - each) for each in data])
+            assert likeness == pytest.approx(expected, abs=1e-4)
+    others = [np.mean([1 - np.linalg.norm(one - other) for other in data if other is not one]) for one in data]
+    assert record["ceiling"] == pytest.approx(np.mean(others), abs=1e-4)
+    assert record["floor"] == record["rows"][0]["likeness"][5]
+    lines = [json.loads(line) for line in sampled.files["lora/metrics.jsonl"].splitlines()]
+    assert [(line["step"], line["likeness"]) for line in lines if "likeness" in line] == [
+        (row["step"] - 1, pytest.approx(np.mean(row["likeness"][:5]))) for row in record["rows"][1:]
+    ]
+
+
+def test_the_recommended_file_is_the_chosen_one_with_the_reason(sampled):
+    record = json.loads(sampled.files["samples/sks/samples.json"])
+    lora, latents = sampled.stage.output / "lora", sampled.stage.output / "samples" / "sks" / ".latents"
+    base, *loras = (load_file(latents / f"00000{epochs}-06.safetensors")["latents"] for epochs in range(3))
+    distances = [(each - base).square().mean().sqrt().item() for each in loras]
+    saves = [
+        Save(row["file"], row["epochs"], tuple(row["likeness"][:5]), distance)
+        for row, distance in zip(record["rows"][1:], distances, strict=True)
+    ]
+    save, reason = choose(saves)
+    assert save.file == "sks-000001.safetensors"  # so that the file is read, and copied
+    strength, verdict = lowest_strength({row["strength"]: row["likeness"][:5] for row in record["strengths"]})
+    recommended = {"file": save.file, "strength": strength, "reason": f"{reason} {verdict}"}
+    assert record["recommended"] == recommended
+    line = f"recommended: {save.file} at strength {strength:g}. {reason} {verdict}"
+    assert line in sampled.output.splitlines()
+
+    file = read_header(lora / "sks-recommended.safetensors")
+    assert tensors_of_loras(sampled.stage)["sks-recommended.safetensors"] == tensors_of_loras(sampled.stage)[save.file]
+    assert file.metadata["sshs_model_hash"] == data_sha256(file.path)
+    of_chosen = read_header(lora / save.file).metadata
+    assert file.metadata == of_chosen | {f"loracat_recommended_{name}": str(value) for name, value in recommended.items()}
+    workflow = json.loads(sampled.files["lora/sks.workflow.json"])
+    assert workflow["2"]["inputs"]["lora_name"] == "sks-recommended.safetensors"
+    assert workflow["2"]["inputs"]["strength_model"] == strength
+    assert (workflow["1"]["inputs"]["ckpt_name"], workflow["3"]["inputs"]["text"]) == ("tiny-sdxl.safetensors", "sks")
+    next_step = next(line for line in sampled.output.splitlines() if line.startswith("next: "))
+    assert f"copy {file.path} to ComfyUI's models/loras and drag sks.workflow.json into its window" in next_step
 
 
 def test_training_is_the_same_with_and_without(sampled, stage):
     add_images(stage)
-    stage.trained(**RUN | {"SAMPLES": "false"})
-    assert tensors_of_loras(stage) == tensors_of_loras(sampled.stage)
-    assert stage.files()["lora/metrics.jsonl"] == sampled.files["lora/metrics.jsonl"]
+    output = stage.trained(**RUN | {"SAMPLES": "false"})
+    before, after = tensors_of_loras(sampled.stage), tensors_of_loras(stage)
+    recommended = after.pop("sks-recommended.safetensors")
+    assert after == {name: tensors for name, tensors in before.items() if name in after}
+    assert len(after) == 2
+    lines = [line for line in sampled.files["lora/metrics.jsonl"].splitlines() if b"likeness" not in line]
+    assert stage.files()["lora/metrics.jsonl"].splitlines() == lines
     assert not (stage.output / "samples").exists()
+    assert recommended == after["sks.safetensors"]
+    reason = "there is no validation loss, and no likeness (there are no sample images of all LoRAs)."
+    assert f"recommended: sks.safetensors at strength 1. It is the last one; nothing could be compared: {reason}\n" in output
 
 
-def test_a_run_that_is_stopped_has_the_same_images(sampled, stage):
-    """Stopped within each row: the base model's, that of the first epoch, and the last."""
+def test_a_run_that_is_stopped_has_the_same_images(sampled, stage, tmp_path):
+    """Stopped within the row of the base model, and that of the first epoch; and while the last images are still to be scored,
+    by a process that takes its time."""
     add_images(stage)
     folder = stage.output / "samples" / "sks"
 
-    def stopped_at(images: int) -> int:
+    def stopped_at(images: int, **variables) -> int:
         def disturb(is_over) -> None:
             while len(list(folder.glob("*.png"))) < images and not is_over.wait(0.005):
                 pass
             os.kill(os.getpid(), signal.SIGTERM)
 
-        return stage.disturbed(0, disturb, **RUN).returncode
+        return stage.disturbed(0, disturb, **SCORED | variables).returncode
 
-    for images in (1, 6, 10):
-        assert stopped_at(images) == 143
+    (tmp_path / "dlib.py").write_text("import time\ntime.sleep(600)")
+    for images in (1, 9, 18):
+        assert stopped_at(images, PYTHONPATH=SCORED["PYTHONPATH"] if images < 18 else tmp_path) == 143
         assert not stage.lora.exists()
     times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
-    assert 10 <= len(times) < 12
-    assert "continuing at step 2" in stage.trained(**RUN)
-    images = {name: content for name, content in sampled.files.items() if name.startswith("samples/")}
-    assert {name: content for name, content in stage.files().items() if name.startswith("samples/")} == images
+    assert len(times) == 18
+    assert "continuing at step 4" in stage.trained(**SCORED)
+    kept = {name: content for name, content in sampled.files.items() if name.startswith("samples/") or name.endswith(".jsonl")}
+    files = stage.files()
+    assert {name: files.get(name) for name in kept} == kept
+    assert {name for name in files if name.startswith("samples/")} == {name for name in kept if name.startswith("samples/")}
     for name, time in times.items():
         assert (folder / name).stat().st_mtime_ns == time  # what was complete is not rendered again
     assert tensors_of_loras(stage) == tensors_of_loras(sampled.stage)
@@ -134,7 +219,7 @@ def test_a_finished_run_renders_nothing_and_a_new_one_archives_its_images(sample
     shutil.copytree(sampled.stage.dataset, stage.dataset, dirs_exist_ok=True)
     shutil.copytree(sampled.stage.output, stage.output)
     before = stage.files()
-    assert "nothing to do" in stage.trained(**RUN | {"SAMPLE_SEED": 7})
+    assert "nothing to do" in stage.trained(**SCORED | {"SAMPLE_SEED": 7})
     assert stage.files() == before
     stage.trained(**RUN | {"LORA_RANK": 3, "SAMPLES": "false"})
     (archive,) = (stage.output / "lora" / "archive").iterdir()
@@ -142,24 +227,68 @@ def test_a_finished_run_renders_nothing_and_a_new_one_archives_its_images(sample
     assert not (stage.output / "samples" / "sks").exists()
 
 
-def test_a_run_that_is_extended_keeps_its_rows(sampled, stage):
+@pytest.fixture(scope="module")
+def extended(sampled, shared_stage) -> Sampled:
+    """The same run, extended to three epochs without likeness. Read only."""
+    stage = shared_stage("extended")
     shutil.copytree(sampled.stage.dataset, stage.dataset, dirs_exist_ok=True)
     shutil.copytree(sampled.stage.output, stage.output)
+    return Sampled(stage, stage.trained(**RUN | {"NUM_TRAIN_EPOCHS": 3, "FACE_MODEL": "off"}), stage.files())
+
+
+def test_a_run_that_is_extended_keeps_its_rows(sampled, extended):
+    stage, output = extended.stage, extended.output
     folder = stage.output / "samples" / "sks"
-    times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
-    stage.trained(**RUN | {"NUM_TRAIN_EPOCHS": 3})
-    rows = json.loads((folder / "samples.json").read_text())["rows"]
+    times = {path.name: path.stat().st_mtime_ns for path in (sampled.stage.output / "samples" / "sks").glob("*.png")}
+    record = json.loads((folder / "samples.json").read_text())
+    rows = record["rows"]
     assert [(row["label"], row["file"]) for row in rows] == [
         ("base model", None),
         ("after epoch 1", "sks-000001.safetensors"),
         ("after epoch 2", None),  # it was the end, whose LoRA is in the archive
         ("final", "sks.safetensors"),
     ]
-    assert sorted(path.name for path in folder.glob("*.png")) == [image for row in rows for image in row["images"]]
+    assert [row["images"][0] for row in record["strengths"]] == ["000003-0.6-01.png", "000003-0.8-01.png", "000003-01.png"]
+    assert set(pixels(folder)) == {image for row in rows + record["strengths"] for image in row["images"]}
     for image in (*rows[0]["images"], *rows[1]["images"]):
         assert (folder / image).stat().st_mtime_ns == times[image]
     before = pixels(sampled.stage.output / "samples" / "sks")
-    assert {name: image for name, image in pixels(folder).items() if name in before} == before
+    reason = "It is the last one; nothing could be compared: there is no validation loss, and no likeness (FACE_MODEL=off)."
+    assert record["recommended"] == {"file": "sks.safetensors", "strength": 1.0, "reason": reason}
+    assert f"recommended: sks.safetensors at strength 1. {reason}" in output.splitlines()
+    assert (record["floor"], record["ceiling"]) == (None, None)
+    for row in rows:
+        assert (row["likeness"], row["unscored"]) == ([None] * 6, [""] * 6)
+    assert b"likeness" not in stage.files()["lora/metrics.jsonl"]
+    again = pixels(folder)
+    assert {name: again[name] for row in rows[:3] for name in row["images"]} == {
+        name: image for name, image in before.items() if len(name) == len("000002-01.png")
+    }
+
+
+def test_rows_stay_alike_when_a_setting_changes(sampled, extended, stage):
+    """The run is extended with other prompts and steps: the LoRA after the first epoch is rendered again, from its file."""
+    shutil.copytree(sampled.stage.dataset, stage.dataset, dirs_exist_ok=True)
+    shutil.copytree(sampled.stage.output, stage.output)
+    folder = stage.output / "samples" / "sks"
+    before = stage.files()["lora/sks-000001.safetensors"]
+    prompts = "sks --d 1\nsks --d 2 --s 2\ncup --d 3"
+    stage.trained(**RUN | {"SAMPLE_STEPS": 1, "SAMPLE_PROMPTS": prompts, "NUM_TRAIN_EPOCHS": 3})
+    record = json.loads((folder / "samples.json").read_text())
+    assert [row["label"] for row in record["rows"]] == ["base model", "after epoch 1", "after epoch 2", "final"]
+    assert len(pixels(folder)) == 3 * 6
+    for row in record["rows"] + record["strengths"]:
+        for name, steps in zip(row["images"], (1, 2, 1), strict=True):
+            with Image.open(folder / name) as image:
+                assert f"Steps: {steps}, " in image.info["parameters"]
+    assert sorted(path.name[:9] for path in (folder / ".latents").iterdir()) == [f"00000{epochs}-03" for epochs in range(4)]
+    assert stage.files()["lora/sks-000001.safetensors"] == before
+    final = "sks.safetensors"  # its weights were elsewhere while the other LoRA was rendered
+    assert tensors_of_loras(stage)[final] == tensors_of_loras(extended.stage)[final] != tensors_of_loras(sampled.stage)[final]
+    # fp16 in the file: nearly the same as with the weights in memory
+    with Image.open(folder / "000001-02.png") as again, Image.open(sampled.stage.output / "samples/sks/000001-03.png") as first:
+        assert first.info["parameters"].partition("\n")[2] == again.info["parameters"].partition("\n")[2]
+        assert np.abs(np.asarray(first, dtype=int) - np.asarray(again, dtype=int)).mean() < 2
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +375,25 @@ def test_a_schedule_with_zero_terminal_snr_begins_at_pure_noise():
 def test_the_fast_engine_renders_what_the_plain_one_does(renderer_of):
     plain, fast = (renderer_of(engine=engine)[0].latents(PROMPT) for engine in ("plain", "fast"))
     assert_same(fast, plain, 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_lora_file_gives_the_images_of_the_weights_it_was_written_from(renderer_of, tmp_path, kind):
+    renderer, parts = renderer_of(kind=kind)
+    adapter, file = parts["step"].adapter, tmp_path / "mia.safetensors"
+    expected = renderer.latents(PROMPT)
+    write_lora(file, adapter.modules, 4, {})
+    assert is_lora_of(file, adapter.modules)
+    assert not is_lora_of(file, adapter.modules[1:])
+    with torch.no_grad():
+        adapter.weights.mul_(0.5)
+    with pytest.raises(AssertionError):
+        assert_same(renderer.latents(PROMPT), expected, 1e-2)
+    load_lora(file, adapter.modules)
+    assert_same(renderer.latents(PROMPT), expected, 1e-2)
+    file.write_bytes(file.read_bytes()[:-1])
+    assert not is_lora_of(file, adapter.modules)
+    assert not is_lora_of(tmp_path / "gone.safetensors", adapter.modules)
 
 
 @pytest.mark.parametrize(("kind", "engine"), [("lora", "plain"), ("lora", "fast"), ("dora", "plain")])

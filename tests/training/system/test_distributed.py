@@ -65,18 +65,30 @@ def test_a_stopped_pair_is_resumed_by_one_process_with_the_same_losses(images, f
 
 
 def test_a_pair_shares_the_sample_images(images, forked_python):
-    """Three prompts: one process has none in the second round. The images of the base model are those of a single process."""
-    once = {"NUM_TRAIN_EPOCHS": 1, "SAMPLES": "true", "SAMPLE_STEPS": 1, "SAMPLE_PROMPTS": "sks\nsks, cup\ncup"}
-    pair = through_run_sh(images, PYTHON=forked_python, **once)
+    """Five prompts: one process has none in the third round. The images of the base model are those of a single process; one
+    reads the recommended LoRA, and both render it at lower strengths."""
+    prompts = {"SAMPLES": "true", "SAMPLE_STEPS": 1, "SAMPLE_PROMPTS": "sks\nsks, cup\nsks\nsks\ncup"}
+    faces = {"FACE_MODEL": "dlib", "PYTHONPATH": Path(__file__).parents[1] / "standin_dlib"}
+    run = {"NUM_TRAIN_EPOCHS": 2, "SAVE_EVERY_EPOCHS": 1, "LEARNING_RATE": 0.01, **prompts, **faces}
+    pair = through_run_sh(images, PYTHON=forked_python, **run)
     assert (pair.communicate()[1], pair.returncode) == ("", 0)
-    together = {path.name: path.read_bytes() for path in (images.output / "samples" / "sks").glob("*.png")}
-    assert len(together) == 6
+    together, chosen = samples_of(images)
+    assert len(together) == 5 * 5
     images.output = images.output.with_name("alone")
-    images.trained(**once | {"OUTPUT_DIR": images.output, "LORA_TARGETS": "attention"})
-    alone = {path.name: path.read_bytes() for path in (images.output / "samples" / "sks").glob("*.png")}
+    images.trained(**run | {"OUTPUT_DIR": images.output, "LORA_TARGETS": "attention"})
+    alone, chosen_alone = samples_of(images)
     assert alone.keys() == together.keys()
-    base = [f"000000-{number:02d}.png" for number in (1, 2, 3)]
+    assert chosen == chosen_alone == "sks-000001.safetensors"  # not the one that is in memory
+    base = [f"000000-{number:02d}.png" for number in range(1, 6)]
     assert [alone[name] for name in base] == [together[name] for name in base]
+
+
+def samples_of(stage) -> tuple[dict[str, bytes], str]:
+    """The sample images of a run, and the file that it recommends; every image must have a likeness."""
+    folder = stage.output / "samples" / "sks"
+    record = json.loads((folder / "samples.json").read_bytes())
+    assert all(None not in row["likeness"] for row in record["rows"] + record["strengths"])
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}, record["recommended"]["file"]
 
 
 def test_a_killed_process_ends_the_other_and_leaves_a_valid_checkpoint(images):
