@@ -1,19 +1,22 @@
-"""Files with flipped bits, as a failing disk or memory leaves them."""
+"""Files with flipped bits or cut off, as a failing disk or memory leaves them."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from hypothesis import strategies as st
 
-flips = st.lists(st.tuples(st.integers(0, 300) | st.integers(0, 1 << 22), st.integers(0, 7)), min_size=1, max_size=4)
-"""Position, modulo the size of the file, and bit."""
+CUT = 8
+flips = st.lists(st.tuples(st.integers(0, 300) | st.integers(0, 1 << 22), st.integers(0, CUT)), min_size=1, max_size=4)
+"""Position, modulo the size of the file, and bit, or CUT."""
 
 
 def flip(path: Path, bits: list[tuple[int, int]]) -> None:
-    """Flip bits in the file, which keeps its name."""
+    """Flip bits in the file, or cut it off, under its name."""
     content = bytearray(path.read_bytes())
     for position, bit in bits:
-        if content:
+        if content and bit == CUT:
+            del content[position % len(content) :]
+        elif content:
             content[position % len(content)] ^= 1 << bit
     path.write_bytes(content)
 

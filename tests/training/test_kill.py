@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -90,7 +90,12 @@ def left_by(stage) -> dict[str, object]:
 
 def being_written(folder: Path) -> bool:
     """Whether a file in `folder` is half written at this moment."""
-    return any(path.name.startswith(".") and path.name != ".lock" for path in folder.rglob("*")) if folder.is_dir() else False
+    return any(name.startswith(".") and name != ".lock" for name in names_in(folder))
+
+
+def names_in(folder: Path) -> Iterator[str]:
+    """The names of all files in `folder` and in its folders; unlike `rglob`, it bears that one of them is removed meanwhile."""
+    return (name for _, _, names in os.walk(folder) for name in names)
 
 
 def moment(stage, kind: str, chance: random.Random, whole_run_s: float):
@@ -103,7 +108,7 @@ def moment(stage, kind: str, chance: random.Random, whole_run_s: float):
     def has_come() -> bool:
         nonlocal skipped, seen
         if kind == FIRST_CACHED:
-            return any(True for _ in (stage.output / "cache").glob("*/*.safetensors"))
+            return any(name.endswith(".safetensors") for name in names_in(stage.output / "cache"))
         if folder is None:
             return time.monotonic() - begin > after
         now = being_written(folder)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from common.captions import has_trigger
 from common.files import atomic_write, parse_json, read_file, write_json
+from common.images import DECODER_ERRORS
 from common.output_layout import OutputLayout
 from common.settings import VERSION
 from training.callbacks.checkpoint import EARLY_STOP, EPOCHS
@@ -109,7 +110,7 @@ class SampleRecord:
             with Image.open(self._outputs.samples / row.image(number)) as image:
                 image.load()
                 keys.add(image.info.get(KEY))
-        except (OSError, ValueError, SyntaxError):
+        except (*DECODER_ERRORS, Image.DecompressionBombError):
             return {None}
         if number in self._without_trigger and row.strength == 1:
             try:
