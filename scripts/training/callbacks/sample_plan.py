@@ -16,10 +16,10 @@ MAX_SHARE = 0.2
 STEPS, LEAST_STEPS = 20, 12
 SIZE_PX, LEAST_SIZE_PX = 1024, 768
 LOWER_STRENGTHS = len(STRENGTHS) - 1
-_TRAIN_COST = 2.5
+_TRAIN_COST = 2.2
 """Time of a training sample, in forward passes of the UNet at the same size: forward, backward and update."""
 _CHECKPOINTING_COST = 1.36
-_DECODE_COST = 6
+_DECODE_COST = 6.5
 """Time in which the VAE decodes an image in fp32, in the same unit."""
 _VAE_BYTES_PER_PIXEL = 8192
 """Activations of SDXL's decoder in fp32 per pixel."""

@@ -137,7 +137,7 @@ class SampleRecord:
         texts.add_text("parameters", generation_parameters(self._plan.prompts[number], self._base, row.file, row.strength))
         texts.add_text(KEY, self._key(row, number))
         with atomic_write(self._outputs.samples / row.image(number)) as temporary:
-            image.save(temporary, "png", pnginfo=texts)
+            image.save(temporary, "png", pnginfo=texts, compress_level=1)  # a quarter of the time for a tenth more bytes
 
     def complete(self, row: Row) -> dict[str, Path]:
         """List a row whose images are all there, and have them scored. Returns the images by the name of their prompt."""
