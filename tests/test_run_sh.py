@@ -252,6 +252,13 @@ def test_dotenv_is_not_read_in_a_container(dotenv):
     assert dotenv("T_A=1", LORACAT_IN_CONTAINER="yes").stdout.splitlines() == ["collect_images: started", ""]
 
 
+def test_a_pipe_as_dotenv_is_not_waited_for(checkout):
+    os.mkfifo(checkout.root / ".env")
+    done = checkout.run("--collect")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"run.sh: {checkout.root}/.env: is not a regular file\n"
+
+
 def test_malformed_line_of_dotenv_is_named_without_its_value(dotenv, checkout):
     done = dotenv("A=1\n\nhush hush\n")
     assert (done.returncode, done.stdout) == (2, "")

@@ -22,7 +22,7 @@ from common.errors import ModelError, SettingsError, run_main
 from common.output_layout import OutputLayout, name_problem
 from common.project import ComfyUIAddress, FaceReferences, ProjectSettings, SharedTrainSettings
 from common.settings import all_keys, read_request, resolve, resolved_toml
-from common.variables import known_variables
+from common.variables import PROXY_VARIABLES, find_address_problems, known_variables
 from training.config import TrainSettings
 from training.system.device import comfyui_advice
 
@@ -253,9 +253,11 @@ def test_variables_that_are_no_settings_are_not_reported(tmp_path):
     assert resolve(write(tmp_path, ""), variables, [], Everything).unknown_variables == ()
 
 
-def test_a_settings_file_without_end_is_refused():
+def test_of_a_large_file_only_the_beginning_is_read(tmp_path):
+    with (tmp_path / "settings.toml").open("wb") as file:
+        file.truncate(1 << 40)
     with pytest.raises(SettingsError, match="not valid TOML"):
-        resolve(Path("/dev/zero"), {}, [], Everything)
+        resolve(tmp_path / "settings.toml", {}, [], Everything)
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):
@@ -374,6 +376,46 @@ def test_what_a_library_says_about_an_address_of_the_environment_is_masked(tmp_p
     assert "cannot connect to" in printed
     assert "unexpected address" in printed
     assert PASSWORD not in printed
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("name", ["settings.toml", ".env", "training_config.toml"])
+def test_a_pipe_a_folder_or_a_device_is_not_read(tmp_path, monkeypatch, make, name):
+    """A pipe would be waited for, a device has no end."""
+    make(tmp_path / name)
+    if name == "settings.toml":
+        with pytest.raises(
+            SettingsError, match=r"settings\.toml: cannot be read as a settings file: (Is a dir|Not a regular file)"
+        ):
+            resolve(tmp_path / name, {}, [], Everything)
+        return
+    monkeypatch.setattr(settings, "ENV_FILE" if name == ".env" else "SETTINGS_FILE", tmp_path / name)  # only for their names
+    assert resolve(write(tmp_path, ""), {}, [], Everything)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://h:x", "http://h:0", "http://h:99999", "http://", "http://a b", "http://a..b", "ftp://h", "h"]
+)
+def test_a_malformed_address_of_another_program_is_named_by_its_variable(address):
+    (line,) = find_address_problems({"HF_ENDPOINT": address, "ALL_PROXY": ""}, ["HF_ENDPOINT", *PROXY_VARIABLES])
+    assert line.startswith("HF_ENDPOINT is not a valid address: it")
+    assert address not in line.removeprefix("HF_ENDPOINT is not a valid address: it must begin with http:// or https://")
+
+
+@pytest.mark.parametrize(
+    "address", ["http://h", "https://me:it@h:1/x", "h:3128", "me:it@h:3128", "socks5h://[::1]:1", " http://ä.example "]
+)
+def test_proxies_as_http_libraries_accept_them_are_no_problem(address):
+    assert list(find_address_problems(dict.fromkeys(PROXY_VARIABLES, address), PROXY_VARIABLES)) == []
+
+
+@pytest.mark.parametrize("address", ["http://me:hunter2@127.0.0.1:9", "http://me:hunter2@127.0.0.1:x", "127.0.0.1"])
+def test_an_address_of_weights_and_biases_with_a_login_is_refused_before_it_is_printed(tmp_path, monkeypatch, address):
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    assert resolve(write(tmp_path, ""), {}, [], train_lora.Tables)
+    with pytest.raises(SettingsError, match="WANDB_BASE_URL") as refused:
+        resolve(write(tmp_path, ""), {"WANDB_API_KEY": "k" * 40}, [], train_lora.Tables)
+    assert "hunter2" not in str(refused.value)
 
 
 def test_a_byte_order_mark_is_ignored(tmp_path):

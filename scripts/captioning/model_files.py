@@ -6,11 +6,12 @@ from pathlib import Path
 from captioning.onnx_file import read_onnx
 from captioning.preprocessing import DESCRIPTIONS
 from common.errors import ModelError, SettingsError
-from common.hub import HubError, download, download_command, file_size_bytes, repository_id
+from common.hub import HubError, MissingFileError, download, download_command, file_size_bytes, repository_id
 
 MODEL_FILE = "model.onnx"
 TAGS_FILE = "selected_tags.csv"
 FILES = (TAGS_FILE, MODEL_FILE)
+USABLE = f"set CAPTION_MODEL to a tagger with {MODEL_FILE} and {TAGS_FILE}, such as SmilingWolf/wd-swinv2-tagger-v3"
 
 
 def find_model(name: str, models_dir: Path) -> Path | None:
@@ -36,6 +37,8 @@ def download_model(name: str, models_dir: Path) -> Path:
     try:
         download(repository, [file for file in FILES if not (folder / file).is_file()], folder, optional=DESCRIPTIONS)
         download(repository, _missing_files(folder), folder)  # the model names the files that hold its weights
+    except MissingFileError:
+        raise _other_kind(repository) from None
     except HubError as error:
         raise _cannot_download(repository, models_dir, error) from None
     return folder
@@ -46,6 +49,9 @@ def model_size_on_hub(name: str, models_dir: Path) -> int:
     if folder := _as_path(name):
         if not folder.is_dir():
             raise SettingsError(f"caption_model: {name} is not a folder")
+        lists = [path.name for path in sorted(folder.glob("*.json")) if path.name not in DESCRIPTIONS]
+        if TAGS_FILE in _missing_files(folder) and lists:
+            raise ModelError(f"{folder}: has no {TAGS_FILE}, and tags in another format ({lists[0][:80]}) are not read; {USABLE}")
         raise ModelError(f"{folder}: has no {' and no '.join(_missing_files(folder))}; put it there, or set another CAPTION_MODEL")
     repository = repository_id(name)
     if not repository:
@@ -56,6 +62,8 @@ def model_size_on_hub(name: str, models_dir: Path) -> int:
         )
     try:
         return file_size_bytes(repository, MODEL_FILE)
+    except MissingFileError:
+        raise _other_kind(repository) from None
     except HubError as error:
         raise _cannot_download(repository, models_dir, error) from None
 
@@ -66,6 +74,11 @@ def _cannot_download(repository: str, models_dir: Path, error: HubError) -> Mode
     command = download_command(repository, folder, (MODEL_FILE, TAGS_FILE, *weights))
     lacks = f"{folder} lacks {', '.join(weights)[:200]}, which" if weights else f"{repository} is not in {models_dir} and"
     return ModelError(f"{lacks} cannot be downloaded: {error}. With a network, run:\n  {command}")
+
+
+def _other_kind(repository: str) -> ModelError:
+    """Some taggers have their files in folders or under other names, or list their tags as JSON."""
+    return ModelError(f"{repository}: does not have {MODEL_FILE} and {TAGS_FILE}, so it cannot be used; {USABLE}")
 
 
 def _download_folder(repository: str, models_dir: Path) -> Path:

@@ -9,7 +9,6 @@ holds a copy of its list of tags, so that the model itself is not needed when ev
 
 import hashlib
 import io
-import json
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from captioning.report import CaptionCounts
 from captioning.tag_selection import TagSelector, read_tags
 from captioning.wd14 import Tagger, first_batch, predict
 from common.background import prefetch
-from common.files import atomic_write, sha256_of, write_bytes, write_json
+from common.files import atomic_write, parse_json, read_file, sha256_of, write_bytes, write_json
 from common.images import BrokenImageError
 from common.progress import ProgressBar
 
@@ -95,7 +94,7 @@ class TagCache:
     def read(self, pixels_key: str) -> np.ndarray | None:
         """The probabilities of the image with this key, float32 [tags]; None if they are missing or damaged."""
         try:
-            content = (self._folder / f"{pixels_key}.npy").read_bytes()
+            content = read_file(self._folder / f"{pixels_key}.npy")
             with io.BytesIO(content) as file:
                 probabilities = np.lib.format.read_array(file, allow_pickle=False)
                 checksum, end = file.read(), file.tell()
@@ -156,8 +155,8 @@ def _complete_caches(root: Path) -> Iterator[tuple[Path, dict]]:
     """
     for about_file in sorted(root.glob(f"*/{_ABOUT_FILE}")):
         try:
-            about, digest = json.loads(about_file.read_bytes()), sha256_of(about_file.with_name(TAGS_FILE))
-        except (OSError, ValueError, RecursionError):
+            about, digest = parse_json(read_file(about_file)), sha256_of(about_file.with_name(TAGS_FILE))
+        except (OSError, ValueError):
             continue
         if isinstance(about, dict) and {"name", "bf16", "stamps"} <= about.keys() and about.get(_TAGS_SHA256, digest) == digest:
             yield about_file.parent, about

@@ -24,6 +24,8 @@ import requests.adapters
 import urllib3
 
 from common.errors import ComfyUIError, SettingsError
+from common.settings import address_problem
+from common.variables import PROXY_VARIABLES
 
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
@@ -361,6 +363,10 @@ class Transport:
         if isinstance(error, requests.exceptions.Timeout):
             limits = f"{CONNECT_TIMEOUT_S} s to connect, {READ_TIMEOUT_S} s to answer, {BODY_TIMEOUT_S} s in total"
             return ServerUnavailable(f"{self._name} did not answer {path} in time ({limits})")
+        if problem := address_problem(*PROXY_VARIABLES):
+            return self.error(f"cannot be reached through the proxy: {problem}")
+        if isinstance(error, requests.exceptions.InvalidSchema):  # a SOCKS proxy needs a package
+            return self.error(f"cannot be reached through the proxy: {shown(error)}")
         reason = type(causes[-1]).__name__
         return ServerUnavailable(
             f"{self._name} closed the connection during {path} ({reason}): did ComfyUI stop, or does it expect https?"

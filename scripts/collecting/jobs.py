@@ -17,7 +17,7 @@ from collecting.journal import Submission
 from collecting.workflow import Workflow, parse_workflow
 from collecting.workflow_file import parse_workflow_file
 from common.errors import SettingsError
-from common.files import parse_json
+from common.files import parse_json, read_file
 from common.images import BrokenImageError
 from common.project import face_references
 
@@ -281,7 +281,7 @@ def _read_json(key: str, path: Path, problems: list[str]) -> Any:
 
 def _read(key: str, path: Path, problems: list[str]) -> bytes | None:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except FileNotFoundError:
         problems.append(f"{key}: there is no file {path}; create it, or set {key.upper()} to its path")
     except OSError as error:

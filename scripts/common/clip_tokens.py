@@ -3,9 +3,12 @@
 import json
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from common.files import read_file
 
 CHUNK_TOKENS = 75
 """Tokens of text that CLIP's text encoders read at once; with start and end they are 77."""
@@ -22,14 +25,18 @@ _PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{
 
 
 class ClipTokens:
-    """CLIP's tokenizer, from a folder `tokenizer` of a base model."""
+    """CLIP's tokenizer, from a folder `tokenizer` of a base model. Raises ValueError if its files are damaged."""
 
     def __init__(self, folder: Path):
+        with raising_value_error():
+            self._tokenizer = self._read(folder)
+
+    @staticmethod
+    def _read(folder: Path) -> Any:
         from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
         if not _has_merges(folder):
-            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            return
+            return Tokenizer.from_file(str(folder / "tokenizer.json"))
         # CLIP's byte pair encoding: lower case, words that end in `</w>`, digits one by one.
         vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
         tokenizer = Tokenizer(models.BPE.from_file(vocabulary, merges, end_of_word_suffix="</w>", unk_token=_END))
@@ -39,17 +46,28 @@ class ClipTokens:
         pieces = pre_tokenizers.Split(Regex(_PIECES), behavior="removed", invert=True)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
         tokenizer.add_special_tokens([_START, _END])
-        self._tokenizer = tokenizer
+        return tokenizer
 
     def count(self, text: str) -> int:
         """The number of tokens of `text`, without start and end."""
         return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
+@contextmanager
+def raising_value_error() -> Iterator[None]:
+    """Raise ValueError for the errors of the package tokenizers, which are of the class Exception itself."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise ValueError(str(error)) from None
+
+
 def find_clip_tokens(models_dir: Path, base_model: str) -> ClipTokens | None:
     """The tokenizer of `base_model`, or of any other model in `models_dir`: all SDXL models share one. None if there is none."""
     for model in (models_dir / base_model, Path(os.path.expanduser(base_model)), *sorted(models_dir.glob("*"))):
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             if _START in read_vocabulary(model / TOKENIZERS[0]):
                 return ClipTokens(model / TOKENIZERS[0])
     return None
@@ -85,19 +103,33 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
     Its configuration is one of them: it says how to pad. Raises OSError for a file that may not be read.
     """
     try:
-        json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        if not _has_merges(folder):
-            return dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
-        words = dict(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
+        if not isinstance(_read_json(folder / "tokenizer_config.json"), dict):
+            return {}
+        has_merges = _has_merges(folder)
+        content = _read_json(folder / "vocab.json") if has_merges else _read_json(folder / "tokenizer.json")["model"]["vocab"]
+        words = dict(content)
+        if not all(type(number) is int and 0 <= number < 1 << 32 for number in words.values()):
+            return {}
+        if not has_merges:
+            return words
+        lines = read_file(folder / "merges.txt").decode().split("\n")[1:]
         merges = [tuple(line.split(" ")) for line in lines if line.strip()]
         if len(merges) < len(words) - _UNMERGED_WORDS:  # merges.txt is cut off
             return {}
-        are_ids = all(type(number) is int and 0 <= number < 1 << 32 for number in words.values())
         fit = all(first in words and second in words and first + second in words for first, second in merges)
-        return words if are_ids and fit else {}
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
+        return words if fit else {}
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _read_json(file: Path) -> Any:
+    """The JSON value in `file`, read as transformers does: as UTF-8 without a byte order mark."""
+    try:
+        return json.loads(read_file(file).decode())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _has_merges(folder: Path) -> bool:

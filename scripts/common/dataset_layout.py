@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import abbreviated
-from common.files import remove_partial_files
+from common.files import read_file, remove_partial_files
 
 IMAGE_FORMATS = {
     "png": (".png", ".apng"),
@@ -196,7 +196,7 @@ def select_images(folder: DatasetFolder) -> Selection:
 def _lines_of(file: Path) -> Iterator[str]:
     """The lines of a text file in UTF-8 or UTF-16, with any line ends; none if it does not exist."""
     try:
-        content = file.read_bytes()
+        content = read_file(file)
     except FileNotFoundError:
         return
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))

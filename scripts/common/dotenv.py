@@ -128,6 +128,8 @@ def main() -> None:
     path = Path(sys.argv[1])
     given = (line.partition("=") for line in sys.stdin.buffer.read().decode("utf-8", "surrogateescape").split("\0"))
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise DotenvError("is not a regular file")  # reading a pipe may never end
         found = parse_dotenv(path.read_text(encoding="utf-8"), {name: value for name, _, value in given})
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error if isinstance(error, DotenvError) else "it is not UTF-8"

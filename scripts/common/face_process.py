@@ -81,7 +81,10 @@ def main(name: str, models_dir: Path) -> None:
             answer = {"problem": f"out of memory while faces are searched in {line.strip()}"}
         except OSError as error:  # a full disk, or a folder that may not be written to
             answer = {"problem": str(as_loracat_error(error) or error)}
-        print(json.dumps(answer), flush=True)
+        try:
+            print(json.dumps(answer), flush=True)
+        except BrokenPipeError:  # the parent was killed
+            os._exit(1)
 
 
 def _load(name: str, models_dir: Path) -> FaceModel:

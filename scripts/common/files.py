@@ -5,17 +5,19 @@ A file gets its name only when it is complete, so every stage can take "exists" 
 
 import codecs
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.errors import SettingsError
 
@@ -62,6 +64,23 @@ def remove_partial_files(folder: Path, min_age_s: float = 60) -> None:
                 path.unlink()
 
 
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file, or /dev/null, for reading. Raises OSError for anything else: a pipe may wait for ever, and a device has
+    no end."""
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode) and not os.path.samestat(status, os.stat(os.devnull)):
+        raise OSError(errno.ENODEV, "Not a regular file", str(path))
+    return path.open("rb")
+
+
+def read_file(path: Path, most_bytes: int = -1) -> bytes:
+    """The content of a regular file, or its first `most_bytes`. Raises OSError like `open_file`."""
+    with open_file(path) as file:
+        return file.read(most_bytes)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` atomically."""
     with atomic_write(path) as temporary:
@@ -83,7 +102,7 @@ def write_cached_json(path: Path, content: dict[str, Any]) -> None:
 def read_cached_json(path: Path) -> dict[str, Any]:
     """What `write_cached_json` wrote, without the checksum; {} if it is missing or damaged. One without a checksum is trusted."""
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_file(path))
         checksum = content.pop("checksum", None)
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
@@ -113,7 +132,7 @@ def read_json_lines(path: Path) -> list[dict]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_bytes().split(b"\n"):
+    for line in read_file(path).split(b"\n"):
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             if isinstance(record, dict):
@@ -132,7 +151,7 @@ def parse_json(content: bytes) -> Any:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

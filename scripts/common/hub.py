@@ -12,13 +12,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.errors import DISK_ERRNOS
-from common.settings import IN_CONTAINER, REPOSITORY
+from common.settings import IN_CONTAINER, REPOSITORY, address_problem
+from common.variables import PROXY_VARIABLES
 
 _REPOSITORY_ID = re.compile(r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?([\w-][\w.-]*/[\w-][\w.-]*)/?", re.ASCII)
 
 
 class HubError(Exception):
     """The hub cannot be reached, refuses the request or breaks the transfer off; the message says why."""
+
+
+class MissingFileError(HubError):
+    """The repository does not have the file."""
 
 
 def repository_id(name: str) -> str | None:
@@ -36,8 +41,8 @@ def file_size_bytes(repository: str, file: str) -> int:
 
 
 def download(repository: str, files: Sequence[str], folder: Path, optional: Sequence[str] = ()) -> None:
-    """Download `files` of `repository` into `folder`, and those of `optional` that it has; files that are there already are not
-    transferred again.
+    """Download those of `optional` that `repository` has into `folder`, then `files`: with the last one, all are there. Files that
+    are there already are not transferred again.
 
     huggingface_hub downloads to a temporary name and checks the size, so a file that has its final name is complete.
     Raises HubError, and OSError if the disk is full or may not be written to.
@@ -46,11 +51,11 @@ def download(repository: str, files: Sequence[str], folder: Path, optional: Sequ
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
-        for file in files:
-            hf_hub_download(repository, file, local_dir=folder)
         for file in optional if files else ():
             with suppress(RemoteEntryNotFoundError, RepositoryNotFoundError):
                 hf_hub_download(repository, file, local_dir=folder)
+        for file in files:
+            hf_hub_download(repository, file, local_dir=folder)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # partial files of runs that were killed
 
 
@@ -70,18 +75,18 @@ def _hf() -> list[str]:
     """How the program `hf` is started: in a new container, by its name, or from where this Python is installed."""
     if IN_CONTAINER:
         return ["docker", "compose", "run", "--rm", "loracat-cpu", "hf"]  # this service starts on every machine
-    beside_python = Path(sys.executable).with_name("hf")
-    if shutil.which("hf"):
-        return ["hf"]
-    return [str(beside_python)] if beside_python.exists() else [sys.executable, "-m", "huggingface_hub.cli.hf"]
+    beside_python, in_path = Path(sys.executable).with_name("hf"), shutil.which("hf")
+    if beside_python.exists() and (in_path is None or not beside_python.samefile(in_path)):
+        return [str(beside_python)]  # another one may belong to a version that does not have the command
+    return ["hf"] if in_path else [sys.executable, "-m", "huggingface_hub.cli.hf"]
 
 
 @contextmanager
 def _as_hub_error() -> Iterator[None]:
     """Turn whatever huggingface_hub raises for a failed request into a HubError."""
     # HTTPError is the HTTP library's base class for network failures, under the name by which huggingface_hub imports it. The
-    # library's error for the malformed address of a proxy is in the same module, and has another base class.
-    from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+    # library's error for a malformed address is in the same module, and has another base class.
+    from huggingface_hub.errors import HTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
     malformed_address = vars(sys.modules[HTTPError.__module__])["InvalidURL"]
     try:
@@ -90,10 +95,12 @@ def _as_hub_error() -> Iterator[None]:
         yield
     except RepositoryNotFoundError:
         raise HubError("the hub has no such repository, or it is private") from None
-    except malformed_address as error:
-        raise HubError(f"a proxy variable or HF_ENDPOINT is not a valid address ({error})") from None
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+    except RemoteEntryNotFoundError:
+        raise MissingFileError("the repository does not have that file") from None
+    except (HTTPError, malformed_address, ImportError, OSError, RuntimeError, ValueError) as error:  # a SOCKS proxy needs a package
         if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
             raise
+        if problem := address_problem("HF_ENDPOINT", *PROXY_VARIABLES):
+            raise HubError(problem) from None
         lines = str(error).strip().splitlines()
         raise HubError(lines[0].rstrip(".") if lines else type(error).__name__) from None

@@ -29,6 +29,7 @@ from PIL import (
 
 from common.color import adobe_rgb_profile, profile_of_code_points, profile_of_gamma, to_srgb
 from common.dataset_layout import FORMAT_NAMES, HEAD_BYTES, describe_other_content, sniff_image_format
+from common.files import read_file
 from common.png_chunks import MAX_METADATA_BYTES, png_chunks, without_unread_chunks
 
 MAX_PIXELS = 89_478_485
@@ -107,7 +108,7 @@ def read_image(path: Path) -> DecodedImage:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise BrokenImageError(f"is larger than {MAX_FILE_BYTES >> 20} MiB")
-        return decode(path.read_bytes())
+        return decode(read_file(path))
     except OSError as error:
         raise BrokenImageError(f"cannot be read: {error.strerror}") from None
 

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from common.errors import ModelError, ResourceError
-from common.files import atomic_write, locked, nearest_existing, remove_partial_files, write_problem
+from common.files import atomic_write, locked, nearest_existing, read_file, remove_partial_files, write_problem
 from common.weights import data_sha256, read_header
 
 MIN_FREE_BYTES = 4 * 2**30
@@ -152,7 +152,7 @@ class OutputLayout:
     def _owner_of_shared_files(self) -> str:
         """The run that wrote the resolved config, by its content; this run if it cannot be read."""
         with suppress(OSError, ValueError, KeyError, TypeError):
-            name = tomllib.loads(self.resolved_config.read_text(encoding="utf-8"))["train"]["saving"]["output_name"]
+            name = tomllib.loads(read_file(self.resolved_config).decode())["train"]["saving"]["output_name"]
             return name if Path(name).name == name else self.name
         return self.name
 

@@ -25,8 +25,9 @@ from typing import Any, Generic, Literal, TypeVar
 import tomli_w
 
 from common.errors import SettingsError, bullet_list
+from common.files import read_file
 from common.masking import learn_secrets, mask_address, mask_secrets
-from common.variables import find_unknown_variables, known_variables
+from common.variables import find_address_problems, find_unknown_variables, known_variables
 
 VERSION = "2.0.0"
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -50,6 +51,11 @@ def pipeline_command(*flags: str, **variables: object) -> str:
     """The command with which a user runs stages, for a message."""
     command = ["docker", "compose", "run", "--rm", "loracat"] if IN_CONTAINER else ["scripts/run.sh"]
     return " ".join([*(f"{name}={value}" for name, value in variables.items()), *command, *flags])
+
+
+def address_problem(*names: str) -> str:
+    """What is wrong with the addresses in variables that libraries read themselves; "" if nothing is."""
+    return "; ".join(find_address_problems(os.environ, names))
 
 
 def setting(
@@ -255,8 +261,7 @@ def _flat_values(*sections: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        with file.open("rb") as content:
-            return tomllib.loads(content.read(_MAX_FILE_BYTES).decode("utf-8-sig"))
+        return tomllib.loads(read_file(file, _MAX_FILE_BYTES).decode("utf-8-sig"))
     except FileNotFoundError:
         raise SettingsError(f"{file}: settings file not found; choose another one with --config") from None
     except (ValueError, RecursionError) as error:

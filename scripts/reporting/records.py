@@ -6,7 +6,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from common.files import parse_json
+from common.files import parse_json, read_file
 
 
 class Records:
@@ -20,7 +20,7 @@ class Records:
         """The object in a JSON file; {} if there is no such file, or it cannot be read."""
         content: Any = {}
         with self.reading(path):
-            content = parse_json(path.read_bytes())
+            content = parse_json(read_file(path))
             if not isinstance(content, dict):
                 raise ValueError
         return content if isinstance(content, dict) else {}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ModelError
-from common.files import read_json_lines
+from common.files import read_file, read_json_lines
 from common.output_layout import OutputLayout
 from common.weights import read_header
 from reporting.recipe import Fact, Setting, facts_of, read_settings, shown
@@ -81,7 +81,7 @@ def read_run(output_dir: Path, trigger: str) -> Run | None:
     records, settings = Records(output_dir), ()
     config = OutputLayout(output_dir, "").resolved_config
     with records.reading(config):
-        settings = read_settings(config.read_text(encoding="utf-8"))
+        settings = read_settings(read_file(config).decode())
     name = next((setting.value for setting in settings if setting.key == NAME), trigger)
     if not name or Path(name).name != name:
         return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.project import SharedDataSettings, SharedModelSettings
-from common.settings import setting
+from common.settings import address_problem, setting
 
 OnOffAuto = bool | Literal["auto"]
 PRODIGY_LEAST_RATE = 0.01
@@ -202,6 +202,10 @@ class LoggingSettings:
     tensorboard: bool = setting(False, role="saving")
     wandb_api_key: str = setting("", secret=True, role="saving")
     wandb_project: str = setting("loracat", role="saving")
+
+    def validate(self) -> Iterator[str]:
+        if self.wandb_api_key and (problem := address_problem("WANDB_BASE_URL")):
+            yield problem
 
 
 def unsupported_by_fast_engine(lora: LoraSettings) -> str:

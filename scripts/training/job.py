@@ -28,7 +28,7 @@ from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, 
 from training.method.optimizers import OPTIMIZERS, require_usable
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
-from training.plan import GLOBAL_BATCH, Plan, changes, make_plan, result_fingerprint, runtime_settings, short_hash
+from training.plan import GLOBAL_BATCH, Plan, changes, decoder_record, make_plan, result_fingerprint, runtime_settings, short_hash
 from training.system.device import Precision, choose_precision, comfyui_advice, describe
 from training.system.process_group import ProcessGroup
 
@@ -112,7 +112,8 @@ def resolve_job(
     recorded = saved.identity.runtime if continues else {}
     images, resolved = plan_samples(settings, project.trigger_word, plan, budget, base, recorded)
     settings = replace(settings, samples=resolved)
-    identity = Identity(fingerprint, runtime_settings(settings, world_size), plan.shared_prefix_steps)
+    runtime = runtime_settings(settings, world_size) | decoder_record([*plan.examples, *plan.held_out])
+    identity = Identity(fingerprint, runtime, plan.shared_prefix_steps)
     is_finished = not settings.saving.fresh and outputs.is_finished(short_hash(fingerprint))
     if images and not is_finished:
         print(images.announcement, flush=True)

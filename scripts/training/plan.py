@@ -25,6 +25,8 @@ AUTO_MIN_SNR_GAMMA = 5.0
 AUTO_NOISE_OFFSET = 0.0357
 WARMUP_STEPS, GLOBAL_BATCH, WORLD_SIZE = "steps of warm-up", "global batch", "processes"
 """Keys of records that other modules read. Records are kept from version to version, so keys keep their names."""
+DECODER, _FIRST_DECODER = "decoder", "version 1.0's"
+"""Key of the record of how pixels were decoded, and the value of a record without it."""
 NOT_RECORDED = ("fresh", "output_name")
 """Settings that choose which run is meant, and say nothing about how it goes."""
 _SHOWN = {
@@ -33,6 +35,7 @@ _SHOWN = {
     "held-out pictures": "images held out for validation",
     "base model": "weights of the base model",
     WARMUP_STEPS: "warm-up steps",
+    DECODER: "image decoder, and latents with it",
     GLOBAL_BATCH: "images per step",
 }
 """What a user reads instead of some keys of records."""
@@ -165,6 +168,12 @@ def runtime_settings(train: TrainSettings, world_size: int = 1) -> dict[str, Any
     return kept | {WORLD_SIZE: world_size}
 
 
+def decoder_record(examples: Sequence[Example]) -> dict[str, str]:
+    """A part of the runtime settings: a run that is continued goes on with the pixels that images have now, and says so."""
+    revisions = [example.revision for example in examples if example.revision]
+    return {DECODER: f"revision {max(revisions)} for {len(revisions)} images"} if revisions else {}
+
+
 def changes(recorded: Mapping[str, Any], now: Mapping[str, Any], train: type = TrainSettings) -> dict[str, str]:
     """What differs between two fingerprints, or two sets of runtime settings, by name, as lines for a user.
 
@@ -172,6 +181,7 @@ def changes(recorded: Mapping[str, Any], now: Mapping[str, Any], train: type = T
     declared and its role is `runtime` or `saving`, it is not compared.
     """
     keys = {recorded_name(key): key.metadata for key in all_keys(train)}
+    keys[DECODER] = {"before": _FIRST_DECODER, "role": "runtime"}
     found = {}
     for name in sorted({*recorded, *now}):
         metadata = keys.get(name, {"before": MISSING, "role": "result"})

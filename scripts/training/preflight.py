@@ -10,6 +10,7 @@ from common.dataset_layout import DatasetFolder, select_images
 from common.errors import ResourceError, run_checks
 from common.output_layout import check_disk_space
 from common.project import ProjectSettings
+from common.settings import IN_CONTAINER
 from training.callbacks.sample_plan import plan_samples
 from training.config import TrainSettings
 from training.data.dataset import Example, read_images, require_all_images
@@ -25,7 +26,6 @@ from training.system.device import GIB, available_bytes, choose_precision
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 DEVICE_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 """How programs reach the GPU: NVIDIA's driver on Linux, and Windows' driver under WSL."""
-_IN_CONTAINER = Path("/.dockerenv")
 _ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)([af]?)")
 _BF16_SINCE = (8, 0)
 """The compute capability from which on bf16 is fast."""
@@ -159,6 +159,6 @@ def _why_no_gpu() -> str:
     """Why no GPU is visible although NVIDIA's driver is loaded."""
     if not DRIVER_FILE.exists():
         return ""
-    if _IN_CONTAINER.exists():
+    if IN_CONTAINER:
         return "; this machine has a GPU: the service loracat can use it, loracat-cpu cannot"
     return f"; driver {driver_version()} is loaded, but /dev/nvidiactl is missing: run nvidia-smi once"

@@ -35,6 +35,8 @@ class HubHandler(BaseHTTPRequestHandler):
         content = file.read_bytes() if file.is_file() else b""
         if repository in self.server.repositories and content:
             self.redirect(repository, name, content)
+        elif repository in self.server.repositories:
+            self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": COMMIT})
         elif self.path == f"/store/{name}" or self.path.startswith("/api/resolve-cache/models/"):
             self.deliver(name, content)
         else:

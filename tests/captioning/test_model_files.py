@@ -149,6 +149,37 @@ def test_killed_download_starts_again(stage, photographs, tiny):
     assert sorted(path.name for path in (stage.models / "some-tagger").iterdir()) == sorted(FILES)
 
 
+def test_tags_as_json_are_refused_with_a_tagger_that_works(stage, photographs, tmp_path):
+    """cl_tagger has a tag_mapping.json, camie-tagger metadata under the name of its model; how to prepare images is in no file."""
+    photographs["coffee"].save(stage.images / "a.png")
+    folder = tiny_tagger.build(tmp_path / "repository")
+    (folder / "selected_tags.csv").unlink()
+    (folder / "tag_mapping.json").write_text(json.dumps({"0": {"tag": "general", "category": "Rating"}}))
+    usable = "set CAPTION_MODEL to a tagger with model.onnx and selected_tags.csv, such as SmilingWolf/wd-swinv2-tagger-v3"
+    ended = stage.run(CAPTION_MODEL=folder)
+    assert ended.returncode == 5
+    assert f"has no selected_tags.csv, and tags in another format (tag_mapping.json) are not read; {usable}" in ended.stderr
+    for names in (["model.onnx"], ["model.onnx", "selected_tags.csv"]):
+        with hub(folder) as served:
+            ended = stage.run_process(CAPTION_MODEL=NAME, HF_HUB_OFFLINE=0, HF_ENDPOINT=served.endpoint)
+        assert ended.returncode == 5
+        assert f"{NAME}: does not have model.onnx and selected_tags.csv, so it cannot be used; {usable}" in ended.stderr
+        (folder / names[0]).unlink(missing_ok=True)
+
+
+def test_the_description_is_there_before_the_model(stage, photographs, tmp_path):
+    """Without it, the next run would take a model of WD14's layout for one of WD14's, and give other tags."""
+    photographs["coffee"].save(stage.images / "a.png")
+    folder = tiny_tagger.build(tmp_path / "repository")
+    (folder / "preprocess.json").write_text(json.dumps(STAGES))
+    with hub(folder, stall=True) as served:
+        process = stage.start(CAPTION_MODEL=NAME, HF_HUB_OFFLINE=0, HF_ENDPOINT=served.endpoint)
+        assert served.stalled.wait(timeout=30)
+        process.kill()
+        process.communicate()
+    assert (stage.models / "some-tagger" / "preprocess.json").is_file()
+
+
 def test_repository_that_the_hub_does_not_have_is_named(stage, photographs, tiny):
     photographs["coffee"].save(stage.images / "a.png")
     with hub(tiny) as served:

@@ -3,6 +3,8 @@
 import io
 import itertools
 import json
+import os
+import re
 import signal
 import threading
 import time
@@ -717,3 +719,29 @@ def test_progress_bar_is_shown_in_terminals_only(batch, collect, monkeypatch):
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_not_a_file_is_named_and_not_waited_for(collect, batch, tmp_path, make):
+    make(tmp_path / "odd")
+    for key in ("COMFYUI_WORKFLOW", "WORKFLOW_CONFIG", "PROMPTS_FILE", "FACE_REFERENCE", "COMFYUI_CA_BUNDLE"):
+        result = collect(**{key: str(tmp_path / "odd")})
+        assert result.code == 2
+        assert re.search(rf"{key.lower()}: .*odd cannot be read: (Is a directory|Not a regular file)", result.err)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"http_proxy": "http://me:hunter2@127.0.0.1:99999"}, "http_proxy is not a valid address: its port"),
+        ({"HTTP_PROXY": "foo://me:hunter2@127.0.0.1:9"}, "HTTP_PROXY is not a valid address"),
+        ({"ALL_PROXY": "socks5://me:hunter2@127.0.0.1:9"}, "through the proxy: Missing dependencies for SOCKS"),
+    ],
+)
+def test_a_malformed_proxy_is_named_without_its_login(collect, batch, monkeypatch, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    result = collect("--check", COMFYUI_ENDPOINT="http://comfyui.example:8188")
+    assert result.code == 4
+    assert words in result.err
+    assert "hunter2" not in result.err

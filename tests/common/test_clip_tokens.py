@@ -1,11 +1,12 @@
 """CLIP's tokenizers are found in model folders, and tokens are counted as training counts them, without torch."""
 
 import json
+import os
 import shutil
 
 import pytest
 
-from common.clip_tokens import ClipTokens, find_clip_tokens, find_tokenizers_in, read_vocabulary
+from common.clip_tokens import ClipTokens, find_clip_tokens, find_tokenizers_in, find_vocabulary, read_vocabulary
 
 TEXTS = [
     "nyafyi_woman, 1girl, brown hair, looking at viewer, >_<, ^_^, white shirt",
@@ -101,4 +102,59 @@ def test_a_vocabulary_with_something_else_than_ids_is_damaged(tokenizer, tmp_pat
     shutil.copytree(tokenizer, tmp_path / "base" / "tokenizer")
     vocabulary = tmp_path / "base" / "tokenizer" / "vocab.json"
     vocabulary.write_text(json.dumps(json.loads(vocabulary.read_text()) | {"a": number}))
+    assert find_clip_tokens(tmp_path, "base") is None
+
+
+@pytest.fixture(scope="module")
+def in_one_file(tokenizer, tmp_path_factory):
+    """The same tokenizer as a tokenizer.json."""
+    from transformers import CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("in_one_file")
+    CLIPTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    assert not (folder / "vocab.json").exists()
+    return folder
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) // 2],
+    "not JSON": lambda content: b"<html>",
+    "another encoding": lambda content: content.decode().encode("utf-16"),
+    "an invalid byte": lambda content: content.replace(b'"', b'"\xe9', 1),
+    "too deep": lambda content: b"[" * 100_000,
+    "too deep in an object": lambda content: b'{"a":' * 100_000,
+    "a list": lambda content: b"[]",
+    "null": lambda content: b"null",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("kind", ["in one file", "in two files"])
+def test_a_damaged_file_of_a_tokenizer_is_like_a_missing_one(tokenizer, in_one_file, tmp_path, kind, damage):
+    names = {"in one file": ["tokenizer.json", "tokenizer_config.json"], "in two files": ["vocab.json", "tokenizer_config.json"]}
+    source = in_one_file if kind == "in one file" else tokenizer
+    for name in names[kind]:
+        folder = shutil.copytree(source, tmp_path / name / "base" / "tokenizer")
+        (folder / name).write_bytes(DAMAGES[damage]((folder / name).read_bytes()))
+        assert find_clip_tokens(tmp_path / name, "base") is None
+        assert find_vocabulary(tmp_path / name, "base") == {}
+
+
+@pytest.mark.parametrize("key", ["version", "normalizer", "pre_tokenizer", "decoder", "truncation", "padding", "added_tokens"])
+def test_a_tokenizer_in_one_file_with_a_wrong_value_is_not_used(in_one_file, tmp_path, key):
+    folder = shutil.copytree(in_one_file, tmp_path / "base" / "tokenizer")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(content | {key: 3}))
+    assert find_clip_tokens(tmp_path, "base") is None
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"])
+def test_what_is_not_a_file_is_not_read(tokenizer, tmp_path, make, name):
+    folder = shutil.copytree(tokenizer, tmp_path / "base" / "tokenizer")
+    (folder / name).unlink(missing_ok=True)
+    if name == "tokenizer.json":
+        (folder / "vocab.json").unlink()
+    make(folder / name)
     assert find_clip_tokens(tmp_path, "base") is None

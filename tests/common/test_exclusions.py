@@ -1,8 +1,11 @@
 """`exclude.txt` takes images out of the data set, however it was written."""
 
+import os
+
 import pytest
 
 from common.dataset_layout import DatasetFolder, select_images
+from common.errors import SettingsError, as_loracat_error
 
 NAMES = ("a.png", "b #2.jpg", "5_face/a.png", "5_face/c.png", "12_more images/d.webp", "ñ.png")
 
@@ -74,3 +77,13 @@ def test_unknown_names_are_reported_in_one_line(folder):
 def test_bytes_that_are_not_text_exclude_nothing(folder):
     assert excluded(folder, b"\xff\xfe\x00\n\xd8\x80\x00") == []
     assert excluded(folder, bytes(range(256))) == []
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_not_a_file_is_refused(tmp_path, make):
+    folder = DatasetFolder(tmp_path)
+    folder.images.mkdir()
+    make(folder.exclusions)
+    with pytest.raises(OSError, match=r"exclude\.txt") as refused:
+        select_images(folder)
+    assert isinstance(as_loracat_error(refused.value), SettingsError)

@@ -2,11 +2,13 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from common.dataset_layout import DatasetFolder
-from common.files import read_cached_json, write_cached_json
+from common.errors import SettingsError, as_loracat_error
+from common.files import read_cached_json, read_file, read_json_lines, sha256_of, write_cached_json
 
 CONTENT = {"one": [1, 2.5, None], "two": {"text": "Zoë"}, "three": "x"}
 
@@ -52,3 +54,16 @@ def test_leftovers_are_removed_in_every_folder_of_the_data_set(tmp_path):
     folder.remove_leftovers()
     for each in folders:
         assert {path.name for path in each.iterdir() if path.is_file()} == {".new_1234.part", "user.part", ".hidden.png"}
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_only_regular_files_are_read(tmp_path, make):
+    """A pipe would be waited for, a device has no end."""
+    make(tmp_path / "x")
+    for read in (read_file, sha256_of, read_json_lines):
+        with pytest.raises(OSError, match=r"Is a directory|Not a regular file") as refused:
+            read(tmp_path / "x")
+        assert str(refused.value.filename) == str(tmp_path / "x")
+        assert isinstance(as_loracat_error(refused.value), SettingsError)
+    assert read_cached_json(tmp_path / "x") == {}
+    assert read_file(Path(os.devnull)) == b""

@@ -65,6 +65,14 @@ def test_the_command_uses_the_hf_of_this_environment(monkeypatch, no_hf_in_path)
     import huggingface_hub.cli.hf  # noqa: F401
 
 
+def test_the_hf_beside_this_python_comes_before_another_one(monkeypatch, no_hf_in_path):
+    (no_hf_in_path / "hf").touch(0o755)
+    real = Path(sys.executable).with_name("hf")
+    assert download_command("a/b", Path("/b")) == f"{real} download a/b --local-dir /b"
+    monkeypatch.setenv("PATH", str(real.parent))
+    assert download_command("a/b", Path("/b")) == "hf download a/b --local-dir /b"
+
+
 def test_in_a_container_the_command_and_its_paths_are_those_of_the_host(monkeypatch):
     monkeypatch.setattr("common.hub.IN_CONTAINER", True)
     command = download_command("a/b", REPOSITORY / "models" / "b")
@@ -79,9 +87,12 @@ def test_in_a_container_the_command_and_its_paths_are_those_of_the_host(monkeypa
         {"HF_ENDPOINT": "http://[me:secret@host"},
         {"HTTPS_PROXY": "http://me:secret/x@127.0.0.1:9"},
         {"HTTPS_PROXY": "http://me:secret@127.0.0.1:port"},
+        {"HF_ENDPOINT": "me:secret@127.0.0.1"},
+        {"https_proxy": "me:secret@127.0.0.1:99999"},
+        {"ALL_PROXY": "foo://me:secret@127.0.0.1:9"},
     ],
 )
-def test_a_malformed_address_is_one_line_without_its_login(variables):
+def test_a_malformed_address_is_one_line_with_its_variable_and_without_its_login(variables):
     """huggingface_hub reads the variables when it is imported."""
     code = """
 import os
@@ -99,8 +110,14 @@ def main():
 
 run_main("stage", main)
 """
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "scripts")} | variables
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "scripts"), "HF_HUB_OFFLINE": "0"} | variables
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     (line,) = (ended.stdout + ended.stderr).splitlines()
-    assert line.startswith("stage: ")
+    assert line.startswith(f"stage: {next(iter(variables))} is not a valid address: ")
     assert "secret" not in line
+
+
+def test_a_socks_proxy_without_its_package_is_one_line(monkeypatch):
+    failing(monkeypatch, ImportError("Using SOCKS proxy, but the 'socksio' package is not installed."))
+    with pytest.raises(HubError, match="'socksio' package is not installed"):
+        file_size_bytes("a/b", "c")

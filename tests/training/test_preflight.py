@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.preflight import driver_version, has_code_for
+from training.preflight import check_processor, driver_version, has_code_for
 
 OF_2_10 = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
 
@@ -36,6 +36,16 @@ def test_driver_version_is_read_from_the_kernel_module(tmp_path, monkeypatch):
         "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  580.95.05  Release Build  (b@h)\nGCC version: 13.3.0\n"
     )
     assert driver_version() == "580.95.05"
+
+
+@pytest.mark.parametrize(("in_container", "reason"), [(True, "loracat-cpu cannot"), (False, "run nvidia-smi once")])
+def test_a_driver_without_devices_is_explained(tmp_path, monkeypatch, in_container, reason):
+    """The same variable that decides about commands says whether this is a container."""
+    (tmp_path / "version").touch()
+    monkeypatch.setattr("training.preflight.DRIVER_FILE", tmp_path / "version")
+    monkeypatch.setattr("training.preflight.DEVICE_FILES", ())
+    monkeypatch.setattr("training.preflight.IN_CONTAINER", in_container)
+    assert reason in check_processor()
 
 
 def test_all_problems_are_in_one_list(stage):

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.errors import ModelError, SettingsError, bullet_list
-from common.files import write_json
+from common.files import parse_json, read_file, write_json
 from common.settings import pipeline_command
 from common.weights import digest, read_header
 from training.config import RunSettings
@@ -153,7 +153,7 @@ def newest(folder: Path, at_most: int | None = None) -> Checkpoint | None:
 
 def _read(path: Path) -> Checkpoint:
     """The checkpoint whose record is `path`; raises one of the errors that `newest` catches if it is corrupt."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = parse_json(read_file(path))
     checksum = record.pop("record_sha256")
     if checksum != _checksum(record) or record["sha256"] != _digest(path.with_name(record["tensors"])):
         raise ValueError("the checksum differs")

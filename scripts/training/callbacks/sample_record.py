@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from common.captions import has_trigger
-from common.files import atomic_write, parse_json, write_json
+from common.files import atomic_write, parse_json, read_file, write_json
 from common.output_layout import OutputLayout
 from common.settings import VERSION
 from training.callbacks.checkpoint import EARLY_STOP, EPOCHS
@@ -81,7 +81,7 @@ class SampleRecord:
         """Adopt the rows of samples.json that are part of this run, from steps that are not repeated, and whose images are what
         would be rendered now. The end of a run that is extended is not one of them."""
         try:
-            rows = parse_json(self._outputs.samples_record.read_bytes())["rows"]
+            rows = parse_json(read_file(self._outputs.samples_record))["rows"]
             files = [None if row["file"] is None else str(row["file"]) for row in rows]
             found = [
                 Row(str(row["label"]), file, int(row["step"]), int(row["epochs"])) for row, file in zip(rows, files, strict=True)

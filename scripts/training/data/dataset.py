@@ -3,7 +3,6 @@
 Imports no torch, which takes seconds: a worker process reads this while the main process imports torch.
 """
 
-import json
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from common.dataset_layout import (
     unused_entries,
 )
 from common.errors import DataError, SomeItemsFailed, abbreviated, bullet_list
-from common.files import sha256_of
+from common.files import parse_json, read_file, sha256_of
 from common.images import BrokenImageError, read_image
 from common.output_layout import OutputLayout
 from common.project import ProjectSettings
@@ -107,7 +106,7 @@ def flagged_images(dataset: DatasetFolder, resolution: int) -> dict[str, str]:
     Raises DataError if there is no audit for training at `resolution` px.
     """
     try:
-        audit = json.loads(dataset.audit.read_bytes())
+        audit = parse_json(read_file(dataset.audit))
         audited_resolution, flagged = audit["resolution"], audit["flagged"]
         flaws = {name: ", ".join(found["flaws"]) for name, found in flagged.items()}
         digests = {name: found["sha256"] for name, found in flagged.items()}

@@ -83,8 +83,8 @@ def find_or_download_tokenizers(base: BaseModel, models_dir: Path) -> Path:
     print(f"downloading the tokenizers of {SDXL} to {folder}", flush=True)
     try:
         download(SDXL, [f"{name}/{file}" for name in TOKENIZERS for file in _TOKENIZER_FILES], folder)
-    except HubError:
-        raise _tokenizers_missing(models_dir) from None
+    except HubError as error:
+        raise _tokenizers_missing(models_dir, error) from None
     return folder
 
 
@@ -92,14 +92,14 @@ def require_tokenizers_on_hub(models_dir: Path) -> None:
     """Check with one request that the tokenizers can be downloaded; raises ModelError if not."""
     try:
         file_size_bytes(SDXL, f"{TOKENIZERS[0]}/{_TOKENIZER_FILES[0]}")
-    except HubError:
-        raise _tokenizers_missing(models_dir) from None
+    except HubError as error:
+        raise _tokenizers_missing(models_dir, error) from None
 
 
-def _tokenizers_missing(models_dir: Path) -> ModelError:
+def _tokenizers_missing(models_dir: Path, error: HubError) -> ModelError:
     command = download_command(SDXL, models_dir / _TOKENIZER_FOLDER, patterns=("tokenizer*/*",))
     return ModelError(
-        f"a single file needs CLIP's tokenizer files; no folder in {models_dir} has them, and they cannot be downloaded. "
+        f"a single file needs CLIP's tokenizer files; no folder in {models_dir} has them, and they cannot be downloaded: {error}. "
         f"With a network, run:\n  {command}"
     )
 

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from common.background import prefetch
-from common.clip_tokens import TOKENIZERS
+from common.clip_tokens import TOKENIZERS, raising_value_error
 from common.errors import ModelError, bullet_list
 from common.files import atomic_write
 from training.models.base_model import find_or_download_tokenizers
@@ -81,13 +81,23 @@ def load_text_encoders(
 def load_tokenizers(base: BaseModel, models_dir: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
     """The tokenizers of the two text encoders; see `find_or_download_tokenizers` for those of a single file."""
     folder = find_or_download_tokenizers(base, models_dir)
-    first, second = (_load_tokenizer(folder / name) for name in TOKENIZERS)
+    encoders = (base.components[name] for name in ("text_encoder", "text_encoder_2"))
+    first, second = (_load_tokenizer(folder / name, encoder) for name, encoder in zip(TOKENIZERS, encoders, strict=True))
     return first, second
 
 
-def _load_tokenizer(folder: Path) -> CLIPTokenizer:
+def _load_tokenizer(folder: Path, encoder: Component) -> CLIPTokenizer:
+    """The tokenizer in `folder`. Raises ModelError if it is damaged, or has tokens that the text encoder does not know."""
     try:
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        for path in folder.iterdir():
+            if not (path.is_file() or path.is_dir()):  # reading a pipe may never end
+                raise ValueError(f"{path.name} is not a regular file")
+        with raising_value_error():
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+        if not all(0 <= number < encoder.config["vocab_size"] for number in [*special, *tokenizer.get_vocab().values()]):
+            raise ValueError(f"it has tokens that the {encoder.label} does not know")
+        return tokenizer
     except (*_CONFIG_ERRORS, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{folder}: this tokenizer is damaged ({type(error).__name__}: {reason}): download it again") from None

@@ -11,8 +11,9 @@ from training.callbacks import checkpoint
 from training.callbacks.checkpoint import Identity, find_resume_point, warmup_to_keep
 from training.config import TrainSettings
 from training.data.buckets import Bucket, run_order
+from training.data.dataset import Example
 from training.loop import Progress
-from training.plan import WARMUP_STEPS, runtime_settings
+from training.plan import WARMUP_STEPS, decoder_record, runtime_settings
 
 BEGAN = {
     "lr_scheduler": "constant",
@@ -64,6 +65,17 @@ def test_what_changes_the_result_is_refused_with_both_ways_on(tmp_path, changes,
         find_resume_point(tmp_path, before, now(common, **changes))
     for word in [*words, "Restore these values", "FRESH=1", "stopped at step 60"]:
         assert word in str(refused.value)
+
+
+def test_other_pixels_than_those_of_version_1_0_are_taken_with_a_line(tmp_path, capsys):
+    """Its checkpoints do not record how images were decoded."""
+    before, today = saved(tmp_path), now()
+    assert find_resume_point(tmp_path, before, replace(today, runtime=today.runtime | decoder_record([]))) == before
+    assert capsys.readouterr().out == ""
+    examples = [Example(tmp_path, "a.png", "", 64, 64, 1, "", revision) for revision in ("", "2", "2")]
+    assert find_resume_point(tmp_path, before, replace(today, runtime=today.runtime | decoder_record(examples))) == before
+    changed = "setting changed since the checkpoint: image decoder, and latents with it: version 1.0's -> revision 2 for 2 images\n"
+    assert capsys.readouterr().out == changed
 
 
 def test_a_falling_rate_cannot_be_lengthened(tmp_path):

@@ -1,13 +1,15 @@
 """Networks with the weights of a base model: the same from both layouts, and the same that diffusers loads."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from base_models import CPU, all_components, assert_same_weights, change_json
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from common.errors import ModelError
 from training.models.base_model import find_base
@@ -159,4 +161,50 @@ def test_an_invalid_configuration_is_named_before_any_weight_is_read(folder, par
 def test_a_tokenizer_that_transformers_refuses_is_named(folder, content):
     (folder / "tokenizer_2" / "special_tokens_map.json").write_text(content)
     with pytest.raises(ModelError, match=r"tokenizer_2: this tokenizer is damaged \(.*download it again"):
+        load_tokenizers(find_base(str(folder), folder.parent), folder.parent)
+
+
+def rewrite(tokenizer: Path, **changes: object) -> None:
+    """Change the keys of a tokenizer.json; those of its model are `model__key`."""
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        (content[parents[0]] if parents else content)[last] = value
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"version": 3},
+        {"normalizer": [3]},
+        {"pre_tokenizer": {"type": "x"}},
+        {"model__fuse_unk": []},
+        {"model__vocab": {"a": 1 << 20}},
+    ],
+)
+def test_a_tokenizer_in_one_file_that_the_package_refuses_is_named(folder, changes):
+    """The package raises Exception itself."""
+    tokenizer = folder / "tokenizer"
+    CLIPTokenizer.from_pretrained(tokenizer).save_pretrained(tokenizer)
+    for name in ("vocab.json", "merges.txt"):
+        (tokenizer / name).unlink()
+    load_tokenizers(find_base(str(folder), folder.parent), folder.parent)
+    rewrite(tokenizer, **changes)
+    with pytest.raises(ModelError, match=r"tokenizer: this tokenizer is damaged \(.*download it again"):
+        load_tokenizers(find_base(str(folder), folder.parent), folder.parent)
+
+
+def test_a_tokenizer_with_tokens_that_the_text_encoder_does_not_know_is_named(folder):
+    vocabulary = folder / "tokenizer" / "vocab.json"
+    content = json.loads(vocabulary.read_text())
+    vocabulary.write_text(json.dumps(content | {"a": 1 << 20}))
+    with pytest.raises(ModelError, match=r"tokenizer: .*it has tokens that the text encoder CLIP-L does not know"):
+        load_tokenizers(find_base(str(folder), folder.parent), folder.parent)
+
+
+def test_a_pipe_among_the_files_of_a_tokenizer_is_not_waited_for(folder):
+    (folder / "tokenizer" / "special_tokens_map.json").unlink()
+    os.mkfifo(folder / "tokenizer" / "special_tokens_map.json")
+    with pytest.raises(ModelError, match=r"special_tokens_map\.json is not a regular file"):
         load_tokenizers(find_base(str(folder), folder.parent), folder.parent)
