@@ -10,7 +10,7 @@ import torch
 
 from demo import tiny_sdxl
 from training.config import LoraSettings
-from training.engine.fast.lora_linear import FusedLoraLinear, fuse
+from training.engine.fast.lora_linear import FusedLoraLinear, fuse, fused_lora_linear
 from training.engine.fast.unet import install_fast_forwards
 from training.engine.step import recomputed
 from training.method.adapters import Adapter, inject
@@ -109,6 +109,31 @@ def test_gradients_are_added_to_what_is_there(unet):
         if times == 1:
             once = lora.weights.grad.clone()
     torch.testing.assert_close(lora.weights.grad, 2 * once, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["attn1.to_q,to_k,to_v", "attn2.to_q", "ff.net.0.proj"])
+def test_with_gaps_behind_the_rows_the_product_is_the_same(unet, kind):
+    """One wide product, as on a GPU, instead of a product and a second one that is added: the same output and gradients."""
+    _, lora, groups = quick(unet)
+    layer = next(layer for name, layer in groups.items() if name.endswith(kind))
+    columns, (rows, width) = len(layer.down), layer.weight.shape
+    generator = torch.Generator().manual_seed(3)
+    x, dy = (torch.randn(2, 5, size, generator=generator, dtype=torch.float64) for size in (width, rows))
+    results = []
+    for gap in (0, columns):
+        # What is in the gap must not matter.
+        given, d_out = (torch.full((2, 5, part.shape[-1] + gap), torch.nan, dtype=torch.float64) for part in (x, dy))
+        given, d_out = given[..., :width], d_out[..., :rows]
+        given.copy_(x)
+        d_out.copy_(dy)
+        given.requires_grad_()
+        lora.sums.zero_()
+        y = fused_lora_linear(given, layer)
+        (dx,) = torch.autograd.grad(y, given, d_out)
+        results.append((y, dx, layer.down_grad.clone(), layer.up_grad.clone()))
+    assert results[1][0].isfinite().all()
+    for without, with_gap in zip(*results, strict=True):
+        torch.testing.assert_close(with_gap, without, rtol=1e-6, atol=1e-9)
 
 
 def test_layers_of_a_group_are_in_memory_once(unet):

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft.helpers import disable_input_dtype_casting
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from demo import tiny_sdxl
 from training.config import LoraSettings, OptimizerSettings
@@ -100,9 +99,10 @@ def part_of(batch: Batch, first: int, last: int) -> Batch:
     return Batch(**{name: tensor[first:last] for name, tensor in vars(batch).items()})
 
 
-def trained_by_peft(base, backend: SDPBackend) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The same with PEFT's layers, fp32 LoRA weights under bf16 autocast, and torch's AdamW on each of them."""
-    unet, lora = fresh(base, torch.bfloat16)
+def trained_by_peft(base, dtype: torch.dtype) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same with PEFT's layers, fp32 LoRA weights (under autocast for a UNet in bf16), and torch's AdamW on each of them."""
+    unet, lora = fresh(base, dtype)
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16)
     weights = []
     for module in lora.modules:
         layer = unet.get_submodule(module.name)
@@ -115,12 +115,12 @@ def trained_by_peft(base, backend: SDPBackend) -> tuple[list[float], dict[str, t
         latents = diffusion.sampled_latents(batch.mean, batch.log_variance, batch.latent_noise, config.latent_scaling)
         noise = diffusion.offset_noise(batch.noise, batch.offset, config.noise_offset)
         share = config.alphas_cumprod[batch.timesteps]
-        with torch.autocast("cuda", torch.bfloat16), disable_input_dtype_casting(unet), sdpa_kernel([backend]):
+        with autocast, disable_input_dtype_casting(unet):
             answer = unet(
-                diffusion.noised(latents, noise, share).bfloat16(),
+                diffusion.noised(latents, noise, share).to(dtype),
                 batch.timesteps,
-                encoder_hidden_states=batch.hidden,
-                added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.add_time_ids},
+                encoder_hidden_states=batch.hidden.to(dtype),
+                added_cond_kwargs={"text_embeds": batch.pooled.to(dtype), "time_ids": batch.add_time_ids},
             ).sample
         loss = diffusion.loss_per_sample(answer.float(), noise) * diffusion.min_snr_weight(share, 5.0, "epsilon")
         (loss * batch.weights).sum().backward()
@@ -140,8 +140,8 @@ def agreement(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> t
 
 @pytest.fixture(scope="module")
 def references(base):
-    """PEFT's training twice, with two attention kernels: what bf16 roundings alone make of 50 steps."""
-    return trained_by_peft(base, SDPBackend.FLASH_ATTENTION), trained_by_peft(base, SDPBackend.EFFICIENT_ATTENTION)
+    """PEFT's training in fp32, which is taken as exact, and in bf16."""
+    return trained_by_peft(base, torch.float32), trained_by_peft(base, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -156,21 +156,20 @@ def references(base):
     ids=str,
 )
 def test_fifty_steps_learn_what_peft_learns(base, references, how):
-    """AdamW divides by the size of a gradient, so roundings of small gradients become whole steps: two runs of PEFT differ, too.
-
-    Ours may be twice as far from the nearest of them as they are from each other, because further kernels are in play: 1 minus the
-    cosine is 0.0019 to 0.0020 between the two, 0.0027 to 0.0028 for the fast engine and 0.0030 for the plain one.
-    """
-    (losses, learned), (other_losses, other) = references
-    cosine, length = agreement(learned, other)
+    """In bf16 as far from exact training as PEFT in bf16 is. AdamW divides by the size of a gradient, so roundings of small
+    gradients become whole steps."""
+    (exact_losses, exact), (peft_losses, peft) = references
     ours_losses, ours = trained(base, **how)
-    nearest = max(references, key=lambda reference: agreement(ours, reference[1])[0])
-    our_cosine, our_length = agreement(ours, nearest[1])
-    print(f"PEFT and PEFT: cosine {cosine:.5f}, length {length:.5f}; ours and PEFT: {our_cosine:.5f}, {our_length:.5f}")
-    assert 1 - our_cosine <= 2 * (1 - cosine) + 1e-4
-    assert abs(our_length - 1) <= 1.5 * abs(length - 1) + 5e-3
-    apart = max(abs(a - b) / a for a, b in zip(losses, other_losses, strict=True))
-    assert max(abs(a - b) / a for a, b in zip(nearest[0], ours_losses, strict=True)) <= 1.5 * apart + 2e-3
+    distances = []
+    for losses, learned in ((peft_losses, peft), (ours_losses, ours)):
+        cosine, length = agreement(learned, exact)
+        of_losses = max(abs(a - b) / b for a, b in zip(losses, exact_losses, strict=True))
+        distances.append((1 - cosine, abs(length - 1), of_losses))
+    print(f"to fp32 (1 - cosine, length, loss): PEFT {distances[0]}, ours {distances[1]}")
+    of_peft, of_ours = distances
+    assert of_ours[0] <= 1.25 * of_peft[0] + 1e-4
+    assert of_ours[1] <= 1.25 * of_peft[1] + 5e-3
+    assert of_ours[2] <= 1.25 * of_peft[2] + 1e-3
 
 
 def test_captured_steps_are_the_eager_ones_bit_for_bit(base):

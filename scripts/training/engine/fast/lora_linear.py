@@ -12,14 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from training.method.adapters import ADAPTER, Adapter, shared_input_groups
+from training.engine.fast.ops import copier
+from training.method.adapters import ADAPTER, CONTEXT, Adapter, shared_input_groups
 
 
 @dataclass(frozen=True)
 class FusedLoraLinear:
     """n linear layers of equal input and output width as one, with their LoRAs: y = W x + b + scale * up(down(x)).
 
-    The dtype is that of the UNet, except for the gradients.
+    Where rows have a gap behind them for the n * rank columns of the LoRAs, the frozen product computes these along:
+    y = [x | x down^T] [W | scale up]^T, and in the backward dx = [dy | g] [W; down] with g = scale dy up. Both matrices are
+    views of one that holds W, `down` below it and `up` beside it. The dtype is that of the UNet, except for the gradients.
     """
 
     names: tuple[str, ...]
@@ -31,11 +34,15 @@ class FusedLoraLinear:
     down: torch.Tensor
     """[n * rank, in]"""
     up: torch.Tensor
-    """[n, out, rank]"""
+    """[n, out, rank], times `scale`."""
+    weight_and_up: torch.Tensor | None
+    """[n * out, in + n * rank]; None if the layers have no common matrix."""
+    weight_and_down: torch.Tensor | None
+    """[n * out + n * rank, in]"""
     down_grad: torch.Tensor
     """Shape of `down`, fp32; gradients are added to it."""
     up_grad: torch.Tensor
-    """Shape of `up`, fp32."""
+    """Shape of `up`, fp32: the gradient of `up` without `scale`."""
     scale: float
     """alpha / rank"""
     grad_anchor: torch.Tensor
@@ -44,48 +51,63 @@ class FusedLoraLinear:
 
 def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], Callable[[], None]]:
     """The fused layers, built from the PEFT layers of `adapter`, by the name of the group; and a function that copies the fp32
-    weights to those in the UNet's dtype with which they compute.
+    weights to those with which they compute.
 
-    In the flat weights all `down` of a group come before all `up`, without a gap: a slice is the weight of a fused product.
     The frozen weights of a group are joined, and its base layers become views of the joined one, so that none is held twice.
     """
     weights = adapter.weights.detach()
-    dtype = next(iter(adapter.layers.values())).base_layer.weight.dtype
-    compute = adapter.weights if dtype == torch.float32 else weights.to(dtype)
     anchor = torch.zeros((), device=weights.device, requires_grad=True)
     start, groups = 0, {}
+    downs, ups = [], []
+    """Where a part of the flat weights begins, and the tensor with which layers compute."""
     for group, names in shared_input_groups(adapter.layers.items()).items():
         bases = [adapter.layers[name].base_layer for name in names]
         n, (out, width) = len(names), bases[0].weight.shape
         rank = adapter.layers[names[0]].lora_A[ADAPTER].weight.shape[0]
         middle = start + n * rank * width
         end = middle + n * rank * out
-        down, up, down_grad, up_grad = (
-            flat[part].view(shape)
-            for flat in (compute.detach(), adapter.sums)
-            for part, shape in ((slice(start, middle), (n * rank, width)), (slice(middle, end), (n, out, rank)))
-        )
-        groups[group] = FusedLoraLinear(
-            tuple(names), *_joined(bases), down, up, down_grad, up_grad, adapter.scale, anchor
-        )  # fmt: skip
+        matrices = _separate(bases, rank) if group.startswith(CONTEXT) else _joined(bases, rank)
+        _, _, down, up, _, _ = matrices
+        downs.append((start, down))
+        ups += [(middle + number * rank * out, each) for number, each in enumerate(up)]
+        # In the flat weights all `down` of a group come before all `up`, without a gap.
+        down_grad, up_grad = adapter.sums[start:middle].view(n * rank, width), adapter.sums[middle:end].view(n, out, rank)
+        groups[group] = FusedLoraLinear(tuple(names), *matrices, down_grad, up_grad, adapter.scale, anchor)
         start = end
+    copy_downs, copy_ups = copier(weights, downs, 1.0), copier(weights, ups, adapter.scale)
 
-    @torch.no_grad()
     def sync_compute_weights() -> None:
-        if compute is not adapter.weights:
-            compute.copy_(adapter.weights)
+        copy_downs()
+        copy_ups()
 
     return groups, sync_compute_weights
 
 
-def _joined(linears: Sequence[torch.nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight [n * out, in] and bias [n * out] of `linears`; their weights become views of it."""
-    if len(linears) == 1:
-        return linears[0].weight.detach(), linears[0].bias
+def _joined(linears: Sequence[torch.nn.Linear], rank: int) -> tuple[torch.Tensor | None, ...]:
+    """From `weight` to `weight_and_down` of a FusedLoraLinear, views of one matrix; so are the weights of `linears` then."""
+    n, (out, width) = len(linears), linears[0].weight.shape
+    rows, columns = n * out, width + n * rank
+    matrix = linears[0].weight.new_zeros(rows + n * rank, columns)
+    for number, linear in enumerate(linears):
+        part = matrix[number * out : (number + 1) * out, :width]
+        part.copy_(linear.weight.detach())
+        linear.weight = torch.nn.Parameter(part, requires_grad=False)
+    # The LoRA of each layer adds to its own rows only: the rest beside W stays zero.
+    up = matrix.as_strided((n, out, rank), (out * columns + rank, columns, 1), width)
+    return matrix[:rows, :width], _joined_bias(linears), matrix[rows:, :width], up, matrix[:rows], matrix[:, :width]
+
+
+def _separate(linears: Sequence[torch.nn.Linear], rank: int) -> tuple[torch.Tensor | None, ...]:
+    """The same, with a matrix of its own for `weight`, `down` and `up`."""
+    n, (out, width) = len(linears), linears[0].weight.shape
     weight = torch.cat([linear.weight.detach() for linear in linears])
-    for linear, rows in zip(linears, weight.split(linears[0].out_features), strict=True):
+    for linear, rows in zip(linears, weight.split(out), strict=True):
         linear.weight = torch.nn.Parameter(rows, requires_grad=False)
-    return weight, None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+    return weight, _joined_bias(linears), weight.new_empty(n * rank, width), weight.new_empty(n, out, rank), None, None
+
+
+def _joined_bias(linears: Sequence[torch.nn.Linear]) -> torch.Tensor | None:
+    return None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
 
 
 def fused_lora_linear(x: torch.Tensor, layer: FusedLoraLinear) -> torch.Tensor:
@@ -106,20 +128,26 @@ def frozen_conv(x: torch.Tensor, conv: torch.nn.Conv2d) -> torch.Tensor:
 class _FusedLoraLinearFunction(torch.autograd.Function):
     """The product of a FusedLoraLinear, with N rows of input.
 
-    With h = x down^T and g = dy up (both [N, n * rank], skinny), the gradients are
-    d_up = scale dy^T h, d_down = scale g^T x and dx = dy W + scale g down.
+    With h = x down^T and g = scale dy up (both [N, n * rank], skinny), the gradients are
+    d_up = scale dy^T h, d_down = g^T x and dx = dy W + g down.
     """
 
     @staticmethod
     def forward(ctx, x, anchor, layer):
         rows = x.reshape(-1, x.shape[-1])
-        n, out, _ = layer.up.shape
-        y, h = F.linear(rows, layer.weight, layer.bias), rows @ layer.down.T
-        if n == 1:
-            y.addmm_(h, layer.up[0].T, alpha=layer.scale)
+        n, out, rank = layer.up.shape
+        wide = _with_gap(rows, rows.shape[1] + n * rank)
+        if wide is not None:
+            h = wide[:, rows.shape[1] :]
+            torch.mm(rows, layer.down.T, out=h)
+            y = F.linear(wide, layer.weight_and_up, layer.bias)
         else:
-            # One batched product adds the n LoRA outputs to their columns of y.
-            _as_groups(y, n).baddbmm_(_as_groups(h, n), layer.up.mT, alpha=layer.scale)
+            y, h = F.linear(rows, layer.weight, layer.bias), rows @ layer.down.T
+            if n == 1:
+                y.addmm_(h, layer.up[0].T)
+            else:
+                # One batched product adds the n LoRA outputs to their columns of y.
+                _as_groups(y, n).baddbmm_(_as_groups(h, n), layer.up.mT)
         ctx.layer = layer
         # The frozen product keeps nothing; x is needed for d_down, and the skinny h is cheaper to keep than to compute again.
         ctx.save_for_backward(rows, h)
@@ -129,22 +157,30 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         layer, (rows, h) = ctx.layer, ctx.saved_tensors
-        n, out, _ = layer.up.shape
+        n, out, rank = layer.up.shape
         dy_rows = dy.reshape(-1, n * out)
+        wide = _with_gap(dy_rows, n * out + n * rank)
+        g = dy_rows.new_empty(len(rows), n * rank) if wide is None else wide[:, n * out :]
         if n == 1:
-            g = dy_rows @ layer.up[0]
+            torch.mm(dy_rows, layer.up[0], out=g)
             _accumulate(layer.up_grad[0], dy_rows.T, h, layer.scale)
         else:
             # The batched product writes straight into the [N, n * rank] layout that the product with `down` below reads.
-            g = h.new_empty(h.shape)
             torch.bmm(_as_groups(dy_rows, n), layer.up, out=_as_groups(g, n))
             _accumulate(layer.up_grad, _as_groups(dy_rows, n).mT, _as_groups(h, n), layer.scale)
-        _accumulate(layer.down_grad, g.T, rows, layer.scale)
+        _accumulate(layer.down_grad, g.T, rows, 1.0)
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        dx = dy_rows @ layer.weight
-        dx.addmm_(g, layer.down, alpha=layer.scale)
+        dx = (dy_rows @ layer.weight).addmm_(g, layer.down) if wide is None else wide @ layer.weight_and_down
         return dx.view(*dy.shape[:-1], dx.shape[-1]), None, None
+
+
+def _with_gap(rows: torch.Tensor, columns: int) -> torch.Tensor | None:
+    """`rows` [N, width] with the gap behind each row, [N, columns]; None if there is no such gap.
+
+    Producers of rows leave the gap on purpose (see `empty_with_gap`); nothing else gives rows of exactly this stride.
+    """
+    return rows.as_strided((len(rows), columns), (columns, 1)) if rows.stride() == (columns, 1) else None
 
 
 class _FusedContextFunction(torch.autograd.Function):
@@ -159,7 +195,7 @@ class _FusedContextFunction(torch.autograd.Function):
         n, out, rank = layer.up.shape
         h = (rows @ layer.down.T).view(-1, n, rank).transpose(0, 1).contiguous()  # [n, N, rank]
         y = torch.matmul(rows, layer.weight.view(n, out, -1).mT)  # [n, N, out]
-        y.baddbmm_(h, layer.up.mT, alpha=layer.scale)
+        y.baddbmm_(h, layer.up.mT)
         ctx.layer = layer
         ctx.save_for_backward(rows, h)
         return tuple(part.view(*x.shape[:-1], out) for part in y)
@@ -172,7 +208,7 @@ class _FusedContextFunction(torch.autograd.Function):
         dy = torch.stack([part.reshape(-1, out) for part in dys])  # [n, N, out]
         g = torch.bmm(dy, layer.up).transpose(0, 1).reshape(-1, n * rank)
         _accumulate(layer.up_grad, dy.mT, h, layer.scale)
-        _accumulate(layer.down_grad, g.T, rows, layer.scale)
+        _accumulate(layer.down_grad, g.T, rows, 1.0)
         return None, None, None
 
 

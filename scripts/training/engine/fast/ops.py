@@ -4,6 +4,7 @@ In the kernels, residual gradients are added on the way, and only gradients of i
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -22,18 +23,37 @@ def _kernels() -> ModuleType | None:
     return kernels
 
 
-def add_layer_norm(x: torch.Tensor, y: torch.Tensor | None, norm: torch.nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x` [..., D] and `y` alike (or None) -> their sum, and its layer norm."""
+def copier(flat: torch.Tensor, targets: Sequence[tuple[int, torch.Tensor]], scale: float) -> Callable[[], None]:
+    """A function that copies parts of `flat`, times `scale`, to `targets`: where a part begins, and a matrix, whose rows
+    need not be contiguous."""
+    if flat.is_cuda and _kernels():
+        return _kernels().block_copier(flat, targets, scale)
+
+    @torch.no_grad()
+    def copy() -> None:
+        for start, target in targets:
+            target.copy_(flat[start : start + target.numel()].view(target.shape) * scale)
+
+    return copy
+
+
+def add_layer_norm(
+    x: torch.Tensor, y: torch.Tensor | None, norm: torch.nn.LayerNorm, gap: int = 0, gap_of_gradient: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x` [..., D] and `y` alike (or None) -> their sum, and its layer norm.
+
+    On a GPU, `gap` columns are left free behind each row of the norm, and `gap_of_gradient` behind those of the sum's gradient.
+    """
     if x.is_cuda and _kernels():
-        return _AddLayerNorm.apply(x, y, norm.weight, norm.bias, norm.eps)
+        return _AddLayerNorm.apply(x, y, norm.weight, norm.bias, norm.eps, gap, gap_of_gradient)
     total = x if y is None else x + y
     return total, norm(total)
 
 
-def geglu(projected: torch.Tensor) -> torch.Tensor:
-    """[..., 2 D] -> first half * gelu(second half) (Shazeer 2020, arXiv 2002.05202, equation 6)."""
+def geglu(projected: torch.Tensor, gap: int = 0, gap_of_gradient: int = 0) -> torch.Tensor:
+    """[..., 2 D] -> first half * gelu(second half) (Shazeer 2020, arXiv 2002.05202, equation 6), with gaps as in `add_layer_norm`."""
     if projected.is_cuda and _kernels():
-        return _Geglu.apply(projected)
+        return _Geglu.apply(projected, gap, gap_of_gradient)
     value, gate = projected.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
@@ -61,9 +81,9 @@ def add_with_bias(x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor) -> torch
 
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, weight, bias, eps):
-        total, normed, mean, rstd = _kernels().layer_norm_forward(y, x, weight, bias, eps)
-        ctx.adds = y is not None
+    def forward(ctx, x, y, weight, bias, eps, gap, gap_of_gradient):
+        total, normed, mean, rstd = _kernels().layer_norm_forward(y, x, weight, bias, eps, gap)
+        ctx.adds, ctx.gap = y is not None, gap_of_gradient
         ctx.save_for_backward(total, weight, mean, rstd)
         ctx.set_materialize_grads(False)  # an output that nothing uses has the gradient None instead of a tensor of zeros
         return total.view_as(total), normed  # without y, `total` is x itself, which autograd does not allow as an output
@@ -71,24 +91,24 @@ class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_total, d_normed):
-        d_total = d_total if d_total is None else d_total.contiguous()
-        dx = _kernels().layer_norm_backward(*ctx.saved_tensors, d_normed.contiguous(), d_total)
-        return dx, dx if ctx.adds else None, None, None, None
+        dx = _kernels().layer_norm_backward(*ctx.saved_tensors, d_normed.contiguous(), d_total, ctx.gap)
+        return dx, dx if ctx.adds else None, None, None, None, None, None
 
 
 class _Geglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, projected):
+    def forward(ctx, projected, gap, gap_of_gradient):
         rows = projected.view(-1, projected.shape[-1])
         ctx.save_for_backward(rows)
-        return _kernels().geglu_forward(rows).view(*projected.shape[:-1], -1)
+        ctx.gap = gap_of_gradient
+        return _kernels().geglu_forward(rows, gap).unflatten(0, projected.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
         (rows,) = ctx.saved_tensors
-        d_projected = _kernels().geglu_backward(rows, d_out.reshape(rows.shape[0], -1))
-        return d_projected.view(*d_out.shape[:-1], -1)
+        d_projected = _kernels().geglu_backward(rows, d_out.reshape(rows.shape[0], -1).contiguous(), ctx.gap)
+        return d_projected.unflatten(0, d_out.shape[:-1]), None, None
 
 
 class _GroupNorm(torch.autograd.Function):

@@ -18,7 +18,7 @@ _ROWS_PER_PROGRAM = 256
 
 
 @triton.jit
-def _layer_norm_forward(y, x, weight, bias, total, normed, mean, rstd, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+def _layer_norm_forward(y, x, weight, bias, total, normed, mean, rstd, width, stride, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr):
     # One program per row, which fits into its registers as a whole: x is read once. Row numbers times width pass 2^31.
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)  # a power of 2, which Triton requires; what is beyond the row is masked
@@ -37,13 +37,13 @@ def _layer_norm_forward(y, x, weight, bias, total, normed, mean, rstd, width, ep
     inverse = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed + row * width + columns, centred * inverse * w + b, mask=inside)
+    tl.store(normed + row * stride + columns, centred * inverse * w + b, mask=inside)
     tl.store(mean + row, average)
     tl.store(rstd + row, inverse)
 
 
 @triton.jit
-def _layer_norm_backward(total, weight, mean, rstd, d_normed, d_total, dx, width, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+def _layer_norm_backward(total, weight, mean, rstd, d_normed, d_total, dx, width, stride_of_d_total, stride, ADDS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip # noqa: E501
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -56,23 +56,23 @@ def _layer_norm_backward(total, weight, mean, rstd, d_normed, d_total, dx, width
     result = inverse * (wdy - tl.sum(wdy, 0) / width - hat * (tl.sum(wdy * hat, 0) / width))
     if ADDS:
         # `total` is also the residual stream: its own gradient is added without a kernel of its own.
-        result += tl.load(d_total + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx + row * width + columns, result, mask=inside)
+        result += tl.load(d_total + row * stride_of_d_total + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + row * stride + columns, result, mask=inside)
 
 
 @triton.jit
-def _geglu_forward(projected, out, width, BLOCK: tl.constexpr):
+def _geglu_forward(projected, out, width, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
     # A row of `projected` holds the values and then the gates; gelu(g) = g / 2 (1 + erf(g / sqrt 2)), the exact form.
     value = tl.load(projected + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(projected + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + columns, value * gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476)), mask=inside)
+    tl.store(out + row * stride + columns, value * gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476)), mask=inside)
 
 
 @triton.jit
-def _geglu_backward(projected, d_out, d_projected, width, BLOCK: tl.constexpr):
+def _geglu_backward(projected, d_out, d_projected, width, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -82,8 +82,8 @@ def _geglu_backward(projected, d_out, d_projected, width, BLOCK: tl.constexpr):
     # gelu(g) = g Phi(g), so its slope is Phi(g) + g phi(g); 0.3989... is 1 / sqrt(2 pi), the peak of phi.
     share = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
     slope = share + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
-    tl.store(d_projected + row * 2 * width + columns, dy * gate * share, mask=inside)
-    tl.store(d_projected + row * 2 * width + width + columns, dy * value * slope, mask=inside)
+    tl.store(d_projected + row * stride + columns, dy * gate * share, mask=inside)
+    tl.store(d_projected + row * stride + width + columns, dy * value * slope, mask=inside)
 
 
 @triton.jit
@@ -209,38 +209,83 @@ def _add_with_bias(x, y, bias, out, count, channels, BLOCK: tl.constexpr):
     tl.store(out + offset, total + tl.load(bias + offset % channels, mask=inside, other=0.0).to(tl.float32), mask=inside)
 
 
-def layer_norm_forward(y, x, weight, bias, eps):
-    """`x` [..., D], `y` alike or None -> total = x + y (x itself without y), its layer norm, mean and 1 / std of each row."""
+@triton.jit
+def _copy_blocks(flat, table, scale, ELEMENT: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """One tile of a matrix per program; `table` has its place in `flat`, the matrix's address, rows, columns and stride, and the
+    tile's first row and column."""
+    entry = table + tl.program_id(0).to(tl.int64) * 7
+    start, address, rows, columns = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+    row = tl.load(entry + 5) + tl.arange(0, R)[:, None]
+    column = tl.load(entry + 6) + tl.arange(0, C)[None, :]
+    inside = (row < rows) & (column < columns)
+    value = tl.load(flat + start + row * columns + column, mask=inside, other=0.0) * scale
+    tl.store(address.to(tl.pointer_type(ELEMENT)) + row * tl.load(entry + 4) + column, value.to(ELEMENT), mask=inside)
+
+
+def empty_with_gap(like, width, gap):
+    """An empty tensor [..., width] with the dtype and the other dimensions of `like`, and `gap` unused columns behind each row."""
+    return like.new_empty(*like.shape[:-1], width + gap)[..., :width]
+
+
+def layer_norm_forward(y, x, weight, bias, eps, gap=0):
+    """`x` [..., D], `y` alike or None -> total = x + y (x itself without y), its layer norm, mean and 1 / std of each row. Behind
+    the rows of the norm is a gap."""
     width = x.shape[-1]
-    normed, total = torch.empty_like(x), x if y is None else torch.empty_like(x)
+    x, y = x.contiguous(), y if y is None else y.contiguous()
+    normed, total = empty_with_gap(x, width, gap), x if y is None else torch.empty_like(x)
     mean, rstd = (torch.empty(x.numel() // width, dtype=torch.float32, device=x.device) for _ in range(2))
-    grid, block = (mean.numel(),), triton.next_power_of_2(width)
-    _layer_norm_forward[grid](y, x, weight, bias, total, normed, mean, rstd, width, eps, y is not None, block, num_warps=4)
+    grid, block, adds = (mean.numel(),), triton.next_power_of_2(width), y is not None
+    _layer_norm_forward[grid](y, x, weight, bias, total, normed, mean, rstd, width, width + gap, eps, adds, block, num_warps=4)
     return total, normed, mean, rstd
 
 
-def layer_norm_backward(total, weight, mean, rstd, d_normed, d_total):
-    """The gradient of total: through the norm, plus `d_total` (or None)."""
-    width, dx = total.shape[-1], torch.empty_like(total)
+def layer_norm_backward(total, weight, mean, rstd, d_normed, d_total, gap=0):
+    """The gradient of total, with a gap behind its rows: through the norm, plus `d_total` (or None), which may have a gap as well."""
+    width, dx = total.shape[-1], empty_with_gap(total, total.shape[-1], gap)
     block, adds = triton.next_power_of_2(width), d_total is not None
-    _layer_norm_backward[(mean.numel(),)](total, weight, mean, rstd, d_normed, d_total, dx, width, adds, block, num_warps=4)
+    rows = d_total.reshape(-1, width) if adds else d_normed.reshape(-1, width)
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    _layer_norm_backward[(mean.numel(),)](
+        total, weight, mean, rstd, d_normed, rows, dx, width, rows.stride(0), width + gap, adds, block, num_warps=4
+    )
     return dx
 
 
-def geglu_forward(projected):
-    """`projected` [N, 2 D] -> first half * gelu(second half) [N, D]."""
+def geglu_forward(projected, gap=0):
+    """`projected` [N, 2 D] -> first half * gelu(second half) [N, D], with a gap behind its rows."""
     rows, width = projected.shape[0], projected.shape[1] // 2
-    out = projected.new_empty(rows, width)
-    _geglu_forward[(rows, triton.cdiv(width, 1024))](projected, out, width, 1024)
+    out = empty_with_gap(projected, width, gap)
+    _geglu_forward[(rows, triton.cdiv(width, 1024))](projected, out, width, width + gap, 1024)
     return out
 
 
-def geglu_backward(projected, d_out):
-    """The gradient of `projected`."""
+def geglu_backward(projected, d_out, gap=0):
+    """The gradient of `projected`, with a gap behind its rows."""
     rows, width = d_out.shape
-    d_projected = torch.empty_like(projected)
-    _geglu_backward[(rows, triton.cdiv(width, 1024))](projected, d_out, d_projected, width, 1024)
+    d_projected = empty_with_gap(projected, 2 * width, gap)
+    _geglu_backward[(rows, triton.cdiv(width, 1024))](projected, d_out, d_projected, width, 2 * width + gap, 1024)
     return d_projected
+
+
+def block_copier(flat, targets, scale):
+    """A function that copies parts of `flat`, times `scale`, to matrices by one kernel; see `ops.copier`."""
+    rank = min(min(target.shape) for _, target in targets)
+    narrow = triton.next_power_of_2(rank)
+    is_tall = targets[0][1].shape[1] == rank
+    tile = (128, narrow) if is_tall else (narrow, 128)
+    entries = []
+    for start, target in targets:
+        rows, columns = target.shape
+        for row in range(0, rows, tile[0]):
+            for column in range(0, columns, tile[1]):
+                entries.append((start, target.data_ptr(), rows, columns, target.stride(0), row, column))
+    table = torch.tensor(entries, dtype=torch.int64, device=flat.device)
+    element = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[targets[0][1].dtype]
+
+    def copy():
+        _copy_blocks[(len(entries),)](flat, table, scale, element, *tile)
+
+    return copy
 
 
 def group_norm_forward(x, plus, weight, bias, groups, eps, silu):

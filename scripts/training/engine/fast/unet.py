@@ -82,6 +82,10 @@ def _block(
         per_head = [part.unflatten(-1, (block.attn1.heads, -1)).transpose(1, 2) for part in (queries, keys, values)]
         return F.scaled_dot_product_attention(*per_head).transpose(1, 2).flatten(2)
 
+    # Behind the rows that these layers read, and behind their gradients, is a gap for the LoRA's columns.
+    gaps = {path: columns_of(groups, f"{name}.{path}") for path in paths}
+    gap_of_qkv = columns_of(groups, f"{name}.{SELF_ATTENTION}")
+
     def forward(
         x: torch.Tensor, pending: torch.Tensor | None, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,16 +93,23 @@ def _block(
 
         Each residual is added by the kernel of the layer norm that follows it, which saves a pass over `x`.
         """
-        x, normed = add_layer_norm(x, pending, block.norm1)
+        x, normed = add_layer_norm(x, pending, block.norm1, gap_of_qkv, gaps["ff.net.2"])
         parts = {}
         if qkv:
             parts = dict(zip(qkv.names, fused_lora_linear(normed, qkv).chunk(len(qkv.names), dim=-1), strict=True))
         attended = attend(*(parts[path] if path in parts else layer(normed) for path, layer in qkv_layers.items()))
-        x, normed = add_layer_norm(x, self_out(attended), block.norm2)
-        x, normed = add_layer_norm(x, cross_out(attend(cross_q(normed), keys, values)), block.norm3)
-        return x, feed_out(geglu(feed_in(normed)))
+        x, normed = add_layer_norm(x, self_out(attended), block.norm2, gaps["attn2.to_q"], gaps["attn1.to_out.0"])
+        attended = attend(cross_q(normed), keys, values)
+        x, normed = add_layer_norm(x, cross_out(attended), block.norm3, gaps["ff.net.0.proj"], gaps["attn2.to_out.0"])
+        return x, feed_out(geglu(feed_in(normed), gaps["ff.net.2"], gaps["ff.net.0.proj"]))
 
     return forward
+
+
+def columns_of(groups: Mapping[str, FusedLoraLinear], name: str) -> int:
+    """How many columns the LoRAs of a group add to a product; 0 if there is none, or rows would not begin at multiples of 16 bytes."""
+    columns = len(groups[name].down) if name in groups else 0
+    return columns if columns % 8 == 0 else 0
 
 
 def _transformer(
