@@ -51,7 +51,7 @@ def add_layer_norm(
 
 
 def geglu(projected: torch.Tensor, gap: int = 0, gap_of_gradient: int = 0) -> torch.Tensor:
-    """[..., 2 D] -> first half * gelu(second half) (Shazeer 2020, arXiv 2002.05202, equation 6), with gaps as in `add_layer_norm`."""
+    """[..., 2 D] -> first half * gelu(second half) (Shazeer 2020, arXiv 2002.05202, equation 6), gaps as in `add_layer_norm`."""
     if projected.is_cuda and _kernels():
         return _Geglu.apply(projected, gap, gap_of_gradient)
     value, gate = projected.chunk(2, dim=-1)

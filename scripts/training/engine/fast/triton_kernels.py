@@ -240,7 +240,7 @@ def layer_norm_forward(y, x, weight, bias, eps, gap=0):
 
 
 def layer_norm_backward(total, weight, mean, rstd, d_normed, d_total, gap=0):
-    """The gradient of total, with a gap behind its rows: through the norm, plus `d_total` (or None), which may have a gap as well."""
+    """The gradient of total, with a gap behind its rows: through the norm, plus `d_total` (or None), which may have one too."""
     width, dx = total.shape[-1], empty_with_gap(total, total.shape[-1], gap)
     block, adds = triton.next_power_of_2(width), d_total is not None
     rows = d_total.reshape(-1, width) if adds else d_normed.reshape(-1, width)

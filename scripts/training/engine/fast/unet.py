@@ -107,7 +107,8 @@ def _block(
 
 
 def columns_of(groups: Mapping[str, FusedLoraLinear], name: str) -> int:
-    """How many columns the LoRAs of a group add to a product; 0 if there is none, or rows would not begin at multiples of 16 bytes."""
+    """How many columns the LoRAs of a group add to a product; 0 without LoRAs, or where rows would not begin at multiples of 16
+    bytes."""
     columns = len(groups[name].down) if name in groups else 0
     return columns if columns % 8 == 0 else 0
 
