@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from common.files import read_json_lines
 from common.settings import SETTINGS_FILE
 from demo import tiny_sdxl as miniature
-from training.data.batches import Batch
+from training.engine.step import TrainStep
 
 TIMES = ("ss_training_finished_at", "modelspec.date")
 
@@ -217,13 +217,13 @@ def test_timesteps_are_drawn_from_the_whole_noise_schedule_of_the_base(stage, ti
     base = shutil.copytree(tiny_sdxl, tmp_path / "base")
     scheduler = base / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"num_train_timesteps": length}))
-    seen, to = [], Batch.to
+    seen, weighted_loss = [], TrainStep.weighted_loss
 
-    def recorded(batch, device):
+    def recorded(step, batch):
         seen.extend(batch.timesteps.tolist())
-        return to(batch, device)
+        return weighted_loss(step, batch)
 
-    monkeypatch.setattr(Batch, "to", recorded)
+    monkeypatch.setattr(TrainStep, "weighted_loss", recorded)
     for name in ("astronaut", "coffee", "chelsea"):
         stage.add(name)
     run = {"TRAIN_BATCH_SIZE": 1, "NUM_TRAIN_EPOCHS": 6, "VALIDATION_FRACTION": 0.3, "VALIDATE_EVERY_EPOCHS": 6}
