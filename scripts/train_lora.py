@@ -68,8 +68,9 @@ def main(argv: list[str]) -> None:
             import_training()
             from training.job import resolve_on_all_ranks
             from training.preflight import check
+            from training.results import print_next_steps
             from training.system.process_group import process_group
-            from training.trainer import clean_up, print_next_steps, train
+            from training.trainer import clean_up, train
 
         if request.check:
             check(project, settings, inputs_pending=request.inputs_pending)

@@ -6,7 +6,7 @@ import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,34 +17,30 @@ from tqdm import tqdm
 from common.background import in_background, prefetch
 from common.dataset_layout import DatasetFolder
 from common.errors import Interruption, ModelError, ResourceError, StopRequest, interruption_for
-from common.files import atomic_write, write_bytes, write_json
+from common.files import write_bytes
 from common.settings import resolved_toml
-from common.weights import copy_with_metadata, read_header
 from training.callbacks.checkpoint import CheckpointWriter, keep_one, remove_incomplete, restore
 from training.callbacks.history import recorded_history
 from training.callbacks.metrics import open_metrics
-from training.callbacks.recommendation import Recommendation, choose
 from training.callbacks.renderer import Renderer
 from training.callbacks.report_page import report_page
 from training.callbacks.sample_likeness import SampleLikeness
 from training.callbacks.sample_record import SampleRecord
-from training.callbacks.samples import SampleImages, saves_of, texts_of
+from training.callbacks.samples import SampleImages, texts_of
 from training.callbacks.validation import Validator
 from training.data.batches import Batch, BatchReader
-from training.data.buckets import OptimizerStep
 from training.data.cache import CacheBuilder, CachedExample
 from training.engine import prepare_unet, warm_up
 from training.engine.step import StepResult, TrainStep
-from training.job import TrainingJob, lora_metadata
-from training.loop import Callback, Progress, RunSchedule, run_steps, smoothed
+from training.job import TrainingJob
+from training.loop import Callback, Progress, RunSchedule, run_steps
 from training.memory_budget import suggest_settings
-from training.method.adapters import Adapter, LoraModule, inject
-from training.method.comfyui_workflow import comfyui_workflow
+from training.method.adapters import Adapter, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
-from training.method.export import write_lora
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
 from training.models.weights import load_unet, load_vae, require_finite_weights
 from training.plan import short_hash
+from training.results import LoraSaver, report_results, write_results
 from training.system.device import MemoryGuard, available_bytes, limit_gpu_memory, make_deterministic, memory_guard
 from training.system.process_group import ProcessGroup
 from training.system.processes import WorkerProcess
@@ -354,93 +350,3 @@ def sample_images(
     names = job.base.name, job.project.trigger_word
     record = SampleRecord(job.samples, job.outputs, job.identity.fingerprint, *names, likeness)
     return SampleImages(job.samples, renderer, job.outputs, schedule, record, likeness, group, stop, trackers)
-
-
-@dataclass(frozen=True)
-class LoraSaver(Callback):
-    """Writes the LoRA files of a run on its way."""
-
-    job: TrainingJob
-    modules: list[LoraModule]
-    schedule: RunSchedule
-
-    def after_epoch(self, step: OptimizerStep, epochs: int, progress: Progress) -> tuple[Progress, str]:
-        if self.schedule.saves_lora_between(step.epoch, epochs):
-            save_lora(self.job, self.modules, self.job.outputs.lora_after(epochs), epochs)
-        return progress, ""
-
-
-def save_lora(job: TrainingJob, modules: list[LoraModule], path: Path, epochs: int, **more_metadata: str) -> None:
-    """Write the LoRA as it is after `epochs` epochs."""
-    write_lora(path, modules, job.settings.lora.alpha, lora_metadata(job, epochs) | more_metadata)
-
-
-def write_results(
-    job: TrainingJob, modules: list[LoraModule], schedule: RunSchedule, progress: Progress, samples: SampleImages | None
-) -> None:
-    """Write the LoRA, and before it the one with the lowest validation loss, the recommended one, and a workflow with that. LoRA
-    files are read back and verified."""
-    outputs, epochs = job.outputs, schedule.epochs_complete(progress.next_step)
-    if progress.next_step < len(schedule.order):
-        patience = schedule.validation.early_stop_patience
-        print(f"stopping early after {epochs} epochs: {patience} validations in a row did not lower the validation loss")
-    if progress.validations:
-        write_best(job, modules, progress, epochs)
-    recommended = samples.recommendation if samples else None
-    if recommended is None:
-        save, reason = choose(saves_of(outputs, modules, progress, epochs), "there are no sample images of all LoRAs")
-        recommended = Recommendation(save.file, save.epochs, 1.0, reason)
-        if samples:
-            samples.record.write(recommended)
-    if recommended.epochs == epochs:
-        save_lora(job, modules, outputs.recommended, epochs, **recommended.metadata)
-    else:
-        copy_with_metadata(outputs.lora_after(recommended.epochs), outputs.recommended, recommended.metadata)
-    write_json(outputs.workflow, workflow_of(job, recommended.strength))
-    print(f"recommended: {recommended.file} at strength {recommended.strength:g}. {recommended.reason}")
-    save_lora(job, modules, outputs.lora, epochs)
-
-
-def workflow_of(job: TrainingJob, strength: float) -> dict[str, dict]:
-    """A workflow for ComfyUI with the recommended LoRA."""
-    samples, trigger = job.settings.samples, job.project.trigger_word
-    how = min(1024, job.settings.data.resolution) // 64 * 64, samples.sample_guidance, samples.sample_seed
-    names = job.outputs.recommended.name, strength, job.base.name, job.plan.schedule
-    return comfyui_workflow(*names, trigger, job.outputs.name, *how)
-
-
-def write_best(job: TrainingJob, modules: list[LoraModule], progress: Progress, last: int) -> None:
-    """Report the LoRA with the lowest smoothed validation loss among those that were saved, and write it once more. `last` is
-    the number of epochs of the one that is in memory."""
-    outputs, losses = job.outputs, smoothed(progress.validations)
-    best = min((epochs for epochs in losses if epochs == last or outputs.lora_after(epochs).exists()), key=losses.get)
-    if best == last:
-        save_lora(job, modules, outputs.best, last)
-    else:
-        with atomic_write(outputs.best) as temporary:
-            shutil.copyfile(outputs.lora_after(best), temporary)
-    print(f"best validation loss {losses[best]:.4f} (smoothed) at epoch {best}: {outputs.best}")
-
-
-def report_results(job: TrainingJob, modules: int) -> None:
-    if job.precision.device.type == "cuda":
-        print(f"peak GPU memory {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
-    path = job.outputs.lora
-    size = path.stat().st_size / 2**20
-    print(f"{path}: {size:.1f} MiB, {modules} modules, all known to ComfyUI")
-    print_next_steps(job)
-
-
-def print_next_steps(job: TrainingJob) -> None:
-    """What to do with the LoRA, and last what keeps it from being good."""
-    outputs, trigger = job.outputs, job.project.trigger_word
-    load = f"load {outputs.lora.name} in ComfyUI beside an SDXL checkpoint, with {trigger!r} in the prompt"
-    with contextlib.suppress(ModelError, OSError, KeyError):  # earlier versions recommended none
-        strength = read_header(outputs.recommended).metadata["loracat_recommended_strength"]
-        load = (
-            f"copy {outputs.recommended} to ComfyUI's models/loras and drag {outputs.workflow.name} into its window, or load it "
-            f"beside an SDXL checkpoint at strength {strength}, with {trigger!r} in the prompt"
-        )
-    print(f"next: {load}; the whole run is on one page, {outputs.report}")
-    for warning in job.plan.warnings():
-        print(warning)

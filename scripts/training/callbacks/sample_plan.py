@@ -67,8 +67,7 @@ def plan_samples(
     samples = settings.samples
     captions = [example.caption for example in plan.examples]
     prompts = sample_prompts(samples, trigger, captions) if samples.samples else []
-    most = min(SIZE_PX, settings.data.resolution) // SIDE_STEP_PX * SIDE_STEP_PX or SIDE_STEP_PX
-    first = _Choice(STEPS, most, settings.saving.save_every_epochs)
+    first = _Choice(STEPS, largest_size(settings.data.resolution), settings.saving.save_every_epochs)
     fixed = {}
     for name, key in (("steps", "sample_steps"), ("size", "sample_size"), ("every", "sample_every_epochs")):
         value = getattr(samples, key)
@@ -86,6 +85,11 @@ def plan_samples(
         return SamplePlan((), 0, False, f"sample images: none ({problem})"), resolved
     filled = tuple(_filled(prompt, number, choice, samples) for number, prompt in enumerate(prompts))
     return SamplePlan(filled, choice.every, tiled, _announcement(choice, replace(first, **fixed), filled, settings, plan)), resolved
+
+
+def largest_size(resolution: int) -> int:
+    """Pixels of a side: SIZE_PX, or less where training has a lower resolution."""
+    return min(SIZE_PX, resolution) // SIDE_STEP_PX * SIDE_STEP_PX or SIDE_STEP_PX
 
 
 def _filled(prompt: SamplePrompt, number: int, choice: _Choice, samples: SampleSettings) -> SamplePrompt:
