@@ -60,9 +60,9 @@ def main() -> None:
             renderer = Renderer(step, Schedule(), {"": path}, vae, tiled=False)
             prompt = SamplePrompt("", "trigger", width=side, height=side, steps=STEPS, seed=1, guidance=6.0)
             begun = time.perf_counter()
-            renderer(prompt)
+            renderer.decoded(renderer.latents(prompt))
             first = time.perf_counter() - begun
-            image = seconds(lambda renderer=renderer, prompt=prompt: renderer(prompt))
+            image = seconds(lambda renderer=renderer, prompt=prompt: renderer.decoded(renderer.latents(prompt)))
             bare = STEPS * of_unet + of_vae
             print(
                 f"{side} px: UNet {1e3 * of_unet:.1f} ms for 2, VAE {1e3 * of_vae:.0f} ms, bare image {bare:.3f} s, "

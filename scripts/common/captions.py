@@ -115,6 +115,12 @@ def has_trigger(text: str, trigger: str) -> bool:
     return bool(_pattern(trigger).search(unicodedata.normalize("NFC", text)))
 
 
+def asks_for_subject(kind: str, text: str, trigger: str) -> bool:
+    """Whether a sample prompt of this kind (SamplePrompt.kind) asks for the subject: one of the user's does if it contains the
+    trigger word."""
+    return has_trigger(text, trigger) if kind == "user" else kind != "class"
+
+
 def leads_with_trigger(text: str, trigger: str) -> bool:
     """Whether the trigger word, in the sense of `has_trigger`, is the first word of the text; brackets may precede it."""
     found = _pattern(trigger).search(unicodedata.normalize("NFC", text))

@@ -7,14 +7,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common.captions import has_trigger
+from common.captions import asks_for_subject
 from common.output_layout import OutputLayout
 from reporting.records import Records, as_number, as_object
 from reporting.thumbnails import Thumbnails
 
 SIZE_PX = 320
-CLASS = "class"
-"""The kind of prompt that does not show the person."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +91,18 @@ def read_samples(outputs: OutputLayout, trigger: str, records: Records, files_li
     with records.reading(outputs.samples_record), Thumbnails(outputs.cache / "thumbnails") as thumbnails:
         prompts = [as_object(prompt) for prompt in record["prompts"]]
         texts = [str(prompt["text"]) for prompt in prompts]
-        shows_person = [_shows_person(prompt, trigger) for prompt in prompts]
+        shows_person = [asks_for_subject(str(prompt.get("kind")), str(prompt["text"]), trigger) for prompt in prompts]
         advice = as_object(record.get("recommended"))
         file, strength = str(advice.get("file") or ""), as_number(advice.get("strength")) or 1.0
 
+        # The images of the recommended LoRA are in two rows.
+        listed = [*record["rows"], *(record.get("strengths") or ())]
+        paths = dict.fromkeys(_path(name, outputs) for content in listed for name in content["images"])
+        present = [path for path in paths if path.is_file()]
+        thumbnail_of = dict(zip(present, thumbnails.of_all(present, SIZE_PX), strict=True))
+
         def row(content: Mapping[str, Any], label: str, is_recommended: bool) -> SampleRow:
-            images = tuple(_images(content, outputs, thumbnails))
+            images = tuple(_images(content, outputs, thumbnail_of))
             shown = [image.likeness for image, counts in zip(images, shows_person, strict=False) if counts]
             known = [likeness for likeness in shown if likeness is not None]
             step = as_number(content.get("step")) or 0.0
@@ -133,19 +137,18 @@ def _with_seed(prompt: Mapping[str, Any], texts: Sequence[str]) -> str:
     return f"{text} (seed {seed})" if texts.count(text) > 1 and seed is not None else text
 
 
-def _shows_person(prompt: Mapping[str, Any], trigger: str) -> bool:
-    return prompt.get("kind") != CLASS and (prompt.get("kind") != "user" or has_trigger(str(prompt["text"]), trigger))
+def _path(name: Any, outputs: OutputLayout) -> Path:
+    return outputs.samples / (Path(str(name)).name if name else "missing")
 
 
-def _images(content: Mapping[str, Any], outputs: OutputLayout, thumbnails: Thumbnails) -> list[SampleImage]:
+def _images(content: Mapping[str, Any], outputs: OutputLayout, thumbnails: Mapping[Path, str]) -> list[SampleImage]:
     """The images of a row. Scores may be missing, in part or all of them."""
     names = content["images"]
     images = []
     scores, reasons = (content.get(key) or [] for key in ("likeness", "unscored"))
     for name, score, why in list(zip_longest(names, scores, reasons))[: len(names)]:
-        path = outputs.samples / (Path(str(name)).name if name else "missing")
-        link = path.relative_to(outputs.report.parent).as_posix() if path.is_file() else ""
+        path = _path(name, outputs)
+        link = path.relative_to(outputs.report.parent).as_posix() if path in thumbnails else ""
         likeness = as_number(score)
-        thumbnail = thumbnails.of(path, SIZE_PX) if link else ""
-        images.append(SampleImage(thumbnail, link, likeness, "" if likeness is not None else str(why or "")))
+        images.append(SampleImage(thumbnails.get(path, ""), link, likeness, "" if likeness is not None else str(why or "")))
     return images

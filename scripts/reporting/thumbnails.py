@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from common.background import prefetch
@@ -24,10 +25,10 @@ class Thumbnails:
         self._folder = folder
         self._used: set[str] = set()
 
-    def of_all(self, paths: Iterable[Path]) -> Iterator[str]:
+    def of_all(self, paths: Iterable[Path], size_px: int = SIZE_PX) -> Iterator[str]:
         """The same of many images, in the order of `paths`, on every core."""
         cores = len(os.sched_getaffinity(0))
-        return prefetch(self.of, paths, workers=0 if cores == 1 else min(cores, _MAX_WORKERS))
+        return prefetch(partial(self.of, size_px=size_px), paths, workers=0 if cores == 1 else min(cores, _MAX_WORKERS))
 
     def of(self, path: Path, size_px: int = SIZE_PX) -> str:
         """A data URI of the image at `path`, at most `size_px` wide and high; "" if it cannot be read."""

@@ -55,11 +55,6 @@ class Renderer:
             vae.enable_tiling()
             vae.tile_sample_min_size, vae.tile_latent_min_size = TILE_PX, TILE_PX // 8
 
-    def __call__(self, prompt: SamplePrompt, stops: Callable[[], bool] = lambda: False) -> Image.Image | None:
-        """An image; None if `stops` returns true before it is complete. Raises FloatingPointError for NaN and infinity."""
-        latents = self.latents(prompt, stops)
-        return None if latents is None else self.decoded(latents)
-
     @torch.no_grad()
     def latents(self, prompt: SamplePrompt, stops: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
         """[1, 4, h, w] fp32: the latents of an image; None if `stops` returns true before they are complete.
@@ -88,7 +83,7 @@ class Renderer:
     @torch.no_grad()
     def decoded(self, latents: torch.Tensor) -> Image.Image:
         """The image of latents [1, 4, h, w]. The VAE computes in fp32: SDXL's overflows in fp16. A copy of it stays on the GPU
-        until `release`."""
+        until `release`. Raises FloatingPointError for NaN and infinity."""
         if self._decoder is None:
             is_cuda = latents.device.type == "cuda"
             self._decoder = copy.deepcopy(self._vae).to(latents.device) if is_cuda else self._vae

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from common.captions import has_trigger
+from common.captions import asks_for_subject
 from common.files import atomic_write, parse_json, read_file, write_json
 from common.images import DECODER_ERRORS
 from common.output_layout import OutputLayout
@@ -70,9 +70,9 @@ class SampleRecord:
         likeness: SampleLikeness,
     ):
         self._plan, self._outputs, self._base, self._likeness = plan, outputs, base, likeness
-        numbers = range(len(plan.prompts))
-        self._with_trigger = [number for number in numbers if _has_trigger(plan.prompts[number], trigger)]
-        self._without_trigger = [number for number in numbers if number not in self._with_trigger]
+        asks = [asks_for_subject(prompt.kind, prompt.text, trigger) for prompt in plan.prompts]
+        self._with_trigger = [number for number, does in enumerate(asks) if does]
+        self._without_trigger = [number for number, does in enumerate(asks) if not does]
         # A run that is extended has the same weights as long as its length does not change the learning rate.
         own = {EARLY_STOP, EPOCHS} if fingerprint.get("lr_scheduler") == "constant" else {EARLY_STOP}
         self._run = {name: value for name, value in fingerprint.items() if name not in own}
@@ -229,10 +229,6 @@ class SampleRecord:
             "likeness": [score for score, _ in scores],
             "unscored": [why for _, why in scores],
         }
-
-
-def _has_trigger(prompt: SamplePrompt, trigger: str) -> bool:
-    return has_trigger(prompt.text, trigger) if prompt.kind == "user" else prompt.kind != "class"
 
 
 def generation_parameters(prompt: SamplePrompt, base: str, lora: str | None, strength: float = 1.0) -> str:

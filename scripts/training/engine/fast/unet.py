@@ -83,8 +83,7 @@ def _block(
         return F.scaled_dot_product_attention(*per_head).transpose(1, 2).flatten(2)
 
     # Behind the rows that these layers read, and behind their gradients, is a gap for the LoRA's columns.
-    gaps = {path: columns_of(groups, f"{name}.{path}") for path in paths}
-    gap_of_qkv = columns_of(groups, f"{name}.{SELF_ATTENTION}")
+    gaps = {path: _columns(groups, f"{name}.{path}") for path in (SELF_ATTENTION, *paths)}
 
     def forward(
         x: torch.Tensor, pending: torch.Tensor | None, keys: torch.Tensor, values: torch.Tensor
@@ -93,7 +92,7 @@ def _block(
 
         Each residual is added by the kernel of the layer norm that follows it, which saves a pass over `x`.
         """
-        x, normed = add_layer_norm(x, pending, block.norm1, gap_of_qkv, gaps["ff.net.2"])
+        x, normed = add_layer_norm(x, pending, block.norm1, gaps[SELF_ATTENTION], gaps["ff.net.2"])
         parts = {}
         if qkv:
             parts = dict(zip(qkv.names, fused_lora_linear(normed, qkv).chunk(len(qkv.names), dim=-1), strict=True))
@@ -106,7 +105,7 @@ def _block(
     return forward
 
 
-def columns_of(groups: Mapping[str, FusedLoraLinear], name: str) -> int:
+def _columns(groups: Mapping[str, FusedLoraLinear], name: str) -> int:
     """How many columns the LoRAs of a group add to a product; 0 without LoRAs, or where rows would not begin at multiples of 16
     bytes."""
     columns = len(groups[name].down) if name in groups else 0
