@@ -302,9 +302,11 @@ def test_websocket_sends_the_same_messages_in_the_same_order(standin):
     requests.post(f"{standin.url}/prompt", json={"prompt": before}, timeout=10)
     wait_until_idle(standin.url)
     for exchange in exchanges:
-        listener = websocket.create_connection(f"ws{standin.url[4:]}/ws?clientId=owner", timeout=10, suppress_origin=True)
+        # An id of its own for each: the server may forget the id of a closed websocket only after the next one has opened.
+        owner = exchange["name"]
+        listener = websocket.create_connection(f"ws{standin.url[4:]}/ws?clientId={owner}", timeout=60, suppress_origin=True)
         messages = [json.loads(listener.recv())]
-        body = {"prompt": exchange["prompt"], "client_id": "owner"}
+        body = {"prompt": exchange["prompt"], "client_id": owner}
         assert requests.post(f"{standin.url}/prompt", json=body, timeout=10).status_code == 200
         while messages[-1]["type"] != "executing" or messages[-1]["data"]["node"] is not None:
             messages.append(json.loads(listener.recv()))
