@@ -117,13 +117,17 @@ def _attention(original: str, diffusers: str, width: int, depth: int) -> Iterato
 
 
 def table() -> str:
-    """The content of the file: the linear layers of the UNet's attention modules and of both text encoders."""
+    """The content of the file: the linear layers of the UNet's attention modules, the 3x3 convolutions of its ResNets and samplers,
+    and the linear layers of both text encoders."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for layer in unet_layers():
         if ".attentions." in layer.diffusers:
             writer.writerow(("unet", layer.kohya, layer.diffusers, layer.inputs, layer.outputs))
+    for layer in unet_layers():
+        if layer.diffusers.endswith((".conv1", ".conv2", "samplers.0.conv")):
+            writer.writerow(("unet_conv", layer.kohya, layer.diffusers, layer.inputs, layer.outputs))
     for part, (layers, width) in TEXT_ENCODERS.items():
         for index in range(layers):
             prefix = f"lora_{part}_text_model_encoder_layers_{index}"
