@@ -39,6 +39,10 @@ class DataSettings(SharedDataSettings):
     dataloader_num_workers: int = setting(4, at_least=0, at_most=64, role="runtime")
     skip_flagged: bool = setting(False, role="runtime")
     """Leave out the images that the caption stage's audit flagged."""
+    mask_weight: float = setting(0.1, at_least=0, at_most=1, role="result", before=0.1)
+    """Of the areas outside an image's mask in the loss."""
+    alpha: Literal["white", "mask"] = setting("white", role="result", before="white")
+    """"mask": the transparency of an image without a mask is its mask."""
 
     def validate(self) -> Iterator[str]:
         if self.resolution % self.bucket_step or self.bucket_step % 8:

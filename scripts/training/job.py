@@ -70,10 +70,11 @@ def resolve_on_all_ranks(
     if group.is_main_process:
         return job
     if group.local_rank == 0:
-        expected = sorted(example.sha256 for example in [*job.plan.examples, *job.plan.held_out])
+        expected = sorted((example.sha256, example.mask_key) for example in [*job.plan.examples, *job.plan.held_out])
         examples, _ = read_images(project, settings.data)
-        if sorted(example.sha256 for example in examples) != expected:
-            raise DataError(f"{project.dataset_dir}: the images differ from those of the main machine; copy its folder here")
+        if sorted((example.sha256, example.mask_key) for example in examples) != expected:
+            what = "the images or their masks differ from those of the main machine"
+            raise DataError(f"{project.dataset_dir}: {what}; copy its folder here")
     return replace(job, precision=choose_precision(job.settings.model.mixed_precision, group.gpu))
 
 

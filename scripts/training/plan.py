@@ -144,8 +144,8 @@ def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base
     `train` has every "auto" resolved. A setting that is newer than the first version is left out where it has the value that
     older versions used (`before`), so that a new setting changes no fingerprint.
     """
-    trained = [[example.sha256, example.caption, example.repeats] for example in plan.examples]
-    held_out = [[example.sha256, example.caption] for example in plan.held_out]
+    trained = [[example.sha256, example.caption, example.repeats, *_newer(example)] for example in plan.examples]
+    held_out = [[example.sha256, example.caption, *_newer(example)] for example in plan.held_out]
     settings = {recorded_name(key): value for key, value in settings_of(train, "result") if value != key.metadata["before"]}
     return {
         **settings,
@@ -158,6 +158,11 @@ def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base
         GLOBAL_BATCH: plan.global_batch,
         WARMUP_STEPS: plan.warmup_steps,
     }
+
+
+def _newer(example: Example) -> list[Any]:
+    """What the first versions did not know of an example and its result depends on; [] where it has none of it."""
+    return [[example.mask_key, example.mask_weight]] if example.mask else []
 
 
 def runtime_settings(train: TrainSettings, world_size: int = 1) -> dict[str, Any]:

@@ -165,7 +165,8 @@ def test_other_images_captions_and_models_are_another_run():
     assert fingerprint_of(plan_of(), trigger="person") != same
     assert fingerprint_of(plan_of(), digests=("other", "vae")) != same
     assert fingerprint_of(plan_of(24)) != same
-    for changed in ({"caption": "sks"}, {"repeats": 2}, {"sha256": "0" * 63 + "f"}):
+    masked = {"mask": Path("mask.png"), "mask_key": "a"}
+    for changed in ({"caption": "sks"}, {"repeats": 2}, {"sha256": "0" * 63 + "f"}, masked, masked | {"mask_weight": 0.3}):
         examples = [example(number) for number in range(25)]
         examples[24] = replace(examples[24], **changed)
         assert fingerprint_of(make_plan(examples, with_changes(), PLAIN)) != same
@@ -183,7 +184,12 @@ def test_fingerprint_and_runtime_settings_hold_every_setting_once():
     """A setting that is in neither would continue another run without a word; base_model and validation_fraction count by
     what they name: the weights, and the images that are held out."""
     plan = plan_of()
-    newer = {"lora": {"lora_type": "dora"}, "objective": {"loss": "l1"}, "optimizer": {"optimizer": "prodigy"}}
+    newer = {
+        "lora": {"lora_type": "dora"},
+        "data": {"mask_weight": 0.2, "alpha": "mask"},
+        "objective": {"loss": "l1"},
+        "optimizer": {"optimizer": "prodigy"},
+    }
     in_result = result_fingerprint(plan, resolved(plan, **newer), "sks", ("unet",)).keys()
     in_runtime = runtime_settings(with_changes()).keys()
     settings = {key.name for key in all_keys(TrainSettings) if not key.metadata["secret"]}
