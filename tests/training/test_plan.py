@@ -185,6 +185,7 @@ def test_fingerprint_and_runtime_settings_hold_every_setting_once():
     what they name: the weights, and the images that are held out."""
     plan = plan_of()
     newer = {
+        "model": {"base_quantization": "int8"},
         "lora": {"lora_type": "dora"},
         "data": {"mask_weight": 0.2, "alpha": "mask"},
         "objective": {"loss": "l1"},
