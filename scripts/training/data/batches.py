@@ -100,6 +100,8 @@ class BatchReader:
     def sample(self, example: CachedExample, position: int) -> Sample:
         """The sample that `example` gives at `position` of the run, as every field of Batch but `weights`, and without `mask` if
         the run has none."""
+        if example.mirrored and is_mirrored(self.seed, position):
+            example = example.mirrored
         mean, log_variance = read_latents(example.latents)
         variant, drawn = draw(self.seed, position, tuple(mean.shape), example.variants, self.caption_dropout, self.timesteps)
         file = example.empty_caption if variant is None else example.embeddings
@@ -130,7 +132,7 @@ def draw(
     """Everything random about the sample at `position` (optimizer step x global batch + slot) with latents of `latent_shape`
     (C, h, w), for a noise schedule of `timesteps`: which of the caption's `variants` it has (None: the empty caption), and the
     fields of Batch that are drawn."""
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, position, 0]))
+    generator = _generator(seed, position, 0)
 
     # The order of the draws is part of the result: a new one goes to the end.
     timestep = int(generator.integers(timesteps))
@@ -140,3 +142,13 @@ def draw(
     for name, shape in (("offset", (latent_shape[0], 1, 1)), ("latent_noise", latent_shape), ("noise", latent_shape)):
         sample[name] = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
     return None if is_dropped else variant, sample
+
+
+def is_mirrored(seed: int, position: int) -> bool:
+    """Whether the sample at `position` is the mirror image, where a run has them: half of all samples are."""
+    return bool(_generator(seed, position, 1).random() < 0.5)
+
+
+def _generator(seed: int, position: int, purpose: int) -> np.random.Generator:
+    """The random numbers of a sample; those for one `purpose` do not depend on how many are drawn for another."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, position, purpose]))

@@ -52,6 +52,10 @@ class Example:
     """Of the file's bytes."""
     revision: str = ""
     """See `DecodedImage.revision`."""
+    resolutions: tuple[int, ...] = ()
+    """Those that it is trained at, in pixels; empty: as the settings say. In a plan, an example has one."""
+    is_mirrored: bool = False
+    """It is the mirror image of what the file holds."""
     mask: Path | None = None
     """The file that says which areas count; the image itself: its transparency says it."""
     mask_key: str = ""
@@ -78,7 +82,7 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[
     dataset = DatasetFolder(project.dataset_dir)
     selection = select_images(dataset)
     print(selection.notes(), end="")
-    flagged = flagged_images(dataset, settings.resolution) if settings.skip_flagged else {}
+    flagged = flagged_images(dataset, settings.resolutions[-1]) if settings.skip_flagged else {}
     flagged = {name: flaws for name, flaws in flagged.items() if name not in selection.excluded}
     if flagged:
         print(f"skipping flagged images: {abbreviated([f'{name} ({flaws})' for name, flaws in flagged.items()])}")
@@ -188,7 +192,8 @@ def _read(image: ImageFile, folder: Path, owner: ImageFile, alpha_is_mask: bool)
     if caption is None:
         return unusable
     sha256 = sha256_of(image.path)
-    return Example(image.path, name, caption, width, height, image.repeats, sha256, decoded.revision, mask, mask_key)
+    how = {"mask": mask, "mask_key": mask_key}
+    return Example(image.path, name, caption, width, height, image.repeats, sha256, decoded.revision, **how)
 
 
 def _find_mask(image: ImageFile, decoded: DecodedImage, folder: Path, *, alpha_is_mask: bool) -> tuple[Path | None, str]:
