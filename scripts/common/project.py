@@ -23,6 +23,8 @@ class ProjectSettings:
     models_dir: Path = setting(Path("models"))
     face_model: Literal["dlib", "sface", "off"] = setting("dlib")
     """Recognises the person, to measure how much each image looks like her; see common/faces.py."""
+    preset: str = setting("")
+    """Name of a file in config/presets, without suffix, whose values are used where nothing else is set."""
 
     def validate(self) -> Iterator[str]:
         word = self.trigger_word
@@ -68,10 +70,15 @@ class SharedModelSettings:
 class SharedDataSettings:
     """The part of `[train.data]` that captioning reads: what training makes of an image and of a caption."""
 
-    resolution: int = setting(1024, at_least=64, at_most=4096, role="result")
-    """Pixels: a bucket's area is at most `resolution` squared."""
+    resolution: int | tuple[int, ...] = setting(1024, at_least=64, at_most=4096, role="result")
+    """Pixels: a bucket's area is at most `resolution` squared. Of several, each image is trained at each."""
     caption_chunks: int = setting(3, at_least=1, at_most=8, role="result")
     """Chunks of 75 tokens that a caption may fill at most."""
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """Each value of `resolution` once, the largest first."""
+        return tuple(sorted({self.resolution} if isinstance(self.resolution, int) else {*self.resolution}, reverse=True))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ class ModelSettings(SharedModelSettings):
     zero_terminal_snr: OnOffAuto = setting("auto", role="result")
     mixed_precision: Literal["bf16", "fp16", "no"] = setting("bf16", role="result")
     gradient_checkpointing: OnOffAuto = setting("auto", role="runtime")
+    base_quantization: Literal["none", "int8", "auto"] = setting("none", role="result", before="none")
+    """"int8" holds the frozen weights of the UNet in 8 bits; "auto": only where one image would not fit otherwise."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,17 @@ class DataSettings(SharedDataSettings):
     dataloader_num_workers: int = setting(4, at_least=0, at_most=64, role="runtime")
     skip_flagged: bool = setting(False, role="runtime")
     """Leave out the images that the caption stage's audit flagged."""
+    flip: bool = setting(False, role="result", before=False)
+    """Half of the samples see the mirror image."""
+    mask_weight: float = setting(0.1, at_least=0, at_most=1, role="result", before=0.1)
+    """Of the areas outside an image's mask in the loss."""
+    alpha: Literal["white", "mask"] = setting("white", role="result", before="white")
+    """"mask": the transparency of an image without a mask is its mask."""
 
     def validate(self) -> Iterator[str]:
-        if self.resolution % self.bucket_step or self.bucket_step % 8:
+        if any(each % self.bucket_step for each in self.resolutions) or self.bucket_step % 8:
             yield "resolution must be a multiple of bucket_step, and bucket_step of 8"
-        if self.bucket_max_side < self.resolution:
+        if self.bucket_max_side < self.resolutions[0]:
             yield "bucket_max_side must not be smaller than resolution"
 
 
@@ -286,3 +294,5 @@ class TrainSettings:
         unsupported = unsupported_by_fast_engine(self.lora)
         if self.run.engine == "fast" and unsupported:
             yield f"ENGINE=fast: {unsupported}; set ENGINE=auto"
+        if self.lora.lora_type == "dora" and self.model.base_quantization != "none":
+            yield "LORA_TYPE=dora reads the weights of the base model as they are: set BASE_QUANTIZATION=none"

@@ -37,7 +37,7 @@ def prepare_unet(
 
     Returns what TrainStep calls as `sync_compute_weights`.
     """
-    for weight in unet.parameters():
+    for weight in [*unet.parameters(), *unet.buffers()]:
         if weight.dim() == 4 and not weight.requires_grad:  # the adapter's are views of its flat weights, and must remain so
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     if gradient_checkpointing:
@@ -49,4 +49,6 @@ def prepare_unet(
 
     groups, sync_compute_weights = fuse(adapter)
     install_fast_forwards(unet, groups)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the separate weights occupied is too small for the joined ones
     return sync_compute_weights

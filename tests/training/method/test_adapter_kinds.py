@@ -221,9 +221,10 @@ def test_the_number_of_weights_is_known_without_the_network(base, kind):
 def shapes_of_sdxl() -> dict[str, tuple[int, ...]]:
     """The layers that ComfyUI's list has of the UNet, with their sizes."""
     with COMFYUI_MODULES.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["diffusers_module"]]
-    kernels = {"unet": (), "unet_conv": (3, 3)}
-    return {row["diffusers_module"]: (int(row["out_features"]), int(row["in_features"]), *kernels[row["part"]]) for row in rows}
+        rows = [row for row in csv.DictReader(file) if row["part"] == "unet"]
+    kernels = {"conv1": (3, 3), "conv2": (3, 3), "conv": (3, 3), "conv_shortcut": (1, 1), "conv_in": (3, 3), "conv_out": (3, 3)}
+    sizes = {row["diffusers_module"]: (int(row["out_features"]), int(row["in_features"])) for row in rows}
+    return {name: (*size, *kernels.get(name.rpartition(".")[2], ())) for name, size in sizes.items()}
 
 
 def ranks(**settings) -> dict[str, tuple[int, float]]:
