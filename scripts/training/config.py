@@ -73,11 +73,29 @@ class LoraSettings:
 class ObjectiveSettings:
     """`[train.objective]`: what is minimised."""
 
-    loss: Literal["mse", "huber", "l1"] = setting("mse", role="result", before="mse")
+    loss: Literal["mse", "huber", "huber_snr", "l1"] = setting("mse", role="result", before="mse")
+    """"huber_snr": Huber's threshold falls as noise rises."""
+    loss_weighting: Literal["min_snr", "debiased", "none"] = setting("min_snr", role="result", before="min_snr")
+    """How much each noise level counts."""
     min_snr_gamma: float | Literal["auto"] = setting("auto", at_least=0, role="result")
     """0 is off; "auto": 5, off for v-prediction and zero-terminal-SNR bases."""
     noise_offset: float | Literal["auto"] = setting("auto", at_least=0, at_most=1, role="result")
     """0 is off; "auto": 0.0357, off for v-prediction and zero-terminal-SNR bases."""
+    timestep_min: int = setting(0, at_least=0, at_most=9999, role="result", before=0)
+    """The first timestep that is trained; high ones are noisy."""
+    timestep_max: int = setting(0, at_least=0, at_most=10000, role="result", before=0)
+    """Timesteps below this are trained; 0: up to the last one."""
+    timestep_sampling: Literal["uniform", "logit_normal"] = setting("uniform", role="result", before="uniform")
+    """How often each timestep is drawn."""
+    timestep_shift: float = setting(1.0, at_least=0.01, at_most=100, role="result", before=1.0)
+    """Above 1, noisy timesteps are drawn more often; below 1, less often."""
+
+    def validate(self) -> Iterator[str]:
+        if self.loss_weighting != "min_snr" and self.min_snr_gamma not in ("auto", 0):
+            remedy = "set MIN_SNR_GAMMA=auto, or LOSS_WEIGHTING=min_snr"
+            yield f"min_snr_gamma: {self.min_snr_gamma:g} has no effect with LOSS_WEIGHTING={self.loss_weighting}; {remedy}"
+        if 0 < self.timestep_max <= self.timestep_min:
+            yield f"timestep_max: {self.timestep_max} must be above timestep_min, which is {self.timestep_min}; 0 is no limit"
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from training.job import TrainingJob
 from training.loop import Callback, Progress, RunSchedule, run_steps
 from training.memory_budget import suggest_settings
 from training.method.adapters import Adapter, inject
-from training.method.diffusion import LossConfig, alphas_cumprod
+from training.method.diffusion import LossConfig, alphas_cumprod, timestep_quantiles
 from training.method.optimizers import OPTIMIZERS, learning_rate_at
 from training.models.weights import load_unet, load_vae, require_finite_weights
 from training.plan import short_hash
@@ -68,6 +68,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             global_batch=job.plan.global_batch,
             timesteps=job.plan.schedule.timesteps,
             pin=job.precision.device.type == "cuda",
+            timestep_at=timestep_quantiles(job.settings.objective, job.plan.schedule.timesteps),
             group=group,
         )
         held_out = replace(reader, examples=examples[count:], caption_dropout=0.0, pin=False)
@@ -222,6 +223,7 @@ def build_step(job: TrainingJob, group: ProcessGroup, unet: UNet2DConditionModel
         noise_offset=job.plan.noise_offset,
         latent_scaling=job.base.components["vae"].config["scaling_factor"],
         loss=settings.objective.loss,
+        weighting=settings.objective.loss_weighting,
     )
     checkpointing = settings.model.gradient_checkpointing
     sync = prepare_unet(job.engine, unet, adapter, job.precision.device, gradient_checkpointing=checkpointing)

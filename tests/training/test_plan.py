@@ -1,11 +1,12 @@
 """What a run will do, what it announces, and which changes make it another run."""
 
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
 import pytest
 
+from common.errors import SettingsError
 from common.settings import all_keys, setting
 from training.config import ProcessSettings, TrainSettings
 from training.data.dataset import Example
@@ -103,11 +104,33 @@ def test_accumulation_makes_the_steps_larger_and_fewer():
         (ZERO, {}, (0.0, 0.0)),
         (PLAIN, {"min_snr_gamma": 0.0, "noise_offset": 0.0}, (0.0, 0.0)),
         (V, {"min_snr_gamma": 1.0, "noise_offset": 0.1}, (1.0, 0.1)),
+        (PLAIN, {"loss_weighting": "debiased"}, (0.0, 0.0357)),
+        (PLAIN, {"loss_weighting": "none"}, (0.0, 0.0357)),
     ],
 )
 def test_auto_objective(schedule, objective, expected):
     plan = plan_of(schedule=schedule, objective=objective)
     assert (plan.min_snr_gamma, plan.noise_offset) == expected
+
+
+@pytest.mark.parametrize(
+    ("schedule", "objective", "problem"),
+    [
+        (PLAIN, {"timestep_min": 1000}, "timestep_min: 1000 is beyond the 1000 timesteps of the base model"),
+        (Schedule(timesteps=500), {"timestep_max": 501}, "timestep_max: 501 is beyond the 500 timesteps of the base model"),
+        (ZERO, {"loss_weighting": "debiased"}, "set LOSS_WEIGHTING=min_snr"),
+    ],
+)
+def test_objectives_that_a_schedule_does_not_have_are_refused(schedule, objective, problem):
+    with pytest.raises(SettingsError) as refused:
+        plan_of(schedule=schedule, objective=objective)
+    assert problem in str(refused.value)
+    assert "\n" not in str(refused.value)
+    plan_of(schedule=replace(PLAIN, timesteps=schedule.timesteps), objective={"timestep_min": schedule.timesteps - 1})
+
+
+def test_weighting_is_announced():
+    assert "epsilon, weighting debiased, noise offset 0.0357" in plan_of(objective={"loss_weighting": "debiased"}).announcement()
 
 
 DIFFERENT = {
@@ -126,6 +149,9 @@ DIFFERENT = {
     "gamma": {"objective": {"min_snr_gamma": 1.0}},
     "precision": {"model": {"mixed_precision": "no"}},
     "loss": {"objective": {"loss": "huber"}},
+    "weighting": {"objective": {"loss_weighting": "debiased"}},
+    "timesteps": {"objective": {"timestep_max": 500}},
+    "sampling": {"objective": {"timestep_sampling": "logit_normal"}},
     "optimizer": {"optimizer": {"optimizer": "adamw8bit"}},
     "adapter": {"lora": {"lora_type": "dora"}},
 }
@@ -183,13 +209,22 @@ def test_fingerprint_and_runtime_settings_hold_every_setting_once():
     """A setting that is in neither would continue another run without a word; base_model and validation_fraction count by
     what they name: the weights, and the images that are held out."""
     plan = plan_of()
-    newer = {"lora": {"lora_type": "dora"}, "objective": {"loss": "l1"}, "optimizer": {"optimizer": "prodigy"}}
-    in_result = result_fingerprint(plan, resolved(plan, **newer), "sks", ("unet",)).keys()
+    in_result = result_fingerprint(plan, with_newer_settings(resolved(plan)), "sks", ("unet",)).keys()
     in_runtime = runtime_settings(with_changes()).keys()
     settings = {key.name for key in all_keys(TrainSettings) if not key.metadata["secret"]}
     assert in_result & in_runtime == set()
     of_processes = {key.name for key in all_keys(ProcessSettings)}  # their number is recorded
     assert settings - in_result - in_runtime == {*of_processes, *NOT_RECORDED}
+
+
+def with_newer_settings(train: TrainSettings) -> TrainSettings:
+    """`train` with another value of every setting that the first version did not have."""
+    tables = {}
+    for table in fields(train):
+        section = getattr(train, table.name)
+        newer = [key for key in fields(section) if key.metadata["before"] is not MISSING]
+        tables[table.name] = replace(section, **{key.name: f"not {key.metadata['before']}" for key in newer})
+    return replace(train, **tables)
 
 
 @dataclass(frozen=True)

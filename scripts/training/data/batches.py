@@ -5,7 +5,7 @@ counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"
 counter, so the numbers of any sample can be drawn at any time, in any process and in any order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,6 +71,8 @@ class BatchReader:
     """Length of the base model's noise schedule; timesteps are drawn from 0 .. timesteps - 1."""
     pin: bool
     """Page-lock the batches, for a GPU."""
+    timestep_at: Callable[[float], int] | None = None
+    """The timestep at a quantile, 0 .. 1, of their distribution; None: all are equally likely."""
     group: ProcessGroup = field(default_factory=ProcessGroup)
     """The processes that share each optimizer step."""
 
@@ -96,7 +98,8 @@ class BatchReader:
     def sample(self, example: CachedExample, position: int) -> Sample:
         """The sample that `example` gives at `position` of the run, as every field of Batch but `weights`."""
         mean, log_variance = read_latents(example.latents)
-        variant, drawn = draw(self.seed, position, tuple(mean.shape), example.variants, self.caption_dropout, self.timesteps)
+        how = example.variants, self.caption_dropout, self.timesteps, self.timestep_at
+        variant, drawn = draw(self.seed, position, tuple(mean.shape), *how)
         file = example.empty_caption if variant is None else example.embeddings
         hidden, pooled = read_embedding(file, variant or 0)
         return drawn | {
@@ -117,11 +120,17 @@ def make_batch(samples: Sequence[Sample], weights: Sequence[float], size: int) -
 
 
 def draw(
-    seed: int, position: int, latent_shape: tuple[int, int, int], variants: int, caption_dropout: float, timesteps: int
+    seed: int,
+    position: int,
+    latent_shape: tuple[int, int, int],
+    variants: int,
+    caption_dropout: float,
+    timesteps: int,
+    timestep_at: Callable[[float], int] | None = None,
 ) -> tuple[int | None, Sample]:
     """Everything random about the sample at `position` (optimizer step x global batch + slot) with latents of `latent_shape`
-    (C, h, w), for a noise schedule of `timesteps`: which of the caption's `variants` it has (None: the empty caption), and the
-    fields of Batch that are drawn."""
+    (C, h, w), for a noise schedule of `timesteps`, drawn as in BatchReader: which of the caption's `variants` it has (None: the
+    empty caption), and the fields of Batch that are drawn."""
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, position, 0]))
 
     # The order of the draws is part of the result: a new one goes to the end.
@@ -131,4 +140,6 @@ def draw(
     sample = {"timesteps": torch.tensor(timestep)}
     for name, shape in (("offset", (latent_shape[0], 1, 1)), ("latent_noise", latent_shape), ("noise", latent_shape)):
         sample[name] = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    if timestep_at:
+        sample["timesteps"] = torch.tensor(timestep_at(generator.random()))
     return None if is_dropped else variant, sample

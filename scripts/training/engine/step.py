@@ -14,6 +14,7 @@ from training.data.batches import Batch
 from training.method.adapters import Adapter
 from training.method.diffusion import (
     LossConfig,
+    huber_threshold,
     loss_per_sample,
     noised,
     offset_noise,
@@ -165,7 +166,7 @@ class TrainStep:
         noisy = noised(latents, noise, alpha_bar)
         prediction = self.predict(noisy, batch.timesteps, batch.hidden, batch.pooled, batch.add_time_ids)
         target = target_of(latents, noise, alpha_bar, config.prediction_type)
-        losses = loss_per_sample(prediction, target, config.loss)
+        losses = loss_per_sample(prediction, target, config.loss, huber_c=huber_threshold(alpha_bar, config.loss))
         return (losses * weight_per_sample(alpha_bar, config) * batch.weights).sum()
 
     def predict(

@@ -86,8 +86,10 @@ def part_of(batch: Batch, first: int, last: int) -> Batch:
 def stepper(request) -> Callable[..., TrainStep]:
     """A function that makes the training step of an adapter in a UNet, by either engine."""
 
-    def make(unet, lora, optimizer, schedule=PLAIN, gamma=5.0, offset=0.0357, max_grad_norm=0.0, dtype=torch.float32) -> TrainStep:
-        config = LossConfig(schedule.prediction_type, alphas_cumprod(schedule).float(), gamma, offset, SCALING)
+    def make(
+        unet, lora, optimizer, schedule=PLAIN, gamma=5.0, offset=0.0357, max_grad_norm=0.0, dtype=torch.float32, **objective
+    ) -> TrainStep:
+        config = LossConfig(schedule.prediction_type, alphas_cumprod(schedule).float(), gamma, offset, SCALING, **objective)
         precision = Precision(torch.device("cpu"), dtype)
         sync = prepare_unet(request.param, unet, lora, precision.device)
         return TrainStep(unet, lora, optimizer, config, precision, max_grad_norm, sync_compute_weights=sync)
@@ -128,7 +130,9 @@ def observed(lora_unet, stepper) -> Callable[..., tuple[float, torch.Tensor, flo
     return observe
 
 
-def reference(lora_unet, batch: Batch, schedule: Schedule, gamma: float, offset: float) -> tuple[float, torch.Tensor]:
+def reference(
+    lora_unet, batch: Batch, schedule: Schedule, gamma: float, offset: float, loss: str = "mse", weighting: str = "min_snr"
+) -> tuple[float, torch.Tensor]:
     """The same loss and gradient, written out in float64: only the UNet itself is not."""
     unet, lora = lora_unet()  # as PEFT made it
     unet.double()
@@ -159,7 +163,13 @@ def reference(lora_unet, batch: Batch, schedule: Schedule, gamma: float, offset:
             weight = min(snr, gamma) / (snr + 1)
         elif gamma and snr:
             weight = min(snr, gamma) / snr
-        total = total + weight * ((answer - wanted) ** 2).mean() / len(batch.timesteps)
+        if weighting == "debiased":
+            weight = 1 / (min(snr, 1000) + 1) if is_v else min(snr, 1000) ** -0.5
+        error = (answer - wanted) ** 2
+        if loss == "huber_snr":
+            c = 0.9 / (1 + snr**-0.5) ** 2 + 0.1
+            error = 2 * c * ((error + c * c).sqrt() - c)
+        total = total + weight * error.mean() / len(batch.timesteps)
     total.backward()
     layers = [unet.get_submodule(module.name) for module in lora.modules]
     gradients = [part[ADAPTER].weight.grad.flatten() for layer in layers for part in (layer.lora_A, layer.lora_B)]
@@ -194,6 +204,15 @@ def test_loss_and_gradient_are_those_of_the_formulas(lora_unet, schedule, gamma,
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert norm == pytest.approx(expected.norm().item(), rel=1e-4)
     assert (gradient - expected).norm() < 2e-4 * expected.norm()  # float32 against float64
+
+
+@pytest.mark.parametrize("schedule", [PLAIN, V], ids=["epsilon", "v"])
+def test_other_losses_and_weightings_are_those_of_the_formulas(lora_unet, schedule, observed):
+    batch, objective = batch_of([5, 400, 990]), {"loss": "huber_snr", "weighting": "debiased"}
+    loss, gradient, _ = observed([batch], schedule=schedule, **objective)
+    expected_loss, expected = reference(lora_unet, batch, schedule, 5.0, 0.0357, **objective)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert (gradient - expected).norm() < 2e-4 * expected.norm()
 
 
 def test_accumulated_micro_batches_are_one_batch(observed):
