@@ -117,13 +117,12 @@ def _attention(original: str, diffusers: str, width: int, depth: int) -> Iterato
 
 
 def table() -> str:
-    """The content of the file: the linear layers of the UNet's attention modules and of both text encoders."""
+    """The content of the file: the linear layers and convolutions of the UNet, and the linear layers of both text encoders."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for layer in unet_layers():
-        if ".attentions." in layer.diffusers:
-            writer.writerow(("unet", layer.kohya, layer.diffusers, layer.inputs, layer.outputs))
+        writer.writerow(("unet", layer.kohya, layer.diffusers, layer.inputs, layer.outputs))
     for part, (layers, width) in TEXT_ENCODERS.items():
         for index in range(layers):
             prefix = f"lora_{part}_text_model_encoder_layers_{index}"
@@ -131,6 +130,8 @@ def table() -> str:
                 writer.writerow((part, f"{prefix}_self_attn_{name}_proj", "", width, width))
             writer.writerow((part, f"{prefix}_mlp_fc1", "", width, 4 * width))
             writer.writerow((part, f"{prefix}_mlp_fc2", "", 4 * width, width))
+    width = TEXT_ENCODERS["te2"][1]
+    writer.writerow(("te2", "lora_te2_text_projection", "", width, width))
     return text.getvalue()
 
 

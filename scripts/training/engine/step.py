@@ -76,11 +76,11 @@ class TrainStep:
         self.learning_rate = torch.zeros((), device=precision.device)
         self.diverged = torch.zeros((), device=precision.device)
         """1 from the first loss or gradient on that is not finite."""
-        # The scaler decides on the CPU whether an fp16 step is skipped, and so do optimizers that read numbers back.
-        can_capture = captures and precision.device.type == "cuda" and not precision.scales_loss and optimizer.capturable
-        if precision.device.type == "cuda" and not optimizer.capturable:
-            print(f"CUDA graphs: off, training is slower ({optimizer.label} cannot be captured)", flush=True)
-        self.graphs = CudaGraphs(lambda *tensors: self._step(_batches(tensors)), "training is") if can_capture else None
+        can_capture = captures and precision.device.type == "cuda"
+        # The scaler decides on the CPU whether an fp16 step is skipped, and some optimizers read numbers back.
+        self._captures_update = not precision.scales_loss and optimizer.capturable
+        captured = self._step if self._captures_update else self._add_gradients
+        self.graphs = CudaGraphs(lambda *tensors: captured(_batches(tensors)), "training is") if can_capture else None
         self._copying = torch.cuda.Stream(precision.device) if can_capture else None
 
     def __call__(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
@@ -94,7 +94,8 @@ class TrainStep:
         """
         self.learning_rate.fill_(learning_rate)
         tensors = self._on_device([tensor for batch in batches for tensor in vars(batch).values()])
-        return self._reader(self.graphs(*tensors) if self.graphs else self._step(_batches(tensors)))
+        numbers = self.graphs(*tensors) if self.graphs else self._step(_batches(tensors))
+        return self._reader(numbers if self._captures_update or not self.graphs else self._update())
 
     def _on_device(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """`tensors` on the device. Where steps are captured, they are copied while the previous step is still running, on a stream
@@ -110,20 +111,29 @@ class TrainStep:
         return uploaded
 
     def _step(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """The whole step on batches on the device; returns [3] fp32: loss, gradient norm, whether it diverged.
+        """The whole step on batches on the device; returns [3] fp32: loss, gradient norm, whether it diverged."""
+        self._add_gradients(batches)
+        return self._update()
+
+    def _add_gradients(self, batches: Sequence[Batch]) -> torch.Tensor:
+        """Gradient and loss of all batches, in the flat buffer that is returned.
 
         Nothing in here reads from the GPU or branches on its numbers, or it could not be captured.
         """
         sums = self.adapter.sums
-        gradient, loss_sum = sums[:-1], sums[-1]
         self.sync_compute_weights()
         sums.zero_()
         for batch in batches:
             loss = self.weighted_loss(batch)
             self.scaler.scale(loss).backward()
-            loss_sum += loss.detach()
+            sums[-1] += loss.detach()
         if self.all_reduce:
             self.all_reduce(sums)
+        return sums
+
+    def _update(self) -> torch.Tensor:
+        """Clip the gradient and change the weights; returns what `_step` does. It can be captured if scaler and optimizer can."""
+        gradient, loss_sum = self.adapter.sums[:-1], self.adapter.sums[-1]
         self.scaler.unscale_(self.optimizer)
         norm = torch.linalg.vector_norm(gradient)
         not_finite = (~(norm.isfinite() & loss_sum.isfinite())).float()

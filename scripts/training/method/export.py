@@ -7,7 +7,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -108,13 +108,19 @@ def verify(path: Path, written: dict[str, torch.Tensor], name: str | None = None
         if not is_same or found.numpy().tobytes() != expected.numpy().tobytes():  # faster than comparing fp16 values
             problems.append(f"{key}: differs after reading it back")
     problems += [f"{key}: unexpected tensor" for key in sorted(read.keys() - written.keys())]
-    modules = {key.split(".", 1)[0] for key in read}
-    problems += [f"{module}: not a module that ComfyUI loads" for module in sorted(modules - comfyui_modules())]
-    for module in sorted(modules):
-        expected = {f"{module}.lora_down.weight", f"{module}.lora_up.weight", f"{module}.alpha"}
-        problems += [f"{key}: missing" for key in sorted(expected - read.keys())]
+    problems += module_problems(read)
     if problems:
         raise ModelError(bullet_list(f"{name or path.name}: verification of the exported LoRA failed:", problems[:20]))
+
+
+def module_problems(keys: Collection[str]) -> list[str]:
+    """What is wrong with the names of a LoRA file's tensors: modules that ComfyUI does not load, and incomplete ones."""
+    modules = {key.split(".", 1)[0] for key in keys}
+    problems = [f"{module}: not a module that ComfyUI loads" for module in sorted(modules - comfyui_modules())]
+    for module in sorted(modules):
+        expected = {f"{module}.lora_down.weight", f"{module}.lora_up.weight", f"{module}.alpha"}
+        problems += [f"{key}: missing" for key in sorted(expected.difference(keys))]
+    return problems
 
 
 def is_lora_of(path: Path, modules: Sequence[LoraModule]) -> bool:

@@ -180,6 +180,28 @@ def test_captured_steps_are_the_eager_ones_bit_for_bit(base):
     assert all(torch.equal(learned[name], captured[name]) for name in learned)
 
 
+def test_captured_steps_in_fp16_are_the_eager_ones_bit_for_bit(base):
+    """Scaled losses are in the graph; the update, which the scaler may skip, is not."""
+    runs = []
+    for captures in (True, False):
+        unet, lora = fresh(base, torch.float16)
+        sync = prepare_unet("fast", unet, lora, torch.device("cuda"))
+        precision = Precision(torch.device("cuda"), torch.float16)
+        optimizer = AdamW(lora.weights, OptimizerSettings())
+        step = TrainStep(unet, lora, optimizer, loss_config(), precision, 1.0, sync_compute_weights=sync, captures=captures)
+        results = [step([in_fp16(batch_of(number % 10))], RATE) for number in range(STEPS)]
+        assert bool(step.graphs) == captures
+        assert not all(result.skipped for result in results)
+        runs.append(([result.loss for result in results], lora.weights.detach().cpu()))
+    (losses, weights), (expected_losses, expected) = runs
+    assert losses == expected_losses
+    assert torch.equal(weights, expected)
+
+
+def in_fp16(batch: Batch) -> Batch:
+    return Batch(**{name: each.half() if each.dtype == torch.bfloat16 else each for name, each in vars(batch).items()}).pinned()
+
+
 def test_accumulated_steps_are_those_of_the_whole_batch(base):
     losses, learned = trained(base, captures=True)
     halves_losses, halves = trained(base, captures=True, micro_batches=2)

@@ -34,9 +34,9 @@ def sdxl_unet() -> UNet2DConditionModel:
 
 @pytest.fixture(scope="module")
 def comfyui_rows() -> list[dict[str, str]]:
-    """What ComfyUI's SDXL loader takes for the UNet."""
+    """What ComfyUI's SDXL loader takes for the attention modules of the UNet."""
     with COMFYUI_MODULES.open(encoding="utf-8", newline="") as file:
-        return [row for row in csv.DictReader(file) if row["part"] == "unet"]
+        return [row for row in csv.DictReader(file) if ".attentions." in row["diffusers_module"]]
 
 
 def test_all_are_the_722_linears_that_comfyui_knows_with_their_sizes(sdxl_unet, comfyui_rows):

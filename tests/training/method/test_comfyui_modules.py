@@ -60,9 +60,9 @@ def test_the_shipped_file_is_what_the_rule_gives():
 def test_the_exporter_names_every_layer_as_the_rule_does(layers):
     with COMFYUI_MODULES.open(encoding="utf-8", newline="") as file:
         listed = {row["diffusers_module"] for row in csv.DictReader(file) if row["part"] == "unet"}
+    assert listed == {layer.diffusers for layer in layers}
     attention = {layer.diffusers: layer.kohya for layer in layers if ".attentions." in layer.diffusers}
     assert len(attention) == 722
-    assert listed == attention.keys()
     assert {name: kohya_name(name) for name in attention} == attention
 
 
