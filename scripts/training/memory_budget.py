@@ -10,7 +10,7 @@ from training.config import TrainSettings
 from training.data.dataset import Example
 from training.engine import EngineName
 from training.method.adapters import KEPT_BYTES_PER_WEIGHT
-from training.method.optimizers import OPTIMIZERS
+from training.method.optimizer_wrappers import floats_per_weight
 from training.models.sdxl import BaseModel
 from training.plan import placements_of
 from training.system.device import (
@@ -83,7 +83,7 @@ def measure_budget(
     unet, itemsize = base.components["unet"], precision.dtype.itemsize
     shapes = {name: tensor.shape for name, tensor in unet.tensors.items()}
     linears = [shape for name, shape in shapes.items() if "transformer_blocks" in name and len(shape) == 2]
-    floats = 2 + OPTIMIZERS[settings.optimizer.optimizer].floats_per_weight  # weight, gradient and the optimizer's state
+    floats = 2 + floats_per_weight(settings.optimizer)  # weight, gradient and the optimizer's state
     lora = int(settings.lora.lora_rank * sum(sum(shape) for shape in linears) * (4 * floats + itemsize))
     weights = itemsize * sum(math.prod(shape) for shape in shapes.values())
     workspaces = _GPU_WORKSPACE_BYTES if precision.device.type == "cuda" else _CPU_WORKSPACE_BYTES

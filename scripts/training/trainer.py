@@ -37,7 +37,8 @@ from training.loop import Callback, Progress, RunSchedule, run_steps
 from training.memory_budget import suggest_settings
 from training.method.adapters import Adapter, inject
 from training.method.diffusion import LossConfig, alphas_cumprod, timestep_quantiles
-from training.method.optimizers import OPTIMIZERS, learning_rate_at
+from training.method.optimizer_wrappers import make_optimizer
+from training.method.optimizers import learning_rate_at
 from training.models.weights import load_unet, load_vae, require_finite_weights
 from training.plan import short_hash
 from training.results import LoraSaver, report_results, write_results
@@ -86,14 +87,16 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             samples = None
             if job.samples and job.samples.prompts:
                 samples = sample_images(job, group, step, schedule, prompts, likeness, stop, writers)
-                samples.start(schedule.start)
+                with step.averaged():
+                    samples.start(schedule.start)
                 if reason := stop():  # before a step changes the weights of a row that is incomplete
                     raise reason
                 callbacks.append(samples)
             begin = step.begin if job.saved else checking_first_step(job, step.begin)
-            progress = run_steps(schedule, begin, batches, reader.image_names, callbacks, stop)
+            progress = run_steps(schedule, begin, batches, reader.image_names, callbacks, stop, step.averaged)
             if group.is_main_process:  # while the last checkpoint is still on its way to the disk
-                write_results(job, modules, schedule, progress, samples)
+                with step.averaged():
+                    write_results(job, modules, schedule, progress, samples)
     if group.is_main_process:
         keep_one(job.outputs.state, job.plan.shared_prefix_steps)
         report_results(job, len(modules))
@@ -215,7 +218,7 @@ def _encode_in_worker(job: TrainingJob) -> tuple[list[CachedExample], dict[str, 
 def build_step(job: TrainingJob, group: ProcessGroup, unet: UNet2DConditionModel, adapter: Adapter) -> TrainStep:
     """The training step of the job's engine, with its optimizer and loss."""
     settings = job.settings
-    optimizer = OPTIMIZERS[settings.optimizer.optimizer](adapter.weights, settings.optimizer)
+    optimizer = make_optimizer(adapter, settings.optimizer)
     config = LossConfig(
         prediction_type=job.plan.schedule.prediction_type,
         alphas_cumprod=alphas_cumprod(job.plan.schedule).to(job.precision.device, torch.float32),
@@ -291,6 +294,9 @@ def schedule_of(job: TrainingJob) -> RunSchedule:
             peak=settings.optimizer.learning_rate,
             scheduler=settings.optimizer.lr_scheduler,
             warmup_steps=plan.warmup_steps,
+            cycles=settings.optimizer.lr_cycles,
+            power=settings.optimizer.lr_power,
+            decay=settings.optimizer.lr_decay,
         ),
     )
 

@@ -4,7 +4,8 @@ This is the plain step: PEFT's own layers, autograd, any optimizer, any loss, an
 UNet's forwards and keeps everything here. On a GPU, steps are CUDA graphs, which are replayed with one launch.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -160,6 +161,21 @@ class TrainStep:
             return StepResult(loss, norm, diverged=bool(not_finite) and not may_skip, skipped=bool(not_finite) and may_skip)
 
         return read
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this block the adapter has the weights that are validated, sampled and saved as a LoRA file; then those of the
+        training again, to the last bit."""
+        average, weights = self.optimizer.averaged_weights(), self.adapter.weights.detach()
+        if average is None:
+            yield
+            return
+        trained = weights.clone()
+        weights.copy_(average)
+        try:
+            yield
+        finally:
+            weights.copy_(trained)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
