@@ -153,6 +153,9 @@ DIFFERENT = {
     "timesteps": {"objective": {"timestep_max": 500}},
     "sampling": {"objective": {"timestep_sampling": "logit_normal"}},
     "optimizer": {"optimizer": {"optimizer": "adamw8bit"}},
+    "average": {"optimizer": {"ema_decay": 0.9}},
+    "lora+": {"optimizer": {"loraplus_ratio": 16.0}},
+    "cycles": {"optimizer": {"lr_cycles": 4}},
     "adapter": {"lora": {"lora_type": "dora"}},
 }
 SAME = {

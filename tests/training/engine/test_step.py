@@ -17,6 +17,7 @@ from training.engine import prepare_unet
 from training.engine.step import TrainStep
 from training.method.adapters import ADAPTER, Adapter, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
+from training.method.optimizer_wrappers import Ema
 from training.method.optimizers import AdamW
 from training.models.sdxl import Schedule
 from training.models.weights import UNet2DConditionModel
@@ -277,6 +278,27 @@ def test_loss_that_is_not_finite_leaves_weights_and_moments_as_they_were_and_not
     assert math.isfinite(following().loss)
     assert torch.equal(in_a_row(lora), before)
     assert all(torch.equal(tensor, moments[name]) for name, tensor in optimizer.state_dict().items())
+
+
+def test_averaged_weights_are_evaluated_and_training_goes_on_from_its_own(lora_unet, stepper):
+    batch = batch_of([300])
+    losses = []
+    for looks in (True, False):
+        unet, lora = lora_unet()
+        optimizer = Ema(AdamW(lora.weights, OptimizerSettings()), lora.weights, decay=0.9)
+        step = stepper(unet, lora, optimizer)
+        for _ in range(3):
+            step([batch], learning_rate=0.05)
+        if looks:
+            trained, plain = in_a_row(lora), step.evaluate([batch])
+            with step.averaged():
+                assert torch.equal(lora.weights, optimizer.averaged_weights())
+                assert not torch.equal(in_a_row(lora), trained)
+                assert step.evaluate([batch]) != plain
+            assert torch.equal(in_a_row(lora), trained)
+            assert step.evaluate([batch]) == plain
+        losses.append([step([batch], learning_rate=0.05).loss for _ in range(2)])
+    assert losses[0] == losses[1]
 
 
 def test_frozen_weights_stay_and_lora_weights_are_fp32(lora_unet, stepper):
