@@ -91,6 +91,10 @@ class ObjectiveSettings:
     """How often each timestep is drawn."""
     timestep_shift: float = setting(1.0, at_least=0.01, at_most=100, role="result", before=1.0)
     """Above 1, noisy timesteps are drawn more often; below 1, less often."""
+    prior_preservation: float = setting(0.0, at_least=0, at_most=100, role="result", before=0.0)
+    """Weight of the loss that keeps the base model's answers to captions with `subject_class` for the trigger word; 0 is off."""
+    lora_l2: float = setting(0.0, at_least=0, at_most=1, role="result", before=0.0)
+    """Weight of the sum of the squares of all that the LoRA adds to the base model's weights; 0 is off."""
 
     def validate(self) -> Iterator[str]:
         if self.loss_weighting != "min_snr" and self.min_snr_gamma not in ("auto", 0):
@@ -290,6 +294,8 @@ class TrainSettings:
         unsupported = unsupported_by_fast_engine(self.lora)
         if self.run.engine == "fast" and unsupported:
             yield f"ENGINE=fast: {unsupported}; set ENGINE=auto"
+        if self.objective.lora_l2 and self.lora.lora_type != "lora":
+            yield f"lora_l2: is not supported with LORA_TYPE={self.lora.lora_type}; set LORA_L2=0, or LORA_TYPE=lora"
         if self.optimizer.loraplus_ratio != 1 and self.lora.lora_type not in ("lora", "dora"):
             yield f"loraplus_ratio: LORA_TYPE={self.lora.lora_type} has no `up` of its own; set LORAPLUS_RATIO=1, or LORA_TYPE=lora"
         if self.lora.lora_type == "dora" and self.model.base_quantization != "none":

@@ -21,6 +21,7 @@ from training.callbacks.checkpoint import (
     warmup_to_keep,
 )
 from training.callbacks.sample_plan import SamplePlan, plan_samples
+from training.callbacks.sample_prompts import class_word
 from training.config import TrainSettings
 from training.data.dataset import Inputs, read_images
 from training.engine import EngineName, choose_engine
@@ -100,7 +101,10 @@ def resolve_job(
     settings = replace(settings, run=match_global_batch(settings.run, world_size, None if was_finished else saved))
     schedule = base.schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
     plan = make_plan(examples, settings, schedule, world_size)
-    settings = fit_to_memory(_resolved(settings, plan, precision, engine_name, outputs.name), budget, comfyui_advice(comfyui))
+    settings = _resolved(settings, plan, precision, engine_name, outputs.name)
+    if settings.objective.prior_preservation:
+        settings = _with_class_of_prior(settings, plan, project.trigger_word)
+    settings = fit_to_memory(settings, budget, comfyui_advice(comfyui))
 
     print(f"training on {describe(precision)}; engine: {engine_name} ({reason})", flush=True)
     digests = [base_digest(base, outputs.cache, part) for part in base.components]
@@ -159,6 +163,15 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
         validation=replace(settings.validation, validation_fraction=plan.validation_fraction),
         saving=replace(settings.saving, output_name=name),
     )
+
+
+def _with_class_of_prior(settings: TrainSettings, plan: Plan, trigger: str) -> TrainSettings:
+    """The settings with the word that replaces the trigger word in what is to remain of the base model."""
+    samples, weight = settings.samples, settings.objective.prior_preservation
+    word = samples.subject_class.strip() or class_word(trigger, [example.caption for example in plan.examples])
+    origin = "as set" if samples.subject_class.strip() else "from the captions; SUBJECT_CLASS sets another one"
+    print(f"prior preservation: weight {weight:g}, {word!r} for {trigger!r} ({origin})", flush=True)
+    return replace(settings, samples=replace(samples, subject_class=word))
 
 
 def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:

@@ -25,6 +25,8 @@ AUTO_MIN_SNR_GAMMA = 5.0
 AUTO_NOISE_OFFSET = 0.0357
 WARMUP_STEPS, GLOBAL_BATCH, WORLD_SIZE = "steps of warm-up", "global batch", "processes"
 """Keys of records that other modules read. Records are kept from version to version, so keys keep their names."""
+PRIOR_CLASS = "class of the prior"
+"""Key of the word for the kind of subject, which decides the result where the prior is preserved, and only there."""
 DECODER, _FIRST_DECODER = "decoder", "version 1.0's"
 """Key of the record of how pixels were decoded, and the value of a record without it."""
 NOT_RECORDED = ("fresh", "output_name")
@@ -179,6 +181,7 @@ def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base
         "trigger_word": trigger_word,
         GLOBAL_BATCH: plan.global_batch,
         WARMUP_STEPS: plan.warmup_steps,
+        **({PRIOR_CLASS: train.samples.subject_class} if train.objective.prior_preservation else {}),
     }
 
 

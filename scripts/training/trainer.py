@@ -37,6 +37,7 @@ from training.loop import Callback, Progress, RunSchedule, run_steps
 from training.memory_budget import suggest_settings
 from training.method.adapters import Adapter, inject
 from training.method.diffusion import LossConfig, alphas_cumprod, timestep_quantiles
+from training.method.lora_l2 import l2_of_changes
 from training.method.optimizer_wrappers import make_optimizer
 from training.method.optimizers import learning_rate_at
 from training.models.weights import load_unet, load_vae, require_finite_weights
@@ -70,9 +71,10 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             timesteps=job.plan.schedule.timesteps,
             pin=job.precision.device.type == "cuda",
             timestep_at=timestep_quantiles(job.settings.objective, job.plan.schedule.timesteps),
+            prior_preservation=job.settings.objective.prior_preservation,
             group=group,
         )
-        held_out = replace(reader, examples=examples[count:], caption_dropout=0.0, pin=False)
+        held_out = replace(reader, examples=examples[count:], caption_dropout=0.0, prior_preservation=0.0, pin=False)
         batches = prefetch(reader, schedule.remaining, job.settings.data.dataloader_num_workers)
         modules, remaining = adapter.modules, len(schedule.remaining)
         print(f"{len(modules)} modules of {job.settings.lora.describe()}; {remaining} steps to go", flush=True)
@@ -206,7 +208,9 @@ def encode(
     builder = CacheBuilder(job.base, *folders, precision.device, precision.dtype, group, concurrent)
     images = zip([*plan.examples, *plan.held_out], [*plan.placements, *plan.held_out_placements], strict=True)
     prompts = texts_of(job.samples) if job.samples else []
-    return builder.build(list(images), job.settings.data, job.project.trigger_word, job.settings.run.train_seed, prompts)
+    names = job.project.trigger_word, job.settings.run.train_seed
+    subject_class = job.settings.samples.subject_class if job.settings.objective.prior_preservation else ""
+    return builder.build(list(images), job.settings.data, *names, prompts, subject_class)
 
 
 def _encode_in_worker(job: TrainingJob) -> tuple[list[CachedExample], dict[str, Path]]:
@@ -231,7 +235,9 @@ def build_step(job: TrainingJob, group: ProcessGroup, unet: UNet2DConditionModel
     checkpointing = settings.model.gradient_checkpointing
     sync = prepare_unet(job.engine, unet, adapter, job.precision.device, gradient_checkpointing=checkpointing)
     norm = settings.optimizer.max_grad_norm
-    return TrainStep(unet, adapter, optimizer, config, job.precision, norm, group.all_reduce, sync_compute_weights=sync)
+    pull = l2_of_changes(adapter, settings.objective.lora_l2) if settings.objective.lora_l2 else None
+    how = {"add_gradient": pull, "sync_compute_weights": sync}
+    return TrainStep(unet, adapter, optimizer, config, job.precision, norm, group.all_reduce, **how)
 
 
 def checking_first_step(

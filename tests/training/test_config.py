@@ -50,6 +50,7 @@ def problems(**variables: object) -> list[str]:
             {"LORAPLUS_RATIO": 16, "OPTIMIZER": "prodigy", "LEARNING_RATE": 1},
             "loraplus_ratio: OPTIMIZER=prodigy has one rate for all weights; set LORAPLUS_RATIO=1, or OPTIMIZER=adamw",
         ),
+        ({"LORA_L2": 1e-4, "LORA_TYPE": "dora"}, "lora_l2: is not supported with LORA_TYPE=dora; set LORA_L2=0, or LORA_TYPE=lora"),
         (
             {"OPTIMIZER": "schedulefree", "LR_SCHEDULER": "cosine"},
             "lr_scheduler: OPTIMIZER=schedulefree averages the weights instead; set LR_SCHEDULER=constant",

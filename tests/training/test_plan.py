@@ -152,6 +152,8 @@ DIFFERENT = {
     "weighting": {"objective": {"loss_weighting": "debiased"}},
     "timesteps": {"objective": {"timestep_max": 500}},
     "sampling": {"objective": {"timestep_sampling": "logit_normal"}},
+    "prior": {"objective": {"prior_preservation": 0.5}},
+    "pull": {"objective": {"lora_l2": 1e-4}},
     "optimizer": {"optimizer": {"optimizer": "adamw8bit"}},
     "average": {"optimizer": {"ema_decay": 0.9}},
     "lora+": {"optimizer": {"loraplus_ratio": 16.0}},
@@ -187,6 +189,18 @@ def test_another_setting_is_another_run(tables):
 @pytest.mark.parametrize("tables", SAME.values(), ids=SAME)
 def test_what_decides_nothing_may_change(tables):
     assert fingerprint_of(plan_of(**tables), **tables) == fingerprint_of(plan_of())
+
+
+def test_the_class_of_the_subject_decides_the_result_where_the_prior_is_preserved():
+    prints = {
+        (weight, word): fingerprint_of(plan, **tables)
+        for weight in (0.0, 1.0)
+        for word in ("woman", "man")
+        for tables in [{"objective": {"prior_preservation": weight}, "samples": {"subject_class": word}}]
+        for plan in [plan_of(**tables)]
+    }
+    assert prints[0.0, "woman"] == prints[0.0, "man"] == fingerprint_of(plan_of())
+    assert len({*prints.values()}) == 3
 
 
 def test_other_images_captions_and_models_are_another_run():

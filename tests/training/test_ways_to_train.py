@@ -94,8 +94,8 @@ def test_a_wrong_choice_is_refused_before_there_are_images(stage):
 
 
 def test_the_average_of_a_stopped_run_ends_as_the_same_lora(images):
-    """With prodigy, whose state has more parts than AdamW's. The file holds the average, and not the weights of the last step."""
-    settings = LONG | {"OPTIMIZER": "prodigy", "LEARNING_RATE": 1, "EMA_DECAY": 0.9, "TRAIN_BATCH_SIZE": 1}
+    """The file holds the average, and not the weights of the last step."""
+    settings = LONG | {"EMA_DECAY": 0.9, "LORAPLUS_RATIO": 4}
     images.trained(**settings, OUTPUT_DIR=images.output.with_name("whole"))
     assert images.stopped(2, signal.SIGTERM, **settings).returncode == 143
     images.trained(**settings)
@@ -104,7 +104,7 @@ def test_the_average_of_a_stopped_run_ends_as_the_same_lora(images):
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
-    (checkpoint,) = (images.output / "state").glob("*.safetensors")
+    (checkpoint,) = (images.output / "state").rglob("*.safetensors")
     kept = load_file(checkpoint)
     in_file = sum(tensor.double().square().sum() for name, tensor in resumed.items() if not name.endswith(".alpha"))
     assert in_file == pytest.approx(kept["ema"].double().square().sum().item(), rel=1e-3)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from common.background import in_background, prefetch
+from common.captions import replace_trigger
 from common.clip_tokens import CHUNK_TOKENS
 from common.errors import ModelError, ResourceError
 from common.images import open_rgb
@@ -67,6 +68,8 @@ class CachedExample:
     """How many variants of the caption `embeddings` holds."""
     empty_caption: Path
     """The embeddings that replace those of the caption where it is dropped."""
+    class_embeddings: Path | None = None
+    """Those of the same variants with the word for the kind of subject instead of the trigger word, if the run needs them."""
 
 
 def read_latents(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,9 +157,10 @@ class CacheBuilder:
         trigger_word: str,
         seed: int,
         prompts: Sequence[str] = (),
+        subject_class: str = "",
     ) -> tuple[list[CachedExample], dict[str, Path]]:
         """Encode every image, caption and prompt that the cache lacks, and free the encoders. Captions are encoded the same way
-        whatever the prompts are.
+        whatever the prompts are. With `subject_class`, they are encoded with this word for the trigger word, too.
 
         Returns the examples, and the file of each prompt. Prints which text is cut from captions.
         """
@@ -173,8 +177,10 @@ class CacheBuilder:
 
         latents, embeddings = self.latents_entries(images), self.embeddings_entries([*variants, [""]], chunks)
         of_prompts = self.embeddings_entries([[prompt] for prompt in prompts], prompt_chunks)
+        with_class = [[replace_trigger(text, trigger_word, subject_class) for text in texts] for texts in variants]
+        of_class = self.embeddings_entries(with_class if subject_class else [], chunks)
         new_latents, images_found = self._missing(latents, workers)
-        new_embeddings, captions_found = self._missing([*embeddings, *of_prompts], workers)
+        new_embeddings, captions_found = self._missing([*embeddings, *of_prompts, *of_class], workers)
         self.group.barrier()  # all processes know what is missing before one writes
         shares = self.group.shard(new_latents), self.group.shard(new_embeddings)
         with (
@@ -195,6 +201,9 @@ class CacheBuilder:
             CachedExample(example.name, placement, path, caption_path, len(texts), empty_caption)
             for (path, example, placement), caption_path, texts in zip(latents, caption_paths, variants, strict=True)
         ]
+        if of_class:
+            pairs = zip(examples, of_class, strict=True)
+            examples = [replace(example, class_embeddings=path) for example, (path, _, _) in pairs]
         return examples, {prompt: path for path, (prompt,), _ in of_prompts}
 
     def _missing(self, entries: Sequence[tuple], workers: int) -> tuple[list[tuple], str]:
