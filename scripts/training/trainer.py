@@ -72,6 +72,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             pin=job.precision.device.type == "cuda",
             timestep_at=timestep_quantiles(job.settings.objective, job.plan.schedule.timesteps),
             prior_preservation=job.settings.objective.prior_preservation,
+            masks=any(example.mask for example in examples),
             group=group,
         )
         held_out = replace(reader, examples=examples[count:], caption_dropout=0.0, prior_preservation=0.0, pin=False)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from training.data.buckets import OptimizerStep
-from training.data.cache import CachedExample, read_embedding, read_latents
+from training.data.cache import CachedExample, read_cached_mask, read_embedding, read_latents
 from training.system.process_group import ProcessGroup
 
 PRIOR_EVERY = 4
@@ -49,6 +49,8 @@ class Batch:
     """[B, 6]"""
     weights: torch.Tensor
     """[B]: share of each sample in the loss of the optimizer step; 0 for padding."""
+    mask: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[B, 1, h, w]: weight of each latent in the loss of its sample; empty where no image of the run has a mask."""
     prior_rows: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[N], int64: samples whose prediction for another caption is to remain that of the base model; N may be 0."""
     prior_hidden: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -82,6 +84,8 @@ class BatchReader:
     """Length of the base model's noise schedule; timesteps are drawn from 0 .. timesteps - 1."""
     pin: bool
     """Page-lock the batches, for a GPU."""
+    masks: bool = False
+    """Give every sample a mask; the same for the whole run, so that steps of one shape stay one CUDA graph."""
     timestep_at: Callable[[float], int] | None = None
     """The timestep at a quantile, 0 .. 1, of their distribution; None: all are equally likely."""
     prior_preservation: float = 0.0
@@ -111,11 +115,17 @@ class BatchReader:
         return batch.pinned() if self.pin else batch
 
     def sample(self, example: CachedExample, position: int) -> Sample:
-        """The sample that `example` gives at `position` of the run, as every field of Batch but `weights`."""
+        """The sample that `example` gives at `position` of the run, as every field of Batch but `weights`, and without `mask` if
+        the run has none."""
+        if example.mirrored and is_mirrored(self.seed, position):
+            example = example.mirrored
         mean, log_variance = read_latents(example.latents)
         how = example.variants, self.caption_dropout, self.timesteps, self.timestep_at
         variant, drawn = draw(self.seed, position, tuple(mean.shape), *how)
         hidden, pooled = self._embedding(example, variant, example.embeddings)
+        if self.masks:
+            mask = read_cached_mask(example.mask) if example.mask else torch.ones(1, *mean.shape[1:])
+            drawn["mask"] = mask.clamp(min=example.mask_weight)
         return drawn | {
             "mean": mean,
             "log_variance": log_variance,
@@ -166,7 +176,7 @@ def draw(
     """Everything random about the sample at `position` (optimizer step x global batch + slot) with latents of `latent_shape`
     (C, h, w), for a noise schedule of `timesteps`, drawn as in BatchReader: which of the caption's `variants` it has (None: the
     empty caption), and the fields of Batch that are drawn."""
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, position, 0]))
+    generator = _generator(seed, position, 0)
 
     # The order of the draws is part of the result: a new one goes to the end.
     timestep = int(generator.integers(timesteps))
@@ -178,3 +188,13 @@ def draw(
     if timestep_at:
         sample["timesteps"] = torch.tensor(timestep_at(generator.random()))
     return None if is_dropped else variant, sample
+
+
+def is_mirrored(seed: int, position: int) -> bool:
+    """Whether the sample at `position` is the mirror image, where a run has them: half of all samples are."""
+    return bool(_generator(seed, position, 1).random() < 0.5)
+
+
+def _generator(seed: int, position: int, purpose: int) -> np.random.Generator:
+    """The random numbers of a sample; those for one `purpose` do not depend on how many are drawn for another."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, position, purpose]))

@@ -207,7 +207,8 @@ class TrainStep:
             inputs = tuple(torch.cat(pair) for pair in zip(inputs, of_prior, strict=True))
         prediction, of_class = self.predict(*inputs).split([len(noisy), len(rows)])
         target = target_of(latents, noise, alpha_bar, config.prediction_type)
-        losses = loss_per_sample(prediction, target, config.loss, huber_c=huber_threshold(alpha_bar, config.loss))
+        mask, huber_c = batch.mask if batch.mask.numel() else None, huber_threshold(alpha_bar, config.loss)
+        losses = loss_per_sample(prediction, target, config.loss, mask, huber_c=huber_c)
         total = (losses * weight_per_sample(alpha_bar, config) * batch.weights).sum()
         return total + (loss_per_sample(of_class, expected) * batch.prior_weights).sum() if len(rows) else total
 

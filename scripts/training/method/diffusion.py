@@ -120,10 +120,18 @@ def huber_threshold(alpha_bar: torch.Tensor, kind: LossKind) -> torch.Tensor | f
 
 
 def loss_per_sample(
-    prediction: torch.Tensor, target: torch.Tensor, kind: LossKind = "mse", *, huber_c: torch.Tensor | float = HUBER_C
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    kind: LossKind = "mse",
+    mask: torch.Tensor | None = None,
+    *,
+    huber_c: torch.Tensor | float = HUBER_C,
 ) -> torch.Tensor:
     """[B]: the mean over channels and pixels of e^2 (mse), |e| (l1), or the pseudo-Huber loss 2 c (sqrt(e^2 + c^2) - c) (both
-    huber), which is e^2 for small errors e and 2 c |e| for large ones (Song & Dhariwal 2023, arXiv 2310.14189, section 3.3)."""
+    huber), which is e^2 for small errors e and 2 c |e| for large ones (Song & Dhariwal 2023, arXiv 2310.14189, section 3.3).
+
+    `mask` [B, 1, h, w] weights the pixels. The mean is over all of them, so that what is inside a mask counts as without one.
+    """
     error = prediction - target
     if kind == "l1":
         losses = error.abs()
@@ -131,7 +139,7 @@ def loss_per_sample(
         losses = 2 * huber_c * ((error.square() + huber_c**2).sqrt() - huber_c)
     else:
         losses = error.square()
-    return losses.flatten(1).mean(dim=1)
+    return (losses if mask is None else losses * mask).flatten(1).mean(dim=1)
 
 
 def timestep_quantiles(settings: ObjectiveSettings, timesteps: int) -> Callable[[float], int] | None:

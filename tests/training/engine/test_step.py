@@ -182,13 +182,14 @@ def reference(
             weight = min(snr, gamma) / (snr + 1)
         elif gamma and snr:
             weight = min(snr, gamma) / snr
+        mask = batch.mask[i].double() if batch.mask.numel() else 1.0
         if weighting == "debiased":
             weight = 1 / (min(snr, 1000) + 1) if is_v else min(snr, 1000) ** -0.5
         error = (answer - wanted) ** 2
         if loss == "huber_snr":
             c = 0.9 / (1 + snr**-0.5) ** 2 + 0.1
             error = 2 * c * ((error + c * c).sqrt() - c)
-        total = total + weight * error.mean() / len(batch.timesteps)
+        total = total + weight * (mask * error).mean() / len(batch.timesteps)
         for number in (n for n, row in enumerate(batch.prior_rows.tolist()) if row == i):
             caption = {
                 "encoder_hidden_states": batch.prior_hidden[number : number + 1].double(),
@@ -309,6 +310,25 @@ def test_the_adapter_can_be_left_out_for_one_prediction(plain_unet, name, kind):
     changed = lora.weights.detach().clone()
     step([batch], learning_rate=1e-2)
     assert (lora.weights != changed).double().mean() > 0.99
+
+
+def test_masked_loss_and_gradient_are_those_of_the_formulas(lora_unet, observed):
+    """Each pixel counts with the weight that its mask says, in either engine; a mask that is 1 everywhere changes nothing."""
+    batch = batch_of([20, 700])
+    mask = torch.ones(2, 1, 8, 8)
+    mask[0, :, :, 4:] = 0.1
+    mask[1, :, :3] = 0.5
+    masked = replace(batch, mask=mask)
+    loss, gradient, norm = observed([masked])
+    expected_loss, expected = reference(lora_unet, masked, PLAIN, 5.0, 0.0357)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert norm == pytest.approx(expected.norm().item(), rel=1e-4)
+    assert (gradient - expected).norm() < 2e-4 * expected.norm()
+    plain_loss, plain, _ = observed([batch])
+    assert (gradient - plain).norm() > 0.1 * plain.norm()
+    same_loss, same, _ = observed([replace(batch, mask=torch.ones(2, 1, 8, 8))])
+    assert same_loss == plain_loss
+    assert torch.equal(same, plain)
 
 
 def test_accumulated_micro_batches_are_one_batch(observed):
