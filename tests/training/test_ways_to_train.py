@@ -132,6 +132,30 @@ def test_the_average_of_a_stopped_run_ends_as_the_same_lora(images):
     assert in_file != pytest.approx(kept["weights"].double().square().sum().item(), rel=2e-3)
 
 
+def test_what_the_base_model_knows_of_the_class_is_part_of_a_run(images):
+    """With every other way to change the objective at once; another class is another run, and the same one is finished."""
+    settings = QUICK | {"PRIOR_PRESERVATION": 1, "LORA_L2": 1e-3, "LOSS": "huber_snr", "LOSS_WEIGHTING": "debiased"}
+    settings |= {"TIMESTEP_MIN": 100, "TIMESTEP_MAX": 900, "TIMESTEP_SAMPLING": "logit_normal", "TIMESTEP_SHIFT": 2}
+    settings |= {"LR_SCHEDULER": "cosine_with_restarts", "OPTIMIZER": "adafactor"}
+    refused = images.run(**settings)
+    problem = "PRIOR_PRESERVATION needs the word for the kind of subject, which the captions do not have"
+    assert refused.stderr == f"train_lora: {problem}: set SUBJECT_CLASS, for example SUBJECT_CLASS=woman\n"
+    assert refused.returncode == 2
+    images.add("coffee", caption="sks, a person, outdoors")
+    assert "prior preservation: weight 1, 'person' for 'sks' (from the captions)" in images.run("--check", **settings).stdout
+    output = images.trained(**settings)
+    assert "prior preservation: weight 1, 'person' for 'sks' (from the captions)" in output
+    assert "weighting debiased" in output
+    resolved = (images.output / "lora" / "training_config_resolved.toml").read_text(encoding="utf-8")
+    assert 'subject_class = "person"' in resolved
+    assert "nothing to do" in images.trained(**settings, SUBJECT_CLASS="person")
+    first = losses(images.output)
+    output = images.trained(**settings, SUBJECT_CLASS="astronaut")
+    assert "'astronaut' for 'sks' (as set)" in output
+    assert losses(images.output)[0] == first[0]  # the LoRA adds nothing yet
+    assert losses(images.output)[-1] != first[-1]
+
+
 def test_prodigy_with_a_rate_for_adamw_is_refused(images):
     refused = images.run(**QUICK | {"LEARNING_RATE": 1e-4}, OPTIMIZER="prodigy")
     assert refused.returncode == 2
