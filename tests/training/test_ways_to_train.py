@@ -132,6 +132,19 @@ def test_the_average_of_a_stopped_run_ends_as_the_same_lora(images):
     assert in_file != pytest.approx(kept["weights"].double().square().sum().item(), rel=2e-3)
 
 
+@pytest.mark.parametrize("optimizer", ["schedulefree", "adafactor"])
+def test_packages_optimizers_train_and_a_stopped_run_ends_with_the_same_lora(images, optimizer):
+    if optimizer == "schedulefree":
+        pytest.importorskip("schedulefree")
+    settings = LONG | {"OPTIMIZER": optimizer}
+    images.trained(**settings, OUTPUT_DIR=images.output.with_name("whole"))
+    assert images.stopped(2, signal.SIGTERM, **settings).returncode == 143
+    images.trained(**settings)
+    whole, resumed = (load_file(path) for path in (images.output.with_name("whole") / "lora" / images.lora.name, images.lora))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_what_the_base_model_knows_of_the_class_is_part_of_a_run(images):
     """With every other way to change the objective at once; another class is another run, and the same one is finished."""
     settings = QUICK | {"PRIOR_PRESERVATION": 1, "LORA_L2": 1e-3, "LOSS": "huber_snr", "LOSS_WEIGHTING": "debiased"}
