@@ -16,7 +16,7 @@ from demo import tiny_sdxl
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
 from training.engine import prepare_unet
-from training.engine.fast.ops import add_layer_norm, geglu, group_norm
+from training.engine.fast.ops import add_layer_norm, dequantized, geglu, group_norm
 from training.engine.step import TrainStep
 from training.method import diffusion
 from training.method.adapters import ADAPTER, Adapter, inject
@@ -26,6 +26,7 @@ from training.method.optimizer_wrappers import make_optimizer
 from training.method.optimizers import AdamW, AdamW8bit, Optimizer
 from training.method.prodigy import Prodigy
 from training.models.base_model import find_base
+from training.models.int8 import rowwise_int8
 from training.models.sdxl import Schedule
 from training.models.weights import load_unet
 from training.system.device import Precision
@@ -369,6 +370,15 @@ def test_layer_norm_and_geglu_kernels(adds):
         results.append([tensor.detach().cpu() for tensor in found])
     for plain, ours in zip(*results, strict=True):
         assert (ours - plain).norm() < 1e-5 * plain.norm()
+
+
+@pytest.mark.parametrize("shape", [(640, 1280), (33, 2049), (64, 32, 3, 3)])
+def test_weights_in_8_bits_are_multiplied_out(shape):
+    weight = torch.randn(shape, device="cuda").bfloat16()
+    weight = weight.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else weight
+    codes, scales = rowwise_int8(weight)
+    assert torch.equal(dequantized(codes, scales), codes * scales)
+    assert dequantized(codes, scales).stride() == weight.stride()
 
 
 def randomised(norm: torch.nn.Module) -> torch.nn.Module:
