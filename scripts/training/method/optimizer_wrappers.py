@@ -7,14 +7,16 @@ import torch
 
 from training.config import OptimizerSettings
 from training.method.adapters import ADAPTER, Adapter
-from training.method.optimizers import OPTIMIZERS, Optimizer
+from training.method.optimizers import OPTIMIZERS, LibraryOptimizer, Optimizer
 
 
 def make_optimizer(adapter: Adapter, settings: OptimizerSettings) -> Optimizer:
     """The optimizer of `settings` for the weights of `adapter`, with everything around it."""
-    layers = adapter.layers.values()
-    parameters = [parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad]
-    optimizer = OPTIMIZERS[settings.optimizer](adapter.weights, settings, parameters)
+    layers, kind = adapter.layers.values(), OPTIMIZERS[settings.optimizer]
+    if issubclass(kind, LibraryOptimizer) and kind.by_matrix:
+        optimizer = kind([each for layer in layers for each in layer.parameters() if each.requires_grad], settings)
+    else:
+        optimizer = kind(adapter.weights, settings)
     if settings.loraplus_ratio != 1:
         ups = [layer.lora_B[ADAPTER].weight.detach() for layer in layers]
         optimizer = LoraPlus(optimizer, adapter.weights, ups, settings.loraplus_ratio)

@@ -50,7 +50,7 @@ class AdamW:
     label = "torch.optim.AdamW"
     capturable = True
 
-    def __init__(self, weights: torch.nn.Parameter, settings: OptimizerSettings, parameters: Sequence[torch.nn.Parameter] = ()):
+    def __init__(self, weights: torch.nn.Parameter, settings: OptimizerSettings):
         self.param_groups = [{"params": [weights]}]
         self._state = {
             "step": torch.zeros((), dtype=torch.float32, device=weights.device),
@@ -102,11 +102,10 @@ class LibraryOptimizer:
     """The name under which pip installs it."""
     needs_gpu = False
     by_matrix = False
-    """Whether it treats each matrix of the adapter by itself, and not the flat weights as one vector."""
+    """Whether it is given the matrices of the adapter, and not the flat weights."""
 
-    def __init__(self, weights: torch.nn.Parameter, settings: OptimizerSettings, parameters: Sequence[torch.nn.Parameter] = ()):
-        """`parameters` are the matrices of the adapter, views of `weights`."""
-        self._parameters = list(parameters) if self.by_matrix else [weights]
+    def __init__(self, weights: torch.nn.Parameter | Sequence[torch.nn.Parameter], settings: OptimizerSettings):
+        self._parameters = list(weights) if self.by_matrix else [weights]
         module, _, name = self.label.rpartition(".")
         optimizer_class = getattr(importlib.import_module(module), name)
         self._optimizer = optimizer_class(self._parameters, **self.options(settings))
@@ -163,7 +162,7 @@ class ScheduleFree(LibraryOptimizer):
     label = "schedulefree.AdamWScheduleFree"
     package = "schedulefree"
 
-    def __init__(self, weights: torch.nn.Parameter, settings: OptimizerSettings, parameters: Sequence[torch.nn.Parameter] = ()):
+    def __init__(self, weights: torch.nn.Parameter, settings: OptimizerSettings):
         super().__init__(weights, settings)
         self._optimizer.train()
 

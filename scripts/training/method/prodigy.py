@@ -1,7 +1,6 @@
 """Prodigy as a formula on flat buffers, which can be part of a CUDA graph: it never waits for the GPU."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch.optim.adamw import adamw
@@ -27,7 +26,7 @@ class Prodigy:
     label = "prodigyopt.Prodigy"
     capturable = True
 
-    def __init__(self, weights: torch.nn.Parameter, settings: OptimizerSettings, parameters: Sequence[torch.nn.Parameter] = ()):
+    def __init__(self, weights: torch.nn.Parameter, settings: OptimizerSettings):
         self.param_groups = [{"params": [weights]}]
         self._weights, self._settings = weights, settings
         zeros = {name: torch.zeros_like(weights, requires_grad=False) for name in ("exp_avg", "exp_avg_sq", "s")}
