@@ -59,9 +59,9 @@ class FusedLoraLinear:
         return self.weight[rows] if self.weight_scales is None else dequantized(self.weight[rows], self.weight_scales[rows])
 
 
-def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], Callable[[], None]]:
+def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], Callable[..., None]]:
     """The fused layers, built from the PEFT layers of `adapter`, by the name of the group; and a function that copies the fp32
-    weights to those with which they compute.
+    weights to those with which they compute, or with False makes them compute without a LoRA.
 
     The frozen weights of a group are joined, and its base layers become views of the joined one, so that none is held twice.
     """
@@ -86,10 +86,14 @@ def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], Callable[[], Non
         groups[group] = FusedLoraLinear(tuple(names), *matrices, down_grad, up_grad, adapter.scale, anchor)
         start = end
     copy_downs, copy_ups = copier(weights, downs, 1.0), copier(weights, ups, adapter.scale)
+    copy_zeros = copier(weights, ups, 0.0)
 
-    def sync_compute_weights() -> None:
-        copy_downs()
-        copy_ups()
+    def sync_compute_weights(adapts: bool = True) -> None:
+        if adapts:
+            copy_downs()
+            copy_ups()
+        else:
+            copy_zeros()
 
     return groups, sync_compute_weights
 
