@@ -7,11 +7,12 @@ from functools import partial
 
 from common.errors import ResourceError
 from training.config import TrainSettings
+from training.data.batches import PRIOR_EVERY
 from training.data.dataset import Example
 from training.engine import EngineName
 from training.method.adapters import KEPT_BYTES_PER_WEIGHT
 from training.method.layers import adapted_layers, count_weights, weight_shapes
-from training.method.optimizers import OPTIMIZERS
+from training.method.optimizer_wrappers import floats_per_weight
 from training.models.sdxl import BaseModel
 from training.models.weights import unet_without_weights
 from training.plan import at_each_resolution, placements_of
@@ -66,6 +67,8 @@ class MemoryBudget:
     """None: the memory is not guarded."""
     saved_by_int8: int = 0
     """How much less the frozen weights take in 8 bits; 0 if they are counted like that already, or cannot be."""
+    has_prior: bool = False
+    """A step predicts some images again for another caption."""
 
     @property
     def free(self) -> int:
@@ -74,9 +77,10 @@ class MemoryBudget:
 
     def needed(self, batch: int, *, checkpointing: bool) -> int:
         """What a step with a micro-batch of `batch` images needs."""
+        images = batch + (-(-batch // PRIOR_EVERY) if self.has_prior else 0)
         if checkpointing:
-            return self.fixed + batch * self.per_image_checkpointed
-        return self.fixed + self.fixed_kept + batch * self.per_image
+            return self.fixed + images * self.per_image_checkpointed
+        return self.fixed + self.fixed_kept + images * self.per_image
 
 
 def measure_budget(
@@ -90,7 +94,7 @@ def measure_budget(
     unet, itemsize = base.components["unet"], precision.dtype.itemsize
     shapes = weight_shapes(unet_without_weights(base))
     ranks = adapted_layers(shapes, settings.lora)
-    floats = 2 + OPTIMIZERS[settings.optimizer.optimizer].floats_per_weight  # weight, gradient and the optimizer's state
+    floats = 2 + floats_per_weight(settings.optimizer)  # weight, gradient and the optimizer's state
     trained = sum(count_weights(shapes[name], layer.rank, settings.lora) for name, layer in ranks.items())
     weights = itemsize * sum(math.prod(tensor.shape) for tensor in unet.tensors.values())
     workspaces = _GPU_WORKSPACE_BYTES if precision.device.type == "cuda" else _CPU_WORKSPACE_BYTES
@@ -112,9 +116,8 @@ def measure_budget(
         available=available,
         reserve=limits.reserve if limits else int(min(GPU_RESERVE_BYTES, GPU_RESERVE_SHARE * available)),
         thresholds=limits,
-        saved_by_int8=0
-        if settings.lora.lora_type == "dora"
-        else (itemsize - 1) * sum(math.prod(each) for each in shapes.values() if len(each) > 1),
+        has_prior=settings.objective.prior_preservation > 0,
+        saved_by_int8=0 if settings.lora.lora_type == "dora" else (itemsize - 1) * sum(map(math.prod, shapes.values())),
     )
 
 

@@ -15,6 +15,7 @@ from training.callbacks.sample_plan import plan_samples
 from training.config import TrainSettings
 from training.data.dataset import Example, read_images, require_all_images
 from training.engine import choose_engine
+from training.job import with_class_of_prior
 from training.memory_budget import measure_budget, resolve_batch_size, resolve_quantization
 from training.method.layers import adapted_layers, weight_shapes
 from training.method.optimizers import require_usable
@@ -86,8 +87,9 @@ def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettin
     settings, budget = resolve_quantization(settings, budget)
     settings = resolve_batch_size(settings, budget, len(examples))
     plan = make_plan(examples, settings, schedule)
+    settings, prior = with_class_of_prior(settings, plan, trigger)
     samples, _ = plan_samples(settings, trigger, plan, budget, base, {})
-    announcement = "\n".join([plan.announcement(), *([samples.announcement] if samples else [])])
+    announcement = "\n".join([plan.announcement(), *prior, *([samples.announcement] if samples else [])])
     if precision.device.type != "cuda":
         return announcement
     batch = settings.run.train_batch_size

@@ -59,9 +59,9 @@ class FusedLoraLinear:
         return self.weight[rows] if self.weight_scales is None else dequantized(self.weight[rows], self.weight_scales[rows])
 
 
-def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], Callable[[], None]]:
+def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], Callable[..., None]]:
     """The fused layers, built from the PEFT layers of `adapter`, by the name of the group; and a function that copies the fp32
-    weights to those with which they compute.
+    weights to those with which they compute, or with False makes them compute without a LoRA.
 
     The frozen weights of a group are joined, and its base layers become views of the joined one, so that none is held twice.
     """
@@ -85,10 +85,16 @@ def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], Callable[[], Non
         down_grad, up_grad = adapter.sums[start:middle].view(n * rank, width), adapter.sums[middle:end].view(n, out, rank)
         groups[group] = FusedLoraLinear(tuple(names), *matrices, down_grad, up_grad, scale, anchor)
         start = end
-    copies = [copier(weights, downs, 1.0), *(copier(weights, parts, scale) for scale, parts in ups.items())]
+    copy_downs = copier(weights, downs, 1.0)
+    copies_of_ups = [copier(weights, parts, scale) for scale, parts in ups.items()]
+    copy_zeros = copier(weights, [part for parts in ups.values() for part in parts], 0.0)
 
-    def sync_compute_weights() -> None:
-        for copy in copies:
+    def sync_compute_weights(adapts: bool = True) -> None:
+        if not adapts:
+            copy_zeros()
+            return
+        copy_downs()
+        for copy in copies_of_ups:
             copy()
 
     return groups, sync_compute_weights
