@@ -3,11 +3,10 @@
 A file is read back, compared, and checked against the modules that ComfyUI loads before it gets its name.
 """
 
-import csv
 import hashlib
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,10 +17,9 @@ from common.errors import ModelError, bullet_list
 from common.files import atomic_write
 from common.weights import read_header
 from training.method.adapters import LoraModule, row_norms
+from training.method.comfyui_modules import module_problems
 from training.models.weights import write_into
 
-COMFYUI_MODULES = Path(__file__).with_name("comfyui_sdxl_modules.csv")
-"""The module names that ComfyUI loads for SDXL, with the sizes of the layers; demo/comfyui_modules.py derives them."""
 _BLOCK = re.compile(r"(down_blocks|up_blocks)\.(\d)\.attentions\.([0-2])\.(.+)")
 """A fourth attention module would get the name of the first one of the next block."""
 _MID_BLOCK = "mid_block.attentions.0."
@@ -113,16 +111,6 @@ def verify(path: Path, written: dict[str, torch.Tensor], name: str | None = None
         raise ModelError(bullet_list(f"{name or path.name}: verification of the exported LoRA failed:", problems[:20]))
 
 
-def module_problems(keys: Collection[str]) -> list[str]:
-    """What is wrong with the names of a LoRA file's tensors: modules that ComfyUI does not load, and incomplete ones."""
-    modules = {key.split(".", 1)[0] for key in keys}
-    problems = [f"{module}: not a module that ComfyUI loads" for module in sorted(modules - comfyui_modules())]
-    for module in sorted(modules):
-        expected = {f"{module}.lora_down.weight", f"{module}.lora_up.weight", f"{module}.alpha"}
-        problems += [f"{key}: missing" for key in sorted(expected.difference(keys))]
-    return problems
-
-
 def is_lora_of(path: Path, modules: Sequence[LoraModule]) -> bool:
     """Whether `path` is a complete file with the weights of exactly these modules, going by its header."""
     try:
@@ -153,9 +141,3 @@ def load_lora(path: Path, modules: Sequence[LoraModule]) -> None:
                 adapted = base + scale * (module.up @ module.down)
                 relative = file.get_tensor(f"{name}.dora_scale")[:, 0].to(base.device)
                 module.magnitude.copy_(relative * row_norms(adapted) / row_norms(base))
-
-
-def comfyui_modules() -> set[str]:
-    """The names of the modules that ComfyUI loads for SDXL."""
-    with COMFYUI_MODULES.open(encoding="utf-8", newline="") as file:
-        return {row["kohya_module"] for row in csv.DictReader(file)}

@@ -9,7 +9,8 @@ from accelerate import init_empty_weights
 from common.errors import ModelError
 from training.config import LoraSettings
 from training.method.adapters import _uniform, inject, target_modules
-from training.method.export import COMFYUI_MODULES, kohya_name
+from training.method.comfyui_modules import COMFYUI_MODULES
+from training.method.export import kohya_name
 from training.models.weights import UNet2DConditionModel
 
 
