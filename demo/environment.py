@@ -11,7 +11,8 @@ from captioning.config import CaptionSettings
 from collecting.config import CollectSettings
 from common.files import write_json
 from common.project import ProjectSettings
-from common.settings import REPOSITORY, SETTINGS_FILE, TABLES, all_keys, resolve
+from common.settings import REPOSITORY, SETTINGS_FILE, all_keys, resolve
+from common.settings_file import TABLES
 from demo import tiny_sdxl, tiny_tagger
 from demo.standin_comfyui.images import scene
 from demo.standin_comfyui.server import StandIn

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from unittest import mock
@@ -52,13 +53,171 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
+COMMENTED = re.compile(r"(?m)^# (?=[a-z]\w* = )")
+"""What is removed from a line of the settings file to set a rarely needed setting."""
+SHIPPED = settings.SETTINGS_FILE.read_text(encoding="utf-8")
+
+
+def flat(table: dict) -> Iterator[tuple[str, object]]:
+    for key, value in table.items():
+        yield from flat(value) if isinstance(value, dict) else [(key, value)]
+
+
 def test_shipped_file_states_every_key_once_with_the_default_value():
-    shipped = resolve(settings.SETTINGS_FILE, {}, [], Everything)
+    stated = list(flat(tomllib.loads(COMMENTED.sub("", SHIPPED))))
     empty = {name: section() for name, section in SECTIONS.items()}
-    stated = tomllib.loads(settings.SETTINGS_FILE.read_text(encoding="utf-8"))
-    defaults = tomllib.loads(resolved_toml(empty))
-    assert stated == defaults
-    assert not [key for key, source in shipped.sources.items() if source == "default" and key not in SECRETS]
+    assert sorted(stated) == sorted([*flat(tomllib.loads(resolved_toml(empty))), ("preset", "")])
+
+
+def test_values_of_the_file_that_are_equal_to_the_default_count_as_not_set(tmp_path):
+    for file in (settings.SETTINGS_FILE, write(tmp_path, COMMENTED.sub("", SHIPPED))):
+        assert set(resolve(file, {}, [], Everything).sources.values()) == {"default"}
+
+
+def test_shipped_file_begins_with_the_settings_that_most_people_set():
+    """Those below "Rarely needed" are comments; the comments in between give a reason for every line."""
+    often, rarely = SHIPPED.split("\n# Rarely needed\n")
+    often, rarely = often.splitlines(), rarely.splitlines()
+    assert 20 <= len([line for line in often if re.match(r"[a-z]\w* = ", line)]) <= 28
+    assert not [line for line in often if COMMENTED.match(line)]
+    assert all(re.match(r"# |\[\w+\.more\]$|$", line) for line in rarely)
+
+
+@pytest.mark.parametrize("name", [line[2:].split(" = ")[0] for line in SHIPPED.splitlines() if COMMENTED.match(line)])
+def test_uncommenting_a_line_of_the_shipped_file_sets_it(tmp_path, name):
+    """A value that no setting can have shows that the line is read, and as which setting."""
+    file = write(tmp_path, re.sub(rf"(?m)^# {name} = .*", f"{name} = {{}}", SHIPPED))
+    with pytest.raises(SettingsError) as refused:
+        resolve(file, {}, [], Everything)
+    assert str(refused.value).startswith(f"invalid settings:\n  - {name} (settings.toml): {{}} must be ")
+
+
+@pytest.mark.parametrize("text", ["[train]\nlora_rank = 8", "[train.lora]\nlora_rank = 8", "[train.more]\nlora_rank = 8"])
+def test_a_setting_stands_in_the_table_of_its_stage_or_in_one_inside_it(tmp_path, text):
+    for tables in (Everything, train_lora.Tables):
+        request = resolve(write(tmp_path, text), {}, [], tables)
+        assert (request.settings.train.lora.lora_rank, request.sources["lora_rank"]) == (8, "settings.toml")
+
+
+def test_settings_that_have_the_name_of_a_table_stand_in_either(tmp_path):
+    for text in (
+        '[train]\noptimizer = "prodigy"\nlearning_rate = 1',
+        '[train.optimizer]\noptimizer = "prodigy"\nlearning_rate = 1',
+    ):
+        assert resolve(write(tmp_path, text), {}, [], Everything).settings.train.optimizer.optimizer == "prodigy"
+
+
+def test_a_stage_reads_its_part_of_a_table_wherever_it_stands(tmp_path):
+    file = write(tmp_path, "[train]\nresolution = 768\n[train.lora]\nlora_rank = 8\n[train.more]\ncaption_chunks = 2\n")
+    data = resolve(file, {}, [], Partial).settings.train.data
+    assert (data.resolution, data.caption_chunks) == (768, 2)
+
+
+PRESETS = sorted(path.stem for path in settings.PRESETS.glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_changes_a_few_defaults_and_says_why(name):
+    text = (settings.PRESETS / f"{name}.toml").read_text(encoding="utf-8")
+    values = dict(flat(tomllib.loads(text)))
+    request = resolve(settings.SETTINGS_FILE, {"PRESET": name}, [], Everything)
+    assert request.overrides == {"preset", *values}
+    assert {request.sources[key] for key in values} == {f"preset {name}"}
+    assert 2 <= len(values) <= 8
+    assert re.match(r"# .+", text)
+    assert len(re.findall(r"(?m)^# .+\n(?:# .+\n)*[a-z]", text)) >= len(values) - 1  # two values may share a reason
+
+
+def test_a_preset_is_weaker_than_the_file_and_stronger_than_the_default(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "PRESETS", tmp_path)
+    (tmp_path / "mine.toml").write_text(
+        "[train]\nlora_rank = 4\nlearning_rate = 0.5\n[train.run]\ntrain_seed = 7\nnum_train_epochs = 3\n"
+    )
+    file = write(tmp_path, '[project]\npreset = "mine"\n[train]\nlora_rank = 8\nlearning_rate = 0.0001\n')
+    request = resolve(file, {"NUM_TRAIN_EPOCHS": "20"}, [], Everything)
+    train = request.settings.train
+    assert (train.lora.lora_rank, request.sources["lora_rank"]) == (8, "settings.toml")
+    assert (train.optimizer.learning_rate, request.sources["learning_rate"]) == (0.5, "preset mine")  # the file has the default
+    assert (train.run.train_seed, request.sources["train_seed"]) == (7, "preset mine")
+    assert (train.run.num_train_epochs, request.sources["num_train_epochs"]) == (20, "environment")
+    assert request.overrides == {"preset", "lora_rank", "learning_rate", "train_seed", "num_train_epochs"}
+    assert "  train_seed = 7  (preset mine)" in request.overridden()
+    text = resolved_toml(vars(request.settings), {key: request.sources[key] for key in request.overrides})
+    assert "train_seed = 7  # set by preset mine" in text
+    assert "num_train_epochs = 20  # set by environment" in text
+    again = resolve(write(tmp_path, text), {}, [], Everything)
+    assert again.settings.train == train
+
+
+@pytest.mark.parametrize("overrides", [["preset=mine"], []])
+@pytest.mark.parametrize("variables", [{"PRESET": "mine"}, {"PRESET": ""}, {}])
+def test_the_preset_is_chosen_by_the_strongest_source(tmp_path, monkeypatch, overrides, variables):
+    monkeypatch.setattr(settings, "PRESETS", tmp_path)
+    for name, rank in (("mine", 4), ("other", 5)):
+        (tmp_path / f"{name}.toml").write_text(f"[train]\nlora_rank = {rank}\n")
+    file = write(tmp_path, '[project.more]\npreset = "other"\n')
+    expected = 4 if overrides or variables.get("PRESET") else 5
+    assert resolve(file, variables, overrides, Everything).settings.train.lora.lora_rank == expected
+    assert resolve(file, variables, ["preset="], Everything).settings.train.lora.lora_rank == 32
+
+
+@pytest.mark.parametrize("name", ["persn", "../person", "PERSON", "person.toml"])
+def test_an_unknown_preset_is_refused_with_those_that_exist(tmp_path, name):
+    for file, variables in ((f"[project]\npreset = '{name}'\n", {}), ("", {"PRESET": name})):
+        with pytest.raises(SettingsError) as refused:
+            resolve(write(tmp_path, file), variables, ["lora_rank=x"], Everything)
+        assert str(refused.value).splitlines() == [
+            "invalid settings:",
+            f"  - preset: there is none called {name!r}; choose one of {', '.join(PRESETS)}, or leave it empty",
+            "  - lora_rank (--set): 'x' must be a whole number",
+        ]
+
+
+def test_what_is_wrong_in_a_preset_is_named_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "PRESETS", tmp_path)
+    (tmp_path / "mine.toml").write_text("[train]\nlora_rang = 4\nlora_rank = 0\n[trian]\n[collect]\ncomfyui_api_key = 'x'\n")
+    with pytest.raises(SettingsError) as refused:
+        resolve(write(tmp_path, ""), {"PRESET": "mine"}, [], Everything)
+    assert str(refused.value).splitlines() == [
+        "invalid settings:",
+        "  - [trian]: unknown table in preset mine; known: project, collect, caption, train",
+        "  - comfyui_api_key: a secret is read from the environment only; set COMFYUI_API_KEY",
+        "  - [train] lora_rang: unknown key (did you mean lora_rank?) in preset mine",
+        "  - lora_rank (preset mine): 0 must be at least 1 and at most 1024",
+    ]
+    (tmp_path / "mine.toml").write_text("[train")
+    with pytest.raises(SettingsError, match=r"mine\.toml: not valid TOML"):
+        resolve(write(tmp_path, ""), {"PRESET": "mine"}, [], Everything)
+    with pytest.raises(SettingsError, match=r"preset \(settings\.toml\): 3 must be text"):
+        resolve(write(tmp_path, "[project]\npreset = 3\n"), {}, [], Everything)
+
+
+INNER = "more, model, data, lora, objective, optimizer, run, processes, validation, samples, saving, logging"
+LROA = f"[train.lroa]: unknown table in settings.toml; known: {INNER}"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "[train]\nlora_rank = 8\n[train.lora]\nlora_rank = 9\n",
+            "lora_rank: is in [train] and in [train.lora] of settings.toml; keep one of them",
+        ),
+        ("[train]\nlora_rang = 8\n", "[train] lora_rang: unknown key (did you mean lora_rank?) in settings.toml"),
+        ("[train.more]\nlora_rang = 8\n", "[train.more] lora_rang: unknown key (did you mean lora_rank?) in settings.toml"),
+        ("[train.lroa]\nlora_rank = 8\n", LROA),
+        ("[train]\nlora = 8\n", "train.lora: must be a table, [train.lora]"),
+        ("train = 8\n", "train: must be a table, [train]"),
+        ("[caption]\nlora_rank = 8\n", "[caption] lora_rank: unknown key here (it belongs in [train]) in settings.toml"),
+        ("[caption.lora]\n", "[caption.lora]: unknown table in settings.toml; known: more"),
+        ("[train.more.lora]\nlora_rank = 8\n", "[train.more] lora: unknown key (did you mean lora_type?) in settings.toml"),
+        ("[train.lora.lora_rank]\n", "lora_rank (settings.toml): {} must be a whole number"),
+    ],
+)
+def test_what_stands_in_the_wrong_place_is_one_line(tmp_path, text, problem):
+    with pytest.raises(SettingsError) as refused:
+        resolve(write(tmp_path, text), {}, [], Everything)
+    assert str(refused.value).splitlines() == ["invalid settings:", f"  - {problem}"]
 
 
 def test_every_key_has_a_name_of_its_own():

@@ -23,6 +23,8 @@ class ProjectSettings:
     models_dir: Path = setting(Path("models"))
     face_model: Literal["dlib", "sface", "off"] = setting("dlib")
     """Recognises the person, to measure how much each image looks like her; see common/faces.py."""
+    preset: str = setting("")
+    """Name of a file in config/presets, without suffix, whose values are used where nothing else is set."""
 
     def validate(self) -> Iterator[str]:
         word = self.trigger_word

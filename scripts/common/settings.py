@@ -1,23 +1,19 @@
-"""Command line and settings: TOML file < environment < `--set`, as frozen typed values, with all problems reported at once.
+"""Command line and settings: default < preset < TOML file < environment < `--set`, as frozen typed values, with all problems
+reported at once.
 
-A section is a frozen dataclass whose fields are made with `setting(...)`. It is one table of `config/training_config.toml`; a
-field that is itself a section is a table inside it. A stage declares the tables that it reads as a dataclass with a section for
-each; what their methods `validate` yield is a problem. Every key has one environment variable, its name in capitals; an empty
-variable means "not set". Relative paths in the file are relative to the repository, those in variables and flags to the current
-directory.
+A section is a frozen dataclass whose fields are made with `setting(...)`: the settings of a stage, which has one table in
+`config/training_config.toml`, or a group of them. A stage declares the tables that it reads as a dataclass with a section for
+each; what their methods `validate` yield is a problem. A value in the file that is equal to the default counts as not set.
+Every key has one environment variable, its name in capitals; an empty variable means "not set". Relative paths in files are
+relative to the repository, those in variables and flags to the current directory.
 """
 
 import argparse
 import dataclasses
 import difflib
-import math
-import operator
 import os
-import re
-import tomllib
-import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -25,8 +21,9 @@ from typing import Any, Generic, Literal, TypeVar
 import tomli_w
 
 from common.errors import SettingsError, bullet_list
-from common.files import read_file
 from common.masking import learn_secrets, mask_address, mask_secrets
+from common.setting_values import convert, within_limits
+from common.settings_file import SettingsFile, read_preset, read_settings_file
 from common.variables import find_address_problems, find_unknown_variables, known_variables
 
 VERSION = "2.0.0"
@@ -36,13 +33,11 @@ IN_CONTAINER = bool(os.environ.get("LORACAT_IN_CONTAINER"))
 SETTINGS_FILE = REPOSITORY / "config" / "training_config.toml"
 ENV_FILE = REPOSITORY / ".env"
 """Variables for Docker Compose, which passes on only those whose names it knows."""
-_MAX_FILE_BYTES = 1 << 20
-"""Of a settings file; what is longer is not one."""
-TABLES = ("project", "collect", "caption", "train")
+PRESETS = REPOSITORY / "config" / "presets"
+PRESET = "preset"
+"""The setting that names one of them."""
 MISSING = dataclasses.MISSING
-_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
-"""Bytes of a variable that are not UTF-8 appear as surrogates."""
+
 
 Tables = TypeVar("Tables")
 
@@ -99,9 +94,9 @@ class Request(Generic[Tables]):
     settings: Tables
     """The filled sections."""
     sources: dict[str, str]
-    """Where the value of each key comes from: `default`, the file's name, `environment` or `--set`."""
+    """Where the value of each key comes from: `default`, the preset's or the file's name, `environment` or `--set`."""
     overrides: frozenset[str] = frozenset()
-    """The keys that the environment or a flag sets, or that the file sets to another value than the default."""
+    """The keys that the environment or a flag sets, or that a file sets to another value than the default."""
     unknown_variables: tuple[str, ...] = ()
     """One line for each variable whose name is probably a misspelt one of LoRACat."""
     flags: frozenset[str] = frozenset()
@@ -173,19 +168,16 @@ def read_request(
 def resolve(
     file: Path, environment: Mapping[str, str], overrides: list[str], tables: type[Tables], *, check: str | None = None
 ) -> Request[Tables]:
-    """Fill the sections of `tables` from the TOML `file`, then `environment`, then `overrides` (`KEY=VALUE`).
+    """Fill the sections of `tables` from the preset, then the TOML `file`, then `environment`, then `overrides` (`KEY=VALUE`).
 
     Raises SettingsError with every problem at once: unknown keys, wrong types, values out of range, and contradictions.
     """
     keys = list(all_keys(tables))
     learn_secrets(environment, tuple(key.name.upper() for key in keys if key.metadata["secret"]))
-    content = _read_toml(file)
-    resolver = _Resolver(file, environment, overrides, [key.name for key in keys])
-    for name in content:
-        if name not in TABLES:
-            resolver.problems.append(f"[{name}]: unknown table in {file.name}; known: {', '.join(TABLES)}")
-    sections = typing.get_type_hints(tables).items()
-    filled = {name: resolver.fill(section, name, content.get(name, {})) for name, section in sections}
+    sections = typing.get_type_hints(tables)
+    stages = {key.name: stage for stage, section in sections.items() for key in all_keys(section)}
+    resolver = _Resolver(read_settings_file(file), environment, overrides, stages)
+    filled = {stage: resolver.fill(section, stage) for stage, section in sections.items()}
     problems = [*resolver.problems, *(f"--set {mask_secrets(key)}: {resolver.unknown(key)}" for key in resolver.overrides)]
     settings = None if None in filled.values() else tables(**filled)
     if settings and hasattr(settings, "validate"):
@@ -205,7 +197,8 @@ def resolve(
 
 
 def resolved_toml(sections: dict[str, Any], origins: Mapping[str, str] | None = None) -> str:
-    """The filled sections as TOML in the layout of the settings file, without secrets.
+    """The filled sections as TOML that gives the same values again: a table for each stage, and in it one for each group of
+    settings. Secrets are left out, and the preset, whose values are among the others.
 
     `origins`: key -> where its value comes from, which becomes a comment after the value.
     """
@@ -216,7 +209,7 @@ def resolved_toml(sections: dict[str, Any], origins: Mapping[str, str] | None = 
             value = getattr(section, key.name)
             if dataclasses.is_dataclass(value):
                 table[key.name] = as_table(value)
-            elif not key.metadata["secret"]:
+            elif not key.metadata["secret"] and key.name != PRESET:
                 shown = mask_address(value) if key.metadata["address"] else as_toml(value)
                 table[key.name] = mask_secrets(shown) if isinstance(shown, str) else shown
         return table
@@ -259,22 +252,11 @@ def _flat_values(*sections: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
                 yield key, value
 
 
-def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(read_file(file, _MAX_FILE_BYTES).decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise SettingsError(f"{file}: settings file not found; choose another one with --config") from None
-    except (ValueError, RecursionError) as error:
-        raise SettingsError(f"{file}: not valid TOML: {error}") from None
-    except OSError as error:
-        raise SettingsError(f"{file}: cannot be read as a settings file: {error.strerror}") from None
-
-
 class _Resolver:
-    """The three sources of values, and what was found wrong with them."""
+    """The sources of values, and what was found wrong with them."""
 
-    def __init__(self, file: Path, environment: Mapping[str, str], overrides: list[str], known: list[str]):
-        self._file_name, self._environment, self._known = file.name, environment, known
+    def __init__(self, file: SettingsFile, environment: Mapping[str, str], overrides: list[str], stages: Mapping[str, str]):
+        self._environment, self._stages = environment, stages
         self.sources: dict[str, str] = {}
         """Key -> the source that its value comes from."""
         self.overridden: set[str] = set()
@@ -283,26 +265,42 @@ class _Resolver:
         pairs = (each.partition("=") for each in overrides if "=" in each)
         self.overrides = {key.strip().lower(): value for key, _, value in pairs}
         """Those that no section has used yet."""
+        self._files = [file, *self._preset(file)]
+        """The stronger one first."""
+        self.problems += [problem for each in self._files for problem in each.problems()]
 
-    def fill(self, section: type, table: str, given: Any, is_partial: bool = False) -> Any:
-        """An instance of `section` from its TOML table `given` and the stronger sources; None if there are problems."""
-        is_partial = is_partial or issubclass(section, PartialSection)
+    def _preset(self, file: SettingsFile) -> list[SettingsFile]:
+        """The preset that the strongest source names, if any does."""
+        in_file, _ = file.values_of("project", (PRESET,), (), None)
+        name = self.overrides.get(PRESET, self._environment.get(PRESET.upper()) or in_file.get(PRESET))
+        if not isinstance(name, str) or not name:
+            return []
+        try:
+            return [read_preset(PRESETS, name)]
+        except SettingsError as error:
+            self.problems.append(str(error))
+            return []
+
+    def fill(self, section: type, stage: str) -> Any:
+        """An instance of the section `stage` from its tables in the files and the stronger sources; None if there are problems."""
+        names = {key.name for key in all_keys(section)}
+        inner = [name for name, hint in typing.get_type_hints(section).items() if dataclasses.is_dataclass(hint)]
+        unknown = None if issubclass(section, PartialSection) else self.unknown
+        before, given = len(self.problems), []
+        for file in self._files:
+            values, problems = file.values_of(stage, names, inner, unknown)
+            given.append((file.name, values))
+            self.problems += problems
+        filled = self._filled(section, given)
+        return filled if len(self.problems) == before else None
+
+    def _filled(self, section: type, given: list[tuple[str, dict[str, Any]]]) -> Any:
+        """The same from the values that each file has for the stage."""
         before = len(self.problems)
-        if not isinstance(given, dict):
-            self.problems.append(f"{table}: must be a table, [{table}]")
-            given = {}
-        hints, fields = typing.get_type_hints(section), dataclasses.fields(section)
-        values = {}
-        for key in fields:
+        hints, values = typing.get_type_hints(section), {}
+        for key in dataclasses.fields(section):
             hint = hints[key.name]
-            if dataclasses.is_dataclass(hint):
-                values[key.name] = self.fill(hint, f"{table}.{key.name}", given.get(key.name, {}), is_partial)
-            else:
-                values[key.name] = self._value(key, hint, given)
-        if not is_partial:
-            known = {key.name for key in fields}
-            unknown = [name for name in given if name not in known]
-            self.problems += [f"[{table}] {name}: {self.unknown(name)} in {self._file_name}" for name in unknown]
+            values[key.name] = self._filled(hint, given) if dataclasses.is_dataclass(hint) else self._value(key, hint, given)
         if len(self.problems) > before:
             return None
         filled = section(**values)
@@ -312,140 +310,39 @@ class _Resolver:
 
     def unknown(self, name: str) -> str:
         """What is wrong with a key that does not exist."""
-        similar = difflib.get_close_matches(name.lower(), self._known, n=1)
+        if name in self._stages:
+            return f"unknown key here (it belongs in [{self._stages[name]}])"
+        similar = difflib.get_close_matches(name.lower(), self._stages, n=1)
         return f"unknown key (did you mean {similar[0]}?)" if similar else "unknown key"
 
-    def _value(self, key: dataclasses.Field, hint: Any, given: dict[str, Any]) -> Any:
+    def _value(self, key: dataclasses.Field, hint: Any, given: list[tuple[str, dict[str, Any]]]) -> Any:
         """The value of one key from the strongest source that has it."""
         name, variable, is_secret = key.name, key.name.upper(), key.metadata["secret"]
-        if is_secret and (name in given or name in self.overrides):
+        if is_secret and (name in self.overrides or any(name in values for _, values in given)):
             self.overrides.pop(name, None)
             self.problems.append(f"{name}: a secret is read from the environment only; set {variable}")
             return None
-        if name in self.overrides:
-            raw, source = self.overrides.pop(name), "--set"
-        elif self._environment.get(variable, "") != "":
-            raw, source = self._environment[variable], "environment"
-        elif name in given:
-            raw, source = given[name], self._file_name
-        else:
-            raw, source = key.default, "default"
-        self.sources[name] = source
-        try:
-            if source == "default":
-                return REPOSITORY / raw if isinstance(raw, Path) else raw
-            is_text = source != self._file_name
-            value = _within_limits(_convert(raw, hint, Path.cwd() if is_text else REPOSITORY, is_text=is_text), key)
-        except FileNotFoundError:
-            raise SettingsError("the current directory no longer exists: change to another one") from None
-        except ValueError as error:
-            shown = mask_address(raw) if key.metadata["address"] and isinstance(raw, str) else raw
-            self.problems.append(f"{name} ({source}):{'' if is_secret else f' {mask_secrets(repr(shown))}'} {error}")
-            return None
         default = REPOSITORY / key.default if isinstance(key.default, Path) else key.default
-        if is_text or value != default:
-            self.overridden.add(name)
-        if key.metadata["address"]:
-            learn_secrets({"URL": value})
-        return value
-
-
-def _within_limits(value: Any, key: dataclasses.Field) -> Any:
-    """`value` if it is within the limits of its field; raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return value
-    tests = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
-    limits = key.metadata["limits"]
-    if not all(tests[name](value, limit) for name, limit in limits.items()):
-        bounds = " and ".join(f"{name.replace('_', ' ')} {limit}" for name, limit in limits.items())
-        raise ValueError(f"must be {bounds}")
-    return value
-
-
-def _convert(raw: Any, hint: Any, base: Path, *, is_text: bool) -> Any:
-    """`raw` as the type `hint`; raises ValueError. Text is parsed; a TOML value must have the type already. Relative paths start
-    at `base`."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if type(None) in options and raw == "":
-        return None
-    expected = []
-    for option in options:
-        if option is type(None):
-            continue
-        convert, name = _converter(option, base)
-        expected.append(name)
-        value = convert(raw, is_text)
-        if value is not None:
-            return value
-    raise ValueError(f"must be {' or '.join(expected)}")
-
-
-def _converter(option: Any, base: Path) -> tuple[Callable[[Any, bool], Any], str]:
-    """A function (raw, is text) -> value or None, and the name of the expected type for a user."""
-    if typing.get_origin(option) is Literal:
-        choices = typing.get_args(option)
-        return lambda raw, _: next((choice for choice in choices if choice == raw), None), "one of " + ", ".join(choices)
-    if option == tuple[Path, ...]:
-        return lambda raw, is_text: _as_paths(raw, base, is_text), "a path, or a list of paths"
-    if typing.get_origin(option) is tuple:
-        return _as_list, "a list of words"
-    converters = {
-        bool: (_as_bool, "true or false"),
-        int: (_as_int, "a whole number"),
-        float: (_as_float, "a number"),
-        str: (lambda raw, _: raw if isinstance(raw, str) and not _NOT_TEXT.search(raw) else None, "text, in UTF-8"),
-        Path: (lambda raw, _: _as_path(raw, base), "a path"),
-    }
-    return converters[option]
-
-
-def _as_bool(raw: Any, is_text: bool) -> bool | None:
-    if not is_text:
-        return raw if isinstance(raw, bool) else None
-    return {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}.get(raw.strip().lower())
-
-
-def _as_int(raw: Any, is_text: bool) -> int | None:
-    if is_text:
-        try:
-            return int(raw.strip())
-        except ValueError:
-            return None
-    return raw if isinstance(raw, int) and not isinstance(raw, bool) else None
-
-
-def _as_float(raw: Any, is_text: bool) -> float | None:
-    if not is_text and (isinstance(raw, bool) or not isinstance(raw, (int, float))):
-        return None
-    try:
-        number = float(raw)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _as_list(raw: Any, is_text: bool) -> tuple[str, ...] | None:
-    words = [word.strip() for word in raw.split(",") if word.strip()] if is_text else raw
-    are_words = isinstance(words, list) and all(isinstance(word, str) and word.strip() and word.isprintable() for word in words)
-    return tuple(words) if are_words else None
-
-
-def _as_paths(raw: Any, base: Path, is_text: bool) -> tuple[Path, ...] | None:
-    """A string is one path if there is such a file, else a list separated by commas; empty for none."""
-    if isinstance(raw, str):
-        path = _as_path(raw, base)
-        pieces = [raw] if path is not None and path.is_file() else [piece.strip() for piece in raw.split(",") if piece.strip()]
-    else:
-        pieces = raw if isinstance(raw, list) and not is_text else [None]
-    paths = [_as_path(piece, base) for piece in pieces]
-    return None if None in paths else tuple(paths)
-
-
-def _as_path(raw: Any, base: Path) -> Path | None:
-    """`~` is a user's home. Raises ValueError if that user does not exist."""
-    if not isinstance(raw, str) or not raw or "\0" in raw:
-        return None
-    try:
-        return base / Path(raw).expanduser()
-    except RuntimeError:
-        raise ValueError("cannot be expanded: no such user") from None
+        found = [(source, values[name]) for source, values in given if name in values]
+        is_text = name in self.overrides or self._environment.get(variable, "") != ""
+        if name in self.overrides:
+            found = [("--set", self.overrides.pop(name))]
+        elif is_text:
+            found = [("environment", self._environment[variable])]
+        for source, raw in found:
+            try:
+                value = within_limits(convert(raw, hint, Path.cwd() if is_text else REPOSITORY, is_text=is_text), key)
+            except FileNotFoundError:
+                raise SettingsError("the current directory no longer exists: change to another one") from None
+            except ValueError as error:
+                shown = mask_address(raw) if key.metadata["address"] and isinstance(raw, str) else raw
+                self.problems.append(f"{name} ({source}):{'' if is_secret else f' {mask_secrets(repr(shown))}'} {error}")
+                return None
+            if is_text or value != default:
+                self.sources[name] = source
+                self.overridden.add(name)
+                if key.metadata["address"]:
+                    learn_secrets({"URL": value})
+                return value
+        self.sources[name] = "default"
+        return default

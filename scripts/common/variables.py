@@ -38,7 +38,7 @@ beginnings is wrong anyway, and may differ more."""
 
 def known_variables(settings_file: Path, keys: Iterable[str]) -> set[str]:
     """The names of all variables of LoRACat: those of `keys`, and of every key in the settings file, even a commented one."""
-    in_file = re.findall(r"^#?\s*(\w+)\s*=", _text_of(settings_file), re.MULTILINE)
+    in_file = re.findall(r"^(?:# )?([a-z]\w*)\s*=", _text_of(settings_file), re.MULTILINE)
     return {*OTHER_VARIABLES, *(name.upper() for name in (*in_file, *keys))}
 
 

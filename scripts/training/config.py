@@ -21,6 +21,8 @@ class ModelSettings(SharedModelSettings):
     zero_terminal_snr: OnOffAuto = setting("auto", role="result")
     mixed_precision: Literal["bf16", "fp16", "no"] = setting("bf16", role="result")
     gradient_checkpointing: OnOffAuto = setting("auto", role="runtime")
+    base_quantization: Literal["none", "int8", "auto"] = setting("none", role="result", before="none")
+    """"int8" holds the frozen weights of the UNet in 8 bits; "auto": only where one image would not fit otherwise."""
 
 
 @dataclass(frozen=True)
@@ -233,3 +235,5 @@ class TrainSettings:
         unsupported = unsupported_by_fast_engine(self.lora)
         if self.run.engine == "fast" and unsupported:
             yield f"ENGINE=fast: {unsupported}; set ENGINE=auto"
+        if self.lora.lora_type == "dora" and self.model.base_quantization != "none":
+            yield "LORA_TYPE=dora reads the weights of the base model as they are: set BASE_QUANTIZATION=none"

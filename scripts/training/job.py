@@ -24,7 +24,7 @@ from training.callbacks.sample_plan import SamplePlan, plan_samples
 from training.config import TrainSettings
 from training.data.dataset import Inputs, read_images
 from training.engine import EngineName, choose_engine
-from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size
+from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
 from training.method.optimizers import OPTIMIZERS, require_usable
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
@@ -91,6 +91,9 @@ def resolve_job(
     require_usable(settings.optimizer.optimizer, precision.device)
     engine_name, reason = choose_engine(settings.run.engine, settings.lora)
     budget = measure_budget(base, examples, settings, precision, engine_name, group.local_world_size)
+    # A run that an older version saved has no record: its base was not quantized.
+    recorded_choice = saved.identity.fingerprint.get("base_quantization", "none") if saved and not was_finished else None
+    settings, budget = resolve_quantization(settings, budget, recorded_choice)
 
     samples = saved.identity.fingerprint[GLOBAL_BATCH] // world_size if saved else None
     settings = resolve_batch_size(settings, budget, max(1, len(examples) // world_size), samples)

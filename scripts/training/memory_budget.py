@@ -34,8 +34,8 @@ _SDXL_WIDTH = 320
 """Channels of SDXL's first block. Activations grow with the width."""
 _GPU_WORKSPACE_BYTES = GIB * 3 // 2
 _CPU_WORKSPACE_BYTES = GIB // 4
-GPU_RESERVE_BYTES = 8 * GIB
-"""What remains free of a GPU's own memory when "auto" decides on gradient checkpointing."""
+GPU_RESERVE_BYTES, GPU_RESERVE_SHARE = 8 * GIB, 1 / 8
+"""What remains free of a GPU's own memory, the smaller of both, when "auto" decides: estimates are right to about a tenth."""
 EFFICIENT_BATCH = 4
 """A larger batch is hardly faster, while gradient checkpointing costs a third of the speed."""
 
@@ -57,6 +57,8 @@ class MemoryBudget:
     """What must remain free of it."""
     thresholds: Thresholds | None
     """None: the memory is not guarded."""
+    saved_by_int8: int = 0
+    """How much less the frozen weights take in 8 bits; 0 if they are counted like that already, or cannot be."""
 
     @property
     def free(self) -> int:
@@ -90,15 +92,35 @@ def measure_budget(
     image_px = max(place.bucket.width * place.bucket.height for place in placements_of(examples, settings.data))
     is_shared = shares_memory(precision.device)
     limits = thresholds(settings.run.memory_floor_gib, read_memory().total, is_shared)
+    kept_per_weight = KEPT_BYTES_PER_WEIGHT[settings.lora.lora_type]
+    available = available_bytes(precision.device) // (processes if is_shared else 1)
     return MemoryBudget(
         fixed=weights + lora + workspaces,
-        fixed_kept=KEPT_BYTES_PER_WEIGHT[settings.lora.lora_type] * sum(map(math.prod, linears)),
+        fixed_kept=kept_per_weight * sum(map(math.prod, linears)),
         per_image=image_px * int(scale * kept_px),
         per_image_checkpointed=image_px * int(scale * checkpointed_px),
-        available=available_bytes(precision.device) // (processes if is_shared else 1),
-        reserve=limits.reserve if limits else GPU_RESERVE_BYTES,
+        available=available,
+        reserve=limits.reserve if limits else int(min(GPU_RESERVE_BYTES, GPU_RESERVE_SHARE * available)),
         thresholds=limits,
+        saved_by_int8=0 if kept_per_weight else (itemsize - 1) * sum(math.prod(each) for each in shapes.values() if len(each) > 1),
     )
+
+
+def resolve_quantization(
+    settings: TrainSettings, budget: MemoryBudget, recorded: str | None = None
+) -> tuple[TrainSettings, MemoryBudget]:
+    """Replace `base_quantization = "auto"`: 8 bits if not even one image fits without them. `recorded` is the choice of the run
+    that is continued, which is kept. The budget that is returned is that of the choice."""
+    choice = settings.model.base_quantization
+    if choice == "auto":
+        needed = budget.needed(1, checkpointing=True)
+        choice, reason = recorded or ("int8" if needed > budget.free else "none"), "as in the checkpoint"
+        if not recorded:
+            reason = f"one image needs {needed / GIB:.1f} GiB without it, {budget.free / GIB:.1f} GiB free"
+        print(f"base quantization: {choice} ({reason})", flush=True)
+    if choice == "int8":
+        budget = replace(budget, fixed=budget.fixed - budget.saved_by_int8, saved_by_int8=0)
+    return replace(settings, model=replace(settings.model, base_quantization=choice)), budget
 
 
 def resolve_batch_size(
@@ -128,7 +150,7 @@ def resolve_batch_size(
 
 
 def fit_to_memory(settings: TrainSettings, budget: MemoryBudget, advice: str) -> TrainSettings:
-    """Decide on gradient checkpointing and, where memory is guarded, reduce the batch to what fits and increase the accumulation.
+    """Decide on gradient checkpointing, and reduce the batch to what fits and increase the accumulation.
 
     Raises ResourceError, ending in `advice`, if not even one image fits.
     """
@@ -142,13 +164,15 @@ def fit_to_memory(settings: TrainSettings, budget: MemoryBudget, advice: str) ->
     print(f"gradient checkpointing: {'on' if checkpointing else 'off'} ({reason})", flush=True)
 
     needed = partial(budget.needed, checkpointing=checkpointing)
-    batch = fitting_batch(requested, samples, needed, budget.free) if budget.thresholds else requested
+    batch = fitting_batch(requested, samples, needed, budget.free)
     figures = f"{budget.available / GIB:.1f} GiB are available, of which {budget.reserve / GIB:.1f} are reserved"
+    if batch == 0 and not budget.thresholds and needed(1) <= budget.available:
+        batch = 1  # an estimate alone is not a reason to refuse what may fit
     if batch == 0:
         name, size = largest_other_process()
         raise ResourceError(
             f"not enough memory: batch size 1 needs about {needed(1) / GIB:.1f} GiB, but {figures}. The largest other program is "
-            f"{name} with {size / GIB:.1f} GiB. Close programs, or lower RESOLUTION or LORA_RANK, and run again. {advice}"
+            f"{name} with {size / GIB:.1f} GiB. Close programs, or {_smaller(settings, budget)}, and run again. {advice}"
         )
     if batch < requested:
         changes = f"batch size {requested} -> {batch}, gradient accumulation {samples // requested} -> {samples // batch}"
@@ -168,7 +192,14 @@ def suggest_settings(settings: TrainSettings, budget: MemoryBudget, available: i
     fits = fitting_batch(batch - 1, samples, needed, available)
     if fits:
         return f"set GRADIENT_CHECKPOINTING=true TRAIN_BATCH_SIZE={fits} GRADIENT_ACCUMULATION_STEPS={samples // fits}, which fits"
-    return "close other programs on the GPU, or lower RESOLUTION or LORA_RANK"
+    return f"close other programs on the GPU, or {_smaller(settings, budget)}"
+
+
+def _smaller(settings: TrainSettings, budget: MemoryBudget) -> str:
+    """What makes one image take less memory."""
+    switches = [] if settings.model.gradient_checkpointing else ["GRADIENT_CHECKPOINTING=true"]
+    switches += ["BASE_QUANTIZATION=int8"] if budget.saved_by_int8 else []
+    return f"set {' '.join(switches)}, or lower RESOLUTION or LORA_RANK" if switches else "lower RESOLUTION or LORA_RANK"
 
 
 def fitting_batch(limit: int, samples: int, needed: Callable[[int], int], available: int) -> int:

@@ -15,7 +15,7 @@ from training.callbacks.sample_plan import plan_samples
 from training.config import TrainSettings
 from training.data.dataset import Example, read_images, require_all_images
 from training.engine import choose_engine
-from training.memory_budget import measure_budget, resolve_batch_size
+from training.memory_budget import measure_budget, resolve_batch_size, resolve_quantization
 from training.method.optimizers import require_usable
 from training.models.base_model import find_base, find_tokenizers, require_tokenizers_on_hub
 from training.models.sdxl import BaseModel
@@ -81,6 +81,7 @@ def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettin
     precision = choose_precision(settings.model.mixed_precision)
     engine, _ = choose_engine(settings.run.engine, settings.lora)
     budget = measure_budget(base, examples, settings, precision, engine, processes=1)
+    settings, budget = resolve_quantization(settings, budget)
     settings = resolve_batch_size(settings, budget, len(examples))
     plan = make_plan(examples, settings, schedule)
     samples, _ = plan_samples(settings, trigger, plan, budget, base, {})

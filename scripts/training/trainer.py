@@ -168,7 +168,7 @@ def unet_in_background(job: TrainingJob) -> Iterator[Callable[[], tuple[UNet2DCo
     device, dtype = job.precision.device, job.precision.dtype
 
     def load() -> tuple[UNet2DConditionModel, Adapter]:
-        unet = load_unet(job.base, device, dtype)
+        unet = load_unet(job.base, device, dtype, in_int8=job.settings.model.base_quantization == "int8")
         return unet, inject(unet, job.settings.lora, job.settings.run.train_seed)
 
     with (

@@ -71,7 +71,9 @@ def test_without_a_face_the_workflow_keeps_its_own_image(clone, comfyui):
 
 def test_settings_file_is_read_without_a_rebuild(clone):
     file = clone.folder / "config" / "training_config.toml"
-    file.write_text(file.read_text(encoding="utf-8").replace("caption_batch_size = 8", "caption_batch_size = 0"), encoding="utf-8")
+    file.write_text(
+        file.read_text(encoding="utf-8").replace("# caption_batch_size = 8", "caption_batch_size = 0"), encoding="utf-8"
+    )
     refused = clone.run("--caption", CAPTION_BATCH_SIZE="")
     assert refused.returncode == 2
     assert "caption_batch_size (training_config.toml): 0 must be at least 1" in refused.stdout

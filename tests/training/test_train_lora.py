@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from common.files import read_json_lines
-from common.settings import SETTINGS_FILE
+from common.settings import resolved_toml
 from demo import tiny_sdxl as miniature
+from training.config import TrainSettings
 from training.engine.step import TrainStep
 
 TIMES = ("ss_training_finished_at", "modelspec.date")
@@ -101,9 +102,9 @@ def test_every_step_has_its_line_in_the_metrics(finished):
 def test_resolved_settings_have_every_auto_decided_and_every_setting_in_it(finished):
     assert "lora_rank = 2  # set by environment" in finished.files["lora/training_config_resolved.toml"].decode().splitlines()
     resolved = tomllib.loads(finished.files["lora/training_config_resolved.toml"].decode())
-    shipped = tomllib.loads(SETTINGS_FILE.read_text(encoding="utf-8"))
+    every = tomllib.loads(resolved_toml({"train": TrainSettings()}))
     assert {table: set(keys) for table, keys in resolved["train"].items()} == {
-        table: set(keys) for table, keys in shipped["train"].items()
+        table: set(keys) for table, keys in every["train"].items()
     }
     train = resolved["train"]
     assert train["model"] | {"base_model": ""} == {

@@ -30,6 +30,7 @@ from common.clip_tokens import TOKENIZERS, raising_value_error
 from common.errors import ModelError, bullet_list
 from common.files import atomic_write
 from training.models.base_model import find_or_download_tokenizers
+from training.models.int8 import quantize
 from training.models.sdxl import PREFIXES, BaseModel, Component
 
 _NETWORKS = {
@@ -60,9 +61,13 @@ _MAX_SHOWN = 5
 """Mismatches that are printed; a wrong file easily has a thousand."""
 
 
-def load_unet(base: BaseModel, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The UNet, frozen."""
-    return _load(base.components["unet"], device, dtype)
+def load_unet(base: BaseModel, device: torch.device, dtype: torch.dtype, *, in_int8: bool = False) -> UNet2DConditionModel:
+    """The UNet, frozen. `in_int8`: most of its weights are held in 8 bits."""
+    if not in_int8:
+        return _load(base.components["unet"], device, dtype)
+    unet = _load(base.components["unet"], torch.device("cpu"), dtype)
+    quantize(unet, device)
+    return unet
 
 
 def load_vae(base: BaseModel, device: torch.device) -> AutoencoderKL:

@@ -14,6 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from training.engine.fast.ops import copier
 from training.method.adapters import ADAPTER, CONTEXT, Adapter, shared_input_groups
+from training.models.int8 import Int8Linear
+
+_LAYERS_AT_ONCE = 8
+"""Of the cross-attentions' keys and values: how many weights in int8 are multiplied out at a time. SDXL's 128 are 630 MB."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,9 @@ class FusedLoraLinear:
     names: tuple[str, ...]
     """The n layers in the diffusers UNet."""
     weight: torch.Tensor
-    """[n * out, in], frozen."""
+    """[n * out, in], frozen: in the UNet's dtype, or in int8."""
+    weight_scales: torch.Tensor | None
+    """[n * out, 1], what the rows of int8 are multiplied by; None where they are not in int8."""
     bias: torch.Tensor | None
     """[n * out], frozen."""
     down: torch.Tensor
@@ -48,6 +54,10 @@ class FusedLoraLinear:
     grad_anchor: torch.Tensor
     """A scalar that requires a gradient: autograd calls the backward even where the input requires none."""
 
+    def frozen(self, rows: slice = slice(None)) -> torch.Tensor:
+        """Rows of the weight in the UNet's dtype, multiplied out for the caller if they are in int8."""
+        return self.weight[rows] if self.weight_scales is None else self.weight[rows] * self.weight_scales[rows]
+
 
 def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], Callable[[], None]]:
     """The fused layers, built from the PEFT layers of `adapter`, by the name of the group; and a function that copies the fp32
@@ -66,8 +76,9 @@ def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], Callable[[], Non
         rank = adapter.layers[names[0]].lora_A[ADAPTER].weight.shape[0]
         middle = start + n * rank * width
         end = middle + n * rank * out
-        matrices = _separate(bases, rank) if group.startswith(CONTEXT) else _joined(bases, rank)
-        _, _, down, up, _, _ = matrices
+        is_wide = not group.startswith(CONTEXT) and not isinstance(bases[0], Int8Linear)
+        matrices = _joined(bases, rank) if is_wide else _separate(bases, rank)
+        _, _, _, down, up, _, _ = matrices
         downs.append((start, down))
         ups += [(middle + number * rank * out, each) for number, each in enumerate(up)]
         # In the flat weights all `down` of a group come before all `up`, without a gap.
@@ -94,16 +105,24 @@ def _joined(linears: Sequence[torch.nn.Linear], rank: int) -> tuple[torch.Tensor
         linear.weight = torch.nn.Parameter(part, requires_grad=False)
     # The LoRA of each layer adds to its own rows only: the rest beside W stays zero.
     up = matrix.as_strided((n, out, rank), (out * columns + rank, columns, 1), width)
-    return matrix[:rows, :width], _joined_bias(linears), matrix[rows:, :width], up, matrix[:rows], matrix[:, :width]
+    return matrix[:rows, :width], None, _joined_bias(linears), matrix[rows:, :width], up, matrix[:rows], matrix[:, :width]
 
 
 def _separate(linears: Sequence[torch.nn.Linear], rank: int) -> tuple[torch.Tensor | None, ...]:
     """The same, with a matrix of its own for `weight`, `down` and `up`."""
-    n, (out, width) = len(linears), linears[0].weight.shape
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    for linear, rows in zip(linears, weight.split(out), strict=True):
-        linear.weight = torch.nn.Parameter(rows, requires_grad=False)
-    return weight, _joined_bias(linears), weight.new_empty(n * rank, width), weight.new_empty(n, out, rank), None, None
+    n, like = len(linears), linears[0].weight
+    out, width = like.shape
+    if isinstance(linears[0], Int8Linear):
+        weight, scales = (torch.cat([getattr(linear, part) for linear in linears]) for part in ("codes", "scales"))
+        for number, linear in enumerate(linears):
+            rows = slice(number * out, (number + 1) * out)
+            linear.codes, linear.scales = weight[rows], scales[rows]
+    else:
+        weight, scales = torch.cat([linear.weight.detach() for linear in linears]), None
+        for linear, part in zip(linears, weight.split(out), strict=True):
+            linear.weight = torch.nn.Parameter(part, requires_grad=False)
+    down, up = like.new_empty(n * rank, width), like.new_empty(n, out, rank)
+    return weight, scales, _joined_bias(linears), down, up, None, None
 
 
 def _joined_bias(linears: Sequence[torch.nn.Linear]) -> torch.Tensor | None:
@@ -122,7 +141,7 @@ def fused_lora_context(x: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.T
 
 def frozen_conv(x: torch.Tensor, conv: torch.nn.Conv2d) -> torch.Tensor:
     """`conv` without its bias."""
-    return _FrozenConv.apply(x, conv.weight, conv.stride, conv.padding)
+    return _FrozenConv.apply(x, conv)
 
 
 class _FusedLoraLinearFunction(torch.autograd.Function):
@@ -142,7 +161,7 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
             torch.mm(rows, layer.down.T, out=h)
             y = F.linear(wide, layer.weight_and_up, layer.bias)
         else:
-            y, h = F.linear(rows, layer.weight, layer.bias), rows @ layer.down.T
+            y, h = F.linear(rows, layer.frozen(), layer.bias), rows @ layer.down.T
             if n == 1:
                 y.addmm_(h, layer.up[0].T)
             else:
@@ -171,7 +190,7 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
         _accumulate(layer.down_grad, g.T, rows, 1.0)
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        dx = (dy_rows @ layer.weight).addmm_(g, layer.down) if wide is None else wide @ layer.weight_and_down
+        dx = (dy_rows @ layer.frozen()).addmm_(g, layer.down) if wide is None else wide @ layer.weight_and_down
         return dx.view(*dy.shape[:-1], dx.shape[-1]), None, None
 
 
@@ -194,7 +213,12 @@ class _FusedContextFunction(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         n, out, rank = layer.up.shape
         h = (rows @ layer.down.T).view(-1, n, rank).transpose(0, 1).contiguous()  # [n, N, rank]
-        y = torch.matmul(rows, layer.weight.view(n, out, -1).mT)  # [n, N, out]
+        y = rows.new_empty(n, len(rows), out)
+        at_once = n if layer.weight_scales is None else _LAYERS_AT_ONCE
+        for first in range(0, n, at_once):
+            part = slice(first, min(first + at_once, n))
+            weight = layer.frozen(slice(part.start * out, part.stop * out)).view(-1, out, rows.shape[1])
+            torch.matmul(rows, weight.mT, out=y[part])
         y.baddbmm_(h, layer.up.mT)
         ctx.layer = layer
         ctx.save_for_backward(rows, h)
@@ -233,16 +257,17 @@ class _FrozenConv(torch.autograd.Function):
     """A convolution whose weights are frozen: the backward needs no input."""
 
     @staticmethod
-    def forward(ctx, x, weight, stride, padding):
-        ctx.shape, ctx.weight, ctx.stride, ctx.padding = x.shape, weight, stride, padding
-        return F.conv2d(x, weight, None, stride, padding)
+    def forward(ctx, x, conv):
+        ctx.shape, ctx.conv = x.shape, conv
+        return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
+        conv = ctx.conv
         # PyTorch's gradient of a convolution wants an input of the right shape even where only dx is computed from dy.
         never_read = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
         dx, _, _ = torch.ops.aten.convolution_backward(
-            dy, never_read, ctx.weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, False, False)
+            dy, never_read, conv.weight, None, conv.stride, conv.padding, (1, 1), False, (0, 0), 1, (True, False, False)
         )
-        return dx, None, None, None
+        return dx, None

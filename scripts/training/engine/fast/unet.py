@@ -106,9 +106,9 @@ def _block(
 
 
 def _columns(groups: Mapping[str, FusedLoraLinear], name: str) -> int:
-    """How many columns the LoRAs of a group add to a product; 0 without LoRAs, or where rows would not begin at multiples of 16
-    bytes."""
-    columns = len(groups[name].down) if name in groups else 0
+    """How many columns the LoRAs of a group add to a product; 0 without a wide matrix, or where rows would not begin at multiples
+    of 16 bytes."""
+    columns = len(groups[name].down) if name in groups and groups[name].weight_and_up is not None else 0
     return columns if columns % 8 == 0 else 0
 
 
