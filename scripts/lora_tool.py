@@ -30,12 +30,15 @@ def main(argv: list[str]) -> None:
     stop_on_signals()
     given = parse(argv)
     with exit_on_signals(TOOL):
+        import torch
+
         from training.lora_files.baking import bake
         from training.lora_files.combining import Reduction, combine
         from training.lora_files.reading import read_lora
         from training.lora_files.summary import summarize
         from training.lora_files.writing import WRITTEN_TYPES, require_output
 
+    torch.set_num_threads(1)  # the matrices are small: on a busy machine several threads take 30 times as long
     if given.command != "show":
         require_output(given.output, [*given.files, *([given.checkpoint] if given.command == "bake" else [])], given.force)
     files = [read_lora(path) for path in given.files]
