@@ -4,7 +4,7 @@ A file is read back, compared, and checked against the modules that ComfyUI load
 """
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from common.errors import ModelError, bullet_list
 from common.files import atomic_write
 from common.weights import read_header
 from training.method.adapters import LoraModule, row_norms
-from training.method.layers import comfyui_modules, kohya_name
+from training.method.comfyui_modules import module_problems
+from training.method.layers import kohya_name
 from training.models.weights import write_into
 
 
@@ -97,12 +98,6 @@ def verify(path: Path, written: dict[str, torch.Tensor], name: str | None = None
     problems += module_problems(read)
     if problems:
         raise ModelError(bullet_list(f"{name or path.name}: verification of the exported LoRA failed:", problems[:20]))
-
-
-def module_problems(keys: Collection[str]) -> list[str]:
-    """What is wrong with the names of a LoRA file's tensors: modules that ComfyUI does not load."""
-    modules = {key.split(".", 1)[0] for key in keys}
-    return [f"{module}: not a module that ComfyUI loads" for module in sorted(modules - comfyui_modules())]
 
 
 def is_lora_of(path: Path, modules: Sequence[LoraModule]) -> bool:

@@ -1,11 +1,9 @@
 """Which layers of the UNet are adapted and with which rank, and what a LoRA file calls them."""
 
-import csv
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -14,8 +12,6 @@ from peft.tuners.lokr.layer import factorization
 from common.errors import ModelError, SettingsError
 from training.config import LoraSettings
 
-COMFYUI_MODULES = Path(__file__).with_name("comfyui_sdxl_modules.csv")
-"""The module names that ComfyUI loads for SDXL, with the sizes of the layers; demo/comfyui_modules.py derives them."""
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _CONVOLUTION = re.compile(r"\.resnets\.\d\.conv[12]|\.(down|up)samplers\.0\.conv")
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d)\.(attentions\.([0-2])|resnets\.([0-2])|(?:down|up)samplers\.0)\.(.+)")
@@ -119,9 +115,3 @@ def _in_block(is_down: bool, level: int, attention: str | None, resnet: str | No
 
 def _resnet(block: str, layer: str) -> str | None:
     return f"{block}_{_RESNET[layer]}" if layer in _RESNET else None
-
-
-def comfyui_modules() -> set[str]:
-    """The names of the modules that ComfyUI loads for SDXL."""
-    with COMFYUI_MODULES.open(encoding="utf-8", newline="") as file:
-        return {row["kohya_module"] for row in csv.DictReader(file)}

@@ -16,8 +16,9 @@ from demo import tiny_sdxl
 from training.config import LoraSettings
 from training.engine import prepare_unet
 from training.method.adapters import ADAPTER, inject
+from training.method.comfyui_modules import COMFYUI_MODULES
 from training.method.export import is_lora_of, load_lora, write_lora
-from training.method.layers import COMFYUI_MODULES, adapted_layers, count_weights, kohya_name, weight_shapes
+from training.method.layers import adapted_layers, count_weights, kohya_name, weight_shapes
 from training.models.base_model import find_base
 from training.models.weights import load_unet
 

@@ -9,7 +9,8 @@ from accelerate import init_empty_weights
 from common.errors import ModelError
 from training.config import LoraSettings
 from training.method.adapters import _uniform, inject
-from training.method.layers import COMFYUI_MODULES, adapted_layers, kohya_name, weight_shapes
+from training.method.comfyui_modules import COMFYUI_MODULES
+from training.method.layers import adapted_layers, kohya_name, weight_shapes
 from training.models.weights import UNet2DConditionModel
 
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from common.errors import ModelError
-from training.method import export
+from training.method import comfyui_modules
 from training.method.adapters import LoraModule
 from training.method.export import verify, write_lora
 from training.method.layers import kohya_name
@@ -98,8 +98,8 @@ def test_a_module_that_comfyui_would_ignore_fails_the_run(tmp_path, name):
 
 def test_a_module_that_comfyui_does_not_load_fails_the_stage(stage, monkeypatch):
     """From main to exit code: no LoRA file, one problem for each module."""
-    known = export.comfyui_modules() - {"lora_unet_middle_block_1_proj_in"}
-    monkeypatch.setattr(export, "comfyui_modules", lambda: known)
+    known = comfyui_modules.comfyui_modules() - {"lora_unet_middle_block_1_proj_in"}
+    monkeypatch.setattr(comfyui_modules, "comfyui_modules", lambda: known)
     stage.add("astronaut")
     ended = stage.run(NUM_TRAIN_EPOCHS=1)
     assert ended.returncode == 5
