@@ -118,7 +118,7 @@ TRAINING_LAYERS = (
     ("training.method", "training.system"),
     ("training.data", "training.lora_files"),
     ("training.plan", "training.engine"),
-    ("training.memory_budget", "training.loop"),
+    ("training.memory_budget", "training.loop", "training.initial_lora"),
     ("training.callbacks",),
     ("training.job",),
     ("training.results",),

@@ -25,11 +25,25 @@ from training.callbacks.sample_prompts import CLASS_WORDS, class_word
 from training.config import TrainSettings
 from training.data.dataset import Inputs, read_images
 from training.engine import EngineName, choose_engine
+from training.initial_lora import initial_digest, matching_layers
+from training.lora_files.reading import Layer
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
+from training.method.layers import weight_shapes
 from training.method.optimizers import OPTIMIZERS, require_usable
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
-from training.plan import GLOBAL_BATCH, Plan, changes, decoder_record, make_plan, result_fingerprint, runtime_settings, short_hash
+from training.models.weights import unet_without_weights
+from training.plan import (
+    GLOBAL_BATCH,
+    INITIAL_LORA,
+    Plan,
+    changes,
+    decoder_record,
+    make_plan,
+    result_fingerprint,
+    runtime_settings,
+    short_hash,
+)
 from training.system.device import Precision, choose_precision, comfyui_advice, describe
 from training.system.process_group import ProcessGroup
 
@@ -59,6 +73,8 @@ class TrainingJob:
     budget: MemoryBudget
     samples: SamplePlan | None
     """The sample images; None if they are off."""
+    initial_layers: Mapping[str, Layer] = field(default_factory=dict)
+    """What a new run begins with, of the file INIT_LORA."""
     origins: Mapping[str, str] = field(default_factory=dict)
     """Where each setting that is not the default was set."""
 
@@ -92,6 +108,7 @@ def resolve_job(
     precision = choose_precision(settings.model.mixed_precision, group.gpu)
     require_usable(settings.optimizer.optimizer, precision.device)
     engine_name, reason = choose_engine(settings.run.engine, settings.lora)
+    initial = initial_digest(settings.lora, outputs, saved.identity.fingerprint.get(INITIAL_LORA) if saved else None)
     budget = measure_budget(base, examples, settings, precision, engine_name, group.local_world_size)
     # A run that an older version saved has no record: its base was not quantized.
     recorded_choice = saved.identity.fingerprint.get("base_quantization", "none") if saved and not was_finished else None
@@ -111,10 +128,10 @@ def resolve_job(
     digests.append(tokenizers_digest(find_or_download_tokenizers(base, project.models_dir)))
     print("\n".join([plan.announcement(), *prior]), flush=True)
 
-    fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests)
+    fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests, initial)
     if saved:
         plan = replace(plan, warmup_steps=warmup_to_keep(saved, fingerprint))
-        fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests)
+        fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests, initial)
     continues = saved is not None and changes(saved.identity.fingerprint, fingerprint).keys() <= {EPOCHS, EARLY_STOP}
     recorded = saved.identity.runtime if continues else {}
     images, resolved = plan_samples(settings, project.trigger_word, plan, budget, base, recorded)
@@ -126,8 +143,11 @@ def resolve_job(
         print(images.announcement, flush=True)
     if saved and not is_finished:
         saved = _resume_point(outputs, saved, identity, was_finished)
+    begins = initial and not saved and not is_finished
+    layers = matching_layers(settings.lora, weight_shapes(unet_without_weights(base))) if begins else {}
     return TrainingJob(
-        project, settings, base, plan, precision, engine_name, outputs, identity, saved, is_finished, was_finished, budget, images
+        project, settings, base, plan, precision, engine_name, outputs, identity, saved, is_finished, was_finished, budget, images,
+        layers,
     )  # fmt: skip
 
 

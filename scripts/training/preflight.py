@@ -15,6 +15,7 @@ from training.callbacks.sample_plan import plan_samples
 from training.config import TrainSettings
 from training.data.dataset import Example, read_images, require_all_images
 from training.engine import choose_engine
+from training.initial_lora import matching_layers
 from training.job import with_class_of_prior
 from training.memory_budget import measure_budget, resolve_batch_size, resolve_quantization
 from training.method.layers import adapted_layers, weight_shapes
@@ -44,7 +45,10 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
     def check_base_model() -> str:
         base = find_base(settings.model.base_model, project.models_dir)
         require_matching_weights(base)
-        adapted_layers(weight_shapes(unet_without_weights(base)), settings.lora)
+        shapes = weight_shapes(unet_without_weights(base))
+        if settings.lora.init_lora:
+            matching_layers(settings.lora, shapes)
+        adapted_layers(shapes, settings.lora)
         if find_tokenizers(base, project.models_dir):
             load_tokenizers(base, project.models_dir)
         else:
