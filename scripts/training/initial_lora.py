@@ -35,7 +35,7 @@ def initial_digest(settings: LoraSettings, outputs: OutputLayout, recorded: str 
 
 
 def matching_layers(settings: LoraSettings, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layer]:
-    """The layers of the file `init_lora`, going by its header, by the names of the adapted layers of a UNet with weights of `shapes`.
+    """The layers of the file `init_lora`, going by its header, by the names of the adapted layers of a UNet with these `shapes`.
 
     Raises SettingsError for a file that needs other settings, ModelError for one that is damaged, or not of SDXL.
     """

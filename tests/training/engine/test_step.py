@@ -279,7 +279,7 @@ def test_pull_to_the_base_model_is_the_gradient_of_the_squares_of_all_changes(lo
         gradients.append(before - in_a_row(lora))
         assert result.gradient_norm == pytest.approx(gradients[-1].norm().item(), rel=1e-4)
     _, lora = lora_unet()
-    factors = [(part.double().requires_grad_() for part in (module.down, module.up)) for module in lora.modules]
+    factors = [(part.double().requires_grad_() for part in module.factors.values()) for module in lora.modules]
     factors = [tuple(pair) for pair in factors]
     (0.3 * sum((0.5 * up @ down).square().sum() for down, up in factors)).backward()  # the scale is 2 / 4
     expected = torch.cat([part.grad.flatten() for pair in factors for part in pair])
@@ -293,7 +293,7 @@ def test_the_adapter_can_be_left_out_for_one_prediction(plain_unet, name, kind):
     unet = copy.deepcopy(plain_unet)
     lora = inject(unet, LoraSettings(lora_rank=4, lora_alpha=2.0, lora_type=kind), seed=7)
     for module in lora.modules:
-        module.up.fill_(0.05)
+        module.zero.fill_(0.05)
     sync = prepare_unet(name, unet, lora, torch.device("cpu"))
     config = LossConfig("epsilon", alphas_cumprod(PLAIN).float(), 5.0, 0.0, SCALING)
     optimizer = AdamW(lora.weights, OptimizerSettings())
