@@ -121,6 +121,7 @@ TRAINING_LAYERS = (
     ("training.memory_budget", "training.loop", "training.initial_lora"),
     ("training.callbacks",),
     ("training.job",),
+    ("training.lora_metadata",),
     ("training.results",),
     ("training.trainer", "training.preflight"),
 )

@@ -305,6 +305,10 @@ class SavingSettings:
     """Name of the LoRA file without suffix; empty: the trigger word."""
     save_every_epochs: int = setting(5, at_least=0, role="saving")
     """0: only the last one."""
+    lora_author: str = setting("", role="saving")
+    """These two are in the metadata of LoRA files."""
+    lora_description: str = setting("", role="saving")
+    """Empty: what it was trained on."""
     save_state_every_minutes: float = setting(10.0, above=0, role="saving")
     keep_last_states: int = setting(2, at_least=1, at_most=100, role="saving")
     fresh: bool = setting(False, role="saving")

@@ -1,15 +1,11 @@
 """Resolve what a run will do before anything heavy is loaded: every "auto", the plan, the engine, and where it continues."""
 
-import json
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 
 from common.errors import DataError, SettingsError
 from common.output_layout import OutputLayout
 from common.project import ProjectSettings
-from common.settings import VERSION
 from training.callbacks.checkpoint import (
     EARLY_STOP,
     EPOCHS,
@@ -29,7 +25,7 @@ from training.initial_lora import initial_digest, matching_layers
 from training.lora_files.reading import Layer
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
 from training.method.layers import weight_shapes
-from training.method.optimizers import OPTIMIZERS, require_usable
+from training.method.optimizers import require_usable
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
 from training.models.weights import unet_without_weights
@@ -46,9 +42,6 @@ from training.plan import (
 )
 from training.system.device import Precision, choose_precision, comfyui_advice, describe
 from training.system.process_group import ProcessGroup
-
-_MAX_TAGS_BYTES = 10_000_000
-"""Of the tags of all captions in the header of a LoRA. safetensors reads headers of up to 100 MB."""
 
 
 @dataclass(frozen=True)
@@ -200,54 +193,3 @@ def with_class_of_prior(settings: TrainSettings, plan: Plan, trigger: str) -> tu
             raise SettingsError(f"PRIOR_PRESERVATION {problem}: set SUBJECT_CLASS, for example SUBJECT_CLASS=woman")
     settings = replace(settings, samples=replace(samples, subject_class=word))
     return settings, [f"prior preservation: weight {weight:g}, {word!r} for {trigger!r} ({origin})"]
-
-
-def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
-    """What A1111, Forge, ComfyUI and model managers read in the header of the LoRA after `epochs` epochs; no paths."""
-    settings, plan, name = job.settings, job.plan, job.outputs.name
-    now, resolution = datetime.now(UTC), settings.data.resolutions[0]
-    tags = Counter(tag for example in plan.images for tag in map(str.strip, example.caption.split(",")) if tag)
-    is_v = plan.schedule.prediction_type == "v_prediction"
-    return {
-        "ss_base_model_version": "sdxl_base_v1-0",
-        "ss_v2": "False",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(settings.lora.lora_rank),
-        "ss_network_alpha": str(settings.lora.alpha),
-        "ss_network_args": "{}",
-        "ss_output_name": name,
-        "ss_sd_model_name": job.base.name,
-        "ss_resolution": f"({resolution}, {resolution})",
-        "ss_num_train_images": str(len(plan.images)),
-        "ss_num_epochs": str(epochs),
-        "ss_steps": str(sum(step.epoch < epochs for step in plan.order)),
-        "ss_batch_size_per_device": str(settings.run.train_batch_size),
-        "ss_learning_rate": str(settings.optimizer.learning_rate),
-        "ss_unet_lr": str(settings.optimizer.learning_rate),
-        "ss_optimizer": OPTIMIZERS[settings.optimizer.optimizer].label,
-        "ss_seed": str(settings.run.train_seed),
-        "ss_tag_frequency": json.dumps({"dataset": _most_frequent(tags)}, ensure_ascii=False),
-        "ss_training_finished_at": str(now.timestamp()),
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": name,
-        "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.date": now.isoformat(timespec="seconds"),
-        "modelspec.prediction_type": "v" if is_v else "epsilon",
-        "modelspec.trigger_phrase": job.project.trigger_word,
-        "loracat_version": VERSION,
-        "loracat_fingerprint": short_hash(job.identity.fingerprint),
-        **({"ss_v_parameterization": "True"} if is_v else {}),
-    }
-
-
-def _most_frequent(tags: Counter[str]) -> dict[str, int]:
-    """The tags and their counts, the most frequent first, up to _MAX_TAGS_BYTES: safetensors limits the size of a header."""
-    kept, size_bytes = {}, 0
-    for tag, count in tags.most_common():
-        size_bytes += len(json.dumps(tag)) + 10
-        if size_bytes > _MAX_TAGS_BYTES:
-            break
-        kept[tag] = count
-    return kept
