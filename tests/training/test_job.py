@@ -14,7 +14,7 @@ from common.settings import VERSION
 from training.config import DataSettings, LoraSettings, ModelSettings, RunSettings, TrainSettings
 from training.data.dataset import read_inputs
 from training.job import TrainingJob, resolve_job
-from training.lora_metadata import lora_metadata
+from training.lora_metadata import lora_metadata, network_of, thumbnail
 from training.plan import short_hash
 from training.system.process_group import ProcessGroup
 
