@@ -214,10 +214,11 @@ def test_a_stopped_run_of_any_adapter_ends_with_the_same_lora(images, settings):
 
 def test_a_run_begins_from_a_lora_file_and_is_continued_without_it(images, tmp_path):
     few = {"LORA_RANK_PATTERN": r"transformer_blocks\.[1-9]=0"}
-    images.trained(**QUICK, **few)
-    old = tmp_path / "old.safetensors"
-    old.write_bytes(images.lora.read_bytes())
-    refused = images.run(**QUICK, **few, INIT_LORA=images.lora)
+    first = images.output.with_name("first")
+    images.trained(**QUICK, **few, OUTPUT_DIR=first)
+    lora, old = first / "lora" / images.lora.name, tmp_path / "old.safetensors"
+    old.write_bytes(lora.read_bytes())
+    refused = images.run(**QUICK, **few, OUTPUT_DIR=first, INIT_LORA=lora)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "INIT_LORA: this run would replace" in refused.stderr
     refused = images.run(**QUICK, **few, INIT_LORA=old, LORA_RANK=5, OUTPUT_NAME="mia")
@@ -227,7 +228,7 @@ def test_a_run_begins_from_a_lora_file_and_is_continued_without_it(images, tmp_p
     how = LONG | few | {"INIT_LORA": old, "OUTPUT_NAME": "mia"}
     output = images.trained(**how, OUTPUT_DIR=images.output.with_name("whole"))
     assert re.search(r"beginning with \d+ layers of .*old.safetensors", output)
-    assert losses(images.output.with_name("whole"))[0] != losses(images.output)[0]
+    assert losses(images.output.with_name("whole"))[0] != losses(first)[0]
     assert images.stopped(2, signal.SIGTERM, **how).returncode == 143
     old.rename(tmp_path / "moved.safetensors")
     output = images.trained(**how)
