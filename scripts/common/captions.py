@@ -115,6 +115,11 @@ def has_trigger(text: str, trigger: str) -> bool:
     return bool(_pattern(trigger).search(unicodedata.normalize("NFC", text)))
 
 
+def replace_trigger(text: str, trigger: str, word: str) -> str:
+    """The text with `word` for every trigger word, in the sense of `has_trigger`."""
+    return _pattern(trigger).sub(lambda _: word, unicodedata.normalize("NFC", text))
+
+
 def asks_for_subject(kind: str, text: str, trigger: str) -> bool:
     """Whether a sample prompt of this kind (SamplePrompt.kind) asks for the subject: one of the user's does if it contains the
     trigger word."""

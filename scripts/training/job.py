@@ -21,6 +21,7 @@ from training.callbacks.checkpoint import (
     warmup_to_keep,
 )
 from training.callbacks.sample_plan import SamplePlan, plan_samples
+from training.callbacks.sample_prompts import CLASS_WORDS, class_word
 from training.config import TrainSettings
 from training.data.dataset import Inputs, read_images
 from training.engine import EngineName, choose_engine
@@ -70,10 +71,11 @@ def resolve_on_all_ranks(
     if group.is_main_process:
         return job
     if group.local_rank == 0:
-        expected = sorted(example.sha256 for example in [*job.plan.examples, *job.plan.held_out])
+        expected = {(example.sha256, example.mask_key) for example in [*job.plan.examples, *job.plan.held_out]}
         examples, _ = read_images(project, settings.data)
-        if sorted(example.sha256 for example in examples) != expected:
-            raise DataError(f"{project.dataset_dir}: the images differ from those of the main machine; copy its folder here")
+        if {(example.sha256, example.mask_key) for example in examples} != expected:
+            what = "the images or their masks differ from those of the main machine"
+            raise DataError(f"{project.dataset_dir}: {what}; copy its folder here")
     return replace(job, precision=choose_precision(job.settings.model.mixed_precision, group.gpu))
 
 
@@ -100,12 +102,14 @@ def resolve_job(
     settings = replace(settings, run=match_global_batch(settings.run, world_size, None if was_finished else saved))
     schedule = base.schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
     plan = make_plan(examples, settings, schedule, world_size)
-    settings = fit_to_memory(_resolved(settings, plan, precision, engine_name, outputs.name), budget, comfyui_advice(comfyui))
+    settings = _resolved(settings, plan, precision, engine_name, outputs.name)
+    settings, prior = with_class_of_prior(settings, plan, project.trigger_word)
+    settings = fit_to_memory(settings, budget, comfyui_advice(comfyui))
 
     print(f"training on {describe(precision)}; engine: {engine_name} ({reason})", flush=True)
     digests = [base_digest(base, outputs.cache, part) for part in base.components]
     digests.append(tokenizers_digest(find_or_download_tokenizers(base, project.models_dir)))
-    print(plan.announcement(), flush=True)
+    print("\n".join([plan.announcement(), *prior]), flush=True)
 
     fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests)
     if saved:
@@ -144,7 +148,7 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
     """The settings with the values that the plan and the device give every "auto", as training_config_resolved.toml has them."""
     if precision.name != settings.model.mixed_precision:
         print(f"mixed precision: {precision.name} instead of {settings.model.mixed_precision} (no NVIDIA GPU)")
-    schedule = plan.schedule
+    schedule, sizes = plan.schedule, settings.data.resolutions
     return replace(
         settings,
         model=replace(
@@ -153,6 +157,7 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
             zero_terminal_snr=schedule.zero_terminal_snr,
             mixed_precision=precision.name,
         ),
+        data=replace(settings.data, resolution=sizes if len(sizes) > 1 else sizes[0]),
         lora=replace(settings.lora, lora_alpha=settings.lora.alpha),
         run=replace(settings.run, engine=engine),
         objective=replace(settings.objective, min_snr_gamma=plan.min_snr_gamma, noise_offset=plan.noise_offset),
@@ -161,11 +166,27 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
     )
 
 
+def with_class_of_prior(settings: TrainSettings, plan: Plan, trigger: str) -> tuple[TrainSettings, list[str]]:
+    """The settings with the word that replaces the trigger word in what is to remain of the base model, if there is any, and a line
+    about it. Raises SettingsError if the word is not set and the captions do not have it."""
+    samples, weight = settings.samples, settings.objective.prior_preservation
+    if not weight:
+        return settings, []
+    word, origin = samples.subject_class.strip(), "as set"
+    if not word:
+        word, origin = class_word(trigger, [example.caption for example in plan.examples]), "from the captions"
+        if word not in CLASS_WORDS:
+            problem = "needs the word for the kind of subject, which the captions do not have"
+            raise SettingsError(f"PRIOR_PRESERVATION {problem}: set SUBJECT_CLASS, for example SUBJECT_CLASS=woman")
+    settings = replace(settings, samples=replace(samples, subject_class=word))
+    return settings, [f"prior preservation: weight {weight:g}, {word!r} for {trigger!r} ({origin})"]
+
+
 def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
     """What A1111, Forge, ComfyUI and model managers read in the header of the LoRA after `epochs` epochs; no paths."""
     settings, plan, name = job.settings, job.plan, job.outputs.name
-    now, resolution = datetime.now(UTC), settings.data.resolution
-    tags = Counter(tag for example in plan.examples for tag in map(str.strip, example.caption.split(",")) if tag)
+    now, resolution = datetime.now(UTC), settings.data.resolutions[0]
+    tags = Counter(tag for example in plan.images for tag in map(str.strip, example.caption.split(",")) if tag)
     is_v = plan.schedule.prediction_type == "v_prediction"
     return {
         "ss_base_model_version": "sdxl_base_v1-0",
@@ -177,7 +198,7 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
         "ss_output_name": name,
         "ss_sd_model_name": job.base.name,
         "ss_resolution": f"({resolution}, {resolution})",
-        "ss_num_train_images": str(len(plan.examples)),
+        "ss_num_train_images": str(len(plan.images)),
         "ss_num_epochs": str(epochs),
         "ss_steps": str(sum(step.epoch < epochs for step in plan.order)),
         "ss_batch_size_per_device": str(settings.run.train_batch_size),

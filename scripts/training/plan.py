@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
-from common.errors import abbreviated
+from common.errors import SettingsError, abbreviated
 from common.settings import all_keys
-from training.config import DataSettings, TrainSettings
+from training.config import DataSettings, ObjectiveSettings, TrainSettings
 from training.data.buckets import OptimizerStep, Placement, assign_bucket, run_order
 from training.data.dataset import Example
 from training.models.sdxl import Schedule
@@ -25,6 +25,8 @@ AUTO_MIN_SNR_GAMMA = 5.0
 AUTO_NOISE_OFFSET = 0.0357
 WARMUP_STEPS, GLOBAL_BATCH, WORLD_SIZE = "steps of warm-up", "global batch", "processes"
 """Keys of records that other modules read. Records are kept from version to version, so keys keep their names."""
+PRIOR_CLASS = "class of the prior"
+"""Key of the word for the kind of subject, which decides the result where the prior is preserved, and only there."""
 DECODER, _FIRST_DECODER = "decoder", "version 1.0's"
 """Key of the record of how pixels were decoded, and the value of a record without it."""
 NOT_RECORDED = ("fresh", "output_name")
@@ -46,11 +48,11 @@ class Plan:
     """Everything about a run that is decided before anything heavy is loaded."""
 
     examples: list[Example]
-    """What is trained on."""
+    """What is trained on: each image at each of its resolutions."""
     placements: list[Placement]
     """Of each of them."""
     held_out: list[Example]
-    """What only the validation loss sees."""
+    """What only the validation loss sees, in the same way."""
     held_out_placements: list[Placement]
     order: list[OptimizerStep]
     global_batch: int
@@ -61,11 +63,18 @@ class Plan:
     noise_offset: float
     warmup_steps: int
     """Optimizer steps over which the learning rate rises. A run that is extended keeps those it began with."""
+    loss_weighting: str = "min_snr"
+
+    @property
+    def images(self) -> list[Example]:
+        """Each image that is trained on, once."""
+        return list({example.path: example for example in self.examples}.values())
 
     @property
     def validation_fraction(self) -> float:
         """The fraction that holds out as many images, rounded down so that it does not hold out one more."""
-        return math.floor(1e6 * len(self.held_out) / (len(self.examples) + len(self.held_out))) / 1e6
+        held_out = len({example.path for example in self.held_out})
+        return math.floor(1e6 * held_out / (len(self.images) + held_out)) / 1e6
 
     @property
     def shared_prefix_steps(self) -> int:
@@ -78,13 +87,17 @@ class Plan:
         shapes = ", ".join(f"{bucket} ({count})" for bucket, count in buckets.most_common(8))
         more = f" and {len(buckets) - 8} more" if len(buckets) > 8 else ""
         samples = sum(len(step.examples) for step in self.order)
+        weighting = (
+            f"min-SNR {self.min_snr_gamma or 'off'}" if self.loss_weighting == "min_snr" else f"weighting {self.loss_weighting}"
+        )
+        each = f" ({len(self.examples)} with each resolution)" if len(self.examples) > len(self.images) else ""
         lines = [
-            f"{len(self.examples)} images in {len(buckets)} bucket(s): {shapes}{more}",
+            f"{len(self.images)} images{each} in {len(buckets)} bucket(s): {shapes}{more}",
             f"{self.epochs} epochs, {len(self.order)} optimizer steps of {self.global_batch}, {samples} training samples; "
-            f"{self.schedule.prediction_type}, min-SNR {self.min_snr_gamma or 'off'}, noise offset {self.noise_offset or 'off'}",
+            f"{self.schedule.prediction_type}, {weighting}, noise offset {self.noise_offset or 'off'}",
         ]
-        if self.held_out:
-            lines.append(f"held out for validation: {abbreviated([example.name for example in self.held_out])}")
+        if names := [example.name for example in self.held_out]:
+            lines.append(f"held out for validation: {abbreviated(list(dict.fromkeys(names)))}")
         return "\n".join([*lines, *self.warnings()])
 
     def warnings(self) -> list[str]:
@@ -99,16 +112,19 @@ class Plan:
 
 def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule, world_size: int = 1) -> Plan:
     """Choose buckets and the order of the run, whose steps `world_size` processes share. `schedule` is the base model's, with
-    the settings already applied."""
+    the settings already applied. Raises SettingsError if that schedule contradicts the objective."""
+    require_possible_objective(train.objective, schedule)
     data, run = train.data, train.run
     out = _held_out(examples, train.validation.validation_fraction)
-    trained, held_out = ([e for index, e in enumerate(examples) if (index in out) is chosen] for chosen in (False, True))
+    parts = ([e for index, e in enumerate(examples) if (index in out) is chosen] for chosen in (False, True))
+    trained, held_out = (at_each_resolution(part, data) for part in parts)
     placements = placements_of(trained, data)
     global_batch = run.train_batch_size * run.gradient_accumulation_steps * world_size
     buckets = [placement.bucket for placement in placements]
     order = run_order(buckets, [example.repeats for example in trained], run.num_train_epochs, global_batch, run.train_seed)
     is_plain = schedule.prediction_type == "epsilon" and not schedule.zero_terminal_snr
     gamma, offset = train.objective.min_snr_gamma, train.objective.noise_offset
+    has_gamma = is_plain and train.objective.loss_weighting == "min_snr"
     return Plan(
         examples=trained,
         placements=placements,
@@ -118,10 +134,26 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
         global_batch=global_batch,
         epochs=run.num_train_epochs,
         schedule=schedule,
-        min_snr_gamma=(AUTO_MIN_SNR_GAMMA if is_plain else 0.0) if gamma == "auto" else gamma,
+        min_snr_gamma=(AUTO_MIN_SNR_GAMMA if has_gamma else 0.0) if gamma == "auto" else gamma,
         noise_offset=(AUTO_NOISE_OFFSET if is_plain else 0.0) if offset == "auto" else offset,
         warmup_steps=math.ceil(train.optimizer.lr_warmup * len(order)),
+        loss_weighting=train.objective.loss_weighting,
     )
+
+
+def require_possible_objective(objective: ObjectiveSettings, schedule: Schedule) -> None:
+    """Raises SettingsError with what `objective` asks of a noise schedule that does not have it."""
+    problems, last = [], max(objective.timestep_min, objective.timestep_max - 1)
+    if last >= schedule.timesteps:
+        name = "timestep_min" if last == objective.timestep_min else "timestep_max"
+        problems.append(f"{name}: {getattr(objective, name)} is beyond the {schedule.timesteps} timesteps of the base model")
+    if objective.loss_weighting == "debiased" and schedule.zero_terminal_snr and schedule.prediction_type == "epsilon":
+        problems.append(
+            "loss_weighting: debiased would weigh the last timestep, pure noise, without limit, because the base model has a "
+            "zero-terminal-SNR schedule and predicts epsilon; set LOSS_WEIGHTING=min_snr"
+        )
+    if problems:
+        raise SettingsError("; ".join(problems))
 
 
 def _held_out(examples: Sequence[Example], fraction: float | Literal["auto"]) -> set[int]:
@@ -133,9 +165,14 @@ def _held_out(examples: Sequence[Example], fraction: float | Literal["auto"]) ->
     return set(sorted(range(len(examples)), key=lambda index: examples[index].sha256)[:count])
 
 
+def at_each_resolution(examples: Sequence[Example], data: DataSettings) -> list[Example]:
+    """Each example once for each of its resolutions, which are those of the settings unless it has its own."""
+    return [replace(e, resolutions=(each,)) for e in examples for each in e.resolutions or data.resolutions]
+
+
 def placements_of(examples: Sequence[Example], data: DataSettings) -> list[Placement]:
-    """The bucket and crop of each example."""
-    return [assign_bucket(e.width, e.height, data.resolution, data.bucket_step, data.bucket_max_side) for e in examples]
+    """The bucket and crop of each example at its one resolution."""
+    return [assign_bucket(e.width, e.height, *e.resolutions, data.bucket_step, data.bucket_max_side) for e in examples]
 
 
 def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base_digests: Sequence[str]) -> dict[str, Any]:
@@ -144,20 +181,30 @@ def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base
     `train` has every "auto" resolved. A setting that is newer than the first version is left out where it has the value that
     older versions used (`before`), so that a new setting changes no fingerprint.
     """
-    trained = [[example.sha256, example.caption, example.repeats] for example in plan.examples]
-    held_out = [[example.sha256, example.caption] for example in plan.held_out]
+    only = {train.data.resolution}
+    trained = [[example.sha256, example.caption, example.repeats, *_newer(example, only)] for example in plan.examples]
+    held_out = [[example.sha256, example.caption, *_newer(example, only)] for example in plan.held_out]
     settings = {recorded_name(key): value for key, value in settings_of(train, "result") if value != key.metadata["before"]}
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     return {
         **settings,
         **asdict(plan.schedule),
         "base model": short_hash(list(base_digests)),
         "data set": short_hash(trained),
-        "pictures": len(plan.examples),  # the keys are part of every fingerprint: never rename one
+        "pictures": len(plan.images),  # the keys are part of every fingerprint: never rename one
         "held-out pictures": short_hash(held_out),
         "trigger_word": trigger_word,
         GLOBAL_BATCH: plan.global_batch,
         WARMUP_STEPS: plan.warmup_steps,
+        **({PRIOR_CLASS: train.samples.subject_class} if train.objective.prior_preservation else {}),
     }
+
+
+def _newer(example: Example, only: set[int]) -> list[Any]:
+    """What the first versions did not know of an example and the result depends on: its mask, and its resolution unless it is the
+    `only` one; [] where it has neither."""
+    mask = [[example.mask_key, example.mask_weight]] if example.mask else []
+    return mask if {*example.resolutions} == only else [*mask, *example.resolutions]
 
 
 def runtime_settings(train: TrainSettings, world_size: int = 1) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class LoraSaver(Callback):
 
 def save_lora(job: TrainingJob, modules: list[LoraModule], path: Path, epochs: int, **more_metadata: str) -> None:
     """Write the LoRA as it is after `epochs` epochs."""
-    write_lora(path, modules, job.settings.lora.alpha, lora_metadata(job, epochs) | more_metadata)
+    write_lora(path, modules, lora_metadata(job, epochs) | more_metadata)
 
 
 def write_results(
@@ -69,7 +69,7 @@ def write_results(
 def workflow_of(job: TrainingJob, strength: float) -> dict[str, dict]:
     """A workflow for ComfyUI with the recommended LoRA."""
     samples, trigger = job.settings.samples, job.project.trigger_word
-    how = largest_size(job.settings.data.resolution), samples.sample_guidance, samples.sample_seed
+    how = largest_size(job.settings.data.resolutions[0]), samples.sample_guidance, samples.sample_seed
     names = job.outputs.recommended.name, strength, job.base.name, job.plan.schedule
     return comfyui_workflow(*names, trigger, job.outputs.name, *how)
 

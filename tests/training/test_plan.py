@@ -1,11 +1,13 @@
 """What a run will do, what it announces, and which changes make it another run."""
 
+import json
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
 import pytest
 
+from common.errors import SettingsError
 from common.settings import all_keys, setting
 from training.config import ProcessSettings, TrainSettings
 from training.data.dataset import Example
@@ -103,11 +105,33 @@ def test_accumulation_makes_the_steps_larger_and_fewer():
         (ZERO, {}, (0.0, 0.0)),
         (PLAIN, {"min_snr_gamma": 0.0, "noise_offset": 0.0}, (0.0, 0.0)),
         (V, {"min_snr_gamma": 1.0, "noise_offset": 0.1}, (1.0, 0.1)),
+        (PLAIN, {"loss_weighting": "debiased"}, (0.0, 0.0357)),
+        (PLAIN, {"loss_weighting": "none"}, (0.0, 0.0357)),
     ],
 )
 def test_auto_objective(schedule, objective, expected):
     plan = plan_of(schedule=schedule, objective=objective)
     assert (plan.min_snr_gamma, plan.noise_offset) == expected
+
+
+@pytest.mark.parametrize(
+    ("schedule", "objective", "problem"),
+    [
+        (PLAIN, {"timestep_min": 1000}, "timestep_min: 1000 is beyond the 1000 timesteps of the base model"),
+        (Schedule(timesteps=500), {"timestep_max": 501}, "timestep_max: 501 is beyond the 500 timesteps of the base model"),
+        (ZERO, {"loss_weighting": "debiased"}, "set LOSS_WEIGHTING=min_snr"),
+    ],
+)
+def test_objectives_that_a_schedule_does_not_have_are_refused(schedule, objective, problem):
+    with pytest.raises(SettingsError) as refused:
+        plan_of(schedule=schedule, objective=objective)
+    assert problem in str(refused.value)
+    assert "\n" not in str(refused.value)
+    plan_of(schedule=replace(PLAIN, timesteps=schedule.timesteps), objective={"timestep_min": schedule.timesteps - 1})
+
+
+def test_weighting_is_announced():
+    assert "epsilon, weighting debiased, noise offset 0.0357" in plan_of(objective={"loss_weighting": "debiased"}).announcement()
 
 
 DIFFERENT = {
@@ -126,8 +150,19 @@ DIFFERENT = {
     "gamma": {"objective": {"min_snr_gamma": 1.0}},
     "precision": {"model": {"mixed_precision": "no"}},
     "loss": {"objective": {"loss": "huber"}},
+    "weighting": {"objective": {"loss_weighting": "debiased"}},
+    "timesteps": {"objective": {"timestep_max": 500}},
+    "sampling": {"objective": {"timestep_sampling": "logit_normal"}},
+    "prior": {"objective": {"prior_preservation": 0.5}},
+    "pull": {"objective": {"lora_l2": 1e-4}},
     "optimizer": {"optimizer": {"optimizer": "adamw8bit"}},
+    "average": {"optimizer": {"ema_decay": 0.9}},
+    "lora+": {"optimizer": {"loraplus_ratio": 16.0}},
+    "cycles": {"optimizer": {"lr_cycles": 4}},
     "adapter": {"lora": {"lora_type": "dora"}},
+    "mirror images": {"data": {"flip": True}},
+    "masks": {"data": {"mask_weight": 0.0}},
+    "transparency": {"data": {"alpha": "mask"}},
 }
 SAME = {
     "workers": {"data": {"dataloader_num_workers": 9}},
@@ -160,17 +195,44 @@ def test_what_decides_nothing_may_change(tables):
     assert fingerprint_of(plan_of(**tables), **tables) == fingerprint_of(plan_of())
 
 
+def test_the_class_of_the_subject_decides_the_result_where_the_prior_is_preserved():
+    prints = {
+        (weight, word): fingerprint_of(plan, **tables)
+        for weight in (0.0, 1.0)
+        for word in ("woman", "man")
+        for tables in [{"objective": {"prior_preservation": weight}, "samples": {"subject_class": word}}]
+        for plan in [plan_of(**tables)]
+    }
+    assert prints[0.0, "woman"] == prints[0.0, "man"] == fingerprint_of(plan_of())
+    assert len({*prints.values()}) == 3
+
+
 def test_other_images_captions_and_models_are_another_run():
     same = fingerprint_of(plan_of())
     assert fingerprint_of(plan_of(), trigger="person") != same
     assert fingerprint_of(plan_of(), digests=("other", "vae")) != same
     assert fingerprint_of(plan_of(24)) != same
-    for changed in ({"caption": "sks"}, {"repeats": 2}, {"sha256": "0" * 63 + "f"}):
+    masked = {"mask": Path("mask.png"), "mask_key": "a"}
+    for changed in ({"caption": "sks"}, {"repeats": 2}, {"sha256": "0" * 63 + "f"}, masked, masked | {"mask_weight": 0.3}):
         examples = [example(number) for number in range(25)]
         examples[24] = replace(examples[24], **changed)
         assert fingerprint_of(make_plan(examples, with_changes(), PLAIN)) != same
     moved = [replace(example(number), path=Path(f"/elsewhere/{number}.png")) for number in range(25)]
     assert fingerprint_of(make_plan(moved, with_changes(), PLAIN)) == same
+
+
+def test_resolutions_and_mirror_images_are_part_of_the_fingerprint():
+    """As JSON has them, so that a checkpoint compares equal; with one resolution the fingerprint is that of older versions."""
+    several = {"data": {"resolution": (1024, 768)}}
+    plan = plan_of(**several)
+    fingerprint = result_fingerprint(plan, resolved(plan, **several), "sks", ("unet",))
+    assert json.loads(json.dumps(fingerprint)) == fingerprint
+    assert (fingerprint["resolution"], fingerprint["pictures"]) == ([1024, 768], 25)
+    assert fingerprint_of(plan, **several) != fingerprint_of(plan_of())
+    own = [replace(example(number), resolutions=(768,)) for number in range(25)]
+    assert fingerprint_of(make_plan(own, with_changes(), PLAIN)) != fingerprint_of(plan_of())
+    same = [replace(example(number), resolutions=(1024,)) for number in range(25)]
+    assert fingerprint_of(make_plan(same, with_changes(), PLAIN)) == fingerprint_of(plan_of())
 
 
 def test_every_setting_has_exactly_one_role():
@@ -183,8 +245,12 @@ def test_fingerprint_and_runtime_settings_hold_every_setting_once():
     """A setting that is in neither would continue another run without a word; base_model and validation_fraction count by
     what they name: the weights, and the images that are held out."""
     plan = plan_of()
-    newer = {"lora": {"lora_type": "dora"}, "objective": {"loss": "l1"}, "optimizer": {"optimizer": "prodigy"}}
-    in_result = result_fingerprint(plan, resolved(plan, **newer), "sks", ("unet",)).keys()
+    train = resolved(plan)
+    for table in fields(train):
+        section = getattr(train, table.name)
+        newer = [key.name for key in fields(section) if key.metadata["role"] == "result" and key.metadata["before"] is not MISSING]
+        train = replace(train, **{table.name: replace(section, **dict.fromkeys(newer, "another value"))})
+    in_result = result_fingerprint(plan, train, "sks", ("unet",)).keys()
     in_runtime = runtime_settings(with_changes()).keys()
     settings = {key.name for key in all_keys(TrainSettings) if not key.metadata["secret"]}
     assert in_result & in_runtime == set()

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -75,6 +76,26 @@ def test_a_run_with_an_8_bit_base_is_continued_as_it_began(images):
         assert len(file.keys()) > 0
 
 
+def test_masks_resolutions_and_mirror_images_resume_exactly(images):
+    """A run that is stopped and continued is the whole one."""
+    for name in ("astronaut", "coffee"):
+        mask = Image.new("L", images.photographs[name].size)
+        mask.paste("white", (0, 0, mask.width, mask.height // 2))
+        mask.save(images.images / f"{name}-masklabel.png")
+    views = QUICK | {"BUCKET_STEP": 32, "RESOLUTION": "64,96", "FLIP": "true", "MASK_WEIGHT": 0.05}
+    other = images.output.with_name("whole")
+    whole = images.trained(**views, OUTPUT_DIR=other)
+    assert "masks: 2 of 2 images; what is outside a mask has weight 0.05 in the loss" in whole
+    assert "2 images (4 with each resolution)" in whole
+    assert images.stopped(3, signal.SIGTERM, **views).returncode == 143
+    assert 3 <= len(losses(images.output)) < len(losses(other))
+    assert "continuing at step" in images.trained(**views | {"RESOLUTION": "96,64"})
+    assert losses(images.output) == losses(other)
+    finished, expected = (load_file(root / "lora" / "sks.safetensors") for root in (images.output, other))
+    assert all(torch.equal(finished[name], expected[name]) for name in expected)
+    assert "resolution = [  # set by environment" in (other / "lora" / "training_config_resolved.toml").read_text()
+
+
 def test_the_fast_engine_refuses_what_it_does_not_support(images):
     refused = images.run(**QUICK, ENGINE="fast", LORA_TYPE="dora")
     assert refused.returncode == 2
@@ -93,17 +114,59 @@ def test_a_wrong_choice_is_refused_before_there_are_images(stage):
     assert refused.returncode == 2
 
 
-def test_prodigy_trains_and_a_stopped_run_ends_with_the_same_lora(images):
-    pytest.importorskip("prodigyopt")
-    settings = LONG | {"OPTIMIZER": "prodigy", "LEARNING_RATE": 1}
-    output = images.trained(**settings, OUTPUT_DIR=images.output.with_name("whole"))
-    assert "decoupled" not in output
+def test_the_average_of_a_stopped_run_ends_as_the_same_lora(images):
+    """The file holds the average, and not the weights of the last step."""
+    settings = LONG | {"EMA_DECAY": 0.9, "LORAPLUS_RATIO": 4}
+    images.trained(**settings, OUTPUT_DIR=images.output.with_name("whole"))
     assert images.stopped(2, signal.SIGTERM, **settings).returncode == 143
     images.trained(**settings)
     whole = load_file(images.output.with_name("whole") / "lora" / images.lora.name)
     resumed = load_file(images.lora)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    (checkpoint,) = (images.output / "state").rglob("*.safetensors")
+    kept = load_file(checkpoint)
+    in_file = sum(tensor.double().square().sum() for name, tensor in resumed.items() if not name.endswith(".alpha"))
+    assert in_file == pytest.approx(kept["ema"].double().square().sum().item(), rel=1e-3)
+    assert in_file != pytest.approx(kept["weights"].double().square().sum().item(), rel=2e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["schedulefree", "adafactor"])
+def test_packages_optimizers_train_and_a_stopped_run_ends_with_the_same_lora(images, optimizer):
+    if optimizer == "schedulefree":
+        pytest.importorskip("schedulefree")
+    settings = LONG | {"OPTIMIZER": optimizer}
+    images.trained(**settings, OUTPUT_DIR=images.output.with_name("whole"))
+    assert images.stopped(2, signal.SIGTERM, **settings).returncode == 143
+    images.trained(**settings)
+    whole, resumed = (load_file(path) for path in (images.output.with_name("whole") / "lora" / images.lora.name, images.lora))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_what_the_base_model_knows_of_the_class_is_part_of_a_run(images):
+    """With every other way to change the objective at once; another class is another run, and the same one is finished."""
+    settings = QUICK | {"PRIOR_PRESERVATION": 1, "LORA_L2": 1e-3, "LOSS": "huber_snr", "LOSS_WEIGHTING": "debiased"}
+    settings |= {"TIMESTEP_MIN": 100, "TIMESTEP_MAX": 900, "TIMESTEP_SAMPLING": "logit_normal", "TIMESTEP_SHIFT": 2}
+    settings |= {"LR_SCHEDULER": "cosine_with_restarts", "OPTIMIZER": "adafactor"}
+    refused = images.run(**settings)
+    problem = "PRIOR_PRESERVATION needs the word for the kind of subject, which the captions do not have"
+    assert refused.stderr == f"train_lora: {problem}: set SUBJECT_CLASS, for example SUBJECT_CLASS=woman\n"
+    assert refused.returncode == 2
+    images.add("coffee", caption="sks, a person, outdoors")
+    assert "prior preservation: weight 1, 'person' for 'sks' (from the captions)" in images.run("--check", **settings).stdout
+    output = images.trained(**settings)
+    assert "prior preservation: weight 1, 'person' for 'sks' (from the captions)" in output
+    assert "weighting debiased" in output
+    resolved = (images.output / "lora" / "training_config_resolved.toml").read_text(encoding="utf-8")
+    assert 'subject_class = "person"' in resolved
+    assert "nothing to do" in images.trained(**settings, SUBJECT_CLASS="person")
+    first = losses(images.output)
+    output = images.trained(**settings, SUBJECT_CLASS="astronaut")
+    assert "'astronaut' for 'sks' (as set)" in output
+    assert losses(images.output)[0] == first[0]  # the LoRA adds nothing yet
+    assert losses(images.output)[-1] != first[-1]
 
 
 def test_prodigy_with_a_rate_for_adamw_is_refused(images):

@@ -15,10 +15,11 @@ def comfyui_modules() -> set[str]:
 
 
 def module_problems(keys: Collection[str]) -> list[str]:
-    """What is wrong with the names of a LoRA file's tensors: modules that ComfyUI does not load, and incomplete ones."""
+    """What is wrong with the names of a LoRA file's tensors: modules that ComfyUI does not load, and incomplete LoRAs."""
     modules = {key.split(".", 1)[0] for key in keys}
     problems = [f"{module}: not a module that ComfyUI loads" for module in sorted(modules - comfyui_modules())]
     for module in sorted(modules):
+        is_lora = any(f"{module}.lora_{part}.weight" in keys for part in ("down", "up"))
         expected = {f"{module}.lora_down.weight", f"{module}.lora_up.weight", f"{module}.alpha"}
-        problems += [f"{key}: missing" for key in sorted(expected.difference(keys))]
+        problems += [f"{key}: missing" for key in sorted(expected.difference(keys)) if is_lora]
     return problems

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from demo.comfyui_modules import FILE, table, unet_layers
 from training.method.comfyui_modules import COMFYUI_MODULES
-from training.method.export import kohya_name
+from training.method.layers import kohya_name
 
 SDXL = {
     "sample_size": 128,
