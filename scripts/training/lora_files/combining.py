@@ -80,7 +80,7 @@ def combine(
                 alpha = torch.tensor(float(len(down)))
                 for part, tensor in (("lora_down.weight", down), ("lora_up.weight", up), ("alpha", alpha)):
                     stored = tensor.to(dtype)
-                    if not stored.isfinite().all():
+                    if not stored.isfinite().all() or (tensor.any() and not stored.any()):
                         raise ModelError(f"{output}: {name} has values that {str(dtype)[6:]} cannot represent: set --dtype fp32")
                     yield f"{name}.{part}", stored
                 bar.update()

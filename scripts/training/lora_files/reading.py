@@ -146,7 +146,10 @@ def read_lora(path: Path) -> LoraFile:
     file."""
     if not path.exists():
         raise SettingsError(f"{path}: no such file")
-    header = read_header(path)
+    try:
+        header = read_header(path)
+    except PermissionError:
+        raise ModelError(f"{path}: this user may not read it: change its permissions") from None
     parts: dict[str, dict[str, str]] = {}
     spelled: dict[str, str] = {}
     others = []

@@ -122,10 +122,12 @@ def test_types(types, flag, expected, save, tool, tmp_path):
     assert {tensor.dtype for tensor in load_file(tmp_path / "c.safetensors").values()} == {expected}
 
 
-def test_values_that_fp16_cannot_represent(drawn, save, tool, tmp_path):
+@pytest.mark.parametrize("weight", [1000, 1e-15])
+def test_values_that_fp16_cannot_represent(weight, drawn, save, tool, tmp_path):
+    """They would become infinity, or all of them zero."""
     parts = drawn.lora()[0]
-    source = save("a.safetensors", {LINEAR: parts | {"lora_up.weight": parts["lora_up.weight"] * 1e5}})
-    refused = tool("merge", source, "--dtype", "fp16", "--output", tmp_path / "b.safetensors")
+    source = save("a.safetensors", {LINEAR: parts | {"alpha": torch.tensor(4e3)}})
+    refused = tool("merge", source, "--weights", weight, "--dtype", "fp16", "--output", tmp_path / "b.safetensors")
     assert (refused.returncode, "set --dtype fp32" in refused.stderr) == (5, True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
