@@ -42,8 +42,8 @@ class Factors:
 def factors(layer: Layer, tensors: Tensors) -> Factors:
     """The change of a layer as one product, exactly. `tensors` are those of `layer.read()`, or of `layer.shapes()`.
 
-    A LoHa of rank r becomes a product of rank r^2, but at most of full rank, a LoKr one of up to full rank. Raises ModelError if the
-    shapes do not match, and for what is no such product: a DoRA, whose change depends on the weight of the model, and full
+    A LoHa of rank r becomes a product of rank r^2, but at most of full rank, a LoKr one of up to full rank. Raises ModelError if
+    the shapes do not match, and for what is no such product: a DoRA, whose change depends on the weight of the model, and full
     differences.
     """
     if layer.is_dora:
