@@ -1,5 +1,6 @@
 """The training settings as types: `[train]` and the tables inside it. It imports no library, so that settings are read at once."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from common.project import SharedDataSettings, SharedModelSettings
 from common.settings import address_problem, setting
 
 OnOffAuto = bool | Literal["auto"]
+RankRule = tuple[re.Pattern[str], int, float | None]
+"""Layers whose names contain the expression have this rank, and this alpha; None: the usual one. Rank 0: they are left out."""
 PRODIGY_LEAST_RATE = 0.01
 """A smaller factor is a rate that was meant for AdamW."""
 
@@ -63,18 +66,65 @@ class LoraSettings:
     lora_alpha: float | Literal["auto"] = setting("auto", at_least=0.001, at_most=60000, role="result")
     """The adapter is scaled by alpha / rank; "auto": the rank. The file holds it in fp16."""
     lora_targets: Literal["all", "attention"] = setting("all", role="result")
-    lora_type: Literal["lora", "dora"] = setting("lora", role="result", before="lora")
-    """"dora" also trains the norm of each row of the adapted weights."""
+    lora_type: Literal["lora", "dora", "loha", "lokr"] = setting("lora", role="result", before="lora")
+    """"dora" also trains the norm of each row of the adapted weights; "loha" and "lokr" are products of other kinds."""
+    lora_conv_rank: int = setting(0, at_least=0, at_most=1024, role="result", before=0)
+    """Rank of the 3x3 convolutions of ResNets and samplers; 0: these are not adapted."""
+    lora_rank_pattern: str = setting("", role="result", before="")
+    """`EXPRESSION=RANK` or `EXPRESSION=RANK:ALPHA`, separated by spaces; rank 0 leaves a layer out."""
+    lora_rslora: bool = setting(False, role="result", before=False)
+    """Scale by alpha / sqrt(rank)."""
+    lora_dropout: float = setting(0.0, at_least=0, at_most=0.9, role="result", before=0.0)
+    """Share of an adapter's inputs that a step leaves out."""
+    lokr_factor: int | Literal["auto"] = setting("auto", at_least=2, at_most=1280, role="result", before="auto")
+    """Size of LoKr's first factor; "auto": near the square root of the layer's."""
 
     @property
     def alpha(self) -> float:
         """The value of `lora_alpha`, if it is "auto" as well."""
         return float(self.lora_rank) if self.lora_alpha == "auto" else self.lora_alpha
 
+    def scale(self, rank: int, alpha: float) -> float:
+        """What the change of a layer is multiplied by."""
+        return alpha / (math.sqrt(rank) if self.lora_rslora else rank)
+
     def describe(self) -> str:
-        """Rank, alpha and scale, in words."""
+        """Kind, rank, alpha and scale, in words."""
         origin = ", auto" if self.lora_alpha == "auto" else ""
-        return f"rank {self.lora_rank}, alpha {self.alpha:g} (scale {self.alpha / self.lora_rank:g}{origin})"
+        kind = "" if self.lora_type == "lora" else f"{self.lora_type}, "
+        convolutions = f", convolutions of rank {self.lora_conv_rank}" if self.lora_conv_rank else ""
+        pattern = f", except by {self.lora_rank_pattern!r}" if self.lora_rank_pattern.split() else ""
+        scale = f"scale {self.scale(self.lora_rank, self.alpha):g}{origin}"
+        return f"{kind}rank {self.lora_rank}, alpha {self.alpha:g} ({scale}){convolutions}{pattern}"
+
+    @property
+    def rank_rules(self) -> list[RankRule]:
+        """`lora_rank_pattern`, read. Raises ValueError."""
+        return [_rank_rule(item) for item in self.lora_rank_pattern.split()]
+
+    def validate(self) -> Iterator[str]:
+        for item in self.lora_rank_pattern.split():
+            try:
+                _rank_rule(item)
+            except ValueError as error:
+                yield f"lora_rank_pattern: {error}"
+        if self.lora_dropout and self.lora_type in ("loha", "lokr"):
+            yield f"lora_dropout: LORA_TYPE={self.lora_type} has no dropout; set LORA_DROPOUT=0, or LORA_TYPE=lora"
+        if self.lokr_factor != "auto" and self.lora_type != "lokr":
+            yield f"lokr_factor is for LORA_TYPE=lokr (is {self.lora_type}); set LOKR_FACTOR=auto"
+
+
+def _rank_rule(item: str) -> RankRule:
+    """One item of `lora_rank_pattern`. Raises ValueError."""
+    expression, _, numbers = item.rpartition("=")
+    found = re.fullmatch(r"(\d{1,4})(?::(\d+(?:\.\d*)?))?", numbers)
+    rank, alpha = (int(found[1]), float(found[2]) if found[2] else None) if found else (-1, None)
+    if not expression or not 0 <= rank <= 1024 or (alpha is not None and not 0.001 <= alpha <= 60000):
+        raise ValueError(f"{item!r} must be EXPRESSION=RANK or EXPRESSION=RANK:ALPHA, such as attn2=64 or ff=16:8")
+    try:
+        return re.compile(expression), rank, alpha
+    except re.error as error:
+        raise ValueError(f"{expression!r} is not a regular expression ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -277,7 +327,10 @@ class LoggingSettings:
 
 def unsupported_by_fast_engine(lora: LoraSettings) -> str:
     """Why the fast engine cannot train this adapter; empty if it can."""
-    return "" if lora.lora_type == "lora" else f"the fast engine does not support LORA_TYPE={lora.lora_type}"
+    if lora.lora_type != "lora":
+        return f"the fast engine does not support LORA_TYPE={lora.lora_type}"
+    unsupported = {"LORA_CONV_RANK": lora.lora_conv_rank, "LORA_DROPOUT": lora.lora_dropout}
+    return next((f"the fast engine does not support {name}={value:g}" for name, value in unsupported.items() if value), "")
 
 
 @dataclass(frozen=True)

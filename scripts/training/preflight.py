@@ -17,10 +17,11 @@ from training.data.dataset import Example, read_images, require_all_images
 from training.engine import choose_engine
 from training.job import with_class_of_prior
 from training.memory_budget import measure_budget, resolve_batch_size, resolve_quantization
+from training.method.layers import adapted_layers, weight_shapes
 from training.method.optimizers import require_usable
 from training.models.base_model import find_base, find_tokenizers, require_tokenizers_on_hub
 from training.models.sdxl import BaseModel
-from training.models.weights import load_tokenizers, require_matching_weights
+from training.models.weights import load_tokenizers, require_matching_weights, unet_without_weights
 from training.plan import make_plan
 from training.system.device import GIB, available_bytes, choose_precision
 
@@ -43,6 +44,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
     def check_base_model() -> str:
         base = find_base(settings.model.base_model, project.models_dir)
         require_matching_weights(base)
+        adapted_layers(weight_shapes(unet_without_weights(base)), settings.lora)
         if find_tokenizers(base, project.models_dir):
             load_tokenizers(base, project.models_dir)
         else:

@@ -37,9 +37,11 @@ def prepare_unet(
 
     Returns what TrainStep calls as `sync_compute_weights`.
     """
-    unet.to(memory_format=torch.channels_last)
+    for weight in [*unet.parameters(), *unet.buffers()]:
+        if weight.dim() == 4 and not weight.requires_grad:  # the adapter's are views of its flat weights, and must remain so
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     if gradient_checkpointing:
-        unet.enable_gradient_checkpointing(recomputed)
+        unet.enable_gradient_checkpointing(partial(recomputed, is_random=adapter.dropout > 0))
     if name == "plain":
         return partial(_enable_adapter, adapter)
     from training.engine.fast.lora_linear import fuse

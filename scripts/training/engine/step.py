@@ -81,7 +81,10 @@ class TrainStep:
         self.learning_rate = torch.zeros((), device=precision.device)
         self.diverged = torch.zeros((), device=precision.device)
         """1 from the first loss or gradient on that is not finite."""
-        can_capture = captures and precision.device.type == "cuda"
+        draws_again = bool(adapter.dropout) and unet.is_gradient_checkpointing
+        if draws_again and precision.device.type == "cuda":
+            print("CUDA graphs: off, training is slower (dropout with gradient checkpointing cannot be captured)", flush=True)
+        can_capture = captures and precision.device.type == "cuda" and not draws_again
         # The scaler decides on the CPU whether an fp16 step is skipped, and some optimizers read numbers back.
         self._captures_update = not precision.scales_loss and optimizer.capturable
         captured = self._step if self._captures_update else self._add_gradients
@@ -98,6 +101,9 @@ class TrainStep:
         A loss or gradient that is not finite leaves the weights as they were, and so do all steps after it.
         """
         self.learning_rate.fill_(learning_rate)
+        if self.adapter.dropout:
+            # Masks follow from the noise, which is a function of seed and position in the run, and change no other random number.
+            torch.manual_seed(batches[0].latent_noise.contiguous().view(torch.int32).flatten()[0].item())
         tensors = self._on_device([tensor for batch in batches for tensor in vars(batch).values()])
         numbers = self.graphs(*tensors) if self.graphs else self._step(_batches(tensors))
         return self._reader(numbers if self._captures_update or not self.graphs else self._update())
@@ -128,10 +134,11 @@ class TrainStep:
         sums = self.adapter.sums
         self.sync_compute_weights()
         sums.zero_()
-        for batch in batches:
-            loss = self.weighted_loss(batch)
-            self.scaler.scale(loss).backward()
-            sums[-1] += loss.detach()
+        with self.adapter.dropping():
+            for batch in batches:
+                loss = self.weighted_loss(batch)
+                self.scaler.scale(loss).backward()
+                sums[-1] += loss.detach()
         if self.all_reduce:
             self.all_reduce(sums)
         return sums
@@ -288,9 +295,9 @@ class CudaGraphs:
         return replay
 
 
-def recomputed(block: Callable, *args: object) -> object:
-    """Call `block` and compute its activations again in the backward.
+def recomputed(block: Callable, *args: object, is_random: bool = False) -> object:
+    """Call `block` and compute its activations again in the backward, with the same random numbers if it `is_random`.
 
-    Nothing in it is random, and saving the generator's state would break the capture of a CUDA graph.
+    Saving the generator's state for these would break the capture of a CUDA graph.
     """
-    return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+    return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, preserve_rng_state=is_random)

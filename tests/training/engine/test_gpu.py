@@ -168,7 +168,7 @@ def trained(
         size = len(whole.weights) // micro_batches
         parts = [part_of(whole, first, first + size) for first in range(0, len(whole.weights), size)]
         losses.append(step(parts, RATE).loss)
-    return losses, {module.name: (module.up @ module.down).cpu() for module in lora.modules}
+    return losses, {module.name: (module.zero @ module.factors["lora_down.weight"]).cpu() for module in lora.modules}
 
 
 def part_of(batch: Batch, first: int, last: int) -> Batch:
@@ -182,7 +182,7 @@ def trained_by_peft(base, dtype: torch.dtype) -> tuple[list[float], dict[str, to
     weights = []
     for module in lora.modules:
         layer = unet.get_submodule(module.name)
-        for part, start in ((layer.lora_A, module.down), (layer.lora_B, module.up)):
+        for part, start in ((layer.lora_A, module.factors["lora_down.weight"]), (layer.lora_B, module.zero)):
             part[ADAPTER].weight = torch.nn.Parameter(start.clone())  # with a gradient of its own
             weights.append(part[ADAPTER].weight)
     optimizer, config, losses = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.01), loss_config(), []

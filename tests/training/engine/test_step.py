@@ -58,7 +58,7 @@ def lora_unet(plain_unet):
         lora = inject(unet, LoraSettings(lora_rank=4, lora_alpha=2.0), seed=7)
         generator = torch.Generator().manual_seed(1)
         for module in lora.modules:
-            module.up.copy_(0.1 * torch.randn(module.up.shape, generator=generator))
+            module.zero.copy_(0.1 * torch.randn(module.zero.shape, generator=generator))
         return unet, lora
 
     return make
@@ -111,7 +111,7 @@ def stepper(request) -> Callable[..., TrainStep]:
 
 def in_a_row(lora: Adapter) -> torch.Tensor:
     """A copy of all weights, module by module."""
-    return torch.cat([part.flatten() for module in lora.modules for part in (module.down, module.up)])
+    return torch.cat([part.flatten() for module in lora.modules for part in module.factors.values()])
 
 
 class WholeGradient:
