@@ -10,11 +10,12 @@ import os
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import abbreviated
 from common.files import read_file, remove_partial_files
+from common.image_folders import FOLDER_FILE, ImageFolder, class_in_name, find_folders
 
 IMAGE_FORMATS = {
     "png": (".png", ".apng"),
@@ -71,7 +72,6 @@ _OTHER_MAGIC_BYTES = {
     b"%PDF": "a PDF document",
     b"\x1aE\xdf\xa3": "a video",
 }
-_REPEATS_FOLDER = re.compile(r"(\d{1,5})_.+")
 
 
 class DatasetFolder:
@@ -82,6 +82,7 @@ class DatasetFolder:
         # For the user: images with their captions, one JSON line for each collected image, and, written by the user, the names
         # of images that are not used.
         self.images = root / "images"
+        self.regularization = (root / "regularization", root / "reg")  # the second is kohya's
         self.manifest = root / "manifest.jsonl"
         self.exclusions = root / "exclude.txt"
         # Records of the stages: what the collect stage sent and received, ...
@@ -108,12 +109,14 @@ class DatasetFolder:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image of the data set; `repeats` is how often one epoch uses it (N in a folder `N_name`, else 1)."""
+    """An image of the data set, in `folder`."""
 
     path: Path
-    repeats: int
+    folder: ImageFolder
     captions: tuple[Path, ...] = ()
     """The files of the same stem with one of CAPTION_SUFFIXES, the first choice first."""
+    is_regularization: bool = False
+    """It shows the class of the subject, which the LoRA must not change, and not the subject."""
 
     @property
     def caption_path(self) -> Path:
@@ -128,26 +131,33 @@ class ImageFile:
 
 
 def find_images(folder: Path) -> list[ImageFile]:
-    """All images in `folder` and in its `N_name` folders, sorted by relative path.
+    """All images in `folder` and in those of its folders that `find_folders` finds, sorted by relative path.
 
     Other folders, hidden files and files with another suffix do not belong to the data set; see `unused_entries`. A folder
-    `0_name` holds images that are excluded from it. A HEIC, AVIF or TIFF image whose stem is also that of a PNG, JPEG, WebP
+    with 0 repeats holds images that are excluded from it. A HEIC, AVIF or TIFF image whose stem is also that of a PNG, JPEG, WebP
     or BMP image is taken for the original of it, and not used.
     """
-    children = list(folder.iterdir()) if folder.is_dir() else []
-    found = [(path, 1) for path in children]
-    for child in children:
-        if repeats := repeats_of(child):
-            found += [(path, repeats) for path in child.iterdir()]
+    found = [(path, each) for each in find_folders(folder) if each.repeats for path in each.path.iterdir()]
     captions = _captions_by_stem([path for path, _ in found])
     images = [
-        ImageFile(path, repeats, captions.get(path.with_suffix(""), ()))
-        for path, repeats in found
+        ImageFile(path, each, captions.get(path.with_suffix(""), ()))
+        for path, each in found
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
     ]
     first = {image.path.with_suffix("") for image in images if image.path.suffix.lower() in FIRST_SUFFIXES}
     images = [image for image in images if image.path.suffix.lower() in FIRST_SUFFIXES or image.path.with_suffix("") not in first]
     return sorted(images, key=lambda image: image.path.relative_to(folder).as_posix())
+
+
+def find_regularization_images(dataset: DatasetFolder) -> list[ImageFile]:
+    """The regularization images, sorted by path. The class of a folder without one is that in its name, `N_class`."""
+    found = []
+    for image in (image for folder in dataset.regularization for image in find_images(folder)):
+        folder = image.folder
+        if not folder.class_word and folder.path not in dataset.regularization:
+            folder = replace(folder, class_word=class_in_name(folder.path))
+        found.append(replace(image, folder=folder, is_regularization=True))
+    return found
 
 
 @dataclass(frozen=True)
@@ -220,26 +230,22 @@ def _captions_by_stem(paths: list[Path]) -> dict[Path, tuple[Path, ...]]:
     return captions
 
 
-def repeats_of(folder: Path) -> int | None:
-    """N of a folder `N_name`, None for every other file or folder."""
-    match = _REPEATS_FOLDER.fullmatch(folder.name)
-    return int(match[1]) if match and folder.is_dir() else None
-
-
 def unused_entries(folder: Path) -> dict[str, str]:
     """Name -> what it is, of every entry in `folder` that looks like a part of the data set and is not used.
 
-    These are images in folders other than `N_name`, images of formats that are not read or without a suffix, and what may be
-    meant as the caption of an image.
+    These are images in folders that `find_folders` does not find, images of formats that are not read or without a suffix, and
+    what may be meant as the caption of an image.
     """
     if not folder.is_dir():
         return {}
     images = find_images(folder)
     used, stems = {image.path for image in images}, {image.path.with_suffix("") for image in images}
-    unused = _unused_folders(folder)
-    for parent in [folder, *(child for child in folder.iterdir() if repeats_of(child))]:
+    folders = find_folders(folder)
+    unused = _unused_folders(folder, folders)
+    for parent in (each.path for each in folders if each.repeats):
         for path in parent.iterdir():
-            if path not in used and not path.name.startswith(".") and (what := _describe_unused(path, stems)):
+            is_known = path in used or path.name == FOLDER_FILE or path.name.startswith(".")
+            if not is_known and (what := _describe_unused(path, stems)):
                 unused[name_in(folder, path)] = what
     return dict(sorted(unused.items()))
 
@@ -273,15 +279,14 @@ def _describe_unused(path: Path, stems: Collection[Path]) -> str | None:
     return None
 
 
-def _unused_folders(folder: Path) -> dict[str, str]:
-    """The folders below `folder` with images that are not used -> what to do."""
+def _unused_folders(folder: Path, folders: Iterable[ImageFolder]) -> dict[str, str]:
+    """The folders below `folder` with images that are not used -> what to do. Those with 0 repeats are excluded."""
     found = {}
+    known, excluded = {each.path for each in folders}, {each.path for each in folders if not each.repeats}
     for root, names, _ in os.walk(folder):
         parent = Path(root)
-        names[:] = [name for name in names if not name.startswith(".") and repeats_of(parent / name) != 0]
-        for path in (parent / name for name in names):
-            if parent == folder and repeats_of(path):
-                continue
+        names[:] = [name for name in names if not re.match(r"\.|0+_.", name) and parent / name not in excluded]
+        for path in (parent / name for name in names if parent / name not in known):
             try:
                 suffixes = {child.suffix.lower() for child in path.iterdir() if not child.name.startswith(".")}
             except OSError as error:

@@ -101,7 +101,7 @@ def read_dataset(folder: DatasetFolder, trigger: str) -> Dataset:
             entry = as_object(flagged.get(name))
             described = _described(as_object(entry.get("flaws", entry)), as_object(found.get(name)))
             is_excluded, caption = file.path not in used, _caption(file, folder)
-            images.append(DatasetImage(name, thumbnail, caption, repeats=file.repeats, is_excluded=is_excluded, **described))
+            images.append(DatasetImage(name, thumbnail, caption, repeats=file.folder.repeats, is_excluded=is_excluded, **described))
     alone = flaws.get("captions_without_picture")
     unused = dict.fromkeys(alone if isinstance(alone, list) else (), "a caption without an image")
     unused |= as_object(flaws.get("not_looked_at"))
