@@ -7,6 +7,7 @@ between the two loses nothing.
 import base64
 import contextlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,18 +47,23 @@ class UndoResult:
 
 
 class CaptionFiles:
-    """The captions of a data set under one trigger word, in one run of the stage."""
+    """The captions of a data set in one run of the stage."""
 
-    def __init__(self, folder: DatasetFolder, trigger: str):
+    def __init__(self, folder: DatasetFolder, trigger: str, triggers: Mapping[Path, str] | None = None):
+        """`trigger` is the trigger word, except in the folders that `triggers` lists with one of their own."""
         self._dataset, self._folder = folder.root, folder.images
         self._record = folder.caption_log
-        self._trigger = trigger
+        self._trigger, self._triggers = trigger, triggers or {}
         self._changes: dict[str, list[Change]] = {}
         self._runs: set[int] = set()
         self._undone: set[int] = set()
         for line in read_json_lines(self._record):
             self._remember(line)
         self._run = max(self._runs, default=0) + 1
+
+    def trigger_of(self, caption: Path) -> str:
+        """The trigger word of a caption: that of its folder."""
+        return self._triggers.get(caption.parent, self._trigger)
 
     def is_generated(self, caption: Path) -> bool:
         """Whether `caption` is word for word a text that this stage generated. One that the user edited is the user's."""
@@ -93,7 +99,7 @@ class CaptionFiles:
         """
         text = read_caption(caption, self._dataset)
         earlier = {change.trigger for change in self._changes.get(name_in(self._folder, caption), ())}
-        changed = add_trigger(text, self._trigger, earlier)
+        changed = add_trigger(text, self.trigger_of(caption), earlier)
         return changed.strip() != text.strip() and self._change(caption, changed.encode("utf-8"), made=False)
 
     def copy(self, source: Path, caption: Path) -> bool:
@@ -101,7 +107,7 @@ class CaptionFiles:
 
         Raises UnusableCaptionError if `source` cannot be used. Without `source`, the copy is the user's caption.
         """
-        text = add_trigger(read_caption(source, self._dataset), self._trigger)
+        text = add_trigger(read_caption(source, self._dataset), self.trigger_of(caption))
         return self._change(caption, text.encode("utf-8"), made=False)
 
     def undo(self) -> UndoResult:
@@ -137,7 +143,8 @@ class CaptionFiles:
         before = read_caption_bytes(caption, self._dataset) if os.path.lexists(caption) else None
         if before == after:
             return False
-        line = {"run": self._run, "caption": name_in(self._folder, caption), "trigger": self._trigger, "made": made}
+        name, trigger = name_in(self._folder, caption), self.trigger_of(caption)
+        line = {"run": self._run, "caption": name, "trigger": trigger, "made": made}
         line |= _to_json("before", before) | _to_json("after", after)
         append_json_line(self._record, line)
         self._remember(line)

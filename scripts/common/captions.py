@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -115,10 +115,13 @@ def has_trigger(text: str, trigger: str) -> bool:
     return bool(_pattern(trigger).search(unicodedata.normalize("NFC", text)))
 
 
-def asks_for_subject(kind: str, text: str, trigger: str) -> bool:
-    """Whether a sample prompt of this kind (SamplePrompt.kind) asks for the subject: one of the user's does if it contains the
-    trigger word."""
-    return has_trigger(text, trigger) if kind == "user" else kind != "class"
+def asked_subject(kind: str, text: str, triggers: Sequence[str]) -> str:
+    """The trigger word of the subject that a sample prompt of this kind (SamplePrompt.kind) asks for, the longest of several; ""
+    if it asks for none. One of the user's asks for a subject if it contains the trigger word."""
+    if kind == "class":
+        return ""
+    found = [trigger for trigger in triggers if has_trigger(text, trigger)]
+    return max(found, key=len, default="" if kind == "user" else triggers[0])
 
 
 def leads_with_trigger(text: str, trigger: str) -> bool:

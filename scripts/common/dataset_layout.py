@@ -10,11 +10,12 @@ import os
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import abbreviated
 from common.files import read_file, remove_partial_files
+from common.image_folders import FOLDER_FILE, ImageFolder, class_in_name, find_folders
 
 IMAGE_FORMATS = {
     "png": (".png", ".apng"),
@@ -48,6 +49,7 @@ UNREAD_SUFFIXES = {suffix: what for what, suffixes in _OTHER_SUFFIXES.items() fo
 CAPTION_SUFFIX = ".txt"
 CAPTION_SUFFIXES = (CAPTION_SUFFIX, ".caption")
 """In any case. The caption stage writes the first; if an image has captions of both kinds, training reads the first."""
+IMAGE_FOLDER = "images"
 MASK_ENDING = "-masklabel"
 """OneTrainer's: `NAME-masklabel.png` is the mask of the image NAME, and never an image of the data set itself. In any case."""
 MASK_FOLDER = "masks"
@@ -77,7 +79,6 @@ _OTHER_MAGIC_BYTES = {
     b"%PDF": "a PDF document",
     b"\x1aE\xdf\xa3": "a video",
 }
-_REPEATS_FOLDER = re.compile(r"(\d{1,5})_.+")
 
 
 class DatasetFolder:
@@ -87,7 +88,8 @@ class DatasetFolder:
         self.root = root
         # For the user: images with their captions, one JSON line for each collected image, and, written by the user, the names
         # of images that are not used.
-        self.images = root / "images"
+        self.images = root / IMAGE_FOLDER
+        self.regularization = (root / "regularization", root / "reg")  # the second is kohya's
         self.manifest = root / "manifest.jsonl"
         self.exclusions = root / "exclude.txt"
         # Records of the stages: what the collect stage sent and received, ...
@@ -114,14 +116,16 @@ class DatasetFolder:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image of the data set; `repeats` is how often one epoch uses it (N in a folder `N_name`, else 1)."""
+    """An image of the data set, in `folder`."""
 
     path: Path
-    repeats: int
+    folder: ImageFolder
     captions: tuple[Path, ...] = ()
     """The files of the same stem with one of CAPTION_SUFFIXES, the first choice first."""
     masks: tuple[Path, ...] = ()
     """The files that say which areas of the image count; more than one is a mistake."""
+    is_regularization: bool = False
+    """It shows the class of the subject, which the LoRA must not change, and not the subject."""
 
     @property
     def caption_path(self) -> Path:
@@ -136,22 +140,18 @@ class ImageFile:
 
 
 def find_images(folder: Path) -> list[ImageFile]:
-    """All images in `folder` and in its `N_name` folders, sorted by relative path.
+    """All images in `folder` and in those of its folders that `find_folders` finds, sorted by relative path.
 
     Other folders, hidden files, masks and files with another suffix do not belong to the data set; see `unused_entries`. A folder
-    `0_name` holds images that are excluded from it. A HEIC, AVIF or TIFF image whose stem is also that of a PNG, JPEG, WebP
+    with 0 repeats holds images that are excluded from it. A HEIC, AVIF or TIFF image whose stem is also that of a PNG, JPEG, WebP
     or BMP image is taken for the original of it, and not used.
     """
-    children = list(folder.iterdir()) if folder.is_dir() else []
-    found = [(path, 1) for path in children]
-    for child in children:
-        if repeats := repeats_of(child):
-            found += [(path, repeats) for path in child.iterdir()]
+    found = [(path, each) for each in find_folders(folder) if each.repeats for path in each.path.iterdir()]
     captions = _captions_by_stem([path for path, _ in found])
     masks = _masks_by_stem(folder, [path for path, _ in found])
     images = [
-        ImageFile(path, repeats, captions.get(path.with_suffix(""), ()), masks.get(path.with_suffix(""), ()))
-        for path, repeats in found
+        ImageFile(path, each, captions.get(path.with_suffix(""), ()), masks.get(path.with_suffix(""), ()))
+        for path, each in found
         if path.suffix.lower() in IMAGE_SUFFIXES
         and not path.name.startswith(".")
         and not path.stem.lower().endswith((MASK_ENDING, _CONDITIONING_ENDING))
@@ -160,6 +160,17 @@ def find_images(folder: Path) -> list[ImageFile]:
     first = {image.path.with_suffix("") for image in images if image.path.suffix.lower() in FIRST_SUFFIXES}
     images = [image for image in images if image.path.suffix.lower() in FIRST_SUFFIXES or image.path.with_suffix("") not in first]
     return sorted(images, key=lambda image: image.path.relative_to(folder).as_posix())
+
+
+def find_regularization_images(dataset: DatasetFolder) -> list[ImageFile]:
+    """The regularization images, sorted by path. The class of a folder without one is that in its name, `N_class`."""
+    found = []
+    for image in (image for folder in dataset.regularization for image in find_images(folder)):
+        folder = image.folder
+        if not folder.class_word and folder.path not in dataset.regularization:
+            folder = replace(folder, class_word=class_in_name(folder.path))
+        found.append(replace(image, folder=folder, is_regularization=True))
+    return found
 
 
 @dataclass(frozen=True)
@@ -241,8 +252,9 @@ def _masks_by_stem(folder: Path, paths: list[Path]) -> dict[Path, tuple[Path, ..
     for path in (path for path in paths if is_mask(path)):
         stem = path.with_name(path.stem[: -len(MASK_ENDING)])
         masks[stem] = (*masks.get(stem, ()), path)
-    for parent in {path.parent for path in paths}:
-        for path in _images_in(folder.parent / MASK_FOLDER / parent.relative_to(folder)):
+    beside = folder.parent / MASK_FOLDER
+    for parent in {path.parent for path in paths} if folder.name == IMAGE_FOLDER else ():
+        for path in _images_in(beside / parent.relative_to(folder)):
             stem = parent / (path.stem[: -len(MASK_ENDING)] if is_mask(path) else path.stem)
             masks[stem] = (*masks.get(stem, ()), path)
     return {stem: tuple(sorted(found)) for stem, found in masks.items()}
@@ -259,31 +271,27 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
 
 
-def repeats_of(folder: Path) -> int | None:
-    """N of a folder `N_name`, None for every other file or folder."""
-    match = _REPEATS_FOLDER.fullmatch(folder.name)
-    return int(match[1]) if match and folder.is_dir() else None
-
-
 def unused_entries(folder: Path) -> dict[str, str]:
     """Name -> what it is, of every entry in `folder` that looks like a part of the data set and is not used.
 
-    These are images in folders other than `N_name`, images of formats that are not read or without a suffix, and what may be
-    meant as the caption of an image.
+    These are images in folders that `find_folders` does not find, images of formats that are not read or without a suffix, and
+    what may be meant as the caption of an image.
     """
     if not folder.is_dir():
         return {}
     images = find_images(folder)
     used = {path for image in images for path in (image.path, *image.masks)}
     stems = {image.path.with_suffix("") for image in images}
-    unused = _unused_folders(folder)
+    folders = find_folders(folder)
+    unused = _unused_folders(folder, folders)
     masks = folder.parent / MASK_FOLDER
     for path in (path for parent in (masks, *masks.glob("*/")) for path in _images_in(parent)):
-        if path not in used:
+        if path not in used and folder.name == IMAGE_FOLDER:
             unused[name_in(folder.parent, path)] = f"a mask without an image; give it the name of an image in {folder.name}/"
-    for parent in [folder, *(child for child in folder.iterdir() if repeats_of(child))]:
+    for parent in (each.path for each in folders if each.repeats):
         for path in parent.iterdir():
-            if path not in used and not path.name.startswith(".") and (what := _describe_unused(path, stems)):
+            is_known = path in used or path.name == FOLDER_FILE or path.name.startswith(".")
+            if not is_known and (what := _describe_unused(path, stems)):
                 unused[name_in(folder, path)] = what
     return dict(sorted(unused.items()))
 
@@ -321,15 +329,14 @@ def _describe_unused(path: Path, stems: Collection[Path]) -> str | None:
     return None
 
 
-def _unused_folders(folder: Path) -> dict[str, str]:
-    """The folders below `folder` with images that are not used -> what to do."""
+def _unused_folders(folder: Path, folders: Iterable[ImageFolder]) -> dict[str, str]:
+    """The folders below `folder` with images that are not used -> what to do. Those with 0 repeats are excluded."""
     found = {}
+    known, excluded = {each.path for each in folders}, {each.path for each in folders if not each.repeats}
     for root, names, _ in os.walk(folder):
         parent = Path(root)
-        names[:] = [name for name in names if not name.startswith(".") and repeats_of(parent / name) != 0]
-        for path in (parent / name for name in names):
-            if parent == folder and repeats_of(path):
-                continue
+        names[:] = [name for name in names if not re.match(r"\.|0+_.", name) and parent / name not in excluded]
+        for path in (parent / name for name in names if parent / name not in known):
             try:
                 suffixes = {child.suffix.lower() for child in path.iterdir() if not child.name.startswith(".")}
             except OSError as error:

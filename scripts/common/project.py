@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from common.image_folders import trigger_problem
 from common.settings import REPOSITORY, PartialSection, setting
 
 DEFAULT_FACE = REPOSITORY / "face_reference.png"
@@ -27,9 +28,8 @@ class ProjectSettings:
     """Name of a file in config/presets, without suffix, whose values are used where nothing else is set."""
 
     def validate(self) -> Iterator[str]:
-        word = self.trigger_word
-        if not word or "," in word or word != " ".join(word.split()) or not word.isprintable():
-            yield f"trigger_word: {word!r} must be one tag, without commas, control characters or extra spaces"
+        if problem := trigger_problem(self.trigger_word):
+            yield f"trigger_word: {problem}"
 
 
 @dataclass(frozen=True)

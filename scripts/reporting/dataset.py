@@ -108,7 +108,7 @@ def read_dataset(folder: DatasetFolder, trigger: str) -> Dataset:
             entry = as_object(flagged.get(name))
             described = _described(as_object(entry.get("flaws", entry)), as_object(found.get(name)))
             is_excluded, caption = file.path not in used, _caption(file, folder)
-            about = {"repeats": file.repeats, "is_excluded": is_excluded, "has_mask": bool(file.masks)}
+            about = {"repeats": file.folder.repeats, "is_excluded": is_excluded, "has_mask": bool(file.masks)}
             images.append(DatasetImage(name, thumbnail, caption, **about, **described))
     alone = flaws.get("captions_without_picture")
     unused = dict.fromkeys(alone if isinstance(alone, list) else (), "a caption without an image")

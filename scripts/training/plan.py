@@ -11,7 +11,7 @@ from typing import Any, Literal
 from common.errors import abbreviated
 from common.settings import all_keys
 from training.config import DataSettings, TrainSettings
-from training.data.buckets import OptimizerStep, Placement, assign_bucket, run_order
+from training.data.buckets import OptimizerStep, Placement, add_regularization, assign_bucket, run_order
 from training.data.dataset import Example
 from training.models.sdxl import Schedule
 
@@ -25,6 +25,7 @@ AUTO_MIN_SNR_GAMMA = 5.0
 AUTO_NOISE_OFFSET = 0.0357
 WARMUP_STEPS, GLOBAL_BATCH, WORLD_SIZE = "steps of warm-up", "global batch", "processes"
 """Keys of records that other modules read. Records are kept from version to version, so keys keep their names."""
+TRIGGERS, REGULARIZATION = "trigger words", "regularization images"
 DECODER, _FIRST_DECODER = "decoder", "version 1.0's"
 """Key of the record of how pixels were decoded, and the value of a record without it."""
 NOT_RECORDED = ("fresh", "output_name")
@@ -52,10 +53,14 @@ class Plan:
     held_out: list[Example]
     """What only the validation loss sees, in the same way."""
     held_out_placements: list[Placement]
+    regularization: list[Example]
+    regularization_placements: list[Placement]
     order: list[OptimizerStep]
     global_batch: int
     """Samples per optimizer step."""
     epochs: int
+    prior_weight: float
+    """Of the loss of regularization images."""
     schedule: Schedule
     min_snr_gamma: float
     noise_offset: float
@@ -90,9 +95,46 @@ class Plan:
             f"{self.epochs} epochs, {len(self.order)} optimizer steps of {self.global_batch}, {samples} training samples; "
             f"{self.schedule.prediction_type}, min-SNR {self.min_snr_gamma or 'off'}, noise offset {self.noise_offset or 'off'}",
         ]
+        lines += self._concepts() if len(self.triggers) > 1 else []
+        if self.regularization:
+            classes = sorted({example.class_word or "captions of their own" for example in self.regularization})
+            count = len({example.path for example in self.regularization})
+            images = f"regularization: {count} images ({abbreviated(classes)}) of weight {self.prior_weight:g}"
+            lines.append(f"{images}, one with each training sample, so that a step takes twice as long")
         if names := [example.name for example in self.held_out]:
             lines.append(f"held out for validation: {abbreviated(list(dict.fromkeys(names)))}")
         return "\n".join([*lines, *self.warnings()])
+
+    @property
+    def all_examples(self) -> list[Example]:
+        """Everything that is encoded: what is trained on, what is held out, regularization images."""
+        return [*self.examples, *self.held_out, *self.regularization]
+
+    @property
+    def all_placements(self) -> list[Placement]:
+        """Of each of `all_examples`."""
+        return [*self.placements, *self.held_out_placements, *self.regularization_placements]
+
+    @property
+    def triggers(self) -> list[str]:
+        """The trigger words of the examples, in their order."""
+        return list(dict.fromkeys(example.trigger for example in self.examples if example.trigger))
+
+    @property
+    def captions(self) -> dict[str, list[str]]:
+        """The captions of the examples by trigger word."""
+        return {word: [example.caption for example in self.examples if example.trigger == word] for word in self.triggers}
+
+    @property
+    def classes(self) -> dict[str, str]:
+        """Trigger word -> class word, of those that have one."""
+        return {example.trigger: example.class_word for example in self.examples if example.trigger and example.class_word}
+
+    def _concepts(self) -> list[str]:
+        """For each trigger word, its images and their samples in the whole run."""
+        samples = Counter(self.examples[index].trigger for step in self.order for index in step.examples)
+        images = Counter(example.trigger for example in self.images)
+        return [f"trigger word {word}: {images[word]} images, {samples[word]} training samples" for word in self.triggers]
 
     def warnings(self) -> list[str]:
         """What the user should know of this run before it begins, and again when it has ended."""
@@ -108,6 +150,8 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
     """Choose buckets and the order of the run, whose steps `world_size` processes share. `schedule` is the base model's, with
     the settings already applied."""
     data, run = train.data, train.run
+    regularization = at_each_resolution([example for example in examples if example.is_regularization], data)
+    examples = [example for example in examples if not example.is_regularization]
     out = _held_out(examples, train.validation.validation_fraction)
     parts = ([e for index, e in enumerate(examples) if (index in out) is chosen] for chosen in (False, True))
     trained, held_out = (at_each_resolution(part, data) for part in parts)
@@ -115,6 +159,10 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
     global_batch = run.train_batch_size * run.gradient_accumulation_steps * world_size
     buckets = [placement.bucket for placement in placements]
     order = run_order(buckets, [example.repeats for example in trained], run.num_train_epochs, global_batch, run.train_seed)
+    prior_placements = placements_of(regularization, data)
+    if regularization:
+        shapes, repeats = [placement.bucket for placement in prior_placements], [example.repeats for example in regularization]
+        order = add_regularization(order, shapes, repeats, global_batch, run.train_seed)
     is_plain = schedule.prediction_type == "epsilon" and not schedule.zero_terminal_snr
     gamma, offset = train.objective.min_snr_gamma, train.objective.noise_offset
     return Plan(
@@ -122,6 +170,9 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
         placements=placements,
         held_out=held_out,
         held_out_placements=placements_of(held_out, data),
+        regularization=regularization,
+        regularization_placements=prior_placements,
+        prior_weight=data.prior_weight if regularization else DataSettings.prior_weight,
         order=order,
         global_batch=global_batch,
         epochs=run.num_train_epochs,
@@ -162,6 +213,11 @@ def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base
     held_out = [[example.sha256, example.caption, *_newer(example, only)] for example in plan.held_out]
     settings = {recorded_name(key): value for key, value in settings_of(train, "result") if value != key.metadata["before"]}
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    if plan.triggers and plan.triggers != [trigger_word]:
+        settings[TRIGGERS] = ", ".join(plan.triggers)
+    if plan.regularization:
+        regularization = [[each.sha256, each.caption, each.repeats, *_newer(each, only)] for each in plan.regularization]
+        settings[REGULARIZATION] = short_hash(regularization)
     return {
         **settings,
         **asdict(plan.schedule),
@@ -212,8 +268,8 @@ def changes(recorded: Mapping[str, Any], now: Mapping[str, Any], train: type = T
         old, new = (values.get(name, metadata["before"]) for values in (recorded, now))
         if old == new:
             continue
-        if name in ("data set", "held-out pictures", "base model"):  # hashes
-            found[name] = f"{_SHOWN[name]}: changed"
+        if name in ("data set", "held-out pictures", "base model", REGULARIZATION):  # hashes
+            found[name] = f"{_SHOWN.get(name, name)}: changed"
         else:
             shown = ["not recorded" if value is MISSING else value for value in (old, new)]
             found[name] = f"{_SHOWN.get(name, name)}: {shown[0]} -> {shown[1]}"

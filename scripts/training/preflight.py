@@ -82,7 +82,7 @@ def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettin
     engine, _ = choose_engine(settings.run.engine, settings.lora)
     budget = measure_budget(base, examples, settings, precision, engine, processes=1)
     settings, budget = resolve_quantization(settings, budget)
-    settings = resolve_batch_size(settings, budget, len(examples))
+    settings = resolve_batch_size(settings, budget, sum(not example.is_regularization for example in examples))
     plan = make_plan(examples, settings, schedule)
     samples, _ = plan_samples(settings, trigger, plan, budget, base, {})
     announcement = "\n".join([plan.announcement(), *([samples.announcement] if samples else [])])

@@ -59,7 +59,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
         step, schedule = build_step(job, group, unet, adapter), schedule_of(job)
         if job.saved:
             restore(job.saved, group, adapter.weights, step.optimizer, step.scaler)
-        count = len(job.plan.examples)
+        count, held_out_count = len(job.plan.examples), len(job.plan.held_out)
         reader = BatchReader(
             examples=examples[:count],
             seed=job.settings.run.train_seed,
@@ -70,8 +70,10 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             pin=job.precision.device.type == "cuda",
             masks=any(example.mask for example in examples),
             group=group,
+            regularization=examples[count + held_out_count :],
+            prior_weight=job.plan.prior_weight,
         )
-        held_out = replace(reader, examples=examples[count:], caption_dropout=0.0, pin=False)
+        held_out = replace(reader, examples=examples[count : count + held_out_count], caption_dropout=0.0, pin=False)
         batches = prefetch(reader, schedule.remaining, job.settings.data.dataloader_num_workers)
         modules, remaining = adapter.modules, len(schedule.remaining)
         print(f"{len(modules)} modules of {job.settings.lora.describe()}; {remaining} steps to go", flush=True)
@@ -187,8 +189,7 @@ def unet_in_background(job: TrainingJob) -> Iterator[Callable[[], tuple[UNet2DCo
 def encode(
     job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None = None
 ) -> tuple[list[CachedExample], dict[str, Path]]:
-    """Compute once what does not change during training, of the images that are trained on and then of those held out, and of the
-    prompts of sample images.
+    """Compute once what does not change during training, of all images of the plan and of the prompts of sample images.
 
     It is done in the process `encoder`, if there is one and memory for the UNet beside it, so that encoding and loading do not
     wait for each other's interpreter lock.
@@ -198,12 +199,12 @@ def encode(
         return encoder.call_and_close(_encode_in_worker, job)
     if encoder:
         encoder.end()
-    plan, precision = job.plan, job.precision
+    precision = job.precision
     folders = job.project.models_dir, job.outputs.cache
     builder = CacheBuilder(job.base, *folders, precision.device, precision.dtype, group, concurrent)
-    images = zip([*plan.examples, *plan.held_out], [*plan.placements, *plan.held_out_placements], strict=True)
+    images = zip(job.plan.all_examples, job.plan.all_placements, strict=True)
     prompts = texts_of(job.samples) if job.samples else []
-    return builder.build(list(images), job.settings.data, job.project.trigger_word, job.settings.run.train_seed, prompts)
+    return builder.build(list(images), job.settings.data, job.settings.run.train_seed, prompts)
 
 
 def _encode_in_worker(job: TrainingJob) -> tuple[list[CachedExample], dict[str, Path]]:
@@ -348,6 +349,6 @@ def sample_images(
     """The callback that renders the sample images; `prompts` are the files of their embeddings."""
     vae = load_vae(job.base, torch.device("cpu"))
     renderer = Renderer(step, job.plan.schedule, prompts, vae, job.samples.tiled)
-    names = job.base.name, job.project.trigger_word
+    names = job.base.name, job.plan.triggers
     record = SampleRecord(job.samples, job.outputs, job.identity.fingerprint, *names, likeness)
     return SampleImages(job.samples, renderer, job.outputs, schedule, record, likeness, group, stop, trackers)

@@ -171,7 +171,6 @@ class CacheBuilder:
         self,
         images: Sequence[tuple[Example, Placement]],
         settings: DataSettings,
-        trigger_word: str,
         seed: int,
         prompts: Sequence[str] = (),
     ) -> tuple[list[CachedExample], dict[str, Path]]:
@@ -182,7 +181,7 @@ class CacheBuilder:
         """
         captions = [example.caption for example, _ in images]
         count, shuffle, workers = settings.caption_variants, settings.caption_shuffle, settings.dataloader_num_workers
-        variants = [caption_variants(caption, trigger_word, count, shuffle, seed) for caption in captions]
+        variants = [caption_variants(example.caption, example.trigger, count, shuffle, seed) for example, _ in images]
         tokenizers = load_tokenizers(self.base, self.models_dir)
         chunks = chunks_needed(captions, tokenizers, settings.caption_chunks)
         for example in {example.path: example for example, _ in images}.values():

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 def caption_variants(caption: str, trigger: str, count: int, shuffle: bool, seed: int) -> list[str]:
     """Up to `count` different captions: the original one, then its tags in other orders.
 
-    A tag at the beginning that leads with the trigger word stays there. The orders depend on `seed` and `caption` alone.
+    A tag at the beginning that leads with the trigger word, if there is one, stays there. The orders depend on `seed` and
+    `caption` alone.
     Sentences are not shuffled: a caption that is prose has one variant.
     """
     if not shuffle or is_prose(caption):
         return [caption]
     tags = [tag for tag in (piece.strip() for piece in caption.split(",")) if tag]
-    fixed = 1 if tags and leads_with_trigger(tags[0], trigger) else 0
+    fixed = 1 if trigger and tags and leads_with_trigger(tags[0], trigger) else 0
     head, rest = tags[:fixed], tags[fixed:]
     count = _orders_of(rest, at_most=count)
     orders = [tuple(tags)]

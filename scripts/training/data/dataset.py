@@ -3,11 +3,11 @@
 Imports no torch, which takes seconds: a worker process reads this while the main process imports torch.
 """
 
-from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.background import prefetch
 from common.captions import UnusableCaptionError, has_trigger, in_one_line, read_caption
 from common.dataset_layout import (
     DatasetFolder,
@@ -15,6 +15,7 @@ from common.dataset_layout import (
     caption_owners,
     describe_missing_images,
     find_images,
+    find_regularization_images,
     name_in,
     select_images,
     unused_entries,
@@ -23,8 +24,10 @@ from common.errors import DataError, SomeItemsFailed, abbreviated, bullet_list
 from common.files import parse_json, read_file, sha256_of
 from common.images import BrokenImageError, DecodedImage, read_image, read_mask
 from common.output_layout import OutputLayout
+from common.progress import ProgressBar
 from common.project import ProjectSettings
 from common.settings import pipeline_command
+from common.triggers import classes_of, contained_triggers, foreign_triggers
 from training.config import DataSettings, TrainSettings
 from training.models.base_model import compute_digests, find_base
 from training.models.sdxl import BaseModel
@@ -41,7 +44,7 @@ class Example:
 
     path: Path
     name: str
-    """Path relative to the folder of images, for messages."""
+    """Path relative to the folder of images, or of a regularization image to DATASET_DIR; for messages."""
     caption: str
     width: int
     """Pixels, after EXIF orientation."""
@@ -62,6 +65,11 @@ class Example:
     """Stands for the pixels of the mask; empty without one."""
     mask_weight: float | None = None
     """Weight of the areas outside the mask; None: as the settings say."""
+    trigger: str = ""
+    """The trigger word that the image is for; empty for a regularization image."""
+    class_word: str = ""
+    """The kind of subject, as its folder names it; empty if it does not."""
+    is_regularization: bool = False
 
 
 Inputs = tuple[BaseModel, list[Example], int]
@@ -77,8 +85,8 @@ def read_inputs(project: ProjectSettings, settings: TrainSettings) -> Inputs:
 
 
 def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[Example], int]:
-    """The examples of the data set, and how many of its images cannot be trained on. Prints what is left out or ignored, and
-    what is probably a mistake."""
+    """The examples of the data set, those of regularization images last, and how many of its images cannot be trained on. Prints
+    what is left out or ignored, and what is probably a mistake."""
     dataset = DatasetFolder(project.dataset_dir)
     selection = select_images(dataset)
     print(selection.notes(), end="")
@@ -86,10 +94,14 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[
     flagged = {name: flaws for name, flaws in flagged.items() if name not in selection.excluded}
     if flagged:
         print(f"skipping flagged images: {abbreviated([f'{name} ({flaws})' for name, flaws in flagged.items()])}")
-    skipped, is_mask = {*flagged, *selection.excluded}, settings.alpha == "mask"
-    examples, problems = read_examples(dataset.images, settings.dataloader_num_workers, skipped, alpha_is_mask=is_mask)
-    if problems:
-        print(bullet_list(f"{dataset.images}: {len(problems)} images cannot be trained on and are left out:", problems), flush=True)
+    workers, trigger, is_mask = settings.dataloader_num_workers, project.trigger_word, settings.alpha == "mask"
+    classes = classes_of(dict.fromkeys(image.folder for image in selection.images), trigger)
+    skipped = {*flagged, *selection.excluded}
+    examples, problems = read_examples(dataset.images, workers, skipped, trigger, alpha_is_mask=is_mask)
+    regularization, unusable = read_regularization(dataset, workers, settings.prior_weight)
+    for folder, lines in ((dataset.images, problems), (dataset.root, unusable)):
+        if lines:
+            print(bullet_list(f"{folder}: {len(lines)} images cannot be trained on and are left out:", lines), flush=True)
 
     if masked := sum(example.mask is not None for example in examples):
         print(f"masks: {masked} of {len(examples)} images; what is outside a mask has weight {settings.mask_weight:g} in the loss")
@@ -97,14 +109,21 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[
     if folders:
         print(f"the number before a folder's name is the repeats per epoch; rename it if it is a year: {', '.join(folders)}")
 
-    missing = sum(not has_trigger(example.caption, project.trigger_word) for example in examples)
-    if missing:
-        finding = f"{missing} of {len(examples)} captions do not contain the trigger word {project.trigger_word!r}"
-        print(f"{finding}: run the caption stage again, or ignore this if it is intentional")
+    for word in classes:
+        captions = [example.caption for example in examples if example.trigger == word]
+        if missing := sum(not has_trigger(caption, word) for caption in captions):
+            finding = f"{missing} of {len(captions)} captions do not contain the trigger word {word!r}"
+            print(f"{finding}: run the caption stage again, or ignore this if it is intentional")
+    captions = {example.name: (example.trigger, example.caption) for example in [*examples, *regularization]}
+    for line in [*contained_triggers(classes), *foreign_triggers(captions)]:
+        print(line)
     unused = unused_entries(dataset.images)
-    if ignored := [f"{name} ({unused[name]})" for name in unused] + other_entries(dataset.images, unused):
+    ignored = [f"{name} ({unused[name]})" for name in unused] + other_entries(dataset.images, unused)
+    for folder in dataset.regularization:
+        ignored += [f"{folder.name}/{name} ({what})" for name, what in unused_entries(folder).items()]
+    if ignored:
         print(f"ignored, because neither image, caption of an image, nor N_name folder: {abbreviated(ignored)}")
-    return examples, len(problems)
+    return [*examples, *regularization], len(problems) + len(unusable)
 
 
 def require_all_images(left_out: int) -> None:
@@ -133,10 +152,10 @@ def flagged_images(dataset: DatasetFolder, resolution: int) -> dict[str, str]:
 
 
 def read_examples(
-    folder: Path, workers: int, skipped: Collection[str] = (), *, alpha_is_mask: bool = False
+    folder: Path, workers: int, skipped: Collection[str] = (), trigger: str = "", *, alpha_is_mask: bool = False
 ) -> tuple[list[Example], list[str]]:
-    """All images of `folder` and its `N_name` folders, except those whose names are in `skipped`, with their captions; and for
-    each that cannot be trained on a line that says why.
+    """All images of `folder` and its folders, except those whose names are in `skipped`, with their captions; and for each that
+    cannot be trained on a line that says why. `trigger` is the trigger word of folders without one of their own.
 
     Each image is decoded once, by `workers` threads. `alpha_is_mask`: the transparency of an image without a mask is its mask.
     Raises DataError if captions cannot be used, images have no caption yet, or none can be trained on.
@@ -148,9 +167,7 @@ def read_examples(
     if not images:
         remedy = "put them there or run the collect stage, then the caption stage"
         raise DataError(describe_missing_images(folder, remedy))
-    owners = caption_owners(images)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        results = list(pool.map(lambda image: _read(image, folder, owners[image.caption_path], alpha_is_mask), images))
+    results = _read_all(images, folder, folder.parent, workers, trigger, alpha_is_mask=alpha_is_mask)
     if unusable := [str(result) for result in results if isinstance(result, UnusableCaptionError)]:
         raise DataError(bullet_list(f"{folder}: {len(unusable)} of {len(images)} captions cannot be used:", unusable))
     if uncaptioned := [name_in(folder, image.path) for image, result in zip(images, results, strict=True) if result is None]:
@@ -163,20 +180,62 @@ def read_examples(
     return examples, problems
 
 
-def _read(image: ImageFile, folder: Path, owner: ImageFile, alpha_is_mask: bool) -> Example | str | UnusableCaptionError | None:
+def read_regularization(dataset: DatasetFolder, workers: int, weight: float) -> tuple[list[Example], list[str]]:
+    """The regularization images with their captions, and for each that cannot be trained on a line that says why.
+
+    The caption of an image without one is its class: that of `folder.toml`, or in the folder's name. With `weight` 0 there are
+    none. Raises DataError if captions cannot be used, or an image has neither caption nor class.
+    """
+    images = find_regularization_images(dataset)
+    if not images:
+        if weight != DataSettings.prior_weight:
+            print(f"prior_weight: has no effect, because there are no images in {dataset.regularization[0]}")
+        return [], []
+    if not weight:
+        print(f"regularization: off (PRIOR_WEIGHT=0); {len(images)} images in {dataset.root} are not used")
+        return [], []
+    results = _read_all(images, dataset.root, dataset.root, workers, "")
+    if wrong := [str(result) for result in results if isinstance(result, UnusableCaptionError)]:
+        raise DataError(bullet_list(f"{dataset.root}: {len(wrong)} captions of regularization images cannot be used:", wrong))
+    if nameless := [name_in(dataset.root, image.path) for image, result in zip(images, results, strict=True) if result is None]:
+        which = f"{len(nameless)} regularization images have neither a caption nor a class ({abbreviated(nameless)})"
+        remedy = f"write a caption, or move them into a folder N_class, such as {dataset.regularization[0].name}/1_woman"
+        raise DataError(f"{dataset.root}: {which}; {remedy}")
+    return [each for each in results if isinstance(each, Example)], [each for each in results if isinstance(each, str)]
+
+
+def _read_all(
+    images: Sequence[ImageFile], folder: Path, dataset: Path, workers: int, trigger: str, *, alpha_is_mask: bool = False
+) -> list[Example | str | UnusableCaptionError | None]:
+    """The result of `_read` for each image."""
+    owners, results = caption_owners(images), []
+
+    def read(image: ImageFile) -> Example | str | UnusableCaptionError | None:
+        return _read(image, folder, dataset, owners[image.caption_path], trigger, alpha_is_mask)
+
+    with ProgressBar(len(images), "reading images", "images", leave=False) as bar:
+        for result in prefetch(read, images, workers):
+            results.append(result)
+            bar.update()
+    return results
+
+
+def _read(
+    image: ImageFile, folder: Path, dataset: Path, owner: ImageFile, trigger: str, alpha_is_mask: bool
+) -> Example | str | UnusableCaptionError | None:
     """The example, or a line with everything that is wrong with the image; for an image without fault, what is wrong with its
-    caption, or None if it has none yet. `owner` is the image to which its caption belongs."""
+    caption, or None if it has none yet. Names are relative to `folder`, and `owner` is the image to which its caption belongs."""
     name = name_in(folder, image.path)
     problems, caption, unusable = [], None, None
     if owner != image:
         problems.append(f"would share its caption with {name_in(folder, owner.path)}; rename one of the two")
     if len(image.masks) > 1:
-        names = " and ".join(name_in(folder.parent, mask) for mask in image.masks)
+        names = " and ".join(name_in(dataset, mask) for mask in image.masks)
         problems.append(f"has several masks, {names}; remove all but one")
     try:
-        caption = in_one_line(read_caption(image.caption_to_read, dataset=folder.parent))
+        caption = in_one_line(read_caption(image.caption_to_read, dataset))
     except FileNotFoundError:
-        pass
+        caption = image.folder.class_word or None if image.is_regularization else None
     except UnusableCaptionError as error:
         unusable = UnusableCaptionError(f"{name_in(folder, image.caption_to_read)} {error}")
     try:
@@ -184,7 +243,7 @@ def _read(image: ImageFile, folder: Path, owner: ImageFile, alpha_is_mask: bool)
         width, height = decoded.rgb.size
         if min(width, height) < MIN_SIDE_PX:
             problems.append(f"{width}x{height} is too small; the shorter side must have at least {MIN_SIDE_PX} px")
-        mask, mask_key = _find_mask(image, decoded, folder, alpha_is_mask=alpha_is_mask)
+        mask, mask_key = _find_mask(image, decoded, dataset, alpha_is_mask=alpha_is_mask)
     except BrokenImageError as error:
         problems.append(f"{error}; replace or remove it")
     if problems:
@@ -192,17 +251,30 @@ def _read(image: ImageFile, folder: Path, owner: ImageFile, alpha_is_mask: bool)
     if caption is None:
         return unusable
     sha256 = sha256_of(image.path)
-    how = {"mask": mask, "mask_key": mask_key}
-    return Example(image.path, name, caption, width, height, image.repeats, sha256, decoded.revision, **how)
+    return Example(
+        image.path,
+        name,
+        caption,
+        width,
+        height,
+        image.folder.repeats,
+        sha256,
+        decoded.revision,
+        trigger="" if image.is_regularization else image.folder.trigger or trigger,
+        class_word=image.folder.class_word,
+        is_regularization=image.is_regularization,
+        mask=mask,
+        mask_key=mask_key,
+    )
 
 
-def _find_mask(image: ImageFile, decoded: DecodedImage, folder: Path, *, alpha_is_mask: bool) -> tuple[Path | None, str]:
+def _find_mask(image: ImageFile, decoded: DecodedImage, dataset: Path, *, alpha_is_mask: bool) -> tuple[Path | None, str]:
     """The file that holds the mask of an image, and what stands for its pixels: its SHA-256 and its revision. None without a mask.
 
     Raises BrokenImageError if the mask cannot be used.
     """
     if image.masks:
-        path, name = image.masks[0], f"its mask {name_in(folder.parent, image.masks[0])}"
+        path, name = image.masks[0], f"its mask {name_in(dataset, image.masks[0])}"
     elif alpha_is_mask and decoded.alpha:
         path, name = image.path, "its transparency"
     else:

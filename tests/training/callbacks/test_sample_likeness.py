@@ -53,7 +53,7 @@ def likeness_of(tmp_path, data):
 
 
 def scored(likeness: SampleLikeness, *images: Path) -> list[tuple[float | None, str]]:
-    likeness.submit(images)
+    likeness.submit(images, [""] * len(images))
     wait(likeness.pending(), timeout=60)
     return [likeness.score_of(path.name) for path in images]
 
@@ -141,7 +141,7 @@ def test_leaving_does_not_wait(likeness_of, tmp_path, standin):
         patch.setenv("PYTHONPATH", str(slow))
         begin = time.monotonic()
         with likeness_of() as likeness:
-            likeness.submit([image(tmp_path / "sample.bmp", 110, 100, 100)])
+            likeness.submit([image(tmp_path / "sample.bmp", 110, 100, 100)], [""])
             assert likeness.pending()
             assert likeness.score_of("sample.bmp") == (None, "")
     assert time.monotonic() - begin < 30

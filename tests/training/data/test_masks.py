@@ -111,7 +111,7 @@ def reader_of(stage, examples, **changes) -> BatchReader:
     settings = replace(TrainSettings().data, resolution=128, bucket_step=8, bucket_max_side=256, **changes)
     images = [(example, placement_of(example)) for example in examples]
     base, folders = find_base(str(stage.base), stage.models), (stage.base.parent, stage.output / "cache")
-    built, _ = CacheBuilder(base, *folders, torch.device("cpu"), torch.float32).build(images, settings, "sks", seed=0)
+    built, _ = CacheBuilder(base, *folders, torch.device("cpu"), torch.float32).build(images, settings, seed=0)
     masks = any(example.mask for example in built)
     return BatchReader(built, 0, 0.0, len(built), len(built), timesteps=1000, pin=False, masks=masks)
 

@@ -29,7 +29,7 @@ def settings_of(resolution: int | tuple[int, ...], **changes) -> TrainSettings:
 def cached(stage, images, settings: TrainSettings) -> list:
     base, folders = find_base(str(stage.base), stage.models), (stage.base.parent, stage.output / "cache")
     builder = CacheBuilder(base, *folders, torch.device("cpu"), torch.float32)
-    return builder.build(list(images), settings.data, "sks", seed=0)[0]
+    return builder.build(list(images), settings.data, seed=0)[0]
 
 
 @pytest.fixture
