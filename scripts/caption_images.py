@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
         triggers = describe_triggers(images, project.trigger_word)
         print(f"{request.overridden()}\n{notes}{len(images)} images in {folder.images}{triggers}", flush=True)
         own = {image.folder.path: image.folder.trigger for image in images if image.folder.trigger}
-        captions = CaptionFiles(folder, project.trigger_word, own)
+        captions = CaptionFiles(folder, project.trigger_word, own, per_line=train.data.caption_per_line)
         caption(images, captions, folder, project, settings, train, face_references(request.settings.collect.face_reference))
 
 
@@ -142,10 +142,10 @@ def caption(
         if warning := ordinary_trigger(trigger, *known):
             print(warning)
     tokens = find_clip_tokens(project.models_dir, train.model.base_model)
-    texts = report.read_captions(images, folder)
-    print(report.caption_table(texts, concepts.keys(), train.data.caption_chunks, tokens), flush=True)
-    own = {name_in(folder.images, image.caption_to_read): captions.trigger_of(image.path) for image in images}
-    for line in foreign_triggers({name: (own[name], text) for name, text in texts.items()}):
+    texts = report.read_captions(images, folder, per_line=train.data.caption_per_line)
+    each = {name: text for name, (_, text) in texts.items()}
+    print(report.caption_table(each, concepts.keys(), train.data.caption_chunks, tokens), flush=True)
+    for line in foreign_triggers({name: (captions.trigger_of(image.path), text) for name, (image, text) in texts.items()}):
         print(line)
     counts.report(", ".join(concepts))
 
@@ -161,8 +161,10 @@ def group_by_trigger(images: Iterable[ImageFile], captions: CaptionFiles) -> dic
 def keep_captions(to_copy: list[ImageFile], to_keep: list[ImageFile], captions: CaptionFiles, counts: CaptionCounts) -> None:
     """Copy the user's captions that have another suffix, and add the trigger word to those that are kept."""
     for image in to_copy:
-        if apply_change(counts, captions.copy, image.captions[-1], image.caption_path):
-            counts.copied.append(image.captions[-1].name)
+        source = image.captions[-1] if has_other_caption(image) else image.listed_caption
+        named = source if isinstance(source, Path) else image.path
+        if apply_change(counts, lambda _: captions.copy(image.caption_path, source), named):  # noqa: B023 - called at once
+            counts.copied.append(named.name)
     for image in to_keep:
         counts.trigger_added += apply_change(counts, captions.ensure_trigger, image.caption_path)
 
@@ -178,11 +180,16 @@ def flag_other_persons(
     print(likeness.table(), flush=True)
 
 
+def has_other_caption(image: ImageFile) -> bool:
+    """Whether the user wrote a caption in a file with another suffix than the one that this stage writes."""
+    return any(path != image.caption_path for path in image.captions)
+
+
 def classify_captions(
     images: list[ImageFile], captions: CaptionFiles, overwrite: bool, counts: CaptionCounts
 ) -> tuple[list[ImageFile], list[ImageFile], list[ImageFile]]:
-    """The images whose captions are generated, those whose captions follow the user's file with another suffix, and those whose
-    captions are the user's and kept.
+    """The images whose captions are generated, those whose captions follow the user's file with another suffix or list of captions,
+    and those whose captions are the user's and kept.
 
     Images with the same stem would share one caption: it belongs to the first of them, the others fail.
     """
@@ -195,7 +202,7 @@ def classify_captions(
             counts.fail(image.path, f"would share {caption.name} with {owner.path.name}; rename one of the two images")
         elif overwrite:
             to_generate.append(image)
-        elif others and captions.is_derived(caption):
+        elif (others or image.listed_caption is not None) and captions.is_derived(caption):
             to_copy.append(image)
         elif not image.captions or captions.is_generated(caption):
             to_generate.append(image)

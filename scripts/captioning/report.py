@@ -13,7 +13,7 @@ from captioning.captions import normalized, split_tags
 from captioning.image_audit import DUPLICATE, UNREADABLE, Audit
 from captioning.tag_selection import TagSelector
 from captioning.traits import SUGGESTED_MIN_SHARE, TraitPruning
-from common.captions import UnusableCaptionError, in_one_line, is_prose, read_caption
+from common.captions import UnusableCaptionError, has_weights, in_lines, in_one_line, is_prose, read_caption
 from common.clip_tokens import CHUNK_TOKENS, ClipTokens
 from common.dataset_layout import CAPTION_SUFFIX, FIRST_SUFFIXES, DatasetFolder, ImageFile, name_in
 from common.errors import SomeItemsFailed, abbreviated
@@ -127,13 +127,15 @@ def traits_record(selector: TagSelector, prunings: Mapping[str, TraitPruning]) -
     return {"concepts": records} if len(records) > 1 else next(iter(records.values()), {})
 
 
-def read_captions(images: Sequence[ImageFile], folder: DatasetFolder) -> dict[str, str]:
-    """Name -> text, as training reads it, of every caption that exists and can be read."""
+def read_captions(images: Sequence[ImageFile], folder: DatasetFolder, *, per_line: bool) -> dict[str, tuple[ImageFile, str]]:
+    """Name -> image and text, as training reads it, of every caption that exists and can be read."""
     texts = {}
     for image in images:
         with contextlib.suppress(UnusableCaptionError, FileNotFoundError):
-            caption = image.caption_to_read
-            texts[name_in(folder.images, caption)] = in_one_line(read_caption(caption, folder.root))
+            name, text = name_in(folder.images, image.caption_to_read), read_caption(image.caption_to_read, folder.root)
+            lines = in_lines(text).split("\n") if per_line else [in_one_line(text)]
+            for number, line in enumerate(lines, 1):
+                texts[name if len(lines) == 1 else f"{name} line {number}"] = image, line
     return texts
 
 
@@ -151,6 +153,9 @@ def caption_table(captions: Mapping[str, str], triggers: Iterable[str], chunks: 
         lines.append(f"  and {len(frequency) - _TAGS_SHOWN} more")
     if few := [name for name, tags in tags_of.items() if len(tags) < FEW_TAGS and not is_prose(captions[name])]:
         lines.append(f"captions with fewer than {FEW_TAGS} tags: {len(few)} ({abbreviated(few)})")
+    if weighted := [name for name, text in captions.items() if has_weights(text)]:
+        lines.append(f"captions with weights such as (word:1.2): {len(weighted)} ({abbreviated(weighted)})")
+        lines.append("  training reads brackets and numbers as text; write the words alone")
     max_tokens = chunks * CHUNK_TOKENS
     if tokens is None:
         lines.append("caption lengths are not checked (no model in MODELS_DIR has CLIP's tokenizer)")

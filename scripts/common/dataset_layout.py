@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common.caption_lists import LIST_FILES, UNREAD_LIST_FILES, read_caption_list
 from common.errors import abbreviated
 from common.files import read_file, remove_partial_files
 from common.image_folders import FOLDER_FILE, ImageFolder, class_in_name, find_folders
@@ -124,6 +125,8 @@ class ImageFile:
     """The files of the same stem with one of CAPTION_SUFFIXES, the first choice first."""
     masks: tuple[Path, ...] = ()
     """The files that say which areas of the image count; more than one is a mistake."""
+    listed_caption: str | None = None
+    """Its caption in one of LIST_FILES, which counts if there is no other."""
     is_regularization: bool = False
     """It shows the class of the subject, which the LoRA must not change, and not the subject."""
 
@@ -146,11 +149,15 @@ def find_images(folder: Path) -> list[ImageFile]:
     with 0 repeats holds images that are excluded from it. A HEIC, AVIF or TIFF image whose stem is also that of a PNG, JPEG, WebP
     or BMP image is taken for the original of it, and not used.
     """
-    found = [(path, each) for each in find_folders(folder) if each.repeats for path in each.path.iterdir()]
+    folders = [each for each in find_folders(folder) if each.repeats]
+    found = [(path, each) for each in folders for path in each.path.iterdir()]
     captions = _captions_by_stem([path for path, _ in found])
     masks = _masks_by_stem(folder, [path for path, _ in found])
+    listed: dict[Path, str] = {}
+    for each in folders:  # that of the image's own folder comes last, and so counts
+        listed |= read_caption_list(each.path)
     images = [
-        ImageFile(path, each, captions.get(path.with_suffix(""), ()), masks.get(path.with_suffix(""), ()))
+        ImageFile(path, each, captions.get(path.with_suffix(""), ()), masks.get(path.with_suffix(""), ()), listed.get(path))
         for path, each in found
         if path.suffix.lower() in IMAGE_SUFFIXES
         and not path.name.startswith(".")
@@ -290,9 +297,13 @@ def unused_entries(folder: Path) -> dict[str, str]:
             unused[name_in(folder.parent, path)] = f"a mask without an image; give it the name of an image in {folder.name}/"
     for parent in (each.path for each in folders if each.repeats):
         for path in parent.iterdir():
-            is_known = path in used or path.name == FOLDER_FILE or path.name.startswith(".")
+            is_known = path in used or path.name in (FOLDER_FILE, *LIST_FILES) or path.name.startswith(".")
             if not is_known and (what := _describe_unused(path, stems)):
                 unused[name_in(folder, path)] = what
+        if missing := [path for path in read_caption_list(parent) if path not in used]:
+            names = abbreviated([name_in(parent, path) for path in missing])
+            listing = next(parent / name for name in LIST_FILES if (parent / name).exists())
+            unused[name_in(folder, listing)] = f"lists {len(missing)} images that are not in the data set: {names}"
     return dict(sorted(unused.items()))
 
 
@@ -309,6 +320,8 @@ def _describe_unused(path: Path, stems: Collection[Path]) -> str | None:
     `stems`: paths of the images that are used, without their suffixes.
     """
     suffix = path.suffix.lower()
+    if path.name in UNREAD_LIST_FILES:
+        return f"captions in Parquet; save them as {LIST_FILES[0]} to use them"
     if suffix in IMAGE_SUFFIXES:
         if is_mask(path):
             return f"a mask without an image; rename it to NAME{MASK_ENDING}{path.suffix} for the image NAME"

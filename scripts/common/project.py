@@ -74,6 +74,8 @@ class SharedDataSettings:
     """Pixels: a bucket's area is at most `resolution` squared. Of several, each image is trained at each."""
     caption_chunks: int = setting(3, at_least=1, at_most=8, role="result")
     """Chunks of 75 tokens that a caption may fill at most."""
+    caption_per_line: bool = setting(False, role="result", before=False)
+    """Each line of a caption file is a caption of its own, one of which is drawn for each sample."""
 
     @property
     def resolutions(self) -> tuple[int, ...]:

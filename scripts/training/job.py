@@ -168,7 +168,8 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
     """What A1111, Forge, ComfyUI and model managers read in the header of the LoRA after `epochs` epochs; no paths."""
     settings, plan, name = job.settings, job.plan, job.outputs.name
     now, resolution = datetime.now(UTC), settings.data.resolutions[0]
-    tags = Counter(tag for example in plan.images for tag in map(str.strip, example.caption.split(",")) if tag)
+    pieces = [piece for example in plan.images for caption in example.captions for piece in caption.split(",")]
+    tags = Counter(tag for tag in map(str.strip, pieces) if tag)
     is_v = plan.schedule.prediction_type == "v_prediction"
     return {
         "ss_base_model_version": "sdxl_base_v1-0",

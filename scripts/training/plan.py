@@ -123,7 +123,10 @@ class Plan:
     @property
     def captions(self) -> dict[str, list[str]]:
         """The captions of the examples by trigger word."""
-        return {word: [example.caption for example in self.examples if example.trigger == word] for word in self.triggers}
+        found: dict[str, list[str]] = {word: [] for word in self.triggers}
+        for example in self.examples:
+            found.setdefault(example.trigger, []).extend(example.captions)
+        return found
 
     @property
     def classes(self) -> dict[str, str]:

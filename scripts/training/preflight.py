@@ -52,7 +52,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
     def check_run() -> str:
         if inputs_pending:
             images = select_images(DatasetFolder(project.dataset_dir)).images
-            without = sum(not image.caption_to_read.exists() for image in images)
+            without = sum(image.listed_caption is None and not image.caption_to_read.exists() for image in images)
             if without or not images:
                 return f"images: {len(images)} so far, {without} without a caption; the run is planned when all are there"
         examples, left_out = read_images(project, settings.data)

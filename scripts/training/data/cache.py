@@ -179,14 +179,15 @@ class CacheBuilder:
 
         Returns the examples, and the file of each prompt. Prints which text is cut from captions.
         """
-        captions = [example.caption for example, _ in images]
+        captions = [line for example, _ in images for line in example.captions]
         count, shuffle, workers = settings.caption_variants, settings.caption_shuffle, settings.dataloader_num_workers
         variants = [caption_variants(example.caption, example.trigger, count, shuffle, seed) for example, _ in images]
         tokenizers = load_tokenizers(self.base, self.models_dir)
         chunks = chunks_needed(captions, tokenizers, settings.caption_chunks)
-        for example in {example.path: example for example, _ in images}.values():
-            if cut := text_beyond(chunks, example.caption, tokenizers):
-                print(f"{example.name}: its caption is longer than {CHUNK_TOKENS * chunks} tokens; training does not see: {cut}")
+        texts = {(example.name, caption): None for example, _ in images for caption in example.captions}
+        for name, caption in texts:
+            if cut := text_beyond(chunks, caption, tokenizers):
+                print(f"{name}: its caption is longer than {CHUNK_TOKENS * chunks} tokens; training does not see: {cut}")
 
         prompt_chunks = chunks_needed(list(prompts), tokenizers, settings.caption_chunks)
 

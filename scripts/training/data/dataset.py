@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.background import prefetch
-from common.captions import UnusableCaptionError, has_trigger, in_one_line, read_caption
+from common.captions import UnusableCaptionError, has_trigger, has_weights, in_lines, in_one_line, read_caption
 from common.dataset_layout import (
     DatasetFolder,
     ImageFile,
@@ -46,6 +46,7 @@ class Example:
     name: str
     """Path relative to the folder of images, or of a regularization image to DATASET_DIR; for messages."""
     caption: str
+    """Several captions are separated by line feeds."""
     width: int
     """Pixels, after EXIF orientation."""
     height: int
@@ -70,6 +71,10 @@ class Example:
     class_word: str = ""
     """The kind of subject, as its folder names it; empty if it does not."""
     is_regularization: bool = False
+
+    @property
+    def captions(self) -> list[str]:
+        return self.caption.split("\n")
 
 
 Inputs = tuple[BaseModel, list[Example], int]
@@ -96,9 +101,9 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[
         print(f"skipping flagged images: {abbreviated([f'{name} ({flaws})' for name, flaws in flagged.items()])}")
     workers, trigger, is_mask = settings.dataloader_num_workers, project.trigger_word, settings.alpha == "mask"
     classes = classes_of(dict.fromkeys(image.folder for image in selection.images), trigger)
-    skipped = {*flagged, *selection.excluded}
-    examples, problems = read_examples(dataset.images, workers, skipped, trigger, alpha_is_mask=is_mask)
-    regularization, unusable = read_regularization(dataset, workers, settings.prior_weight)
+    how = {"per_line": settings.caption_per_line, "alpha_is_mask": is_mask}
+    examples, problems = read_examples(dataset.images, workers, {*flagged, *selection.excluded}, trigger, **how)
+    regularization, unusable = read_regularization(dataset, workers, settings.prior_weight, per_line=settings.caption_per_line)
     for folder, lines in ((dataset.images, problems), (dataset.root, unusable)):
         if lines:
             print(bullet_list(f"{folder}: {len(lines)} images cannot be trained on and are left out:", lines), flush=True)
@@ -110,13 +115,16 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[
         print(f"the number before a folder's name is the repeats per epoch; rename it if it is a year: {', '.join(folders)}")
 
     for word in classes:
-        captions = [example.caption for example in examples if example.trigger == word]
+        captions = [caption for example in examples if example.trigger == word for caption in example.captions]
         if missing := sum(not has_trigger(caption, word) for caption in captions):
             finding = f"{missing} of {len(captions)} captions do not contain the trigger word {word!r}"
             print(f"{finding}: run the caption stage again, or ignore this if it is intentional")
     captions = {example.name: (example.trigger, example.caption) for example in [*examples, *regularization]}
     for line in [*contained_triggers(classes), *foreign_triggers(captions)]:
         print(line)
+    if weighted := [name for name, (_, caption) in captions.items() if has_weights(caption)]:
+        which = f"{len(weighted)} captions have weights such as (word:1.2): {abbreviated(weighted)}"
+        print(f"{which}; training reads brackets and numbers as text, so write the words alone")
     unused = unused_entries(dataset.images)
     ignored = [f"{name} ({unused[name]})" for name in unused] + other_entries(dataset.images, unused)
     for folder in dataset.regularization:
@@ -152,7 +160,13 @@ def flagged_images(dataset: DatasetFolder, resolution: int) -> dict[str, str]:
 
 
 def read_examples(
-    folder: Path, workers: int, skipped: Collection[str] = (), trigger: str = "", *, alpha_is_mask: bool = False
+    folder: Path,
+    workers: int,
+    skipped: Collection[str] = (),
+    trigger: str = "",
+    *,
+    per_line: bool = False,
+    alpha_is_mask: bool = False,
 ) -> tuple[list[Example], list[str]]:
     """All images of `folder` and its folders, except those whose names are in `skipped`, with their captions; and for each that
     cannot be trained on a line that says why. `trigger` is the trigger word of folders without one of their own.
@@ -167,7 +181,7 @@ def read_examples(
     if not images:
         remedy = "put them there or run the collect stage, then the caption stage"
         raise DataError(describe_missing_images(folder, remedy))
-    results = _read_all(images, folder, folder.parent, workers, trigger, alpha_is_mask=alpha_is_mask)
+    results = _read_all(images, folder, folder.parent, workers, trigger, per_line=per_line, alpha_is_mask=alpha_is_mask)
     if unusable := [str(result) for result in results if isinstance(result, UnusableCaptionError)]:
         raise DataError(bullet_list(f"{folder}: {len(unusable)} of {len(images)} captions cannot be used:", unusable))
     if uncaptioned := [name_in(folder, image.path) for image, result in zip(images, results, strict=True) if result is None]:
@@ -180,7 +194,7 @@ def read_examples(
     return examples, problems
 
 
-def read_regularization(dataset: DatasetFolder, workers: int, weight: float) -> tuple[list[Example], list[str]]:
+def read_regularization(dataset: DatasetFolder, workers: int, weight: float, *, per_line: bool) -> tuple[list[Example], list[str]]:
     """The regularization images with their captions, and for each that cannot be trained on a line that says why.
 
     The caption of an image without one is its class: that of `folder.toml`, or in the folder's name. With `weight` 0 there are
@@ -194,7 +208,7 @@ def read_regularization(dataset: DatasetFolder, workers: int, weight: float) -> 
     if not weight:
         print(f"regularization: off (PRIOR_WEIGHT=0); {len(images)} images in {dataset.root} are not used")
         return [], []
-    results = _read_all(images, dataset.root, dataset.root, workers, "")
+    results = _read_all(images, dataset.root, dataset.root, workers, "", per_line=per_line)
     if wrong := [str(result) for result in results if isinstance(result, UnusableCaptionError)]:
         raise DataError(bullet_list(f"{dataset.root}: {len(wrong)} captions of regularization images cannot be used:", wrong))
     if nameless := [name_in(dataset.root, image.path) for image, result in zip(images, results, strict=True) if result is None]:
@@ -205,13 +219,13 @@ def read_regularization(dataset: DatasetFolder, workers: int, weight: float) -> 
 
 
 def _read_all(
-    images: Sequence[ImageFile], folder: Path, dataset: Path, workers: int, trigger: str, *, alpha_is_mask: bool = False
+    images: Sequence[ImageFile], folder: Path, dataset: Path, workers: int, trigger: str, **how: bool
 ) -> list[Example | str | UnusableCaptionError | None]:
     """The result of `_read` for each image."""
     owners, results = caption_owners(images), []
 
     def read(image: ImageFile) -> Example | str | UnusableCaptionError | None:
-        return _read(image, folder, dataset, owners[image.caption_path], trigger, alpha_is_mask)
+        return _read(image, folder, dataset, owners[image.caption_path], trigger, **how)
 
     with ProgressBar(len(images), "reading images", "images", leave=False) as bar:
         for result in prefetch(read, images, workers):
@@ -221,21 +235,32 @@ def _read_all(
 
 
 def _read(
-    image: ImageFile, folder: Path, dataset: Path, owner: ImageFile, trigger: str, alpha_is_mask: bool
+    image: ImageFile,
+    folder: Path,
+    dataset: Path,
+    owner: ImageFile,
+    trigger: str,
+    *,
+    per_line: bool = False,
+    alpha_is_mask: bool = False,
 ) -> Example | str | UnusableCaptionError | None:
     """The example, or a line with everything that is wrong with the image; for an image without fault, what is wrong with its
     caption, or None if it has none yet. Names are relative to `folder`, and `owner` is the image to which its caption belongs."""
     name = name_in(folder, image.path)
     problems, caption, unusable = [], None, None
+    normalize = in_lines if per_line else in_one_line
     if owner != image:
         problems.append(f"would share its caption with {name_in(folder, owner.path)}; rename one of the two")
     if len(image.masks) > 1:
         names = " and ".join(name_in(dataset, mask) for mask in image.masks)
         problems.append(f"has several masks, {names}; remove all but one")
     try:
-        caption = in_one_line(read_caption(image.caption_to_read, dataset))
+        caption = normalize(read_caption(image.caption_to_read, dataset))
     except FileNotFoundError:
-        caption = image.folder.class_word or None if image.is_regularization else None
+        if image.listed_caption is not None:
+            caption = normalize(image.listed_caption)
+        elif image.is_regularization:
+            caption = image.folder.class_word or None
     except UnusableCaptionError as error:
         unusable = UnusableCaptionError(f"{name_in(folder, image.caption_to_read)} {error}")
     try:
