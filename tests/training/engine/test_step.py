@@ -216,6 +216,23 @@ def test_masked_loss_and_gradient_are_those_of_the_formulas(lora_unet, observed)
     assert torch.equal(same, plain)
 
 
+def test_the_loss_of_each_sample_is_reported(lora_unet, stepper):
+    """Unweighted, in the order of the batches, without padding; of a masked sample the mean over its mask."""
+    first, second = batch_of([20, 700]), batch_of([999, 300], seed=1)
+    mask = torch.ones(2, 1, 8, 8)
+    mask[0, :, :, 4:] = 0.1
+    first, second = replace(first, mask=mask), replace(second, mask=torch.ones(2, 1, 8, 8), weights=torch.tensor([0.5, 0.0]))
+    unet, lora = lora_unet()
+    result = stepper(unet, lora, WholeGradient(lora.weights))([first, second], learning_rate=1.0)
+    alone = [(first, 0), (first, 1), (second, 0)]
+    expected = []
+    for batch, index in alone:
+        part = replace(part_of(batch, index, index + 1), weights=torch.ones(1))
+        loss, _ = reference(lora_unet, part, PLAIN, 0.0, 0.0357)
+        expected.append((int(part.timesteps), pytest.approx(loss / part.mask.mean().item(), rel=1e-5)))
+    assert list(result.samples) == expected
+
+
 def test_accumulated_micro_batches_are_one_batch(observed):
     """Two micro-batches of two samples, with what their shares in the step are, do exactly what one of four does."""
     batch = batch_of([50, 300, 600, 900])
