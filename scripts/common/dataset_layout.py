@@ -128,6 +128,12 @@ class ImageFile:
         return next(written, self.path.with_suffix(CAPTION_SUFFIX))
 
     @property
+    def has_caption(self) -> bool:
+        """Whether there is a text that training could read. The class of a regularization image is one."""
+        is_named = self.is_regularization and self.folder.class_word != ""
+        return bool(self.captions) or self.listed_caption is not None or is_named
+
+    @property
     def caption_to_read(self) -> Path:
         """The caption that training reads."""
         return self.captions[0] if self.captions else self.caption_path
@@ -257,7 +263,7 @@ def unused_entries(folder: Path) -> dict[str, str]:
         if missing := [path for path in read_caption_list(parent) if path not in used]:
             names = abbreviated([name_in(parent, path) for path in missing])
             listing = next(parent / name for name in LIST_FILES if (parent / name).exists())
-            unused[name_in(folder, listing)] = f"lists {len(missing)} images that are not in the data set: {names}"
+            unused[name_in(folder, listing)] = f"lists images that are not in the data set: {len(missing)} ({names})"
     return dict(sorted(unused.items()))
 
 
