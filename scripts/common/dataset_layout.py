@@ -50,7 +50,15 @@ UNREAD_SUFFIXES = {suffix: what for what, suffixes in _OTHER_SUFFIXES.items() fo
 CAPTION_SUFFIX = ".txt"
 CAPTION_SUFFIXES = (CAPTION_SUFFIX, ".caption")
 """In any case. The caption stage writes the first; if an image has captions of both kinds, training reads the first."""
+MASK_ENDING = "-masklabel"
+"""OneTrainer's: `NAME-masklabel.png` is the mask of the image NAME, and never an image of the data set itself. In any case."""
+MASK_FOLDER = "masks"
+"""Beside the folder of images, for masks that have the names of their images, as in kohya's `conditioning_data_dir`."""
+_CONDITIONING_ENDING = "-condlabel"
+"""OneTrainer's as well: an image that conditions another kind of model."""
 
+REGULARIZATION_FOLDERS = ("regularization", "reg")
+"""Ours and kohya's, beside the folder of images."""
 HEAD_BYTES = 64
 """How much of a file says which format it has."""
 _MAGIC_BYTES = {
@@ -83,7 +91,7 @@ class DatasetFolder:
         # For the user: images with their captions, one JSON line for each collected image, and, written by the user, the names
         # of images that are not used.
         self.images = root / "images"
-        self.regularization = (root / "regularization", root / "reg")  # the second is kohya's
+        self.regularization = tuple(root / name for name in REGULARIZATION_FOLDERS)
         self.manifest = root / "manifest.jsonl"
         self.exclusions = root / "exclude.txt"
         # Records of the stages: what the collect stage sent and received, ...
@@ -120,6 +128,8 @@ class ImageFile:
     """Its caption in one of LIST_FILES, which counts if there is no other."""
     is_regularization: bool = False
     """It shows the class of the subject, which the LoRA must not change, and not the subject."""
+    masks: tuple[Path, ...] = ()
+    """The files that say which areas of the image count; more than one is a mistake."""
 
     @property
     def caption_path(self) -> Path:
@@ -142,7 +152,7 @@ class ImageFile:
 def find_images(folder: Path) -> list[ImageFile]:
     """All images in `folder` and in those of its folders that `find_folders` finds, sorted by relative path.
 
-    Other folders, hidden files and files with another suffix do not belong to the data set; see `unused_entries`. A folder
+    Other folders, hidden files, masks and files with another suffix do not belong to the data set; see `unused_entries`. A folder
     with 0 repeats holds images that are excluded from it. A HEIC, AVIF or TIFF image whose stem is also that of a PNG, JPEG, WebP
     or BMP image is taken for the original of it, and not used.
     """
@@ -152,10 +162,14 @@ def find_images(folder: Path) -> list[ImageFile]:
     listed: dict[Path, str] = {}
     for each in folders:  # that of the image's own folder comes last, and so counts
         listed |= read_caption_list(each.path)
+    masks = _masks_by_stem(folder, [path for path, _ in found])
     images = [
-        ImageFile(path, each, captions.get(path.with_suffix(""), ()), listed_caption=listed.get(path))
-        for path, each in found
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        ImageFile(path, each, captions.get(stem, ()), listed_caption=listed.get(path), masks=masks.get(stem, ()))
+        for path, stem, each in ((path, path.with_suffix(""), each) for path, each in found)
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and not path.stem.lower().endswith((MASK_ENDING, _CONDITIONING_ENDING))
+        and path.is_file()
     ]
     first = {image.path.with_suffix("") for image in images if image.path.suffix.lower() in FIRST_SUFFIXES}
     images = [image for image in images if image.path.suffix.lower() in FIRST_SUFFIXES or image.path.with_suffix("") not in first]
@@ -243,6 +257,38 @@ def _captions_by_stem(paths: list[Path]) -> dict[Path, tuple[Path, ...]]:
     return captions
 
 
+def _masks_by_stem(folder: Path, paths: list[Path]) -> dict[Path, tuple[Path, ...]]:
+    """Path of an image without suffix -> its masks, of the images among `paths`, which are in `folder`.
+
+    The mask of `images/x.jpg` is `images/x-masklabel.png` or `masks/x.png`, with any of IMAGE_SUFFIXES.
+    """
+    masks: dict[Path, tuple[Path, ...]] = {}
+    for path in (path for path in paths if is_mask(path)):
+        stem = path.with_name(path.stem[: -len(MASK_ENDING)])
+        masks[stem] = (*masks.get(stem, ()), path)
+    for parent in {path.parent for path in paths}:
+        for path in _images_in(_mask_folder(folder) / parent.relative_to(folder)):
+            stem = parent / (path.stem[: -len(MASK_ENDING)] if is_mask(path) else path.stem)
+            masks[stem] = (*masks.get(stem, ()), path)
+    return {stem: tuple(sorted(found)) for stem, found in masks.items()}
+
+
+def _mask_folder(folder: Path) -> Path:
+    """Where the masks of the images in `folder` are, besides beside them: each folder of regularization images has its own."""
+    return folder / MASK_FOLDER if folder.name in REGULARIZATION_FOLDERS else folder.parent / MASK_FOLDER
+
+
+def is_mask(path: Path) -> bool:
+    """Whether the name of a file says that it is the mask of the image beside it."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.stem.lower().endswith(MASK_ENDING) and not path.name.startswith(".")
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """The files in `folder` with a suffix of images; none if it does not exist."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
+
+
 def unused_entries(folder: Path) -> dict[str, str]:
     """Name -> what it is, of every entry in `folder` that looks like a part of the data set and is not used.
 
@@ -252,9 +298,14 @@ def unused_entries(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     images = find_images(folder)
-    used, stems = {image.path for image in images}, {image.path.with_suffix("") for image in images}
+    used = {path for image in images for path in (image.path, *image.masks)}
+    stems = {image.path.with_suffix("") for image in images}
     folders = find_folders(folder)
     unused = _unused_folders(folder, folders)
+    masks = _mask_folder(folder)
+    for path in (path for parent in (masks, *masks.glob("*/")) for path in _images_in(parent)):
+        if path not in used:
+            unused[name_in(folder.parent, path)] = f"a mask without an image; give it the name of an image in {folder.name}/"
     for parent in (each.path for each in folders if each.repeats):
         for path in parent.iterdir():
             is_known = path in used or path.name in (FOLDER_FILE, *LIST_FILES) or path.name.startswith(".")
@@ -283,6 +334,10 @@ def _describe_unused(path: Path, stems: Collection[Path]) -> str | None:
     if path.name in UNREAD_LIST_FILES:
         return f"captions in Parquet; save them as {LIST_FILES[0]} to use them"
     if suffix in IMAGE_SUFFIXES:
+        if is_mask(path):
+            return f"a mask without an image; rename it to NAME{MASK_ENDING}{path.suffix} for the image NAME"
+        if path.stem.lower().endswith(_CONDITIONING_ENDING):
+            return "OneTrainer's image for conditioning, which is not used"
         if not path.exists():
             return "a link to nothing"
         return "has the stem of another image, which is used" if path.is_file() else "a folder"
@@ -301,7 +356,9 @@ def _describe_unused(path: Path, stems: Collection[Path]) -> str | None:
 def _unused_folders(folder: Path, folders: Iterable[ImageFolder]) -> dict[str, str]:
     """The folders below `folder` with images that are not used -> what to do. Those with 0 repeats are excluded."""
     found = {}
-    known, excluded = {each.path for each in folders}, {each.path for each in folders if not each.repeats}
+    masks = _mask_folder(folder)
+    known = {masks, *(each.path for each in folders)}
+    excluded = {masks, *(each.path for each in folders if not each.repeats)}
     for root, names, _ in os.walk(folder):
         parent = Path(root)
         names[:] = [name for name in names if not re.match(r"\.|0+_.", name) and parent / name not in excluded]
@@ -313,7 +370,10 @@ def _unused_folders(folder: Path, folders: Iterable[ImageFolder]) -> dict[str, s
                 continue
             if suffixes & {*IMAGE_SUFFIXES, *UNREAD_SUFFIXES}:
                 move = "" if parent == folder else f"move it into {folder.name}/ and "
-                found[name_in(folder, path)] = f"a folder with images; {move}call it N_name for N repeats to use it"
+                use = f"{move}call it N_name for N repeats to use it"
+                if "mask" in path.name.lower() or path.name.lower().startswith("conditioning"):
+                    use = f"if these are masks, move its files to {folder.parent.name}/{MASK_FOLDER}/"
+                found[name_in(folder, path)] = f"a folder with images; {use}"
     return found
 
 

@@ -18,7 +18,7 @@ from common.files import parse_json, read_file
 from common.image_folders import find_folders
 
 _UNUSED_SHOWN = 20
-_HEADER = ("folder", "images", "captions", "repeats", "trigger word or class", "flagged", "excluded")
+_HEADER = ("folder", "images", "captions", "masks", "repeats", "trigger word or class", "flagged", "excluded")
 
 
 def dataset_table(dataset: DatasetFolder, trigger: str) -> str:
@@ -43,11 +43,12 @@ def dataset_table(dataset: DatasetFolder, trigger: str) -> str:
             counts = Counter()
             for image in found:
                 counts["captions"] += image.has_caption
+                counts["masks"] += bool(image.masks)
                 counts["flagged"] += not is_prior and name_in(dataset.images, image.path) in flagged
                 counts["excluded"] += not is_prior and image.path not in used
             if not folder.repeats:
                 counts["excluded"] = sum(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.path.iterdir())
-            numbers = len(found) or counts["excluded"], counts["captions"], folder.repeats
+            numbers = len(found) or counts["excluded"], counts["captions"], counts["masks"], folder.repeats
             rows.append(
                 (
                     name_in(dataset.root, folder.path),

@@ -70,10 +70,11 @@ def resolve_on_all_ranks(
     if group.is_main_process:
         return job
     if group.local_rank == 0:
-        expected = sorted(example.sha256 for example in job.plan.all_examples)
+        expected = {(example.sha256, example.mask_key) for example in job.plan.all_examples}
         examples, _ = read_images(project, settings.data)
-        if sorted(example.sha256 for example in examples) != expected:
-            raise DataError(f"{project.dataset_dir}: the images differ from those of the main machine; copy its folder here")
+        if {(example.sha256, example.mask_key) for example in examples} != expected:
+            what = "the images or their masks differ from those of the main machine"
+            raise DataError(f"{project.dataset_dir}: {what}; copy its folder here")
     return replace(job, precision=choose_precision(job.settings.model.mixed_precision, group.gpu))
 
 
@@ -145,7 +146,7 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
     """The settings with the values that the plan and the device give every "auto", as training_config_resolved.toml has them."""
     if precision.name != settings.model.mixed_precision:
         print(f"mixed precision: {precision.name} instead of {settings.model.mixed_precision} (no NVIDIA GPU)")
-    schedule = plan.schedule
+    schedule, sizes = plan.schedule, settings.data.resolutions
     return replace(
         settings,
         model=replace(
@@ -154,7 +155,7 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
             zero_terminal_snr=schedule.zero_terminal_snr,
             mixed_precision=precision.name,
         ),
-        data=replace(settings.data, prior_weight=plan.prior_weight),
+        data=replace(settings.data, resolution=sizes if len(sizes) > 1 else sizes[0], prior_weight=plan.prior_weight),
         lora=replace(settings.lora, lora_alpha=settings.lora.alpha),
         run=replace(settings.run, engine=engine),
         objective=replace(settings.objective, min_snr_gamma=plan.min_snr_gamma, noise_offset=plan.noise_offset),
@@ -166,8 +167,8 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
 def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
     """What A1111, Forge, ComfyUI and model managers read in the header of the LoRA after `epochs` epochs; no paths."""
     settings, plan, name = job.settings, job.plan, job.outputs.name
-    now, resolution = datetime.now(UTC), settings.data.resolution
-    pieces = [piece for example in plan.examples for caption in example.captions for piece in caption.split(",")]
+    now, resolution = datetime.now(UTC), settings.data.resolutions[0]
+    pieces = [piece for example in plan.images for caption in example.captions for piece in caption.split(",")]
     tags = Counter(tag for tag in map(str.strip, pieces) if tag)
     is_v = plan.schedule.prediction_type == "v_prediction"
     return {
@@ -180,7 +181,7 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
         "ss_output_name": name,
         "ss_sd_model_name": job.base.name,
         "ss_resolution": f"({resolution}, {resolution})",
-        "ss_num_train_images": str(len(plan.examples)),
+        "ss_num_train_images": str(len(plan.images)),
         "ss_num_epochs": str(epochs),
         "ss_steps": str(sum(step.epoch < epochs for step in plan.order)),
         "ss_batch_size_per_device": str(settings.run.train_batch_size),
@@ -202,7 +203,10 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
         "loracat_fingerprint": short_hash(job.identity.fingerprint),
         **({"ss_v_parameterization": "True"} if is_v else {}),
         **(
-            {"ss_num_reg_images": str(len(plan.regularization)), "ss_prior_loss_weight": str(plan.prior_weight)}
+            {
+                "ss_num_reg_images": str(len({each.path for each in plan.regularization})),
+                "ss_prior_loss_weight": str(plan.prior_weight),
+            }
             if plan.regularization
             else {}
         ),

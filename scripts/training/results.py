@@ -69,7 +69,7 @@ def write_results(
 def workflow_of(job: TrainingJob, strength: float) -> dict[str, dict]:
     """A workflow for ComfyUI with the recommended LoRA."""
     samples, trigger = job.settings.samples, job.plan.triggers[0]
-    how = largest_size(job.settings.data.resolution), samples.sample_guidance, samples.sample_seed
+    how = largest_size(job.settings.data.resolutions[0]), samples.sample_guidance, samples.sample_seed
     names = job.outputs.recommended.name, strength, job.base.name, job.plan.schedule
     return comfyui_workflow(*names, trigger, job.outputs.name, *how)
 

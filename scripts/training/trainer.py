@@ -68,6 +68,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             global_batch=job.plan.global_batch,
             timesteps=job.plan.schedule.timesteps,
             pin=job.precision.device.type == "cuda",
+            masks=any(example.mask for example in examples),
             group=group,
             regularization=examples[count + held_out_count :],
             prior_weight=job.plan.prior_weight,

@@ -90,5 +90,5 @@ def test_check_shows_the_folders(stage, photographs):
     save(photographs, stage.images, astronaut="alice/a.png", coffee="b.png")
     (stage.images / "alice" / "folder.toml").write_text('trigger = "alice"\nrepeats = 4')
     shown = [line.split() for line in stage.run("--check").stdout.splitlines()]
-    assert ["images", "1", "0", "1", "nyafyi_woman", "-", "-"] in shown
-    assert ["images/alice", "1", "0", "4", "alice", "-", "-"] in shown
+    assert ["images", "1", "0", "0", "1", "nyafyi_woman", "-", "-"] in shown
+    assert ["images/alice", "1", "0", "0", "4", "alice", "-", "-"] in shown

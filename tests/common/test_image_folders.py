@@ -34,7 +34,8 @@ def names_of(dataset: DatasetFolder) -> dict[str, int]:
 def test_a_folder_file_makes_a_folder_part_of_the_data_set_and_counts_more_than_the_name(dataset):
     add(dataset.images, "top.png", "alice/a.png", "3_bob/b.png", "5_carol/c.png", "0_old/d.png", "dora/e.png", "other/f.png")
     for name, content in {
-        "alice": 'repeats = 2\ntrigger = "alice"\nclass = "young woman"\ncaption_source = "both"\n',
+        "alice": 'repeats = 2\ntrigger = "alice"\nclass = "young woman"\ncaption_source = "both"\n'
+        "mask_weight = 0.5\nresolution = [768, 1024]\n",
         "3_bob": '\ufefftrigger = "bob"\r\n',
         "5_carol": "repeats = 1",
         "dora": "repeats = 0",
@@ -42,7 +43,7 @@ def test_a_folder_file_makes_a_folder_part_of_the_data_set_and_counts_more_than_
         (dataset.images / name / "folder.toml").write_bytes(content.encode())
     assert names_of(dataset) == {"3_bob/b.png": 3, "5_carol/c.png": 1, "alice/a.png": 2, "top.png": 1}
     folders = {folder.path.name: folder for folder in find_folders(dataset.images)}
-    assert folders["alice"] == ImageFolder(dataset.images / "alice", 2, "alice", "young woman", "both")
+    assert folders["alice"] == ImageFolder(dataset.images / "alice", 2, "alice", "young woman", "both", 0.5, (1024, 768))
     assert folders["images"] == ImageFolder(dataset.images)
     assert unused_entries(dataset.images) == {"other": "a folder with images; call it N_name for N repeats to use it"}
     dataset.exclusions.write_text("alice\n")
@@ -61,7 +62,13 @@ def test_a_folder_file_makes_a_folder_part_of_the_data_set_and_counts_more_than_
         (b'trigger = ""', "must be one tag"),
         (b"class = 5", "3_a/folder.toml: class: must be a text in quotation marks (is 5)"),
         (b'caption_source = "prompts"', '3_a/folder.toml: caption_source: must be "tags", "prompt" or "both" (is \'prompts\')'),
-        (b"repeat = 2", "3_a/folder.toml: unknown key repeat; known: repeats, trigger, class, caption_source"),
+        (b"mask_weight = 2", "3_a/folder.toml: mask_weight: must be a number from 0 to 1 (is 2)"),
+        (b"resolution = [1024, 5]", "3_a/folder.toml: resolution: must be a whole number from 64 to 4096, or a list of them"),
+        (b"resolution = []", "3_a/folder.toml: resolution: must be a whole number from 64 to 4096"),
+        (
+            b"repeat = 2",
+            "3_a/folder.toml: unknown key repeat; known: repeats, trigger, class, caption_source, mask_weight, resolution",
+        ),
         (b"repeats = ", "3_a/folder.toml: not valid TOML"),
         (b"\xff\xfe", "3_a/folder.toml: not valid TOML"),
         (b"a = " + b"[" * 5000, "3_a/folder.toml: not valid TOML"),
@@ -232,7 +239,7 @@ def test_two_lists_in_one_folder_are_refused(dataset):
 
 
 def test_the_table_has_a_line_for_each_folder_and_for_what_is_not_used(dataset):
-    add(dataset.images, "top.png", "alice/a.png", "alice/b.png", "0_old/d.png", "other/f.png")
+    add(dataset.images, "top.png", "alice/a.png", "alice/a-masklabel.png", "alice/b.png", "0_old/d.png", "other/f.png")
     add(dataset.regularization[0], "1_woman/r.png")
     (dataset.images / "alice" / "folder.toml").write_text('repeats = 2\ntrigger = "alice"')
     (dataset.images / "alice" / "a.caption").write_text("alice")
@@ -241,10 +248,10 @@ def test_the_table_has_a_line_for_each_folder_and_for_what_is_not_used(dataset):
     dataset.records.mkdir()
     dataset.audit.write_text(json.dumps({"flagged": {"top.png": {}}}))
     assert [line.split() for line in dataset_table(dataset, "sks").splitlines()[1:5]] == [
-        ["images", "1", "0", "1", "sks", "1", "-"],
-        ["images/0_old", "1", "0", "0", "sks", "-", "1"],
-        ["images/alice", "2", "1", "2", "alice", "-", "1"],
-        ["regularization/1_woman", "1", "1", "1", "woman", "-", "-"],
+        ["images", "1", "0", "0", "1", "sks", "1", "-"],
+        ["images/0_old", "1", "0", "0", "0", "sks", "-", "1"],
+        ["images/alice", "2", "1", "1", "2", "alice", "-", "1"],
+        ["regularization/1_woman", "1", "1", "0", "1", "woman", "-", "-"],
     ]
     assert dataset_table(dataset, "sks").splitlines()[5:] == [
         "not used: images/metadata.parquet (captions in Parquet; save them as metadata.jsonl to use them)",

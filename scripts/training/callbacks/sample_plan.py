@@ -66,7 +66,7 @@ def plan_samples(
     """
     samples = settings.samples
     prompts = sample_prompts(samples, plan.captions or {trigger: []}, plan.classes) if samples.samples else []
-    first = _Choice(STEPS, largest_size(settings.data.resolution), settings.saving.save_every_epochs)
+    first = _Choice(STEPS, largest_size(settings.data.resolutions[0]), settings.saving.save_every_epochs)
     fixed = {}
     for name, key in (("steps", "sample_steps"), ("size", "sample_size"), ("every", "sample_every_epochs")):
         value = getattr(samples, key)

@@ -3,11 +3,12 @@
 Imports no torch, which takes seconds: a worker process reads this while the main process imports torch.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.background import prefetch
+from common.caption_lists import LIST_FILES
 from common.captions import UnusableCaptionError, has_trigger, has_weights, in_lines, in_one_line, read_caption
 from common.dataset_layout import (
     DatasetFolder,
@@ -22,7 +23,8 @@ from common.dataset_layout import (
 )
 from common.errors import DataError, SomeItemsFailed, abbreviated, bullet_list
 from common.files import parse_json, read_file, sha256_of
-from common.images import BrokenImageError, read_image
+from common.image_folders import FOLDER_FILE
+from common.images import BrokenImageError, DecodedImage, read_image, read_mask
 from common.output_layout import OutputLayout
 from common.progress import ProgressBar
 from common.project import ProjectSettings
@@ -56,6 +58,16 @@ class Example:
     """Of the file's bytes."""
     revision: str = ""
     """See `DecodedImage.revision`."""
+    resolutions: tuple[int, ...] = ()
+    """Those that it is trained at, in pixels; empty: as the settings say. In a plan, an example has one."""
+    is_mirrored: bool = False
+    """It is the mirror image of what the file holds."""
+    mask: Path | None = None
+    """The file that says which areas count; the image itself: its transparency says it."""
+    mask_key: str = ""
+    """Stands for the pixels of the mask; empty without one."""
+    mask_weight: float | None = None
+    """Weight of the areas outside the mask; None: as the settings say."""
     trigger: str = ""
     """The trigger word that the image is for; empty for a regularization image."""
     class_word: str = ""
@@ -85,19 +97,22 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[
     dataset = DatasetFolder(project.dataset_dir)
     selection = select_images(dataset)
     print(selection.notes(), end="")
-    flagged = flagged_images(dataset, settings.resolution) if settings.skip_flagged else {}
+    flagged = flagged_images(dataset, settings.resolutions[-1]) if settings.skip_flagged else {}
     flagged = {name: flaws for name, flaws in flagged.items() if name not in selection.excluded}
     if flagged:
         print(f"skipping flagged images: {abbreviated([f'{name} ({flaws})' for name, flaws in flagged.items()])}")
+    _require_resolutions([*selection.images, *find_regularization_images(dataset)], settings)
     workers, trigger = settings.dataloader_num_workers, project.trigger_word
     classes = classes_of(dict.fromkeys(image.folder for image in selection.images), trigger)
-    how = {"per_line": settings.caption_per_line}
+    how = {"per_line": settings.caption_per_line, "alpha_is_mask": settings.alpha == "mask"}
     examples, problems = read_examples(dataset.images, workers, {*flagged, *selection.excluded}, trigger, **how)
     regularization, unusable = read_regularization(dataset, workers, settings.prior_weight, **how)
     for folder, lines in ((dataset.images, problems), (dataset.root, unusable)):
         if lines:
             print(bullet_list(f"{folder}: {len(lines)} images cannot be trained on and are left out:", lines), flush=True)
 
+    if masked := sum(example.mask is not None for example in examples):
+        print(f"masks: {masked} of {len(examples)} images; what is outside a mask has weight {settings.mask_weight:g} in the loss")
     folders = sorted({str(example.path.parent) for example in examples if example.repeats > MANY_REPEATS})
     if folders:
         print(f"the number before a folder's name is the repeats per epoch; rename it if it is a year: {', '.join(folders)}")
@@ -120,6 +135,16 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[
     if ignored:
         print(f"ignored, because neither image, caption of an image, nor N_name folder: {abbreviated(ignored)}")
     return [*examples, *regularization], len(problems) + len(unusable)
+
+
+def _require_resolutions(images: Sequence[ImageFile], settings: DataSettings) -> None:
+    """Raises DataError for folders whose resolution does not fit the settings of buckets."""
+    step, most = settings.bucket_step, settings.bucket_max_side
+    folders = dict.fromkeys(image.folder for image in images)
+    wrong = [folder for folder in folders if any(size % step or size > most for size in folder.resolutions)]
+    problems = [f"{folder.path / FOLDER_FILE}: resolution must be a multiple of {step}, at most {most}" for folder in wrong]
+    if problems:
+        raise DataError(bullet_list("folders cannot be trained at their resolutions (BUCKET_STEP, BUCKET_MAX_SIDE):", problems))
 
 
 def require_all_images(left_out: int) -> None:
@@ -148,13 +173,19 @@ def flagged_images(dataset: DatasetFolder, resolution: int) -> dict[str, str]:
 
 
 def read_examples(
-    folder: Path, workers: int, skipped: Collection[str] = (), trigger: str = "", *, per_line: bool = False
+    folder: Path,
+    workers: int,
+    skipped: Collection[str] = (),
+    trigger: str = "",
+    *,
+    per_line: bool = False,
+    alpha_is_mask: bool = False,
 ) -> tuple[list[Example], list[str]]:
     """All images of `folder` and its folders, except those whose names are in `skipped`, with their captions; and for each that
     cannot be trained on a line that says why. `trigger` is the trigger word of folders without one of their own.
 
-    Each image is decoded once, by `workers` threads. Raises DataError if captions cannot be used, images have no caption yet, or
-    none can be trained on.
+    Each image is decoded once, by `workers` threads. `alpha_is_mask`: the transparency of an image without a mask is its mask.
+    Raises DataError if captions cannot be used, images have no caption yet, or none can be trained on.
     """
     found = find_images(folder)
     images = [image for image in found if name_in(folder, image.path) not in skipped]
@@ -163,7 +194,8 @@ def read_examples(
     if not images:
         remedy = "put them there or run the collect stage, then the caption stage"
         raise DataError(describe_missing_images(folder, remedy))
-    results = _read_all(images, folder, folder.parent, workers, trigger, per_line)
+    how = {"per_line": per_line, "alpha_is_mask": alpha_is_mask}
+    results = _read_all(images, workers, folder=folder, dataset=folder.parent, trigger=trigger, **how)
     if unusable := [str(result) for result in results if isinstance(result, UnusableCaptionError)]:
         raise DataError(bullet_list(f"{folder}: {len(unusable)} of {len(images)} captions cannot be used:", unusable))
     if uncaptioned := [name_in(folder, image.path) for image, result in zip(images, results, strict=True) if result is None]:
@@ -176,7 +208,9 @@ def read_examples(
     return examples, problems
 
 
-def read_regularization(dataset: DatasetFolder, workers: int, weight: float, *, per_line: bool) -> tuple[list[Example], list[str]]:
+def read_regularization(
+    dataset: DatasetFolder, workers: int, weight: float, *, per_line: bool, alpha_is_mask: bool
+) -> tuple[list[Example], list[str]]:
     """The regularization images with their captions, and for each that cannot be trained on a line that says why.
 
     The caption of an image without one is its class: that of `folder.toml`, or in the folder's name. With `weight` 0 there are
@@ -190,7 +224,8 @@ def read_regularization(dataset: DatasetFolder, workers: int, weight: float, *, 
     if not weight:
         print(f"regularization: off (PRIOR_WEIGHT=0); {len(images)} images in {dataset.root} are not used")
         return [], []
-    results = _read_all(images, dataset.root, dataset.root, workers, "", per_line)
+    how = {"per_line": per_line, "alpha_is_mask": alpha_is_mask}
+    results = _read_all(images, workers, folder=dataset.root, dataset=dataset.root, trigger="", **how)
     if wrong := [str(result) for result in results if isinstance(result, UnusableCaptionError)]:
         raise DataError(bullet_list(f"{dataset.root}: {len(wrong)} captions of regularization images cannot be used:", wrong))
     if nameless := [name_in(dataset.root, image.path) for image, result in zip(images, results, strict=True) if result is None]:
@@ -201,35 +236,35 @@ def read_regularization(dataset: DatasetFolder, workers: int, weight: float, *, 
 
 
 def _read_all(
-    images: Sequence[ImageFile], folder: Path, dataset: Path, workers: int, trigger: str, per_line: bool
+    images: Sequence[ImageFile], workers: int, **how: Path | str | bool
 ) -> list[Example | str | UnusableCaptionError | None]:
-    """The result of `_read` for each image."""
+    """What `_read` returns for each image; `how` are its other arguments."""
     owners, results = caption_owners(images), []
-
-    def read(image: ImageFile) -> Example | str | UnusableCaptionError | None:
-        return _read(image, folder, dataset, owners[image.caption_path], trigger, in_lines if per_line else in_one_line)
-
     with ProgressBar(len(images), "reading images", "images", leave=False) as bar:
-        for result in prefetch(read, images, workers):
+        for result in prefetch(lambda image: _read(image, owners[image.caption_path], **how), images, workers):
             results.append(result)
             bar.update()
     return results
 
 
 def _read(
-    image: ImageFile, folder: Path, dataset: Path, owner: ImageFile, trigger: str, normalize: Callable[[str], str]
+    image: ImageFile, owner: ImageFile, *, folder: Path, dataset: Path, trigger: str, per_line: bool, alpha_is_mask: bool
 ) -> Example | str | UnusableCaptionError | None:
     """The example, or a line with everything that is wrong with the image; for an image without fault, what is wrong with its
     caption, or None if it has none yet. Names are relative to `folder`, and `owner` is the image to which its caption belongs."""
     name = name_in(folder, image.path)
     problems, caption, unusable = [], None, None
+    normalized = in_lines if per_line else in_one_line
     if owner != image:
         problems.append(f"would share its caption with {name_in(folder, owner.path)}; rename one of the two")
+    if len(image.masks) > 1:
+        names = " and ".join(name_in(folder.parent, mask) for mask in image.masks)
+        problems.append(f"has several masks, {names}; remove all but one")
     try:
-        caption = normalize(read_caption(image.caption_to_read, dataset))
+        caption = normalized(read_caption(image.caption_to_read, dataset))
     except FileNotFoundError:
         if image.listed_caption is not None:
-            caption = normalize(image.listed_caption)
+            caption = normalized(image.listed_caption)
         elif image.is_regularization:
             caption = image.folder.class_word or None
     except UnusableCaptionError as error:
@@ -239,6 +274,7 @@ def _read(
         width, height = decoded.rgb.size
         if min(width, height) < MIN_SIDE_PX:
             problems.append(f"{width}x{height} is too small; the shorter side must have at least {MIN_SIDE_PX} px")
+        mask, mask_key = _find_mask(image, decoded, folder, alpha_is_mask=alpha_is_mask)
     except BrokenImageError as error:
         problems.append(f"{error}; replace or remove it")
     if problems:
@@ -246,23 +282,54 @@ def _read(
     if caption is None:
         return unusable
     sha256 = sha256_of(image.path)
+    own = image.folder
     return Example(
         image.path,
         name,
         caption,
         width,
         height,
-        image.folder.repeats,
+        own.repeats,
         sha256,
         decoded.revision,
-        trigger="" if image.is_regularization else image.folder.trigger or trigger,
-        class_word=image.folder.class_word,
+        resolutions=own.resolutions,
+        mask=mask,
+        mask_key=mask_key,
+        mask_weight=own.mask_weight,
+        trigger="" if image.is_regularization else own.trigger or trigger,
+        class_word=own.class_word,
         is_regularization=image.is_regularization,
     )
 
 
+def _find_mask(image: ImageFile, decoded: DecodedImage, folder: Path, *, alpha_is_mask: bool) -> tuple[Path | None, str]:
+    """The file that holds the mask of an image, and what stands for its pixels: its SHA-256 and its revision. None without a mask.
+
+    Raises BrokenImageError if the mask cannot be used.
+    """
+    if image.masks:
+        path, name = image.masks[0], f"its mask {name_in(folder.parent, image.masks[0])}"
+    elif alpha_is_mask and decoded.alpha:
+        path, name = image.path, "its transparency"
+    else:
+        return None, ""
+    try:
+        mask = decoded if path == image.path else read_mask(path, image.path)
+    except BrokenImageError as error:
+        raise BrokenImageError(f"{name} {error}") from None
+    (width, height), (image_width, image_height) = mask.rgb.size, decoded.rgb.size
+    if abs(width * image_height - height * image_width) > max(decoded.rgb.size):  # more than a pixel, which rounding gives
+        raise BrokenImageError(
+            f"{name} has {width}x{height} px, another aspect ratio than the image's {image_width}x{image_height}"
+        )
+    if mask.alpha.getextrema()[1] == 0:
+        raise BrokenImageError(f"{name} leaves nothing of the image, which has to be white in it")
+    return path, sha256_of(path) + mask.revision + (" alpha" if path == image.path else "")
+
+
 def other_entries(folder: Path, unused: Collection[str]) -> list[str]:
     """Names of the other entries in `folder` that are neither images, captions of images, nor `N_name` folders with images."""
-    paths = [path for image in find_images(folder) for path in (image.path, image.caption_to_read)]
-    used = {path.relative_to(folder).parts[0] for path in paths} | {Path(name).parts[0] for name in unused}
+    paths = [path for image in find_images(folder) for path in (image.path, image.caption_to_read, *image.masks)]
+    used = {path.relative_to(folder).parts[0] for path in paths if folder in path.parents}
+    used |= {FOLDER_FILE, *LIST_FILES, *(Path(name).parts[0] for name in unused)}
     return sorted(entry.name for entry in folder.iterdir() if entry.name not in used and not entry.name.startswith("."))

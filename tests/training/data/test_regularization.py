@@ -137,8 +137,8 @@ def test_the_plan_keeps_regularization_images_out_of_everything_but_the_steps():
     train = TrainSettings()
     plain, plan = make_plan(images, train, Schedule()), make_plan([*images, *priors], train, Schedule())
     assert (plan.examples, plan.held_out, len(plan.order)) == (plain.examples, plain.held_out, len(plain.order))
-    assert plan.regularization == priors
-    assert plan.all_examples == [*plan.examples, *plan.held_out, *priors]
+    assert [replace(each, resolutions=()) for each in plan.regularization] == priors
+    assert plan.all_examples == [*plan.examples, *plan.held_out, *plan.regularization]
     assert len(plan.all_placements) == 57
     assert "regularization: 7 images (woman) of weight 1, one with each training sample" in plan.announcement()
     before, after = (result_fingerprint(each, train, "sks", ("unet",)) for each in (plain, plan))
@@ -172,5 +172,11 @@ def test_an_image_without_caption_and_class_is_refused_with_the_remedy(stage):
         ("reg/a.png", "a cat", True),
     ]
     assert left_out == 0
+    (stage.images / "folder.toml").write_text("resolution = [1024, 1000]")
+    with pytest.raises(DataError, match=r"images/folder\.toml: resolution must be a multiple of 64, at most 2048"):
+        read_images(project, TrainSettings().data)
+    (stage.images / "folder.toml").write_text("resolution = [1024, 512]\nmask_weight = 0.5")
+    examples, _ = read_images(project, TrainSettings().data)
+    assert [(each.resolutions, each.mask_weight) for each in examples] == [((1024, 512), 0.5), ((), None)]
     off = replace(TrainSettings().data, prior_weight=0.0)
     assert len(read_images(project, off)[0]) == 1

@@ -5,6 +5,7 @@ These tests are skipped where there is no GPU. benchmarks/README.md says when an
 
 import copy
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,34 @@ def test_captured_steps_in_fp16_are_the_eager_ones_bit_for_bit(base):
     (losses, weights), (expected_losses, expected) = runs
     assert losses == expected_losses
     assert torch.equal(weights, expected)
+
+
+def masked(batch: Batch, weight: float) -> Batch:
+    """The batch with masks of which the right half has that weight."""
+    mask = torch.ones(len(batch.weights), 1, *batch.mean.shape[2:])
+    mask[..., mask.shape[-1] // 2 :] = weight
+    return replace(batch, mask=mask).pinned()
+
+
+@pytest.mark.parametrize("name", ["fast", "plain"])
+def test_captured_steps_with_masks_are_the_eager_ones_bit_for_bit(base, name):
+    """Steps with and without masks are different graphs. A mask that is 1 everywhere changes nothing; another one does."""
+    order = [(number, weight) for number in range(3) for weight in (None, 0.1, 1.0)]
+    runs = []
+    for captures in (True, False):
+        step, lora = stepper(base, name, captures=captures)
+        batches = [batch_of(number) if weight is None else masked(batch_of(number), weight) for number, weight in order]
+        runs.append(([step([batch], RATE).loss for batch in batches], lora.weights.detach().cpu()))
+        assert bool(step.graphs) == captures
+    (losses, weights), (expected_losses, expected) = runs
+    assert losses == expected_losses
+    assert torch.equal(weights, expected)
+    step, _ = stepper(base, name)
+    plain, masked_loss, same = (
+        step([batch], 0.0).loss for batch in (batch_of(0), masked(batch_of(0), 0.1), masked(batch_of(0), 1.0))
+    )
+    assert same == plain
+    assert masked_loss < 0.8 * plain
 
 
 def in_fp16(batch: Batch) -> Batch:
