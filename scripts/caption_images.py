@@ -161,10 +161,10 @@ def group_by_trigger(images: Iterable[ImageFile], captions: CaptionFiles) -> dic
 def keep_captions(to_copy: list[ImageFile], to_keep: list[ImageFile], captions: CaptionFiles, counts: CaptionCounts) -> None:
     """Copy the user's captions that have another suffix, and add the trigger word to those that are kept."""
     for image in to_copy:
-        source = image.captions[-1] if has_other_caption(image) else image.listed_caption
-        named = source if isinstance(source, Path) else image.path
-        if apply_change(counts, lambda _: captions.copy(image.caption_path, source), named):  # noqa: B023 - called at once
-            counts.copied.append(named.name)
+        listed = None if has_other_caption(image) else image.listed_caption
+        source = image.captions[-1] if listed is None else image.path
+        if apply_change(counts, captions.copy, source, image.caption_path, listed):
+            counts.copied.append(source.name)
     for image in to_keep:
         counts.trigger_added += apply_change(counts, captions.ensure_trigger, image.caption_path)
 

@@ -103,13 +103,13 @@ class CaptionFiles:
         changed = self._with_trigger(text, caption, earlier)
         return changed.strip() != text.strip() and self._change(caption, changed.encode("utf-8"), made=False)
 
-    def copy(self, caption: Path, source: Path | str) -> bool:
-        """Write the user's text in the file `source`, or the text `source`, with the trigger word in it, to `caption`; returns
-        whether it changed.
+    def copy(self, source: Path, caption: Path, listed: str | None = None) -> bool:
+        """Write the text of the user's caption `source`, or that which is `listed` for the image `source`, with the trigger word in
+        it, to `caption`; returns whether it changed.
 
         Raises UnusableCaptionError if `source` cannot be used. Without `source`, the copy is the user's caption.
         """
-        text = source if isinstance(source, str) else read_caption(source, self._dataset)
+        text = read_caption(source, self._dataset) if listed is None else listed
         return self._change(caption, self._with_trigger(text, caption).encode("utf-8"), made=False)
 
     def _with_trigger(self, text: str, caption: Path, earlier: Collection[str] = ()) -> str:

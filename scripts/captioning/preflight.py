@@ -9,6 +9,7 @@ from captioning.model_files import find_model, model_size_on_hub
 from captioning.tag_cache import load_tagger
 from common.captions import ordinary_trigger
 from common.dataset_layout import DatasetFolder, ImageFile, Selection, describe_missing_images, find_images, select_images
+from common.dataset_table import dataset_table
 from common.errors import DataError, ModelError, ResourceError, run_checks
 from common.faces import MissingWeightsError, load_face_model, size_of_missing_weights
 from common.files import write_problem
@@ -43,7 +44,8 @@ def require_images(folder: DatasetFolder) -> Selection:
 def _describe_images(folder: DatasetFolder, trigger: str, inputs_pending: bool) -> str:
     selection = select_images(folder) if inputs_pending else require_images(folder)
     triggers = describe_triggers(selection.images, trigger)
-    return f"{selection.notes()}{len(selection.images)} images in {folder.images}{triggers}"
+    found = f"{selection.notes()}{len(selection.images)} images in {folder.images}{triggers}"
+    return f"{found}\n{dataset_table(folder, trigger)}" if selection.images else found
 
 
 def describe_triggers(images: Iterable[ImageFile], trigger: str) -> str:

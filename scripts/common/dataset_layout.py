@@ -50,7 +50,6 @@ UNREAD_SUFFIXES = {suffix: what for what, suffixes in _OTHER_SUFFIXES.items() fo
 CAPTION_SUFFIX = ".txt"
 CAPTION_SUFFIXES = (CAPTION_SUFFIX, ".caption")
 """In any case. The caption stage writes the first; if an image has captions of both kinds, training reads the first."""
-IMAGE_FOLDER = "images"
 MASK_ENDING = "-masklabel"
 """OneTrainer's: `NAME-masklabel.png` is the mask of the image NAME, and never an image of the data set itself. In any case."""
 MASK_FOLDER = "masks"
@@ -58,6 +57,8 @@ MASK_FOLDER = "masks"
 _CONDITIONING_ENDING = "-condlabel"
 """OneTrainer's as well: an image that conditions another kind of model."""
 
+REGULARIZATION_FOLDERS = ("regularization", "reg")
+"""Ours and kohya's, beside the folder of images."""
 HEAD_BYTES = 64
 """How much of a file says which format it has."""
 _MAGIC_BYTES = {
@@ -89,8 +90,8 @@ class DatasetFolder:
         self.root = root
         # For the user: images with their captions, one JSON line for each collected image, and, written by the user, the names
         # of images that are not used.
-        self.images = root / IMAGE_FOLDER
-        self.regularization = (root / "regularization", root / "reg")  # the second is kohya's
+        self.images = root / "images"
+        self.regularization = tuple(root / name for name in REGULARIZATION_FOLDERS)
         self.manifest = root / "manifest.jsonl"
         self.exclusions = root / "exclude.txt"
         # Records of the stages: what the collect stage sent and received, ...
@@ -123,18 +124,24 @@ class ImageFile:
     folder: ImageFolder
     captions: tuple[Path, ...] = ()
     """The files of the same stem with one of CAPTION_SUFFIXES, the first choice first."""
-    masks: tuple[Path, ...] = ()
-    """The files that say which areas of the image count; more than one is a mistake."""
     listed_caption: str | None = None
     """Its caption in one of LIST_FILES, which counts if there is no other."""
     is_regularization: bool = False
     """It shows the class of the subject, which the LoRA must not change, and not the subject."""
+    masks: tuple[Path, ...] = ()
+    """The files that say which areas of the image count; more than one is a mistake."""
 
     @property
     def caption_path(self) -> Path:
         """The caption that the caption stage writes: the file of the same stem with CAPTION_SUFFIX, in any case if it exists."""
         written = (path for path in self.captions if path.suffix.lower() == CAPTION_SUFFIX)
         return next(written, self.path.with_suffix(CAPTION_SUFFIX))
+
+    @property
+    def has_caption(self) -> bool:
+        """Whether there is a text that training could read. The class of a regularization image is one."""
+        is_named = self.is_regularization and self.folder.class_word != ""
+        return bool(self.captions) or self.listed_caption is not None or is_named
 
     @property
     def caption_to_read(self) -> Path:
@@ -152,13 +159,13 @@ def find_images(folder: Path) -> list[ImageFile]:
     folders = [each for each in find_folders(folder) if each.repeats]
     found = [(path, each) for each in folders for path in each.path.iterdir()]
     captions = _captions_by_stem([path for path, _ in found])
-    masks = _masks_by_stem(folder, [path for path, _ in found])
     listed: dict[Path, str] = {}
     for each in folders:  # that of the image's own folder comes last, and so counts
         listed |= read_caption_list(each.path)
+    masks = _masks_by_stem(folder, [path for path, _ in found])
     images = [
-        ImageFile(path, each, captions.get(path.with_suffix(""), ()), masks.get(path.with_suffix(""), ()), listed.get(path))
-        for path, each in found
+        ImageFile(path, each, captions.get(stem, ()), listed_caption=listed.get(path), masks=masks.get(stem, ()))
+        for path, stem, each in ((path, path.with_suffix(""), each) for path, each in found)
         if path.suffix.lower() in IMAGE_SUFFIXES
         and not path.name.startswith(".")
         and not path.stem.lower().endswith((MASK_ENDING, _CONDITIONING_ENDING))
@@ -259,12 +266,16 @@ def _masks_by_stem(folder: Path, paths: list[Path]) -> dict[Path, tuple[Path, ..
     for path in (path for path in paths if is_mask(path)):
         stem = path.with_name(path.stem[: -len(MASK_ENDING)])
         masks[stem] = (*masks.get(stem, ()), path)
-    beside = folder.parent / MASK_FOLDER
-    for parent in {path.parent for path in paths} if folder.name == IMAGE_FOLDER else ():
-        for path in _images_in(beside / parent.relative_to(folder)):
+    for parent in {path.parent for path in paths}:
+        for path in _images_in(_mask_folder(folder) / parent.relative_to(folder)):
             stem = parent / (path.stem[: -len(MASK_ENDING)] if is_mask(path) else path.stem)
             masks[stem] = (*masks.get(stem, ()), path)
     return {stem: tuple(sorted(found)) for stem, found in masks.items()}
+
+
+def _mask_folder(folder: Path) -> Path:
+    """Where the masks of the images in `folder` are, besides beside them: each folder of regularization images has its own."""
+    return folder / MASK_FOLDER if folder.name in REGULARIZATION_FOLDERS else folder.parent / MASK_FOLDER
 
 
 def is_mask(path: Path) -> bool:
@@ -291,9 +302,9 @@ def unused_entries(folder: Path) -> dict[str, str]:
     stems = {image.path.with_suffix("") for image in images}
     folders = find_folders(folder)
     unused = _unused_folders(folder, folders)
-    masks = folder.parent / MASK_FOLDER
+    masks = _mask_folder(folder)
     for path in (path for parent in (masks, *masks.glob("*/")) for path in _images_in(parent)):
-        if path not in used and folder.name == IMAGE_FOLDER:
+        if path not in used:
             unused[name_in(folder.parent, path)] = f"a mask without an image; give it the name of an image in {folder.name}/"
     for parent in (each.path for each in folders if each.repeats):
         for path in parent.iterdir():
@@ -303,7 +314,7 @@ def unused_entries(folder: Path) -> dict[str, str]:
         if missing := [path for path in read_caption_list(parent) if path not in used]:
             names = abbreviated([name_in(parent, path) for path in missing])
             listing = next(parent / name for name in LIST_FILES if (parent / name).exists())
-            unused[name_in(folder, listing)] = f"lists {len(missing)} images that are not in the data set: {names}"
+            unused[name_in(folder, listing)] = f"lists images that are not in the data set: {len(missing)} ({names})"
     return dict(sorted(unused.items()))
 
 
@@ -345,7 +356,9 @@ def _describe_unused(path: Path, stems: Collection[Path]) -> str | None:
 def _unused_folders(folder: Path, folders: Iterable[ImageFolder]) -> dict[str, str]:
     """The folders below `folder` with images that are not used -> what to do. Those with 0 repeats are excluded."""
     found = {}
-    known, excluded = {each.path for each in folders}, {each.path for each in folders if not each.repeats}
+    masks = _mask_folder(folder)
+    known = {masks, *(each.path for each in folders)}
+    excluded = {masks, *(each.path for each in folders if not each.repeats)}
     for root, names, _ in os.walk(folder):
         parent = Path(root)
         names[:] = [name for name in names if not re.match(r"\.|0+_.", name) and parent / name not in excluded]

@@ -31,6 +31,8 @@ class ImageFolder:
     trigger: str = ""
     class_word: str = ""
     caption_source: str = ""
+    mask_weight: float | None = None
+    resolutions: tuple[int, ...] = ()
 
 
 def find_folders(root: Path) -> list[ImageFolder]:
@@ -86,7 +88,7 @@ def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
         if problem := problem_of(value):
             problems.append(f"{shown}: {key}: {problem}")
         else:
-            values[name] = value
+            values[name] = _as_sizes(value) if key == "resolution" else value
     return values, problems
 
 
@@ -99,6 +101,22 @@ def _word_problem(value: Any) -> str:
     return trigger_problem(value) if isinstance(value, str) else f"must be a text in quotation marks (is {value!r})"
 
 
+def _weight_problem(value: Any) -> str:
+    is_valid = type(value) in (int, float) and 0 <= value <= 1
+    return "" if is_valid else f"must be a number from 0 to 1 (is {value!r})"
+
+
+def _resolution_problem(value: Any) -> str:
+    is_valid = bool(_as_sizes(value)) and all(type(size) is int and 64 <= size <= 4096 for size in _as_sizes(value))
+    return "" if is_valid else f"must be a whole number from 64 to 4096, or a list of them (is {value!r})"
+
+
+def _as_sizes(value: Any) -> tuple[Any, ...]:
+    """The sizes of a single value or of a list, each once, the largest first if they can be compared."""
+    sizes = value if isinstance(value, list) else [value]
+    return tuple(sorted(set(sizes), reverse=True)) if all(type(size) is int for size in sizes) else tuple(sizes)
+
+
 def _source_problem(value: Any) -> str:
     return "" if value in ("tags", "prompt", "both") else f'must be "tags", "prompt" or "both" (is {value!r})'
 
@@ -108,5 +126,7 @@ _KEYS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "trigger": ("trigger", _word_problem),
     "class": ("class_word", _word_problem),
     "caption_source": ("caption_source", _source_problem),
+    "mask_weight": ("mask_weight", _weight_problem),
+    "resolution": ("resolutions", _resolution_problem),
 }
 """Key of a FOLDER_FILE -> field of ImageFolder, and a function that says what is wrong with a value, "" if nothing is."""

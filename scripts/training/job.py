@@ -204,7 +204,7 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
         **({"ss_v_parameterization": "True"} if is_v else {}),
         **(
             {
-                "ss_num_reg_images": str(len({example.path for example in plan.regularization})),
+                "ss_num_reg_images": str(len({each.path for each in plan.regularization})),
                 "ss_prior_loss_weight": str(plan.prior_weight),
             }
             if plan.regularization

@@ -124,7 +124,7 @@ class Plan:
     def captions(self) -> dict[str, list[str]]:
         """The captions of the examples by trigger word."""
         found: dict[str, list[str]] = {word: [] for word in self.triggers}
-        for example in self.examples:
+        for example in self.images:
             found.setdefault(example.trigger, []).extend(example.captions)
         return found
 
@@ -153,7 +153,8 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
     """Choose buckets and the order of the run, whose steps `world_size` processes share. `schedule` is the base model's, with
     the settings already applied."""
     data, run = train.data, train.run
-    regularization = at_each_resolution([example for example in examples if example.is_regularization], data)
+    regularization = [example for example in examples if example.is_regularization]
+    regularization = at_each_resolution(regularization, data)
     examples = [example for example in examples if not example.is_regularization]
     out = _held_out(examples, train.validation.validation_fraction)
     parts = ([e for index, e in enumerate(examples) if (index in out) is chosen] for chosen in (False, True))
@@ -215,12 +216,13 @@ def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base
     trained = [[example.sha256, example.caption, example.repeats, *_newer(example, only)] for example in plan.examples]
     held_out = [[example.sha256, example.caption, *_newer(example, only)] for example in plan.held_out]
     settings = {recorded_name(key): value for key, value in settings_of(train, "result") if value != key.metadata["before"]}
-    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     if plan.triggers and plan.triggers != [trigger_word]:
         settings[TRIGGERS] = ", ".join(plan.triggers)
     if plan.regularization:
-        regularization = [[each.sha256, each.caption, each.repeats, *_newer(each, only)] for each in plan.regularization]
-        settings[REGULARIZATION] = short_hash(regularization)
+        settings[REGULARIZATION] = short_hash(
+            [[each.sha256, each.caption, each.repeats, *_newer(each, only)] for each in plan.regularization]
+        )
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     return {
         **settings,
         **asdict(plan.schedule),

@@ -158,7 +158,7 @@ def draw(
     """Everything random about the sample at `position` (optimizer step x global batch + slot) with latents of `latent_shape`
     (C, h, w), for a noise schedule of `timesteps`: which of the caption's `variants` it has (None: the empty caption), and the
     fields of Batch that are drawn. The regularization image at the same position (`is_prior`) has numbers of its own."""
-    generator = _generator(seed, position, int(is_prior))
+    generator = _generator(seed, position, 2 * is_prior)
 
     # The order of the draws is part of the result: a new one goes to the end.
     timestep = int(generator.integers(timesteps))
@@ -171,8 +171,9 @@ def draw(
 
 
 def is_mirrored(seed: int, position: int, *, is_prior: bool = False) -> bool:
-    """Whether the sample at `position` is the mirror image, where a run has them: half of all samples are."""
-    return bool(_generator(seed, position, 2 + is_prior).random() < 0.5)
+    """Whether the sample at `position`, or the regularization image there (`is_prior`), is the mirror image, where a run has them:
+    half of all samples are."""
+    return bool(_generator(seed, position, 1 + 2 * is_prior).random() < 0.5)
 
 
 def _generator(seed: int, position: int, purpose: int) -> np.random.Generator:

@@ -184,10 +184,11 @@ class CacheBuilder:
         variants = [caption_variants(example.caption, example.trigger, count, shuffle, seed) for example, _ in images]
         tokenizers = load_tokenizers(self.base, self.models_dir)
         chunks = chunks_needed(captions, tokenizers, settings.caption_chunks)
-        texts = {(example.name, caption): None for example, _ in images for caption in example.captions}
-        for name, caption in texts:
-            if cut := text_beyond(chunks, caption, tokenizers):
-                print(f"{name}: its caption is longer than {CHUNK_TOKENS * chunks} tokens; training does not see: {cut}")
+        for example in {example.path: example for example, _ in images}.values():
+            for caption in example.captions:
+                if cut := text_beyond(chunks, caption, tokenizers):
+                    which = f"its caption is longer than {CHUNK_TOKENS * chunks} tokens"
+                    print(f"{example.name}: {which}; training does not see: {cut}")
 
         prompt_chunks = chunks_needed(list(prompts), tokenizers, settings.caption_chunks)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.background import prefetch
+from common.caption_lists import LIST_FILES
 from common.captions import UnusableCaptionError, has_trigger, has_weights, in_lines, in_one_line, read_caption
 from common.dataset_layout import (
     DatasetFolder,
@@ -22,6 +23,7 @@ from common.dataset_layout import (
 )
 from common.errors import DataError, SomeItemsFailed, abbreviated, bullet_list
 from common.files import parse_json, read_file, sha256_of
+from common.image_folders import FOLDER_FILE
 from common.images import BrokenImageError, DecodedImage, read_image, read_mask
 from common.output_layout import OutputLayout
 from common.progress import ProgressBar
@@ -99,11 +101,12 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[
     flagged = {name: flaws for name, flaws in flagged.items() if name not in selection.excluded}
     if flagged:
         print(f"skipping flagged images: {abbreviated([f'{name} ({flaws})' for name, flaws in flagged.items()])}")
-    workers, trigger, is_mask = settings.dataloader_num_workers, project.trigger_word, settings.alpha == "mask"
+    _require_resolutions([*selection.images, *find_regularization_images(dataset)], settings)
+    workers, trigger = settings.dataloader_num_workers, project.trigger_word
     classes = classes_of(dict.fromkeys(image.folder for image in selection.images), trigger)
-    how = {"per_line": settings.caption_per_line, "alpha_is_mask": is_mask}
+    how = {"per_line": settings.caption_per_line, "alpha_is_mask": settings.alpha == "mask"}
     examples, problems = read_examples(dataset.images, workers, {*flagged, *selection.excluded}, trigger, **how)
-    regularization, unusable = read_regularization(dataset, workers, settings.prior_weight, per_line=settings.caption_per_line)
+    regularization, unusable = read_regularization(dataset, workers, settings.prior_weight, **how)
     for folder, lines in ((dataset.images, problems), (dataset.root, unusable)):
         if lines:
             print(bullet_list(f"{folder}: {len(lines)} images cannot be trained on and are left out:", lines), flush=True)
@@ -132,6 +135,16 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[
     if ignored:
         print(f"ignored, because neither image, caption of an image, nor N_name folder: {abbreviated(ignored)}")
     return [*examples, *regularization], len(problems) + len(unusable)
+
+
+def _require_resolutions(images: Sequence[ImageFile], settings: DataSettings) -> None:
+    """Raises DataError for folders whose resolution does not fit the settings of buckets."""
+    step, most = settings.bucket_step, settings.bucket_max_side
+    folders = dict.fromkeys(image.folder for image in images)
+    wrong = [folder for folder in folders if any(size % step or size > most for size in folder.resolutions)]
+    problems = [f"{folder.path / FOLDER_FILE}: resolution must be a multiple of {step}, at most {most}" for folder in wrong]
+    if problems:
+        raise DataError(bullet_list("folders cannot be trained at their resolutions (BUCKET_STEP, BUCKET_MAX_SIDE):", problems))
 
 
 def require_all_images(left_out: int) -> None:
@@ -181,7 +194,8 @@ def read_examples(
     if not images:
         remedy = "put them there or run the collect stage, then the caption stage"
         raise DataError(describe_missing_images(folder, remedy))
-    results = _read_all(images, folder, folder.parent, workers, trigger, per_line=per_line, alpha_is_mask=alpha_is_mask)
+    how = {"per_line": per_line, "alpha_is_mask": alpha_is_mask}
+    results = _read_all(images, workers, folder=folder, dataset=folder.parent, trigger=trigger, **how)
     if unusable := [str(result) for result in results if isinstance(result, UnusableCaptionError)]:
         raise DataError(bullet_list(f"{folder}: {len(unusable)} of {len(images)} captions cannot be used:", unusable))
     if uncaptioned := [name_in(folder, image.path) for image, result in zip(images, results, strict=True) if result is None]:
@@ -194,7 +208,9 @@ def read_examples(
     return examples, problems
 
 
-def read_regularization(dataset: DatasetFolder, workers: int, weight: float, *, per_line: bool) -> tuple[list[Example], list[str]]:
+def read_regularization(
+    dataset: DatasetFolder, workers: int, weight: float, *, per_line: bool, alpha_is_mask: bool
+) -> tuple[list[Example], list[str]]:
     """The regularization images with their captions, and for each that cannot be trained on a line that says why.
 
     The caption of an image without one is its class: that of `folder.toml`, or in the folder's name. With `weight` 0 there are
@@ -208,7 +224,8 @@ def read_regularization(dataset: DatasetFolder, workers: int, weight: float, *, 
     if not weight:
         print(f"regularization: off (PRIOR_WEIGHT=0); {len(images)} images in {dataset.root} are not used")
         return [], []
-    results = _read_all(images, dataset.root, dataset.root, workers, "", per_line=per_line)
+    how = {"per_line": per_line, "alpha_is_mask": alpha_is_mask}
+    results = _read_all(images, workers, folder=dataset.root, dataset=dataset.root, trigger="", **how)
     if wrong := [str(result) for result in results if isinstance(result, UnusableCaptionError)]:
         raise DataError(bullet_list(f"{dataset.root}: {len(wrong)} captions of regularization images cannot be used:", wrong))
     if nameless := [name_in(dataset.root, image.path) for image, result in zip(images, results, strict=True) if result is None]:
@@ -219,46 +236,35 @@ def read_regularization(dataset: DatasetFolder, workers: int, weight: float, *, 
 
 
 def _read_all(
-    images: Sequence[ImageFile], folder: Path, dataset: Path, workers: int, trigger: str, **how: bool
+    images: Sequence[ImageFile], workers: int, **how: Path | str | bool
 ) -> list[Example | str | UnusableCaptionError | None]:
-    """The result of `_read` for each image."""
+    """What `_read` returns for each image; `how` are its other arguments."""
     owners, results = caption_owners(images), []
-
-    def read(image: ImageFile) -> Example | str | UnusableCaptionError | None:
-        return _read(image, folder, dataset, owners[image.caption_path], trigger, **how)
-
     with ProgressBar(len(images), "reading images", "images", leave=False) as bar:
-        for result in prefetch(read, images, workers):
+        for result in prefetch(lambda image: _read(image, owners[image.caption_path], **how), images, workers):
             results.append(result)
             bar.update()
     return results
 
 
 def _read(
-    image: ImageFile,
-    folder: Path,
-    dataset: Path,
-    owner: ImageFile,
-    trigger: str,
-    *,
-    per_line: bool = False,
-    alpha_is_mask: bool = False,
+    image: ImageFile, owner: ImageFile, *, folder: Path, dataset: Path, trigger: str, per_line: bool, alpha_is_mask: bool
 ) -> Example | str | UnusableCaptionError | None:
     """The example, or a line with everything that is wrong with the image; for an image without fault, what is wrong with its
     caption, or None if it has none yet. Names are relative to `folder`, and `owner` is the image to which its caption belongs."""
     name = name_in(folder, image.path)
     problems, caption, unusable = [], None, None
-    normalize = in_lines if per_line else in_one_line
+    normalized = in_lines if per_line else in_one_line
     if owner != image:
         problems.append(f"would share its caption with {name_in(folder, owner.path)}; rename one of the two")
     if len(image.masks) > 1:
-        names = " and ".join(name_in(dataset, mask) for mask in image.masks)
+        names = " and ".join(name_in(folder.parent, mask) for mask in image.masks)
         problems.append(f"has several masks, {names}; remove all but one")
     try:
-        caption = normalize(read_caption(image.caption_to_read, dataset))
+        caption = normalized(read_caption(image.caption_to_read, dataset))
     except FileNotFoundError:
         if image.listed_caption is not None:
-            caption = normalize(image.listed_caption)
+            caption = normalized(image.listed_caption)
         elif image.is_regularization:
             caption = image.folder.class_word or None
     except UnusableCaptionError as error:
@@ -268,7 +274,7 @@ def _read(
         width, height = decoded.rgb.size
         if min(width, height) < MIN_SIDE_PX:
             problems.append(f"{width}x{height} is too small; the shorter side must have at least {MIN_SIDE_PX} px")
-        mask, mask_key = _find_mask(image, decoded, dataset, alpha_is_mask=alpha_is_mask)
+        mask, mask_key = _find_mask(image, decoded, folder, alpha_is_mask=alpha_is_mask)
     except BrokenImageError as error:
         problems.append(f"{error}; replace or remove it")
     if problems:
@@ -276,30 +282,33 @@ def _read(
     if caption is None:
         return unusable
     sha256 = sha256_of(image.path)
+    own = image.folder
     return Example(
         image.path,
         name,
         caption,
         width,
         height,
-        image.folder.repeats,
+        own.repeats,
         sha256,
         decoded.revision,
-        trigger="" if image.is_regularization else image.folder.trigger or trigger,
-        class_word=image.folder.class_word,
-        is_regularization=image.is_regularization,
+        resolutions=own.resolutions,
         mask=mask,
         mask_key=mask_key,
+        mask_weight=own.mask_weight,
+        trigger="" if image.is_regularization else own.trigger or trigger,
+        class_word=own.class_word,
+        is_regularization=image.is_regularization,
     )
 
 
-def _find_mask(image: ImageFile, decoded: DecodedImage, dataset: Path, *, alpha_is_mask: bool) -> tuple[Path | None, str]:
+def _find_mask(image: ImageFile, decoded: DecodedImage, folder: Path, *, alpha_is_mask: bool) -> tuple[Path | None, str]:
     """The file that holds the mask of an image, and what stands for its pixels: its SHA-256 and its revision. None without a mask.
 
     Raises BrokenImageError if the mask cannot be used.
     """
     if image.masks:
-        path, name = image.masks[0], f"its mask {name_in(dataset, image.masks[0])}"
+        path, name = image.masks[0], f"its mask {name_in(folder.parent, image.masks[0])}"
     elif alpha_is_mask and decoded.alpha:
         path, name = image.path, "its transparency"
     else:
@@ -322,5 +331,5 @@ def other_entries(folder: Path, unused: Collection[str]) -> list[str]:
     """Names of the other entries in `folder` that are neither images, captions of images, nor `N_name` folders with images."""
     paths = [path for image in find_images(folder) for path in (image.path, image.caption_to_read, *image.masks)]
     used = {path.relative_to(folder).parts[0] for path in paths if folder in path.parents}
-    used |= {Path(name).parts[0] for name in unused}
+    used |= {FOLDER_FILE, *LIST_FILES, *(Path(name).parts[0] for name in unused)}
     return sorted(entry.name for entry in folder.iterdir() if entry.name not in used and not entry.name.startswith("."))

@@ -247,6 +247,20 @@ def test_accumulated_micro_batches_are_one_batch(observed):
         assert (half - gradient).norm() > 0.1 * gradient.norm()
 
 
+def test_regularization_images_add_their_mean_loss_times_the_prior_weight(lora_unet, observed):
+    """DreamBooth's loss; the images of the class have another shape than the others."""
+    examples, priors = batch_of([20, 999]), batch_of([400, 70], seed=1)
+    sides = ("mean", "log_variance", "latent_noise", "noise")
+    wider = {name: torch.cat([getattr(priors, name), getattr(priors, name).flip(0)], dim=-1) for name in sides}
+    priors = replace(priors, **wider)
+    loss, gradient, norm = observed([examples, replace(priors, weights=0.3 * priors.weights)], gamma=5.0, offset=0.0357)
+    (first_loss, first), (second_loss, second) = (reference(lora_unet, batch, PLAIN, 5.0, 0.0357) for batch in (examples, priors))
+    expected = first + 0.3 * second
+    assert loss == pytest.approx(first_loss + 0.3 * second_loss, rel=1e-5)
+    assert norm == pytest.approx(expected.norm().item(), rel=1e-4)
+    assert (gradient - expected).norm() < 2e-4 * expected.norm()
+
+
 def test_padding_counts_nothing(observed):
     """A batch of two real samples and two of weight 0 gives what the two alone give, whatever the padding holds."""
     real = batch_of([50, 300])
