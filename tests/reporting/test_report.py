@@ -60,6 +60,12 @@ def test_losses_of_images_are_shown_and_outliers_named(project):
     assert "of the usual loss" not in project.html()
 
 
+def test_a_list_in_the_settings_is_part_of_the_command_that_repeats_the_run(project):
+    resolution = "[train.data]\nresolution = [  # set by environment\n    1024,\n    768,\n]\n\n"
+    project.add_run(config=resolution + '[train.saving]\noutput_name = "sks_woman"\n')
+    assert "RESOLUTION=1024,768 docker compose run --rm loracat --train" in project.html()
+
+
 def test_an_unfinished_run_says_how_to_continue(project):
     project.add_run(finished=False)
     html = project.html()

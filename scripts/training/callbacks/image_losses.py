@@ -7,7 +7,7 @@ timesteps: its relative loss is 1 if it has as much. With several processes, the
 import json
 from array import array
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +78,13 @@ class ImageLosses(Callback, AbstractContextManager):
         self._image_of = [number[name] for name in names]
         """Index of an example -> its image; an image is an example for each of its resolutions."""
         self._images, self._timesteps, self._losses = array("l"), array("l"), array("d")
-        lines = [line for line in read_json_lines(samples) if line.get("step", next_step) < next_step]
-        write_bytes(samples, "".join(json.dumps(line) + "\n" for line in lines).encode("utf-8"))
-        for line in lines:
-            self._add(line["samples"])
+        kept = []
+        for line in read_json_lines(samples):
+            with suppress(KeyError, TypeError, ValueError, IndexError, OverflowError):  # a line that something else wrote
+                if line["step"] < next_step:
+                    self._add(line["samples"])
+                    kept.append(json.dumps(line) + "\n")
+        write_bytes(samples, "".join(kept).encode("utf-8"))
         self._path, self._file = samples, samples.open("a", encoding="utf-8")
 
     def after_losses(self, step: OptimizerStep, samples: Sequence[tuple[int, float]]) -> None:
@@ -123,7 +126,6 @@ class ImageLosses(Callback, AbstractContextManager):
             print(self.write(), flush=True)
 
     def _add(self, rows: Sequence[Sequence[float]]) -> None:
-        for index, timestep, loss in rows:
-            self._images.append(self._image_of[index])
-            self._timesteps.append(timestep)
-            self._losses.append(loss)
+        values = [(self._image_of[index], int(timestep), float(loss)) for index, timestep, loss in rows]
+        for known, new in zip((self._images, self._timesteps, self._losses), zip(*values, strict=True), strict=False):
+            known.extend(new)

@@ -111,6 +111,8 @@ def test_a_run_that_resumes_records_what_the_whole_one_does(tmp_path, capsys):
     recorded(tmp_path / "parts", range(30), fails=True)
     assert not (tmp_path / "parts" / "r.json").exists()
     with (tmp_path / "parts" / "s.jsonl").open("a") as file:
+        for line in ('{"step": 3}', '{"step": "a", "samples": []}', '{"step": 4, "samples": [[0, 1, 0.5], [99, 1, 0.5]]}', "[]"):
+            file.write(line + "\n")
         file.write('{"step": 30, "samples": [[0, 1')  # killed while it wrote
     recorded(tmp_path / "parts", range(25, 40))  # from the checkpoint
     for name in ("s.jsonl", "r.json"):
