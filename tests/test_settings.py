@@ -210,7 +210,7 @@ LROA = f"[train.lroa]: unknown table in settings.toml; known: {INNER}"
         ("train = 8\n", "train: must be a table, [train]"),
         ("[caption]\nlora_rank = 8\n", "[caption] lora_rank: unknown key here (it belongs in [train]) in settings.toml"),
         ("[caption.lora]\n", "[caption.lora]: unknown table in settings.toml; known: more"),
-        ("[train.more.lora]\nlora_rank = 8\n", "[train.more] lora: unknown key (did you mean lora_type?) in settings.toml"),
+        ("[train.more.lora]\nlora_rank = 8\n", "[train.more] lora: unknown key (did you mean lora_l2?) in settings.toml"),
         ("[train.lora.lora_rank]\n", "lora_rank (settings.toml): {} must be a whole number"),
     ],
 )

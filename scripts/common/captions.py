@@ -131,6 +131,11 @@ def has_trigger(text: str, trigger: str) -> bool:
     return bool(_pattern(trigger).search(unicodedata.normalize("NFC", text)))
 
 
+def replace_trigger(text: str, trigger: str, word: str) -> str:
+    """The text with `word` for every trigger word, in the sense of `has_trigger`."""
+    return _pattern(trigger).sub(lambda _: word, unicodedata.normalize("NFC", text))
+
+
 def asked_subject(kind: str, text: str, triggers: Sequence[str]) -> str:
     """The trigger word of the subject that a sample prompt of this kind (SamplePrompt.kind) asks for, the longest of several; ""
     if it asks for none. One of the user's asks for a subject if it contains the trigger word."""

@@ -21,6 +21,7 @@ from training.callbacks.checkpoint import (
     warmup_to_keep,
 )
 from training.callbacks.sample_plan import SamplePlan, plan_samples
+from training.callbacks.sample_prompts import CLASS_WORDS, class_word
 from training.config import TrainSettings
 from training.data.dataset import Inputs, read_images
 from training.engine import EngineName, choose_engine
@@ -102,12 +103,14 @@ def resolve_job(
     settings = replace(settings, run=match_global_batch(settings.run, world_size, None if was_finished else saved))
     schedule = base.schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
     plan = make_plan(examples, settings, schedule, world_size)
-    settings = fit_to_memory(_resolved(settings, plan, precision, engine_name, outputs.name), budget, comfyui_advice(comfyui))
+    settings = _resolved(settings, plan, precision, engine_name, outputs.name)
+    settings, prior = with_class_of_prior(settings, plan, project.trigger_word)
+    settings = fit_to_memory(settings, budget, comfyui_advice(comfyui))
 
     print(f"training on {describe(precision)}; engine: {engine_name} ({reason})", flush=True)
     digests = [base_digest(base, outputs.cache, part) for part in base.components]
     digests.append(tokenizers_digest(find_or_download_tokenizers(base, project.models_dir)))
-    print(plan.announcement(), flush=True)
+    print("\n".join([plan.announcement(), *prior]), flush=True)
 
     fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests)
     if saved:
@@ -162,6 +165,27 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
         validation=replace(settings.validation, validation_fraction=plan.validation_fraction),
         saving=replace(settings.saving, output_name=name),
     )
+
+
+def with_class_of_prior(settings: TrainSettings, plan: Plan, trigger: str) -> tuple[TrainSettings, list[str]]:
+    """The settings with the word that replaces the trigger word in what is to remain of the base model, if there is any, and a line
+    about it. Raises SettingsError if the word is not set and the captions do not have it."""
+    samples, weight = settings.samples, settings.objective.prior_preservation
+    if not weight:
+        return settings, []
+    word, origin = samples.subject_class.strip(), "as set"
+    captions = plan.captions or {trigger: [example.caption for example in plan.images]}
+    nameless = [name for name in captions if name not in plan.classes]
+    if not nameless:
+        word, origin = next(iter(plan.classes.values())), "as in the folders"
+    elif not word:
+        word, origin = class_word(nameless[0], [text for name in nameless for text in captions[name]]), "from the captions"
+        if word not in CLASS_WORDS:
+            problem = "needs the word for the kind of subject, which the captions do not have"
+            raise SettingsError(f"PRIOR_PRESERVATION {problem}: set SUBJECT_CLASS, for example SUBJECT_CLASS=woman")
+    settings = replace(settings, samples=replace(samples, subject_class=word))
+    words = ", ".join(f"{plan.classes.get(name, word)!r} for {name!r}" for name in captions)
+    return settings, [f"prior preservation: weight {weight:g}, {words} ({origin})"]
 
 
 def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
-from common.errors import abbreviated
+from common.errors import SettingsError, abbreviated
 from common.settings import all_keys
-from training.config import DataSettings, TrainSettings
+from training.config import DataSettings, ObjectiveSettings, TrainSettings
 from training.data.buckets import OptimizerStep, Placement, add_regularization, assign_bucket, run_order
 from training.data.dataset import Example
 from training.models.sdxl import Schedule
@@ -26,6 +26,8 @@ AUTO_NOISE_OFFSET = 0.0357
 WARMUP_STEPS, GLOBAL_BATCH, WORLD_SIZE = "steps of warm-up", "global batch", "processes"
 """Keys of records that other modules read. Records are kept from version to version, so keys keep their names."""
 TRIGGERS, REGULARIZATION = "trigger words", "regularization images"
+PRIOR_CLASS = "class of the prior"
+"""Key of the word for the kind of subject, which decides the result where the prior is preserved, and only there."""
 DECODER, _FIRST_DECODER = "decoder", "version 1.0's"
 """Key of the record of how pixels were decoded, and the value of a record without it."""
 NOT_RECORDED = ("fresh", "output_name")
@@ -66,6 +68,7 @@ class Plan:
     noise_offset: float
     warmup_steps: int
     """Optimizer steps over which the learning rate rises. A run that is extended keeps those it began with."""
+    loss_weighting: str = "min_snr"
 
     @property
     def images(self) -> list[Example]:
@@ -89,11 +92,14 @@ class Plan:
         shapes = ", ".join(f"{bucket} ({count})" for bucket, count in buckets.most_common(8))
         more = f" and {len(buckets) - 8} more" if len(buckets) > 8 else ""
         samples = sum(len(step.examples) for step in self.order)
+        weighting = (
+            f"min-SNR {self.min_snr_gamma or 'off'}" if self.loss_weighting == "min_snr" else f"weighting {self.loss_weighting}"
+        )
         each = f" ({len(self.examples)} with each resolution)" if len(self.examples) > len(self.images) else ""
         lines = [
             f"{len(self.images)} images{each} in {len(buckets)} bucket(s): {shapes}{more}",
             f"{self.epochs} epochs, {len(self.order)} optimizer steps of {self.global_batch}, {samples} training samples; "
-            f"{self.schedule.prediction_type}, min-SNR {self.min_snr_gamma or 'off'}, noise offset {self.noise_offset or 'off'}",
+            f"{self.schedule.prediction_type}, {weighting}, noise offset {self.noise_offset or 'off'}",
         ]
         lines += self._concepts() if len(self.triggers) > 1 else []
         if self.regularization:
@@ -151,7 +157,8 @@ class Plan:
 
 def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule, world_size: int = 1) -> Plan:
     """Choose buckets and the order of the run, whose steps `world_size` processes share. `schedule` is the base model's, with
-    the settings already applied."""
+    the settings already applied. Raises SettingsError if that schedule contradicts the objective."""
+    require_possible_objective(train.objective, schedule)
     data, run = train.data, train.run
     regularization = [example for example in examples if example.is_regularization]
     regularization = at_each_resolution(regularization, data)
@@ -169,6 +176,7 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
         order = add_regularization(order, shapes, repeats, global_batch, run.train_seed)
     is_plain = schedule.prediction_type == "epsilon" and not schedule.zero_terminal_snr
     gamma, offset = train.objective.min_snr_gamma, train.objective.noise_offset
+    has_gamma = is_plain and train.objective.loss_weighting == "min_snr"
     return Plan(
         examples=trained,
         placements=placements,
@@ -181,10 +189,26 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
         global_batch=global_batch,
         epochs=run.num_train_epochs,
         schedule=schedule,
-        min_snr_gamma=(AUTO_MIN_SNR_GAMMA if is_plain else 0.0) if gamma == "auto" else gamma,
+        min_snr_gamma=(AUTO_MIN_SNR_GAMMA if has_gamma else 0.0) if gamma == "auto" else gamma,
         noise_offset=(AUTO_NOISE_OFFSET if is_plain else 0.0) if offset == "auto" else offset,
         warmup_steps=math.ceil(train.optimizer.lr_warmup * len(order)),
+        loss_weighting=train.objective.loss_weighting,
     )
+
+
+def require_possible_objective(objective: ObjectiveSettings, schedule: Schedule) -> None:
+    """Raises SettingsError with what `objective` asks of a noise schedule that does not have it."""
+    problems, last = [], max(objective.timestep_min, objective.timestep_max - 1)
+    if last >= schedule.timesteps:
+        name = "timestep_min" if last == objective.timestep_min else "timestep_max"
+        problems.append(f"{name}: {getattr(objective, name)} is beyond the {schedule.timesteps} timesteps of the base model")
+    if objective.loss_weighting == "debiased" and schedule.zero_terminal_snr and schedule.prediction_type == "epsilon":
+        problems.append(
+            "loss_weighting: debiased would weigh the last timestep, pure noise, without limit, because the base model has a "
+            "zero-terminal-SNR schedule and predicts epsilon; set LOSS_WEIGHTING=min_snr"
+        )
+    if problems:
+        raise SettingsError("; ".join(problems))
 
 
 def _held_out(examples: Sequence[Example], fraction: float | Literal["auto"]) -> set[int]:
@@ -213,6 +237,7 @@ def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base
     older versions used (`before`), so that a new setting changes no fingerprint.
     """
     only = {train.data.resolution}
+    classes = [f"{word} for {trigger}" for trigger, word in plan.classes.items()]
     trained = [[example.sha256, example.caption, example.repeats, *_newer(example, only)] for example in plan.examples]
     held_out = [[example.sha256, example.caption, *_newer(example, only)] for example in plan.held_out]
     settings = {recorded_name(key): value for key, value in settings_of(train, "result") if value != key.metadata["before"]}
@@ -233,6 +258,7 @@ def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base
         "trigger_word": trigger_word,
         GLOBAL_BATCH: plan.global_batch,
         WARMUP_STEPS: plan.warmup_steps,
+        **({PRIOR_CLASS: ", ".join([train.samples.subject_class, *classes])} if train.objective.prior_preservation else {}),
     }
 
 

@@ -16,11 +16,13 @@ from training.callbacks.sample_plan import plan_samples
 from training.config import TrainSettings
 from training.data.dataset import Example, read_images, require_all_images
 from training.engine import choose_engine
+from training.job import with_class_of_prior
 from training.memory_budget import measure_budget, resolve_batch_size, resolve_quantization
+from training.method.layers import adapted_layers, weight_shapes
 from training.method.optimizers import require_usable
 from training.models.base_model import find_base, find_tokenizers, require_tokenizers_on_hub
 from training.models.sdxl import BaseModel
-from training.models.weights import load_tokenizers, require_matching_weights
+from training.models.weights import load_tokenizers, require_matching_weights, unet_without_weights
 from training.plan import make_plan
 from training.system.device import GIB, available_bytes, choose_precision
 
@@ -43,6 +45,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
     def check_base_model() -> str:
         base = find_base(settings.model.base_model, project.models_dir)
         require_matching_weights(base)
+        adapted_layers(weight_shapes(unet_without_weights(base)), settings.lora)
         if find_tokenizers(base, project.models_dir):
             load_tokenizers(base, project.models_dir)
         else:
@@ -87,8 +90,9 @@ def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettin
     settings, budget = resolve_quantization(settings, budget)
     settings = resolve_batch_size(settings, budget, sum(not example.is_regularization for example in examples))
     plan = make_plan(examples, settings, schedule)
+    settings, prior = with_class_of_prior(settings, plan, trigger)
     samples, _ = plan_samples(settings, trigger, plan, budget, base, {})
-    announcement = "\n".join([plan.announcement(), *([samples.announcement] if samples else [])])
+    announcement = "\n".join([plan.announcement(), *prior, *([samples.announcement] if samples else [])])
     if precision.device.type != "cuda":
         return announcement
     batch = settings.run.train_batch_size

@@ -37,7 +37,7 @@ class LoraSaver(Callback):
 
 def save_lora(job: TrainingJob, modules: list[LoraModule], path: Path, epochs: int, **more_metadata: str) -> None:
     """Write the LoRA as it is after `epochs` epochs."""
-    write_lora(path, modules, job.settings.lora.alpha, lora_metadata(job, epochs) | more_metadata)
+    write_lora(path, modules, lora_metadata(job, epochs) | more_metadata)
 
 
 def write_results(

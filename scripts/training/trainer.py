@@ -36,8 +36,10 @@ from training.job import TrainingJob
 from training.loop import Callback, Progress, RunSchedule, run_steps
 from training.memory_budget import suggest_settings
 from training.method.adapters import Adapter, inject
-from training.method.diffusion import LossConfig, alphas_cumprod
-from training.method.optimizers import OPTIMIZERS, learning_rate_at
+from training.method.diffusion import LossConfig, alphas_cumprod, timestep_quantiles
+from training.method.lora_l2 import l2_of_changes
+from training.method.optimizer_wrappers import make_optimizer
+from training.method.optimizers import learning_rate_at
 from training.models.weights import load_unet, load_vae, require_finite_weights
 from training.plan import short_hash
 from training.results import LoraSaver, report_results, write_results
@@ -68,12 +70,20 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             global_batch=job.plan.global_batch,
             timesteps=job.plan.schedule.timesteps,
             pin=job.precision.device.type == "cuda",
+            timestep_at=timestep_quantiles(job.settings.objective, job.plan.schedule.timesteps),
+            prior_preservation=job.settings.objective.prior_preservation,
             masks=any(example.mask for example in examples),
             group=group,
             regularization=examples[count + held_out_count :],
             prior_weight=job.plan.prior_weight,
         )
-        held_out = replace(reader, examples=examples[count : count + held_out_count], caption_dropout=0.0, pin=False)
+        held_out = replace(
+            reader,
+            examples=examples[count : count + held_out_count],
+            caption_dropout=0.0,
+            prior_preservation=0.0,
+            pin=False,
+        )
         batches = prefetch(reader, schedule.remaining, job.settings.data.dataloader_num_workers)
         modules, remaining = adapter.modules, len(schedule.remaining)
         print(f"{len(modules)} modules of {job.settings.lora.describe()}; {remaining} steps to go", flush=True)
@@ -88,14 +98,16 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             samples = None
             if job.samples and job.samples.prompts:
                 samples = sample_images(job, group, step, schedule, prompts, likeness, stop, writers)
-                samples.start(schedule.start)
+                with step.averaged():
+                    samples.start(schedule.start)
                 if reason := stop():  # before a step changes the weights of a row that is incomplete
                     raise reason
                 callbacks.append(samples)
             begin = step.begin if job.saved else checking_first_step(job, step.begin)
-            progress = run_steps(schedule, begin, batches, reader.image_names, callbacks, stop)
+            progress = run_steps(schedule, begin, batches, reader.image_names, callbacks, stop, step.averaged)
             if group.is_main_process:  # while the last checkpoint is still on its way to the disk
-                write_results(job, modules, schedule, progress, samples)
+                with step.averaged():
+                    write_results(job, modules, schedule, progress, samples)
     if group.is_main_process:
         keep_one(job.outputs.state, job.plan.shared_prefix_steps)
         report_results(job, len(modules))
@@ -204,7 +216,8 @@ def encode(
     builder = CacheBuilder(job.base, *folders, precision.device, precision.dtype, group, concurrent)
     images = zip(job.plan.all_examples, job.plan.all_placements, strict=True)
     prompts = texts_of(job.samples) if job.samples else []
-    return builder.build(list(images), job.settings.data, job.settings.run.train_seed, prompts)
+    subject_class = job.settings.samples.subject_class if job.settings.objective.prior_preservation else ""
+    return builder.build(list(images), job.settings.data, job.settings.run.train_seed, prompts, subject_class)
 
 
 def _encode_in_worker(job: TrainingJob) -> tuple[list[CachedExample], dict[str, Path]]:
@@ -216,7 +229,7 @@ def _encode_in_worker(job: TrainingJob) -> tuple[list[CachedExample], dict[str, 
 def build_step(job: TrainingJob, group: ProcessGroup, unet: UNet2DConditionModel, adapter: Adapter) -> TrainStep:
     """The training step of the job's engine, with its optimizer and loss."""
     settings = job.settings
-    optimizer = OPTIMIZERS[settings.optimizer.optimizer](adapter.weights, settings.optimizer)
+    optimizer = make_optimizer(adapter, settings.optimizer)
     config = LossConfig(
         prediction_type=job.plan.schedule.prediction_type,
         alphas_cumprod=alphas_cumprod(job.plan.schedule).to(job.precision.device, torch.float32),
@@ -224,11 +237,14 @@ def build_step(job: TrainingJob, group: ProcessGroup, unet: UNet2DConditionModel
         noise_offset=job.plan.noise_offset,
         latent_scaling=job.base.components["vae"].config["scaling_factor"],
         loss=settings.objective.loss,
+        weighting=settings.objective.loss_weighting,
     )
     checkpointing = settings.model.gradient_checkpointing
     sync = prepare_unet(job.engine, unet, adapter, job.precision.device, gradient_checkpointing=checkpointing)
     norm = settings.optimizer.max_grad_norm
-    return TrainStep(unet, adapter, optimizer, config, job.precision, norm, group.all_reduce, sync_compute_weights=sync)
+    pull = l2_of_changes(adapter, settings.objective.lora_l2) if settings.objective.lora_l2 else None
+    how = {"add_gradient": pull, "sync_compute_weights": sync}
+    return TrainStep(unet, adapter, optimizer, config, job.precision, norm, group.all_reduce, **how)
 
 
 def checking_first_step(
@@ -291,6 +307,9 @@ def schedule_of(job: TrainingJob) -> RunSchedule:
             peak=settings.optimizer.learning_rate,
             scheduler=settings.optimizer.lr_scheduler,
             warmup_steps=plan.warmup_steps,
+            cycles=settings.optimizer.lr_cycles,
+            power=settings.optimizer.lr_power,
+            decay=settings.optimizer.lr_decay,
         ),
     )
 

@@ -18,6 +18,7 @@ from common.captions import (
     leads_with_trigger,
     ordinary_trigger,
     read_caption,
+    replace_trigger,
     tagger_vocabulary,
 )
 from common.settings import REPOSITORY
@@ -247,3 +248,20 @@ def test_a_stray_zero_byte_is_not_taken_for_another_encoding(tmp_path):
     caption.write_bytes(b"sks, a woman with a red hat\0 on a bench")
     with pytest.raises(UnusableCaptionError, match="is not plain text"):
         read_caption(caption, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "replaced"),
+    [
+        ("sks, smile, a dog", "woman, smile, a dog"),
+        ("a photo of SKS and sks_2", "a photo of woman and sks_2"),
+        ("smile, a dog", "smile, a dog"),
+        ("(sks:1.2), sks-like", "(woman:1.2), sks-like"),
+    ],
+)
+def test_a_trigger_word_is_replaced_wherever_it_is_a_word_of_its_own(text, replaced):
+    assert replace_trigger(text, "sks", "woman") == replaced
+
+
+def test_trigger_words_of_several_words_and_odd_replacements():
+    assert replace_trigger("my person, My  Person in town", "my_person", r"\1 old man") == r"\1 old man, \1 old man in town"

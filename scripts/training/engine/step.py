@@ -4,7 +4,8 @@ This is the plain step: PEFT's own layers, autograd, any optimizer, any loss, an
 UNet's forwards and keeps everything here. On a GPU, steps are CUDA graphs, which are replayed with one launch.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -14,6 +15,7 @@ from training.data.batches import Batch
 from training.method.adapters import Adapter
 from training.method.diffusion import (
     LossConfig,
+    huber_threshold,
     loss_per_sample,
     noised,
     offset_noise,
@@ -46,7 +48,9 @@ class TrainStep:
     """Trains `adapter` in `unet`; the loss is fp32.
 
     `all_reduce` adds up the gradients and the loss, one flat buffer, over the processes, in place; None for one process.
-    `sync_compute_weights` is called before the first forward of a step, where the layers compute with a copy of the weights.
+    `add_gradient` adds the gradient of what depends on the adapter's weights alone; the reported loss does not include it.
+    `sync_compute_weights` is called before the first forward of a step, where the layers compute with a copy of the weights;
+    with False, the layers compute without the adapter until it is called again.
     """
 
     def __init__(
@@ -59,7 +63,8 @@ class TrainStep:
         max_grad_norm: float,
         all_reduce: Callable[[torch.Tensor], None] | None = None,
         *,
-        sync_compute_weights: Callable[[], None] = lambda: None,
+        add_gradient: Callable[[], None] | None = None,
+        sync_compute_weights: Callable[..., None] = lambda adapts=True: None,
         captures: bool = True,
     ):
         self.unet = unet
@@ -69,13 +74,17 @@ class TrainStep:
         self.precision = precision
         self.max_grad_norm = max_grad_norm
         self.all_reduce = all_reduce
+        self.add_gradient = add_gradient
         self.sync_compute_weights = sync_compute_weights
         self.skipped = 0
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.scales_loss)
         self.learning_rate = torch.zeros((), device=precision.device)
         self.diverged = torch.zeros((), device=precision.device)
         """1 from the first loss or gradient on that is not finite."""
-        can_capture = captures and precision.device.type == "cuda"
+        draws_again = bool(adapter.dropout) and unet.is_gradient_checkpointing
+        if draws_again and precision.device.type == "cuda":
+            print("CUDA graphs: off, training is slower (dropout with gradient checkpointing cannot be captured)", flush=True)
+        can_capture = captures and precision.device.type == "cuda" and not draws_again
         # The scaler decides on the CPU whether an fp16 step is skipped, and some optimizers read numbers back.
         self._captures_update = not precision.scales_loss and optimizer.capturable
         captured = self._step if self._captures_update else self._add_gradients
@@ -92,6 +101,9 @@ class TrainStep:
         A loss or gradient that is not finite leaves the weights as they were, and so do all steps after it.
         """
         self.learning_rate.fill_(learning_rate)
+        if self.adapter.dropout:
+            # Masks follow from the noise, which is a function of seed and position in the run, and change no other random number.
+            torch.manual_seed(batches[0].latent_noise.contiguous().view(torch.int32).flatten()[0].item())
         tensors = self._on_device([tensor for batch in batches for tensor in vars(batch).values()])
         numbers = self.graphs(*tensors) if self.graphs else self._step(_batches(tensors))
         return self._reader(numbers if self._captures_update or not self.graphs else self._update())
@@ -122,10 +134,11 @@ class TrainStep:
         sums = self.adapter.sums
         self.sync_compute_weights()
         sums.zero_()
-        for batch in batches:
-            loss = self.weighted_loss(batch)
-            self.scaler.scale(loss).backward()
-            sums[-1] += loss.detach()
+        with self.adapter.dropping():
+            for batch in batches:
+                loss = self.weighted_loss(batch)
+                self.scaler.scale(loss).backward()
+                sums[-1] += loss.detach()
         if self.all_reduce:
             self.all_reduce(sums)
         return sums
@@ -134,6 +147,8 @@ class TrainStep:
         """Clip the gradient and change the weights; returns what `_step` does. It can be captured if scaler and optimizer can."""
         gradient, loss_sum = self.adapter.sums[:-1], self.adapter.sums[-1]
         self.scaler.unscale_(self.optimizer)
+        if self.add_gradient:
+            self.add_gradient()
         norm = torch.linalg.vector_norm(gradient)
         not_finite = (~(norm.isfinite() & loss_sum.isfinite())).float()
         if self.max_grad_norm:
@@ -160,6 +175,21 @@ class TrainStep:
 
         return read
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this block the adapter has the weights that are validated, sampled and saved as a LoRA file; then those of the
+        training again, to the last bit."""
+        average, weights = self.optimizer.averaged_weights(), self.adapter.weights.detach()
+        if average is None:
+            yield
+            return
+        trained = weights.clone()
+        weights.copy_(average)
+        try:
+            yield
+        finally:
+            weights.copy_(trained)
+
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """The loss of `batches` with the weights as they are; nothing of the training changes."""
@@ -167,16 +197,35 @@ class TrainStep:
         return sum(self.weighted_loss(batch.to(self.precision.device)).item() for batch in batches)
 
     def weighted_loss(self, batch: Batch) -> torch.Tensor:
-        """Scalar: the batch's part of the loss of the optimizer step, differentiable in the adapter's weights."""
-        config = self.config
+        """Scalar: the batch's part of the loss of the optimizer step, differentiable in the adapter's weights.
+
+        What is to remain of the base model is predicted in the same forward, behind the samples of the batch, and compared with
+        what the base model predicts (ai-toolkit's differential output preservation).
+        """
+        config, rows = self.config, batch.prior_rows
         latents = sampled_latents(batch.mean, batch.log_variance, batch.latent_noise, config.latent_scaling)
         noise = offset_noise(batch.noise, batch.offset, config.noise_offset)
         alpha_bar = config.alphas_cumprod[batch.timesteps]
         noisy = noised(latents, noise, alpha_bar)
-        prediction = self.predict(noisy, batch.timesteps, batch.hidden, batch.pooled, batch.add_time_ids)
+        inputs = noisy, batch.timesteps, batch.hidden, batch.pooled, batch.add_time_ids
+        if len(rows):
+            of_prior = noisy[rows], batch.timesteps[rows], batch.prior_hidden, batch.prior_pooled, batch.add_time_ids[rows]
+            expected = self.predict_without_adapter(*of_prior)
+            inputs = tuple(torch.cat(pair) for pair in zip(inputs, of_prior, strict=True))
+        prediction, of_class = self.predict(*inputs).split([len(noisy), len(rows)])
         target = target_of(latents, noise, alpha_bar, config.prediction_type)
-        losses = loss_per_sample(prediction, target, config.loss, batch.mask if batch.mask.numel() else None)
-        return (losses * weight_per_sample(alpha_bar, config) * batch.weights).sum()
+        mask, huber_c = batch.mask if batch.mask.numel() else None, huber_threshold(alpha_bar, config.loss)
+        losses = loss_per_sample(prediction, target, config.loss, mask, huber_c=huber_c)
+        total = (losses * weight_per_sample(alpha_bar, config) * batch.weights).sum()
+        return total + (loss_per_sample(of_class, expected) * batch.prior_weights).sum() if len(rows) else total
+
+    @torch.no_grad()
+    def predict_without_adapter(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """What `predict` would return if there were no adapter."""
+        self.sync_compute_weights(False)
+        prediction = self.predict(*inputs)
+        self.sync_compute_weights()
+        return prediction
 
     def predict(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor, pooled: torch.Tensor, add_time_ids: torch.Tensor
@@ -246,9 +295,9 @@ class CudaGraphs:
         return replay
 
 
-def recomputed(block: Callable, *args: object) -> object:
-    """Call `block` and compute its activations again in the backward.
+def recomputed(block: Callable, *args: object, is_random: bool = False) -> object:
+    """Call `block` and compute its activations again in the backward, with the same random numbers if it `is_random`.
 
-    Nothing in it is random, and saving the generator's state would break the capture of a CUDA graph.
+    Saving the generator's state for these would break the capture of a CUDA graph.
     """
-    return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+    return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, preserve_rng_state=is_random)

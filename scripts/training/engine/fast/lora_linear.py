@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from training.engine.fast.ops import copier
+from training.engine.fast.ops import copier, dequantized
 from training.method.adapters import ADAPTER, CONTEXT, Adapter, shared_input_groups
-from training.models.int8 import Int8Linear
+from training.models.int8 import Int8Conv2d, Int8Linear
 
 _LAYERS_AT_ONCE = 8
 """Of the cross-attentions' keys and values: how many weights in int8 are multiplied out at a time. SDXL's 128 are 630 MB."""
@@ -50,46 +50,52 @@ class FusedLoraLinear:
     up_grad: torch.Tensor
     """Shape of `up`, fp32: the gradient of `up` without `scale`."""
     scale: float
-    """alpha / rank"""
+    """Of the LoRAs' changes."""
     grad_anchor: torch.Tensor
     """A scalar that requires a gradient: autograd calls the backward even where the input requires none."""
 
     def frozen(self, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of the weight in the UNet's dtype, multiplied out for the caller if they are in int8."""
-        return self.weight[rows] if self.weight_scales is None else self.weight[rows] * self.weight_scales[rows]
+        return self.weight[rows] if self.weight_scales is None else dequantized(self.weight[rows], self.weight_scales[rows])
 
 
-def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], Callable[[], None]]:
+def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], Callable[..., None]]:
     """The fused layers, built from the PEFT layers of `adapter`, by the name of the group; and a function that copies the fp32
-    weights to those with which they compute.
+    weights to those with which they compute, or with False makes them compute without a LoRA.
 
     The frozen weights of a group are joined, and its base layers become views of the joined one, so that none is held twice.
     """
     weights = adapter.weights.detach()
     anchor = torch.zeros((), device=weights.device, requires_grad=True)
     start, groups = 0, {}
-    downs, ups = [], []
-    """Where a part of the flat weights begins, and the tensor with which layers compute."""
+    downs, ups = [], {}
+    """Where a part of the flat weights begins, and the tensor with which layers compute; those of `up` by scale."""
     for group, names in shared_input_groups(adapter.layers.items()).items():
         bases = [adapter.layers[name].base_layer for name in names]
         n, (out, width) = len(names), bases[0].weight.shape
-        rank = adapter.layers[names[0]].lora_A[ADAPTER].weight.shape[0]
+        rank, scale = adapter.layers[names[0]].r[ADAPTER], adapter.layers[names[0]].scaling[ADAPTER]
         middle = start + n * rank * width
         end = middle + n * rank * out
         is_wide = not group.startswith(CONTEXT) and not isinstance(bases[0], Int8Linear)
         matrices = _joined(bases, rank) if is_wide else _separate(bases, rank)
         _, _, _, down, up, _, _ = matrices
         downs.append((start, down))
-        ups += [(middle + number * rank * out, each) for number, each in enumerate(up)]
+        ups.setdefault(scale, []).extend((middle + number * rank * out, each) for number, each in enumerate(up))
         # In the flat weights all `down` of a group come before all `up`, without a gap.
         down_grad, up_grad = adapter.sums[start:middle].view(n * rank, width), adapter.sums[middle:end].view(n, out, rank)
-        groups[group] = FusedLoraLinear(tuple(names), *matrices, down_grad, up_grad, adapter.scale, anchor)
+        groups[group] = FusedLoraLinear(tuple(names), *matrices, down_grad, up_grad, scale, anchor)
         start = end
-    copy_downs, copy_ups = copier(weights, downs, 1.0), copier(weights, ups, adapter.scale)
+    copy_downs = copier(weights, downs, 1.0)
+    copies_of_ups = [copier(weights, parts, scale) for scale, parts in ups.items()]
+    copy_zeros = copier(weights, [part for parts in ups.values() for part in parts], 0.0)
 
-    def sync_compute_weights() -> None:
+    def sync_compute_weights(adapts: bool = True) -> None:
+        if not adapts:
+            copy_zeros()
+            return
         copy_downs()
-        copy_ups()
+        for copy in copies_of_ups:
+            copy()
 
     return groups, sync_compute_weights
 
@@ -137,6 +143,11 @@ def fused_lora_linear(x: torch.Tensor, layer: FusedLoraLinear) -> torch.Tensor:
 def fused_lora_context(x: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, ...]:
     """[..., in] -> n tensors [..., out]; `x` gets no gradient."""
     return _FusedContextFunction.apply(x, layer.grad_anchor, layer)
+
+
+def frozen_weight(conv: torch.nn.Conv2d) -> torch.Tensor:
+    """[out, in, h, w] in the UNet's dtype, multiplied out for the caller if it is in int8."""
+    return dequantized(conv.codes, conv.scales) if isinstance(conv, Int8Conv2d) else conv.weight
 
 
 def frozen_conv(x: torch.Tensor, conv: torch.nn.Conv2d) -> torch.Tensor:
@@ -259,7 +270,7 @@ class _FrozenConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, conv):
         ctx.shape, ctx.conv = x.shape, conv
-        return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+        return F.conv2d(x, frozen_weight(conv), None, conv.stride, conv.padding)
 
     @staticmethod
     @once_differentiable
@@ -268,6 +279,6 @@ class _FrozenConv(torch.autograd.Function):
         # PyTorch's gradient of a convolution wants an input of the right shape even where only dx is computed from dy.
         never_read = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
         dx, _, _ = torch.ops.aten.convolution_backward(
-            dy, never_read, conv.weight, None, conv.stride, conv.padding, (1, 1), False, (0, 0), 1, (True, False, False)
+            dy, never_read, frozen_weight(conv), None, conv.stride, conv.padding, (1, 1), False, (0, 0), 1, (True, False, False)
         )
         return dx, None
