@@ -174,13 +174,18 @@ def with_class_of_prior(settings: TrainSettings, plan: Plan, trigger: str) -> tu
     if not weight:
         return settings, []
     word, origin = samples.subject_class.strip(), "as set"
-    if not word:
-        word, origin = class_word(trigger, [example.caption for example in plan.examples]), "from the captions"
+    captions = plan.captions or {trigger: [example.caption for example in plan.images]}
+    nameless = [name for name in captions if name not in plan.classes]
+    if not nameless:
+        word, origin = next(iter(plan.classes.values())), "as in the folders"
+    elif not word:
+        word, origin = class_word(nameless[0], [text for name in nameless for text in captions[name]]), "from the captions"
         if word not in CLASS_WORDS:
             problem = "needs the word for the kind of subject, which the captions do not have"
             raise SettingsError(f"PRIOR_PRESERVATION {problem}: set SUBJECT_CLASS, for example SUBJECT_CLASS=woman")
     settings = replace(settings, samples=replace(samples, subject_class=word))
-    return settings, [f"prior preservation: weight {weight:g}, {word!r} for {trigger!r} ({origin})"]
+    words = ", ".join(f"{plan.classes.get(name, word)!r} for {name!r}" for name in captions)
+    return settings, [f"prior preservation: weight {weight:g}, {words} ({origin})"]
 
 
 def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:

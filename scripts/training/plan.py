@@ -236,8 +236,8 @@ def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base
     `train` has every "auto" resolved. A setting that is newer than the first version is left out where it has the value that
     older versions used (`before`), so that a new setting changes no fingerprint.
     """
-    subject_class, keeps_prior = train.samples.subject_class, train.objective.prior_preservation
     only = {train.data.resolution}
+    classes = [f"{word} for {trigger}" for trigger, word in plan.classes.items()]
     trained = [[example.sha256, example.caption, example.repeats, *_newer(example, only)] for example in plan.examples]
     held_out = [[example.sha256, example.caption, *_newer(example, only)] for example in plan.held_out]
     settings = {recorded_name(key): value for key, value in settings_of(train, "result") if value != key.metadata["before"]}
@@ -258,7 +258,7 @@ def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base
         "trigger_word": trigger_word,
         GLOBAL_BATCH: plan.global_batch,
         WARMUP_STEPS: plan.warmup_steps,
-        **({PRIOR_CLASS: [subject_class, plan.classes] if plan.classes else subject_class} if keeps_prior else {}),
+        **({PRIOR_CLASS: ", ".join([train.samples.subject_class, *classes])} if train.objective.prior_preservation else {}),
     }
 
 

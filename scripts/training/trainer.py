@@ -78,8 +78,13 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             regularization=examples[count + held_out_count :],
             prior_weight=job.plan.prior_weight,
         )
-        of_held_out = {"examples": examples[count : count + held_out_count], "regularization": ()}
-        held_out = replace(reader, **of_held_out, caption_dropout=0.0, prior_preservation=0.0, pin=False)
+        held_out = replace(
+            reader,
+            examples=examples[count : count + held_out_count],
+            caption_dropout=0.0,
+            prior_preservation=0.0,
+            pin=False,
+        )
         batches = prefetch(reader, schedule.remaining, job.settings.data.dataloader_num_workers)
         modules, remaining = adapter.modules, len(schedule.remaining)
         print(f"{len(modules)} modules of {job.settings.lora.describe()}; {remaining} steps to go", flush=True)

@@ -83,6 +83,24 @@ def test_sample_images_and_the_recommended_file_are_shown(project):
     assert html.count("likeness 0.41") == 2
 
 
+def test_several_concepts_are_listed_with_their_classes_and_traits(project):
+    project.add_image("a.png", "sks_woman, hat")
+    project.add_image("2_bob/b.png", "bob, hat")
+    project.add_image("../regularization/1_woman/r.png")
+    (project.dataset / "images/2_bob/folder.toml").write_text('trigger = "bob"\nclass = "man"')
+    records = project.dataset / ".loracat"
+    records.mkdir()
+    traits = {"sks_woman": {"kept": {"long hair": 1}}, "bob": {"pruned": {"beard": 0.9}}}
+    (records / "traits.json").write_text(json.dumps({"concepts": traits}))
+    html = project.html()
+    assert "<td><code>bob</code></td><td>man</td><td>1</td><td>2</td>" in html
+    assert "<td><code>sks_woman</code></td><td></td><td>1</td><td>1</td>" in html
+    assert re.search(r"Traits of <code>bob</code>:.*beard 90 % .*not in the captions", html)
+    assert re.search(r"Traits of <code>sks_woman</code>:.*long hair 100 %", html)
+    assert "1 regularization images, which show the class of the subject" in html
+    assert re.findall(r"(\d)&nbsp;(\w+)</li>", html) == [("2", "hat")]
+
+
 def test_texts_of_the_user_stay_text(project):
     evil = "<script>alert(1)</script>"
     project.add_image("a.png", f"sks_woman, {evil}")

@@ -128,8 +128,8 @@ class BatchReader:
         used = slots or [(0, step.examples[0])]
         samples = [self.sample(examples[index], first + slot, is_prior=is_prior) for slot, index in used]
         batch = make_batch(samples, weights, self.micro_batch)
-        if self.prior_preservation and not is_prior:
-            batch = replace(batch, **self._prior(step, slots))
+        if self.prior_preservation:
+            batch = replace(batch, **self._prior(step, [] if is_prior else slots))
         return batch.pinned() if self.pin else batch
 
     def sample(self, example: CachedExample, position: int, *, is_prior: bool = False) -> Sample:

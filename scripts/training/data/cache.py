@@ -179,8 +179,8 @@ class CacheBuilder:
         subject_class: str = "",
     ) -> tuple[list[CachedExample], dict[str, Path]]:
         """Encode every image, caption and prompt that the cache lacks, and free the encoders. Captions are encoded the same way
-        whatever the prompts are. With `subject_class`, they are encoded with the class of their folder, or else this word, for the
-        trigger word, too.
+        whatever the prompts are. With `subject_class`, they are encoded with the class of their folder, or else this one,
+        for the trigger word, too.
 
         Returns the examples, and the file of each prompt. Prints which text is cut from captions.
         """
@@ -201,10 +201,12 @@ class CacheBuilder:
         latents, masks = self.latents_entries([*images, *mirrored]), self.masks_entries([*images, *mirrored])
         embeddings = self.embeddings_entries([*variants, [""]], chunks)
         of_prompts = self.embeddings_entries([[prompt] for prompt in prompts], prompt_chunks)
-        with_class = []
-        for (example, _), texts in zip(images, variants, strict=True):
-            word, to = example.trigger, example.class_word or subject_class
-            with_class.append([replace_trigger(text, word, to) if word else text for text in texts])
+        with_class = [
+            [replace_trigger(text, example.trigger, example.class_word or subject_class) for text in texts]
+            if example.trigger
+            else texts
+            for (example, _), texts in zip(images, variants, strict=True)
+        ]
         of_class = self.embeddings_entries(with_class if subject_class else [], chunks)
         new_latents, images_found = self._missing(latents, workers)
         new_masks, _ = self._missing([entry for entry in masks if entry], workers)
