@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from common.dataset_layout import DatasetFolder, select_images
+from common.dataset_table import dataset_table
 from common.errors import ResourceError, run_checks
 from common.output_layout import check_disk_space
 from common.project import ProjectSettings
@@ -55,9 +56,11 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
     def check_run() -> str:
         if inputs_pending:
             images = select_images(DatasetFolder(project.dataset_dir)).images
-            without = sum(not image.caption_to_read.exists() for image in images)
+            without = sum(not image.has_caption for image in images)
             if without or not images:
                 return f"images: {len(images)} so far, {without} without a caption; the run is planned when all are there"
+        else:
+            print(dataset_table(DatasetFolder(project.dataset_dir), project.trigger_word), flush=True)
         examples, left_out = read_images(project, settings.data)
         unusable.append(left_out)
         if not found:
@@ -85,7 +88,7 @@ def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettin
     engine, _ = choose_engine(settings.run.engine, settings.lora)
     budget = measure_budget(base, examples, settings, precision, engine, processes=1)
     settings, budget = resolve_quantization(settings, budget)
-    settings = resolve_batch_size(settings, budget, len(examples))
+    settings = resolve_batch_size(settings, budget, sum(not example.is_regularization for example in examples))
     plan = make_plan(examples, settings, schedule)
     settings, prior = with_class_of_prior(settings, plan, trigger)
     samples, _ = plan_samples(settings, trigger, plan, budget, base, {})
