@@ -648,9 +648,10 @@ def test_resolved_file_gives_the_same_settings_again(tmp_path):
 
 
 def test_resolved_file_says_where_a_value_was_set(tmp_path):
-    request = resolve(write(tmp_path, ""), {"LORA_RANK": "5", "TRIGGER_WORD": "a # b"}, [], Everything)
+    request = resolve(write(tmp_path, ""), {"LORA_RANK": "5", "TRIGGER_WORD": "a # b", "RESOLUTION": "1024,768"}, [], Everything)
     text = resolved_toml(vars(request.settings), request.sources)
     assert "lora_rank = 5  # set by environment" in text
+    assert "resolution = [  # set by environment\n" in text
     assert resolve(write(tmp_path, text), {}, [], Everything).settings == request.settings
 
 

@@ -26,6 +26,7 @@ from training.config import TrainSettings
 from training.data.dataset import Inputs, read_images
 from training.engine import EngineName, choose_engine
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
+from training.method.diffusion import HUBER_C
 from training.method.optimizers import OPTIMIZERS, require_usable
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
@@ -211,7 +212,8 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
         "ss_batch_size_per_device": str(settings.run.train_batch_size),
         "ss_learning_rate": str(settings.optimizer.learning_rate),
         "ss_unet_lr": str(settings.optimizer.learning_rate),
-        "ss_optimizer": OPTIMIZERS[settings.optimizer.optimizer].label,
+        **_method_metadata(settings, plan),
+        "ss_epoch": str(epochs),
         "ss_seed": str(settings.run.train_seed),
         "ss_tag_frequency": json.dumps({"dataset": _most_frequent(tags)}, ensure_ascii=False),
         "ss_training_finished_at": str(now.timestamp()),
@@ -234,6 +236,23 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
             if plan.regularization
             else {}
         ),
+    }
+
+
+def _method_metadata(settings: TrainSettings, plan: Plan) -> dict[str, str]:
+    """Optimizer and objective in the words of kohya's scripts, where these have one."""
+    optimizer, loss = settings.optimizer, settings.objective.loss
+    huber = {"ss_huber_schedule": "snr" if loss == "huber_snr" else "constant", "ss_huber_c": str(HUBER_C)}
+    return {
+        "ss_optimizer": OPTIMIZERS[optimizer.optimizer].label,
+        "ss_lr_scheduler": optimizer.lr_scheduler,
+        "ss_lr_warmup_steps": str(plan.warmup_steps),
+        "ss_max_grad_norm": str(optimizer.max_grad_norm),
+        "ss_loss_type": {"mse": "l2", "huber_snr": "huber"}.get(loss, loss),
+        **(huber if loss.startswith("huber") else {}),
+        "ss_min_snr_gamma": str(plan.min_snr_gamma or None),
+        "ss_debiased_estimation": str(settings.objective.loss_weighting == "debiased"),
+        "ss_noise_offset": str(plan.noise_offset or None),
     }
 
 

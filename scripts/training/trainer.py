@@ -21,6 +21,7 @@ from common.files import write_bytes
 from common.settings import resolved_toml
 from training.callbacks.checkpoint import CheckpointWriter, keep_one, remove_incomplete, restore
 from training.callbacks.history import recorded_history
+from training.callbacks.image_losses import ImageLosses
 from training.callbacks.metrics import open_metrics
 from training.callbacks.renderer import Renderer
 from training.callbacks.report_page import report_page
@@ -88,7 +89,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
         modules, remaining = adapter.modules, len(schedule.remaining)
         print(f"{len(modules)} modules of {job.settings.lora.describe()}; {remaining} steps to go", flush=True)
         with (
-            writing_callbacks(job, adapter, step, schedule, is_writer=group.is_main_process) as writers,
+            writing_callbacks(job, adapter, step, schedule, reader, is_writer=group.is_main_process) as writers,
             likeness_of_samples(job) as likeness,
         ):
             callbacks = list(writers)
@@ -331,20 +332,22 @@ def stop_request(group: ProcessGroup, guard: MemoryGuard | None) -> Callable[[],
 
 @contextlib.contextmanager
 def writing_callbacks(
-    job: TrainingJob, adapter: Adapter, step: TrainStep, schedule: RunSchedule, *, is_writer: bool
+    job: TrainingJob, adapter: Adapter, step: TrainStep, schedule: RunSchedule, reader: BatchReader, *, is_writer: bool
 ) -> Iterator[list[Callback]]:
     """What records the steps and saves LoRAs and checkpoints. Only one process writes; in the others there is none of it."""
     if not is_writer:
         yield []
         return
     outputs, settings = job.outputs, job.settings
+    files, names = (outputs.sample_losses, outputs.image_losses), [example.name for example in reader.examples]
     state = adapter.weights, step.optimizer, step.scaler
     with (
         open_metrics(settings.logging, outputs.name, outputs.metrics, outputs.logs, schedule.start.next_step) as metrics,
+        ImageLosses(*files, names, reader.indices, schedule.saves_lora_between, schedule.start.next_step) as losses,
         CheckpointWriter(outputs.state, job.identity, settings.saving.keep_last_states, *state) as checkpoints,
         report_page(job.project, schedule.saves_lora_between) as page,
     ):
-        yield [metrics, LoraSaver(job, adapter.modules, schedule), checkpoints, page]
+        yield [metrics, losses, LoraSaver(job, adapter.modules, schedule), checkpoints, page]
 
 
 def likeness_of_samples(job: TrainingJob) -> SampleLikeness:

@@ -41,6 +41,31 @@ def test_a_finished_run_shows_files_curves_and_recipe(project):
     assert "LEARNING_RATE=5e-05 docker compose run --rm loracat --train" in html
 
 
+def test_losses_of_images_are_shown_and_outliers_named(project):
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        project.add_image(name, "sks_woman")
+    project.add_run()
+    assert "of the usual loss" not in project.html()
+    state = project.output / "state" / "sks_woman"
+    state.mkdir(parents=True)
+    losses = {"a.png": 1.0, "b.png": 2.5, "c.png": 0.4}
+    record = {"relative_loss": losses, "never_fit": ["b.png"], "learned_at_once": ["c.png"]}
+    (state / "image_losses.json").write_text(json.dumps(record))
+    html = project.html()
+    assert "Never fit by the last run: b.png." in html
+    assert "Learned at once: c.png." in html
+    shown = re.findall(r"<strong>(\w\.png)</strong>.*?([\d.]+) of the usual loss(: [a-z ]+)?<", html, re.DOTALL)
+    assert sorted(shown) == [("a.png", "1.00", ""), ("b.png", "2.50", ": never fits"), ("c.png", "0.40", ": learned at once")]
+    (state / "image_losses.json").write_text('{"relative_loss": [1], "never_fit": 3}')
+    assert "of the usual loss" not in project.html()
+
+
+def test_a_list_in_the_settings_is_part_of_the_command_that_repeats_the_run(project):
+    resolution = "[train.data]\nresolution = [  # set by environment\n    1024,\n    768,\n]\n\n"
+    project.add_run(config=resolution + '[train.saving]\noutput_name = "sks_woman"\n')
+    assert "RESOLUTION=1024,768 docker compose run --rm loracat --train" in project.html()
+
+
 def test_an_unfinished_run_says_how_to_continue(project):
     project.add_run(finished=False)
     html = project.html()

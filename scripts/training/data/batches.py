@@ -100,18 +100,25 @@ class BatchReader:
     def __call__(self, step: OptimizerStep) -> list[Batch]:
         """This process's micro-batches of `step`, those of regularization images last: every `world_size`-th one, at least one.
         Each has `micro_batch` samples; missing ones are padded with weight 0."""
-        parts = self._parts(step, step.examples, is_prior=False) + self._parts(step, step.regularization, is_prior=True)
-        return [self._batch(step, *part) for part in parts[self.group.rank :: self.group.world_size] or [([], False)]]
+        return [self._batch(step, *part) for part in self._parts_of_process(step) or [([], False)]]
+
+    def indices(self, step: OptimizerStep) -> list[int]:
+        """The examples of this process's samples of `step`, in the order of its micro-batches; regularization images, which come
+        after them, are left out."""
+        return [index for slots, is_prior in self._parts_of_process(step) if not is_prior for _, index in slots]
 
     def image_names(self, step: OptimizerStep) -> str:
         """The images of `step`, for messages."""
         names = {self.examples[index].name for index in step.examples}
         return ", ".join(sorted(names | {self.regularization[index].name for index in step.regularization}))
 
-    def _parts(self, step: OptimizerStep, indices: Sequence[int], is_prior: bool) -> list[tuple[list[tuple[int, int]], bool]]:
+    def _parts_of_process(self, step: OptimizerStep) -> list[tuple[list[tuple[int, int]], bool]]:
         """The (slot, index) pairs of each micro-batch, and whether they are regularization images."""
-        slots = list(enumerate(indices))
-        return [(slots[start : start + self.micro_batch], is_prior) for start in range(0, len(slots), self.micro_batch)]
+        parts = []
+        for indices, is_prior in ((step.examples, False), (step.regularization, True)):
+            slots = list(enumerate(indices))
+            parts += [(slots[start : start + self.micro_batch], is_prior) for start in range(0, len(slots), self.micro_batch)]
+        return parts[self.group.rank :: self.group.world_size]
 
     def _batch(self, step: OptimizerStep, slots: Sequence[tuple[int, int]], is_prior: bool) -> Batch:
         """The micro-batch of these (slot, index) pairs. Its weights are shares of the whole step over all processes."""

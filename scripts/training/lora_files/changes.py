@@ -59,7 +59,8 @@ def factors(layer: Layer, tensors: Tensors) -> Factors:
         elif layer.kind == "LoKr":
             first = pairs[0][0] @ pairs[0][1]
             up, down = torch.kron(first, up), torch.kron(torch.eye(first.shape[1], device=first.device), down)
-        up.matmul(down[:, :1])  # fails if the ranks do not match
+        if up.shape[1] != len(down) or not len(down):
+            raise RuntimeError
         if not kernel and _CONVOLUTION.fullmatch(layer.name):
             kernel = (3, 3)
         if down.shape[1] % math.prod(kernel):
