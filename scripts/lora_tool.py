@@ -97,7 +97,8 @@ def share(text: str) -> float:
 
 
 def number(text: str) -> float:
-    return _checked(text, float, lambda value: math.isfinite(value) and abs(value) <= MOST_WEIGHT, "a number, such as 0.8 or -0.3")
+    expected = "a number, such as 0.8 or -0.3, after the files"
+    return _checked(text, float, lambda value: math.isfinite(value) and abs(value) <= MOST_WEIGHT, expected)
 
 
 def _checked(text: str, convert: Callable[[str], float], is_valid: Callable[[float], bool], expected: str) -> float:

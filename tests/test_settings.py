@@ -400,7 +400,7 @@ def test_alpha_follows_the_rank_unless_it_is_set(tmp_path):
     [
         ("LORA_RNK", "LORA_RANK"), ("TRIGER_WORD", "TRIGGER_WORD"), ("OUTPUT_DRI", "OUTPUT_DIR"), ("lora_rank", "LORA_RANK"),
         ("COMFYUI_ENDPOINTS", "COMFYUI_ENDPOINT"), ("COMFYUI_URL", "COMFYUI_ENDPOINT"), ("COMFYUI_HEADER", "COMFYUI_HEADERS"),
-        ("WANDB_APIKEY", "WANDB_API_KEY"), ("NUM_TRAIN_EPOCH", "NUM_TRAIN_EPOCHS"), ("STRCT", "STRICT"), ("LORA_DROPOUT", ""),
+        ("WANDB_APIKEY", "WANDB_API_KEY"), ("NUM_TRAIN_EPOCH", "NUM_TRAIN_EPOCHS"), ("STRCT", "STRICT"), ("LORA_MOMENTUM", ""),
         ("LORANK", "LORA_RANK"), ("NETWORK_DIM", "LORA_RANK"),
         ("CAPTION_LANGUAGE", ""), ("TRAIN_STEPS", ""),
     ],
@@ -648,9 +648,10 @@ def test_resolved_file_gives_the_same_settings_again(tmp_path):
 
 
 def test_resolved_file_says_where_a_value_was_set(tmp_path):
-    request = resolve(write(tmp_path, ""), {"LORA_RANK": "5", "TRIGGER_WORD": "a # b"}, [], Everything)
+    request = resolve(write(tmp_path, ""), {"LORA_RANK": "5", "TRIGGER_WORD": "a # b", "RESOLUTION": "1024,768"}, [], Everything)
     text = resolved_toml(vars(request.settings), request.sources)
     assert "lora_rank = 5  # set by environment" in text
+    assert "resolution = [  # set by environment\n" in text
     assert resolve(write(tmp_path, text), {}, [], Everything).settings == request.settings
 
 

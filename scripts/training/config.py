@@ -42,6 +42,8 @@ class DataSettings(SharedDataSettings):
     caption_shuffle: bool = setting(True, role="result")
     caption_variants: int = setting(8, at_least=1, at_most=64, role="result")
     """How many shuffles of a caption are encoded."""
+    prior_weight: float = setting(1.0, at_least=0, at_most=100, role="result", before=1.0)
+    """Of regularization images in the loss, beside 1 of the others; 0: they are not used."""
     dataloader_num_workers: int = setting(4, at_least=0, at_most=64, role="runtime")
     skip_flagged: bool = setting(False, role="runtime")
     """Leave out the images that the caption stage's audit flagged."""

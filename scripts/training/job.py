@@ -80,7 +80,7 @@ def resolve_on_all_ranks(
     if group.is_main_process:
         return job
     if group.local_rank == 0:
-        expected = {(example.sha256, example.mask_key) for example in [*job.plan.examples, *job.plan.held_out]}
+        expected = {(example.sha256, example.mask_key) for example in job.plan.all_examples}
         examples, _ = read_images(project, settings.data)
         if {(example.sha256, example.mask_key) for example in examples} != expected:
             what = "the images or their masks differ from those of the main machine"
@@ -108,7 +108,8 @@ def resolve_job(
     settings, budget = resolve_quantization(settings, budget, recorded_choice)
 
     samples = saved.identity.fingerprint[GLOBAL_BATCH] // world_size if saved else None
-    settings = resolve_batch_size(settings, budget, max(1, len(examples) // world_size), samples)
+    trained = sum(not example.is_regularization for example in examples)
+    settings = resolve_batch_size(settings, budget, max(1, trained // world_size), samples)
     settings = replace(settings, run=match_global_batch(settings.run, world_size, None if was_finished else saved))
     schedule = base.schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
     plan = make_plan(examples, settings, schedule, world_size)
@@ -129,7 +130,7 @@ def resolve_job(
     recorded = saved.identity.runtime if continues else {}
     images, resolved = plan_samples(settings, project.trigger_word, plan, budget, base, recorded)
     settings = replace(settings, samples=resolved)
-    runtime = runtime_settings(settings, world_size) | decoder_record([*plan.examples, *plan.held_out])
+    runtime = runtime_settings(settings, world_size) | decoder_record(plan.all_examples)
     identity = Identity(fingerprint, runtime, plan.shared_prefix_steps)
     is_finished = not settings.saving.fresh and outputs.is_finished(short_hash(fingerprint))
     if images and not is_finished:
@@ -170,7 +171,7 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
             zero_terminal_snr=schedule.zero_terminal_snr,
             mixed_precision=precision.name,
         ),
-        data=replace(settings.data, resolution=sizes if len(sizes) > 1 else sizes[0]),
+        data=replace(settings.data, resolution=sizes if len(sizes) > 1 else sizes[0], prior_weight=plan.prior_weight),
         lora=replace(settings.lora, lora_alpha=settings.lora.alpha),
         run=replace(settings.run, engine=engine),
         objective=replace(settings.objective, min_snr_gamma=plan.min_snr_gamma, noise_offset=plan.noise_offset),
@@ -186,10 +187,15 @@ def with_class_of_prior(settings: TrainSettings, plan: Plan, trigger: str) -> tu
     if not weight:
         return settings, []
     word, origin = samples.subject_class.strip(), "as set"
-    if not word:
-        word, origin = class_word(trigger, [example.caption for example in plan.examples]), "from the captions"
+    captions = plan.captions or {trigger: [example.caption for example in plan.images]}
+    nameless = [name for name in captions if name not in plan.classes]
+    if not nameless:
+        word, origin = next(iter(plan.classes.values())), "as in the folders"
+    elif not word:
+        word, origin = class_word(nameless[0], [text for name in nameless for text in captions[name]]), "from the captions"
         if word not in CLASS_WORDS:
             problem = "needs the word for the kind of subject, which the captions do not have"
             raise SettingsError(f"PRIOR_PRESERVATION {problem}: set SUBJECT_CLASS, for example SUBJECT_CLASS=woman")
     settings = replace(settings, samples=replace(samples, subject_class=word))
-    return settings, [f"prior preservation: weight {weight:g}, {word!r} for {trigger!r} ({origin})"]
+    words = ", ".join(f"{plan.classes.get(name, word)!r} for {name!r}" for name in captions)
+    return settings, [f"prior preservation: weight {weight:g}, {words} ({origin})"]

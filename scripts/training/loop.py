@@ -57,6 +57,9 @@ class Callback:
     def after_step(self, step: OptimizerStep, values: dict[str, float]) -> None:
         """Called when the result of `step` is known; `values` are its numbers by name: epoch, lr, loss, gradient_norm ..."""
 
+    def after_losses(self, step: OptimizerStep, samples: Sequence[tuple[int, float]]) -> None:
+        """Called before `after_step`, unless the step was skipped, with what StepResult holds of this process's samples."""
+
     def after_epoch(self, step: OptimizerStep, epochs: int, progress: Progress) -> tuple[Progress, str]:
         """Called when `step` has completed `epochs` epochs, in every process. Returns the progress, changed where the callback
         measured something, and what it adds to the log line of the epoch."""
@@ -205,6 +208,8 @@ def _finish_step(
     if not result.skipped:
         values |= {"loss": result.loss, "loss_average": progress.loss_average, "gradient_norm": result.gradient_norm}
     for callback in callbacks:
+        if not result.skipped:
+            callback.after_losses(step, result.samples)
         callback.after_step(step, values)
     described = f"epoch {step.epoch + 1}/{schedule.epochs} loss {progress.shown_loss} lr {rate:.2e}"
     bar.set_postfix_str(described, refresh=False)

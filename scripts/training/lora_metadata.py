@@ -10,10 +10,11 @@ from pathlib import Path
 from PIL import Image
 
 from common.settings import VERSION
-from training.config import LoraSettings
+from training.config import LoraSettings, TrainSettings
 from training.job import TrainingJob
+from training.method.diffusion import LOSS_METADATA
 from training.method.optimizers import OPTIMIZERS
-from training.plan import short_hash
+from training.plan import Plan, short_hash
 
 _MAX_TAGS_BYTES = 10_000_000
 """Of the tags of all captions in the header of a LoRA. safetensors reads headers of up to 100 MB."""
@@ -25,11 +26,11 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
     """What A1111, Forge, ComfyUI and model managers read in the header of the LoRA after `epochs` epochs; no paths."""
     settings, plan, name = job.settings, job.plan, job.outputs.name
     now, resolution = datetime.now(UTC), settings.data.resolutions[0]
-    tags = Counter(tag for example in plan.images for tag in map(str.strip, example.caption.split(",")) if tag)
+    pieces = [piece for example in plan.images for caption in example.captions for piece in caption.split(",")]
+    tags = Counter(tag for tag in map(str.strip, pieces) if tag)
     is_v = plan.schedule.prediction_type == "v_prediction"
-    images = f"{len(plan.images)} images"
-    trigger = job.project.trigger_word
-    description = f"{trigger}: trained on {images} for {epochs} epochs with LoRACat {VERSION}. Write {trigger} in the prompt."
+    trigger = ", ".join(plan.triggers)
+    description = f"Trained on {len(plan.images)} images for {epochs} epochs with LoRACat {VERSION}. Write {trigger} in the prompt."
     module, arguments = network_of(settings.lora)
     return {
         "ss_base_model_version": "sdxl_base_v1-0",
@@ -54,14 +55,7 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
         "ss_mixed_precision": job.precision.name,
         "ss_learning_rate": str(settings.optimizer.learning_rate),
         "ss_unet_lr": str(settings.optimizer.learning_rate),
-        "ss_optimizer": OPTIMIZERS[settings.optimizer.optimizer].label,
-        "ss_lr_scheduler": settings.optimizer.lr_scheduler,
-        "ss_lr_warmup_steps": str(plan.warmup_steps),
-        "ss_max_grad_norm": str(settings.optimizer.max_grad_norm),
-        "ss_loss_type": {"mse": "l2"}.get(settings.objective.loss, settings.objective.loss),
-        "ss_min_snr_gamma": str((settings.objective.loss_weighting == "min_snr" and plan.min_snr_gamma) or None),
-        "ss_debiased_estimation": str(settings.objective.loss_weighting == "debiased"),
-        "ss_noise_offset": str(plan.noise_offset or None),
+        **_method_metadata(settings, plan),
         "ss_zero_terminal_snr": str(plan.schedule.zero_terminal_snr),
         "ss_caption_dropout_rate": str(settings.data.caption_dropout),
         "ss_shuffle_caption": str(settings.data.caption_shuffle),
@@ -83,6 +77,29 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
         "loracat_fingerprint": short_hash(job.identity.fingerprint),
         **({"modelspec.author": settings.saving.lora_author} if settings.saving.lora_author else {}),
         **({"ss_v_parameterization": "True"} if is_v else {}),
+        **(
+            {
+                "ss_num_reg_images": str(len({each.path for each in plan.regularization})),
+                "ss_prior_loss_weight": str(plan.prior_weight),
+            }
+            if plan.regularization
+            else {}
+        ),
+    }
+
+
+def _method_metadata(settings: TrainSettings, plan: Plan) -> dict[str, str]:
+    """Optimizer and objective in the words of kohya's scripts, where these have one."""
+    optimizer = settings.optimizer
+    return {
+        "ss_optimizer": OPTIMIZERS[optimizer.optimizer].label,
+        "ss_lr_scheduler": optimizer.lr_scheduler,
+        "ss_lr_warmup_steps": str(plan.warmup_steps),
+        "ss_max_grad_norm": str(optimizer.max_grad_norm),
+        **LOSS_METADATA[settings.objective.loss],
+        "ss_min_snr_gamma": str(plan.min_snr_gamma or None),
+        "ss_debiased_estimation": str(settings.objective.loss_weighting == "debiased"),
+        "ss_noise_offset": str(plan.noise_offset or None),
     }
 
 

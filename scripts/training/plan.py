@@ -11,7 +11,7 @@ from typing import Any, Literal
 from common.errors import SettingsError, abbreviated
 from common.settings import all_keys
 from training.config import DataSettings, ObjectiveSettings, TrainSettings
-from training.data.buckets import OptimizerStep, Placement, assign_bucket, run_order
+from training.data.buckets import OptimizerStep, Placement, add_regularization, assign_bucket, run_order
 from training.data.dataset import Example
 from training.models.sdxl import Schedule
 
@@ -25,6 +25,7 @@ AUTO_MIN_SNR_GAMMA = 5.0
 AUTO_NOISE_OFFSET = 0.0357
 WARMUP_STEPS, GLOBAL_BATCH, WORLD_SIZE, INITIAL_LORA = "steps of warm-up", "global batch", "processes", "initial LoRA"
 """Keys of records that other modules read. Records are kept from version to version, so keys keep their names."""
+TRIGGERS, REGULARIZATION = "trigger words", "regularization images"
 PRIOR_CLASS = "class of the prior"
 """Key of the word for the kind of subject, which decides the result where the prior is preserved, and only there."""
 DECODER, _FIRST_DECODER = "decoder", "version 1.0's"
@@ -55,10 +56,14 @@ class Plan:
     held_out: list[Example]
     """What only the validation loss sees, in the same way."""
     held_out_placements: list[Placement]
+    regularization: list[Example]
+    regularization_placements: list[Placement]
     order: list[OptimizerStep]
     global_batch: int
     """Samples per optimizer step."""
     epochs: int
+    prior_weight: float
+    """Of the loss of regularization images."""
     schedule: Schedule
     min_snr_gamma: float
     noise_offset: float
@@ -97,9 +102,49 @@ class Plan:
             f"{self.epochs} epochs, {len(self.order)} optimizer steps of {self.global_batch}, {samples} training samples; "
             f"{self.schedule.prediction_type}, {weighting}, noise offset {self.noise_offset or 'off'}",
         ]
+        lines += self._concepts() if len(self.triggers) > 1 else []
+        if self.regularization:
+            classes = sorted({example.class_word or "captions of their own" for example in self.regularization})
+            count = len({example.path for example in self.regularization})
+            images = f"regularization: {count} images ({abbreviated(classes)}) of weight {self.prior_weight:g}"
+            lines.append(f"{images}, one with each training sample, so that a step takes twice as long")
         if names := [example.name for example in self.held_out]:
             lines.append(f"held out for validation: {abbreviated(list(dict.fromkeys(names)))}")
         return "\n".join([*lines, *self.warnings()])
+
+    @property
+    def all_examples(self) -> list[Example]:
+        """Everything that is encoded: what is trained on, what is held out, regularization images."""
+        return [*self.examples, *self.held_out, *self.regularization]
+
+    @property
+    def all_placements(self) -> list[Placement]:
+        """Of each of `all_examples`."""
+        return [*self.placements, *self.held_out_placements, *self.regularization_placements]
+
+    @property
+    def triggers(self) -> list[str]:
+        """The trigger words of the examples, in their order."""
+        return list(dict.fromkeys(example.trigger for example in self.examples if example.trigger))
+
+    @property
+    def captions(self) -> dict[str, list[str]]:
+        """The captions of the examples by trigger word."""
+        found: dict[str, list[str]] = {word: [] for word in self.triggers}
+        for example in self.images:
+            found.setdefault(example.trigger, []).extend(example.captions)
+        return found
+
+    @property
+    def classes(self) -> dict[str, str]:
+        """Trigger word -> class word, of those that have one."""
+        return {example.trigger: example.class_word for example in self.examples if example.trigger and example.class_word}
+
+    def _concepts(self) -> list[str]:
+        """For each trigger word, its images and their samples in the whole run."""
+        samples = Counter(self.examples[index].trigger for step in self.order for index in step.examples)
+        images = Counter(example.trigger for example in self.images)
+        return [f"trigger word {word}: {images[word]} images, {samples[word]} training samples" for word in self.triggers]
 
     def warnings(self) -> list[str]:
         """What the user should know of this run before it begins, and again when it has ended."""
@@ -116,6 +161,9 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
     the settings already applied. Raises SettingsError if that schedule contradicts the objective."""
     require_possible_objective(train.objective, schedule)
     data, run = train.data, train.run
+    regularization = [example for example in examples if example.is_regularization]
+    regularization = at_each_resolution(regularization, data)
+    examples = [example for example in examples if not example.is_regularization]
     out = _held_out(examples, train.validation.validation_fraction)
     parts = ([e for index, e in enumerate(examples) if (index in out) is chosen] for chosen in (False, True))
     trained, held_out = (at_each_resolution(part, data) for part in parts)
@@ -123,6 +171,10 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
     global_batch = run.train_batch_size * run.gradient_accumulation_steps * world_size
     buckets = [placement.bucket for placement in placements]
     order = run_order(buckets, [example.repeats for example in trained], run.num_train_epochs, global_batch, run.train_seed)
+    prior_placements = placements_of(regularization, data)
+    if regularization:
+        shapes, repeats = [placement.bucket for placement in prior_placements], [example.repeats for example in regularization]
+        order = add_regularization(order, shapes, repeats, global_batch, run.train_seed)
     is_plain = schedule.prediction_type == "epsilon" and not schedule.zero_terminal_snr
     gamma, offset = train.objective.min_snr_gamma, train.objective.noise_offset
     has_gamma = is_plain and train.objective.loss_weighting == "min_snr"
@@ -131,6 +183,9 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
         placements=placements,
         held_out=held_out,
         held_out_placements=placements_of(held_out, data),
+        regularization=regularization,
+        regularization_placements=prior_placements,
+        prior_weight=data.prior_weight if regularization else DataSettings.prior_weight,
         order=order,
         global_batch=global_batch,
         epochs=run.num_train_epochs,
@@ -186,9 +241,16 @@ def result_fingerprint(
     from.
     """
     only = {train.data.resolution}
+    classes = [f"{word} for {trigger}" for trigger, word in plan.classes.items()]
     trained = [[example.sha256, example.caption, example.repeats, *_newer(example, only)] for example in plan.examples]
     held_out = [[example.sha256, example.caption, *_newer(example, only)] for example in plan.held_out]
     settings = {recorded_name(key): value for key, value in settings_of(train, "result") if value != key.metadata["before"]}
+    if plan.triggers and plan.triggers != [trigger_word]:
+        settings[TRIGGERS] = ", ".join(plan.triggers)
+    if plan.regularization:
+        settings[REGULARIZATION] = short_hash(
+            [[each.sha256, each.caption, each.repeats, *_newer(each, only)] for each in plan.regularization]
+        )
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     return {
         **settings,
@@ -201,7 +263,7 @@ def result_fingerprint(
         GLOBAL_BATCH: plan.global_batch,
         WARMUP_STEPS: plan.warmup_steps,
         **({INITIAL_LORA: initial_lora} if initial_lora else {}),
-        **({PRIOR_CLASS: train.samples.subject_class} if train.objective.prior_preservation else {}),
+        **({PRIOR_CLASS: ", ".join([train.samples.subject_class, *classes])} if train.objective.prior_preservation else {}),
     }
 
 
@@ -242,8 +304,8 @@ def changes(recorded: Mapping[str, Any], now: Mapping[str, Any], train: type = T
         old, new = (values.get(name, metadata["before"]) for values in (recorded, now))
         if old == new:
             continue
-        if name in ("data set", "held-out pictures", "base model", INITIAL_LORA):  # hashes
-            found[name] = f"{_SHOWN[name]}: changed"
+        if name in ("data set", "held-out pictures", "base model", REGULARIZATION, INITIAL_LORA):  # hashes
+            found[name] = f"{_SHOWN.get(name, name)}: changed"
         else:
             shown = ["not recorded" if value is MISSING else value for value in (old, new)]
             found[name] = f"{_SHOWN.get(name, name)}: {shown[0]} -> {shown[1]}"

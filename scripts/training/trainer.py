@@ -21,6 +21,7 @@ from common.files import write_bytes
 from common.settings import resolved_toml
 from training.callbacks.checkpoint import CheckpointWriter, keep_one, remove_incomplete, restore
 from training.callbacks.history import recorded_history
+from training.callbacks.image_losses import ImageLosses
 from training.callbacks.metrics import open_metrics
 from training.callbacks.renderer import Renderer
 from training.callbacks.report_page import report_page
@@ -64,7 +65,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
         step, schedule = build_step(job, group, unet, adapter), schedule_of(job)
         if job.saved:
             restore(job.saved, group, adapter.weights, step.optimizer, step.scaler)
-        count = len(job.plan.examples)
+        count, held_out_count = len(job.plan.examples), len(job.plan.held_out)
         reader = BatchReader(
             examples=examples[:count],
             seed=job.settings.run.train_seed,
@@ -77,13 +78,21 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             prior_preservation=job.settings.objective.prior_preservation,
             masks=any(example.mask for example in examples),
             group=group,
+            regularization=examples[count + held_out_count :],
+            prior_weight=job.plan.prior_weight,
         )
-        held_out = replace(reader, examples=examples[count:], caption_dropout=0.0, prior_preservation=0.0, pin=False)
+        held_out = replace(
+            reader,
+            examples=examples[count : count + held_out_count],
+            caption_dropout=0.0,
+            prior_preservation=0.0,
+            pin=False,
+        )
         batches = prefetch(reader, schedule.remaining, job.settings.data.dataloader_num_workers)
         modules, remaining = adapter.modules, len(schedule.remaining)
         print(f"{len(modules)} modules of {job.settings.lora.describe()}; {remaining} steps to go", flush=True)
         with (
-            writing_callbacks(job, adapter, step, schedule, is_writer=group.is_main_process) as writers,
+            writing_callbacks(job, adapter, step, schedule, reader, is_writer=group.is_main_process) as writers,
             likeness_of_samples(job) as likeness,
         ):
             callbacks = list(writers)
@@ -204,8 +213,7 @@ def unet_in_background(job: TrainingJob) -> Iterator[Callable[[], tuple[UNet2DCo
 def encode(
     job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None = None
 ) -> tuple[list[CachedExample], dict[str, Path]]:
-    """Compute once what does not change during training, of the images that are trained on and then of those held out, and of the
-    prompts of sample images.
+    """Compute once what does not change during training, of all images of the plan and of the prompts of sample images.
 
     It is done in the process `encoder`, if there is one and memory for the UNet beside it, so that encoding and loading do not
     wait for each other's interpreter lock.
@@ -215,14 +223,13 @@ def encode(
         return encoder.call_and_close(_encode_in_worker, job)
     if encoder:
         encoder.end()
-    plan, precision = job.plan, job.precision
+    precision = job.precision
     folders = job.project.models_dir, job.outputs.cache
     builder = CacheBuilder(job.base, *folders, precision.device, precision.dtype, group, concurrent)
-    images = zip([*plan.examples, *plan.held_out], [*plan.placements, *plan.held_out_placements], strict=True)
+    images = zip(job.plan.all_examples, job.plan.all_placements, strict=True)
     prompts = texts_of(job.samples) if job.samples else []
-    names = job.project.trigger_word, job.settings.run.train_seed
     subject_class = job.settings.samples.subject_class if job.settings.objective.prior_preservation else ""
-    return builder.build(list(images), job.settings.data, *names, prompts, subject_class)
+    return builder.build(list(images), job.settings.data, job.settings.run.train_seed, prompts, subject_class)
 
 
 def _encode_in_worker(job: TrainingJob) -> tuple[list[CachedExample], dict[str, Path]]:
@@ -336,20 +343,22 @@ def stop_request(group: ProcessGroup, guard: MemoryGuard | None) -> Callable[[],
 
 @contextlib.contextmanager
 def writing_callbacks(
-    job: TrainingJob, adapter: Adapter, step: TrainStep, schedule: RunSchedule, *, is_writer: bool
+    job: TrainingJob, adapter: Adapter, step: TrainStep, schedule: RunSchedule, reader: BatchReader, *, is_writer: bool
 ) -> Iterator[list[Callback]]:
     """What records the steps and saves LoRAs and checkpoints. Only one process writes; in the others there is none of it."""
     if not is_writer:
         yield []
         return
     outputs, settings = job.outputs, job.settings
+    files, names = (outputs.sample_losses, outputs.image_losses), [example.name for example in reader.examples]
     state = adapter.weights, step.optimizer, step.scaler
     with (
         open_metrics(settings.logging, outputs.name, outputs.metrics, outputs.logs, schedule.start.next_step) as metrics,
+        ImageLosses(*files, names, reader.indices, schedule.saves_lora_between, schedule.start.next_step) as losses,
         CheckpointWriter(outputs.state, job.identity, settings.saving.keep_last_states, *state) as checkpoints,
         report_page(job.project, schedule.saves_lora_between) as page,
     ):
-        yield [metrics, LoraSaver(job, adapter.modules, schedule), checkpoints, page]
+        yield [metrics, losses, LoraSaver(job, adapter.modules, schedule), checkpoints, page]
 
 
 def likeness_of_samples(job: TrainingJob) -> SampleLikeness:
@@ -373,6 +382,6 @@ def sample_images(
     """The callback that renders the sample images; `prompts` are the files of their embeddings."""
     vae = load_vae(job.base, torch.device("cpu"))
     renderer = Renderer(step, job.plan.schedule, prompts, vae, job.samples.tiled)
-    names = job.base.name, job.project.trigger_word
+    names = job.base.name, job.plan.triggers
     record = SampleRecord(job.samples, job.outputs, job.identity.fingerprint, *names, likeness)
     return SampleImages(job.samples, renderer, job.outputs, schedule, record, likeness, group, stop, trackers)

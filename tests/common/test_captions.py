@@ -1,5 +1,6 @@
 """Reading captions: what is refused and why, how lines are joined, and when the trigger word is in a caption."""
 
+import json
 import os
 import time
 import tracemalloc
@@ -11,6 +12,8 @@ from common.captions import (
     MAX_CAPTION_BYTES,
     UnusableCaptionError,
     has_trigger,
+    has_weights,
+    in_lines,
     in_one_line,
     leads_with_trigger,
     ordinary_trigger,
@@ -18,6 +21,9 @@ from common.captions import (
     replace_trigger,
     tagger_vocabulary,
 )
+from common.settings import REPOSITORY
+
+GOLDEN = json.loads((REPOSITORY / "tests" / "data" / "captions" / "captions.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -29,6 +35,15 @@ def caption(tmp_path):
 
 def read(caption) -> str:
     return read_caption(caption, caption.parent.parent)
+
+
+@pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)
+def test_files_are_read_as_one_caption_or_as_one_per_line(caption, golden):
+    caption.write_text(golden["file"], encoding="utf-8", newline="")
+    text = read(caption)
+    assert in_one_line(text) == golden["one_caption"]
+    assert in_lines(text) == "\n".join(golden["captions_per_line"])
+    assert has_weights(text) is golden["has_weights"]
 
 
 def refusal(caption) -> str:

@@ -92,36 +92,54 @@ class BatchReader:
     """Weight of the loss that keeps what the base model predicts for the class of the subject; 0: none."""
     group: ProcessGroup = field(default_factory=ProcessGroup)
     """The processes that share each optimizer step."""
+    regularization: Sequence[CachedExample] = ()
+    prior_weight: float = 1.0
+    """Of the mean loss of a step's regularization images, beside 1 of that of its examples (Ruiz et al. 2022, arXiv 2208.12242,
+    equation 2)."""
 
     def __call__(self, step: OptimizerStep) -> list[Batch]:
-        """This process's micro-batches of `step`: every `world_size`-th one, at least one. Each has `micro_batch` samples;
-        missing ones are padded with weight 0."""
-        slots = list(enumerate(step.examples))
-        parts = [slots[start : start + self.micro_batch] for start in range(0, len(slots), self.micro_batch)]
-        return [self._batch(step, part) for part in parts[self.group.rank :: self.group.world_size] or [[]]]
+        """This process's micro-batches of `step`, those of regularization images last: every `world_size`-th one, at least one.
+        Each has `micro_batch` samples; missing ones are padded with weight 0."""
+        return [self._batch(step, *part) for part in self._parts_of_process(step) or [([], False)]]
+
+    def indices(self, step: OptimizerStep) -> list[int]:
+        """The examples of this process's samples of `step`, in the order of its micro-batches; regularization images, which come
+        after them, are left out."""
+        return [index for slots, is_prior in self._parts_of_process(step) if not is_prior for _, index in slots]
 
     def image_names(self, step: OptimizerStep) -> str:
         """The images of `step`, for messages."""
-        return ", ".join(sorted({self.examples[index].name for index in step.examples}))
+        names = {self.examples[index].name for index in step.examples}
+        return ", ".join(sorted(names | {self.regularization[index].name for index in step.regularization}))
 
-    def _batch(self, step: OptimizerStep, slots: Sequence[tuple[int, int]]) -> Batch:
-        """The micro-batch of these (slot, example) pairs. Its weights are shares of the whole step over all processes."""
-        weights = [1.0 / len(step.examples)] * len(slots) or [0.0]
+    def _parts_of_process(self, step: OptimizerStep) -> list[tuple[list[tuple[int, int]], bool]]:
+        """The (slot, index) pairs of each micro-batch, and whether they are regularization images."""
+        parts = []
+        for indices, is_prior in ((step.examples, False), (step.regularization, True)):
+            slots = list(enumerate(indices))
+            parts += [(slots[start : start + self.micro_batch], is_prior) for start in range(0, len(slots), self.micro_batch)]
+        return parts[self.group.rank :: self.group.world_size]
+
+    def _batch(self, step: OptimizerStep, slots: Sequence[tuple[int, int]], is_prior: bool) -> Batch:
+        """The micro-batch of these (slot, index) pairs. Its weights are shares of the whole step over all processes."""
+        examples, weight = (self.regularization, self.prior_weight) if is_prior else (self.examples, 1.0)
+        weights = [weight / len(step.examples)] * len(slots) or [0.0]
         first = step.number * self.global_batch
-        samples = [self.sample(self.examples[index], first + slot) for slot, index in slots or [(0, step.examples[0])]]
+        used = slots or [(0, step.examples[0])]
+        samples = [self.sample(examples[index], first + slot, is_prior=is_prior) for slot, index in used]
         batch = make_batch(samples, weights, self.micro_batch)
         if self.prior_preservation:
-            batch = replace(batch, **self._prior(step, slots))
+            batch = replace(batch, **self._prior(step, [] if is_prior else slots))
         return batch.pinned() if self.pin else batch
 
-    def sample(self, example: CachedExample, position: int) -> Sample:
+    def sample(self, example: CachedExample, position: int, *, is_prior: bool = False) -> Sample:
         """The sample that `example` gives at `position` of the run, as every field of Batch but `weights`, and without `mask` if
         the run has none."""
-        if example.mirrored and is_mirrored(self.seed, position):
+        if example.mirrored and is_mirrored(self.seed, position, is_prior=is_prior):
             example = example.mirrored
         mean, log_variance = read_latents(example.latents)
         how = example.variants, self.caption_dropout, self.timesteps, self.timestep_at
-        variant, drawn = draw(self.seed, position, tuple(mean.shape), *how)
+        variant, drawn = draw(self.seed, position, tuple(mean.shape), *how, is_prior=is_prior)
         hidden, pooled = self._embedding(example, variant, example.embeddings)
         if self.masks:
             mask = read_cached_mask(example.mask) if example.mask else torch.ones(1, *mean.shape[1:])
@@ -172,11 +190,14 @@ def draw(
     caption_dropout: float,
     timesteps: int,
     timestep_at: Callable[[float], int] | None = None,
+    *,
+    is_prior: bool = False,
 ) -> tuple[int | None, Sample]:
     """Everything random about the sample at `position` (optimizer step x global batch + slot) with latents of `latent_shape`
     (C, h, w), for a noise schedule of `timesteps`, drawn as in BatchReader: which of the caption's `variants` it has (None: the
-    empty caption), and the fields of Batch that are drawn."""
-    generator = _generator(seed, position, 0)
+    empty caption), and the fields of Batch that are drawn. The regularization image at the same position (`is_prior`) has numbers
+    of its own."""
+    generator = _generator(seed, position, 2 * is_prior)
 
     # The order of the draws is part of the result: a new one goes to the end.
     timestep = int(generator.integers(timesteps))
@@ -190,9 +211,10 @@ def draw(
     return None if is_dropped else variant, sample
 
 
-def is_mirrored(seed: int, position: int) -> bool:
-    """Whether the sample at `position` is the mirror image, where a run has them: half of all samples are."""
-    return bool(_generator(seed, position, 1).random() < 0.5)
+def is_mirrored(seed: int, position: int, *, is_prior: bool = False) -> bool:
+    """Whether the sample at `position`, or the regularization image there (`is_prior`), is the mirror image, where a run has them:
+    half of all samples are."""
+    return bool(_generator(seed, position, 1 + 2 * is_prior).random() < 0.5)
 
 
 def _generator(seed: int, position: int, purpose: int) -> np.random.Generator:

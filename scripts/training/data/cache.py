@@ -174,24 +174,26 @@ class CacheBuilder:
         self,
         images: Sequence[tuple[Example, Placement]],
         settings: DataSettings,
-        trigger_word: str,
         seed: int,
         prompts: Sequence[str] = (),
         subject_class: str = "",
     ) -> tuple[list[CachedExample], dict[str, Path]]:
         """Encode every image, caption and prompt that the cache lacks, and free the encoders. Captions are encoded the same way
-        whatever the prompts are. With `subject_class`, they are encoded with this word for the trigger word, too.
+        whatever the prompts are. With `subject_class`, they are encoded with the class of their folder, or else this one,
+        for the trigger word, too.
 
         Returns the examples, and the file of each prompt. Prints which text is cut from captions.
         """
-        captions = [example.caption for example, _ in images]
+        captions = [line for example, _ in images for line in example.captions]
         count, shuffle, workers = settings.caption_variants, settings.caption_shuffle, settings.dataloader_num_workers
-        variants = [caption_variants(caption, trigger_word, count, shuffle, seed) for caption in captions]
+        variants = [caption_variants(example.caption, example.trigger, count, shuffle, seed) for example, _ in images]
         tokenizers = load_tokenizers(self.base, self.models_dir)
         chunks = chunks_needed(captions, tokenizers, settings.caption_chunks)
         for example in {example.path: example for example, _ in images}.values():
-            if cut := text_beyond(chunks, example.caption, tokenizers):
-                print(f"{example.name}: its caption is longer than {CHUNK_TOKENS * chunks} tokens; training does not see: {cut}")
+            for caption in example.captions:
+                if cut := text_beyond(chunks, caption, tokenizers):
+                    which = f"its caption is longer than {CHUNK_TOKENS * chunks} tokens"
+                    print(f"{example.name}: {which}; training does not see: {cut}")
 
         prompt_chunks = chunks_needed(list(prompts), tokenizers, settings.caption_chunks)
 
@@ -199,7 +201,12 @@ class CacheBuilder:
         latents, masks = self.latents_entries([*images, *mirrored]), self.masks_entries([*images, *mirrored])
         embeddings = self.embeddings_entries([*variants, [""]], chunks)
         of_prompts = self.embeddings_entries([[prompt] for prompt in prompts], prompt_chunks)
-        with_class = [[replace_trigger(text, trigger_word, subject_class) for text in texts] for texts in variants]
+        with_class = [
+            [replace_trigger(text, example.trigger, example.class_word or subject_class) for text in texts]
+            if example.trigger
+            else texts
+            for (example, _), texts in zip(images, variants, strict=True)
+        ]
         of_class = self.embeddings_entries(with_class if subject_class else [], chunks)
         new_latents, images_found = self._missing(latents, workers)
         new_masks, _ = self._missing([entry for entry in masks if entry], workers)

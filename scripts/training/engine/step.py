@@ -42,6 +42,9 @@ class StepResult:
     """Loss or gradient is not finite; the weights are those of the step before, and no later step changes them."""
     skipped: bool = False
     """They are not finite because the scale of fp16's loss was too large; no weight was changed, and the scale is lower now."""
+    samples: tuple[tuple[int, float], ...] = ()
+    """Timestep and unweighted loss of each of this process's samples, in the order of its batches, without padding. Of a masked
+    sample, the loss is the mean over its mask."""
 
 
 class TrainStep:
@@ -106,7 +109,7 @@ class TrainStep:
             torch.manual_seed(batches[0].latent_noise.contiguous().view(torch.int32).flatten()[0].item())
         tensors = self._on_device([tensor for batch in batches for tensor in vars(batch).values()])
         numbers = self.graphs(*tensors) if self.graphs else self._step(_batches(tensors))
-        return self._reader(numbers if self._captures_update or not self.graphs else self._update())
+        return self._reader(numbers if self._captures_update or not self.graphs else self._update(numbers), batches)
 
     def _on_device(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """`tensors` on the device. Where steps are captured, they are copied while the previous step is still running, on a stream
@@ -122,28 +125,29 @@ class TrainStep:
         return uploaded
 
     def _step(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """The whole step on batches on the device; returns [3] fp32: loss, gradient norm, whether it diverged."""
-        self._add_gradients(batches)
-        return self._update()
+        """The whole step on batches on the device; returns [3 + samples] fp32: loss, gradient norm, whether it diverged, and the
+        unweighted loss of each sample."""
+        return self._update(self._add_gradients(batches))
 
     def _add_gradients(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """Gradient and loss of all batches, in the flat buffer that is returned.
+        """Add up gradient and loss of all batches in the adapter's flat buffer; returns [samples]: the unweighted losses.
 
         Nothing in here reads from the GPU or branches on its numbers, or it could not be captured.
         """
-        sums = self.adapter.sums
+        sums, of_samples = self.adapter.sums, []
         self.sync_compute_weights()
         sums.zero_()
         with self.adapter.dropping():
             for batch in batches:
-                loss = self.weighted_loss(batch)
+                loss, losses = self.weighted_loss(batch)
                 self.scaler.scale(loss).backward()
                 sums[-1] += loss.detach()
+                of_samples.append(losses)
         if self.all_reduce:
             self.all_reduce(sums)
-        return sums
+        return torch.cat(of_samples)
 
-    def _update(self) -> torch.Tensor:
+    def _update(self, losses: torch.Tensor) -> torch.Tensor:
         """Clip the gradient and change the weights; returns what `_step` does. It can be captured if scaler and optimizer can."""
         gradient, loss_sum = self.adapter.sums[:-1], self.adapter.sums[-1]
         self.scaler.unscale_(self.optimizer)
@@ -157,21 +161,22 @@ class TrainStep:
             self.diverged.copy_(torch.maximum(self.diverged, not_finite))
         self.scaler.step(self.optimizer, self.learning_rate, None if self.precision.scales_loss else self.diverged)
         self.scaler.update()
-        return torch.stack([loss_sum, norm, not_finite])
+        return torch.cat([torch.stack([loss_sum, norm, not_finite]), losses])
 
-    def _reader(self, numbers: torch.Tensor) -> Callable[[], StepResult]:
+    def _reader(self, numbers: torch.Tensor, batches: Sequence[Batch]) -> Callable[[], StepResult]:
         """Copy `numbers` to the CPU behind the step; the returned function waits for them."""
         is_cuda = numbers.device.type == "cuda"
-        host = torch.empty(3, pin_memory=True).copy_(numbers, non_blocking=True) if is_cuda else numbers
+        host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True) if is_cuda else numbers
         arrived = torch.cuda.current_stream().record_event() if is_cuda else None
 
         def read() -> StepResult:
             if arrived:
                 arrived.synchronize()
-            loss, norm, not_finite = host.tolist()
+            loss, norm, not_finite, *losses = host.tolist()
             self.skipped = self.skipped + 1 if not_finite else 0
             may_skip = self.precision.scales_loss and self.skipped <= MAX_SKIPPED
-            return StepResult(loss, norm, diverged=bool(not_finite) and not may_skip, skipped=bool(not_finite) and may_skip)
+            failed = {"diverged": bool(not_finite) and not may_skip, "skipped": bool(not_finite) and may_skip}
+            return StepResult(loss, norm, **failed, samples=_samples_of(batches, losses))
 
         return read
 
@@ -194,10 +199,11 @@ class TrainStep:
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """The loss of `batches` with the weights as they are; nothing of the training changes."""
         self.sync_compute_weights()
-        return sum(self.weighted_loss(batch.to(self.precision.device)).item() for batch in batches)
+        return sum(self.weighted_loss(batch.to(self.precision.device))[0].item() for batch in batches)
 
-    def weighted_loss(self, batch: Batch) -> torch.Tensor:
-        """Scalar: the batch's part of the loss of the optimizer step, differentiable in the adapter's weights.
+    def weighted_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scalar: the batch's part of the loss of the optimizer step, differentiable in the adapter's weights; and [B]: the
+        unweighted losses of its samples.
 
         What is to remain of the base model is predicted in the same forward, behind the samples of the batch, and compared with
         what the base model predicts (ai-toolkit's differential output preservation).
@@ -217,7 +223,9 @@ class TrainStep:
         mask, huber_c = batch.mask if batch.mask.numel() else None, huber_threshold(alpha_bar, config.loss)
         losses = loss_per_sample(prediction, target, config.loss, mask, huber_c=huber_c)
         total = (losses * weight_per_sample(alpha_bar, config) * batch.weights).sum()
-        return total + (loss_per_sample(of_class, expected) * batch.prior_weights).sum() if len(rows) else total
+        if len(rows):
+            total = total + (loss_per_sample(of_class, expected) * batch.prior_weights).sum()
+        return total, losses.detach()
 
     @torch.no_grad()
     def predict_without_adapter(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -244,6 +252,16 @@ def _batches(tensors: Sequence[torch.Tensor]) -> list[Batch]:
     """Batches from the values of all their fields, one batch after the other."""
     width = len(fields(Batch))
     return [Batch(*tensors[first : first + width]) for first in range(0, len(tensors), width)]
+
+
+def _samples_of(batches: Sequence[Batch], losses: Sequence[float]) -> tuple[tuple[int, float], ...]:
+    """What StepResult holds of the samples of `batches`, which are on the CPU."""
+    timesteps = [timestep for batch in batches for timestep in batch.timesteps.tolist()]
+    weights = [weight for batch in batches for weight in batch.weights.tolist()]
+    masks = [batch.mask.mean((1, 2, 3)).tolist() if batch.mask.numel() else [1.0] * len(batch.weights) for batch in batches]
+    shares = [share for mask in masks for share in mask]
+    rows = zip(timesteps, losses, shares, weights, strict=True)
+    return tuple((timestep, loss / share if share else loss) for timestep, loss, share, weight in rows if weight)
 
 
 class CudaGraphs:

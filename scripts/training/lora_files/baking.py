@@ -58,6 +58,8 @@ def bake(checkpoint: Path, files: Sequence[LoraFile], weights: Sequence[float], 
     """
     if not checkpoint.exists():
         raise SettingsError(f"{checkpoint}: no such file or folder")
+    if checkpoint.is_dir() and not (checkpoint / "model_index.json").exists():
+        raise ModelError(f"{checkpoint}: is not a diffusers folder: name the checkpoint file itself")
     base = read_folder(checkpoint) if checkpoint.is_dir() else read_file(checkpoint)
     changes = _changes(base, files, weights)
     names = [checkpoint.name, *(f"{file.path.name} x {weight:g}" for file, weight in zip(files, weights, strict=True))]

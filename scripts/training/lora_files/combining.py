@@ -22,6 +22,9 @@ _OF_ALL_LORAS = {
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
 }
 
+_OF_BASE = {"ss_sd_model_name": "base models", "modelspec.prediction_type": "prediction types"}
+"""Metadata about the base model, and what it is called."""
+
 
 @dataclass(frozen=True)
 class Reduction:
@@ -80,7 +83,7 @@ def combine(
                 alpha = torch.tensor(float(len(down)))
                 for part, tensor in (("lora_down.weight", down), ("lora_up.weight", up), ("alpha", alpha)):
                     stored = tensor.to(dtype)
-                    if not stored.isfinite().all():
+                    if not stored.isfinite().all() or (tensor.any() and not stored.any()):
                         raise ModelError(f"{output}: {name} has values that {str(dtype)[6:]} cannot represent: set --dtype fp32")
                     yield f"{name}.{part}", stored
                 bar.update()
@@ -99,6 +102,13 @@ def _summands(files: Sequence[LoraFile], weights: Sequence[float]) -> dict[str, 
             summands.setdefault(name, []).append((weight, layer))
     if not summands:
         raise SettingsError("every weight is 0: the result would change nothing")
+    for key, what in _OF_BASE.items():
+        trained = {file.path.name: file.header.metadata[key] for file in files if key in file.header.metadata}
+        if len(set(trained.values())) > 1:
+            found = ", ".join(f"{value!r} ({name})" for name, value in trained.items())
+            print(
+                f"note: the files were trained with different {what}: {found}; look at images before you use the result", flush=True
+            )
     return summands
 
 

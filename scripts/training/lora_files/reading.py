@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -145,7 +146,10 @@ def read_lora(path: Path) -> LoraFile:
     file."""
     if not path.exists():
         raise SettingsError(f"{path}: no such file")
-    header = read_header(path)
+    try:
+        header = read_header(path)
+    except PermissionError:
+        raise ModelError(f"{path}: this user may not read it: change its permissions") from None
     parts: dict[str, dict[str, str]] = {}
     spelled: dict[str, str] = {}
     others = []
@@ -164,6 +168,9 @@ def read_lora(path: Path) -> LoraFile:
     parts = {name: keys for name, keys in parts.items() if keys.keys() != {"alpha"}}
     if not parts:
         raise ModelError(f"{path}: {_other_file(header)}")
+    for alpha in (keys["alpha"] for keys in parts.values() if "alpha" in keys):
+        if math.prod(header.tensors[alpha].shape) != 1:
+            raise ModelError(f"{path}: is damaged: {alpha} is not one number: download it again")
     if unusable := [key for keys in parts.values() for key in keys.values() if header.tensors[key].dtype not in DTYPES]:
         raise ModelError(f"{path}: {unusable[0]} has the type {header.tensors[unusable[0]].dtype}, which no LoRA file has")
     scale = _configured_scale(path, header.metadata)

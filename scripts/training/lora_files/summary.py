@@ -83,7 +83,7 @@ def _counted(counts: Counter) -> str:
         return str(next(iter(counts)))
     most = counts.most_common(8)
     more = f" and {len(counts) - len(most)} more" if len(counts) > len(most) else ""
-    return ", ".join(f"{value} in {count} layers" for value, count in most) + more
+    return ", ".join(f"{value} ({count}x)" for value, count in most) + more
 
 
 def _blocks(file: LoraFile) -> Iterator[str]:

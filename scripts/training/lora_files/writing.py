@@ -86,7 +86,7 @@ def write_verified(
 
     def with_hashes(data_hash: str) -> dict[str, str]:
         hashes.append(data_hash)
-        said = metadata()
+        said = {key: text.encode(errors="replace").decode() for key, text in metadata().items()}  # names of files are any bytes
         of_lora = {"sshs_model_hash": data_hash} if "ss_network_module" in said else {}
         return said | of_lora | {"modelspec.hash_sha256": f"0x{data_hash}"}
 

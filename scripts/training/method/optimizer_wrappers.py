@@ -11,7 +11,8 @@ from training.method.optimizers import OPTIMIZERS, LibraryOptimizer, Optimizer
 
 
 def make_optimizer(adapter: Adapter, settings: OptimizerSettings) -> Optimizer:
-    """The optimizer of `settings` for the weights of `adapter`, with everything around it."""
+    """The optimizer of `settings` for the weights of `adapter`, with everything around it. The weights have the values from which
+    training begins: prodigy and the average keep them."""
     layers, kind = adapter.layers.values(), OPTIMIZERS[settings.optimizer]
     if issubclass(kind, LibraryOptimizer) and kind.by_matrix:
         optimizer = kind([each for layer in layers for each in layer.parameters() if each.requires_grad], settings)

@@ -390,7 +390,7 @@ def test_a_lora_file_gives_the_images_of_the_weights_it_was_written_from(rendere
     with pytest.raises(AssertionError):
         assert_same(renderer.latents(PROMPT), expected, 1e-2)
     load_lora(file, adapter.modules)
-    assert_same(renderer.latents(PROMPT), expected, 1e-2)
+    assert_same(renderer.latents(PROMPT), expected, 1e-2 if kind in ("lora", "dora") else 3e-2)  # fp16 rounds each factor
     file.write_bytes(file.read_bytes()[:-1])
     assert not is_lora_of(file, adapter.modules)
     assert not is_lora_of(tmp_path / "gone.safetensors", adapter.modules)

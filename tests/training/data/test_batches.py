@@ -1,6 +1,6 @@
 """Batches of a run: read from caches and drawn from the seed, the same however the run is cut into pieces."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -8,7 +8,9 @@ from safetensors.torch import save_file
 
 from training.data.batches import Batch, BatchReader, draw
 from training.data.buckets import assign_bucket, run_order
-from training.data.cache import CachedExample
+from training.data.cache import CachedExample, read_latents
+from training.system.process_group import ProcessGroup
+from training.system.processes import RankInfo
 
 SEED = 21
 DROPOUT = 0.3
@@ -62,6 +64,23 @@ def test_a_run_in_two_halves_is_the_whole_run(reader_of):
     halves = [first(step) for step in order[:half]] + rest
     assert len(halves) == len(whole)
     assert all(same(*pair) for ours, theirs in zip(halves, whole, strict=True) for pair in zip(ours, theirs, strict=True))
+
+
+def test_indices_name_the_samples_of_a_process_in_their_order(reader_of):
+    whole = reader_of(micro_batch=1, global_batch=4)
+    for step in order_of(whole):
+        assert whole.indices(step) == list(step.examples)
+        shares = [replace(whole, group=ProcessGroup(RankInfo(rank=rank, world_size=2))) for rank in range(2)]
+        assert [share.indices(step) for share in shares] == [list(step.examples[rank::2]) for rank in range(2)]
+        for reader in (whole, *shares):
+            batches = [batch for batch in reader(step) if batch.weights[0]]
+            means = [batch.mean[0] for batch in batches]
+            assert all(
+                torch.equal(mean, read_latents(reader.examples[index].latents)[0])
+                for mean, index in zip(means, reader.indices(step), strict=True)
+            )
+        step = replace(step, regularization=step.examples)
+        assert replace(whole, regularization=whole.examples).indices(step) == list(step.examples)
 
 
 def test_a_sample_combines_cache_and_randomness(reader_of):

@@ -302,6 +302,27 @@ def test_captured_steps_with_masks_are_the_eager_ones_bit_for_bit(base, name):
     assert masked_loss < 0.8 * plain
 
 
+@pytest.mark.parametrize("name", ["fast", "plain"])
+def test_losses_of_samples_are_the_same_in_a_graph(base, name):
+    """They arrive with the numbers of their own step, also where the next one has begun."""
+    runs = []
+    for captures in (True, False):
+        step, _ = stepper(base, name, captures=captures)
+        samples, running = [], None
+        for number in range(6):
+            begun = step.begin([masked(batch_of(number), 0.1), masked(batch_of(number + 10), 1.0)], RATE)
+            if running:
+                samples.append(running().samples)
+            running = begun
+        runs.append(samples)
+    captured, eager = runs
+    assert captured == eager
+    assert all(len(samples) == 8 for samples in captured)
+    for number, samples in enumerate(captured):
+        expected = [*batch_of(number).timesteps.tolist(), *batch_of(number + 10).timesteps.tolist()]
+        assert [timestep for timestep, _ in samples] == expected
+
+
 def in_fp16(batch: Batch) -> Batch:
     return Batch(**{name: each.half() if each.dtype == torch.bfloat16 else each for name, each in vars(batch).items()}).pinned()
 

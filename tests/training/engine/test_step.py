@@ -268,8 +268,7 @@ def test_what_remains_of_the_base_model_is_that_of_the_formula(lora_unet, plain_
     assert (gradient - plain_gradient).norm() > 0.05 * gradient.norm()
 
 
-def test_pull_to_the_base_model_is_the_gradient_of_the_squares_of_all_changes(lora_unet, stepper):
-    """weight x sum of |scale up @ down|^2, by autograd in float64; and the reported norm includes it."""
+def test_pull_to_the_base_model_is_part_of_the_gradient_that_is_reported_and_clipped(lora_unet, stepper):
     gradients = []
     for weight in (0.0, 0.3):
         unet, lora = lora_unet()
@@ -279,15 +278,22 @@ def test_pull_to_the_base_model_is_the_gradient_of_the_squares_of_all_changes(lo
         gradients.append(before - in_a_row(lora))
         assert result.gradient_norm == pytest.approx(gradients[-1].norm().item(), rel=1e-4)
     _, lora = lora_unet()
-    factors = [(part.double().requires_grad_() for part in module.factors.values()) for module in lora.modules]
-    factors = [tuple(pair) for pair in factors]
-    (0.3 * sum((0.5 * up @ down).square().sum() for down, up in factors)).backward()  # the scale is 2 / 4
-    expected = torch.cat([part.grad.flatten() for pair in factors for part in pair])
+    l2_of_changes(lora, 0.3)()
+    expected = torch.cat(
+        [
+            lora.layers[m.name].get_submodule(part)[ADAPTER].weight.grad.flatten()
+            for m in lora.modules
+            for part in ("lora_A", "lora_B")
+        ]
+    )
     assert expected.norm() > 0.1 * gradients[0].norm()
     assert (gradients[1] - gradients[0] - expected).norm() < 1e-5 * gradients[1].norm()
 
 
-@pytest.mark.parametrize(("name", "kind"), [("plain", "lora"), ("plain", "dora"), ("fast", "lora")])
+KINDS = [("plain", "lora"), ("plain", "dora"), ("plain", "loha"), ("plain", "lokr"), ("fast", "lora")]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_the_adapter_can_be_left_out_for_one_prediction(plain_unet, name, kind):
     """Also in the middle of training: the same weights are trained afterwards."""
     unet = copy.deepcopy(plain_unet)
@@ -331,6 +337,23 @@ def test_masked_loss_and_gradient_are_those_of_the_formulas(lora_unet, observed)
     assert torch.equal(same, plain)
 
 
+def test_the_loss_of_each_sample_is_reported(lora_unet, stepper):
+    """Unweighted, in the order of the batches, without padding; of a masked sample the mean over its mask."""
+    first, second = batch_of([20, 700]), batch_of([999, 300], seed=1)
+    mask = torch.ones(2, 1, 8, 8)
+    mask[0, :, :, 4:] = 0.1
+    first, second = replace(first, mask=mask), replace(second, mask=torch.ones(2, 1, 8, 8), weights=torch.tensor([0.5, 0.0]))
+    unet, lora = lora_unet()
+    result = stepper(unet, lora, WholeGradient(lora.weights))([first, second], learning_rate=1.0)
+    alone = [(first, 0), (first, 1), (second, 0)]
+    expected = []
+    for batch, index in alone:
+        part = replace(part_of(batch, index, index + 1), weights=torch.ones(1))
+        loss, _ = reference(lora_unet, part, PLAIN, 0.0, 0.0357)
+        expected.append((int(part.timesteps), pytest.approx(loss / part.mask.mean().item(), rel=1e-5)))
+    assert list(result.samples) == expected
+
+
 def test_accumulated_micro_batches_are_one_batch(observed):
     """Two micro-batches of two samples, with what their shares in the step are, do exactly what one of four does."""
     batch = batch_of([50, 300, 600, 900])
@@ -343,6 +366,20 @@ def test_accumulated_micro_batches_are_one_batch(observed):
     for parts in ([part_of(batch, 0, 2)], [part_of(batch, 2, 4)]):
         _, half, _ = observed(parts)
         assert (half - gradient).norm() > 0.1 * gradient.norm()
+
+
+def test_regularization_images_add_their_mean_loss_times_the_prior_weight(lora_unet, observed):
+    """DreamBooth's loss; the images of the class have another shape than the others."""
+    examples, priors = batch_of([20, 999]), batch_of([400, 70], seed=1)
+    sides = ("mean", "log_variance", "latent_noise", "noise")
+    wider = {name: torch.cat([getattr(priors, name), getattr(priors, name).flip(0)], dim=-1) for name in sides}
+    priors = replace(priors, **wider)
+    loss, gradient, norm = observed([examples, replace(priors, weights=0.3 * priors.weights)], gamma=5.0, offset=0.0357)
+    (first_loss, first), (second_loss, second) = (reference(lora_unet, batch, PLAIN, 5.0, 0.0357) for batch in (examples, priors))
+    expected = first + 0.3 * second
+    assert loss == pytest.approx(first_loss + 0.3 * second_loss, rel=1e-5)
+    assert norm == pytest.approx(expected.norm().item(), rel=1e-4)
+    assert (gradient - expected).norm() < 2e-4 * expected.norm()
 
 
 def test_padding_counts_nothing(observed):

@@ -153,6 +153,12 @@ def test_a_value_that_the_checkpoint_cannot_represent_is_refused(drawn, save, to
     assert not [path for path in tmp_path.iterdir() if path.name not in ("a.safetensors", "b.safetensors")]
 
 
+def test_a_folder_that_is_no_model_is_refused(drawn, save, tool, tmp_path):
+    source = save("a.safetensors", {LINEAR: drawn.lora()[0]})
+    refused = tool("bake", tmp_path, source, "--output", tmp_path / "b")
+    assert (refused.returncode, "name the checkpoint file itself" in refused.stderr) == (5, True)
+
+
 def test_a_lora_of_another_shape_is_refused(drawn, save, tool, tiny_single_file, tmp_path):
     source = save("a.safetensors", {LINEAR: drawn.lora(640, 640)[0]})
     refused = tool("bake", tiny_single_file, source, "--output", tmp_path / "b.safetensors")

@@ -1,6 +1,7 @@
 """`resize` and `merge` against sums of whole matrices and their singular value decompositions."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ KINDS = {
     "locon": CONVOLUTION,
     "tucker": CONVOLUTION,
     "loha": LINEAR,
+    "loha_of_high_rank": LINEAR,
     "loha_of_convolution": CONVOLUTION,
     "lokr": LINEAR,
     "lokr_of_low_rank": LINEAR,
@@ -122,10 +124,12 @@ def test_types(types, flag, expected, save, tool, tmp_path):
     assert {tensor.dtype for tensor in load_file(tmp_path / "c.safetensors").values()} == {expected}
 
 
-def test_values_that_fp16_cannot_represent(drawn, save, tool, tmp_path):
+@pytest.mark.parametrize("weight", [1000, 1e-15])
+def test_values_that_fp16_cannot_represent(weight, drawn, save, tool, tmp_path):
+    """They would become infinity, or all of them zero."""
     parts = drawn.lora()[0]
-    source = save("a.safetensors", {LINEAR: parts | {"lora_up.weight": parts["lora_up.weight"] * 1e5}})
-    refused = tool("merge", source, "--dtype", "fp16", "--output", tmp_path / "b.safetensors")
+    source = save("a.safetensors", {LINEAR: parts | {"alpha": torch.tensor(4e3)}})
+    refused = tool("merge", source, "--weights", weight, "--dtype", "fp16", "--output", tmp_path / "b.safetensors")
     assert (refused.returncode, "set --dtype fp32" in refused.stderr) == (5, True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -161,6 +165,21 @@ def test_files_for_different_base_models_are_refused(save, tool, tmp_path):
         "b.safetensors: lora_unet_input_blocks_4_1_proj_in changes a weight of 12 x 6, in a.safetensors it has 12 x 8"
         in refused.stderr
     )
+
+
+def test_files_of_different_base_models_are_named(save, tool, tmp_path):
+    about = ({"ss_sd_model_name": "pony", "modelspec.prediction_type": "epsilon"}, {"ss_sd_model_name": "noob"})
+    files = [save(f"{seed}.safetensors", {LINEAR: Drawn(seed).lora()[0]}, said) for seed, said in enumerate(about)]
+    done = tool("merge", *files, "--output", tmp_path / "c.safetensors")
+    assert "trained with different base models: 'pony' (0.safetensors), 'noob' (1.safetensors)" in done.stdout
+    assert "prediction types" not in done.stdout
+
+
+def test_a_name_that_is_not_utf8(drawn, save, tool, tmp_path):
+    source = save("a.safetensors", {LINEAR: drawn.lora()[0]})
+    output = tmp_path / os.fsdecode(b"\xff.safetensors")
+    assert tool("merge", source, "--output", output).returncode == 0
+    assert read_header(output).metadata["modelspec.title"] == "?"
 
 
 @pytest.mark.parametrize(

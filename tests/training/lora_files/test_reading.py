@@ -84,13 +84,13 @@ def test_scale_of_a_peft_adapter(config, scale, drawn, tool, tmp_path):
 
 def test_show_names_kinds_ranks_blocks_and_metadata(drawn, save, tool):
     parts, delta = drawn.lora(rank=4, alpha=2)
-    source = save(
-        "a.safetensors", {LINEAR: parts, ATTENTION: drawn.lora(rank=2, alpha=None)[0], TEXT: drawn.loha()[0]}, {"a": "b\x1b[2J"}
-    )
+    layers = {LINEAR: parts, ATTENTION: drawn.lora(rank=2, alpha=None)[0], TEXT: drawn.loha()[0]}
+    source = save("a.safetensors", layers, {"a": "b\x1b[2J"})
     done = tool("show", source)
     assert done.returncode == 0
-    assert "layers: 3 (LoRA in 2 layers, LoHa in 1 layers), f32" in done.stdout
-    assert "0.5 in 1 layers, 1 (no alpha) in 1 layers, 1.5 in 1 layers" in done.stdout
+    assert "layers: 3 (LoRA (2x), LoHa (1x)), f32" in done.stdout
+    scales = next(line for line in done.stdout.splitlines() if line.startswith("scale"))
+    assert all(scale in scales for scale in ("0.5 (1x)", "1 (no alpha) (1x)", "1.5 (1x)"))
     assert r"a = b\x1b[2J" in done.stdout
     row = next(line.split() for line in done.stdout.splitlines() if line.startswith("input_blocks_4"))
     values = torch.linalg.svdvals(delta) ** 2

@@ -15,13 +15,13 @@ from training.method.optimizers import OPTIMIZERS, Optimizer
 def new_adapter():
     """A function that makes the LoRA of a small UNet."""
 
-    def make(kind: str = "lora") -> Adapter:
+    def make(kind: str = "lora", conv_rank: int = 0) -> Adapter:
         torch.manual_seed(0)
         unet = UNet2DConditionModel(
             down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), block_out_channels=(32,),
             layers_per_block=1, attention_head_dim=2, cross_attention_dim=16, use_linear_projection=True,
         )  # fmt: skip
-        return inject(unet.requires_grad_(False), LoraSettings(lora_rank=4, lora_type=kind), seed=7)
+        return inject(unet.requires_grad_(False), LoraSettings(lora_rank=4, lora_type=kind, lora_conv_rank=conv_rank), seed=7)
 
     return make
 
@@ -36,9 +36,9 @@ def train(adapter: Adapter, optimizer: Optimizer, steps: range, rate: float = 1e
     return weights
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", [("lora",), ("dora",), ("lora", 2)], ids=str)
 def test_lora_plus_is_adamw_with_two_rates(new_adapter, kind):
-    adapter, other = new_adapter(kind), new_adapter(kind)
+    adapter, other = new_adapter(*kind), new_adapter(*kind)
     train(adapter, make_optimizer(adapter, OptimizerSettings(loraplus_ratio=16.0, weight_decay=0.1)), range(20))
     layers = other.layers.values()
     ups = [layer.lora_B[ADAPTER].weight for layer in layers]
@@ -47,7 +47,7 @@ def test_lora_plus_is_adamw_with_two_rates(new_adapter, kind):
     groups = [{"params": rest, "lr": 1e-3}, {"params": ups, "lr": 16e-3}]
     train(other, Torch(torch.optim.AdamW(groups, weight_decay=0.1)), range(20))
     assert (adapter.weights - other.weights).abs().max() < 2e-6
-    assert (adapter.weights - new_adapter(kind).weights).abs().max() > 0.1
+    assert (adapter.weights - new_adapter(*kind).weights).abs().max() > 0.1
 
 
 class Torch:
