@@ -12,7 +12,7 @@ from common.project import ProjectSettings
 from common.settings import VERSION
 from training.callbacks.checkpoint import (
     EARLY_STOP,
-    EPOCHS,
+    LENGTH,
     Checkpoint,
     Identity,
     find_resume_point,
@@ -111,7 +111,7 @@ def resolve_job(
     if saved:
         plan = replace(plan, warmup_steps=warmup_to_keep(saved, fingerprint))
         fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests)
-    continues = saved is not None and changes(saved.identity.fingerprint, fingerprint).keys() <= {EPOCHS, EARLY_STOP}
+    continues = saved is not None and changes(saved.identity.fingerprint, fingerprint).keys() <= {*LENGTH, EARLY_STOP}
     recorded = saved.identity.runtime if continues else {}
     images, resolved = plan_samples(settings, project.trigger_word, plan, budget, base, recorded)
     settings = replace(settings, samples=resolved)
@@ -154,7 +154,7 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
             mixed_precision=precision.name,
         ),
         lora=replace(settings.lora, lora_alpha=settings.lora.alpha),
-        run=replace(settings.run, engine=engine),
+        run=replace(settings.run, engine=engine, num_train_epochs=plan.epochs),
         objective=replace(settings.objective, min_snr_gamma=plan.min_snr_gamma, noise_offset=plan.noise_offset),
         validation=replace(settings.validation, validation_fraction=plan.validation_fraction),
         saving=replace(settings.saving, output_name=name),
