@@ -13,6 +13,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.traffic import operations_of
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
 from training.engine import EngineName, prepare_unet
@@ -28,13 +29,15 @@ from training.system.device import choose_precision
 FAMILIES = {
     "attention": r"fmha|flash|sdpa|attention|cudnn_generated",
     "convolutions": r"conv|fprop|dgrad|wgrad",
-    "matrix products": r"gemm|nvjet|cutlass|cublas|addmm|aten::mm|aten::bmm|aten::linear",
+    "matrix products": r"gemm|nvjet|cutlass|cublas|addmm|aten[:.]+(mm|bmm|linear)|baddbmm",
     "norms": r"_layer_norm|_group_|norm",
     "GEGLU": r"geglu|gelu",
     "copies and concatenations": r"copy|cat|memcpy|memset|fill",
     "optimizer": r"adam",
 }
 """Families of kernels by name; the first pattern that matches counts."""
+GB10_FLOPS, GB10_BANDWIDTH = 100e12, 273e9
+"""What a GB10 can do in bf16 with dense matrices, about, and its bytes per second."""
 
 
 def main() -> None:
@@ -48,15 +51,17 @@ def main() -> None:
     unet, precision = plain.unet, plain.precision
     batch = random_batch(unet, 1, options.latents // 2).to(precision.device)
     reference, other = (autocast_gradient(plain, batch, backend) for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH))
-    fast = build("fast")  # replaces the forwards of the UNet
+    fast = build("fast", captures=False)  # replaces the forwards of the UNet
     distances = [((each - reference).norm() / reference.norm()).item() for each in (gradient(fast, batch), other)]
     print(
         f"gradient: {distances[0]:.2%} of its norm from PEFT's; PEFT's with another attention kernel {distances[1]:.2%}", flush=True
     )
-    print(families(fast, random_batch(unet, options.batch, options.latents)), flush=True)
+    whole = random_batch(unet, options.batch, options.latents)
+    print(counted(fast, whole), flush=True)
+    print(families(build("fast"), whole), flush=True)
 
 
-def step_builder(model: Path) -> Callable[[EngineName], TrainStep]:
+def step_builder(model: Path) -> Callable[..., TrainStep]:
     """Loads a base model; the returned function builds a training step of a LoRA with some effect, "plain" before "fast"."""
     precision = choose_precision("bf16")
     unet = load_unet(find_base(str(model), model.parent), precision.device, precision.dtype)
@@ -67,9 +72,13 @@ def step_builder(model: Path) -> Callable[[EngineName], TrainStep]:
     config = LossConfig("epsilon", alphas, min_snr_gamma=5.0, noise_offset=0.0357, latent_scaling=0.13025)
     optimizer = AdamW(lora.weights, OptimizerSettings())
 
-    def build(engine: EngineName) -> TrainStep:
-        sync = prepare_unet(engine, unet, lora, precision.device)
-        return TrainStep(unet, lora, optimizer, config, precision, max_grad_norm=1.0, sync_compute_weights=sync)
+    prepared = {}
+
+    def build(engine: EngineName, *, captures: bool = True) -> TrainStep:
+        if engine not in prepared:
+            prepared[engine] = prepare_unet(engine, unet, lora, precision.device)
+        sync = prepared[engine]
+        return TrainStep(unet, lora, optimizer, config, precision, max_grad_norm=1.0, sync_compute_weights=sync, captures=captures)
 
     return build
 
@@ -113,6 +122,28 @@ def gradient(step: TrainStep, batch: Batch) -> torch.Tensor:
     return step.adapter.sums[:-1].clone()
 
 
+def counted(step: TrainStep, batch: Batch) -> str:
+    """FLOPs and bytes of one eager step by family of operations, and the time that they would take on a GB10."""
+    step([batch], 1e-4)  # compiles what is compiled once
+    operations = operations_of(lambda: step([batch], 1e-4))
+    flops, moved = Counter(), Counter()
+    for each in operations:
+        flops[family_of(each.name)] += each.flops
+        moved[family_of(each.name)] += each.moved
+    estimate = sum(each.seconds(GB10_FLOPS, GB10_BANDWIDTH) for each in operations)
+    lines = [
+        f"counted in one step: {flops.total() / 1e12:.1f} TFLOP, {moved.total() / 1e9:.1f} GB read and written; on a GB10 with "
+        f"{GB10_FLOPS / 1e12:.0f} TFLOP/s and {GB10_BANDWIDTH / 1e9:.0f} GB/s about {estimate:.2f} s"
+    ]
+    lines += [f"  {name:26s} {flops[name] / 1e12:7.2f} TFLOP  {count / 1e9:7.1f} GB" for name, count in moved.most_common()]
+    return "\n".join(lines)
+
+
+def family_of(name: str) -> str:
+    """The family of a kernel or an operation."""
+    return next((family for family, pattern in FAMILIES.items() if re.search(pattern, name, re.IGNORECASE)), "others")
+
+
 def families(step: TrainStep, batch: Batch) -> str:
     """The time of one step by family of kernels."""
     for _ in range(3):
@@ -123,7 +154,7 @@ def families(step: TrainStep, batch: Batch) -> str:
         step([batch], 1e-4)
     times, counts = Counter(), Counter()
     for event in profiled.events():
-        family = next((name for name, pattern in FAMILIES.items() if re.search(pattern, event.name, re.IGNORECASE)), "others")
+        family = family_of(event.name)
         times[family] += event.device_time if is_cuda else event.self_cpu_time_total
         counts[family] += 1
     lines = [f"kernels of one step: {sum(counts.values())}, {sum(times.values()) / 1e3:.1f} ms in total"]

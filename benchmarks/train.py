@@ -6,11 +6,15 @@ them, and derives the time per step and the fixed cost from the times of the log
 
 import argparse
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +25,7 @@ from common.project import ProjectSettings
 from common.settings import REPOSITORY, all_keys
 from demo import tiny_sdxl
 from training.config import TrainSettings
+from training.preflight import driver_version
 
 ONE_BUCKET = ((1024, 1024),)
 SIX_BUCKETS = ((1024, 1024), (896, 1152), (1152, 896), (832, 1216), (1216, 832), (768, 1344))
@@ -50,8 +55,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs an NVIDIA GPU")
     build(options.folder)
-    rate = matmul_tflops()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, matrix products at {rate:.0f} TFLOP/s (bf16)\n", flush=True)
+    rate, imports = matmul_tflops(), seconds_of_imports()
+    print(
+        f"{machine()}, matrix products {rate:.0f} TFLOP/s in bf16, memory {copied_gb_per_s():.0f} GB/s, imports {imports:.1f} s\n"
+    )
     torch.cuda.empty_cache()
     selected = re.compile(options.only)
     if selected.search(FIRST_JOB):
@@ -61,20 +68,28 @@ def main() -> None:
         if not selected.search(FIRST_JOB):
             run(options.folder, Job("compile the kernels", "one", 1, JOB_SETTINGS))
         print(whole_job(options.folder, SECOND_JOB), flush=True)
+    print(TABLE_HEADER, flush=True)
     for name, images, batch, settings in MEASUREMENTS:
         if selected.search(name):
-            print(measure(options.folder, name, images, batch, settings, rate), flush=True)
+            print(measure(options.folder, name, images, batch, settings, rate, imports), flush=True)
     if selected.search("inside a step"):
         subprocess.run([sys.executable, "-m", "benchmarks.step", options.folder / "models" / "random-sdxl"], check=True)
 
 
+TABLE_HEADER = """| | step, ms | images/s | TFLOP/s | GPU memory, GiB | fixed cost, s | fixed cost / imports |
+|---|---|---|---|---|---|---|"""
 FIRST_JOB, SECOND_JOB = "job, first run on this machine", "job, kernels already compiled"
 JOB_SETTINGS = {"train_batch_size": 4, "gradient_checkpointing": "auto"}
 """The defaults of these settings."""
+SMALL_CARD = {"gradient_checkpointing": "true", "base_quantization": "int8", "lora_rank": 16}
 MEASUREMENTS = (
     ("batch 4", "one", 4, {}),
     ("batch 1", "one", 1, {}),
     ("batch 4, checkpointing", "one", 4, {"gradient_checkpointing": "true"}),
+    ("batch 1, fp16", "one", 1, {"mixed_precision": "fp16"}),
+    ("batch 1, checkpointing", "one", 1, {"gradient_checkpointing": "true"}),
+    ("batch 1, int8, rank 16", "one", 1, SMALL_CARD),
+    ("batch 1, int8, rank 16, adamw8bit", "one", 1, SMALL_CARD | {"optimizer": "adamw8bit"}),
     ("batch 4, six buckets", "six", 4, {}),
 )
 """Name, images, batch size, further settings. Gradient checkpointing is off unless stated otherwise."""
@@ -121,6 +136,64 @@ def matmul_tflops() -> float:
     return 20 * 2 * 8192**3 / (begin.elapsed_time(end) / 1e3) / 1e12
 
 
+def copied_gb_per_s() -> float:
+    """GB/s that this GPU reads and writes when it copies its own memory."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    copy = torch.empty_like(source)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    copy.copy_(source)
+    begin.record()
+    for _ in range(10):
+        copy.copy_(source)
+    end.record()
+    torch.cuda.synchronize()
+    return 20 * source.numel() / (begin.elapsed_time(end) / 1e3) / 1e9
+
+
+def seconds_of_imports() -> float:
+    """How long this machine takes to import the libraries of a training run, the faster of two times."""
+    times = []
+    for _ in range(2):
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-c", "import torch, diffusers, transformers, peft"], check=True)
+        times.append(time.monotonic() - started)
+    return min(times)
+
+
+def machine() -> str:
+    """GPU, driver, CPU and torch."""
+    cpu = re.search(r"^(?:model name|Model name)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    return (
+        f"{torch.cuda.get_device_name()}, driver {driver_version()}, {cpu[1] if cpu else platform.machine()} x {os.cpu_count()}, "
+        f"torch {torch.__version__}"
+    )
+
+
+def gpu_memory_in_use() -> int:
+    """MiB in use on the first GPU, by all programs, as nvidia-smi sees it; 0 where it does not say (memory shared with the CPU)."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return int(output) if output.isdecimal() else 0
+
+
+@contextmanager
+def peak_of_gpu_memory() -> Iterator[list[int]]:
+    """A list whose only element is the highest use of GPU memory within this block, in MiB, less what was in use before."""
+    before, peak, ended = gpu_memory_in_use(), [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            peak[0] = max(peak[0], gpu_memory_in_use() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        watcher.join()
+
+
 def run(folder: Path, job: Job) -> tuple[float, str]:
     """Run train_lora.py from scratch; return the seconds it took and its output, each line with its time."""
     output = folder / "output"
@@ -153,23 +226,24 @@ def run(folder: Path, job: Job) -> tuple[float, str]:
     return time.monotonic() - started, log
 
 
-def measure(folder: Path, name: str, images: str, batch: int, settings: dict[str, object], rate: float) -> str:
-    """One line of the table. A short run first compiles missing kernels; then a long run is timed by its log lines, from the
-    end of its second epoch on, when every shape has been captured. `rate`: TFLOP/s of matrix products alone."""
+def measure(folder: Path, name: str, images: str, batch: int, settings: dict[str, object], rate: float, imports: float) -> str:
+    """One row of the table. A short run first compiles missing kernels; then a long run is timed by its log lines, from the
+    end of its second epoch on, when every shape has been captured. `rate`: TFLOP/s of matrix products alone;
+    `imports`: seconds of importing the libraries."""
     count = {"one": 32, "six": 48}[images]
     per_epoch = count // batch
     epochs = 2 + -(-TIMED_STEPS * 4 // batch // per_epoch)
     for length in (2, epochs):
         job = Job(f"{name}, {length} epochs", images, length, {"train_batch_size": batch} | settings)
-        took, log = run(folder, job)
+        with peak_of_gpu_memory() as peak:
+            took, log = run(folder, job)
     ends = [float(seconds) for seconds in re.findall(r"^ *([\d.]+) s  epoch ", log, re.MULTILINE)]
     step_s = (ends[-1] - ends[1]) / ((epochs - 2) * per_epoch)
     fixed_s = took - epochs * per_epoch * step_s
     tflops = batch * STEP_TFLOP_PER_IMAGE / step_s
-    peak = re.findall(r"peak GPU memory ([\d.]+) GiB", log)
     return (
-        f"{name:28s} step {1e3 * step_s:6.1f} ms  {batch / step_s:6.2f} images/s  "
-        f"{tflops:5.0f} TFLOP/s ({tflops / rate:.0%})  fixed {fixed_s:5.1f} s  peak {peak[0] if peak else '?'} GiB"
+        f"| {name} | {1e3 * step_s:.1f} | {batch / step_s:.2f} | {tflops:.0f} ({tflops / rate:.0%}) | {peak[0] / 1024:.2f} | "
+        f"{fixed_s:.1f} | {fixed_s / imports:.2f} |"
     )
 
 

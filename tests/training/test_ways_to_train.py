@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 QUICK = {"NUM_TRAIN_EPOCHS": 3, "LEARNING_RATE": 0.01, "SAVE_EVERY_EPOCHS": 0}
@@ -61,6 +62,17 @@ def test_a_dora_is_trained_by_the_plain_engine_and_has_its_scales(images):
     assert len(scales) == 722
     assert any((tensors[name] - 1).abs().max() > 1e-3 for name in scales)
     assert all(tensors[name].dtype == torch.float32 and tensors[name].shape[1] == 1 for name in scales)
+
+
+def test_a_run_with_an_8_bit_base_is_continued_as_it_began(images):
+    stopped = images.stopped(2, signal.SIGTERM, **LONG, BASE_QUANTIZATION="int8")
+    assert stopped.returncode == 143
+    output = images.trained(**LONG, BASE_QUANTIZATION="auto")
+    assert "base quantization: int8 (as in the checkpoint)" in output
+    assert "continuing at step" in output
+    assert min(losses(images.output)[-2:]) < losses(images.output)[0]
+    with safe_open(images.lora, "pt") as file:
+        assert len(file.keys()) > 0
 
 
 def test_the_fast_engine_refuses_what_it_does_not_support(images):

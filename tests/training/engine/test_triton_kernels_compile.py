@@ -1,0 +1,84 @@
+"""Every Triton kernel compiles for every chip, with registers and shared memory that the chip has. Needs Triton, but no GPU."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="needs Triton, which a CUDA build of torch brings along")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia import compiler as nvidia  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from training.engine.fast import triton_kernels  # noqa: E402
+
+SHARED_BYTES = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99, 121: 99}
+"""KiB of shared memory that a block may use, by compute capability times 10 (CUDA programming guide, "Technical Specifications
+per Compute Capability")."""
+REGISTERS = 65536
+"""32-bit registers of a multiprocessor, on each of these chips; a thread has 255 at most."""
+NUMBERS = {"width": "i32", "stride": "i32", "stride_of_d_total": "i32", "rows": "i32", "channels": "i32", "chunks": "i32"}
+NUMBERS |= {"groups": "i32", "count": "i32", "eps": "fp32"}
+STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant")
+"""Arguments that are fp32 in memory; all other arguments are in the dtype of the UNet."""
+ROW, GROUPS = {"BLOCK": 2048}, {"R": 32, "C": 64}
+LAUNCHES = {
+    "_layer_norm_forward": [ROW | {"ADDS": adds} for adds in (False, True)],
+    "_layer_norm_backward": [ROW | {"ADDS": adds} for adds in (False, True)],
+    "_geglu_forward": [{"BLOCK": 1024}],
+    "_geglu_backward": [{"BLOCK": 1024}],
+    "_group_sums": [GROUPS | {"chunk": 256, "BACKWARD": backward, "SILU": True} for backward in (False, True)],
+    "_group_coefficients": [{"BACKWARD": backward, "PLUS": True, "P": 64, "G": 128} for backward in (False, True)],
+    "_group_apply": [GROUPS | {"BACKWARD": backward, "SILU": True, "ADDS": backward} for backward in (False, True)],
+    "_add_with_bias": [{"BLOCK": 1024}],
+    "_copy_blocks": [{"R": 128, "C": 32}, {"R": 32, "C": 128}],
+}
+"""The compile-time arguments of each kernel at the widths of SDXL."""
+
+
+def kernels() -> dict[str, JITFunction]:
+    found = {name: each for name, each in vars(triton_kernels).items() if isinstance(each, JITFunction)}
+    return {name: each for name, each in found.items() if name != "_silu_slope"}  # a part of others
+
+
+def test_every_kernel_is_compiled_here():
+    assert kernels().keys() == LAUNCHES.keys()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("chip", SHARED_BYTES)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_kernel_fits_a_chip(name, chip, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    dtype = triton.language.float16 if chip < 80 else triton.language.bfloat16
+    kernel = kernels()[name]
+    for constants in LAUNCHES[name]:
+        if name == "_copy_blocks":
+            constants = constants | {"ELEMENT": dtype}
+        types = {each: "constexpr" if each in constants else type_of(name, each, dtype.name) for each in kernel.arg_names}
+        target = GPUTarget("cuda", chip, 32)
+        compiled = triton.compile(ASTSource(fn=kernel, signature=types, constexprs=constants), target=target)
+        assert compiled.metadata.shared <= SHARED_BYTES[chip] * 1024
+        registers, spilled = resources(compiled.asm["cubin"], tmp_path)
+        assert registers * 32 * compiled.metadata.num_warps <= REGISTERS
+        assert registers <= 255
+        assert spilled == 0
+
+
+def type_of(kernel: str, argument: str, dtype: str) -> str:
+    if kernel == "_copy_blocks":
+        return {"flat": "*fp32", "table": "*i64", "scale": "fp32"}[argument]
+    return NUMBERS.get(argument) or ("*fp32" if argument in STATISTICS else f"*{dtype}")
+
+
+def resources(code: bytes, folder: Path) -> tuple[int, int]:
+    """Registers of a thread, and bytes that it spills to memory, in machine code."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(code)
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    output = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|LOCAL|STACK):(\d+)", output))
+    return int(usage["REG"]), int(usage["LOCAL"]) + int(usage["STACK"])
