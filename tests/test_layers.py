@@ -121,7 +121,7 @@ TRAINING_LAYERS = (
     ("training.memory_budget", "training.loop"),
     ("training.callbacks",),
     ("training.job",),
-    ("training.results",),
+    ("training.results", "training.measurement"),
     ("training.trainer", "training.preflight"),
 )
 """Modules and packages of the training stage, lowest layer first. Each may import lower layers and its own package."""

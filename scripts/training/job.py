@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -26,8 +26,15 @@ from training.data.dataset import Inputs, read_images
 from training.engine import EngineName, choose_engine
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
 from training.method.optimizers import OPTIMIZERS, require_usable
-from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
-from training.models.sdxl import BaseModel
+from training.models.base_model import (
+    base_digest,
+    choose_schedule,
+    find_or_download_tokenizers,
+    remembered_prediction,
+    tokenizers_digest,
+)
+from training.models.family import family_of
+from training.models.sdxl import BaseModel, Schedule
 from training.plan import GLOBAL_BATCH, Plan, changes, decoder_record, make_plan, result_fingerprint, runtime_settings, short_hash
 from training.system.device import Precision, choose_precision, comfyui_advice, describe
 from training.system.process_group import ProcessGroup
@@ -58,6 +65,8 @@ class TrainingJob:
     budget: MemoryBudget
     samples: SamplePlan | None
     """The sample images; None if they are off."""
+    assumes_prediction: bool
+    """What the base model predicts is only assumed, because nothing says it and it was not measured yet."""
     origins: Mapping[str, str] = field(default_factory=dict)
     """Where each setting that is not the default was set."""
 
@@ -98,13 +107,14 @@ def resolve_job(
     samples = saved.identity.fingerprint[GLOBAL_BATCH] // world_size if saved else None
     settings = resolve_batch_size(settings, budget, max(1, len(examples) // world_size), samples)
     settings = replace(settings, run=match_global_batch(settings.run, world_size, None if was_finished else saved))
-    schedule = base.schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
+    digests = [base_digest(base, outputs.cache, part) for part in base.components]
+    digests.append(tokenizers_digest(find_or_download_tokenizers(base, project.models_dir)))
+    schedule, is_assumed = _schedule(base, settings, outputs, saved, was_finished, digests)
     plan = make_plan(examples, settings, schedule, world_size)
     settings = fit_to_memory(_resolved(settings, plan, precision, engine_name, outputs.name), budget, comfyui_advice(comfyui))
 
     print(f"training on {describe(precision)}; engine: {engine_name} ({reason})", flush=True)
-    digests = [base_digest(base, outputs.cache, part) for part in base.components]
-    digests.append(tokenizers_digest(find_or_download_tokenizers(base, project.models_dir)))
+    print(f"base model: {base.name}, {family_of(base)}", flush=True)
     print(plan.announcement(), flush=True)
 
     fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests)
@@ -123,8 +133,26 @@ def resolve_job(
     if saved and not is_finished:
         saved = _resume_point(outputs, saved, identity, was_finished)
     return TrainingJob(
-        project, settings, base, plan, precision, engine_name, outputs, identity, saved, is_finished, was_finished, budget, images
+        project, settings, base, plan, precision, engine_name, outputs, identity, saved, is_finished, was_finished, budget, images,
+        is_assumed,
     )  # fmt: skip
+
+
+def _schedule(
+    base: BaseModel,
+    settings: TrainSettings,
+    outputs: OutputLayout,
+    saved: Checkpoint | None,
+    was_finished: bool,
+    digests: Sequence[str],
+) -> tuple[Schedule, bool]:
+    """The schedule of the run, and whether what the base model predicts is only assumed. A run that is continued keeps its own."""
+    measured = remembered_prediction(outputs.cache, base_digest(base, outputs.cache, "unet"))
+    recorded = saved.identity.fingerprint if saved else {}
+    if recorded.get("base model") != short_hash(list(digests)) or (was_finished and recorded["prediction_type"] == "epsilon"):
+        recorded = {}
+    found = (measured, recorded) if was_finished else (recorded, measured)
+    return choose_schedule(base, settings.model.prediction_type, settings.model.zero_terminal_snr, *found)
 
 
 def _resume_point(outputs: OutputLayout, saved: Checkpoint, identity: Identity, was_finished: bool) -> Checkpoint | None:

@@ -19,6 +19,7 @@ from training.loop import Callback, Progress, RunSchedule, smoothed
 from training.method.adapters import LoraModule
 from training.method.comfyui_workflow import comfyui_workflow
 from training.method.export import write_lora
+from training.models.family import family_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def workflow_of(job: TrainingJob, strength: float) -> dict[str, dict]:
     samples, trigger = job.settings.samples, job.project.trigger_word
     how = largest_size(job.settings.data.resolution), samples.sample_guidance, samples.sample_seed
     names = job.outputs.recommended.name, strength, job.base.name, job.plan.schedule
-    return comfyui_workflow(*names, trigger, job.outputs.name, *how)
+    prompt = ", ".join(filter(None, [family_of(job.base).quality_tags, trigger]))
+    return comfyui_workflow(*names, prompt, job.outputs.name, *how)
 
 
 def write_best(job: TrainingJob, modules: list[LoraModule], progress: Progress, last: int) -> None:

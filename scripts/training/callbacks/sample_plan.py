@@ -8,6 +8,7 @@ from training.callbacks.recommendation import STRENGTHS
 from training.callbacks.sample_prompts import SIDE_STEP_PX, SamplePrompt, sample_prompts
 from training.config import SampleSettings, TrainSettings
 from training.memory_budget import MemoryBudget
+from training.models.family import family_of
 from training.models.sdxl import BaseModel
 from training.plan import Plan
 
@@ -66,7 +67,7 @@ def plan_samples(
     """
     samples = settings.samples
     captions = [example.caption for example in plan.examples]
-    prompts = sample_prompts(samples, trigger, captions) if samples.samples else []
+    prompts = sample_prompts(samples, trigger, captions, family_of(base).quality_tags) if samples.samples else []
     first = _Choice(STEPS, largest_size(settings.data.resolution), settings.saving.save_every_epochs)
     fixed = {}
     for name, key in (("steps", "sample_steps"), ("size", "sample_size"), ("every", "sample_every_epochs")):

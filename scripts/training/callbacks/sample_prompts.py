@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,12 @@ class SamplePrompt:
     steps: int | None = None
 
 
-def sample_prompts(settings: SampleSettings, trigger: str, captions: Sequence[str]) -> list[SamplePrompt]:
-    """The prompts of a run. Raises SettingsError with everything that is wrong with those that the user wrote."""
+def sample_prompts(settings: SampleSettings, trigger: str, captions: Sequence[str], quality_tags: str = "") -> list[SamplePrompt]:
+    """The prompts of a run. `quality_tags` are those of the base model's family, with which default prompts begin. Raises
+    SettingsError with everything that is wrong with those that the user wrote."""
     if not settings.sample_prompts.strip():
-        return default_prompts(trigger, captions, settings.subject_class)
+        prompts = default_prompts(trigger, captions, settings.subject_class)
+        return [replace(prompt, text=f"{quality_tags}, {prompt.text}") for prompt in prompts] if quality_tags else prompts
     origin, content = _read(settings.sample_prompts)
     prompts, problems = parse_json_prompts(content) if content.lstrip()[:1] in ("[", "{") else parse_kohya_prompts(content)
     if not prompts and not problems:
