@@ -120,7 +120,7 @@ def caption(
     """Check every image, caption it or keep its caption, and print what the captions of the data set contain."""
     counts = CaptionCounts()
     indexed = index_images(folder, images, decode_workers())
-    audit = audit_images(folder, images, indexed, train.data.resolution)
+    audit = audit_images(folder, images, indexed, train.data.resolutions[-1])
     write_audit(audit, folder)
     print(report.new_formats(images, folder) + report.audit_table(audit, folder.audit), flush=True)
     to_generate, to_copy, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)

@@ -292,6 +292,44 @@ def test_list_of_paths_is_one_path_where_there_is_a_file_of_that_name(tmp_path, 
         resolve(write(tmp_path, "[collect]\nface_reference = [1]\n"), {}, [], Everything)
 
 
+@pytest.mark.parametrize(
+    ("text", "in_file", "resolutions"),
+    [
+        ("768", "768", (768,)),
+        ("1024,768", "[1024, 768]", (1024, 768)),
+        (" 768, 1024,768, ", "[768, 1024, 768]", (1024, 768)),
+        ("512,", "[512]", (512,)),
+    ],
+)
+def test_a_number_may_be_a_list(tmp_path, text, in_file, resolutions):
+    from_text = resolve(write(tmp_path, ""), {"RESOLUTION": text}, [], Everything)
+    from_file = resolve(write(tmp_path, f"[train]\nresolution = {in_file}\n"), {}, [], Everything)
+    assert from_text.settings.train.data.resolutions == from_file.settings.train.data.resolutions == resolutions
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("1024,x", "resolution (environment): '1024,x' must be a whole number or a list of them"),
+        (",", "resolution (environment): ',' must be a whole number or a list of them"),
+        ("1024;768", "resolution (environment): '1024;768' must be a whole number or a list of them"),
+        ("1024,32", "resolution (environment): '1024,32' must be at least 64 and at most 4096"),
+        ("1024,700", "resolution must be a multiple of bucket_step, and bucket_step of 8"),
+        ("512,4096", "bucket_max_side must not be smaller than resolution"),
+    ],
+)
+def test_each_number_of_a_list_is_checked(tmp_path, text, problem):
+    with pytest.raises(SettingsError) as refused:
+        resolve(write(tmp_path, ""), {"RESOLUTION": text}, [], Everything)
+    assert problem in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["[]", '["1024"]', "[1024.5]", "[true]"])
+def test_a_list_in_the_file_that_is_none_of_numbers_is_refused(tmp_path, value):
+    with pytest.raises(SettingsError, match=r"resolution \(settings.toml\): .* must be a whole number or a list of them"):
+        resolve(write(tmp_path, f"[train]\nresolution = {value}\n"), {}, [], Everything)
+
+
 def test_home_of_an_unknown_user_and_a_path_with_a_null_byte_are_refused(tmp_path):
     file = write(tmp_path, '[project]\nmodels_dir = "a\\u0000b"\n')
     with pytest.raises(SettingsError) as refused:

@@ -48,6 +48,12 @@ UNREAD_SUFFIXES = {suffix: what for what, suffixes in _OTHER_SUFFIXES.items() fo
 CAPTION_SUFFIX = ".txt"
 CAPTION_SUFFIXES = (CAPTION_SUFFIX, ".caption")
 """In any case. The caption stage writes the first; if an image has captions of both kinds, training reads the first."""
+MASK_ENDING = "-masklabel"
+"""OneTrainer's: `NAME-masklabel.png` is the mask of the image NAME, and never an image of the data set itself. In any case."""
+MASK_FOLDER = "masks"
+"""Beside the folder of images, for masks that have the names of their images, as in kohya's `conditioning_data_dir`."""
+_CONDITIONING_ENDING = "-condlabel"
+"""OneTrainer's as well: an image that conditions another kind of model."""
 
 HEAD_BYTES = 64
 """How much of a file says which format it has."""
@@ -114,6 +120,8 @@ class ImageFile:
     repeats: int
     captions: tuple[Path, ...] = ()
     """The files of the same stem with one of CAPTION_SUFFIXES, the first choice first."""
+    masks: tuple[Path, ...] = ()
+    """The files that say which areas of the image count; more than one is a mistake."""
 
     @property
     def caption_path(self) -> Path:
@@ -130,7 +138,7 @@ class ImageFile:
 def find_images(folder: Path) -> list[ImageFile]:
     """All images in `folder` and in its `N_name` folders, sorted by relative path.
 
-    Other folders, hidden files and files with another suffix do not belong to the data set; see `unused_entries`. A folder
+    Other folders, hidden files, masks and files with another suffix do not belong to the data set; see `unused_entries`. A folder
     `0_name` holds images that are excluded from it. A HEIC, AVIF or TIFF image whose stem is also that of a PNG, JPEG, WebP
     or BMP image is taken for the original of it, and not used.
     """
@@ -140,10 +148,14 @@ def find_images(folder: Path) -> list[ImageFile]:
         if repeats := repeats_of(child):
             found += [(path, repeats) for path in child.iterdir()]
     captions = _captions_by_stem([path for path, _ in found])
+    masks = _masks_by_stem(folder, [path for path, _ in found])
     images = [
-        ImageFile(path, repeats, captions.get(path.with_suffix(""), ()))
+        ImageFile(path, repeats, captions.get(path.with_suffix(""), ()), masks.get(path.with_suffix(""), ()))
         for path, repeats in found
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and not path.stem.lower().endswith((MASK_ENDING, _CONDITIONING_ENDING))
+        and path.is_file()
     ]
     first = {image.path.with_suffix("") for image in images if image.path.suffix.lower() in FIRST_SUFFIXES}
     images = [image for image in images if image.path.suffix.lower() in FIRST_SUFFIXES or image.path.with_suffix("") not in first]
@@ -220,6 +232,33 @@ def _captions_by_stem(paths: list[Path]) -> dict[Path, tuple[Path, ...]]:
     return captions
 
 
+def _masks_by_stem(folder: Path, paths: list[Path]) -> dict[Path, tuple[Path, ...]]:
+    """Path of an image without suffix -> its masks, of the images among `paths`, which are in `folder`.
+
+    The mask of `images/x.jpg` is `images/x-masklabel.png` or `masks/x.png`, with any of IMAGE_SUFFIXES.
+    """
+    masks: dict[Path, tuple[Path, ...]] = {}
+    for path in (path for path in paths if is_mask(path)):
+        stem = path.with_name(path.stem[: -len(MASK_ENDING)])
+        masks[stem] = (*masks.get(stem, ()), path)
+    for parent in {path.parent for path in paths}:
+        for path in _images_in(folder.parent / MASK_FOLDER / parent.relative_to(folder)):
+            stem = parent / (path.stem[: -len(MASK_ENDING)] if is_mask(path) else path.stem)
+            masks[stem] = (*masks.get(stem, ()), path)
+    return {stem: tuple(sorted(found)) for stem, found in masks.items()}
+
+
+def is_mask(path: Path) -> bool:
+    """Whether the name of a file says that it is the mask of the image beside it."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.stem.lower().endswith(MASK_ENDING) and not path.name.startswith(".")
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """The files in `folder` with a suffix of images; none if it does not exist."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
+
+
 def repeats_of(folder: Path) -> int | None:
     """N of a folder `N_name`, None for every other file or folder."""
     match = _REPEATS_FOLDER.fullmatch(folder.name)
@@ -235,8 +274,13 @@ def unused_entries(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     images = find_images(folder)
-    used, stems = {image.path for image in images}, {image.path.with_suffix("") for image in images}
+    used = {path for image in images for path in (image.path, *image.masks)}
+    stems = {image.path.with_suffix("") for image in images}
     unused = _unused_folders(folder)
+    masks = folder.parent / MASK_FOLDER
+    for path in (path for parent in (masks, *masks.glob("*/")) for path in _images_in(parent)):
+        if path not in used:
+            unused[name_in(folder.parent, path)] = f"a mask without an image; give it the name of an image in {folder.name}/"
     for parent in [folder, *(child for child in folder.iterdir() if repeats_of(child))]:
         for path in parent.iterdir():
             if path not in used and not path.name.startswith(".") and (what := _describe_unused(path, stems)):
@@ -258,6 +302,10 @@ def _describe_unused(path: Path, stems: Collection[Path]) -> str | None:
     """
     suffix = path.suffix.lower()
     if suffix in IMAGE_SUFFIXES:
+        if is_mask(path):
+            return f"a mask without an image; rename it to NAME{MASK_ENDING}{path.suffix} for the image NAME"
+        if path.stem.lower().endswith(_CONDITIONING_ENDING):
+            return "OneTrainer's image for conditioning, which is not used"
         if not path.exists():
             return "a link to nothing"
         return "has the stem of another image, which is used" if path.is_file() else "a folder"
@@ -289,7 +337,10 @@ def _unused_folders(folder: Path) -> dict[str, str]:
                 continue
             if suffixes & {*IMAGE_SUFFIXES, *UNREAD_SUFFIXES}:
                 move = "" if parent == folder else f"move it into {folder.name}/ and "
-                found[name_in(folder, path)] = f"a folder with images; {move}call it N_name for N repeats to use it"
+                use = f"{move}call it N_name for N repeats to use it"
+                if "mask" in path.name.lower() or path.name.lower().startswith("conditioning"):
+                    use = f"if these are masks, move its files to {folder.parent.name}/{MASK_FOLDER}/"
+                found[name_in(folder, path)] = f"a folder with images; {use}"
     return found
 
 

@@ -11,7 +11,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from PIL import (
     BmpImagePlugin,
     ExifTags,
     Image,
+    ImageChops,
     ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
@@ -96,6 +97,8 @@ class DecodedImage:
     revision: str
     """DECODER_REVISION if version 1.0 decoded the file to other pixels, else empty: part of the keys of what is computed from
     the pixels, so that only the values of such images are computed again."""
+    alpha: Image.Image | None
+    """How opaque `rgb` was before it was put on white, 8-bit grey of the same size; None if it is opaque everywhere."""
 
 
 def open_rgb(path: Path) -> Image.Image:
@@ -113,6 +116,16 @@ def read_image(path: Path) -> DecodedImage:
         raise BrokenImageError(f"cannot be read: {error.strerror}") from None
 
 
+def read_mask(path: Path, image: Path) -> DecodedImage:
+    """The mask of an `image`, decoded, with an `alpha` that is white where the image counts: the grey levels of the file `path`,
+    whose transparent areas are black; of the image itself, its transparency. Raises BrokenImageError, as `read_image` does."""
+    decoded = read_image(path)
+    if path == image:
+        return decoded
+    grey = decoded.rgb.convert("L")  # on white
+    return replace(decoded, alpha=grey if decoded.alpha is None else ImageChops.add(grey, decoded.alpha, offset=-255))
+
+
 def decode(content: bytes) -> DecodedImage:
     """Decode the image file `content`.
 
@@ -124,14 +137,15 @@ def decode(content: bytes) -> DecodedImage:
         size = image.width * image.height
         _limit_size(image, image_format)
         with _ONE_LARGE_IMAGE if size > _LARGE_PIXELS else nullcontext():
-            rgb, is_revised = _to_rgb(image, image_format, content)
+            rgb, alpha, is_revised = _to_rgb(image, image_format, content)
             method = _TRANSPOSITIONS.get(_exif_value(image, ExifTags.Base.Orientation))
-            rgb = rgb.transpose(method) if method is not None else rgb
+            if method is not None:
+                rgb, alpha = rgb.transpose(method), alpha and alpha.transpose(method)
         if image_format == "heic":
             is_animated = content[8:12] in _HEIC_SEQUENCES
         else:
             is_animated = image_format != "tiff" and getattr(image, "is_animated", False)
-        return DecodedImage(rgb, image_format, is_animated, DECODER_REVISION if is_revised else "")
+        return DecodedImage(rgb, image_format, is_animated, DECODER_REVISION if is_revised else "", alpha)
 
 
 def verify_download(content: bytes) -> DecodedImage:
@@ -206,8 +220,8 @@ def _as_broken_image() -> Iterator[None]:
         raise BrokenImageError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
-def _to_rgb(image: ImageFile.ImageFile, image_format: str, content: bytes) -> tuple[Image.Image, bool]:
-    """The pixels as RGB in sRGB on white, and whether version 1.0 had others."""
+def _to_rgb(image: ImageFile.ImageFile, image_format: str, content: bytes) -> tuple[Image.Image, Image.Image | None, bool]:
+    """The pixels as RGB in sRGB on white, their alpha channel unless it is opaque, and whether version 1.0 had other pixels."""
     raw_mode = _raw_mode(image)
     image.load()
     is_revised = _scale_transparency(image, raw_mode)
@@ -226,7 +240,8 @@ def _to_rgb(image: ImageFile.ImageFile, image_format: str, content: bytes) -> tu
     if alpha is not None:
         rgb.putalpha(alpha)
         rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
-    return rgb, is_revised
+        alpha = alpha if alpha.getextrema()[0] < 255 else None
+    return rgb, alpha, is_revised
 
 
 def _raw_mode(image: ImageFile.ImageFile) -> str:

@@ -70,10 +70,15 @@ class SharedModelSettings:
 class SharedDataSettings:
     """The part of `[train.data]` that captioning reads: what training makes of an image and of a caption."""
 
-    resolution: int = setting(1024, at_least=64, at_most=4096, role="result")
-    """Pixels: a bucket's area is at most `resolution` squared."""
+    resolution: int | tuple[int, ...] = setting(1024, at_least=64, at_most=4096, role="result")
+    """Pixels: a bucket's area is at most `resolution` squared. Of several, each image is trained at each."""
     caption_chunks: int = setting(3, at_least=1, at_most=8, role="result")
     """Chunks of 75 tokens that a caption may fill at most."""
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """Each value of `resolution` once, the largest first."""
+        return tuple(sorted({self.resolution} if isinstance(self.resolution, int) else {*self.resolution}, reverse=True))
 
 
 @dataclass(frozen=True)

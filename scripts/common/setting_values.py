@@ -16,7 +16,9 @@ _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def within_limits(value: Any, key: dataclasses.Field) -> Any:
-    """`value` if it is within the limits of its field; raises ValueError."""
+    """`value` if it, or each number of a list, is within the limits of its field; raises ValueError."""
+    if isinstance(value, tuple):
+        return tuple(within_limits(each, key) for each in value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return value
     tests = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
@@ -52,6 +54,8 @@ def _converter(option: Any, base: Path) -> tuple[Callable[[Any, bool], Any], str
         return lambda raw, _: next((choice for choice in choices if choice == raw), None), "one of " + ", ".join(choices)
     if option == tuple[Path, ...]:
         return lambda raw, is_text: _as_paths(raw, base, is_text), "a path, or a list of paths"
+    if option == tuple[int, ...]:
+        return _as_ints, "a list of them"
     if typing.get_origin(option) is tuple:
         return _as_list, "a list of words"
     converters = {
@@ -77,6 +81,12 @@ def _as_int(raw: Any, is_text: bool) -> int | None:
         except ValueError:
             return None
     return raw if isinstance(raw, int) and not isinstance(raw, bool) else None
+
+
+def _as_ints(raw: Any, is_text: bool) -> tuple[int, ...] | None:
+    pieces = [piece for piece in raw.split(",") if piece.strip()] if is_text else raw
+    numbers = [_as_int(piece, is_text) for piece in pieces] if isinstance(pieces, list) else []
+    return None if None in numbers or not numbers else tuple(numbers)
 
 
 def _as_float(raw: Any, is_text: bool) -> float | None:

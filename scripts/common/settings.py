@@ -217,7 +217,7 @@ def resolved_toml(sections: dict[str, Any], origins: Mapping[str, str] | None = 
     lines = tomli_w.dumps({name: as_table(section) for name, section in sections.items()}).splitlines()
     for number, line in enumerate(lines):
         origin = (origins or {}).get(line.partition(" = ")[0])
-        if origin and not line.endswith("["):  # a comment after the first line of a list would be lost in it
+        if origin:
             lines[number] = f"{line}  # set by {origin}"
     return "\n".join(lines) + "\n"
 

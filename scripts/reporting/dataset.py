@@ -33,6 +33,8 @@ class DatasetImage:
     """close, half or full; empty if no face was found."""
     why: str
     """Why there is no likeness; empty if there is one, or it was not measured."""
+    has_mask: bool = False
+    """The thumbnail shows the outline of its mask."""
 
     @property
     def exclusion(self) -> str:
@@ -78,6 +80,10 @@ class Dataset:
         return sorted(others, key=lambda image: image.is_excluded)
 
     @property
+    def masked(self) -> int:
+        return sum(image.has_mask for image in self.images)
+
+    @property
     def excluded(self) -> int:
         return sum(image.is_excluded for image in self.images)
 
@@ -95,13 +101,15 @@ def read_dataset(folder: DatasetFolder, trigger: str) -> Dataset:
     used = {image.path for image in select_images(folder).images}
     found, flagged = as_object(likeness.get("images")), as_object(flaws.get("flagged"))
     images, files = [], find_images(folder.images)
+    masks = {file.path: file.masks[0] for file in files if file.masks}
     with Thumbnails(folder.thumbnails) as thumbnails:
-        for file, thumbnail in zip(files, thumbnails.of_all(file.path for file in files), strict=True):
+        for file, thumbnail in zip(files, thumbnails.of_all((file.path for file in files), masks=masks), strict=True):
             name = name_in(folder.images, file.path)
             entry = as_object(flagged.get(name))
             described = _described(as_object(entry.get("flaws", entry)), as_object(found.get(name)))
             is_excluded, caption = file.path not in used, _caption(file, folder)
-            images.append(DatasetImage(name, thumbnail, caption, repeats=file.repeats, is_excluded=is_excluded, **described))
+            about = {"repeats": file.repeats, "is_excluded": is_excluded, "has_mask": bool(file.masks)}
+            images.append(DatasetImage(name, thumbnail, caption, **about, **described))
     alone = flaws.get("captions_without_picture")
     unused = dict.fromkeys(alone if isinstance(alone, list) else (), "a caption without an image")
     unused |= as_object(flaws.get("not_looked_at"))

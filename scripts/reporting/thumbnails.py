@@ -5,16 +5,19 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from PIL import Image, ImageChops, ImageFilter
+
 from common.background import prefetch
-from common.images import BrokenImageError, open_rgb
+from common.images import BrokenImageError, open_rgb, read_mask
 
 SIZE_PX = 192
 _QUALITY, _METHOD = 62, 2
 """Of WebP: a slower method saves a tenth of the page and doubles the time."""
+OUTLINE = "magenta"
+_OUTLINE_PX = 2
 _MAX_WORKERS = 8
 
 
@@ -25,21 +28,22 @@ class Thumbnails:
         self._folder = folder
         self._used: set[str] = set()
 
-    def of_all(self, paths: Iterable[Path], size_px: int = SIZE_PX) -> Iterator[str]:
-        """The same of many images, in the order of `paths`, on every core."""
-        cores = len(os.sched_getaffinity(0))
-        return prefetch(partial(self.of, size_px=size_px), paths, workers=0 if cores == 1 else min(cores, _MAX_WORKERS))
+    def of_all(self, paths: Iterable[Path], size_px: int = SIZE_PX, masks: Mapping[Path, Path] | None = None) -> Iterator[str]:
+        """The same of many images, in the order of `paths`, on every core; `masks`: image -> its mask."""
+        cores, found = len(os.sched_getaffinity(0)), masks or {}
+        workers = 0 if cores == 1 else min(cores, _MAX_WORKERS)
+        return prefetch(lambda path: self.of(path, size_px, found.get(path)), paths, workers)
 
-    def of(self, path: Path, size_px: int = SIZE_PX) -> str:
-        """A data URI of the image at `path`, at most `size_px` wide and high; "" if it cannot be read."""
+    def of(self, path: Path, size_px: int = SIZE_PX, mask: Path | None = None) -> str:
+        """A data URI of the image at `path`, at most `size_px` wide and high, with the outline of its mask; "" if it cannot be
+        read."""
         try:
-            status = path.stat()
-            key = f"{path.name}|{status.st_size}|{status.st_mtime_ns}|{size_px}"
+            key = f"{_stamp(path)}|{size_px}" + (f"|{_stamp(mask)}" if mask else "")
             cached = self._folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.webp"
             self._used.add(cached.name)
             content = _read(cached)
             if not content:
-                content = _make(path, size_px)
+                content = _make(path, size_px, mask)
                 _write(cached, content)
             return "data:image/webp;base64," + base64.b64encode(content).decode("ascii")
         except (OSError, BrokenImageError):
@@ -74,9 +78,19 @@ def _write(cached: Path, content: bytes) -> None:
         temporary.replace(cached)
 
 
-def _make(source: Path, size_px: int) -> bytes:
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{path.name}|{status.st_size}|{status.st_mtime_ns}"
+
+
+def _make(source: Path, size_px: int, mask: Path | None) -> bytes:
     image = open_rgb(source)
     image.thumbnail((size_px, size_px), reducing_gap=1.5)
+    if mask:
+        with contextlib.suppress(BrokenImageError):  # training reports it
+            inside = read_mask(mask, source).alpha.resize(image.size).point(lambda level: 255 if level > 127 else 0)
+            wider = inside.filter(ImageFilter.MaxFilter(2 * _OUTLINE_PX + 1))
+            image.paste(Image.new("RGB", image.size, OUTLINE), mask=ImageChops.subtract(wider, inside))
     content = io.BytesIO()
     image.save(content, "webp", quality=_QUALITY, method=_METHOD)
     return content.getvalue()

@@ -41,11 +41,17 @@ class DataSettings(SharedDataSettings):
     dataloader_num_workers: int = setting(4, at_least=0, at_most=64, role="runtime")
     skip_flagged: bool = setting(False, role="runtime")
     """Leave out the images that the caption stage's audit flagged."""
+    flip: bool = setting(False, role="result", before=False)
+    """Half of the samples see the mirror image."""
+    mask_weight: float = setting(0.1, at_least=0, at_most=1, role="result", before=0.1)
+    """Of the areas outside an image's mask in the loss."""
+    alpha: Literal["white", "mask"] = setting("white", role="result", before="white")
+    """"mask": the transparency of an image without a mask is its mask."""
 
     def validate(self) -> Iterator[str]:
-        if self.resolution % self.bucket_step or self.bucket_step % 8:
+        if any(each % self.bucket_step for each in self.resolutions) or self.bucket_step % 8:
             yield "resolution must be a multiple of bucket_step, and bucket_step of 8"
-        if self.bucket_max_side < self.resolution:
+        if self.bucket_max_side < self.resolutions[0]:
             yield "bucket_max_side must not be smaller than resolution"
 
 

@@ -79,10 +79,11 @@ def resolve_on_all_ranks(
     if group.is_main_process:
         return job
     if group.local_rank == 0:
-        expected = sorted(example.sha256 for example in [*job.plan.examples, *job.plan.held_out])
+        expected = {(example.sha256, example.mask_key) for example in [*job.plan.examples, *job.plan.held_out]}
         examples, _ = read_images(project, settings.data)
-        if sorted(example.sha256 for example in examples) != expected:
-            raise DataError(f"{project.dataset_dir}: the images differ from those of the main machine; copy its folder here")
+        if {(example.sha256, example.mask_key) for example in examples} != expected:
+            what = "the images or their masks differ from those of the main machine"
+            raise DataError(f"{project.dataset_dir}: {what}; copy its folder here")
     return replace(job, precision=choose_precision(job.settings.model.mixed_precision, group.gpu))
 
 
@@ -172,7 +173,7 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
     """The settings with the values that the plan and the device give every "auto", as training_config_resolved.toml has them."""
     if precision.name != settings.model.mixed_precision:
         print(f"mixed precision: {precision.name} instead of {settings.model.mixed_precision} (no NVIDIA GPU)")
-    schedule = plan.schedule
+    schedule, sizes = plan.schedule, settings.data.resolutions
     return replace(
         settings,
         model=replace(
@@ -181,6 +182,7 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
             zero_terminal_snr=schedule.zero_terminal_snr,
             mixed_precision=precision.name,
         ),
+        data=replace(settings.data, resolution=sizes if len(sizes) > 1 else sizes[0]),
         lora=replace(settings.lora, lora_alpha=settings.lora.alpha),
         run=replace(settings.run, engine=engine, num_train_epochs=plan.epochs),
         objective=replace(settings.objective, min_snr_gamma=plan.min_snr_gamma, noise_offset=plan.noise_offset),
@@ -192,8 +194,8 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
 def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
     """What A1111, Forge, ComfyUI and model managers read in the header of the LoRA after `epochs` epochs; no paths."""
     settings, plan, name = job.settings, job.plan, job.outputs.name
-    now, resolution = datetime.now(UTC), settings.data.resolution
-    tags = Counter(tag for example in plan.examples for tag in map(str.strip, example.caption.split(",")) if tag)
+    now, resolution = datetime.now(UTC), settings.data.resolutions[0]
+    tags = Counter(tag for example in plan.images for tag in map(str.strip, example.caption.split(",")) if tag)
     is_v = plan.schedule.prediction_type == "v_prediction"
     return {
         "ss_base_model_version": "sdxl_base_v1-0",
@@ -205,7 +207,7 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
         "ss_output_name": name,
         "ss_sd_model_name": job.base.name,
         "ss_resolution": f"({resolution}, {resolution})",
-        "ss_num_train_images": str(len(plan.examples)),
+        "ss_num_train_images": str(len(plan.images)),
         "ss_num_epochs": str(epochs),
         "ss_steps": str(sum(step.epoch < epochs for step in plan.order)),
         "ss_batch_size_per_device": str(settings.run.train_batch_size),

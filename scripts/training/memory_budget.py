@@ -12,7 +12,7 @@ from training.engine import EngineName
 from training.method.adapters import KEPT_BYTES_PER_WEIGHT
 from training.method.optimizers import OPTIMIZERS
 from training.models.sdxl import BaseModel
-from training.plan import placements_of
+from training.plan import at_each_resolution, placements_of
 from training.system.device import (
     GIB,
     Precision,
@@ -89,7 +89,8 @@ def measure_budget(
     workspaces = _GPU_WORKSPACE_BYTES if precision.device.type == "cuda" else _CPU_WORKSPACE_BYTES
     scale = itemsize / 2 * unet.config["block_out_channels"][0] / _SDXL_WIDTH
     kept_px, checkpointed_px = _PLAIN_BYTES_PER_PIXEL if engine == "plain" else _FAST_BYTES_PER_PIXEL
-    image_px = max(place.bucket.width * place.bucket.height for place in placements_of(examples, settings.data))
+    placements = placements_of(at_each_resolution(examples, settings.data), settings.data)
+    image_px = max(place.bucket.width * place.bucket.height for place in placements)
     is_shared = shares_memory(precision.device)
     limits = thresholds(settings.run.memory_floor_gib, read_memory().total, is_shared)
     kept_per_weight = KEPT_BYTES_PER_WEIGHT[settings.lora.lora_type]

@@ -46,11 +46,11 @@ class Plan:
     """Everything about a run that is decided before anything heavy is loaded."""
 
     examples: list[Example]
-    """What is trained on."""
+    """What is trained on: each image at each of its resolutions."""
     placements: list[Placement]
     """Of each of them."""
     held_out: list[Example]
-    """What only the validation loss sees."""
+    """What only the validation loss sees, in the same way."""
     held_out_placements: list[Placement]
     order: list[OptimizerStep]
     global_batch: int
@@ -71,9 +71,15 @@ class Plan:
         return sum(len(step.examples) for step in self.order)
 
     @property
+    def images(self) -> list[Example]:
+        """Each image that is trained on, once."""
+        return list({example.path: example for example in self.examples}.values())
+
+    @property
     def validation_fraction(self) -> float:
         """The fraction that holds out as many images, rounded down so that it does not hold out one more."""
-        return math.floor(1e6 * len(self.held_out) / (len(self.examples) + len(self.held_out))) / 1e6
+        held_out = len({example.path for example in self.held_out})
+        return math.floor(1e6 * held_out / (len(self.images) + held_out)) / 1e6
 
     @property
     def shared_prefix_steps(self) -> int:
@@ -85,16 +91,17 @@ class Plan:
         buckets = Counter(placement.bucket for placement in self.placements)
         shapes = ", ".join(f"{bucket} ({count})" for bucket, count in buckets.most_common(8))
         more = f" and {len(buckets) - 8} more" if len(buckets) > 8 else ""
+        each = f" ({len(self.examples)} with each resolution)" if len(self.examples) > len(self.images) else ""
         length = f"{self.epochs} epochs, {len(self.order)} optimizer steps of {self.global_batch}"
         if self.has_set_steps:
             length = f"{len(self.order)} optimizer steps of {self.global_batch}, up to epoch {self.epochs}"
         lines = [
-            f"{len(self.examples)} images in {len(buckets)} bucket(s): {shapes}{more}",
+            f"{len(self.images)} images{each} in {len(buckets)} bucket(s): {shapes}{more}",
             f"{length}, {self.samples} training samples; "
             f"{self.schedule.prediction_type}, min-SNR {self.min_snr_gamma or 'off'}, noise offset {self.noise_offset or 'off'}",
         ]
-        if self.held_out:
-            lines.append(f"held out for validation: {abbreviated([example.name for example in self.held_out])}")
+        if names := [example.name for example in self.held_out]:
+            lines.append(f"held out for validation: {abbreviated(list(dict.fromkeys(names)))}")
         return "\n".join([*lines, *self.warnings()])
 
     def warnings(self) -> list[str]:
@@ -112,7 +119,8 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
     the settings already applied."""
     data, run = train.data, train.run
     out = _held_out(examples, train.validation.validation_fraction)
-    trained, held_out = ([e for index, e in enumerate(examples) if (index in out) is chosen] for chosen in (False, True))
+    parts = ([e for index, e in enumerate(examples) if (index in out) is chosen] for chosen in (False, True))
+    trained, held_out = (at_each_resolution(part, data) for part in parts)
     placements = placements_of(trained, data)
     global_batch = run.train_batch_size * run.gradient_accumulation_steps * world_size
     buckets, repeats = [placement.bucket for placement in placements], [example.repeats for example in trained]
@@ -152,9 +160,14 @@ def _held_out(examples: Sequence[Example], fraction: float | Literal["auto"]) ->
     return set(sorted(range(len(examples)), key=lambda index: examples[index].sha256)[:count])
 
 
+def at_each_resolution(examples: Sequence[Example], data: DataSettings) -> list[Example]:
+    """Each example once for each of its resolutions, which are those of the settings unless it has its own."""
+    return [replace(e, resolutions=(each,)) for e in examples for each in e.resolutions or data.resolutions]
+
+
 def placements_of(examples: Sequence[Example], data: DataSettings) -> list[Placement]:
-    """The bucket and crop of each example."""
-    return [assign_bucket(e.width, e.height, data.resolution, data.bucket_step, data.bucket_max_side) for e in examples]
+    """The bucket and crop of each example at its one resolution."""
+    return [assign_bucket(e.width, e.height, *e.resolutions, data.bucket_step, data.bucket_max_side) for e in examples]
 
 
 def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base_digests: Sequence[str]) -> dict[str, Any]:
@@ -163,20 +176,29 @@ def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base
     `train` has every "auto" resolved. A setting that is newer than the first version is left out where it has the value that
     older versions used (`before`), so that a new setting changes no fingerprint.
     """
-    trained = [[example.sha256, example.caption, example.repeats] for example in plan.examples]
-    held_out = [[example.sha256, example.caption] for example in plan.held_out]
+    only = {train.data.resolution}
+    trained = [[example.sha256, example.caption, example.repeats, *_newer(example, only)] for example in plan.examples]
+    held_out = [[example.sha256, example.caption, *_newer(example, only)] for example in plan.held_out]
     settings = {recorded_name(key): value for key, value in settings_of(train, "result") if value != key.metadata["before"]}
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     return {
         **settings,
         **asdict(plan.schedule),
         "base model": short_hash(list(base_digests)),
         "data set": short_hash(trained),
-        "pictures": len(plan.examples),  # the keys are part of every fingerprint: never rename one
+        "pictures": len(plan.images),  # the keys are part of every fingerprint: never rename one
         "held-out pictures": short_hash(held_out),
         "trigger_word": trigger_word,
         GLOBAL_BATCH: plan.global_batch,
         WARMUP_STEPS: plan.warmup_steps,
     }
+
+
+def _newer(example: Example, only: set[int]) -> list[Any]:
+    """What the first versions did not know of an example and the result depends on: its mask, and its resolution unless it is the
+    `only` one; [] where it has neither."""
+    mask = [[example.mask_key, example.mask_weight]] if example.mask else []
+    return mask if {*example.resolutions} == only else [*mask, *example.resolutions]
 
 
 def runtime_settings(train: TrainSettings, world_size: int = 1) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def write_results(
 def workflow_of(job: TrainingJob, strength: float) -> dict[str, dict]:
     """A workflow for ComfyUI with the recommended LoRA."""
     samples, trigger = job.settings.samples, job.project.trigger_word
-    how = largest_size(job.settings.data.resolution), samples.sample_guidance, samples.sample_seed
+    how = largest_size(job.settings.data.resolutions[0]), samples.sample_guidance, samples.sample_seed
     names = job.outputs.recommended.name, strength, job.base.name, job.plan.schedule
     prompt = ", ".join(filter(None, [family_of(job.base).quality_tags, trigger]))
     return comfyui_workflow(*names, prompt, job.outputs.name, *how)

@@ -74,6 +74,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             global_batch=job.plan.global_batch,
             timesteps=job.plan.schedule.timesteps,
             pin=job.precision.device.type == "cuda",
+            masks=any(example.mask for example in examples),
             group=group,
         )
         held_out = replace(reader, examples=examples[count:], caption_dropout=0.0, pin=False)

@@ -14,7 +14,7 @@ from training.data.cache import image_pixels
 from training.data.dataset import read_images
 from training.models.base_model import base_digest, find_base, remember_prediction
 from training.models.weights import load_vae
-from training.plan import placements_of
+from training.plan import at_each_resolution, placements_of
 
 SHORT = {"LORA_TARGETS": "attention", "SAVE_EVERY_EPOCHS": 0, "NUM_TRAIN_STEPS": 1}
 
@@ -34,7 +34,8 @@ def unmarked_v(stage):
     folder = stage.models / "unmarked"
     shutil.copytree(stage.base, folder)
     vae, data = load_vae(find_base(str(folder), stage.models), torch.device("cpu")), DataSettings(resolution=64)
-    examples, _ = read_images(ProjectSettings("sks", stage.dataset, stage.output, stage.models), data)
+    found, _ = read_images(ProjectSettings("sks", stage.dataset, stage.output, stage.models), data)
+    examples = at_each_resolution(found, data)
     images = zip(examples, placements_of(examples, data), strict=True)
     with torch.no_grad():
         means = [vae.encode(image_pixels(*image)[None]).latent_dist.mean[0].flatten(1) for image in images]

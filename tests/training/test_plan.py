@@ -1,5 +1,6 @@
 """What a run will do, what it announces, and which changes make it another run."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -160,6 +161,9 @@ DIFFERENT = {
     "loss": {"objective": {"loss": "huber"}},
     "optimizer": {"optimizer": {"optimizer": "adamw8bit"}},
     "adapter": {"lora": {"lora_type": "dora"}},
+    "mirror images": {"data": {"flip": True}},
+    "masks": {"data": {"mask_weight": 0.0}},
+    "transparency": {"data": {"alpha": "mask"}},
 }
 SAME = {
     "workers": {"data": {"dataloader_num_workers": 9}},
@@ -198,12 +202,27 @@ def test_other_images_captions_and_models_are_another_run():
     assert fingerprint_of(plan_of(), trigger="person") != same
     assert fingerprint_of(plan_of(), digests=("other", "vae")) != same
     assert fingerprint_of(plan_of(24)) != same
-    for changed in ({"caption": "sks"}, {"repeats": 2}, {"sha256": "0" * 63 + "f"}):
+    masked = {"mask": Path("mask.png"), "mask_key": "a"}
+    for changed in ({"caption": "sks"}, {"repeats": 2}, {"sha256": "0" * 63 + "f"}, masked, masked | {"mask_weight": 0.3}):
         examples = [example(number) for number in range(25)]
         examples[24] = replace(examples[24], **changed)
         assert fingerprint_of(make_plan(examples, with_changes(), PLAIN)) != same
     moved = [replace(example(number), path=Path(f"/elsewhere/{number}.png")) for number in range(25)]
     assert fingerprint_of(make_plan(moved, with_changes(), PLAIN)) == same
+
+
+def test_resolutions_and_mirror_images_are_part_of_the_fingerprint():
+    """As JSON has them, so that a checkpoint compares equal; with one resolution the fingerprint is that of older versions."""
+    several = {"data": {"resolution": (1024, 768)}}
+    plan = plan_of(**several)
+    fingerprint = result_fingerprint(plan, resolved(plan, **several), "sks", ("unet",))
+    assert json.loads(json.dumps(fingerprint)) == fingerprint
+    assert (fingerprint["resolution"], fingerprint["pictures"]) == ([1024, 768], 25)
+    assert fingerprint_of(plan, **several) != fingerprint_of(plan_of())
+    own = [replace(example(number), resolutions=(768,)) for number in range(25)]
+    assert fingerprint_of(make_plan(own, with_changes(), PLAIN)) != fingerprint_of(plan_of())
+    same = [replace(example(number), resolutions=(1024,)) for number in range(25)]
+    assert fingerprint_of(make_plan(same, with_changes(), PLAIN)) == fingerprint_of(plan_of())
 
 
 def test_every_setting_has_exactly_one_role():
@@ -216,11 +235,12 @@ def test_fingerprint_and_runtime_settings_hold_every_setting_once():
     """A setting that is in neither would continue another run without a word; base_model and validation_fraction count by
     what they name: the weights, and the images that are held out."""
     plan = plan_of()
-    tables = {table.name: fields(getattr(TrainSettings(), table.name)) for table in fields(TrainSettings)}
-    newer = {
-        name: {key.name: "another value" for key in keys if key.metadata["before"] is not MISSING} for name, keys in tables.items()
-    }
-    in_result = result_fingerprint(plan, resolved(plan, **newer), "sks", ("unet",)).keys()
+    train = resolved(plan)
+    for table in fields(train):
+        section = getattr(train, table.name)
+        newer = [key.name for key in fields(section) if key.metadata["role"] == "result" and key.metadata["before"] is not MISSING]
+        train = replace(train, **{table.name: replace(section, **dict.fromkeys(newer, "another value"))})
+    in_result = result_fingerprint(plan, train, "sks", ("unet",)).keys()
     in_runtime = runtime_settings(with_changes()).keys()
     settings = {key.name for key in all_keys(TrainSettings) if not key.metadata["secret"]}
     assert in_result & in_runtime == set()

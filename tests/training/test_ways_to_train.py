@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -73,6 +74,26 @@ def test_a_run_with_an_8_bit_base_is_continued_as_it_began(images):
     assert min(losses(images.output)[-2:]) < losses(images.output)[0]
     with safe_open(images.lora, "pt") as file:
         assert len(file.keys()) > 0
+
+
+def test_masks_resolutions_and_mirror_images_resume_exactly(images):
+    """A run that is stopped and continued is the whole one."""
+    for name in ("astronaut", "coffee"):
+        mask = Image.new("L", images.photographs[name].size)
+        mask.paste("white", (0, 0, mask.width, mask.height // 2))
+        mask.save(images.images / f"{name}-masklabel.png")
+    views = QUICK | {"BUCKET_STEP": 32, "RESOLUTION": "64,96", "FLIP": "true", "MASK_WEIGHT": 0.05}
+    other = images.output.with_name("whole")
+    whole = images.trained(**views, OUTPUT_DIR=other)
+    assert "masks: 2 of 2 images; what is outside a mask has weight 0.05 in the loss" in whole
+    assert "2 images (4 with each resolution)" in whole
+    assert images.stopped(3, signal.SIGTERM, **views).returncode == 143
+    assert 3 <= len(losses(images.output)) < len(losses(other))
+    assert "continuing at step" in images.trained(**views | {"RESOLUTION": "96,64"})
+    assert losses(images.output) == losses(other)
+    finished, expected = (load_file(root / "lora" / "sks.safetensors") for root in (images.output, other))
+    assert all(torch.equal(finished[name], expected[name]) for name in expected)
+    assert "resolution = [  # set by environment" in (other / "lora" / "training_config_resolved.toml").read_text()
 
 
 def test_the_fast_engine_refuses_what_it_does_not_support(images):

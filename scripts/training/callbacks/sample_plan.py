@@ -66,9 +66,9 @@ def plan_samples(
     `recorded` are the settings of the run that is continued: if it has samples, its choices are kept, so that all rows are alike.
     """
     samples = settings.samples
-    captions = [example.caption for example in plan.examples]
+    captions = [example.caption for example in plan.images]
     prompts = sample_prompts(samples, trigger, captions, family_of(base).quality_tags) if samples.samples else []
-    first = _Choice(STEPS, largest_size(settings.data.resolution), settings.saving.save_every_epochs)
+    first = _Choice(STEPS, largest_size(settings.data.resolutions[0]), settings.saving.save_every_epochs)
     fixed = {}
     for name, key in (("steps", "sample_steps"), ("size", "sample_size"), ("every", "sample_every_epochs")):
         value = getattr(samples, key)

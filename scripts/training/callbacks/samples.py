@@ -7,7 +7,7 @@ and a process that was killed renders the same pixels again.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -125,8 +125,9 @@ class SampleImages(Callback):
         is_listed, missing = self.group.broadcast_object(lambda: (row in self.record, self._missing(row)))
         if is_listed:
             return
-        world_size = self.group.world_size
-        with ProgressBar(len(missing), f"samples, {row.label}", "img", leave=False) as bar:
+        world_size, writes, is_stopped = self.group.world_size, [], False
+        # PNG is compressed in a thread, while the next image is rendered.
+        with ThreadPoolExecutor(1) as writer, ProgressBar(len(missing), f"samples, {row.label}", "img", leave=False) as bar:
             for first in range(0, len(missing), world_size):
                 numbers = missing[first : first + world_size]
                 mine = numbers[self.group.rank : self.group.rank + 1]
@@ -137,10 +138,14 @@ class SampleImages(Callback):
                     break
                 for number, each in zip(numbers, self.group.gather_objects(rendered), strict=False):
                     if each is not None:
-                        self.record.write_image(row, number, *each)
-                if self.stop_requested():
-                    return
+                        writes.append(writer.submit(self.record.write_image, row, number, *each))
+                if is_stopped := self.stop_requested():
+                    break
                 bar.update(len(numbers))
+        for write in writes:
+            write.result()
+        if is_stopped:
+            return
         self.renderer.release()
         if self.group.is_main_process and not self.is_off:
             files = self.record.complete(row)

@@ -53,8 +53,8 @@ class Validator(Callback):
 
     def _sample(self, index: int, stratum: int) -> Sample:
         """Noise and timestep are fixed; the timesteps of the images are spread over the stratum. The caption is its first
-        variant."""
+        variant, and the image is not mirrored."""
         examples, timesteps = self.reader.examples, self.reader.timesteps
-        sample = self.reader.sample(replace(examples[index], variants=1), _POSITION + index * STRATA + stratum)
+        sample = self.reader.sample(replace(examples[index], variants=1, mirrored=None), _POSITION + index * STRATA + stratum)
         within = (index + 0.5) / len(examples)
         return sample | {"timesteps": torch.tensor(int((stratum + within) / STRATA * timesteps))}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from training.data.buckets import OptimizerStep
-from training.data.cache import CachedExample, read_embedding, read_latents
+from training.data.cache import CachedExample, read_cached_mask, read_embedding, read_latents
 from training.system.process_group import ProcessGroup
 
 Sample = dict[str, torch.Tensor]
@@ -46,6 +46,8 @@ class Batch:
     """[B, 6]"""
     weights: torch.Tensor
     """[B]: share of each sample in the loss of the optimizer step; 0 for padding."""
+    mask: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[B, 1, h, w]: weight of each latent in the loss of its sample; empty where no image of the run has a mask."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
@@ -71,6 +73,8 @@ class BatchReader:
     """Length of the base model's noise schedule; timesteps are drawn from 0 .. timesteps - 1."""
     pin: bool
     """Page-lock the batches, for a GPU."""
+    masks: bool = False
+    """Give every sample a mask; the same for the whole run, so that steps of one shape stay one CUDA graph."""
     group: ProcessGroup = field(default_factory=ProcessGroup)
     """The processes that share each optimizer step."""
 
@@ -94,11 +98,17 @@ class BatchReader:
         return batch.pinned() if self.pin else batch
 
     def sample(self, example: CachedExample, position: int) -> Sample:
-        """The sample that `example` gives at `position` of the run, as every field of Batch but `weights`."""
+        """The sample that `example` gives at `position` of the run, as every field of Batch but `weights`, and without `mask` if
+        the run has none."""
+        if example.mirrored and is_mirrored(self.seed, position):
+            example = example.mirrored
         mean, log_variance = read_latents(example.latents)
         variant, drawn = draw(self.seed, position, tuple(mean.shape), example.variants, self.caption_dropout, self.timesteps)
         file = example.empty_caption if variant is None else example.embeddings
         hidden, pooled = read_embedding(file, variant or 0)
+        if self.masks:
+            mask = read_cached_mask(example.mask) if example.mask else torch.ones(1, *mean.shape[1:])
+            drawn["mask"] = mask.clamp(min=example.mask_weight)
         return drawn | {
             "mean": mean,
             "log_variance": log_variance,
@@ -122,7 +132,7 @@ def draw(
     """Everything random about the sample at `position` (optimizer step x global batch + slot) with latents of `latent_shape`
     (C, h, w), for a noise schedule of `timesteps`: which of the caption's `variants` it has (None: the empty caption), and the
     fields of Batch that are drawn."""
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, position, 0]))
+    generator = _generator(seed, position, 0)
 
     # The order of the draws is part of the result: a new one goes to the end.
     timestep = int(generator.integers(timesteps))
@@ -132,3 +142,13 @@ def draw(
     for name, shape in (("offset", (latent_shape[0], 1, 1)), ("latent_noise", latent_shape), ("noise", latent_shape)):
         sample[name] = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
     return None if is_dropped else variant, sample
+
+
+def is_mirrored(seed: int, position: int) -> bool:
+    """Whether the sample at `position` is the mirror image, where a run has them: half of all samples are."""
+    return bool(_generator(seed, position, 1).random() < 0.5)
+
+
+def _generator(seed: int, position: int, purpose: int) -> np.random.Generator:
+    """The random numbers of a sample; those for one `purpose` do not depend on how many are drawn for another."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, position, purpose]))

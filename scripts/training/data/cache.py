@@ -10,21 +10,21 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from common.background import in_background, prefetch
 from common.clip_tokens import CHUNK_TOKENS
 from common.errors import ModelError, ResourceError
-from common.images import open_rgb
+from common.images import open_rgb, read_mask
 from common.progress import ProgressBar
 from training.config import DataSettings
 from training.data.buckets import Placement
@@ -38,7 +38,7 @@ from training.system.process_group import ProcessGroup
 FORMAT = 2
 """Part of every key; to be raised when the encoding changes."""
 
-TENSORS = {"latents": {"mean", "log_variance"}, "text": {"hidden", "pooled"}}
+TENSORS = {"latents": {"mean", "log_variance"}, "masks": {"mask"}, "text": {"hidden", "pooled"}}
 """Names of the tensors in a file, by its folder."""
 
 _MAX_SHOWN = 60
@@ -46,6 +46,9 @@ _MAX_SHOWN = 60
 
 CHECKSUM = "crc32"
 """Name of the checksum in a file's metadata."""
+
+LATENT_PX = 8
+"""Pixels of an image's side for one of its latents."""
 
 _WRITERS = 2
 """Threads that wait for the disk, and on a GPU for its results."""
@@ -67,12 +70,24 @@ class CachedExample:
     """How many variants of the caption `embeddings` holds."""
     empty_caption: Path
     """The embeddings that replace those of the caption where it is dropped."""
+    mask: Path | None = None
+    """The mask in the size of the latents; None: all of the image counts."""
+    mask_weight: float = 1.0
+    """Weight of what is outside the mask."""
+    mirrored: "CachedExample | None" = None
+    """Its mirror image, if that is trained on as well."""
 
 
 def read_latents(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and log-variance [C, h, w] of the VAE's posterior, fp32."""
     with _open_entry(path) as file:
         return file.get_tensor("mean"), file.get_tensor("log_variance")
+
+
+def read_cached_mask(path: Path) -> torch.Tensor:
+    """[1, h, w] fp32 in 0 .. 1: which share of each latent the mask holds."""
+    with _open_entry(path) as file:
+        return file.get_tensor("mask")
 
 
 def read_embedding(path: Path, variant: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,10 +109,15 @@ def _open_entry(path: Path) -> Iterator[safe_open]:
         ) from None
 
 
-def entry(folder: Path, kind: Literal["latents", "text"], *parts: str) -> Path:
+def entry(folder: Path, kind: Literal["latents", "masks", "text"], *parts: str) -> Path:
     """The file in the cache `folder` for what depends on these `parts` alone."""
     key = hashlib.sha256("\0".join((str(FORMAT), *parts)).encode()).hexdigest()
     return folder / kind / f"{key}.safetensors"
+
+
+def _side(example: Example) -> str:
+    """The part of a key that tells an image and its mirror image apart."""
+    return " mirrored" if example.is_mirrored else ""
 
 
 def is_valid_entry(path: Path) -> bool:
@@ -165,18 +185,21 @@ class CacheBuilder:
         variants = [caption_variants(caption, trigger_word, count, shuffle, seed) for caption in captions]
         tokenizers = load_tokenizers(self.base, self.models_dir)
         chunks = chunks_needed(captions, tokenizers, settings.caption_chunks)
-        for example, _ in images:
+        for example in {example.path: example for example, _ in images}.values():
             if cut := text_beyond(chunks, example.caption, tokenizers):
                 print(f"{example.name}: its caption is longer than {CHUNK_TOKENS * chunks} tokens; training does not see: {cut}")
 
         prompt_chunks = chunks_needed(list(prompts), tokenizers, settings.caption_chunks)
 
-        latents, embeddings = self.latents_entries(images), self.embeddings_entries([*variants, [""]], chunks)
+        mirrored = [(replace(example, is_mirrored=True), place) for example, place in images] if settings.flip else []
+        latents, masks = self.latents_entries([*images, *mirrored]), self.masks_entries([*images, *mirrored])
+        embeddings = self.embeddings_entries([*variants, [""]], chunks)
         of_prompts = self.embeddings_entries([[prompt] for prompt in prompts], prompt_chunks)
         new_latents, images_found = self._missing(latents, workers)
+        new_masks, _ = self._missing([entry for entry in masks if entry], workers)
         new_embeddings, captions_found = self._missing([*embeddings, *of_prompts], workers)
         self.group.barrier()  # all processes know what is missing before one writes
-        shares = self.group.shard(new_latents), self.group.shard(new_embeddings)
+        shares = self.group.shard(new_latents), self.group.shard(new_embeddings), self.group.shard(new_masks)
         with (
             ProgressBar(sum(map(len, shares)), "encode", "images and captions") as bar,
             _tensor_cores(enabled=self.uses_tensor_cores),
@@ -185,16 +208,33 @@ class CacheBuilder:
             with in_background(encode_texts, start=self.concurrent) as texts_encoded:
                 self._encode_images(shares[0], workers, bar)
                 self._free_memory()
+                for _ in prefetch(lambda item: write_mask(*item), shares[2], workers):
+                    bar.update()
                 texts_encoded.result()
             self._free_memory()
         self.group.barrier()
         print(f"images: {images_found}; captions: {captions_found}, {chunks} x {CHUNK_TOKENS} tokens", flush=True)
 
         *caption_paths, empty_caption = (path for path, _, _ in embeddings)
+        copies = 2 if mirrored else 1
         examples = [
-            CachedExample(example.name, placement, path, caption_path, len(texts), empty_caption)
-            for (path, example, placement), caption_path, texts in zip(latents, caption_paths, variants, strict=True)
+            CachedExample(
+                name=example.name,
+                placement=placement,
+                latents=path,
+                embeddings=caption_path,
+                variants=len(texts),
+                empty_caption=empty_caption,
+                mask=mask and mask[0],
+                mask_weight=settings.mask_weight if example.mask_weight is None else example.mask_weight,
+            )
+            for (path, example, placement), mask, caption_path, texts in zip(
+                latents, masks, caption_paths * copies, variants * copies, strict=True
+            )
         ]
+        if mirrored:
+            pairs = zip(examples[: len(images)], examples[len(images) :], strict=True)
+            examples = [replace(example, mirrored=other) for example, other in pairs]
         return examples, {prompt: path for path, (prompt,), _ in of_prompts}
 
     def _missing(self, entries: Sequence[tuple], workers: int) -> tuple[list[tuple], str]:
@@ -217,7 +257,14 @@ class CacheBuilder:
         """The file of each image, with the image."""
         digest = base_digest(self.base, self.folder, "vae") + (" by tensor cores" if self.uses_tensor_cores else "")
         return [
-            (entry(self.folder, "latents", example.sha256 + example.revision, repr(place), digest), example, place)
+            (entry(self.folder, "latents", example.sha256 + example.revision, repr(place), digest + _side(example)), example, place)
+            for example, place in images
+        ]
+
+    def masks_entries(self, images: Sequence[tuple[Example, Placement]]) -> list[tuple[Path, Example, Placement] | None]:
+        """The file of the mask of each image, with the image; None for an image without a mask."""
+        return [
+            (entry(self.folder, "masks", example.mask_key, repr(place) + _side(example)), example, place) if example.mask else None
             for example, place in images
         ]
 
@@ -330,15 +377,28 @@ def write_embeddings(
     return prefetch(write, encoded, min(workers, _WRITERS))
 
 
+def write_mask(path: Path, example: Example, placement: Placement) -> None:
+    """Write the share of the mask in each latent of an image into its file."""
+    alpha = _fitted(read_mask(example.mask, example.path).alpha, example, placement)
+    pixels = torch.from_numpy(np.asarray(alpha, dtype=np.float32))[None] / 255
+    write_entry(path, {"mask": torch.nn.functional.avg_pool2d(pixels, LATENT_PX)})
+
+
 def image_pixels(example: Example, placement: Placement) -> torch.Tensor:
     """[3, H, W] fp32 in -1 .. 1: the image scaled with Lanczos and cropped to its bucket."""
+    cropped = np.asarray(_fitted(open_rgb(example.path), example, placement), dtype=np.float32)
+    return torch.from_numpy(cropped).permute(2, 0, 1) / 127.5 - 1.0
+
+
+def _fitted(image: Image.Image, example: Example, placement: Placement) -> Image.Image:
+    """The image of an example, or its mask, of which the bucket holds the same part."""
     size = (placement.resized_width, placement.resized_height)
-    image = open_rgb(example.path)
+    if example.is_mirrored:
+        image = ImageOps.mirror(image)
     if image.size != size:
         image = image.resize(size, Image.Resampling.LANCZOS)
     right, bottom = placement.left + placement.bucket.width, placement.top + placement.bucket.height
-    cropped = np.asarray(image.crop((placement.left, placement.top, right, bottom)), dtype=np.float32)
-    return torch.from_numpy(cropped).permute(2, 0, 1) / 127.5 - 1.0
+    return image.crop((placement.left, placement.top, right, bottom))
 
 
 @contextlib.contextmanager

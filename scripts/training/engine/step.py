@@ -175,7 +175,7 @@ class TrainStep:
         noisy = noised(latents, noise, alpha_bar)
         prediction = self.predict(noisy, batch.timesteps, batch.hidden, batch.pooled, batch.add_time_ids)
         target = target_of(latents, noise, alpha_bar, config.prediction_type)
-        losses = loss_per_sample(prediction, target, config.loss)
+        losses = loss_per_sample(prediction, target, config.loss, batch.mask if batch.mask.numel() else None)
         return (losses * weight_per_sample(alpha_bar, config) * batch.weights).sum()
 
     def predict(

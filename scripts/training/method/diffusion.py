@@ -91,9 +91,14 @@ def weight_per_sample(alpha_bar: torch.Tensor, config: LossConfig) -> torch.Tens
     return min_snr_weight(alpha_bar, config.min_snr_gamma, config.prediction_type)
 
 
-def loss_per_sample(prediction: torch.Tensor, target: torch.Tensor, kind: LossKind = "mse") -> torch.Tensor:
+def loss_per_sample(
+    prediction: torch.Tensor, target: torch.Tensor, kind: LossKind = "mse", mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """[B]: the mean over channels and pixels of e^2 (mse), |e| (l1), or the pseudo-Huber loss 2 c (sqrt(e^2 + c^2) - c) (huber),
-    which is e^2 for small errors e and 2 c |e| for large ones (Song & Dhariwal 2023, arXiv 2310.14189, section 3.3)."""
+    which is e^2 for small errors e and 2 c |e| for large ones (Song & Dhariwal 2023, arXiv 2310.14189, section 3.3).
+
+    `mask` [B, 1, h, w] weights the pixels. The mean is over all of them, so that what is inside a mask counts as without one.
+    """
     error = prediction - target
     if kind == "l1":
         losses = error.abs()
@@ -101,4 +106,4 @@ def loss_per_sample(prediction: torch.Tensor, target: torch.Tensor, kind: LossKi
         losses = 2 * HUBER_C * ((error.square() + HUBER_C**2).sqrt() - HUBER_C)
     else:
         losses = error.square()
-    return losses.flatten(1).mean(dim=1)
+    return (losses if mask is None else losses * mask).flatten(1).mean(dim=1)

@@ -5,6 +5,7 @@ These tests are skipped where there is no GPU. benchmarks/README.md says when an
 
 import copy
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ from demo import tiny_sdxl
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
 from training.engine import prepare_unet
-from training.engine.fast.ops import add_layer_norm, geglu, group_norm
+from training.engine.fast.ops import add_layer_norm, dequantized, geglu, group_norm
 from training.engine.step import TrainStep
 from training.method import diffusion
 from training.method.adapters import ADAPTER, Adapter, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.optimizers import AdamW, AdamW8bit, Optimizer
 from training.models.base_model import find_base
+from training.models.int8 import rowwise_int8
 from training.models.sdxl import Schedule
 from training.models.weights import load_unet
 from training.system.device import Precision
@@ -198,6 +200,34 @@ def test_captured_steps_in_fp16_are_the_eager_ones_bit_for_bit(base):
     assert torch.equal(weights, expected)
 
 
+def masked(batch: Batch, weight: float) -> Batch:
+    """The batch with masks of which the right half has that weight."""
+    mask = torch.ones(len(batch.weights), 1, *batch.mean.shape[2:])
+    mask[..., mask.shape[-1] // 2 :] = weight
+    return replace(batch, mask=mask).pinned()
+
+
+@pytest.mark.parametrize("name", ["fast", "plain"])
+def test_captured_steps_with_masks_are_the_eager_ones_bit_for_bit(base, name):
+    """Steps with and without masks are different graphs. A mask that is 1 everywhere changes nothing; another one does."""
+    order = [(number, weight) for number in range(3) for weight in (None, 0.1, 1.0)]
+    runs = []
+    for captures in (True, False):
+        step, lora = stepper(base, name, captures=captures)
+        batches = [batch_of(number) if weight is None else masked(batch_of(number), weight) for number, weight in order]
+        runs.append(([step([batch], RATE).loss for batch in batches], lora.weights.detach().cpu()))
+        assert bool(step.graphs) == captures
+    (losses, weights), (expected_losses, expected) = runs
+    assert losses == expected_losses
+    assert torch.equal(weights, expected)
+    step, _ = stepper(base, name)
+    plain, masked_loss, same = (
+        step([batch], 0.0).loss for batch in (batch_of(0), masked(batch_of(0), 0.1), masked(batch_of(0), 1.0))
+    )
+    assert same == plain
+    assert masked_loss < 0.8 * plain
+
+
 def in_fp16(batch: Batch) -> Batch:
     return Batch(**{name: each.half() if each.dtype == torch.bfloat16 else each for name, each in vars(batch).items()}).pinned()
 
@@ -266,6 +296,15 @@ def test_layer_norm_and_geglu_kernels(adds):
         results.append([tensor.detach().cpu() for tensor in found])
     for plain, ours in zip(*results, strict=True):
         assert (ours - plain).norm() < 1e-5 * plain.norm()
+
+
+@pytest.mark.parametrize("shape", [(640, 1280), (33, 2049), (64, 32, 3, 3)])
+def test_weights_in_8_bits_are_multiplied_out(shape):
+    weight = torch.randn(shape, device="cuda").bfloat16()
+    weight = weight.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else weight
+    codes, scales = rowwise_int8(weight)
+    assert torch.equal(dequantized(codes, scales), codes * scales)
+    assert dequantized(codes, scales).stride() == weight.stride()
 
 
 def randomised(norm: torch.nn.Module) -> torch.nn.Module:

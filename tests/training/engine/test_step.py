@@ -159,7 +159,8 @@ def reference(lora_unet, batch: Batch, schedule: Schedule, gamma: float, offset:
             weight = min(snr, gamma) / (snr + 1)
         elif gamma and snr:
             weight = min(snr, gamma) / snr
-        total = total + weight * ((answer - wanted) ** 2).mean() / len(batch.timesteps)
+        mask = batch.mask[i].double() if batch.mask.numel() else 1.0
+        total = total + weight * (mask * (answer - wanted) ** 2).mean() / len(batch.timesteps)
     total.backward()
     layers = [unet.get_submodule(module.name) for module in lora.modules]
     gradients = [part[ADAPTER].weight.grad.flatten() for layer in layers for part in (layer.lora_A, layer.lora_B)]
@@ -194,6 +195,25 @@ def test_loss_and_gradient_are_those_of_the_formulas(lora_unet, schedule, gamma,
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert norm == pytest.approx(expected.norm().item(), rel=1e-4)
     assert (gradient - expected).norm() < 2e-4 * expected.norm()  # float32 against float64
+
+
+def test_masked_loss_and_gradient_are_those_of_the_formulas(lora_unet, observed):
+    """Each pixel counts with the weight that its mask says, in either engine; a mask that is 1 everywhere changes nothing."""
+    batch = batch_of([20, 700])
+    mask = torch.ones(2, 1, 8, 8)
+    mask[0, :, :, 4:] = 0.1
+    mask[1, :, :3] = 0.5
+    masked = replace(batch, mask=mask)
+    loss, gradient, norm = observed([masked])
+    expected_loss, expected = reference(lora_unet, masked, PLAIN, 5.0, 0.0357)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert norm == pytest.approx(expected.norm().item(), rel=1e-4)
+    assert (gradient - expected).norm() < 2e-4 * expected.norm()
+    plain_loss, plain, _ = observed([batch])
+    assert (gradient - plain).norm() > 0.1 * plain.norm()
+    same_loss, same, _ = observed([replace(batch, mask=torch.ones(2, 1, 8, 8))])
+    assert same_loss == plain_loss
+    assert torch.equal(same, plain)
 
 
 def test_accumulated_micro_batches_are_one_batch(observed):

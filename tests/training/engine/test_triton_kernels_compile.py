@@ -34,6 +34,7 @@ LAUNCHES = {
     "_group_coefficients": [{"BACKWARD": backward, "PLUS": True, "P": 64, "G": 128} for backward in (False, True)],
     "_group_apply": [GROUPS | {"BACKWARD": backward, "SILU": True, "ADDS": backward} for backward in (False, True)],
     "_add_with_bias": [{"BLOCK": 1024}],
+    "_dequantize": [{"R": 4, "C": 1024}],
     "_copy_blocks": [{"R": 128, "C": 32}, {"R": 32, "C": 128}],
 }
 """The compile-time arguments of each kernel at the widths of SDXL."""
@@ -71,6 +72,10 @@ def test_a_kernel_fits_a_chip(name, chip, tmp_path, monkeypatch):
 def type_of(kernel: str, argument: str, dtype: str) -> str:
     if kernel == "_copy_blocks":
         return {"flat": "*fp32", "table": "*i64", "scale": "fp32"}[argument]
+    if argument == "codes":
+        return "*i8"
+    if argument == "scales":
+        return f"*{dtype}"
     return NUMBERS.get(argument) or ("*fp32" if argument in STATISTICS else f"*{dtype}")
 
 

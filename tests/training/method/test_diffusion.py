@@ -127,3 +127,18 @@ def test_weights_of_samples_multiply_their_losses(tensors, gamma):
     config = objective.LossConfig("epsilon", tensors["alpha_bar"], gamma, 0.0, 1.0)
     expected = objective.min_snr_weight(tensors["alpha_bar"], 5.0, "epsilon") if gamma else torch.ones(len(SHARES))
     assert objective.weight_per_sample(tensors["alpha_bar"], config).tolist() == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize("kind", ["mse", "l1", "huber"])
+def test_a_mask_scales_the_gradient_outside_it_and_nothing_else(tensors, kind):
+    """Exactly, in float64: inside, the gradient of the prediction is what it is without a mask."""
+    mask = torch.ones(len(SHARES), 1, 3, 2, dtype=torch.float64)
+    mask[:, :, 1:] = 0.1
+    gradients = []
+    for weights in (None, mask):
+        prediction = tensors["prediction"].clone().requires_grad_(True)
+        objective.loss_per_sample(prediction, tensors["noise"], kind, weights).sum().backward()
+        gradients.append(prediction.grad)
+    plain, masked = gradients
+    assert torch.equal(masked[:, :, :1], plain[:, :, :1])
+    assert torch.allclose(masked[:, :, 1:], 0.1 * plain[:, :, 1:], rtol=1e-14, atol=0)

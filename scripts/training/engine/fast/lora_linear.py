@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from training.engine.fast.ops import copier
+from training.engine.fast.ops import copier, dequantized
 from training.method.adapters import ADAPTER, CONTEXT, Adapter, shared_input_groups
-from training.models.int8 import Int8Linear
+from training.models.int8 import Int8Conv2d, Int8Linear
 
 _LAYERS_AT_ONCE = 8
 """Of the cross-attentions' keys and values: how many weights in int8 are multiplied out at a time. SDXL's 128 are 630 MB."""
@@ -56,7 +56,7 @@ class FusedLoraLinear:
 
     def frozen(self, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of the weight in the UNet's dtype, multiplied out for the caller if they are in int8."""
-        return self.weight[rows] if self.weight_scales is None else self.weight[rows] * self.weight_scales[rows]
+        return self.weight[rows] if self.weight_scales is None else dequantized(self.weight[rows], self.weight_scales[rows])
 
 
 def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], Callable[[], None]]:
@@ -137,6 +137,11 @@ def fused_lora_linear(x: torch.Tensor, layer: FusedLoraLinear) -> torch.Tensor:
 def fused_lora_context(x: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, ...]:
     """[..., in] -> n tensors [..., out]; `x` gets no gradient."""
     return _FusedContextFunction.apply(x, layer.grad_anchor, layer)
+
+
+def frozen_weight(conv: torch.nn.Conv2d) -> torch.Tensor:
+    """[out, in, h, w] in the UNet's dtype, multiplied out for the caller if it is in int8."""
+    return dequantized(conv.codes, conv.scales) if isinstance(conv, Int8Conv2d) else conv.weight
 
 
 def frozen_conv(x: torch.Tensor, conv: torch.nn.Conv2d) -> torch.Tensor:
@@ -259,7 +264,7 @@ class _FrozenConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, conv):
         ctx.shape, ctx.conv = x.shape, conv
-        return F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+        return F.conv2d(x, frozen_weight(conv), None, conv.stride, conv.padding)
 
     @staticmethod
     @once_differentiable
@@ -268,6 +273,6 @@ class _FrozenConv(torch.autograd.Function):
         # PyTorch's gradient of a convolution wants an input of the right shape even where only dx is computed from dy.
         never_read = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
         dx, _, _ = torch.ops.aten.convolution_backward(
-            dy, never_read, conv.weight, None, conv.stride, conv.padding, (1, 1), False, (0, 0), 1, (True, False, False)
+            dy, never_read, frozen_weight(conv), None, conv.stride, conv.padding, (1, 1), False, (0, 0), 1, (True, False, False)
         )
         return dx, None

@@ -37,6 +37,11 @@ def copier(flat: torch.Tensor, targets: Sequence[tuple[int, torch.Tensor]], scal
     return copy
 
 
+def dequantized(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """`codes` [rows, ...] int8 times `scales` [rows, 1, ...], in the dtype of `scales`."""
+    return _kernels().dequantize(codes, scales) if codes.is_cuda and _kernels() else codes * scales
+
+
 def add_layer_norm(
     x: torch.Tensor, y: torch.Tensor | None, norm: torch.nn.LayerNorm, gap: int = 0, gap_of_gradient: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:

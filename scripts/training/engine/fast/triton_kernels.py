@@ -11,8 +11,8 @@ import triton.language as tl
 
 _GROUP_ROWS, _GROUP_COLUMNS = 32, 64
 """Tile of the group norms: rows (pixels) and channels."""
-
-
+_ROWS, _COLUMNS = 4, 1024
+"""Tile of a weight in 8 bits."""
 _ROWS_PER_PROGRAM = 256
 """Of an image, that one program sums up before the group norm's second kernel adds the parts."""
 
@@ -222,6 +222,16 @@ def _copy_blocks(flat, table, scale, ELEMENT: tl.constexpr, R: tl.constexpr, C: 
     tl.store(address.to(tl.pointer_type(ELEMENT)) + row * tl.load(entry + 4) + column, value.to(ELEMENT), mask=inside)
 
 
+@triton.jit
+def _dequantize(codes, scales, out, rows, width, R: tl.constexpr, C: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
+    column = tl.program_id(1) * C + tl.arange(0, C)[None, :]
+    inside = (row < rows) & (column < width)
+    scale = tl.load(scales + row, mask=row < rows, other=0.0).to(tl.float32)
+    code = tl.load(codes + row * width + column, mask=inside, other=0).to(tl.float32)
+    tl.store(out + row * width + column, code * scale, mask=inside)
+
+
 def empty_with_gap(like, width, gap):
     """An empty tensor [..., width] with the dtype and the other dimensions of `like`, and `gap` unused columns behind each row."""
     return like.new_empty(*like.shape[:-1], width + gap)[..., :width]
@@ -286,6 +296,15 @@ def block_copier(flat, targets, scale):
         _copy_blocks[(len(entries),)](flat, table, scale, element, *tile)
 
     return copy
+
+
+def dequantize(codes, scales):
+    """`codes` [rows, ...] int8, dense and with rows outermost in memory, times `scales` [rows, 1, ...] -> the same layout in the
+    dtype of `scales`."""
+    out, rows = torch.empty_like(codes, dtype=scales.dtype), codes.shape[0]
+    width = codes.numel() // rows
+    _dequantize[(triton.cdiv(rows, _ROWS), triton.cdiv(width, _COLUMNS))](codes, scales, out, rows, width, _ROWS, _COLUMNS)
+    return out
 
 
 def group_norm_forward(x, plus, weight, bias, groups, eps, silu):

@@ -14,7 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from training.engine.fast.lora_linear import FusedLoraLinear, frozen_conv, fused_lora_context, fused_lora_linear
+from training.engine.fast.lora_linear import FusedLoraLinear, frozen_conv, frozen_weight, fused_lora_context, fused_lora_linear
 from training.engine.fast.ops import add_layer_norm, add_with_bias, geglu, group_norm
 from training.engine.step import recomputed
 from training.method.adapters import CONTEXT, SELF_ATTENTION
@@ -146,5 +146,5 @@ def _resnet(module: ResnetBlock2D, input_tensor: torch.Tensor, temb: torch.Tenso
         return add_with_bias(x, change, module.conv2.bias)
     # The shortcut is a 1x1 convolution: on channels-last rows a linear layer, whose bias takes that of conv2 along.
     shortcut = module.conv_shortcut
-    rows = F.linear(x.permute(0, 2, 3, 1), shortcut.weight.flatten(1), shortcut.bias + module.conv2.bias)
+    rows = F.linear(x.permute(0, 2, 3, 1), frozen_weight(shortcut).flatten(1), shortcut.bias + module.conv2.bias)
     return rows.permute(0, 3, 1, 2) + change

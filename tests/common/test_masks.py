@@ -1,0 +1,111 @@
+"""Which files are masks, of which images, and what they hold: the same for every stage."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from captioning.image_audit import audit_images, index_images
+from common.dataset_layout import DatasetFolder, find_images, name_in, unused_entries
+from common.images import read_mask
+from reporting.dataset import read_dataset
+
+GREY = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1)))
+
+
+@pytest.fixture
+def folder(tmp_path) -> DatasetFolder:
+    return DatasetFolder(tmp_path / "dataset")
+
+
+def add(folder: DatasetFolder, *names: str) -> None:
+    """Save grey images as `images/...` or `masks/...`."""
+    for name in names:
+        path = folder.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        GREY.save(path)
+
+
+def masks_of(folder: DatasetFolder) -> dict[str, list[str]]:
+    """Image -> its masks."""
+    images = find_images(folder.images)
+    return {name_in(folder.images, image.path): [name_in(folder.root, mask) for mask in image.masks] for image in images}
+
+
+def test_masks_belong_to_the_images_whose_names_they_have(folder):
+    add(folder, "images/a.png", "images/a-masklabel.png")  # OneTrainer
+    add(folder, "images/b.jpg", "masks/b.png")  # kohya, in a folder of its own
+    add(folder, "images/5_face/c.webp", "images/5_face/c-MaskLabel.PNG")
+    add(folder, "images/5_face/d.png", "masks/5_face/d.webp")
+    add(folder, "images/e.f.png", "images/e.f-masklabel.png")
+    add(folder, "images/g.png", "masks/g-masklabel.png")
+    add(folder, "images/h.png", "masks/h.jpg", "images/h-masklabel.png")
+    add(folder, "images/plain.png")
+    assert masks_of(folder) == {
+        "5_face/c.webp": ["images/5_face/c-MaskLabel.PNG"],
+        "5_face/d.png": ["masks/5_face/d.webp"],
+        "a.png": ["images/a-masklabel.png"],
+        "b.jpg": ["masks/b.png"],
+        "e.f.png": ["images/e.f-masklabel.png"],
+        "g.png": ["masks/g-masklabel.png"],
+        "h.png": ["images/h-masklabel.png", "masks/h.jpg"],
+        "plain.png": [],
+    }
+    assert unused_entries(folder.images) == {}
+
+
+def test_a_mask_is_never_an_image_of_any_stage(folder):
+    """Not even one whose image is missing."""
+    add(folder, "images/a.png", "images/a-masklabel.png", "images/lost-masklabel.png", "images/a-condlabel.png", "masks/gone.png")
+    add(folder, "images/masks/a.png")
+    images = find_images(folder.images)
+    assert [image.path.name for image in images] == ["a.png"]
+    audit = audit_images(folder, images, index_images(folder, images, workers=1), resolution=1024)
+    assert audit.images == 1
+    assert audit.flagged.keys() == {"a.png"}  # too small
+    shown = read_dataset(folder, "sks")
+    assert [image.name for image in shown.images] == ["a.png"]
+    assert audit.ignored == {
+        "a-condlabel.png": "OneTrainer's image for conditioning, which is not used",
+        "lost-masklabel.png": "a mask without an image; rename it to NAME-masklabel.png for the image NAME",
+        "masks": "a folder with images; if these are masks, move its files to dataset/masks/",
+        "masks/gone.png": "a mask without an image; give it the name of an image in images/",
+    }
+
+
+def test_the_report_outlines_masks(folder):
+    add(folder, "images/a.png", "images/b.png")
+    without = {image.name: image.thumbnail for image in read_dataset(folder, "sks").images}
+    add(folder, "images/a-masklabel.png")
+    dataset = read_dataset(folder, "sks")
+    shown = {image.name: image.thumbnail for image in dataset.images}
+    assert shown["b.png"] == without["b.png"]
+    assert shown["a.png"] != without["a.png"]
+    assert [image.has_mask for image in dataset.images] == [True, False]
+
+
+def levels(mask) -> np.ndarray:
+    return np.asarray(mask.alpha, dtype=float)
+
+
+def test_a_mask_is_as_white_as_its_pixels_are_bright_and_opaque(tmp_path):
+    image, mask = tmp_path / "image.png", tmp_path / "mask.png"
+    GREY.save(image)
+    GREY.save(mask)
+    assert (levels(read_mask(mask, image)) == np.asarray(GREY)).all()
+    cut_out = Image.new("RGBA", (64, 64), (255, 255, 255, 0))  # white, of which nothing is visible
+    cut_out.paste((255, 255, 255, 255), (0, 0, 32, 64))
+    cut_out.paste((0, 0, 0, 255), (0, 0, 16, 64))
+    cut_out.paste((255, 255, 255, 100), (16, 0, 20, 64))
+    cut_out.save(mask)
+    assert levels(read_mask(mask, image))[0].tolist() == [0.0] * 16 + [100.0] * 4 + [255.0] * 12 + [0.0] * 32
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
+def test_the_transparency_of_an_image_may_be_its_mask(tmp_path, suffix):
+    image = tmp_path / f"image.{suffix}"
+    color = Image.new("RGB", GREY.size, "red")
+    color.putalpha(GREY)
+    color.save(image, **({"lossless": True, "exact": True} if suffix == "webp" else {}))
+    assert (levels(read_mask(image, image)) == np.asarray(GREY)).all()
+    color.convert("RGB").save(image)
+    assert read_mask(image, image).alpha is None
