@@ -11,6 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 _ATEN = torch.ops.aten
 _WITHOUT_KERNEL = {_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided, _ATEN._unsafe_view}
+_PRODUCTS = {_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm, _ATEN.addmm_, _ATEN.baddbmm_}
 _OVERWRITES = {_ATEN.copy_, _ATEN.fill_, _ATEN.zero_}
 """What they change is among their arguments, and is not read."""
 
@@ -51,8 +52,9 @@ class _Counter(TorchDispatchMode):
         is_view = bool(returns) and all(each.alias_info is not None and not each.alias_info.is_write for each in returns)
         if is_view or packet in _WITHOUT_KERNEL:
             return result
-        count = flop_registry.get(packet)
-        flops = count(*args, **(kwargs or {}), out_val=result) if count else 0
+        flops = _product_flops(args) if packet in _PRODUCTS else 0
+        if packet in flop_registry and packet not in _PRODUCTS:
+            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         read = tree_leaves((args, kwargs or {}))
         if packet == torch.ops.aten.convolution_backward and not args[-1][1]:
             read = [args[0], args[2]]  # the input is only read for the gradient of the weights
@@ -81,6 +83,12 @@ def _triton_launches(operations: list[Operation]) -> Iterator[None]:
         yield
     finally:
         JITFunction.run = run
+
+
+def _product_flops(args: tuple) -> int:
+    """Of the product of the last two tensors among `args`, with any dtype of the result."""
+    a, b = [each for each in args if isinstance(each, torch.Tensor)][-2:]
+    return 2 * a.numel() * b.shape[-1]
 
 
 def _bytes_of(values: list) -> int:

@@ -46,4 +46,6 @@ def prepare_unet(
 
     groups, sync_compute_weights = fuse(adapter)
     install_fast_forwards(unet, groups)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the separate weights occupied is too small for the joined ones
     return sync_compute_weights
