@@ -24,6 +24,7 @@ from common.output_layout import OutputLayout, name_problem
 from common.project import ComfyUIAddress, FaceReferences, ProjectSettings, SharedTrainSettings
 from common.settings import all_keys, read_request, resolve, resolved_toml
 from common.variables import PROXY_VARIABLES, find_address_problems, known_variables
+from reporting.recipe import read_settings
 from training.config import TrainSettings
 from training.system.device import comfyui_advice
 
@@ -145,6 +146,8 @@ def test_a_preset_is_weaker_than_the_file_and_stronger_than_the_default(tmp_path
     text = resolved_toml(vars(request.settings), {key: request.sources[key] for key in request.overrides})
     assert "train_seed = 7  # set by preset mine" in text
     assert "num_train_epochs = 20  # set by environment" in text
+    on_the_page = {setting.key: setting.origin for setting in read_settings(text)}
+    assert (on_the_page["train.run.train_seed"], on_the_page["train.lora.lora_type"]) == ("preset mine", "")
     again = resolve(write(tmp_path, text), {}, [], Everything)
     assert again.settings.train == train
 

@@ -16,7 +16,7 @@ from training.method.diffusion import alphas_cumprod, target_of
 from training.models.sdxl import Schedule
 
 Network = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Number of the sample, its noisy latents [1, C, h, w], timesteps [1] -> what the network predicts [1, C, h, w]."""
+"""Number of the batch, its noisy latents [B, C, h, w], timesteps [B] -> what the network predicts [B, C, h, w]."""
 Kind = Literal["epsilon", "v_prediction", "flow", "unclear"]
 _SHARES = (0.4, 0.6, 0.8, 0.95)
 """Of the noise schedule: the timesteps that are measured."""
@@ -27,8 +27,8 @@ _MARGIN = 1.2
 
 
 def measure_prediction_type(network: Network, latents: Sequence[torch.Tensor], schedule: Schedule) -> Kind:
-    """What `network` predicts for `latents` ([C, h, w] each, scaled as the UNet expects them), or "unclear". `schedule` is the
-    noise of epsilon and v prediction."""
+    """What `network` predicts for `latents` (batches [B, C, h, w], scaled as the UNet expects them), or "unclear". `schedule` is
+    the noise of epsilon and v prediction."""
     timesteps = [round(share * schedule.timesteps) for share in _SHARES]
     at_timesteps = [
         _relative_losses(timestep, network, latents, schedule, ("epsilon", "v_prediction"))
@@ -64,13 +64,13 @@ def _relative_losses(
     else:
         signal, noise_share = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     noisy, predicted, targets = [], [], {kind: [] for kind in kinds}
-    for number, sample in enumerate(latents):
-        sample = sample[None].double()
-        noise = torch.randn(sample.shape, generator=generator, dtype=torch.float64)
-        noisy.append(signal * sample + noise_share * noise)
-        predicted.append(network(number, noisy[-1].float(), torch.tensor([timestep])).double())
+    for number, batch in enumerate(latents):
+        batch = batch.double()
+        noise = torch.randn(batch.shape, generator=generator, dtype=torch.float64)
+        noisy.append(signal * batch + noise_share * noise)
+        predicted.append(network(number, noisy[-1].float(), torch.full((len(batch),), timestep)).double())
         for kind in kinds:
-            targets[kind].append(noise - sample if kind == "flow" else target_of(sample, noise, alpha_bar, kind))
+            targets[kind].append(noise - batch if kind == "flow" else target_of(batch, noise, alpha_bar, kind))
     x, prediction = _by_channel(noisy), _by_channel(predicted)
     x = x - x.mean(1, keepdim=True)
     losses = {}
@@ -82,6 +82,6 @@ def _relative_losses(
     return losses
 
 
-def _by_channel(samples: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[C, pixels of all samples] from [1, C, h, w] each."""
-    return torch.cat([sample[0].flatten(1) for sample in samples], 1)
+def _by_channel(batches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[C, pixels of all samples] from [B, C, h, w] each."""
+    return torch.cat([batch.transpose(0, 1).flatten(1) for batch in batches], 1)

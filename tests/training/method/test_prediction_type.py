@@ -43,7 +43,8 @@ def network_of(kind: str, schedule: Schedule, data: tuple[float, float, float]):
     variances, mean = power(*data[:2]), data[2]
 
     def network(number, noisy, timesteps):
-        signal, noise_share = shares(kind, schedule, timesteps.item())
+        assert len(timesteps) == len(noisy)
+        signal, noise_share = shares(kind, schedule, timesteps[0].item())
         centred = torch.fft.fft2(noisy.double() - signal * mean)
         wiener = signal * variances / (signal**2 * variances + noise_share**2)
         sample = mean + torch.fft.ifft2(wiener * centred).real
@@ -55,9 +56,11 @@ def network_of(kind: str, schedule: Schedule, data: tuple[float, float, float]):
 
 
 def latents_of(data: tuple[float, float, float], count: int = 4) -> list[torch.Tensor]:
+    """Two batches."""
     generator = torch.Generator().manual_seed(3)
     white = torch.randn(count, 4, SIDE, SIDE, generator=generator, dtype=torch.float64)
-    return list((data[2] + torch.fft.ifft2(torch.fft.fft2(white) * power(*data[:2]).sqrt()).real).float())
+    latents = data[2] + torch.fft.ifft2(torch.fft.fft2(white) * power(*data[:2]).sqrt()).real
+    return list(latents.float().split([1, count - 1]))
 
 
 @pytest.mark.parametrize("data", DATA.values(), ids=DATA)
