@@ -243,6 +243,18 @@ def test_empty_variable_means_not_set(tmp_path):
     assert request.settings.collect.global_seed is None
 
 
+def test_an_empty_value_means_not_set_wherever_it_stands(tmp_path):
+    file = write(tmp_path, '[train]\nnum_train_steps = ""\nlora_rank = 8\nloss = ""\n[project]\ndataset_dir = ""\noutput_name = ""')
+    with pytest.raises(SettingsError, match=r"\[project\] output_name: unknown key here \(it belongs in \[train\]\)"):
+        resolve(file, {}, [], Everything)
+    file = write(tmp_path, file.read_text().replace('output_name = ""', 'trigger_word = "sks"'))
+    request = resolve(file, {}, ["lora_rank=", "learning_rate=", "trigger_word=me"], Everything)
+    train = request.settings.train
+    assert (train.run.num_train_steps, train.objective.loss, train.lora.lora_rank) == (0, "mse", 8)
+    assert request.settings.project.dataset_dir == settings.REPOSITORY / "dataset"
+    assert request.overrides == {"lora_rank", "trigger_word"}
+
+
 def test_all_problems_are_reported_at_once(tmp_path):
     text = '[train.lora]\nlora_rank = "big"\nlora_rang = 3\n[trian]\n'
     text += "[caption]\ncaption_threshold = 2.0\n[train.run]\ntrain_seed = true\n"
