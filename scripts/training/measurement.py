@@ -13,7 +13,7 @@ from training.models.base_model import base_digest, refuse_flow, remember_predic
 from training.system.process_group import ProcessGroup
 
 _IMAGES = 3
-"""A measurement takes 8 forward passes of all, and 2 more for a model that predicts v."""
+"""A measurement takes 10 forward passes of all, and 2 more for a model that predicts v."""
 
 
 def predicts_as_planned(

@@ -13,7 +13,7 @@ USUAL, ZERO = Schedule(), Schedule("v_prediction", zero_terminal_snr=True)
 SIDE = 24
 DATA = {
     "white": (0.0, 1.0, 0.0),
-    "white, small": (0.0, 0.3, 0.0),
+    "white, small": (0.0, 0.4, 0.0),
     "white, large": (0.0, 2.0, 0.0),
     "white, bright": (0.0, 1.0, 0.5),
     "smooth": (2.0, 1.0, 0.0),
@@ -69,6 +69,23 @@ def latents_of(data: tuple[float, float, float], count: int = 4) -> list[torch.T
 )
 def test_the_parametrisation_of_an_exact_network_is_measured(data, kind, schedule):
     assert measure_prediction_type(network_of(kind, schedule, data), latents_of(data), USUAL) == kind
+
+
+@pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+def test_a_distilled_network_is_not_taken_for_another_one(data):
+    """It predicts the noise for one of the possible images, not for their mean."""
+    variances, mean = power(*data[:2]), data[2]
+    generator = torch.Generator().manual_seed(4)
+
+    def network(number, noisy, timesteps):
+        signal, noise_share = shares("epsilon", USUAL, timesteps[0].item())
+        total = signal**2 * variances + noise_share**2
+        white = torch.randn(noisy.shape, generator=generator, dtype=torch.float64)
+        spectrum = signal * variances / total * torch.fft.fft2(noisy.double() - signal * mean)
+        spectrum += (variances * noise_share**2 / total).sqrt() * torch.fft.fft2(white)
+        return ((noisy.double() - signal * (mean + torch.fft.ifft2(spectrum).real)) / noise_share).float()
+
+    assert measure_prediction_type(network, latents_of(data), USUAL) in ("epsilon", "unclear")
 
 
 @pytest.mark.parametrize("data", [data for data in DATA.values() if data[0]], ids=[name for name in DATA if "smooth" in name])
