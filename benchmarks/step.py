@@ -118,7 +118,7 @@ def gradient(step: TrainStep, batch: Batch) -> torch.Tensor:
     """[P]: the gradient of all LoRA weights by the engine of `step`."""
     step.sync_compute_weights()
     step.adapter.sums.zero_()
-    step.weighted_loss(batch).backward()
+    step.weighted_loss(batch)[0].backward()
     return step.adapter.sums[:-1].clone()
 
 

@@ -14,11 +14,13 @@ if __name__ == "__main__":  # Ctrl-C while libraries are imported ends the progr
 
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from captioning import report
 from captioning.captions import caption_text
@@ -27,7 +29,7 @@ from captioning.cpu_affinity import decode_workers
 from captioning.image_audit import Audit, IndexedImage, audit_images, index_images, with_flaws, write_audit
 from captioning.journal import CaptionFiles
 from captioning.likeness import OTHER_PERSON, SetLikeness, likeness_in_background
-from captioning.preflight import check, require_images
+from captioning.preflight import check, describe_triggers, require_images
 from captioning.prompt_captions import PromptRules, prompt_caption, read_prompts
 from captioning.report import STAGE, CaptionCounts
 from captioning.tag_cache import tag_images
@@ -40,6 +42,7 @@ from common.errors import DataError, SettingsError, abbreviated, run_main, stop_
 from common.files import locked, write_json
 from common.project import FaceReferences, ProjectSettings, SharedTrainSettings, face_references
 from common.settings import read_request
+from common.triggers import foreign_triggers
 
 FLAGS = {"undo": "restore the captions that the last run changed, and exit; repeat it for earlier runs"}
 
@@ -73,13 +76,15 @@ def main(argv: list[str]) -> None:
     lock = locked(folder.images, f"another run is captioning {folder.images}: wait for it to end")
     with lock if folder.images.is_dir() else nullcontext():
         folder.remove_leftovers()
-        captions = CaptionFiles(folder, project.trigger_word)
         if "undo" in request.flags:
-            undo(captions)
+            undo(CaptionFiles(folder, project.trigger_word))
             return
         selection = require_images(folder)
         images, notes = selection.images, selection.notes()
-        print(f"{request.overridden()}\n{notes}{len(images)} images in {folder.images}", flush=True)
+        triggers = describe_triggers(images, project.trigger_word)
+        print(f"{request.overridden()}\n{notes}{len(images)} images in {folder.images}{triggers}", flush=True)
+        own = {image.folder.path: image.folder.trigger for image in images if image.folder.trigger}
+        captions = CaptionFiles(folder, project.trigger_word, own, per_line=train.data.caption_per_line)
         caption(images, captions, folder, project, settings, train, face_references(request.settings.collect.face_reference))
 
 
@@ -118,34 +123,48 @@ def caption(
     references: Sequence[Path],
 ) -> None:
     """Check every image, caption it or keep its caption, and print what the captions of the data set contain."""
-    counts = CaptionCounts()
+    counts, concepts = CaptionCounts(), group_by_trigger(images, captions)
     indexed = index_images(folder, images, decode_workers())
     audit = audit_images(folder, images, indexed, train.data.resolutions[-1])
     write_audit(audit, folder)
     print(report.new_formats(images, folder) + report.audit_table(audit, folder.audit), flush=True)
     to_generate, to_copy, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)
     face_model = project.face_model, project.models_dir
-    with likeness_in_background(folder, indexed, references, *face_model) as measure_likeness:
+    # The face references show the person of TRIGGER_WORD.
+    persons = [{indexed[image.path].name for image in of_concept} for of_concept in concepts.values()]
+    compared = {indexed[image.path].name for image in concepts.get(project.trigger_word, ())}
+    with likeness_in_background(folder, indexed, references, *face_model, persons, compared) as measure_likeness:
         keep_captions(to_copy, to_keep, captions, counts)
-        generate_captions(to_generate, indexed, settings, project, folder, captions, counts)
+        generate_captions(to_generate, indexed, settings, project.models_dir, folder, captions, counts)
         flag_other_persons(measure_likeness(), audit, indexed, folder)
-    if warning := ordinary_trigger(
-        project.trigger_word,
-        tagger_vocabulary(folder.tag_cache),
-        find_vocabulary(project.models_dir, train.model.base_model),
-    ):
-        print(warning)
+    known = tagger_vocabulary(folder.tag_cache), find_vocabulary(project.models_dir, train.model.base_model)
+    for trigger in concepts:
+        if warning := ordinary_trigger(trigger, *known):
+            print(warning)
     tokens = find_clip_tokens(project.models_dir, train.model.base_model)
-    texts = report.read_captions(images, folder)
-    print(report.caption_table(texts, project.trigger_word, train.data.caption_chunks, tokens), flush=True)
-    counts.report(project.trigger_word)
+    texts = report.read_captions(images, folder, per_line=train.data.caption_per_line)
+    each = {name: text for name, (_, text) in texts.items()}
+    print(report.caption_table(each, concepts.keys(), train.data.caption_chunks, tokens), flush=True)
+    for line in foreign_triggers({name: (captions.trigger_of(image.path), text) for name, (image, text) in texts.items()}):
+        print(line)
+    counts.report(", ".join(concepts))
+
+
+def group_by_trigger(images: Iterable[ImageFile], captions: CaptionFiles) -> dict[str, list[ImageFile]]:
+    """Trigger word -> the images that it is for, in the order of the images."""
+    groups: dict[str, list[ImageFile]] = {}
+    for image in images:
+        groups.setdefault(captions.trigger_of(image.path), []).append(image)
+    return groups
 
 
 def keep_captions(to_copy: list[ImageFile], to_keep: list[ImageFile], captions: CaptionFiles, counts: CaptionCounts) -> None:
     """Copy the user's captions that have another suffix, and add the trigger word to those that are kept."""
     for image in to_copy:
-        if apply_change(counts, captions.copy, image.captions[-1], image.caption_path):
-            counts.copied.append(image.captions[-1].name)
+        listed = None if has_other_caption(image) else image.listed_caption
+        source = image.captions[-1] if listed is None else image.path
+        if apply_change(counts, captions.copy, source, image.caption_path, listed):
+            counts.copied.append(source.name)
     for image in to_keep:
         counts.trigger_added += apply_change(counts, captions.ensure_trigger, image.caption_path)
 
@@ -161,11 +180,16 @@ def flag_other_persons(
     print(likeness.table(), flush=True)
 
 
+def has_other_caption(image: ImageFile) -> bool:
+    """Whether the user wrote a caption in a file with another suffix than the one that this stage writes."""
+    return any(path != image.caption_path for path in image.captions)
+
+
 def classify_captions(
     images: list[ImageFile], captions: CaptionFiles, overwrite: bool, counts: CaptionCounts
 ) -> tuple[list[ImageFile], list[ImageFile], list[ImageFile]]:
-    """The images whose captions are generated, those whose captions follow the user's file with another suffix, and those whose
-    captions are the user's and kept.
+    """The images whose captions are generated, those whose captions follow the user's file with another suffix or list of captions,
+    and those whose captions are the user's and kept.
 
     Images with the same stem would share one caption: it belongs to the first of them, the others fail.
     """
@@ -178,7 +202,7 @@ def classify_captions(
             counts.fail(image.path, f"would share {caption.name} with {owner.path.name}; rename one of the two images")
         elif overwrite:
             to_generate.append(image)
-        elif others and captions.is_derived(caption):
+        elif (others or image.listed_caption is not None) and captions.is_derived(caption):
             to_copy.append(image)
         elif not image.captions or captions.is_generated(caption):
             to_generate.append(image)
@@ -194,7 +218,7 @@ def generate_captions(
     images: list[ImageFile],
     indexed: dict[Path, IndexedImage],
     settings: CaptionSettings,
-    project: ProjectSettings,
+    models_dir: Path,
     folder: DatasetFolder,
     captions: CaptionFiles,
     counts: CaptionCounts,
@@ -208,12 +232,15 @@ def generate_captions(
             counts.fail(image.path, f"{indexed[image.path].broken}; replace or remove it")
     if not readable:
         return
-    trigger, sentences = project.trigger_word, prompt_sentences(readable, settings, project.trigger_word, folder)
-    to_tag = {path: image for path, image in readable.items() if settings.caption_source != "prompt" or path not in sentences}
-    of_tags = caption_tags(to_tag, settings, project.models_dir, folder, counts) if to_tag else {}
+    sources = {image.path: image.folder.caption_source or settings.caption_source for image in images}
+    with_prompt = {path: image for path, image in readable.items() if sources[path] != "tags"}
+    sentences = prompt_sentences(with_prompt, settings, captions, folder) if with_prompt else {}
+    to_tag = {path: image for path, image in readable.items() if sources[path] != "prompt" or path not in sentences}
+    of_tags = caption_tags(to_tag, settings, models_dir, folder, captions, counts) if to_tag else {}
     for image in images:
         if image.path not in readable or (image.path in to_tag and image.path not in of_tags):
             continue
+        trigger = captions.trigger_of(image.path)
         texts = of_tags.get(image.path, appended_tags(settings))
         sentence = sentences.get(image.path)
         text = prompt_caption(trigger, texts, sentence) if sentence else caption_text(trigger, texts)
@@ -221,30 +248,40 @@ def generate_captions(
 
 
 def prompt_sentences(
-    images: dict[Path, IndexedImage], settings: CaptionSettings, trigger: str, folder: DatasetFolder
+    images: dict[Path, IndexedImage], settings: CaptionSettings, captions: CaptionFiles, folder: DatasetFolder
 ) -> dict[Path, str]:
-    """The sentences that the prompts of the images make, as far as the settings ask for them and the manifest has them."""
-    if settings.caption_source == "tags":
-        return {}
-    rules = PromptRules(trigger, settings.caption_prompt_person, settings.caption_prompt_remove)
-    prompts = read_prompts(folder, images)
-    sentences = {path: sentence for path, prompt in prompts.items() if (sentence := rules.sentence(prompt))}
+    """The sentences that the prompts of the images make, as far as the manifest has them."""
+    phrases = settings.caption_prompt_person, settings.caption_prompt_remove
+    rules = {trigger: PromptRules(trigger, *phrases) for trigger in map(captions.trigger_of, images)}
+    prompts = read_prompts(folder, images).items()
+    sentences = {path: text for path, prompt in prompts if (text := rules[captions.trigger_of(path)].sentence(prompt))}
     missing = [name_in(folder.images, path) for path in images if path not in sentences]
     print(report.prompt_notes(len(sentences), missing, folder), flush=True)
     return sentences
 
 
 def caption_tags(
-    images: dict[Path, IndexedImage], settings: CaptionSettings, models_dir: Path, folder: DatasetFolder, counts: CaptionCounts
+    images: dict[Path, IndexedImage],
+    settings: CaptionSettings,
+    models_dir: Path,
+    folder: DatasetFolder,
+    captions: CaptionFiles,
+    counts: CaptionCounts,
 ) -> dict[Path, list[str]]:
-    """The tags of each image's caption, for those that can be tagged."""
+    """The tags of each image's caption, for those that can be tagged. The images of each trigger word have traits of their own."""
     tags, probabilities = tag_images(images, settings, models_dir, folder.tag_cache, counts)
     selector = TagSelector(tags, settings)
-    selected = [selector.select(of_image) for of_image in probabilities.values()]
-    pruning = prune_common_traits(tags, selected, settings.caption_prune_traits)
-    write_json(folder.traits, report.traits_record(selector, pruning))
-    print(report.selection_notes(selector, pruning), end="", flush=True)
-    return {path: selector.caption_tags(of_image, pruning.pruned) for path, of_image in probabilities.items()}
+    concepts: dict[str, dict[Path, np.ndarray]] = {}
+    for path, of_image in probabilities.items():
+        concepts.setdefault(captions.trigger_of(path), {})[path] = of_image
+    prunings = {}
+    for trigger, of_concept in concepts.items():
+        selected = [selector.select(of_image) for of_image in of_concept.values()]
+        prunings[trigger] = prune_common_traits(tags, selected, settings.caption_prune_traits)
+    write_json(folder.traits, report.traits_record(selector, prunings))
+    print(report.selection_notes(selector, prunings), end="", flush=True)
+    pruned = {path: prunings[trigger].pruned for trigger, of_concept in concepts.items() for path in of_concept}
+    return {path: selector.caption_tags(of_image, pruned[path]) for path, of_image in probabilities.items()}
 
 
 def apply_change(counts: CaptionCounts, change: Callable[..., bool], caption: Path, *arguments: Any) -> bool:

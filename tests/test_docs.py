@@ -132,7 +132,14 @@ def test_readme_is_short_and_leads_to_every_page():
 
 def test_paths_in_the_pages_exist_or_are_created_by_a_run():
     in_other_folders = {"model_index.json", "metrics.jsonl", "training_config_resolved.toml", "models/loras", "main.py"}
-    in_other_folders |= {"preprocess.json", "preprocessor_config.json", "config.json", "samples.json"}
+    in_other_folders |= {
+        "folder.toml",
+        "metadata.jsonl",
+        "preprocess.json",
+        "preprocessor_config.json",
+        "config.json",
+        "samples.json",
+    }
     top = {name.split("/")[0] for name in git("ls-files").stdout.splitlines()}
     spans = {word for span in re.findall(r"`([^`\n]+)`", ALL_PAGES) for word in span.split()}
     quoted = {word for word in spans if re.fullmatch(r"[\w./-]+", word)} - in_other_folders

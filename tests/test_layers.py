@@ -116,7 +116,7 @@ def test_only_training_can_import_torch():
 TRAINING_LAYERS = (
     ("training.config", "training.models"),
     ("training.method", "training.system"),
-    ("training.data",),
+    ("training.data", "training.lora_files"),
     ("training.plan", "training.engine"),
     ("training.memory_budget", "training.loop"),
     ("training.callbacks",),

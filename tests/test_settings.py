@@ -213,7 +213,7 @@ LROA = f"[train.lroa]: unknown table in settings.toml; known: {INNER}"
         ("train = 8\n", "train: must be a table, [train]"),
         ("[caption]\nlora_rank = 8\n", "[caption] lora_rank: unknown key here (it belongs in [train]) in settings.toml"),
         ("[caption.lora]\n", "[caption.lora]: unknown table in settings.toml; known: more"),
-        ("[train.more.lora]\nlora_rank = 8\n", "[train.more] lora: unknown key (did you mean lora_type?) in settings.toml"),
+        ("[train.more.lora]\nlora_rank = 8\n", "[train.more] lora: unknown key (did you mean lora_l2?) in settings.toml"),
         ("[train.lora.lora_rank]\n", "lora_rank (settings.toml): {} must be a whole number"),
     ],
 )
@@ -663,9 +663,10 @@ def test_resolved_file_gives_the_same_settings_again(tmp_path):
 
 
 def test_resolved_file_says_where_a_value_was_set(tmp_path):
-    request = resolve(write(tmp_path, ""), {"LORA_RANK": "5", "TRIGGER_WORD": "a # b"}, [], Everything)
+    request = resolve(write(tmp_path, ""), {"LORA_RANK": "5", "TRIGGER_WORD": "a # b", "RESOLUTION": "1024,768"}, [], Everything)
     text = resolved_toml(vars(request.settings), request.sources)
     assert "lora_rank = 5  # set by environment" in text
+    assert "resolution = [  # set by environment\n" in text
     assert resolve(write(tmp_path, text), {}, [], Everything).settings == request.settings
 
 

@@ -7,6 +7,7 @@ between the two loses nothing.
 import base64
 import contextlib
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,18 +47,24 @@ class UndoResult:
 
 
 class CaptionFiles:
-    """The captions of a data set under one trigger word, in one run of the stage."""
+    """The captions of a data set in one run of the stage."""
 
-    def __init__(self, folder: DatasetFolder, trigger: str):
+    def __init__(self, folder: DatasetFolder, trigger: str, triggers: Mapping[Path, str] | None = None, *, per_line: bool = False):
+        """`trigger` is the trigger word, except in the folders that `triggers` lists with one of their own. `per_line`: each line
+        of a user's caption is a caption."""
         self._dataset, self._folder = folder.root, folder.images
         self._record = folder.caption_log
-        self._trigger = trigger
+        self._trigger, self._triggers, self._per_line = trigger, triggers or {}, per_line
         self._changes: dict[str, list[Change]] = {}
         self._runs: set[int] = set()
         self._undone: set[int] = set()
         for line in read_json_lines(self._record):
             self._remember(line)
         self._run = max(self._runs, default=0) + 1
+
+    def trigger_of(self, caption: Path) -> str:
+        """The trigger word of a caption: that of its folder."""
+        return self._triggers.get(caption.parent, self._trigger)
 
     def is_generated(self, caption: Path) -> bool:
         """Whether `caption` is word for word a text that this stage generated. One that the user edited is the user's."""
@@ -93,16 +100,23 @@ class CaptionFiles:
         """
         text = read_caption(caption, self._dataset)
         earlier = {change.trigger for change in self._changes.get(name_in(self._folder, caption), ())}
-        changed = add_trigger(text, self._trigger, earlier)
+        changed = self._with_trigger(text, caption, earlier)
         return changed.strip() != text.strip() and self._change(caption, changed.encode("utf-8"), made=False)
 
-    def copy(self, source: Path, caption: Path) -> bool:
-        """Write the text of the user's caption `source`, with the trigger word in it, to `caption`; returns whether it changed.
+    def copy(self, source: Path, caption: Path, listed: str | None = None) -> bool:
+        """Write the text of the user's caption `source`, or that which is `listed` for the image `source`, with the trigger word in
+        it, to `caption`; returns whether it changed.
 
         Raises UnusableCaptionError if `source` cannot be used. Without `source`, the copy is the user's caption.
         """
-        text = add_trigger(read_caption(source, self._dataset), self._trigger)
-        return self._change(caption, text.encode("utf-8"), made=False)
+        text = read_caption(source, self._dataset) if listed is None else listed
+        return self._change(caption, self._with_trigger(text, caption).encode("utf-8"), made=False)
+
+    def _with_trigger(self, text: str, caption: Path, earlier: Collection[str] = ()) -> str:
+        """The user's text with the trigger word of `caption`, in each line if each is a caption."""
+        parts = text.splitlines(keepends=True) if self._per_line and text.strip() else [text]
+        trigger = self.trigger_of(caption)
+        return "".join(add_trigger(part, trigger, earlier) if part.strip() or len(parts) == 1 else part for part in parts)
 
     def undo(self) -> UndoResult:
         """Restore the captions as they were before the last run that changed any and is not undone yet.
@@ -137,7 +151,8 @@ class CaptionFiles:
         before = read_caption_bytes(caption, self._dataset) if os.path.lexists(caption) else None
         if before == after:
             return False
-        line = {"run": self._run, "caption": name_in(self._folder, caption), "trigger": self._trigger, "made": made}
+        name, trigger = name_in(self._folder, caption), self.trigger_of(caption)
+        line = {"run": self._run, "caption": name, "trigger": trigger, "made": made}
         line |= _to_json("before", before) | _to_json("after", after)
         append_json_line(self._record, line)
         self._remember(line)

@@ -5,7 +5,7 @@ whose content is known is not searched again. The likeness of every image is rec
 """
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -39,17 +39,21 @@ class SetLikeness:
     """Number of face references."""
     usable_references: int
     """Number of those that show a face which the images can be compared with."""
+    persons: Sequence[Collection[str]] = ()
+    """The names of each person's images, which are compared with each other alone; empty: there is one person."""
 
     def flaws(self) -> dict[str, str]:
-        """Image -> in words that it shows another person. {} if that is said of most images."""
+        """Image -> in words that it shows another person. Nothing is said of a person's images if it would be said of most."""
         limit = FACE_MODELS[self.model].other_below
-        scores = {name: image.score for name, image in self.images.items() if image.score is not None}
-        to_reference = {name: image.to_reference for name, image in self.images.items() if image.to_reference is not None}
         flaws = {}
-        for values, what in ((to_reference, "unlike the face reference"), (scores, "unlike the other images")):
-            unlike = [name for name, value in values.items() if value < limit]
-            if len(unlike) <= MAX_FLAGGED * len(values):
-                flaws |= {name: f"the face is {what}: likeness {values[name]:.2f}, less than {limit}" for name in unlike}
+        for person in self.persons or [self.images.keys()]:
+            images = {name: image for name, image in self.images.items() if name in person}
+            scores = {name: image.score for name, image in images.items() if image.score is not None}
+            to_reference = {name: image.to_reference for name, image in images.items() if image.to_reference is not None}
+            for values, what in ((to_reference, "unlike the face reference"), (scores, "unlike the other images")):
+                unlike = [name for name, value in values.items() if value < limit]
+                if len(unlike) <= MAX_FLAGGED * len(values):
+                    flaws |= {name: f"the face is {what}: likeness {values[name]:.2f}, less than {limit}" for name in unlike}
         return {name: flaws[name] for name in self.images if name in flaws}
 
     def as_json(self, sha256: dict[str, str]) -> dict:
@@ -108,10 +112,19 @@ def _rounded(value: float | None) -> float | None:
 
 @contextmanager
 def likeness_in_background(
-    folder: DatasetFolder, indexed: Mapping[Path, IndexedImage], references: Sequence[Path], model: str, models_dir: Path
+    folder: DatasetFolder,
+    indexed: Mapping[Path, IndexedImage],
+    references: Sequence[Path],
+    model: str,
+    models_dir: Path,
+    persons: Sequence[Collection[str]],
+    compared: Set[str],
 ) -> Iterator[Callable[[], SetLikeness | None]]:
     """Find the faces of the images from now on. Yields a function that waits for them and returns the likeness of every image; it
-    prints one line and returns None if that is not possible."""
+    prints one line and returns None if that is not possible.
+
+    The images (names) of each of `persons` are compared with each other, and those in `compared` with the `references` too.
+    """
     images = {path: image.sha256 for path, image in indexed.items() if image.stats}
     if model == "off" or not images:
         yield lambda: None
@@ -133,10 +146,16 @@ def likeness_in_background(
         except ModelError as error:
             print(f"no likeness: {error}. Everything else works without it; FACE_MODEL=off silences this line", flush=True)
             return None
-        scored = {indexed[path].name: cache.get(sha256) for path, sha256 in images.items()}
+        faces = {indexed[path].name: cache.get(sha256) for path, sha256 in images.items()}
         found = [faces[0].vector for faces in map(cache.get, digests.values()) if faces and faces[0].vector is not None]
-        vectors = np.stack(found) if found else np.empty((0, 1), dtype=np.float32)
-        return SetLikeness(model, score_set(scored, vectors, FACE_MODELS[model]), len(references), len(found))
+        nothing = np.empty((0, 1), dtype=np.float32)
+        scored = {}
+        for person in persons:
+            of_person = {name: each for name, each in faces.items() if name in person}
+            vectors = np.stack(found) if found and compared.intersection(of_person) else nothing
+            scored |= score_set(of_person, vectors, FACE_MODELS[model])
+        scored = {name: scored[name] for name in faces}
+        return SetLikeness(model, scored, len(references), len(found), persons)
 
     with face_process(model, models_dir) if files else nullcontext() as process:
         searches = [pool.submit(lambda sha256, path: cache.add(sha256, process.find(path)), *item) for item in files.items()]

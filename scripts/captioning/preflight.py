@@ -1,6 +1,6 @@
 """`--check`: everything that would stop captioning, in one list."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -8,11 +8,13 @@ from captioning.config import CaptionSettings
 from captioning.model_files import find_model, model_size_on_hub
 from captioning.tag_cache import load_tagger
 from common.captions import ordinary_trigger
-from common.dataset_layout import DatasetFolder, Selection, describe_missing_images, find_images, select_images
+from common.dataset_layout import DatasetFolder, ImageFile, Selection, describe_missing_images, find_images, select_images
+from common.dataset_table import dataset_table
 from common.errors import DataError, ModelError, ResourceError, run_checks
 from common.faces import MissingWeightsError, load_face_model, size_of_missing_weights
 from common.files import write_problem
 from common.project import ProjectSettings
+from common.triggers import classes_of, contained_triggers
 
 
 def check(folder: DatasetFolder, settings: CaptionSettings, project: ProjectSettings, *, inputs_pending: bool) -> None:
@@ -21,7 +23,7 @@ def check(folder: DatasetFolder, settings: CaptionSettings, project: ProjectSett
     `inputs_pending`: the collect stage is still to run, so that images may be missing.
     """
     checks = [
-        lambda: _describe_images(folder, inputs_pending),
+        lambda: _describe_images(folder, project.trigger_word, inputs_pending),
         lambda: _check_folders(folder),
         lambda: _check_model(settings, project),
         lambda: _describe_face_model(project.face_model, project.models_dir),
@@ -39,9 +41,20 @@ def require_images(folder: DatasetFolder) -> Selection:
     return selection
 
 
-def _describe_images(folder: DatasetFolder, inputs_pending: bool) -> str:
+def _describe_images(folder: DatasetFolder, trigger: str, inputs_pending: bool) -> str:
     selection = select_images(folder) if inputs_pending else require_images(folder)
-    return f"{selection.notes()}{len(selection.images)} images in {folder.images}"
+    triggers = describe_triggers(selection.images, trigger)
+    found = f"{selection.notes()}{len(selection.images)} images in {folder.images}{triggers}"
+    return f"{found}\n{dataset_table(folder, trigger)}" if selection.images else found
+
+
+def describe_triggers(images: Iterable[ImageFile], trigger: str) -> str:
+    """The trigger words of the folders, and what is wrong with them: "" for one. Raises DataError as `classes_of` does."""
+    classes = classes_of(dict.fromkeys(image.folder for image in images), trigger)
+    if len(classes) < 2:
+        return ""
+    shown = [f"{word} ({of_class})" if of_class else word for word, of_class in classes.items()]
+    return "\n".join([f", of {len(classes)} concepts: {', '.join(shown)}", *contained_triggers(classes)])
 
 
 def _naming_unreadable_file(check: Callable[[], str]) -> str:

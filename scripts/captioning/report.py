@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from captioning.captions import normalized, split_tags
 from captioning.image_audit import DUPLICATE, UNREADABLE, Audit
 from captioning.tag_selection import TagSelector
 from captioning.traits import SUGGESTED_MIN_SHARE, TraitPruning
-from common.captions import UnusableCaptionError, in_one_line, is_prose, read_caption
+from common.captions import UnusableCaptionError, has_weights, in_lines, in_one_line, is_prose, read_caption
 from common.clip_tokens import CHUNK_TOKENS, ClipTokens
 from common.dataset_layout import CAPTION_SUFFIX, FIRST_SUFFIXES, DatasetFolder, ImageFile, name_in
 from common.errors import SomeItemsFailed, abbreviated
@@ -91,18 +91,23 @@ def prompt_notes(found: int, missing: Sequence[str], folder: DatasetFolder) -> s
     return f"{notes}\n{len(missing)} {what}: {abbreviated(missing)}" if missing else notes
 
 
-def selection_notes(selector: TagSelector, pruning: TraitPruning) -> str:
-    """Settings that match no tag, and the person's traits: which are left out, which are kept, or which to leave out."""
+def selection_notes(selector: TagSelector, prunings: Mapping[str, TraitPruning]) -> str:
+    """Settings that match no tag, and the traits of each trigger word's person: which are left out, kept, or to be left out."""
     lines = []
     if selector.unknown_entries:
         lines.append(f"tags in the settings that this model does not have: {', '.join(selector.unknown_entries)}")
-    if pruning.min_share:
-        left_out, kept = _shares(selector, pruning.pruned), _shares(selector, pruning.kept)
-        lines.append(f"traits left out of the captions (in at least {pruning.min_share:.0%} of the images): {left_out}")
-        lines.append(f"traits kept in the captions: {kept}")
-    elif pruning.suggested:
-        suggested = _shares(selector, pruning.suggested)
-        lines.append(f"traits in at least {SUGGESTED_MIN_SHARE:.0%} of the images: {suggested}")
+    for trigger, pruning in prunings.items():
+        of_whom = f" of {trigger}" if len(prunings) > 1 else ""
+        if pruning.min_share:
+            left_out, kept = _shares(selector, pruning.pruned), _shares(selector, pruning.kept)
+            lines.append(
+                f"traits{of_whom} left out of the captions (in at least {pruning.min_share:.0%} of the images): {left_out}"
+            )
+            lines.append(f"traits{of_whom} kept in the captions: {kept}")
+        elif pruning.suggested:
+            suggested = _shares(selector, pruning.suggested)
+            lines.append(f"traits{of_whom} in at least {SUGGESTED_MIN_SHARE:.0%} of the images: {suggested}")
+    if any(pruning.suggested for pruning in prunings.values()):
         lines.append(
             f"  set CAPTION_PRUNE_TRAITS={SUGGESTED_MIN_SHARE} to leave them out of the captions, "
             "so that the trigger word learns them"
@@ -110,30 +115,37 @@ def selection_notes(selector: TagSelector, pruning: TraitPruning) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def traits_record(selector: TagSelector, pruning: TraitPruning) -> dict:
-    """The content of `traits.json`: share of the images by trait."""
-    pruned, kept = (
-        {selector.texts[index]: round(share, 4) for index, share in shares.items()} for shares in (pruning.pruned, pruning.kept)
-    )
-    return {"pictures": pruning.images, "caption_prune_traits": pruning.min_share, "pruned": pruned, "kept": kept}
+def traits_record(selector: TagSelector, prunings: Mapping[str, TraitPruning]) -> dict:
+    """The content of `traits.json`: share of the images by trait; of several trigger words, by each of them."""
+    records = {}
+    for trigger, pruning in prunings.items():
+        pruned, kept = (
+            {selector.texts[index]: round(share, 4) for index, share in shares.items()} for shares in (pruning.pruned, pruning.kept)
+        )
+        share = pruning.min_share
+        records[trigger] = {"pictures": pruning.images, "caption_prune_traits": share, "pruned": pruned, "kept": kept}
+    return {"concepts": records} if len(records) > 1 else next(iter(records.values()), {})
 
 
-def read_captions(images: Sequence[ImageFile], folder: DatasetFolder) -> dict[str, str]:
-    """Name -> text, as training reads it, of every caption that exists and can be read."""
+def read_captions(images: Sequence[ImageFile], folder: DatasetFolder, *, per_line: bool) -> dict[str, tuple[ImageFile, str]]:
+    """Name -> image and text, as training reads it, of every caption that exists and can be read."""
     texts = {}
     for image in images:
         with contextlib.suppress(UnusableCaptionError, FileNotFoundError):
-            caption = image.caption_to_read
-            texts[name_in(folder.images, caption)] = in_one_line(read_caption(caption, folder.root))
+            name, text = name_in(folder.images, image.caption_to_read), read_caption(image.caption_to_read, folder.root)
+            lines = in_lines(text).split("\n") if per_line else [in_one_line(text)]
+            for number, line in enumerate(lines, 1):
+                texts[name if len(lines) == 1 else f"{name} line {number}"] = image, line
     return texts
 
 
-def caption_table(captions: Mapping[str, str], trigger: str, chunks: int, tokens: ClipTokens | None) -> str:
+def caption_table(captions: Mapping[str, str], triggers: Iterable[str], chunks: int, tokens: ClipTokens | None) -> str:
     """`captions` (name -> text) in a few lines: the most frequent tags, captions of few tags, captions that training cuts off.
 
     Training reads at most `chunks` chunks of CLIP's tokens; without `tokens`, lengths are not checked.
     """
-    tags_of = {name: [tag for tag in split_tags(text) if normalized(tag) != normalized(trigger)] for name, text in captions.items()}
+    words = set(map(normalized, triggers))
+    tags_of = {name: [tag for tag in split_tags(text) if normalized(tag) not in words] for name, text in captions.items()}
     frequency = Counter(tag for tags in tags_of.values() for tag in dict.fromkeys(tags))
     lines = [f"most frequent of the {len(frequency)} tags in {len(captions)} captions:"]
     lines += [f"  {tag:30} {count:5}  {count / len(captions):4.0%}" for tag, count in frequency.most_common(_TAGS_SHOWN)]
@@ -141,6 +153,9 @@ def caption_table(captions: Mapping[str, str], trigger: str, chunks: int, tokens
         lines.append(f"  and {len(frequency) - _TAGS_SHOWN} more")
     if few := [name for name, tags in tags_of.items() if len(tags) < FEW_TAGS and not is_prose(captions[name])]:
         lines.append(f"captions with fewer than {FEW_TAGS} tags: {len(few)} ({abbreviated(few)})")
+    if weighted := [name for name, text in captions.items() if has_weights(text)]:
+        lines.append(f"captions with weights such as (word:1.2): {len(weighted)} ({abbreviated(weighted)})")
+        lines.append("  training reads brackets and numbers as text; write the words alone")
     max_tokens = chunks * CHUNK_TOKENS
     if tokens is None:
         lines.append("caption lengths are not checked (no model in MODELS_DIR has CLIP's tokenizer)")

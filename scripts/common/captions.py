@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ MAX_TAG_WORDS = 6
 
 _SPACE = r"[\s_]+"
 _SENTENCE_END = re.compile(r"[^\W\d_][.!?](\s|$)")
+_WEIGHTS = re.compile(r"(?<!\\)\([^()]*:\s*[-+]?\d*\.?\d+\s*\)|(?<!\\)\(\(")
 _BINARY = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
 """Control characters other than white space: no text has them, but text in UTF-16, ISO-2022 and other files do."""
 
@@ -44,9 +45,14 @@ def read_caption(caption: Path, dataset: Path) -> str:
     wide = _utf16_or_utf32(content)
     if text is None or wide:
         raise UnusableCaptionError(f"is not UTF-8; save it as UTF-8{f' (it is {wide})' if wide else ''}")
-    if _BINARY.search(text) or text.startswith("{\\rtf"):
+    if not is_plain_text(text):
         raise UnusableCaptionError("is not plain text; save it as plain text in UTF-8")
     return text
+
+
+def is_plain_text(text: str) -> bool:
+    """Whether the text has no control characters but white space, and no other format begins like it."""
+    return not _BINARY.search(text) and not text.startswith("{\\rtf")
 
 
 def read_caption_bytes(caption: Path, dataset: Path) -> bytes:
@@ -101,6 +107,16 @@ def in_one_line(text: str) -> str:
     return "".join(pieces)
 
 
+def in_lines(text: str) -> str:
+    """The captions of a text with one caption per line, separated by line feeds, with each run of white space as one space."""
+    return "\n".join(line for line in (" ".join(line.split()) for line in text.splitlines()) if line)
+
+
+def has_weights(text: str) -> bool:
+    """Whether the text has brackets with weights, such as (smile:1.2), or double ones, as prompts for ComfyUI have."""
+    return bool(_WEIGHTS.search(text))
+
+
 def is_prose(text: str) -> bool:
     """Whether the text has a piece of more than MAX_TAG_WORDS words between commas, or a word that ends in `.`, `!` or `?`."""
     return bool(_SENTENCE_END.search(text)) or any(len(piece.split()) > MAX_TAG_WORDS for piece in text.split(","))
@@ -115,10 +131,18 @@ def has_trigger(text: str, trigger: str) -> bool:
     return bool(_pattern(trigger).search(unicodedata.normalize("NFC", text)))
 
 
-def asks_for_subject(kind: str, text: str, trigger: str) -> bool:
-    """Whether a sample prompt of this kind (SamplePrompt.kind) asks for the subject: one of the user's does if it contains the
-    trigger word."""
-    return has_trigger(text, trigger) if kind == "user" else kind != "class"
+def replace_trigger(text: str, trigger: str, word: str) -> str:
+    """The text with `word` for every trigger word, in the sense of `has_trigger`."""
+    return _pattern(trigger).sub(lambda _: word, unicodedata.normalize("NFC", text))
+
+
+def asked_subject(kind: str, text: str, triggers: Sequence[str]) -> str:
+    """The trigger word of the subject that a sample prompt of this kind (SamplePrompt.kind) asks for, the longest of several; ""
+    if it asks for none. One of the user's asks for a subject if it contains the trigger word."""
+    if kind == "class":
+        return ""
+    found = [trigger for trigger in triggers if has_trigger(text, trigger)]
+    return max(found, key=len, default="" if kind == "user" else triggers[0])
 
 
 def leads_with_trigger(text: str, trigger: str) -> bool:

@@ -10,11 +10,13 @@ import os
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from common.caption_lists import LIST_FILES, UNREAD_LIST_FILES, read_caption_list
 from common.errors import abbreviated
 from common.files import read_file, remove_partial_files
+from common.image_folders import FOLDER_FILE, ImageFolder, class_in_name, find_folders
 
 IMAGE_FORMATS = {
     "png": (".png", ".apng"),
@@ -55,6 +57,8 @@ MASK_FOLDER = "masks"
 _CONDITIONING_ENDING = "-condlabel"
 """OneTrainer's as well: an image that conditions another kind of model."""
 
+REGULARIZATION_FOLDERS = ("regularization", "reg")
+"""Ours and kohya's, beside the folder of images."""
 HEAD_BYTES = 64
 """How much of a file says which format it has."""
 _MAGIC_BYTES = {
@@ -77,7 +81,6 @@ _OTHER_MAGIC_BYTES = {
     b"%PDF": "a PDF document",
     b"\x1aE\xdf\xa3": "a video",
 }
-_REPEATS_FOLDER = re.compile(r"(\d{1,5})_.+")
 
 
 class DatasetFolder:
@@ -88,6 +91,7 @@ class DatasetFolder:
         # For the user: images with their captions, one JSON line for each collected image, and, written by the user, the names
         # of images that are not used.
         self.images = root / "images"
+        self.regularization = tuple(root / name for name in REGULARIZATION_FOLDERS)
         self.manifest = root / "manifest.jsonl"
         self.exclusions = root / "exclude.txt"
         # Records of the stages: what the collect stage sent and received, ...
@@ -114,12 +118,16 @@ class DatasetFolder:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image of the data set; `repeats` is how often one epoch uses it (N in a folder `N_name`, else 1)."""
+    """An image of the data set, in `folder`."""
 
     path: Path
-    repeats: int
+    folder: ImageFolder
     captions: tuple[Path, ...] = ()
     """The files of the same stem with one of CAPTION_SUFFIXES, the first choice first."""
+    listed_caption: str | None = None
+    """Its caption in one of LIST_FILES, which counts if there is no other."""
+    is_regularization: bool = False
+    """It shows the class of the subject, which the LoRA must not change, and not the subject."""
     masks: tuple[Path, ...] = ()
     """The files that say which areas of the image count; more than one is a mistake."""
 
@@ -130,28 +138,34 @@ class ImageFile:
         return next(written, self.path.with_suffix(CAPTION_SUFFIX))
 
     @property
+    def has_caption(self) -> bool:
+        """Whether there is a text that training could read. The class of a regularization image is one."""
+        is_named = self.is_regularization and self.folder.class_word != ""
+        return bool(self.captions) or self.listed_caption is not None or is_named
+
+    @property
     def caption_to_read(self) -> Path:
         """The caption that training reads."""
         return self.captions[0] if self.captions else self.caption_path
 
 
 def find_images(folder: Path) -> list[ImageFile]:
-    """All images in `folder` and in its `N_name` folders, sorted by relative path.
+    """All images in `folder` and in those of its folders that `find_folders` finds, sorted by relative path.
 
     Other folders, hidden files, masks and files with another suffix do not belong to the data set; see `unused_entries`. A folder
-    `0_name` holds images that are excluded from it. A HEIC, AVIF or TIFF image whose stem is also that of a PNG, JPEG, WebP
+    with 0 repeats holds images that are excluded from it. A HEIC, AVIF or TIFF image whose stem is also that of a PNG, JPEG, WebP
     or BMP image is taken for the original of it, and not used.
     """
-    children = list(folder.iterdir()) if folder.is_dir() else []
-    found = [(path, 1) for path in children]
-    for child in children:
-        if repeats := repeats_of(child):
-            found += [(path, repeats) for path in child.iterdir()]
+    folders = [each for each in find_folders(folder) if each.repeats]
+    found = [(path, each) for each in folders for path in each.path.iterdir()]
     captions = _captions_by_stem([path for path, _ in found])
+    listed: dict[Path, str] = {}
+    for each in folders:  # that of the image's own folder comes last, and so counts
+        listed |= read_caption_list(each.path)
     masks = _masks_by_stem(folder, [path for path, _ in found])
     images = [
-        ImageFile(path, repeats, captions.get(path.with_suffix(""), ()), masks.get(path.with_suffix(""), ()))
-        for path, repeats in found
+        ImageFile(path, each, captions.get(stem, ()), listed_caption=listed.get(path), masks=masks.get(stem, ()))
+        for path, stem, each in ((path, path.with_suffix(""), each) for path, each in found)
         if path.suffix.lower() in IMAGE_SUFFIXES
         and not path.name.startswith(".")
         and not path.stem.lower().endswith((MASK_ENDING, _CONDITIONING_ENDING))
@@ -160,6 +174,17 @@ def find_images(folder: Path) -> list[ImageFile]:
     first = {image.path.with_suffix("") for image in images if image.path.suffix.lower() in FIRST_SUFFIXES}
     images = [image for image in images if image.path.suffix.lower() in FIRST_SUFFIXES or image.path.with_suffix("") not in first]
     return sorted(images, key=lambda image: image.path.relative_to(folder).as_posix())
+
+
+def find_regularization_images(dataset: DatasetFolder) -> list[ImageFile]:
+    """The regularization images, sorted by path. The class of a folder without one is that in its name, `N_class`."""
+    found = []
+    for image in (image for folder in dataset.regularization for image in find_images(folder)):
+        folder = image.folder
+        if not folder.class_word and folder.path not in dataset.regularization:
+            folder = replace(folder, class_word=class_in_name(folder.path))
+        found.append(replace(image, folder=folder, is_regularization=True))
+    return found
 
 
 @dataclass(frozen=True)
@@ -242,10 +267,15 @@ def _masks_by_stem(folder: Path, paths: list[Path]) -> dict[Path, tuple[Path, ..
         stem = path.with_name(path.stem[: -len(MASK_ENDING)])
         masks[stem] = (*masks.get(stem, ()), path)
     for parent in {path.parent for path in paths}:
-        for path in _images_in(folder.parent / MASK_FOLDER / parent.relative_to(folder)):
+        for path in _images_in(_mask_folder(folder) / parent.relative_to(folder)):
             stem = parent / (path.stem[: -len(MASK_ENDING)] if is_mask(path) else path.stem)
             masks[stem] = (*masks.get(stem, ()), path)
     return {stem: tuple(sorted(found)) for stem, found in masks.items()}
+
+
+def _mask_folder(folder: Path) -> Path:
+    """Where the masks of the images in `folder` are, besides beside them: each folder of regularization images has its own."""
+    return folder / MASK_FOLDER if folder.name in REGULARIZATION_FOLDERS else folder.parent / MASK_FOLDER
 
 
 def is_mask(path: Path) -> bool:
@@ -259,32 +289,32 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
 
 
-def repeats_of(folder: Path) -> int | None:
-    """N of a folder `N_name`, None for every other file or folder."""
-    match = _REPEATS_FOLDER.fullmatch(folder.name)
-    return int(match[1]) if match and folder.is_dir() else None
-
-
 def unused_entries(folder: Path) -> dict[str, str]:
     """Name -> what it is, of every entry in `folder` that looks like a part of the data set and is not used.
 
-    These are images in folders other than `N_name`, images of formats that are not read or without a suffix, and what may be
-    meant as the caption of an image.
+    These are images in folders that `find_folders` does not find, images of formats that are not read or without a suffix, and
+    what may be meant as the caption of an image.
     """
     if not folder.is_dir():
         return {}
     images = find_images(folder)
     used = {path for image in images for path in (image.path, *image.masks)}
     stems = {image.path.with_suffix("") for image in images}
-    unused = _unused_folders(folder)
-    masks = folder.parent / MASK_FOLDER
+    folders = find_folders(folder)
+    unused = _unused_folders(folder, folders)
+    masks = _mask_folder(folder)
     for path in (path for parent in (masks, *masks.glob("*/")) for path in _images_in(parent)):
         if path not in used:
             unused[name_in(folder.parent, path)] = f"a mask without an image; give it the name of an image in {folder.name}/"
-    for parent in [folder, *(child for child in folder.iterdir() if repeats_of(child))]:
+    for parent in (each.path for each in folders if each.repeats):
         for path in parent.iterdir():
-            if path not in used and not path.name.startswith(".") and (what := _describe_unused(path, stems)):
+            is_known = path in used or path.name in (FOLDER_FILE, *LIST_FILES) or path.name.startswith(".")
+            if not is_known and (what := _describe_unused(path, stems)):
                 unused[name_in(folder, path)] = what
+        if missing := [path for path in read_caption_list(parent) if path not in used]:
+            names = abbreviated([name_in(parent, path) for path in missing])
+            listing = next(parent / name for name in LIST_FILES if (parent / name).exists())
+            unused[name_in(folder, listing)] = f"lists images that are not in the data set: {len(missing)} ({names})"
     return dict(sorted(unused.items()))
 
 
@@ -301,6 +331,8 @@ def _describe_unused(path: Path, stems: Collection[Path]) -> str | None:
     `stems`: paths of the images that are used, without their suffixes.
     """
     suffix = path.suffix.lower()
+    if path.name in UNREAD_LIST_FILES:
+        return f"captions in Parquet; save them as {LIST_FILES[0]} to use them"
     if suffix in IMAGE_SUFFIXES:
         if is_mask(path):
             return f"a mask without an image; rename it to NAME{MASK_ENDING}{path.suffix} for the image NAME"
@@ -321,15 +353,16 @@ def _describe_unused(path: Path, stems: Collection[Path]) -> str | None:
     return None
 
 
-def _unused_folders(folder: Path) -> dict[str, str]:
-    """The folders below `folder` with images that are not used -> what to do."""
+def _unused_folders(folder: Path, folders: Iterable[ImageFolder]) -> dict[str, str]:
+    """The folders below `folder` with images that are not used -> what to do. Those with 0 repeats are excluded."""
     found = {}
+    masks = _mask_folder(folder)
+    known = {masks, *(each.path for each in folders)}
+    excluded = {masks, *(each.path for each in folders if not each.repeats)}
     for root, names, _ in os.walk(folder):
         parent = Path(root)
-        names[:] = [name for name in names if not name.startswith(".") and repeats_of(parent / name) != 0]
-        for path in (parent / name for name in names):
-            if parent == folder and repeats_of(path):
-                continue
+        names[:] = [name for name in names if not re.match(r"\.|0+_.", name) and parent / name not in excluded]
+        for path in (parent / name for name in names if parent / name not in known):
             try:
                 suffixes = {child.suffix.lower() for child in path.iterdir() if not child.name.startswith(".")}
             except OSError as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from common.image_folders import trigger_problem
 from common.settings import REPOSITORY, PartialSection, setting
 
 DEFAULT_FACE = REPOSITORY / "face_reference.png"
@@ -27,9 +28,8 @@ class ProjectSettings:
     """Name of a file in config/presets, without suffix, whose values are used where nothing else is set."""
 
     def validate(self) -> Iterator[str]:
-        word = self.trigger_word
-        if not word or "," in word or word != " ".join(word.split()) or not word.isprintable():
-            yield f"trigger_word: {word!r} must be one tag, without commas, control characters or extra spaces"
+        if problem := trigger_problem(self.trigger_word):
+            yield f"trigger_word: {problem}"
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class SharedDataSettings:
     """Pixels: a bucket's area is at most `resolution` squared. Of several, each image is trained at each."""
     caption_chunks: int = setting(3, at_least=1, at_most=8, role="result")
     """Chunks of 75 tokens that a caption may fill at most."""
+    caption_per_line: bool = setting(False, role="result", before=False)
+    """Each line of a caption file is a caption of its own, one of which is drawn for each sample."""
 
     @property
     def resolutions(self) -> tuple[int, ...]:

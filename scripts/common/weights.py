@@ -5,11 +5,11 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.errors import ModelError
 from common.files import atomic_write
@@ -23,6 +23,8 @@ _MAX_DIMENSIONS = 64
 _MAX_SHOWN = 80
 """Characters of a name from a header that a message repeats."""
 _READ_BYTES = 1 << 22
+_MOST_BYTES_OF_ENTRY = 160
+"""What the header has of a tensor of up to four dimensions, beside its name."""
 
 _PICKLE = "is a pickle checkpoint, which can run code when it is opened: use the .safetensors of the same model"
 _OTHER_FORMATS = (
@@ -149,6 +151,42 @@ def copy_with_metadata(source: Path, target: Path, added: dict[str, str]) -> Non
         encoded += b" " * (-len(encoded) % 8)  # safetensors aligns the data
         copy.write(len(encoded).to_bytes(8, "little") + encoded)
         shutil.copyfileobj(file, copy, _READ_BYTES)
+
+
+def write_in_order(
+    file: Path,
+    names: Collection[str],
+    tensors: Iterable[tuple[str, str, Sequence[int], Iterable[Any]]],
+    metadata: Callable[[str], dict[str, str]],
+) -> None:
+    """Write `tensors` (name, type, shape, the bytes in pieces) into the existing `file`, one after the other as they come: only one
+    piece at a time is in memory, and shapes are not known before.
+
+    `names` are those of all tensors. `metadata` is called with the SHA-256 of what follows the header, and before that with zeros,
+    because the header is at the beginning: its space is reserved, and filled up with spaces as the format allows.
+    """
+    reserved = _MOST_BYTES_OF_ENTRY * (len(names) + 10) + len(json.dumps([*names, metadata("0" * 64)]))
+    reserved += -reserved % 8  # safetensors aligns the data
+    entries, position, sha256 = {}, 0, hashlib.sha256()
+    with file.open("r+b") as written:
+        _write_header(written, {"__metadata__": metadata("0" * 64)}, reserved)
+        for name, dtype, shape, pieces in tensors:
+            begin = position
+            for piece in pieces:
+                view = memoryview(piece).cast("B")
+                written.write(view)
+                sha256.update(view)
+                position += len(view)
+            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, position]}
+        written.seek(0)
+        _write_header(written, {"__metadata__": metadata(sha256.hexdigest())} | entries, reserved)
+
+
+def _write_header(file: BinaryIO, header: dict[str, Any], size_bytes: int) -> None:
+    encoded = json.dumps(header, separators=(",", ":")).encode("ascii").ljust(size_bytes)
+    if len(encoded) > size_bytes:
+        raise ModelError(f"the header would have {len(encoded)} bytes, and {size_bytes} are reserved: its shapes are too long")
+    file.write(size_bytes.to_bytes(8, "little") + encoded)
 
 
 def data_sha256(path: Path) -> str:

@@ -2,12 +2,13 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from common.captions import UnusableCaptionError, in_one_line, read_caption
-from common.dataset_layout import DatasetFolder, ImageFile, find_images, name_in, select_images
+from common.dataset_layout import DatasetFolder, ImageFile, find_images, find_regularization_images, name_in, select_images
+from common.triggers import classes_of
 from reporting.records import Records, as_number, as_numbers, as_object
 from reporting.thumbnails import Thumbnails
 
@@ -43,16 +44,32 @@ class DatasetImage:
 
 
 @dataclass(frozen=True)
+class Concept:
+    """What one trigger word stands for."""
+
+    trigger: str
+    class_word: str
+    """Empty if no folder names it."""
+    images: int
+    samples: int
+    """Per epoch."""
+    traits: dict[str, float]
+    """Trait of the person -> share of the images, as the caption stage found it."""
+    pruned: Collection[str]
+    """Those traits that were left out of the captions."""
+
+
+@dataclass(frozen=True)
 class Dataset:
     """The data set as it is now, not as it was when the LoRA was trained."""
 
     images: tuple[DatasetImage, ...] = ()
     tags: tuple[tuple[str, int], ...] = ()
     """Tag and number of captions, the most frequent first, without the trigger word."""
-    traits: dict[str, float] = field(default_factory=dict)
-    """Trait of the person -> share of the images, as the caption stage found it."""
-    pruned: Collection[str] = ()
-    """Those traits that were left out of the captions."""
+    concepts: tuple[Concept, ...] = ()
+    """Those of the images that are not excluded."""
+    regularization: int = 0
+    """Number of regularization images."""
     framing: dict[str, float] = field(default_factory=dict)
     """close, half, full -> share of the images; empty if the faces were not compared."""
     ceiling: float | None = None
@@ -108,18 +125,18 @@ def read_dataset(folder: DatasetFolder, trigger: str) -> Dataset:
             entry = as_object(flagged.get(name))
             described = _described(as_object(entry.get("flaws", entry)), as_object(found.get(name)))
             is_excluded, caption = file.path not in used, _caption(file, folder)
-            about = {"repeats": file.repeats, "is_excluded": is_excluded, "has_mask": bool(file.masks)}
+            about = {"repeats": file.folder.repeats, "is_excluded": is_excluded, "has_mask": bool(file.masks)}
             images.append(DatasetImage(name, thumbnail, caption, **about, **described))
     alone = flaws.get("captions_without_picture")
     unused = dict.fromkeys(alone if isinstance(alone, list) else (), "a caption without an image")
     unused |= as_object(flaws.get("not_looked_at"))
-    pruned = as_numbers(traits.get("pruned"))
-    shares = pruned | as_numbers(traits.get("kept"))
     return Dataset(
         images=tuple(images),
-        tags=_tags([image.caption for image in images if not image.is_excluded], trigger),
-        traits=dict(sorted(shares.items(), key=lambda item: -item[1])),
-        pruned=tuple(pruned),
+        tags=_tags(
+            [image.caption for image in images if not image.is_excluded], {file.folder.trigger or trigger for file in files}
+        ),
+        concepts=tuple(_concepts([file for file in files if file.path in used], trigger, traits)),
+        regularization=len(find_regularization_images(folder)),
         framing=as_numbers(likeness.get("framing")),
         ceiling=as_number(likeness.get("ceiling")),
         is_checked=bool(flaws),
@@ -146,6 +163,18 @@ def _caption(file: ImageFile, folder: DatasetFolder) -> str:
     return ""
 
 
-def _tags(captions: list[str], trigger: str) -> tuple[tuple[str, int], ...]:
+def _concepts(files: Sequence[ImageFile], trigger: str, record: Mapping[str, Any]) -> Iterator[Concept]:
+    """The concepts of these images; `record` is what the caption stage wrote of their traits."""
+    records = as_object(record.get("concepts"))
+    for word, class_word in classes_of(dict.fromkeys(file.folder for file in files), trigger).items():
+        own = [file for file in files if (file.folder.trigger or trigger) == word]
+        traits = as_object(records.get(word)) if records else record
+        pruned = as_numbers(traits.get("pruned"))
+        shares = dict(sorted((pruned | as_numbers(traits.get("kept"))).items(), key=lambda item: -item[1]))
+        yield Concept(word, class_word, len(own), sum(file.folder.repeats for file in own), shares, tuple(pruned))
+
+
+def _tags(captions: list[str], triggers: Collection[str]) -> tuple[tuple[str, int], ...]:
     counts = Counter(tag for caption in captions for tag in dict.fromkeys(map(str.strip, caption.split(","))) if tag)
-    return tuple((tag, count) for tag, count in counts.most_common() if tag.casefold() != trigger.casefold())
+    words = {trigger.casefold() for trigger in triggers}
+    return tuple((tag, count) for tag, count in counts.most_common() if tag.casefold() not in words)

@@ -1,7 +1,7 @@
 """What the report shows of OUTPUT_DIR: the latest run's LoRA files, metrics, settings, history and sample images."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from common.files import read_file, read_json_lines
 from common.output_layout import OutputLayout
 from common.weights import read_header
 from reporting.recipe import Fact, Setting, facts_of, read_settings, shown
-from reporting.records import Records, as_number
+from reporting.records import Records, as_number, as_numbers
 from reporting.samples import Samples, read_samples
 
 NAME = "train.saving.output_name"
@@ -47,6 +47,12 @@ class Run:
     """Name of the workflow for ComfyUI; empty if there is none."""
     unreadable: tuple[str, ...]
     """Files that cannot be read."""
+    relative_losses: dict[str, float] = field(default_factory=dict)
+    """Image -> its loss, as a multiple of what the others have at the same timesteps."""
+    never_fit: tuple[str, ...] = ()
+    """Images whose loss is unusually high, the highest first."""
+    learned_at_once: tuple[str, ...] = ()
+    """Those whose loss is unusually low."""
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -99,6 +105,7 @@ def read_run(output_dir: Path, trigger: str) -> Run | None:
             raise ValueError
     with records.reading(outputs.history):
         history = read_json_lines(outputs.history)
+    losses = records.json(outputs.image_losses)
     samples = read_samples(outputs, trigger, records, files_like)
     if not samples.file and loras:
         samples = replace(samples, **_advice_of(loras[0]))
@@ -115,7 +122,13 @@ def read_run(output_dir: Path, trigger: str) -> Run | None:
         total_steps=next((int(as_number(line.get("steps")) or 0) for line in reversed(history) if "steps" in line), 0),
         workflow=outputs.workflow.name if outputs.workflow.is_file() else "",
         unreadable=tuple(dict.fromkeys(records.unreadable)),
+        relative_losses=as_numbers(losses.get("relative_loss")),
+        **{name: _names(losses.get(name)) for name in ("never_fit", "learned_at_once")},
     )
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else ()
 
 
 def _advice_of(lora: LoraFile) -> dict[str, str]:

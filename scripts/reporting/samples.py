@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common.captions import asks_for_subject
+from common.captions import asked_subject
 from common.output_layout import OutputLayout
 from reporting.records import Records, as_number, as_object
 from reporting.thumbnails import Thumbnails
@@ -91,7 +91,8 @@ def read_samples(outputs: OutputLayout, trigger: str, records: Records, files_li
     with records.reading(outputs.samples_record), Thumbnails(outputs.cache / "thumbnails") as thumbnails:
         prompts = [as_object(prompt) for prompt in record["prompts"]]
         texts = [str(prompt["text"]) for prompt in prompts]
-        shows_person = [asks_for_subject(str(prompt.get("kind")), str(prompt["text"]), trigger) for prompt in prompts]
+        subjects = [asked_subject(str(prompt.get("kind")), str(prompt["text"]), [trigger]) for prompt in prompts]
+        shows_person = [bool(prompt.get("subject", subject)) for prompt, subject in zip(prompts, subjects, strict=True)]
         advice = as_object(record.get("recommended"))
         file, strength = str(advice.get("file") or ""), as_number(advice.get("strength")) or 1.0
 

@@ -1,5 +1,6 @@
 """The training settings as types: `[train]` and the tables inside it. It imports no library, so that settings are read at once."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from common.project import SharedDataSettings, SharedModelSettings
 from common.settings import address_problem, setting
 
 OnOffAuto = bool | Literal["auto"]
+RankRule = tuple[re.Pattern[str], int, float | None]
+"""Layers whose names contain the expression have this rank, and this alpha; None: the usual one. Rank 0: they are left out."""
 PRODIGY_LEAST_RATE = 0.01
 """A smaller factor is a rate that was meant for AdamW."""
 
@@ -38,6 +41,8 @@ class DataSettings(SharedDataSettings):
     caption_shuffle: bool = setting(True, role="result")
     caption_variants: int = setting(8, at_least=1, at_most=64, role="result")
     """How many shuffles of a caption are encoded."""
+    prior_weight: float = setting(1.0, at_least=0, at_most=100, role="result", before=1.0)
+    """Of regularization images in the loss, beside 1 of the others; 0: they are not used."""
     dataloader_num_workers: int = setting(4, at_least=0, at_most=64, role="runtime")
     skip_flagged: bool = setting(False, role="runtime")
     """Leave out the images that the caption stage's audit flagged."""
@@ -63,50 +68,156 @@ class LoraSettings:
     lora_alpha: float | Literal["auto"] = setting("auto", at_least=0.001, at_most=60000, role="result")
     """The adapter is scaled by alpha / rank; "auto": the rank. The file holds it in fp16."""
     lora_targets: Literal["all", "attention"] = setting("all", role="result")
-    lora_type: Literal["lora", "dora"] = setting("lora", role="result", before="lora")
-    """"dora" also trains the norm of each row of the adapted weights."""
+    lora_type: Literal["lora", "dora", "loha", "lokr"] = setting("lora", role="result", before="lora")
+    """"dora" also trains the norm of each row of the adapted weights; "loha" and "lokr" are products of other kinds."""
+    lora_conv_rank: int = setting(0, at_least=0, at_most=1024, role="result", before=0)
+    """Rank of the 3x3 convolutions of ResNets and samplers; 0: these are not adapted."""
+    lora_rank_pattern: str = setting("", role="result", before="")
+    """`EXPRESSION=RANK` or `EXPRESSION=RANK:ALPHA`, separated by spaces; rank 0 leaves a layer out."""
+    lora_rslora: bool = setting(False, role="result", before=False)
+    """Scale by alpha / sqrt(rank)."""
+    lora_dropout: float = setting(0.0, at_least=0, at_most=0.9, role="result", before=0.0)
+    """Share of an adapter's inputs that a step leaves out."""
+    lokr_factor: int | Literal["auto"] = setting("auto", at_least=2, at_most=1280, role="result", before="auto")
+    """Size of LoKr's first factor; "auto": near the square root of the layer's."""
 
     @property
     def alpha(self) -> float:
         """The value of `lora_alpha`, if it is "auto" as well."""
         return float(self.lora_rank) if self.lora_alpha == "auto" else self.lora_alpha
 
+    def scale(self, rank: int, alpha: float) -> float:
+        """What the change of a layer is multiplied by."""
+        return alpha / (math.sqrt(rank) if self.lora_rslora else rank)
+
     def describe(self) -> str:
-        """Rank, alpha and scale, in words."""
+        """Kind, rank, alpha and scale, in words."""
         origin = ", auto" if self.lora_alpha == "auto" else ""
-        return f"rank {self.lora_rank}, alpha {self.alpha:g} (scale {self.alpha / self.lora_rank:g}{origin})"
+        kind = "" if self.lora_type == "lora" else f"{self.lora_type}, "
+        convolutions = f", convolutions of rank {self.lora_conv_rank}" if self.lora_conv_rank else ""
+        pattern = f", except by {self.lora_rank_pattern!r}" if self.lora_rank_pattern.split() else ""
+        scale = f"scale {self.scale(self.lora_rank, self.alpha):g}{origin}"
+        return f"{kind}rank {self.lora_rank}, alpha {self.alpha:g} ({scale}){convolutions}{pattern}"
+
+    @property
+    def rank_rules(self) -> list[RankRule]:
+        """`lora_rank_pattern`, read. Raises ValueError."""
+        return [_rank_rule(item) for item in self.lora_rank_pattern.split()]
+
+    def validate(self) -> Iterator[str]:
+        for item in self.lora_rank_pattern.split():
+            try:
+                _rank_rule(item)
+            except ValueError as error:
+                yield f"lora_rank_pattern: {error}"
+        if self.lora_dropout and self.lora_type in ("loha", "lokr"):
+            yield f"lora_dropout: LORA_TYPE={self.lora_type} has no dropout; set LORA_DROPOUT=0, or LORA_TYPE=lora"
+        if self.lokr_factor != "auto" and self.lora_type != "lokr":
+            yield f"lokr_factor is for LORA_TYPE=lokr (is {self.lora_type}); set LOKR_FACTOR=auto"
+
+
+def _rank_rule(item: str) -> RankRule:
+    """One item of `lora_rank_pattern`. Raises ValueError."""
+    expression, _, numbers = item.rpartition("=")
+    found = re.fullmatch(r"(\d{1,4})(?::(\d+(?:\.\d*)?))?", numbers)
+    rank, alpha = (int(found[1]), float(found[2]) if found[2] else None) if found else (-1, None)
+    if not expression or not 0 <= rank <= 1024 or (alpha is not None and not 0.001 <= alpha <= 60000):
+        raise ValueError(f"{item!r} must be EXPRESSION=RANK or EXPRESSION=RANK:ALPHA, such as attn2=64 or ff=16:8")
+    try:
+        return re.compile(expression), rank, alpha
+    except re.error as error:
+        raise ValueError(f"{expression!r} is not a regular expression ({error})") from None
 
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
     """`[train.objective]`: what is minimised."""
 
-    loss: Literal["mse", "huber", "l1"] = setting("mse", role="result", before="mse")
+    loss: Literal["mse", "huber", "huber_snr", "l1"] = setting("mse", role="result", before="mse")
+    """"huber_snr": Huber's threshold falls as noise rises."""
+    loss_weighting: Literal["min_snr", "debiased", "none"] = setting("min_snr", role="result", before="min_snr")
+    """How much each noise level counts."""
     min_snr_gamma: float | Literal["auto"] = setting("auto", at_least=0, role="result")
     """0 is off; "auto": 5, off for v-prediction and zero-terminal-SNR bases."""
     noise_offset: float | Literal["auto"] = setting("auto", at_least=0, at_most=1, role="result")
     """0 is off; "auto": 0.0357, off for v-prediction and zero-terminal-SNR bases."""
+    timestep_min: int = setting(0, at_least=0, at_most=9999, role="result", before=0)
+    """The first timestep that is trained; high ones are noisy."""
+    timestep_max: int = setting(0, at_least=0, at_most=10000, role="result", before=0)
+    """Timesteps below this are trained; 0: up to the last one."""
+    timestep_sampling: Literal["uniform", "logit_normal"] = setting("uniform", role="result", before="uniform")
+    """How often each timestep is drawn."""
+    timestep_shift: float = setting(1.0, at_least=0.01, at_most=100, role="result", before=1.0)
+    """Above 1, noisy timesteps are drawn more often; below 1, less often."""
+    prior_preservation: float = setting(0.0, at_least=0, at_most=100, role="result", before=0.0)
+    """Weight of the loss that keeps the base model's answers to captions with `subject_class` for the trigger word; 0 is off."""
+    lora_l2: float = setting(0.0, at_least=0, at_most=1, role="result", before=0.0)
+    """Weight of the sum of the squares of all that the LoRA adds to the base model's weights; 0 is off."""
+
+    def validate(self) -> Iterator[str]:
+        if self.loss_weighting != "min_snr" and self.min_snr_gamma not in ("auto", 0):
+            remedy = "set MIN_SNR_GAMMA=auto, or LOSS_WEIGHTING=min_snr"
+            yield f"min_snr_gamma: {self.min_snr_gamma:g} has no effect with LOSS_WEIGHTING={self.loss_weighting}; {remedy}"
+        if 0 < self.timestep_max <= self.timestep_min:
+            yield f"timestep_max: {self.timestep_max} must be above timestep_min, which is {self.timestep_min}; 0 is no limit"
+
+
+_OF_ONE_SCHEDULER = {
+    "lr_cycles": (3, "cosine_with_restarts"),
+    "lr_power": (2.0, "polynomial"),
+    "lr_decay": (0.2, "warmup_stable_decay"),
+}
+"""Settings that only one scheduler reads, with their defaults."""
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
     """`[train.optimizer]`: the optimizer and its learning rate."""
 
-    optimizer: Literal["adamw", "adamw8bit", "prodigy"] = setting("adamw", role="result", before="adamw")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "schedulefree", "adafactor"] = setting(
+        "adamw", role="result", before="adamw"
+    )
     learning_rate: float = setting(1e-4, above=0, at_most=1, role="result")
-    lr_scheduler: Literal["constant", "linear", "cosine"] = setting("constant", role="result")
+    lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "warmup_stable_decay"] = setting(
+        "constant", role="result"
+    )
     lr_warmup: float = setting(0.05, at_least=0, at_most=1, role="result")
     """Share of the optimizer steps over which the rate rises from 0."""
+    lr_cycles: int = setting(3, at_least=1, at_most=1000, role="result", before=3)
+    """How often cosine_with_restarts falls."""
+    lr_power: float = setting(2.0, at_least=0.01, at_most=100, role="result", before=2.0)
+    """Of polynomial."""
+    lr_decay: float = setting(0.2, above=0, at_most=1, role="result", before=0.2)
+    """Share of the optimizer steps at the end over which warmup_stable_decay falls."""
+    loraplus_ratio: float = setting(1.0, at_least=1, at_most=1000, role="result", before=1.0)
+    """The rate of a LoRA's `up` is so many times that of its `down`."""
     weight_decay: float = setting(0.01, at_least=0, at_most=1, role="result")
     adam_beta1: float = setting(0.9, at_least=0, at_most=0.99999, role="result")
     adam_beta2: float = setting(0.999, at_least=0, at_most=0.9999999, role="result")
     adam_epsilon: float = setting(1e-8, above=0, at_most=1, role="result")
     max_grad_norm: float = setting(1.0, at_least=0, role="result")
     """The gradient is scaled down to this norm; 0 is off."""
+    ema_decay: float = setting(0.0, at_least=0, at_most=0.999999, role="result", before=0.0)
+    """Decay of an average of the weights, which is validated, sampled and saved; 0 is off."""
 
     def validate(self) -> Iterator[str]:
         if self.optimizer == "prodigy" and self.learning_rate < PRODIGY_LEAST_RATE:
             yield f"learning_rate is a factor of the rate that prodigy finds: set LEARNING_RATE=1 (is {self.learning_rate})"
+        for name, (default, scheduler) in _OF_ONE_SCHEDULER.items():
+            if getattr(self, name) != default and self.lr_scheduler != scheduler:
+                remedy = f"set LR_SCHEDULER={scheduler}, or {name.upper()}={default:g}"
+                yield f"{name}: {getattr(self, name):g} has no effect with LR_SCHEDULER={self.lr_scheduler}; {remedy}"
+        if self.lr_scheduler == "warmup_stable_decay" and self.lr_warmup + self.lr_decay > 1:
+            yield f"lr_decay: {self.lr_decay:g} and lr_warmup, {self.lr_warmup:g}, are more than the whole run; lower one of them"
+        if self.loraplus_ratio != 1 and self.optimizer not in ("adamw", "adamw8bit"):
+            remedy = "set LORAPLUS_RATIO=1, or OPTIMIZER=adamw"
+            yield f"loraplus_ratio: OPTIMIZER={self.optimizer} has one rate for all weights; {remedy}"
+        if self.optimizer == "schedulefree":
+            averages = {"lr_scheduler": "constant", "ema_decay": 0}
+            for name in (name for name, value in averages.items() if getattr(self, name) != value):
+                yield f"{name}: OPTIMIZER=schedulefree averages the weights instead; set {name.upper()}={averages[name]}"
+            if self.adam_beta1 == 0:
+                yield "adam_beta1: OPTIMIZER=schedulefree needs more than 0; set ADAM_BETA1=0.9"
 
 
 @dataclass(frozen=True)
@@ -221,7 +332,10 @@ class LoggingSettings:
 
 def unsupported_by_fast_engine(lora: LoraSettings) -> str:
     """Why the fast engine cannot train this adapter; empty if it can."""
-    return "" if lora.lora_type == "lora" else f"the fast engine does not support LORA_TYPE={lora.lora_type}"
+    if lora.lora_type != "lora":
+        return f"the fast engine does not support LORA_TYPE={lora.lora_type}"
+    unsupported = {"LORA_CONV_RANK": lora.lora_conv_rank, "LORA_DROPOUT": lora.lora_dropout}
+    return next((f"the fast engine does not support {name}={value:g}" for name, value in unsupported.items() if value), "")
 
 
 @dataclass(frozen=True)
@@ -244,5 +358,9 @@ class TrainSettings:
         unsupported = unsupported_by_fast_engine(self.lora)
         if self.run.engine == "fast" and unsupported:
             yield f"ENGINE=fast: {unsupported}; set ENGINE=auto"
+        if self.objective.lora_l2 and self.lora.lora_type != "lora":
+            yield f"lora_l2: is not supported with LORA_TYPE={self.lora.lora_type}; set LORA_L2=0, or LORA_TYPE=lora"
+        if self.optimizer.loraplus_ratio != 1 and self.lora.lora_type not in ("lora", "dora"):
+            yield f"loraplus_ratio: LORA_TYPE={self.lora.lora_type} has no `up` of its own; set LORAPLUS_RATIO=1, or LORA_TYPE=lora"
         if self.lora.lora_type == "dora" and self.model.base_quantization != "none":
             yield "LORA_TYPE=dora reads the weights of the base model as they are: set BASE_QUANTIZATION=none"

@@ -21,10 +21,12 @@ from training.callbacks.checkpoint import (
     warmup_to_keep,
 )
 from training.callbacks.sample_plan import SamplePlan, plan_samples
+from training.callbacks.sample_prompts import CLASS_WORDS, class_word
 from training.config import TrainSettings
 from training.data.dataset import Inputs, read_images
 from training.engine import EngineName, choose_engine
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
+from training.method.diffusion import HUBER_C
 from training.method.optimizers import OPTIMIZERS, require_usable
 from training.models.base_model import (
     base_digest,
@@ -79,7 +81,7 @@ def resolve_on_all_ranks(
     if group.is_main_process:
         return job
     if group.local_rank == 0:
-        expected = {(example.sha256, example.mask_key) for example in [*job.plan.examples, *job.plan.held_out]}
+        expected = {(example.sha256, example.mask_key) for example in job.plan.all_examples}
         examples, _ = read_images(project, settings.data)
         if {(example.sha256, example.mask_key) for example in examples} != expected:
             what = "the images or their masks differ from those of the main machine"
@@ -106,17 +108,20 @@ def resolve_job(
     settings, budget = resolve_quantization(settings, budget, recorded_choice)
 
     samples = saved.identity.fingerprint[GLOBAL_BATCH] // world_size if saved else None
-    settings = resolve_batch_size(settings, budget, max(1, len(examples) // world_size), samples)
+    trained = sum(not example.is_regularization for example in examples)
+    settings = resolve_batch_size(settings, budget, max(1, trained // world_size), samples)
     settings = replace(settings, run=match_global_batch(settings.run, world_size, None if was_finished else saved))
     digests = [base_digest(base, outputs.cache, part) for part in base.components]
     digests.append(tokenizers_digest(find_or_download_tokenizers(base, project.models_dir)))
     schedule, is_assumed = _schedule(base, settings, outputs, saved, was_finished, digests)
     plan = make_plan(examples, settings, schedule, world_size)
-    settings = fit_to_memory(_resolved(settings, plan, precision, engine_name, outputs.name), budget, comfyui_advice(comfyui))
+    settings = _resolved(settings, plan, precision, engine_name, outputs.name)
+    settings, prior = with_class_of_prior(settings, plan, project.trigger_word)
+    settings = fit_to_memory(settings, budget, comfyui_advice(comfyui))
 
     print(f"training on {describe(precision)}; engine: {engine_name} ({reason})", flush=True)
     print(f"base model: {base.name}, {family_of(base)}", flush=True)
-    print(plan.announcement(), flush=True)
+    print("\n".join([plan.announcement(), *prior]), flush=True)
 
     fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests)
     if saved:
@@ -126,7 +131,7 @@ def resolve_job(
     recorded = saved.identity.runtime if continues else {}
     images, resolved = plan_samples(settings, project.trigger_word, plan, budget, base, recorded)
     settings = replace(settings, samples=resolved)
-    runtime = runtime_settings(settings, world_size) | decoder_record([*plan.examples, *plan.held_out])
+    runtime = runtime_settings(settings, world_size) | decoder_record(plan.all_examples)
     identity = Identity(fingerprint, runtime, plan.shared_prefix_steps)
     is_finished = not settings.saving.fresh and outputs.is_finished(short_hash(fingerprint))
     if images and not is_finished:
@@ -182,7 +187,7 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
             zero_terminal_snr=schedule.zero_terminal_snr,
             mixed_precision=precision.name,
         ),
-        data=replace(settings.data, resolution=sizes if len(sizes) > 1 else sizes[0]),
+        data=replace(settings.data, resolution=sizes if len(sizes) > 1 else sizes[0], prior_weight=plan.prior_weight),
         lora=replace(settings.lora, lora_alpha=settings.lora.alpha),
         run=replace(settings.run, engine=engine, num_train_epochs=plan.epochs),
         objective=replace(settings.objective, min_snr_gamma=plan.min_snr_gamma, noise_offset=plan.noise_offset),
@@ -191,11 +196,33 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
     )
 
 
+def with_class_of_prior(settings: TrainSettings, plan: Plan, trigger: str) -> tuple[TrainSettings, list[str]]:
+    """The settings with the word that replaces the trigger word in what is to remain of the base model, if there is any, and a line
+    about it. Raises SettingsError if the word is not set and the captions do not have it."""
+    samples, weight = settings.samples, settings.objective.prior_preservation
+    if not weight:
+        return settings, []
+    word, origin = samples.subject_class.strip(), "as set"
+    captions = plan.captions or {trigger: [example.caption for example in plan.images]}
+    nameless = [name for name in captions if name not in plan.classes]
+    if not nameless:
+        word, origin = next(iter(plan.classes.values())), "as in the folders"
+    elif not word:
+        word, origin = class_word(nameless[0], [text for name in nameless for text in captions[name]]), "from the captions"
+        if word not in CLASS_WORDS:
+            problem = "needs the word for the kind of subject, which the captions do not have"
+            raise SettingsError(f"PRIOR_PRESERVATION {problem}: set SUBJECT_CLASS, for example SUBJECT_CLASS=woman")
+    settings = replace(settings, samples=replace(samples, subject_class=word))
+    words = ", ".join(f"{plan.classes.get(name, word)!r} for {name!r}" for name in captions)
+    return settings, [f"prior preservation: weight {weight:g}, {words} ({origin})"]
+
+
 def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
     """What A1111, Forge, ComfyUI and model managers read in the header of the LoRA after `epochs` epochs; no paths."""
     settings, plan, name = job.settings, job.plan, job.outputs.name
     now, resolution = datetime.now(UTC), settings.data.resolutions[0]
-    tags = Counter(tag for example in plan.images for tag in map(str.strip, example.caption.split(",")) if tag)
+    pieces = [piece for example in plan.images for caption in example.captions for piece in caption.split(",")]
+    tags = Counter(tag for tag in map(str.strip, pieces) if tag)
     is_v = plan.schedule.prediction_type == "v_prediction"
     return {
         "ss_base_model_version": "sdxl_base_v1-0",
@@ -213,7 +240,8 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
         "ss_batch_size_per_device": str(settings.run.train_batch_size),
         "ss_learning_rate": str(settings.optimizer.learning_rate),
         "ss_unet_lr": str(settings.optimizer.learning_rate),
-        "ss_optimizer": OPTIMIZERS[settings.optimizer.optimizer].label,
+        **_method_metadata(settings, plan),
+        "ss_epoch": str(epochs),
         "ss_seed": str(settings.run.train_seed),
         "ss_tag_frequency": json.dumps({"dataset": _most_frequent(tags)}, ensure_ascii=False),
         "ss_training_finished_at": str(now.timestamp()),
@@ -224,10 +252,35 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.date": now.isoformat(timespec="seconds"),
         "modelspec.prediction_type": "v" if is_v else "epsilon",
-        "modelspec.trigger_phrase": job.project.trigger_word,
+        "modelspec.trigger_phrase": ", ".join(plan.triggers),
         "loracat_version": VERSION,
         "loracat_fingerprint": short_hash(job.identity.fingerprint),
         **({"ss_v_parameterization": "True"} if is_v else {}),
+        **(
+            {
+                "ss_num_reg_images": str(len({each.path for each in plan.regularization})),
+                "ss_prior_loss_weight": str(plan.prior_weight),
+            }
+            if plan.regularization
+            else {}
+        ),
+    }
+
+
+def _method_metadata(settings: TrainSettings, plan: Plan) -> dict[str, str]:
+    """Optimizer and objective in the words of kohya's scripts, where these have one."""
+    optimizer, loss = settings.optimizer, settings.objective.loss
+    huber = {"ss_huber_schedule": "snr" if loss == "huber_snr" else "constant", "ss_huber_c": str(HUBER_C)}
+    return {
+        "ss_optimizer": OPTIMIZERS[optimizer.optimizer].label,
+        "ss_lr_scheduler": optimizer.lr_scheduler,
+        "ss_lr_warmup_steps": str(plan.warmup_steps),
+        "ss_max_grad_norm": str(optimizer.max_grad_norm),
+        "ss_loss_type": {"mse": "l2", "huber_snr": "huber"}.get(loss, loss),
+        **(huber if loss.startswith("huber") else {}),
+        "ss_min_snr_gamma": str(plan.min_snr_gamma or None),
+        "ss_debiased_estimation": str(settings.objective.loss_weighting == "debiased"),
+        "ss_noise_offset": str(plan.noise_offset or None),
     }
 
 

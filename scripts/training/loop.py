@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -55,6 +56,9 @@ class Callback:
 
     def after_step(self, step: OptimizerStep, values: dict[str, float]) -> None:
         """Called when the result of `step` is known; `values` are its numbers by name: epoch, lr, loss, gradient_norm ..."""
+
+    def after_losses(self, step: OptimizerStep, samples: Sequence[tuple[int, float]]) -> None:
+        """Called before `after_step`, unless the step was skipped, with what StepResult holds of this process's samples."""
 
     def after_epoch(self, step: OptimizerStep, epochs: int, progress: Progress) -> tuple[Progress, str]:
         """Called when `step` has completed `epochs` epochs, in every process. Returns the progress, changed where the callback
@@ -124,13 +128,14 @@ def run_steps(
     image_names: Callable[[OptimizerStep], str],
     callbacks: Sequence[Callback],
     stop_requested: Callable[[], Interruption | None],
+    averaged: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Progress:
     """Take the remaining steps of `schedule`; `batches` yields their micro-batches in the same order. Returns the progress.
 
-    The result of a step is read while the next one is running, except where something is saved or measured after it. At the
-    end the last checkpoint may still be on its way to the disk. Raises what `stop_requested` returns, after the checkpoint
-    is saved; SettingsError when loss or gradient is no longer finite; ResourceError, after the checkpoint is saved, when a batch
-    cannot be read.
+    The result of a step is read while the next one is running, except where something is saved or measured after it: callbacks of
+    an epoch's end are called within `averaged`. At the end the last checkpoint may still be on its way to the disk. Raises what
+    `stop_requested` returns, after the checkpoint is saved; SettingsError when loss or gradient is no longer finite; ResourceError,
+    after the checkpoint is saved, when a batch cannot be read.
     """
     progress, saved_at = schedule.start, time.monotonic()
     running: RunningStep | None = None
@@ -158,7 +163,8 @@ def run_steps(
                 continue
             progress, running = _finish_step(begun, schedule, progress, image_names, callbacks, bar), None
             if ends_epoch:
-                progress, line = _end_epoch(step, schedule, progress, callbacks)
+                with averaged():
+                    progress, line = _end_epoch(step, schedule, progress, callbacks)
                 bar.write(f"{line}  lr {rate:.2e}", file=sys.stdout)
                 reason = reason or stop_requested()  # callbacks may take minutes, and end early when a stop is requested
             if reason or is_due or schedule.ends_early(progress):
@@ -202,6 +208,8 @@ def _finish_step(
     if not result.skipped:
         values |= {"loss": result.loss, "loss_average": progress.loss_average, "gradient_norm": result.gradient_norm}
     for callback in callbacks:
+        if not result.skipped:
+            callback.after_losses(step, result.samples)
         callback.after_step(step, values)
     described = f"epoch {step.epoch + 1}/{schedule.epochs} loss {progress.shown_loss} lr {rate:.2e}"
     bar.set_postfix_str(described, refresh=False)

@@ -7,11 +7,14 @@ from functools import partial
 
 from common.errors import ResourceError
 from training.config import TrainSettings
+from training.data.batches import PRIOR_EVERY
 from training.data.dataset import Example
 from training.engine import EngineName
 from training.method.adapters import KEPT_BYTES_PER_WEIGHT
-from training.method.optimizers import OPTIMIZERS
+from training.method.layers import adapted_layers, count_weights, weight_shapes
+from training.method.optimizer_wrappers import floats_per_weight
 from training.models.sdxl import BaseModel
+from training.models.weights import unet_without_weights
 from training.plan import at_each_resolution, placements_of
 from training.system.device import (
     GIB,
@@ -30,6 +33,9 @@ _FAST_BYTES_PER_PIXEL = 5632, 1024
 _PLAIN_BYTES_PER_PIXEL = 9728, 1024
 """The same with PEFT's layers, which keep their inputs in fp32: batch 1 and 2 reserved 16.9 and 26.6 GiB, batch 4 with gradient
 checkpointing 10.7 GiB."""
+_CONV_BYTES_PER_PIXEL, _MASK_BYTES_PER_PIXEL = 640, 1024
+"""What PEFT's convolutions keep besides: their inputs in fp32, 37 feature maps of SDXL; and dropout: a byte for each number of the
+layers' inputs. Computed, not measured."""
 _SDXL_WIDTH = 320
 """Channels of SDXL's first block. Activations grow with the width."""
 _GPU_WORKSPACE_BYTES = 2 * GIB
@@ -61,6 +67,8 @@ class MemoryBudget:
     """None: the memory is not guarded."""
     saved_by_int8: int = 0
     """How much less the frozen weights take in 8 bits; 0 if they are counted like that already, or cannot be."""
+    has_prior: bool = False
+    """A step predicts some images again for another caption."""
 
     @property
     def free(self) -> int:
@@ -69,9 +77,10 @@ class MemoryBudget:
 
     def needed(self, batch: int, *, checkpointing: bool) -> int:
         """What a step with a micro-batch of `batch` images needs."""
+        images = batch + (-(-batch // PRIOR_EVERY) if self.has_prior else 0)
         if checkpointing:
-            return self.fixed + batch * self.per_image_checkpointed
-        return self.fixed + self.fixed_kept + batch * self.per_image
+            return self.fixed + images * self.per_image_checkpointed
+        return self.fixed + self.fixed_kept + images * self.per_image
 
 
 def measure_budget(
@@ -83,14 +92,16 @@ def measure_budget(
     the optimizer's state in fp32 and a copy of the weights; and activations, which grow with the pixels of the micro-batch.
     """
     unet, itemsize = base.components["unet"], precision.dtype.itemsize
-    shapes = {name: tensor.shape for name, tensor in unet.tensors.items()}
-    linears = [shape for name, shape in shapes.items() if "transformer_blocks" in name and len(shape) == 2]
-    floats = 2 + OPTIMIZERS[settings.optimizer.optimizer].floats_per_weight  # weight, gradient and the optimizer's state
-    lora = int(settings.lora.lora_rank * sum(sum(shape) for shape in linears) * (4 * floats + itemsize))
-    weights = itemsize * sum(math.prod(shape) for shape in shapes.values())
+    shapes = weight_shapes(unet_without_weights(base))
+    ranks = adapted_layers(shapes, settings.lora)
+    floats = 2 + floats_per_weight(settings.optimizer)  # weight, gradient and the optimizer's state
+    trained = sum(count_weights(shapes[name], layer.rank, settings.lora) for name, layer in ranks.items())
+    weights = itemsize * sum(math.prod(tensor.shape) for tensor in unet.tensors.values())
     workspaces = _GPU_WORKSPACE_BYTES if precision.device.type == "cuda" else _CPU_WORKSPACE_BYTES
     scale = itemsize / 2 * unet.config["block_out_channels"][0] / _SDXL_WIDTH
     kept_px, checkpointed_px = _PLAIN_BYTES_PER_PIXEL if engine == "plain" else _FAST_BYTES_PER_PIXEL
+    kept_px += _CONV_BYTES_PER_PIXEL if settings.lora.lora_conv_rank else 0
+    kept_px += _MASK_BYTES_PER_PIXEL if settings.lora.lora_dropout else 0
     placements = placements_of(at_each_resolution(examples, settings.data), settings.data)
     image_px = max(place.bucket.width * place.bucket.height for place in placements)
     is_shared = shares_memory(precision.device)
@@ -98,14 +109,15 @@ def measure_budget(
     kept_per_weight = KEPT_BYTES_PER_WEIGHT[settings.lora.lora_type]
     available = available_bytes(precision.device) // (processes if is_shared else 1)
     return MemoryBudget(
-        fixed=weights + lora + workspaces,
-        fixed_kept=kept_per_weight * sum(map(math.prod, linears)),
+        fixed=weights + int(trained * (4 * floats + itemsize)) + workspaces,
+        fixed_kept=kept_per_weight * sum(math.prod(shapes[name]) for name in ranks),
         per_image=image_px * int(scale * kept_px),
         per_image_checkpointed=image_px * int(scale * checkpointed_px),
         available=available,
         reserve=limits.reserve if limits else int(min(GPU_RESERVE_BYTES, GPU_RESERVE_SHARE * available)),
         thresholds=limits,
-        saved_by_int8=0 if kept_per_weight else (itemsize - 1) * sum(math.prod(each) for each in shapes.values() if len(each) > 1),
+        has_prior=settings.objective.prior_preservation > 0,
+        saved_by_int8=0 if settings.lora.lora_type == "dora" else (itemsize - 1) * sum(map(math.prod, shapes.values())),
     )
 
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
-from common.errors import abbreviated
+from common.errors import SettingsError, abbreviated
 from common.settings import all_keys
-from training.config import DataSettings, TrainSettings
-from training.data.buckets import OptimizerStep, Placement, assign_bucket, epochs_of, run_order
+from training.config import DataSettings, ObjectiveSettings, TrainSettings
+from training.data.buckets import OptimizerStep, Placement, add_regularization, assign_bucket, epochs_of, run_order
 from training.data.dataset import Example
 from training.models.sdxl import Schedule
 
@@ -25,6 +25,9 @@ AUTO_MIN_SNR_GAMMA = 5.0
 AUTO_NOISE_OFFSET = 0.0357
 WARMUP_STEPS, GLOBAL_BATCH, WORLD_SIZE = "steps of warm-up", "global batch", "processes"
 """Keys of records that other modules read. Records are kept from version to version, so keys keep their names."""
+TRIGGERS, REGULARIZATION = "trigger words", "regularization images"
+PRIOR_CLASS = "class of the prior"
+"""Key of the word for the kind of subject, which decides the result where the prior is preserved, and only there."""
 DECODER, _FIRST_DECODER = "decoder", "version 1.0's"
 """Key of the record of how pixels were decoded, and the value of a record without it."""
 NOT_RECORDED = ("fresh", "output_name")
@@ -52,6 +55,8 @@ class Plan:
     held_out: list[Example]
     """What only the validation loss sees, in the same way."""
     held_out_placements: list[Placement]
+    regularization: list[Example]
+    regularization_placements: list[Placement]
     order: list[OptimizerStep]
     global_batch: int
     """Samples per optimizer step."""
@@ -59,11 +64,14 @@ class Plan:
     """Of a run whose steps are set: those that it begins."""
     has_set_steps: bool
     """Its length is a number of steps, and not of epochs."""
+    prior_weight: float
+    """Of the loss of regularization images."""
     schedule: Schedule
     min_snr_gamma: float
     noise_offset: float
     warmup_steps: int
     """Optimizer steps over which the learning rate rises. A run that is extended keeps those it began with."""
+    loss_weighting: str = "min_snr"
 
     @property
     def samples(self) -> int:
@@ -91,6 +99,9 @@ class Plan:
         buckets = Counter(placement.bucket for placement in self.placements)
         shapes = ", ".join(f"{bucket} ({count})" for bucket, count in buckets.most_common(8))
         more = f" and {len(buckets) - 8} more" if len(buckets) > 8 else ""
+        weighting = (
+            f"min-SNR {self.min_snr_gamma or 'off'}" if self.loss_weighting == "min_snr" else f"weighting {self.loss_weighting}"
+        )
         each = f" ({len(self.examples)} with each resolution)" if len(self.examples) > len(self.images) else ""
         length = f"{self.epochs} epochs, {len(self.order)} optimizer steps of {self.global_batch}"
         if self.has_set_steps:
@@ -98,11 +109,51 @@ class Plan:
         lines = [
             f"{len(self.images)} images{each} in {len(buckets)} bucket(s): {shapes}{more}",
             f"{length}, {self.samples} training samples; "
-            f"{self.schedule.prediction_type}, min-SNR {self.min_snr_gamma or 'off'}, noise offset {self.noise_offset or 'off'}",
+            f"{self.schedule.prediction_type}, {weighting}, noise offset {self.noise_offset or 'off'}",
         ]
+        lines += self._concepts() if len(self.triggers) > 1 else []
+        if self.regularization:
+            classes = sorted({example.class_word or "captions of their own" for example in self.regularization})
+            count = len({example.path for example in self.regularization})
+            images = f"regularization: {count} images ({abbreviated(classes)}) of weight {self.prior_weight:g}"
+            lines.append(f"{images}, one with each training sample, so that a step takes twice as long")
         if names := [example.name for example in self.held_out]:
             lines.append(f"held out for validation: {abbreviated(list(dict.fromkeys(names)))}")
         return "\n".join([*lines, *self.warnings()])
+
+    @property
+    def all_examples(self) -> list[Example]:
+        """Everything that is encoded: what is trained on, what is held out, regularization images."""
+        return [*self.examples, *self.held_out, *self.regularization]
+
+    @property
+    def all_placements(self) -> list[Placement]:
+        """Of each of `all_examples`."""
+        return [*self.placements, *self.held_out_placements, *self.regularization_placements]
+
+    @property
+    def triggers(self) -> list[str]:
+        """The trigger words of the examples, in their order."""
+        return list(dict.fromkeys(example.trigger for example in self.examples if example.trigger))
+
+    @property
+    def captions(self) -> dict[str, list[str]]:
+        """The captions of the examples by trigger word."""
+        found: dict[str, list[str]] = {word: [] for word in self.triggers}
+        for example in self.images:
+            found.setdefault(example.trigger, []).extend(example.captions)
+        return found
+
+    @property
+    def classes(self) -> dict[str, str]:
+        """Trigger word -> class word, of those that have one."""
+        return {example.trigger: example.class_word for example in self.examples if example.trigger and example.class_word}
+
+    def _concepts(self) -> list[str]:
+        """For each trigger word, its images and their samples in the whole run."""
+        samples = Counter(self.examples[index].trigger for step in self.order for index in step.examples)
+        images = Counter(example.trigger for example in self.images)
+        return [f"trigger word {word}: {images[word]} images, {samples[word]} training samples" for word in self.triggers]
 
     def warnings(self) -> list[str]:
         """What the user should know of this run before it begins, and again when it has ended."""
@@ -116,8 +167,12 @@ class Plan:
 
 def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule, world_size: int = 1) -> Plan:
     """Choose buckets and the order of the run, whose steps `world_size` processes share. `schedule` is the base model's, with
-    the settings already applied."""
+    the settings already applied. Raises SettingsError if that schedule contradicts the objective."""
+    require_possible_objective(train.objective, schedule)
     data, run = train.data, train.run
+    regularization = [example for example in examples if example.is_regularization]
+    regularization = at_each_resolution(regularization, data)
+    examples = [example for example in examples if not example.is_regularization]
     out = _held_out(examples, train.validation.validation_fraction)
     parts = ([e for index, e in enumerate(examples) if (index in out) is chosen] for chosen in (False, True))
     trained, held_out = (at_each_resolution(part, data) for part in parts)
@@ -128,27 +183,51 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
     if run.num_train_steps:
         epochs = epochs_of(buckets, repeats, run.num_train_steps, global_batch)
     order = run_order(buckets, repeats, epochs, global_batch, run.train_seed)[: run.num_train_steps or None]
+    prior_placements = placements_of(regularization, data)
+    if regularization:
+        shapes, of_prior = [placement.bucket for placement in prior_placements], [example.repeats for example in regularization]
+        order = add_regularization(order, shapes, of_prior, global_batch, run.train_seed)
     is_plain = schedule.prediction_type == "epsilon" and not schedule.zero_terminal_snr
     gamma, offset = train.objective.min_snr_gamma, train.objective.noise_offset
+    has_gamma = is_plain and train.objective.loss_weighting == "min_snr"
     return Plan(
         examples=trained,
         placements=placements,
         held_out=held_out,
         held_out_placements=placements_of(held_out, data),
+        regularization=regularization,
+        regularization_placements=prior_placements,
+        prior_weight=data.prior_weight if regularization else DataSettings.prior_weight,
         order=order,
         global_batch=global_batch,
         epochs=epochs,
         has_set_steps=run.num_train_steps > 0,
         schedule=schedule,
-        min_snr_gamma=(AUTO_MIN_SNR_GAMMA if is_plain else 0.0) if gamma == "auto" else gamma,
+        min_snr_gamma=(AUTO_MIN_SNR_GAMMA if has_gamma else 0.0) if gamma == "auto" else gamma,
         noise_offset=(AUTO_NOISE_OFFSET if is_plain else 0.0) if offset == "auto" else offset,
         warmup_steps=math.ceil(train.optimizer.lr_warmup * len(order)),
+        loss_weighting=train.objective.loss_weighting,
     )
 
 
 def _enough_epochs(examples: Sequence[Example]) -> int:
     """The fewest epochs that give ENOUGH_SAMPLES."""
     return -(-ENOUGH_SAMPLES // sum(example.repeats for example in examples))
+
+
+def require_possible_objective(objective: ObjectiveSettings, schedule: Schedule) -> None:
+    """Raises SettingsError with what `objective` asks of a noise schedule that does not have it."""
+    problems, last = [], max(objective.timestep_min, objective.timestep_max - 1)
+    if last >= schedule.timesteps:
+        name = "timestep_min" if last == objective.timestep_min else "timestep_max"
+        problems.append(f"{name}: {getattr(objective, name)} is beyond the {schedule.timesteps} timesteps of the base model")
+    if objective.loss_weighting == "debiased" and schedule.zero_terminal_snr and schedule.prediction_type == "epsilon":
+        problems.append(
+            "loss_weighting: debiased would weigh the last timestep, pure noise, without limit, because the base model has a "
+            "zero-terminal-SNR schedule and predicts epsilon; set LOSS_WEIGHTING=min_snr"
+        )
+    if problems:
+        raise SettingsError("; ".join(problems))
 
 
 def _held_out(examples: Sequence[Example], fraction: float | Literal["auto"]) -> set[int]:
@@ -177,9 +256,16 @@ def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base
     older versions used (`before`), so that a new setting changes no fingerprint.
     """
     only = {train.data.resolution}
+    classes = [f"{word} for {trigger}" for trigger, word in plan.classes.items()]
     trained = [[example.sha256, example.caption, example.repeats, *_newer(example, only)] for example in plan.examples]
     held_out = [[example.sha256, example.caption, *_newer(example, only)] for example in plan.held_out]
     settings = {recorded_name(key): value for key, value in settings_of(train, "result") if value != key.metadata["before"]}
+    if plan.triggers and plan.triggers != [trigger_word]:
+        settings[TRIGGERS] = ", ".join(plan.triggers)
+    if plan.regularization:
+        settings[REGULARIZATION] = short_hash(
+            [[each.sha256, each.caption, each.repeats, *_newer(each, only)] for each in plan.regularization]
+        )
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     return {
         **settings,
@@ -191,6 +277,7 @@ def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base
         "trigger_word": trigger_word,
         GLOBAL_BATCH: plan.global_batch,
         WARMUP_STEPS: plan.warmup_steps,
+        **({PRIOR_CLASS: ", ".join([train.samples.subject_class, *classes])} if train.objective.prior_preservation else {}),
     }
 
 
@@ -231,8 +318,8 @@ def changes(recorded: Mapping[str, Any], now: Mapping[str, Any], train: type = T
         old, new = (values.get(name, metadata["before"]) for values in (recorded, now))
         if old == new:
             continue
-        if name in ("data set", "held-out pictures", "base model"):  # hashes
-            found[name] = f"{_SHOWN[name]}: changed"
+        if name in ("data set", "held-out pictures", "base model", REGULARIZATION):  # hashes
+            found[name] = f"{_SHOWN.get(name, name)}: changed"
         else:
             shown = ["not recorded" if value is MISSING else value for value in (old, new)]
             found[name] = f"{_SHOWN.get(name, name)}: {shown[0]} -> {shown[1]}"

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from common.dataset_layout import DatasetFolder, select_images
+from common.dataset_table import dataset_table
 from common.errors import ResourceError, run_checks
 from common.output_layout import OutputLayout, check_disk_space
 from common.project import ProjectSettings
@@ -15,7 +16,9 @@ from training.callbacks.sample_plan import plan_samples
 from training.config import TrainSettings
 from training.data.dataset import Example, read_images, require_all_images
 from training.engine import choose_engine
+from training.job import with_class_of_prior
 from training.memory_budget import measure_budget, resolve_batch_size, resolve_quantization
+from training.method.layers import adapted_layers, weight_shapes
 from training.method.optimizers import require_usable
 from training.models.base_model import (
     choose_schedule,
@@ -27,7 +30,7 @@ from training.models.base_model import (
 )
 from training.models.family import family_of
 from training.models.sdxl import BaseModel, Schedule
-from training.models.weights import load_tokenizers, require_matching_weights
+from training.models.weights import load_tokenizers, require_matching_weights, unet_without_weights
 from training.plan import make_plan
 from training.system.device import GIB, available_bytes, choose_precision
 
@@ -50,12 +53,13 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
     def check_base_model() -> str:
         base = find_base(settings.model.base_model, project.models_dir)
         require_matching_weights(base)
+        adapted_layers(weight_shapes(unet_without_weights(base)), settings.lora)
         if find_tokenizers(base, project.models_dir):
             load_tokenizers(base, project.models_dir)
         else:
             require_tokenizers_on_hub(project.models_dir)
-        found.append(base)
         schedule, is_assumed = schedule_of(base)
+        found.append(base)
         snr = ", zero terminal SNR" if schedule.zero_terminal_snr else ""
         how = ", which the first run measures" if is_assumed else ""
         return f"base model: {base.path}, {family_of(base)}; {schedule.prediction_type}{snr}{how}"
@@ -68,9 +72,11 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
     def check_run() -> str:
         if inputs_pending:
             images = select_images(DatasetFolder(project.dataset_dir)).images
-            without = sum(not image.caption_to_read.exists() for image in images)
+            without = sum(not image.has_caption for image in images)
             if without or not images:
                 return f"images: {len(images)} so far, {without} without a caption; the run is planned when all are there"
+        else:
+            print(dataset_table(DatasetFolder(project.dataset_dir), project.trigger_word), flush=True)
         examples, left_out = read_images(project, settings.data)
         unusable.append(left_out)
         if not found:
@@ -97,10 +103,11 @@ def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettin
     engine, _ = choose_engine(settings.run.engine, settings.lora)
     budget = measure_budget(base, examples, settings, precision, engine, processes=1)
     settings, budget = resolve_quantization(settings, budget)
-    settings = resolve_batch_size(settings, budget, len(examples))
+    settings = resolve_batch_size(settings, budget, sum(not example.is_regularization for example in examples))
     plan = make_plan(examples, settings, schedule)
+    settings, prior = with_class_of_prior(settings, plan, trigger)
     samples, _ = plan_samples(settings, trigger, plan, budget, base, {})
-    announcement = "\n".join([plan.announcement(), *([samples.announcement] if samples else [])])
+    announcement = "\n".join([plan.announcement(), *prior, *([samples.announcement] if samples else [])])
     if precision.device.type != "cuda":
         return announcement
     batch = settings.run.train_batch_size

@@ -38,7 +38,7 @@ class LoraSaver(Callback):
 
 def save_lora(job: TrainingJob, modules: list[LoraModule], path: Path, epochs: int, **more_metadata: str) -> None:
     """Write the LoRA as it is after `epochs` epochs."""
-    write_lora(path, modules, job.settings.lora.alpha, lora_metadata(job, epochs) | more_metadata)
+    write_lora(path, modules, lora_metadata(job, epochs) | more_metadata)
 
 
 def write_results(
@@ -69,7 +69,7 @@ def write_results(
 
 def workflow_of(job: TrainingJob, strength: float) -> dict[str, dict]:
     """A workflow for ComfyUI with the recommended LoRA."""
-    samples, trigger = job.settings.samples, job.project.trigger_word
+    samples, trigger = job.settings.samples, job.plan.triggers[0]
     how = largest_size(job.settings.data.resolutions[0]), samples.sample_guidance, samples.sample_seed
     names = job.outputs.recommended.name, strength, job.base.name, job.plan.schedule
     prompt = ", ".join(filter(None, [family_of(job.base).quality_tags, trigger]))
@@ -100,13 +100,13 @@ def report_results(job: TrainingJob, modules: int) -> None:
 
 def print_next_steps(job: TrainingJob) -> None:
     """What to do with the LoRA, and last what keeps it from being good."""
-    outputs, trigger = job.outputs, job.project.trigger_word
-    load = f"load {outputs.lora.name} in ComfyUI beside an SDXL checkpoint, with {trigger!r} in the prompt"
+    outputs, triggers = job.outputs, " or ".join(map(repr, job.plan.triggers))
+    load = f"load {outputs.lora.name} in ComfyUI beside an SDXL checkpoint, with {triggers} in the prompt"
     with contextlib.suppress(ModelError, OSError, KeyError):  # earlier versions recommended none
         strength = read_header(outputs.recommended).metadata["loracat_recommended_strength"]
         load = (
             f"copy {outputs.recommended} to ComfyUI's models/loras and drag {outputs.workflow.name} into its window, or load it "
-            f"beside an SDXL checkpoint at strength {strength}, with {trigger!r} in the prompt"
+            f"beside an SDXL checkpoint at strength {strength}, with {triggers} in the prompt"
         )
     print(f"next: {load}; the whole run is on one page, {outputs.report}")
     for warning in job.plan.warnings():

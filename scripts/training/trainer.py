@@ -20,6 +20,7 @@ from common.files import write_bytes
 from common.settings import resolved_toml
 from training.callbacks.checkpoint import CheckpointWriter, keep_one, remove_incomplete, restore
 from training.callbacks.history import recorded_history
+from training.callbacks.image_losses import ImageLosses
 from training.callbacks.metrics import open_metrics
 from training.callbacks.renderer import Renderer
 from training.callbacks.report_page import report_page
@@ -36,8 +37,10 @@ from training.loop import Callback, Progress, RunSchedule, run_steps
 from training.measurement import predicts_as_planned
 from training.memory_budget import suggest_settings
 from training.method.adapters import Adapter, inject
-from training.method.diffusion import LossConfig, alphas_cumprod
-from training.method.optimizers import OPTIMIZERS, learning_rate_at
+from training.method.diffusion import LossConfig, alphas_cumprod, timestep_quantiles
+from training.method.lora_l2 import l2_of_changes
+from training.method.optimizer_wrappers import make_optimizer
+from training.method.optimizers import learning_rate_at
 from training.models.weights import load_unet, load_vae, require_finite_weights
 from training.plan import short_hash
 from training.results import LoraSaver, report_results, write_results
@@ -65,7 +68,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
         step, schedule = build_step(job, group, unet, adapter), schedule_of(job)
         if job.saved:
             restore(job.saved, group, adapter.weights, step.optimizer, step.scaler)
-        count = len(job.plan.examples)
+        count, held_out_count = len(job.plan.examples), len(job.plan.held_out)
         reader = BatchReader(
             examples=examples[:count],
             seed=job.settings.run.train_seed,
@@ -74,15 +77,25 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             global_batch=job.plan.global_batch,
             timesteps=job.plan.schedule.timesteps,
             pin=job.precision.device.type == "cuda",
+            timestep_at=timestep_quantiles(job.settings.objective, job.plan.schedule.timesteps),
+            prior_preservation=job.settings.objective.prior_preservation,
             masks=any(example.mask for example in examples),
             group=group,
+            regularization=examples[count + held_out_count :],
+            prior_weight=job.plan.prior_weight,
         )
-        held_out = replace(reader, examples=examples[count:], caption_dropout=0.0, pin=False)
+        held_out = replace(
+            reader,
+            examples=examples[count : count + held_out_count],
+            caption_dropout=0.0,
+            prior_preservation=0.0,
+            pin=False,
+        )
         batches = prefetch(reader, schedule.remaining, job.settings.data.dataloader_num_workers)
         modules, remaining = adapter.modules, len(schedule.remaining)
         print(f"{len(modules)} modules of {job.settings.lora.describe()}; {remaining} steps to go", flush=True)
         with (
-            writing_callbacks(job, adapter, step, schedule, is_writer=group.is_main_process) as writers,
+            writing_callbacks(job, adapter, step, schedule, reader, is_writer=group.is_main_process) as writers,
             likeness_of_samples(job) as likeness,
         ):
             callbacks = list(writers)
@@ -92,14 +105,16 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
             samples = None
             if job.samples and job.samples.prompts:
                 samples = sample_images(job, group, step, schedule, prompts, likeness, stop, writers)
-                samples.start(schedule.start)
+                with step.averaged():
+                    samples.start(schedule.start)
                 if reason := stop():  # before a step changes the weights of a row that is incomplete
                     raise reason
                 callbacks.append(samples)
             begin = step.begin if job.saved else checking_first_step(job, step.begin)
-            progress = run_steps(schedule, begin, batches, reader.image_names, callbacks, stop)
+            progress = run_steps(schedule, begin, batches, reader.image_names, callbacks, stop, step.averaged)
             if group.is_main_process:  # while the last checkpoint is still on its way to the disk
-                write_results(job, modules, schedule, progress, samples)
+                with step.averaged():
+                    write_results(job, modules, schedule, progress, samples)
     if group.is_main_process:
         keep_one(job.outputs.state, job.plan.shared_prefix_steps)
         report_results(job, len(modules))
@@ -194,8 +209,7 @@ def unet_in_background(job: TrainingJob) -> Iterator[Callable[[], tuple[UNet2DCo
 def encode(
     job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None = None
 ) -> tuple[list[CachedExample], dict[str, Path]]:
-    """Compute once what does not change during training, of the images that are trained on and then of those held out, and of the
-    prompts of sample images.
+    """Compute once what does not change during training, of all images of the plan and of the prompts of sample images.
 
     It is done in the process `encoder`, if there is one and memory for the UNet beside it, so that encoding and loading do not
     wait for each other's interpreter lock.
@@ -205,12 +219,13 @@ def encode(
         return encoder.call_and_close(_encode_in_worker, job)
     if encoder:
         encoder.end()
-    plan, precision = job.plan, job.precision
+    precision = job.precision
     folders = job.project.models_dir, job.outputs.cache
     builder = CacheBuilder(job.base, *folders, precision.device, precision.dtype, group, concurrent)
-    images = zip([*plan.examples, *plan.held_out], [*plan.placements, *plan.held_out_placements], strict=True)
+    images = zip(job.plan.all_examples, job.plan.all_placements, strict=True)
     prompts = texts_of(job.samples) if job.samples else []
-    return builder.build(list(images), job.settings.data, job.project.trigger_word, job.settings.run.train_seed, prompts)
+    subject_class = job.settings.samples.subject_class if job.settings.objective.prior_preservation else ""
+    return builder.build(list(images), job.settings.data, job.settings.run.train_seed, prompts, subject_class)
 
 
 def _encode_in_worker(job: TrainingJob) -> tuple[list[CachedExample], dict[str, Path]]:
@@ -222,7 +237,7 @@ def _encode_in_worker(job: TrainingJob) -> tuple[list[CachedExample], dict[str, 
 def build_step(job: TrainingJob, group: ProcessGroup, unet: UNet2DConditionModel, adapter: Adapter) -> TrainStep:
     """The training step of the job's engine, with its optimizer and loss."""
     settings = job.settings
-    optimizer = OPTIMIZERS[settings.optimizer.optimizer](adapter.weights, settings.optimizer)
+    optimizer = make_optimizer(adapter, settings.optimizer)
     config = LossConfig(
         prediction_type=job.plan.schedule.prediction_type,
         alphas_cumprod=alphas_cumprod(job.plan.schedule).to(job.precision.device, torch.float32),
@@ -230,11 +245,14 @@ def build_step(job: TrainingJob, group: ProcessGroup, unet: UNet2DConditionModel
         noise_offset=job.plan.noise_offset,
         latent_scaling=job.base.components["vae"].config["scaling_factor"],
         loss=settings.objective.loss,
+        weighting=settings.objective.loss_weighting,
     )
     checkpointing = settings.model.gradient_checkpointing
     sync = prepare_unet(job.engine, unet, adapter, job.precision.device, gradient_checkpointing=checkpointing)
     norm = settings.optimizer.max_grad_norm
-    return TrainStep(unet, adapter, optimizer, config, job.precision, norm, group.all_reduce, sync_compute_weights=sync)
+    pull = l2_of_changes(adapter, settings.objective.lora_l2) if settings.objective.lora_l2 else None
+    how = {"add_gradient": pull, "sync_compute_weights": sync}
+    return TrainStep(unet, adapter, optimizer, config, job.precision, norm, group.all_reduce, **how)
 
 
 def checking_first_step(
@@ -297,6 +315,9 @@ def schedule_of(job: TrainingJob) -> RunSchedule:
             peak=settings.optimizer.learning_rate,
             scheduler=settings.optimizer.lr_scheduler,
             warmup_steps=plan.warmup_steps,
+            cycles=settings.optimizer.lr_cycles,
+            power=settings.optimizer.lr_power,
+            decay=settings.optimizer.lr_decay,
         ),
     )
 
@@ -317,20 +338,22 @@ def stop_request(group: ProcessGroup, guard: MemoryGuard | None) -> Callable[[],
 
 @contextlib.contextmanager
 def writing_callbacks(
-    job: TrainingJob, adapter: Adapter, step: TrainStep, schedule: RunSchedule, *, is_writer: bool
+    job: TrainingJob, adapter: Adapter, step: TrainStep, schedule: RunSchedule, reader: BatchReader, *, is_writer: bool
 ) -> Iterator[list[Callback]]:
     """What records the steps and saves LoRAs and checkpoints. Only one process writes; in the others there is none of it."""
     if not is_writer:
         yield []
         return
     outputs, settings = job.outputs, job.settings
+    files, names = (outputs.sample_losses, outputs.image_losses), [example.name for example in reader.examples]
     state = adapter.weights, step.optimizer, step.scaler
     with (
         open_metrics(settings.logging, outputs.name, outputs.metrics, outputs.logs, schedule.start.next_step) as metrics,
+        ImageLosses(*files, names, reader.indices, schedule.saves_lora_between, schedule.start.next_step) as losses,
         CheckpointWriter(outputs.state, job.identity, settings.saving.keep_last_states, *state) as checkpoints,
         report_page(job.project, schedule.saves_lora_between) as page,
     ):
-        yield [metrics, LoraSaver(job, adapter.modules, schedule), checkpoints, page]
+        yield [metrics, losses, LoraSaver(job, adapter.modules, schedule), checkpoints, page]
 
 
 def likeness_of_samples(job: TrainingJob) -> SampleLikeness:
@@ -354,6 +377,6 @@ def sample_images(
     """The callback that renders the sample images; `prompts` are the files of their embeddings."""
     vae = load_vae(job.base, torch.device("cpu"))
     renderer = Renderer(step, job.plan.schedule, prompts, vae, job.samples.tiled)
-    names = job.base.name, job.project.trigger_word
+    names = job.base.name, job.plan.triggers
     record = SampleRecord(job.samples, job.outputs, job.identity.fingerprint, *names, likeness)
     return SampleImages(job.samples, renderer, job.outputs, schedule, record, likeness, group, stop, trackers)

@@ -115,6 +115,24 @@ def test_images_of_another_person_are_flagged_and_kept(stage, folder):
     assert json.loads(folder.audit.read_bytes())["flagged"]["other.png"]["sha256"] == sha256_of(folder.images / "other.png")
 
 
+def test_the_persons_of_several_trigger_words_are_compared_apart_and_the_reference_with_the_main_one(stage, folder):
+    """Six images of Alice, five of the main person: together, half of them would be unlike the others."""
+    reference = folder.root / "face.png"
+    Image.new("RGB", (64, 64), "red").save(reference)
+    (folder.images / "alice").mkdir()
+    (folder.images / "alice" / "folder.toml").write_text('trigger = "alice"')
+    main = {f"{number}.png": 0.01 * number for number in range(5)}
+    alice = {f"alice/{number}.png": 1.5 + 0.01 * number for number in range(6)}
+    remember(folder, main | alice | {"alice/other.png": 0.6, "../face.png": 0.0})
+    stage.run(FACE_MODEL="dlib", FACE_REFERENCE=reference)
+    assert flaws(folder).keys() == {"alice/other.png"}
+    assert "unlike the other images" in flaws(folder)["alice/other.png"]
+    images = likeness(folder)["images"]
+    assert images["0.png"]["likeness"] == pytest.approx(1 - 0.025, abs=1e-4)
+    assert images["alice/0.png"]["to_reference"] is None
+    assert images["0.png"]["to_reference"] == 1
+
+
 def test_images_unlike_the_reference_are_flagged(stage, folder):
     reference = folder.root / "face.png"
     Image.new("RGB", (64, 64), "red").save(reference)

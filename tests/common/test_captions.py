@@ -1,5 +1,6 @@
 """Reading captions: what is refused and why, how lines are joined, and when the trigger word is in a caption."""
 
+import json
 import os
 import time
 import tracemalloc
@@ -11,12 +12,18 @@ from common.captions import (
     MAX_CAPTION_BYTES,
     UnusableCaptionError,
     has_trigger,
+    has_weights,
+    in_lines,
     in_one_line,
     leads_with_trigger,
     ordinary_trigger,
     read_caption,
+    replace_trigger,
     tagger_vocabulary,
 )
+from common.settings import REPOSITORY
+
+GOLDEN = json.loads((REPOSITORY / "tests" / "data" / "captions" / "captions.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -28,6 +35,15 @@ def caption(tmp_path):
 
 def read(caption) -> str:
     return read_caption(caption, caption.parent.parent)
+
+
+@pytest.mark.parametrize("golden", GOLDEN.values(), ids=GOLDEN)
+def test_files_are_read_as_one_caption_or_as_one_per_line(caption, golden):
+    caption.write_text(golden["file"], encoding="utf-8", newline="")
+    text = read(caption)
+    assert in_one_line(text) == golden["one_caption"]
+    assert in_lines(text) == "\n".join(golden["captions_per_line"])
+    assert has_weights(text) is golden["has_weights"]
 
 
 def refusal(caption) -> str:
@@ -232,3 +248,20 @@ def test_a_stray_zero_byte_is_not_taken_for_another_encoding(tmp_path):
     caption.write_bytes(b"sks, a woman with a red hat\0 on a bench")
     with pytest.raises(UnusableCaptionError, match="is not plain text"):
         read_caption(caption, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "replaced"),
+    [
+        ("sks, smile, a dog", "woman, smile, a dog"),
+        ("a photo of SKS and sks_2", "a photo of woman and sks_2"),
+        ("smile, a dog", "smile, a dog"),
+        ("(sks:1.2), sks-like", "(woman:1.2), sks-like"),
+    ],
+)
+def test_a_trigger_word_is_replaced_wherever_it_is_a_word_of_its_own(text, replaced):
+    assert replace_trigger(text, "sks", "woman") == replaced
+
+
+def test_trigger_words_of_several_words_and_odd_replacements():
+    assert replace_trigger("my person, My  Person in town", "my_person", r"\1 old man") == r"\1 old man, \1 old man in town"

@@ -1,5 +1,6 @@
 """The report page, by the program itself: what it shows, what it never shows, and that nothing can break it."""
 
+import json
 import os
 import re
 
@@ -40,6 +41,31 @@ def test_a_finished_run_shows_files_curves_and_recipe(project):
     assert "LEARNING_RATE=5e-05 docker compose run --rm loracat --train" in html
 
 
+def test_losses_of_images_are_shown_and_outliers_named(project):
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        project.add_image(name, "sks_woman")
+    project.add_run()
+    assert "of the usual loss" not in project.html()
+    state = project.output / "state" / "sks_woman"
+    state.mkdir(parents=True)
+    losses = {"a.png": 1.0, "b.png": 2.5, "c.png": 0.4}
+    record = {"relative_loss": losses, "never_fit": ["b.png"], "learned_at_once": ["c.png"]}
+    (state / "image_losses.json").write_text(json.dumps(record))
+    html = project.html()
+    assert "Never fit by the last run: b.png." in html
+    assert "Learned at once: c.png." in html
+    shown = re.findall(r"<strong>(\w\.png)</strong>.*?([\d.]+) of the usual loss(: [a-z ]+)?<", html, re.DOTALL)
+    assert sorted(shown) == [("a.png", "1.00", ""), ("b.png", "2.50", ": never fits"), ("c.png", "0.40", ": learned at once")]
+    (state / "image_losses.json").write_text('{"relative_loss": [1], "never_fit": 3}')
+    assert "of the usual loss" not in project.html()
+
+
+def test_a_list_in_the_settings_is_part_of_the_command_that_repeats_the_run(project):
+    resolution = "[train.data]\nresolution = [  # set by environment\n    1024,\n    768,\n]\n\n"
+    project.add_run(config=resolution + '[train.saving]\noutput_name = "sks_woman"\n')
+    assert "RESOLUTION=1024,768 docker compose run --rm loracat --train" in project.html()
+
+
 def test_an_unfinished_run_says_how_to_continue(project):
     project.add_run(finished=False)
     html = project.html()
@@ -55,6 +81,24 @@ def test_sample_images_and_the_recommended_file_are_shown(project):
     assert html.count('<img src="data:image/webp') == 4
     assert 'href="samples/sks_woman/after%20epoch%205-0.png"' in html
     assert html.count("likeness 0.41") == 2
+
+
+def test_several_concepts_are_listed_with_their_classes_and_traits(project):
+    project.add_image("a.png", "sks_woman, hat")
+    project.add_image("2_bob/b.png", "bob, hat")
+    project.add_image("../regularization/1_woman/r.png")
+    (project.dataset / "images/2_bob/folder.toml").write_text('trigger = "bob"\nclass = "man"')
+    records = project.dataset / ".loracat"
+    records.mkdir()
+    traits = {"sks_woman": {"kept": {"long hair": 1}}, "bob": {"pruned": {"beard": 0.9}}}
+    (records / "traits.json").write_text(json.dumps({"concepts": traits}))
+    html = project.html()
+    assert "<td><code>bob</code></td><td>man</td><td>1</td><td>2</td>" in html
+    assert "<td><code>sks_woman</code></td><td></td><td>1</td><td>1</td>" in html
+    assert re.search(r"Traits of <code>bob</code>:.*beard 90 % .*not in the captions", html)
+    assert re.search(r"Traits of <code>sks_woman</code>:.*long hair 100 %", html)
+    assert "1 regularization images, which show the class of the subject" in html
+    assert re.findall(r"(\d)&nbsp;(\w+)</li>", html) == [("2", "hat")]
 
 
 def test_texts_of_the_user_stay_text(project):

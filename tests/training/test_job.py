@@ -1,6 +1,7 @@
 """What the LoRA files of a job say about themselves."""
 
 import json
+from dataclasses import replace
 
 import training.job as job_module
 from common.project import ProjectSettings
@@ -42,6 +43,14 @@ def test_header_has_the_entries_that_programs_read(stage):
         "ss_num_train_images": "3",
         "ss_num_epochs": "4",
         "ss_steps": "6",
+        "ss_epoch": "4",
+        "ss_optimizer": "torch.optim.AdamW",
+        "ss_lr_scheduler": "constant",
+        "ss_lr_warmup_steps": str(job.plan.warmup_steps),
+        "ss_loss_type": "l2",
+        "ss_min_snr_gamma": "5.0",
+        "ss_debiased_estimation": "False",
+        "ss_noise_offset": "0.0357",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.title": "sks",
@@ -57,6 +66,17 @@ def test_header_has_the_entries_that_programs_read(stage):
     assert json.loads(about["ss_tag_frequency"]) == {"dataset": {"sks": 3, "smile": 2, "tree": 1, "año": 1}}
     assert "ss_v_parameterization" not in about
     assert lora_metadata(job, epochs=2)["ss_steps"] == "3"
+
+
+def test_objective_is_in_the_header_in_kohyas_words(stage):
+    job = job_of(stage)
+    about = lora_metadata(job, epochs=1)
+    assert "ss_huber_schedule" not in about
+    objective = replace(job.settings.objective, loss="huber_snr", loss_weighting="debiased")
+    job = replace(job, settings=replace(job.settings, objective=objective), plan=replace(job.plan, min_snr_gamma=0.0))
+    about = lora_metadata(job, epochs=1)
+    words = {"ss_loss_type": "huber", "ss_huber_schedule": "snr", "ss_huber_c": "0.1", "ss_debiased_estimation": "True"}
+    assert (words | {"ss_min_snr_gamma": "None"}).items() <= about.items()
 
 
 def test_rare_tags_are_left_out_of_a_header_that_would_be_too_large(stage, monkeypatch):

@@ -1,5 +1,7 @@
 """The loop over the steps, with steps that only report: what is recorded of them, and how far the run has come."""
 
+import contextlib
+
 import pytest
 
 from common.errors import SettingsError
@@ -38,3 +40,32 @@ def test_a_loss_that_is_not_finite_ends_the_run():
     result = StepResult(float("nan"), 1.0, diverged=True)
     with pytest.raises(SettingsError, match="step 0: the loss is nan"):
         run_steps(schedule, lambda *_: lambda: result, [[]], lambda step: "a.png", [Lines()], lambda: None)
+
+
+def test_what_an_epoch_ends_with_sees_averaged_weights_and_a_checkpoint_does_not():
+    order = [OptimizerStep(number, number // 2, Bucket(64, 64), (0,)) for number in range(4)]
+    saving = SavingSettings(save_every_epochs=0, save_state_every_minutes=1e-9)
+    schedule = RunSchedule(order, Progress(), 2, 4, saving, VALIDATION, lambda number: 1e-4)
+    is_averaged, seen = [False], []
+
+    @contextlib.contextmanager
+    def averaged():
+        is_averaged[0] = True
+        yield
+        is_averaged[0] = False
+
+    class Watcher(Callback):
+        def after_step(self, step, values):
+            seen.append(("step", is_averaged[0]))
+
+        def after_epoch(self, step, epochs, progress):
+            seen.append(("epoch", is_averaged[0]))
+            return progress, ""
+
+        def save_state(self, progress, *, wait):
+            seen.append(("checkpoint", is_averaged[0]))
+
+    result = StepResult(0.5, 1.0)
+    run_steps(schedule, lambda *_: lambda: result, [[]] * 4, lambda step: "", [Watcher()], lambda: None, averaged)
+    assert {name for name, _ in seen} == {"step", "epoch", "checkpoint"}
+    assert all(averaged is (name == "epoch") for name, averaged in seen)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import SettingsError
 from common.settings import all_keys, setting
 from training.config import ProcessSettings, TrainSettings
 from training.data.dataset import Example
@@ -135,11 +136,33 @@ def test_accumulation_makes_the_steps_larger_and_fewer():
         (ZERO, {}, (0.0, 0.0)),
         (PLAIN, {"min_snr_gamma": 0.0, "noise_offset": 0.0}, (0.0, 0.0)),
         (V, {"min_snr_gamma": 1.0, "noise_offset": 0.1}, (1.0, 0.1)),
+        (PLAIN, {"loss_weighting": "debiased"}, (0.0, 0.0357)),
+        (PLAIN, {"loss_weighting": "none"}, (0.0, 0.0357)),
     ],
 )
 def test_auto_objective(schedule, objective, expected):
     plan = plan_of(schedule=schedule, objective=objective)
     assert (plan.min_snr_gamma, plan.noise_offset) == expected
+
+
+@pytest.mark.parametrize(
+    ("schedule", "objective", "problem"),
+    [
+        (PLAIN, {"timestep_min": 1000}, "timestep_min: 1000 is beyond the 1000 timesteps of the base model"),
+        (Schedule(timesteps=500), {"timestep_max": 501}, "timestep_max: 501 is beyond the 500 timesteps of the base model"),
+        (ZERO, {"loss_weighting": "debiased"}, "set LOSS_WEIGHTING=min_snr"),
+    ],
+)
+def test_objectives_that_a_schedule_does_not_have_are_refused(schedule, objective, problem):
+    with pytest.raises(SettingsError) as refused:
+        plan_of(schedule=schedule, objective=objective)
+    assert problem in str(refused.value)
+    assert "\n" not in str(refused.value)
+    plan_of(schedule=replace(PLAIN, timesteps=schedule.timesteps), objective={"timestep_min": schedule.timesteps - 1})
+
+
+def test_weighting_is_announced():
+    assert "epsilon, weighting debiased, noise offset 0.0357" in plan_of(objective={"loss_weighting": "debiased"}).announcement()
 
 
 DIFFERENT = {
@@ -159,7 +182,15 @@ DIFFERENT = {
     "gamma": {"objective": {"min_snr_gamma": 1.0}},
     "precision": {"model": {"mixed_precision": "no"}},
     "loss": {"objective": {"loss": "huber"}},
+    "weighting": {"objective": {"loss_weighting": "debiased"}},
+    "timesteps": {"objective": {"timestep_max": 500}},
+    "sampling": {"objective": {"timestep_sampling": "logit_normal"}},
+    "prior": {"objective": {"prior_preservation": 0.5}},
+    "pull": {"objective": {"lora_l2": 1e-4}},
     "optimizer": {"optimizer": {"optimizer": "adamw8bit"}},
+    "average": {"optimizer": {"ema_decay": 0.9}},
+    "lora+": {"optimizer": {"loraplus_ratio": 16.0}},
+    "cycles": {"optimizer": {"lr_cycles": 4}},
     "adapter": {"lora": {"lora_type": "dora"}},
     "mirror images": {"data": {"flip": True}},
     "masks": {"data": {"mask_weight": 0.0}},
@@ -195,6 +226,18 @@ def test_another_setting_is_another_run(tables):
 @pytest.mark.parametrize("tables", SAME.values(), ids=SAME)
 def test_what_decides_nothing_may_change(tables):
     assert fingerprint_of(plan_of(**tables), **tables) == fingerprint_of(plan_of())
+
+
+def test_the_class_of_the_subject_decides_the_result_where_the_prior_is_preserved():
+    prints = {
+        (weight, word): fingerprint_of(plan, **tables)
+        for weight in (0.0, 1.0)
+        for word in ("woman", "man")
+        for tables in [{"objective": {"prior_preservation": weight}, "samples": {"subject_class": word}}]
+        for plan in [plan_of(**tables)]
+    }
+    assert prints[0.0, "woman"] == prints[0.0, "man"] == fingerprint_of(plan_of())
+    assert len({*prints.values()}) == 3
 
 
 def test_other_images_captions_and_models_are_another_run():

@@ -54,6 +54,8 @@ def test_a_whole_run_leaves_exactly_these_files(finished):
             "lora/sks.workflow.json",
             "lora/training_config_resolved.toml",
             "state/.lock",
+            "state/sks/image_losses.json",
+            "state/sks/sample_losses.jsonl",
             "state/sks/step-000000006.json",  # from which the run could be lengthened
             "state/sks/step-000000006.safetensors",
         ]

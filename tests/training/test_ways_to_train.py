@@ -114,17 +114,57 @@ def test_a_wrong_choice_is_refused_before_there_are_images(stage):
     assert refused.returncode == 2
 
 
-def test_prodigy_trains_and_a_stopped_run_ends_with_the_same_lora(images):
-    pytest.importorskip("prodigyopt")
-    settings = LONG | {"OPTIMIZER": "prodigy", "LEARNING_RATE": 1}
-    output = images.trained(**settings, OUTPUT_DIR=images.output.with_name("whole"))
-    assert "decoupled" not in output
+def test_the_average_of_a_stopped_run_ends_as_the_same_lora(images):
+    """The file holds the average, and not the weights of the last step."""
+    settings = LONG | {"EMA_DECAY": 0.9, "LORAPLUS_RATIO": 4}
+    images.trained(**settings, OUTPUT_DIR=images.output.with_name("whole"))
     assert images.stopped(2, signal.SIGTERM, **settings).returncode == 143
     images.trained(**settings)
     whole = load_file(images.output.with_name("whole") / "lora" / images.lora.name)
     resumed = load_file(images.lora)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    (checkpoint,) = (images.output / "state").rglob("*.safetensors")
+    kept = load_file(checkpoint)
+    in_file = sum(tensor.double().square().sum() for name, tensor in resumed.items() if not name.endswith(".alpha"))
+    assert in_file == pytest.approx(kept["ema"].double().square().sum().item(), rel=1e-3)
+    assert in_file != pytest.approx(kept["weights"].double().square().sum().item(), rel=2e-3)
+
+
+def test_schedule_free_averages_and_a_stopped_run_ends_with_the_same_lora(images):
+    pytest.importorskip("schedulefree")
+    settings = LONG | {"OPTIMIZER": "schedulefree"}
+    images.trained(**settings, OUTPUT_DIR=images.output.with_name("whole"))
+    assert images.stopped(2, signal.SIGTERM, **settings).returncode == 143
+    images.trained(**settings)
+    whole, resumed = (load_file(path) for path in (images.output.with_name("whole") / "lora" / images.lora.name, images.lora))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_what_the_base_model_knows_of_the_class_is_part_of_a_run(images):
+    """With every other way to change the objective at once; another class is another run, and the same one is finished."""
+    settings = QUICK | {"PRIOR_PRESERVATION": 1, "LORA_L2": 1e-3, "LOSS": "huber_snr", "LOSS_WEIGHTING": "debiased"}
+    settings |= {"TIMESTEP_MIN": 100, "TIMESTEP_MAX": 900, "TIMESTEP_SAMPLING": "logit_normal", "TIMESTEP_SHIFT": 2}
+    settings |= {"LR_SCHEDULER": "cosine_with_restarts", "OPTIMIZER": "adafactor"}
+    refused = images.run(**settings)
+    problem = "PRIOR_PRESERVATION needs the word for the kind of subject, which the captions do not have"
+    assert refused.stderr == f"train_lora: {problem}: set SUBJECT_CLASS, for example SUBJECT_CLASS=woman\n"
+    assert refused.returncode == 2
+    images.add("coffee", caption="sks, a person, outdoors")
+    assert "prior preservation: weight 1, 'person' for 'sks' (from the captions)" in images.run("--check", **settings).stdout
+    output = images.trained(**settings)
+    assert "prior preservation: weight 1, 'person' for 'sks' (from the captions)" in output
+    assert "weighting debiased" in output
+    resolved = (images.output / "lora" / "training_config_resolved.toml").read_text(encoding="utf-8")
+    assert 'subject_class = "person"' in resolved
+    assert "nothing to do" in images.trained(**settings, SUBJECT_CLASS="person")
+    first = losses(images.output)
+    output = images.trained(**settings, SUBJECT_CLASS="astronaut")
+    assert "'astronaut' for 'sks' (as set)" in output
+    assert losses(images.output)[0] == first[0]  # the LoRA adds nothing yet
+    assert losses(images.output)[-1] != first[-1]
 
 
 def test_prodigy_with_a_rate_for_adamw_is_refused(images):

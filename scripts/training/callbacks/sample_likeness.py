@@ -30,7 +30,8 @@ class SampleLikeness(AbstractContextManager):
 
     def __init__(self, model: str, models_dir: Path, examples: Iterable[Example], known: Path, found: Path):
         self._models_dir = models_dir
-        self._model, self._examples, self._caches = model, {example.sha256: example.path for example in examples}, (known, found)
+        self._model, self._caches = model, (known, found)
+        self._examples = {example.sha256: example for example in examples}
         self.problem = "" if model != "off" else "FACE_MODEL=off"
         """Why no image can be scored; "" if it can, or it is not known yet."""
         self.ceiling: float | None = None
@@ -39,10 +40,11 @@ class SampleLikeness(AbstractContextManager):
         self._has_news = False
         self._opened, self._pool = ExitStack(), ThreadPoolExecutor(1, "likeness")
         self._process: FaceProcess | None = None
-        self._faces_of_set: Future[np.ndarray] | None = None
+        self._faces_of_set: Future[dict[str, np.ndarray]] | None = None
 
-    def submit(self, images: Sequence[Path]) -> None:
-        """Score these images when those submitted before are done. What was known of files with the same name is forgotten."""
+    def submit(self, images: Sequence[Path], triggers: Sequence[str]) -> None:
+        """Score these images when those submitted before are done, each against the examples with one of `triggers`. What was known
+        of files with the same name is forgotten."""
         if self.problem:
             return
         if self._process is None:
@@ -52,8 +54,8 @@ class SampleLikeness(AbstractContextManager):
                 self._give_up(error)
                 return
             self._faces_of_set = self._pool.submit(self._read_set)
-        for image in images:
-            self._scores[image.name] = self._pool.submit(self._score, image)
+        for image, trigger in zip(images, triggers, strict=True):
+            self._scores[image.name] = self._pool.submit(self._score, image, trigger)
         self._has_news = bool(images)
 
     def pending(self) -> list[Future]:
@@ -83,31 +85,36 @@ class SampleLikeness(AbstractContextManager):
         without = "Everything else works without it; FACE_MODEL=off silences this line"
         print(f"no likeness of sample images: {self.problem}. {without}", flush=True)
 
-    def _read_set(self) -> np.ndarray:
-        """The faces of the data set: [n, values]. Raises ModelError if they are too few."""
+    def _read_set(self) -> dict[str, np.ndarray]:
+        """The faces of the data set by trigger word: [n, values]. Raises ModelError if they are too few of every one."""
         known, self._found = (FaceCache(path, self._model) for path in self._caches)
-        faces = {}
-        for sha256, path in self._examples.items():
+        faces: dict[str, dict[str, list[FoundFace]]] = {}
+        for sha256, example in self._examples.items():
             found = known.get(sha256)
             found = self._found.get(sha256) if found is None else found
-            if found is not None or path.exists():
-                faces[sha256] = self._search(path, sha256) if found is None else found
-        model = FACE_MODELS[self._model]
-        scored = score_set(faces, NO_REFERENCES, model)
-        scores = [image.score for image in scored.values() if image.score is not None]
-        vectors = [image.face.vector for image in scored.values() if image.face and image.face.vector is not None]
-        if len(vectors) < MIN_FACES:
-            raise ModelError(f"only {len(vectors)} images of the data set show a face to compare with, {MIN_FACES} are needed")
+            if found is not None or example.path.exists():
+                of_person = faces.setdefault(example.trigger, {})
+                of_person[sha256] = self._search(example.path, sha256) if found is None else found
+        scores, vectors = [], {}
+        for trigger, of_person in faces.items():
+            scored = score_set(of_person, NO_REFERENCES, FACE_MODELS[self._model]).values()
+            scores += [image.score for image in scored if image.score is not None]
+            vectors[trigger] = [image.face.vector for image in scored if image.face and image.face.vector is not None]
+        most = max(map(len, vectors.values()), default=0)
+        if most < MIN_FACES:
+            raise ModelError(f"only {most} images of the data set show a face to compare with, {MIN_FACES} are needed")
         ceiling = mean_likeness(scores)
         self.ceiling = None if ceiling is None else round(ceiling, 4)
-        return np.stack(vectors)
+        return {trigger: np.stack(each) for trigger, each in vectors.items() if len(each) >= MIN_FACES}
 
-    def _score(self, image: Path) -> Score:
+    def _score(self, image: Path, trigger: str) -> Score:
         try:
             sha256 = sha256_of(image)
         except FileNotFoundError:
             return None, GONE
-        faces_of_set = self._faces_of_set.result()
+        faces_of_set = self._faces_of_set.result().get(trigger)
+        if faces_of_set is None:
+            return None, f"fewer than {MIN_FACES} images of {trigger} show a face to compare with"
         found = self._found.get(sha256)
         faces = self._search(image, sha256) if found is None else found
         likeness = score_image(faces, faces_of_set, NO_REFERENCES, FACE_MODELS[self._model])

@@ -66,8 +66,8 @@ def plan_samples(
     `recorded` are the settings of the run that is continued: if it has samples, its choices are kept, so that all rows are alike.
     """
     samples = settings.samples
-    captions = [example.caption for example in plan.images]
-    prompts = sample_prompts(samples, trigger, captions, family_of(base).quality_tags) if samples.samples else []
+    captions, tags = plan.captions or {trigger: []}, family_of(base).quality_tags
+    prompts = sample_prompts(samples, captions, plan.classes, tags) if samples.samples else []
     first = _Choice(STEPS, largest_size(settings.data.resolutions[0]), settings.saving.save_every_epochs)
     fixed = {}
     for name, key in (("steps", "sample_steps"), ("size", "sample_size"), ("every", "sample_every_epochs")):
@@ -115,8 +115,12 @@ def share_of(choice: _Choice, prompts: Sequence[SamplePrompt], settings: TrainSe
     for prompt in prompts:
         pixels = (prompt.width or choice.size) * (prompt.height or choice.size)
         per_row += pixels * (2 * (prompt.steps or choice.steps) + _DECODE_COST)
-    pixels = [placement.bucket.width * placement.bucket.height for placement in plan.placements]
+    pixels, prior_pixels = (
+        [placement.bucket.width * placement.bucket.height for placement in placements]
+        for placements in (plan.placements, plan.regularization_placements)
+    )
     trained = sum(pixels[index] for step in plan.order for index in step.examples)
+    trained += sum(prior_pixels[index] for step in plan.order for index in step.regularization)
     cost = _TRAIN_COST * (_CHECKPOINTING_COST if settings.model.gradient_checkpointing is True else 1)
     return rows_of(choice.every, plan.epochs) * per_row / (cost * trained)
 
@@ -151,7 +155,7 @@ def _within_memory(
     why there can be no images, else empty."""
     held = budget.needed(settings.run.train_batch_size, checkpointing=settings.model.gradient_checkpointing is True)
     free = (budget.free if budget.thresholds else budget.available) - held
-    largest = max(place.bucket.width * place.bucket.height for place in [*plan.placements, *plan.held_out_placements])
+    largest = max(place.bucket.width * place.bucket.height for place in plan.all_placements)
     vae_width = base.components["vae"].config["block_out_channels"][0] / _VAE_WIDTH
 
     def needed(size: int, *, tiled: bool) -> int:

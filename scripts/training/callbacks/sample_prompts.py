@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,14 @@ class SamplePrompt:
     steps: int | None = None
 
 
-def sample_prompts(settings: SampleSettings, trigger: str, captions: Sequence[str], quality_tags: str = "") -> list[SamplePrompt]:
-    """The prompts of a run. `quality_tags` are those of the base model's family, with which default prompts begin. Raises
-    SettingsError with everything that is wrong with those that the user wrote."""
+def sample_prompts(
+    settings: SampleSettings, captions: Mapping[str, Sequence[str]], classes: Mapping[str, str], quality_tags: str = ""
+) -> list[SamplePrompt]:
+    """The prompts of a run with these `captions` by trigger word, and the class words of those trigger words that have one.
+    `quality_tags` are those of the base model's family, with which default prompts begin. Raises SettingsError with everything
+    that is wrong with prompts that the user wrote."""
     if not settings.sample_prompts.strip():
-        prompts = default_prompts(trigger, captions, settings.subject_class)
+        prompts = default_prompts(captions, classes, settings.subject_class)
         return [replace(prompt, text=f"{quality_tags}, {prompt.text}") for prompt in prompts] if quality_tags else prompts
     origin, content = _read(settings.sample_prompts)
     prompts, problems = parse_json_prompts(content) if content.lstrip()[:1] in ("[", "{") else parse_kohya_prompts(content)
@@ -89,16 +92,22 @@ def sample_prompts(settings: SampleSettings, trigger: str, captions: Sequence[st
     return prompts
 
 
-def default_prompts(trigger: str, captions: Sequence[str], subject_class: str = "") -> list[SamplePrompt]:
-    """The trigger word alone, with three seeds; in two scenes that no caption has (or the fewest have); and the class word without
-    the trigger."""
-    first, second = unseen_scenes(captions)
-    return [
-        *[SamplePrompt(trigger, "trigger")] * 3,  # a likeness of fewer samples than `recommendation.MIN_SCORED` is not compared
-        SamplePrompt(f"{trigger}, {first}", "scene"),
-        SamplePrompt(f"{trigger}, {second}", "scene"),
-        SamplePrompt(subject_class.strip() or class_word(trigger, captions), "class"),
-    ]
+def default_prompts(
+    captions: Mapping[str, Sequence[str]], classes: Mapping[str, str], subject_class: str = ""
+) -> list[SamplePrompt]:
+    """Each trigger word alone, with three seeds, and in two scenes that no caption has (or the fewest have); and the class words
+    without a trigger. Several trigger words have one scene each, and if they are many, one seed and no scene."""
+    words = {word: classes.get(word) or subject_class.strip() or class_word(word, texts) for word, texts in captions.items()}
+    of_classes = [SamplePrompt(word, "class") for word in dict.fromkeys(words.values())]
+    scenes = unseen_scenes([text for texts in captions.values() for text in texts])
+    scenes, seeds = scenes if len(captions) == 1 else scenes[:1], 3
+    if len(captions) * (seeds + len(scenes)) + len(of_classes) > MAX_PROMPTS:
+        scenes, seeds = (), 1
+    prompts = []
+    for trigger in captions:
+        prompts += [SamplePrompt(trigger, "trigger")] * seeds  # fewer than `recommendation.MIN_SCORED` in all are not compared
+        prompts += [SamplePrompt(f"{trigger}, {scene}", "scene") for scene in scenes]
+    return [*prompts, *of_classes][:MAX_PROMPTS]
 
 
 def class_word(trigger: str, captions: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from common.captions import asks_for_subject
+from common.captions import asked_subject
 from common.files import atomic_write, parse_json, read_file, write_json
 from common.images import DECODER_ERRORS
 from common.output_layout import OutputLayout
@@ -66,13 +66,14 @@ class SampleRecord:
         outputs: OutputLayout,
         fingerprint: Mapping[str, Any],
         base: str,
-        trigger: str,
+        triggers: Sequence[str],
         likeness: SampleLikeness,
     ):
         self._plan, self._outputs, self._base, self._likeness = plan, outputs, base, likeness
-        asks = [asks_for_subject(prompt.kind, prompt.text, trigger) for prompt in plan.prompts]
-        self._with_trigger = [number for number, does in enumerate(asks) if does]
-        self._without_trigger = [number for number, does in enumerate(asks) if not does]
+        self._subjects = [asked_subject(prompt.kind, prompt.text, triggers) for prompt in plan.prompts]
+        self._with_trigger = [number for number, subject in enumerate(self._subjects) if subject]
+        self._without_trigger = [number for number, subject in enumerate(self._subjects) if not subject]
+        self._compared_with = [subject or triggers[0] for subject in self._subjects]
         # A run that is extended has the same weights as long as its length does not change the learning rate.
         own = {EARLY_STOP, *LENGTH} if fingerprint.get("lr_scheduler") == "constant" else {EARLY_STOP}
         self._run = {name: value for name, value in fingerprint.items() if name not in own}
@@ -147,7 +148,7 @@ class SampleRecord:
 
     def _add(self, row: Row) -> None:
         self._rows[row.epochs, row.strength] = row
-        self._likeness.submit(self._paths(row))
+        self._likeness.submit(self._paths(row), self._compared_with)
 
     def _paths(self, row: Row) -> list[Path]:
         return [self._outputs.samples / row.image(number) for number in range(len(self._plan.prompts))]
@@ -203,8 +204,9 @@ class SampleRecord:
         names = ("text", "seed", "width", "height", "kind")
         base = self._rows.get((0, 1.0))
         floor = mean_likeness(self._scores(base, self._without_trigger)) if base else None
+        prompts = [{name: getattr(prompt, name) for name in names} for prompt in self._plan.prompts]
         content = {
-            "prompts": [{name: getattr(prompt, name) for name in names} for prompt in self._plan.prompts],
+            "prompts": [prompt | {"subject": subject} for prompt, subject in zip(prompts, self._subjects, strict=True)],
             "rows": [self._described(row) for row in self._sorted_rows()],
             "floor": None if floor is None else round(floor, 4),
             "ceiling": self._likeness.ceiling,

@@ -52,9 +52,10 @@ class Validator(Callback):
             yield make_batch(samples, [1.0 / (len(examples) * STRATA)] * len(samples), size)
 
     def _sample(self, index: int, stratum: int) -> Sample:
-        """Noise and timestep are fixed; the timesteps of the images are spread over the stratum. The caption is its first
-        variant, and the image is not mirrored."""
+        """Noise and timestep are fixed; the timesteps of the images are spread over the stratum of their distribution. The caption
+        is its first variant, and the image is not mirrored."""
         examples, timesteps = self.reader.examples, self.reader.timesteps
+        timestep_at = self.reader.timestep_at or (lambda quantile: int(quantile * timesteps))
         sample = self.reader.sample(replace(examples[index], variants=1, mirrored=None), _POSITION + index * STRATA + stratum)
         within = (index + 0.5) / len(examples)
-        return sample | {"timesteps": torch.tensor(int((stratum + within) / STRATA * timesteps))}
+        return sample | {"timesteps": torch.tensor(timestep_at((stratum + within) / STRATA))}

@@ -5,8 +5,9 @@ counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"
 counter, so the numbers of any sample can be drawn at any time, in any process and in any order.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from training.data.buckets import OptimizerStep
 from training.data.cache import CachedExample, read_cached_mask, read_embedding, read_latents
 from training.system.process_group import ProcessGroup
 
+PRIOR_EVERY = 4
+"""Every so many samples, the base model is asked as well: for all of them it would cost more than as much time again."""
 Sample = dict[str, torch.Tensor]
 """One sample under the names of Batch's fields, without the batch dimension and without its weight."""
 
@@ -48,6 +51,14 @@ class Batch:
     """[B]: share of each sample in the loss of the optimizer step; 0 for padding."""
     mask: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[B, 1, h, w]: weight of each latent in the loss of its sample; empty where no image of the run has a mask."""
+    prior_rows: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[N], int64: samples whose prediction for another caption is to remain that of the base model; N may be 0."""
+    prior_hidden: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[N, tokens, D]: that caption, as `hidden`."""
+    prior_pooled: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[N, P]"""
+    prior_weights: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[N]: share of each of these in the loss of the optimizer step."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
@@ -75,37 +86,61 @@ class BatchReader:
     """Page-lock the batches, for a GPU."""
     masks: bool = False
     """Give every sample a mask; the same for the whole run, so that steps of one shape stay one CUDA graph."""
+    timestep_at: Callable[[float], int] | None = None
+    """The timestep at a quantile, 0 .. 1, of their distribution; None: all are equally likely."""
+    prior_preservation: float = 0.0
+    """Weight of the loss that keeps what the base model predicts for the class of the subject; 0: none."""
     group: ProcessGroup = field(default_factory=ProcessGroup)
     """The processes that share each optimizer step."""
+    regularization: Sequence[CachedExample] = ()
+    prior_weight: float = 1.0
+    """Of the mean loss of a step's regularization images, beside 1 of that of its examples (Ruiz et al. 2022, arXiv 2208.12242,
+    equation 2)."""
 
     def __call__(self, step: OptimizerStep) -> list[Batch]:
-        """This process's micro-batches of `step`: every `world_size`-th one, at least one. Each has `micro_batch` samples;
-        missing ones are padded with weight 0."""
-        slots = list(enumerate(step.examples))
-        parts = [slots[start : start + self.micro_batch] for start in range(0, len(slots), self.micro_batch)]
-        return [self._batch(step, part) for part in parts[self.group.rank :: self.group.world_size] or [[]]]
+        """This process's micro-batches of `step`, those of regularization images last: every `world_size`-th one, at least one.
+        Each has `micro_batch` samples; missing ones are padded with weight 0."""
+        return [self._batch(step, *part) for part in self._parts_of_process(step) or [([], False)]]
+
+    def indices(self, step: OptimizerStep) -> list[int]:
+        """The examples of this process's samples of `step`, in the order of its micro-batches; regularization images, which come
+        after them, are left out."""
+        return [index for slots, is_prior in self._parts_of_process(step) if not is_prior for _, index in slots]
 
     def image_names(self, step: OptimizerStep) -> str:
         """The images of `step`, for messages."""
-        return ", ".join(sorted({self.examples[index].name for index in step.examples}))
+        names = {self.examples[index].name for index in step.examples}
+        return ", ".join(sorted(names | {self.regularization[index].name for index in step.regularization}))
 
-    def _batch(self, step: OptimizerStep, slots: Sequence[tuple[int, int]]) -> Batch:
-        """The micro-batch of these (slot, example) pairs. Its weights are shares of the whole step over all processes."""
-        weights = [1.0 / len(step.examples)] * len(slots) or [0.0]
+    def _parts_of_process(self, step: OptimizerStep) -> list[tuple[list[tuple[int, int]], bool]]:
+        """The (slot, index) pairs of each micro-batch, and whether they are regularization images."""
+        parts = []
+        for indices, is_prior in ((step.examples, False), (step.regularization, True)):
+            slots = list(enumerate(indices))
+            parts += [(slots[start : start + self.micro_batch], is_prior) for start in range(0, len(slots), self.micro_batch)]
+        return parts[self.group.rank :: self.group.world_size]
+
+    def _batch(self, step: OptimizerStep, slots: Sequence[tuple[int, int]], is_prior: bool) -> Batch:
+        """The micro-batch of these (slot, index) pairs. Its weights are shares of the whole step over all processes."""
+        examples, weight = (self.regularization, self.prior_weight) if is_prior else (self.examples, 1.0)
+        weights = [weight / len(step.examples)] * len(slots) or [0.0]
         first = step.number * self.global_batch
-        samples = [self.sample(self.examples[index], first + slot) for slot, index in slots or [(0, step.examples[0])]]
+        used = slots or [(0, step.examples[0])]
+        samples = [self.sample(examples[index], first + slot, is_prior=is_prior) for slot, index in used]
         batch = make_batch(samples, weights, self.micro_batch)
+        if self.prior_preservation:
+            batch = replace(batch, **self._prior(step, [] if is_prior else slots))
         return batch.pinned() if self.pin else batch
 
-    def sample(self, example: CachedExample, position: int) -> Sample:
+    def sample(self, example: CachedExample, position: int, *, is_prior: bool = False) -> Sample:
         """The sample that `example` gives at `position` of the run, as every field of Batch but `weights`, and without `mask` if
         the run has none."""
-        if example.mirrored and is_mirrored(self.seed, position):
+        if example.mirrored and is_mirrored(self.seed, position, is_prior=is_prior):
             example = example.mirrored
         mean, log_variance = read_latents(example.latents)
-        variant, drawn = draw(self.seed, position, tuple(mean.shape), example.variants, self.caption_dropout, self.timesteps)
-        file = example.empty_caption if variant is None else example.embeddings
-        hidden, pooled = read_embedding(file, variant or 0)
+        how = example.variants, self.caption_dropout, self.timesteps, self.timestep_at
+        variant, drawn = draw(self.seed, position, tuple(mean.shape), *how, is_prior=is_prior)
+        hidden, pooled = self._embedding(example, variant, example.embeddings)
         if self.masks:
             mask = read_cached_mask(example.mask) if example.mask else torch.ones(1, *mean.shape[1:])
             drawn["mask"] = mask.clamp(min=example.mask_weight)
@@ -117,6 +152,27 @@ class BatchReader:
             "add_time_ids": torch.tensor(example.placement.add_time_ids, dtype=torch.float32),
         }
 
+    def _embedding(self, example: CachedExample, variant: int | None, file: Path) -> tuple[torch.Tensor, torch.Tensor]:
+        """A variant in the file of a caption of `example`; of None, the empty caption."""
+        return read_embedding(example.empty_caption if variant is None else file, variant or 0)
+
+    def _prior(self, step: OptimizerStep, slots: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """The fields of Batch for what is to remain of the base model, for every PRIOR_EVERY-th sample of the run. They count so
+        much more, so that its weight does not depend on how many there are in a step."""
+        rows, embeddings = [], []
+        for row, (slot, index) in enumerate(slots):
+            position = step.number * self.global_batch + slot
+            if position % PRIOR_EVERY == 0:
+                example = self.examples[index]
+                variant, _ = draw(self.seed, position, (1, 1, 1), example.variants, self.caption_dropout, self.timesteps)
+                rows.append(row)
+                embeddings.append(self._embedding(example, variant, example.class_embeddings))
+        weight = self.prior_preservation * PRIOR_EVERY / self.global_batch
+        fields = {"prior_rows": torch.tensor(rows, dtype=torch.int64), "prior_weights": torch.full((len(rows),), weight)}
+        if rows:
+            fields["prior_hidden"], fields["prior_pooled"] = (torch.stack(parts) for parts in zip(*embeddings, strict=True))
+        return fields
+
 
 def make_batch(samples: Sequence[Sample], weights: Sequence[float], size: int) -> Batch:
     """The batch of `size` samples that begins with `samples`; the last one is repeated with weight 0 as padding."""
@@ -127,12 +183,21 @@ def make_batch(samples: Sequence[Sample], weights: Sequence[float], size: int) -
 
 
 def draw(
-    seed: int, position: int, latent_shape: tuple[int, int, int], variants: int, caption_dropout: float, timesteps: int
+    seed: int,
+    position: int,
+    latent_shape: tuple[int, int, int],
+    variants: int,
+    caption_dropout: float,
+    timesteps: int,
+    timestep_at: Callable[[float], int] | None = None,
+    *,
+    is_prior: bool = False,
 ) -> tuple[int | None, Sample]:
     """Everything random about the sample at `position` (optimizer step x global batch + slot) with latents of `latent_shape`
-    (C, h, w), for a noise schedule of `timesteps`: which of the caption's `variants` it has (None: the empty caption), and the
-    fields of Batch that are drawn."""
-    generator = _generator(seed, position, 0)
+    (C, h, w), for a noise schedule of `timesteps`, drawn as in BatchReader: which of the caption's `variants` it has (None: the
+    empty caption), and the fields of Batch that are drawn. The regularization image at the same position (`is_prior`) has numbers
+    of its own."""
+    generator = _generator(seed, position, 2 * is_prior)
 
     # The order of the draws is part of the result: a new one goes to the end.
     timestep = int(generator.integers(timesteps))
@@ -141,12 +206,15 @@ def draw(
     sample = {"timesteps": torch.tensor(timestep)}
     for name, shape in (("offset", (latent_shape[0], 1, 1)), ("latent_noise", latent_shape), ("noise", latent_shape)):
         sample[name] = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    if timestep_at:
+        sample["timesteps"] = torch.tensor(timestep_at(generator.random()))
     return None if is_dropped else variant, sample
 
 
-def is_mirrored(seed: int, position: int) -> bool:
-    """Whether the sample at `position` is the mirror image, where a run has them: half of all samples are."""
-    return bool(_generator(seed, position, 1).random() < 0.5)
+def is_mirrored(seed: int, position: int, *, is_prior: bool = False) -> bool:
+    """Whether the sample at `position`, or the regularization image there (`is_prior`), is the mirror image, where a run has them:
+    half of all samples are."""
+    return bool(_generator(seed, position, 1 + 2 * is_prior).random() < 0.5)
 
 
 def _generator(seed: int, position: int, purpose: int) -> np.random.Generator:

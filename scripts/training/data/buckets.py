@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, order=True)
@@ -77,9 +77,13 @@ class OptimizerStep:
     bucket: Bucket
     examples: tuple[int, ...]
     """Indices of the examples; fewer than the global batch only in the last step of a bucket."""
+    regularization: tuple[int, ...] = ()
+    """Indices of as many regularization images, of one bucket of their own; empty without them."""
 
 
-def run_order(buckets: Sequence[Bucket], repeats: Sequence[int], epochs: int, global_batch: int, seed: int) -> list[OptimizerStep]:
+def run_order(
+    buckets: Sequence[Bucket], repeats: Sequence[int], epochs: int, global_batch: int, seed: int | str
+) -> list[OptimizerStep]:
     """The order of the whole run, in which example i has the shape `buckets[i]` and is seen `repeats[i]` times per epoch.
 
     The images of each bucket form one stream over all epochs, shuffled again for each epoch. The stream is cut into global
@@ -112,6 +116,19 @@ def epochs_of(buckets: Sequence[Bucket], repeats: Sequence[int], steps: int, glo
     while sum(epochs * count // global_batch for count in members.values()) < steps:
         epochs += 1
     return epochs
+
+
+def add_regularization(
+    order: Sequence[OptimizerStep], buckets: Sequence[Bucket], repeats: Sequence[int], global_batch: int, seed: int
+) -> list[OptimizerStep]:
+    """The same steps, each with one regularization image for each of its examples. Image i has the shape `buckets[i]`.
+
+    They come from an order of their own, which begins again when all were seen `repeats[i]` times; a run with more steps begins
+    with the same ones.
+    """
+    samples = (len(order) + len(set(buckets))) * global_batch  # enough, even if a batch of each bucket is left incomplete
+    drawn = run_order(buckets, repeats, math.ceil(samples / sum(repeats)), global_batch, f"{seed} regularization")
+    return [replace(step, regularization=drawn[step.number].examples[: len(step.examples)]) for step in order]
 
 
 def _shuffled(items: list, *key: object) -> list:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from common.background import in_background, prefetch
+from common.captions import replace_trigger
 from common.clip_tokens import CHUNK_TOKENS
 from common.errors import ModelError, ResourceError
 from common.images import open_rgb, read_mask
@@ -76,6 +77,8 @@ class CachedExample:
     """Weight of what is outside the mask."""
     mirrored: "CachedExample | None" = None
     """Its mirror image, if that is trained on as well."""
+    class_embeddings: Path | None = None
+    """Those of the same variants with the word for the kind of subject instead of the trigger word, if the run needs them."""
 
 
 def read_latents(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,23 +174,26 @@ class CacheBuilder:
         self,
         images: Sequence[tuple[Example, Placement]],
         settings: DataSettings,
-        trigger_word: str,
         seed: int,
         prompts: Sequence[str] = (),
+        subject_class: str = "",
     ) -> tuple[list[CachedExample], dict[str, Path]]:
         """Encode every image, caption and prompt that the cache lacks, and free the encoders. Captions are encoded the same way
-        whatever the prompts are.
+        whatever the prompts are. With `subject_class`, they are encoded with the class of their folder, or else this one,
+        for the trigger word, too.
 
         Returns the examples, and the file of each prompt. Prints which text is cut from captions.
         """
-        captions = [example.caption for example, _ in images]
+        captions = [line for example, _ in images for line in example.captions]
         count, shuffle, workers = settings.caption_variants, settings.caption_shuffle, settings.dataloader_num_workers
-        variants = [caption_variants(caption, trigger_word, count, shuffle, seed) for caption in captions]
+        variants = [caption_variants(example.caption, example.trigger, count, shuffle, seed) for example, _ in images]
         tokenizers = load_tokenizers(self.base, self.models_dir)
         chunks = chunks_needed(captions, tokenizers, settings.caption_chunks)
         for example in {example.path: example for example, _ in images}.values():
-            if cut := text_beyond(chunks, example.caption, tokenizers):
-                print(f"{example.name}: its caption is longer than {CHUNK_TOKENS * chunks} tokens; training does not see: {cut}")
+            for caption in example.captions:
+                if cut := text_beyond(chunks, caption, tokenizers):
+                    which = f"its caption is longer than {CHUNK_TOKENS * chunks} tokens"
+                    print(f"{example.name}: {which}; training does not see: {cut}")
 
         prompt_chunks = chunks_needed(list(prompts), tokenizers, settings.caption_chunks)
 
@@ -195,9 +201,16 @@ class CacheBuilder:
         latents, masks = self.latents_entries([*images, *mirrored]), self.masks_entries([*images, *mirrored])
         embeddings = self.embeddings_entries([*variants, [""]], chunks)
         of_prompts = self.embeddings_entries([[prompt] for prompt in prompts], prompt_chunks)
+        with_class = [
+            [replace_trigger(text, example.trigger, example.class_word or subject_class) for text in texts]
+            if example.trigger
+            else texts
+            for (example, _), texts in zip(images, variants, strict=True)
+        ]
+        of_class = self.embeddings_entries(with_class if subject_class else [], chunks)
         new_latents, images_found = self._missing(latents, workers)
         new_masks, _ = self._missing([entry for entry in masks if entry], workers)
-        new_embeddings, captions_found = self._missing([*embeddings, *of_prompts], workers)
+        new_embeddings, captions_found = self._missing([*embeddings, *of_prompts, *of_class], workers)
         self.group.barrier()  # all processes know what is missing before one writes
         shares = self.group.shard(new_latents), self.group.shard(new_embeddings), self.group.shard(new_masks)
         with (
@@ -216,6 +229,7 @@ class CacheBuilder:
         print(f"images: {images_found}; captions: {captions_found}, {chunks} x {CHUNK_TOKENS} tokens", flush=True)
 
         *caption_paths, empty_caption = (path for path, _, _ in embeddings)
+        class_paths = [path for path, _, _ in of_class] or [None] * len(caption_paths)
         copies = 2 if mirrored else 1
         examples = [
             CachedExample(
@@ -227,9 +241,10 @@ class CacheBuilder:
                 empty_caption=empty_caption,
                 mask=mask and mask[0],
                 mask_weight=settings.mask_weight if example.mask_weight is None else example.mask_weight,
+                class_embeddings=class_path,
             )
-            for (path, example, placement), mask, caption_path, texts in zip(
-                latents, masks, caption_paths * copies, variants * copies, strict=True
+            for (path, example, placement), mask, caption_path, class_path, texts in zip(
+                latents, masks, caption_paths * copies, class_paths * copies, variants * copies, strict=True
             )
         ]
         if mirrored:

@@ -17,13 +17,20 @@ if TYPE_CHECKING:
 def caption_variants(caption: str, trigger: str, count: int, shuffle: bool, seed: int) -> list[str]:
     """Up to `count` different captions: the original one, then its tags in other orders.
 
-    A tag at the beginning that leads with the trigger word stays there. The orders depend on `seed` and `caption` alone.
-    Sentences are not shuffled: a caption that is prose has one variant.
+    A tag at the beginning that leads with the trigger word, if there is one, stays there. The orders depend on `seed` and
+    `caption` alone.
+    Sentences are not shuffled: a caption that is prose has one variant. Several captions, one per line, share `count` and have as
+    many variants each, the original ones first.
     """
+    lines = caption.split("\n")
+    if len(lines) > 1:
+        of_lines = [caption_variants(line, trigger, max(1, count // len(lines)), shuffle, seed) for line in lines]
+        most = max(map(len, of_lines))
+        return [variants[number % len(variants)] for number in range(most) for variants in of_lines]
     if not shuffle or is_prose(caption):
         return [caption]
     tags = [tag for tag in (piece.strip() for piece in caption.split(",")) if tag]
-    fixed = 1 if tags and leads_with_trigger(tags[0], trigger) else 0
+    fixed = 1 if trigger and tags and leads_with_trigger(tags[0], trigger) else 0
     head, rest = tags[:fixed], tags[fixed:]
     count = _orders_of(rest, at_most=count)
     orders = [tuple(tags)]

@@ -3,28 +3,33 @@
 Imports no torch, which takes seconds: a worker process reads this while the main process imports torch.
 """
 
-from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.captions import UnusableCaptionError, has_trigger, in_one_line, read_caption
+from common.background import prefetch
+from common.caption_lists import LIST_FILES
+from common.captions import UnusableCaptionError, has_trigger, has_weights, in_lines, in_one_line, read_caption
 from common.dataset_layout import (
     DatasetFolder,
     ImageFile,
     caption_owners,
     describe_missing_images,
     find_images,
+    find_regularization_images,
     name_in,
     select_images,
     unused_entries,
 )
 from common.errors import DataError, SomeItemsFailed, abbreviated, bullet_list
 from common.files import parse_json, read_file, sha256_of
+from common.image_folders import FOLDER_FILE
 from common.images import BrokenImageError, DecodedImage, read_image, read_mask
 from common.output_layout import OutputLayout
+from common.progress import ProgressBar
 from common.project import ProjectSettings
 from common.settings import pipeline_command
+from common.triggers import classes_of, contained_triggers, foreign_triggers
 from training.config import DataSettings, TrainSettings
 from training.models.base_model import compute_digests, find_base
 from training.models.sdxl import BaseModel
@@ -41,8 +46,9 @@ class Example:
 
     path: Path
     name: str
-    """Path relative to the folder of images, for messages."""
+    """Path relative to the folder of images, or of a regularization image to DATASET_DIR; for messages."""
     caption: str
+    """Several captions are separated by line feeds."""
     width: int
     """Pixels, after EXIF orientation."""
     height: int
@@ -62,6 +68,15 @@ class Example:
     """Stands for the pixels of the mask; empty without one."""
     mask_weight: float | None = None
     """Weight of the areas outside the mask; None: as the settings say."""
+    trigger: str = ""
+    """The trigger word that the image is for; empty for a regularization image."""
+    class_word: str = ""
+    """The kind of subject, as its folder names it; empty if it does not."""
+    is_regularization: bool = False
+
+    @property
+    def captions(self) -> list[str]:
+        return self.caption.split("\n")
 
 
 Inputs = tuple[BaseModel, list[Example], int]
@@ -77,8 +92,8 @@ def read_inputs(project: ProjectSettings, settings: TrainSettings) -> Inputs:
 
 
 def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[Example], int]:
-    """The examples of the data set, and how many of its images cannot be trained on. Prints what is left out or ignored, and
-    what is probably a mistake."""
+    """The examples of the data set, those of regularization images last, and how many of its images cannot be trained on. Prints
+    what is left out or ignored, and what is probably a mistake."""
     dataset = DatasetFolder(project.dataset_dir)
     selection = select_images(dataset)
     print(selection.notes(), end="")
@@ -86,10 +101,15 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[
     flagged = {name: flaws for name, flaws in flagged.items() if name not in selection.excluded}
     if flagged:
         print(f"skipping flagged images: {abbreviated([f'{name} ({flaws})' for name, flaws in flagged.items()])}")
-    skipped, is_mask = {*flagged, *selection.excluded}, settings.alpha == "mask"
-    examples, problems = read_examples(dataset.images, settings.dataloader_num_workers, skipped, alpha_is_mask=is_mask)
-    if problems:
-        print(bullet_list(f"{dataset.images}: {len(problems)} images cannot be trained on and are left out:", problems), flush=True)
+    _require_resolutions([*selection.images, *find_regularization_images(dataset)], settings)
+    workers, trigger = settings.dataloader_num_workers, project.trigger_word
+    classes = classes_of(dict.fromkeys(image.folder for image in selection.images), trigger)
+    how = {"per_line": settings.caption_per_line, "alpha_is_mask": settings.alpha == "mask"}
+    examples, problems = read_examples(dataset.images, workers, {*flagged, *selection.excluded}, trigger, **how)
+    regularization, unusable = read_regularization(dataset, workers, settings.prior_weight, **how)
+    for folder, lines in ((dataset.images, problems), (dataset.root, unusable)):
+        if lines:
+            print(bullet_list(f"{folder}: {len(lines)} images cannot be trained on and are left out:", lines), flush=True)
 
     if masked := sum(example.mask is not None for example in examples):
         print(f"masks: {masked} of {len(examples)} images; what is outside a mask has weight {settings.mask_weight:g} in the loss")
@@ -97,14 +117,34 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[
     if folders:
         print(f"the number before a folder's name is the repeats per epoch; rename it if it is a year: {', '.join(folders)}")
 
-    missing = sum(not has_trigger(example.caption, project.trigger_word) for example in examples)
-    if missing:
-        finding = f"{missing} of {len(examples)} captions do not contain the trigger word {project.trigger_word!r}"
-        print(f"{finding}: run the caption stage again, or ignore this if it is intentional")
+    for word in classes:
+        captions = [caption for example in examples if example.trigger == word for caption in example.captions]
+        if missing := sum(not has_trigger(caption, word) for caption in captions):
+            finding = f"{missing} of {len(captions)} captions do not contain the trigger word {word!r}"
+            print(f"{finding}: run the caption stage again, or ignore this if it is intentional")
+    captions = {example.name: (example.trigger, example.caption) for example in [*examples, *regularization]}
+    for line in [*contained_triggers(classes), *foreign_triggers(captions)]:
+        print(line)
+    if weighted := [name for name, (_, caption) in captions.items() if has_weights(caption)]:
+        which = f"{len(weighted)} captions have weights such as (word:1.2): {abbreviated(weighted)}"
+        print(f"{which}; training reads brackets and numbers as text, so write the words alone")
     unused = unused_entries(dataset.images)
-    if ignored := [f"{name} ({unused[name]})" for name in unused] + other_entries(dataset.images, unused):
+    ignored = [f"{name} ({unused[name]})" for name in unused] + other_entries(dataset.images, unused)
+    for folder in dataset.regularization:
+        ignored += [f"{folder.name}/{name} ({what})" for name, what in unused_entries(folder).items()]
+    if ignored:
         print(f"ignored, because neither image, caption of an image, nor N_name folder: {abbreviated(ignored)}")
-    return examples, len(problems)
+    return [*examples, *regularization], len(problems) + len(unusable)
+
+
+def _require_resolutions(images: Sequence[ImageFile], settings: DataSettings) -> None:
+    """Raises DataError for folders whose resolution does not fit the settings of buckets."""
+    step, most = settings.bucket_step, settings.bucket_max_side
+    folders = dict.fromkeys(image.folder for image in images)
+    wrong = [folder for folder in folders if any(size % step or size > most for size in folder.resolutions)]
+    problems = [f"{folder.path / FOLDER_FILE}: resolution must be a multiple of {step}, at most {most}" for folder in wrong]
+    if problems:
+        raise DataError(bullet_list("folders cannot be trained at their resolutions (BUCKET_STEP, BUCKET_MAX_SIDE):", problems))
 
 
 def require_all_images(left_out: int) -> None:
@@ -133,10 +173,16 @@ def flagged_images(dataset: DatasetFolder, resolution: int) -> dict[str, str]:
 
 
 def read_examples(
-    folder: Path, workers: int, skipped: Collection[str] = (), *, alpha_is_mask: bool = False
+    folder: Path,
+    workers: int,
+    skipped: Collection[str] = (),
+    trigger: str = "",
+    *,
+    per_line: bool = False,
+    alpha_is_mask: bool = False,
 ) -> tuple[list[Example], list[str]]:
-    """All images of `folder` and its `N_name` folders, except those whose names are in `skipped`, with their captions; and for
-    each that cannot be trained on a line that says why.
+    """All images of `folder` and its folders, except those whose names are in `skipped`, with their captions; and for each that
+    cannot be trained on a line that says why. `trigger` is the trigger word of folders without one of their own.
 
     Each image is decoded once, by `workers` threads. `alpha_is_mask`: the transparency of an image without a mask is its mask.
     Raises DataError if captions cannot be used, images have no caption yet, or none can be trained on.
@@ -148,9 +194,8 @@ def read_examples(
     if not images:
         remedy = "put them there or run the collect stage, then the caption stage"
         raise DataError(describe_missing_images(folder, remedy))
-    owners = caption_owners(images)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        results = list(pool.map(lambda image: _read(image, folder, owners[image.caption_path], alpha_is_mask), images))
+    how = {"per_line": per_line, "alpha_is_mask": alpha_is_mask}
+    results = _read_all(images, workers, folder=folder, dataset=folder.parent, trigger=trigger, **how)
     if unusable := [str(result) for result in results if isinstance(result, UnusableCaptionError)]:
         raise DataError(bullet_list(f"{folder}: {len(unusable)} of {len(images)} captions cannot be used:", unusable))
     if uncaptioned := [name_in(folder, image.path) for image, result in zip(images, results, strict=True) if result is None]:
@@ -163,20 +208,65 @@ def read_examples(
     return examples, problems
 
 
-def _read(image: ImageFile, folder: Path, owner: ImageFile, alpha_is_mask: bool) -> Example | str | UnusableCaptionError | None:
+def read_regularization(
+    dataset: DatasetFolder, workers: int, weight: float, *, per_line: bool, alpha_is_mask: bool
+) -> tuple[list[Example], list[str]]:
+    """The regularization images with their captions, and for each that cannot be trained on a line that says why.
+
+    The caption of an image without one is its class: that of `folder.toml`, or in the folder's name. With `weight` 0 there are
+    none. Raises DataError if captions cannot be used, or an image has neither caption nor class.
+    """
+    images = find_regularization_images(dataset)
+    if not images:
+        if weight != DataSettings.prior_weight:
+            print(f"prior_weight: has no effect, because there are no images in {dataset.regularization[0]}")
+        return [], []
+    if not weight:
+        print(f"regularization: off (PRIOR_WEIGHT=0); {len(images)} images in {dataset.root} are not used")
+        return [], []
+    how = {"per_line": per_line, "alpha_is_mask": alpha_is_mask}
+    results = _read_all(images, workers, folder=dataset.root, dataset=dataset.root, trigger="", **how)
+    if wrong := [str(result) for result in results if isinstance(result, UnusableCaptionError)]:
+        raise DataError(bullet_list(f"{dataset.root}: {len(wrong)} captions of regularization images cannot be used:", wrong))
+    if nameless := [name_in(dataset.root, image.path) for image, result in zip(images, results, strict=True) if result is None]:
+        which = f"{len(nameless)} regularization images have neither a caption nor a class ({abbreviated(nameless)})"
+        remedy = f"write a caption, or move them into a folder N_class, such as {dataset.regularization[0].name}/1_woman"
+        raise DataError(f"{dataset.root}: {which}; {remedy}")
+    return [each for each in results if isinstance(each, Example)], [each for each in results if isinstance(each, str)]
+
+
+def _read_all(
+    images: Sequence[ImageFile], workers: int, **how: Path | str | bool
+) -> list[Example | str | UnusableCaptionError | None]:
+    """What `_read` returns for each image; `how` are its other arguments."""
+    owners, results = caption_owners(images), []
+    with ProgressBar(len(images), "reading images", "images", leave=False) as bar:
+        for result in prefetch(lambda image: _read(image, owners[image.caption_path], **how), images, workers):
+            results.append(result)
+            bar.update()
+    return results
+
+
+def _read(
+    image: ImageFile, owner: ImageFile, *, folder: Path, dataset: Path, trigger: str, per_line: bool, alpha_is_mask: bool
+) -> Example | str | UnusableCaptionError | None:
     """The example, or a line with everything that is wrong with the image; for an image without fault, what is wrong with its
-    caption, or None if it has none yet. `owner` is the image to which its caption belongs."""
+    caption, or None if it has none yet. Names are relative to `folder`, and `owner` is the image to which its caption belongs."""
     name = name_in(folder, image.path)
     problems, caption, unusable = [], None, None
+    normalized = in_lines if per_line else in_one_line
     if owner != image:
         problems.append(f"would share its caption with {name_in(folder, owner.path)}; rename one of the two")
     if len(image.masks) > 1:
         names = " and ".join(name_in(folder.parent, mask) for mask in image.masks)
         problems.append(f"has several masks, {names}; remove all but one")
     try:
-        caption = in_one_line(read_caption(image.caption_to_read, dataset=folder.parent))
+        caption = normalized(read_caption(image.caption_to_read, dataset))
     except FileNotFoundError:
-        pass
+        if image.listed_caption is not None:
+            caption = normalized(image.listed_caption)
+        elif image.is_regularization:
+            caption = image.folder.class_word or None
     except UnusableCaptionError as error:
         unusable = UnusableCaptionError(f"{name_in(folder, image.caption_to_read)} {error}")
     try:
@@ -192,8 +282,24 @@ def _read(image: ImageFile, folder: Path, owner: ImageFile, alpha_is_mask: bool)
     if caption is None:
         return unusable
     sha256 = sha256_of(image.path)
-    how = {"mask": mask, "mask_key": mask_key}
-    return Example(image.path, name, caption, width, height, image.repeats, sha256, decoded.revision, **how)
+    own = image.folder
+    return Example(
+        image.path,
+        name,
+        caption,
+        width,
+        height,
+        own.repeats,
+        sha256,
+        decoded.revision,
+        resolutions=own.resolutions,
+        mask=mask,
+        mask_key=mask_key,
+        mask_weight=own.mask_weight,
+        trigger="" if image.is_regularization else own.trigger or trigger,
+        class_word=own.class_word,
+        is_regularization=image.is_regularization,
+    )
 
 
 def _find_mask(image: ImageFile, decoded: DecodedImage, folder: Path, *, alpha_is_mask: bool) -> tuple[Path | None, str]:
@@ -225,5 +331,5 @@ def other_entries(folder: Path, unused: Collection[str]) -> list[str]:
     """Names of the other entries in `folder` that are neither images, captions of images, nor `N_name` folders with images."""
     paths = [path for image in find_images(folder) for path in (image.path, image.caption_to_read, *image.masks)]
     used = {path.relative_to(folder).parts[0] for path in paths if folder in path.parents}
-    used |= {Path(name).parts[0] for name in unused}
+    used |= {FOLDER_FILE, *LIST_FILES, *(Path(name).parts[0] for name in unused)}
     return sorted(entry.name for entry in folder.iterdir() if entry.name not in used and not entry.name.startswith("."))

@@ -1,6 +1,7 @@
 """What takes the training steps: the plain engine, or the fast one as its back end. Only this module imports the fast one."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -31,16 +32,18 @@ def warm_up(name: EngineName, device: torch.device, dtype: torch.dtype) -> None:
 
 def prepare_unet(
     name: EngineName, unet: UNet2DConditionModel, adapter: Adapter, device: torch.device, *, gradient_checkpointing: bool = False
-) -> Callable[[], None]:
+) -> Callable[..., None]:
     """Make `unet` compute by the engine `name`: the fast one replaces its forwards.
 
     Returns what TrainStep calls as `sync_compute_weights`.
     """
-    unet.to(memory_format=torch.channels_last)
+    for weight in [*unet.parameters(), *unet.buffers()]:
+        if weight.dim() == 4 and not weight.requires_grad:  # the adapter's are views of its flat weights, and must remain so
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     if gradient_checkpointing:
-        unet.enable_gradient_checkpointing(recomputed)
+        unet.enable_gradient_checkpointing(partial(recomputed, is_random=adapter.dropout > 0))
     if name == "plain":
-        return lambda: None
+        return partial(_enable_adapter, adapter)
     from training.engine.fast.lora_linear import fuse
     from training.engine.fast.unet import install_fast_forwards
 
@@ -49,3 +52,10 @@ def prepare_unet(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the separate weights occupied is too small for the joined ones
     return sync_compute_weights
+
+
+def _enable_adapter(adapter: Adapter, adapts: bool = True) -> None:
+    """Make PEFT's layers compute with the adapter, or without it."""
+    for layer in adapter.layers.values():
+        if layer.disable_adapters is adapts:
+            layer.enable_adapters(adapts)

@@ -4,7 +4,8 @@ This is the plain step: PEFT's own layers, autograd, any optimizer, any loss, an
 UNet's forwards and keeps everything here. On a GPU, steps are CUDA graphs, which are replayed with one launch.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -14,6 +15,7 @@ from training.data.batches import Batch
 from training.method.adapters import Adapter
 from training.method.diffusion import (
     LossConfig,
+    huber_threshold,
     loss_per_sample,
     noised,
     offset_noise,
@@ -40,13 +42,18 @@ class StepResult:
     """Loss or gradient is not finite; the weights are those of the step before, and no later step changes them."""
     skipped: bool = False
     """They are not finite because the scale of fp16's loss was too large; no weight was changed, and the scale is lower now."""
+    samples: tuple[tuple[int, float], ...] = ()
+    """Timestep and unweighted loss of each of this process's samples, in the order of its batches, without padding. Of a masked
+    sample, the loss is the mean over its mask."""
 
 
 class TrainStep:
     """Trains `adapter` in `unet`; the loss is fp32.
 
     `all_reduce` adds up the gradients and the loss, one flat buffer, over the processes, in place; None for one process.
-    `sync_compute_weights` is called before the first forward of a step, where the layers compute with a copy of the weights.
+    `add_gradient` adds the gradient of what depends on the adapter's weights alone; the reported loss does not include it.
+    `sync_compute_weights` is called before the first forward of a step, where the layers compute with a copy of the weights;
+    with False, the layers compute without the adapter until it is called again.
     """
 
     def __init__(
@@ -59,7 +66,8 @@ class TrainStep:
         max_grad_norm: float,
         all_reduce: Callable[[torch.Tensor], None] | None = None,
         *,
-        sync_compute_weights: Callable[[], None] = lambda: None,
+        add_gradient: Callable[[], None] | None = None,
+        sync_compute_weights: Callable[..., None] = lambda adapts=True: None,
         captures: bool = True,
     ):
         self.unet = unet
@@ -69,13 +77,17 @@ class TrainStep:
         self.precision = precision
         self.max_grad_norm = max_grad_norm
         self.all_reduce = all_reduce
+        self.add_gradient = add_gradient
         self.sync_compute_weights = sync_compute_weights
         self.skipped = 0
         self.scaler = torch.amp.GradScaler(precision.device.type, enabled=precision.scales_loss)
         self.learning_rate = torch.zeros((), device=precision.device)
         self.diverged = torch.zeros((), device=precision.device)
         """1 from the first loss or gradient on that is not finite."""
-        can_capture = captures and precision.device.type == "cuda"
+        draws_again = bool(adapter.dropout) and unet.is_gradient_checkpointing
+        if draws_again and precision.device.type == "cuda":
+            print("CUDA graphs: off, training is slower (dropout with gradient checkpointing cannot be captured)", flush=True)
+        can_capture = captures and precision.device.type == "cuda" and not draws_again
         # The scaler decides on the CPU whether an fp16 step is skipped, and some optimizers read numbers back.
         self._captures_update = not precision.scales_loss and optimizer.capturable
         captured = self._step if self._captures_update else self._add_gradients
@@ -92,9 +104,12 @@ class TrainStep:
         A loss or gradient that is not finite leaves the weights as they were, and so do all steps after it.
         """
         self.learning_rate.fill_(learning_rate)
+        if self.adapter.dropout:
+            # Masks follow from the noise, which is a function of seed and position in the run, and change no other random number.
+            torch.manual_seed(batches[0].latent_noise.contiguous().view(torch.int32).flatten()[0].item())
         tensors = self._on_device([tensor for batch in batches for tensor in vars(batch).values()])
         numbers = self.graphs(*tensors) if self.graphs else self._step(_batches(tensors))
-        return self._reader(numbers if self._captures_update or not self.graphs else self._update())
+        return self._reader(numbers if self._captures_update or not self.graphs else self._update(numbers), batches)
 
     def _on_device(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """`tensors` on the device. Where steps are captured, they are copied while the previous step is still running, on a stream
@@ -110,30 +125,34 @@ class TrainStep:
         return uploaded
 
     def _step(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """The whole step on batches on the device; returns [3] fp32: loss, gradient norm, whether it diverged."""
-        self._add_gradients(batches)
-        return self._update()
+        """The whole step on batches on the device; returns [3 + samples] fp32: loss, gradient norm, whether it diverged, and the
+        unweighted loss of each sample."""
+        return self._update(self._add_gradients(batches))
 
     def _add_gradients(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """Gradient and loss of all batches, in the flat buffer that is returned.
+        """Add up gradient and loss of all batches in the adapter's flat buffer; returns [samples]: the unweighted losses.
 
         Nothing in here reads from the GPU or branches on its numbers, or it could not be captured.
         """
-        sums = self.adapter.sums
+        sums, of_samples = self.adapter.sums, []
         self.sync_compute_weights()
         sums.zero_()
-        for batch in batches:
-            loss = self.weighted_loss(batch)
-            self.scaler.scale(loss).backward()
-            sums[-1] += loss.detach()
+        with self.adapter.dropping():
+            for batch in batches:
+                loss, losses = self.weighted_loss(batch)
+                self.scaler.scale(loss).backward()
+                sums[-1] += loss.detach()
+                of_samples.append(losses)
         if self.all_reduce:
             self.all_reduce(sums)
-        return sums
+        return torch.cat(of_samples)
 
-    def _update(self) -> torch.Tensor:
+    def _update(self, losses: torch.Tensor) -> torch.Tensor:
         """Clip the gradient and change the weights; returns what `_step` does. It can be captured if scaler and optimizer can."""
         gradient, loss_sum = self.adapter.sums[:-1], self.adapter.sums[-1]
         self.scaler.unscale_(self.optimizer)
+        if self.add_gradient:
+            self.add_gradient()
         norm = torch.linalg.vector_norm(gradient)
         not_finite = (~(norm.isfinite() & loss_sum.isfinite())).float()
         if self.max_grad_norm:
@@ -142,41 +161,79 @@ class TrainStep:
             self.diverged.copy_(torch.maximum(self.diverged, not_finite))
         self.scaler.step(self.optimizer, self.learning_rate, None if self.precision.scales_loss else self.diverged)
         self.scaler.update()
-        return torch.stack([loss_sum, norm, not_finite])
+        return torch.cat([torch.stack([loss_sum, norm, not_finite]), losses])
 
-    def _reader(self, numbers: torch.Tensor) -> Callable[[], StepResult]:
+    def _reader(self, numbers: torch.Tensor, batches: Sequence[Batch]) -> Callable[[], StepResult]:
         """Copy `numbers` to the CPU behind the step; the returned function waits for them."""
         is_cuda = numbers.device.type == "cuda"
-        host = torch.empty(3, pin_memory=True).copy_(numbers, non_blocking=True) if is_cuda else numbers
+        host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True) if is_cuda else numbers
         arrived = torch.cuda.current_stream().record_event() if is_cuda else None
 
         def read() -> StepResult:
             if arrived:
                 arrived.synchronize()
-            loss, norm, not_finite = host.tolist()
+            loss, norm, not_finite, *losses = host.tolist()
             self.skipped = self.skipped + 1 if not_finite else 0
             may_skip = self.precision.scales_loss and self.skipped <= MAX_SKIPPED
-            return StepResult(loss, norm, diverged=bool(not_finite) and not may_skip, skipped=bool(not_finite) and may_skip)
+            failed = {"diverged": bool(not_finite) and not may_skip, "skipped": bool(not_finite) and may_skip}
+            return StepResult(loss, norm, **failed, samples=_samples_of(batches, losses))
 
         return read
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this block the adapter has the weights that are validated, sampled and saved as a LoRA file; then those of the
+        training again, to the last bit."""
+        average, weights = self.optimizer.averaged_weights(), self.adapter.weights.detach()
+        if average is None:
+            yield
+            return
+        trained = weights.clone()
+        weights.copy_(average)
+        try:
+            yield
+        finally:
+            weights.copy_(trained)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """The loss of `batches` with the weights as they are; nothing of the training changes."""
         self.sync_compute_weights()
-        return sum(self.weighted_loss(batch.to(self.precision.device)).item() for batch in batches)
+        return sum(self.weighted_loss(batch.to(self.precision.device))[0].item() for batch in batches)
 
-    def weighted_loss(self, batch: Batch) -> torch.Tensor:
-        """Scalar: the batch's part of the loss of the optimizer step, differentiable in the adapter's weights."""
-        config = self.config
+    def weighted_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scalar: the batch's part of the loss of the optimizer step, differentiable in the adapter's weights; and [B]: the
+        unweighted losses of its samples.
+
+        What is to remain of the base model is predicted in the same forward, behind the samples of the batch, and compared with
+        what the base model predicts (ai-toolkit's differential output preservation).
+        """
+        config, rows = self.config, batch.prior_rows
         latents = sampled_latents(batch.mean, batch.log_variance, batch.latent_noise, config.latent_scaling)
         noise = offset_noise(batch.noise, batch.offset, config.noise_offset)
         alpha_bar = config.alphas_cumprod[batch.timesteps]
         noisy = noised(latents, noise, alpha_bar)
-        prediction = self.predict(noisy, batch.timesteps, batch.hidden, batch.pooled, batch.add_time_ids)
+        inputs = noisy, batch.timesteps, batch.hidden, batch.pooled, batch.add_time_ids
+        if len(rows):
+            of_prior = noisy[rows], batch.timesteps[rows], batch.prior_hidden, batch.prior_pooled, batch.add_time_ids[rows]
+            expected = self.predict_without_adapter(*of_prior)
+            inputs = tuple(torch.cat(pair) for pair in zip(inputs, of_prior, strict=True))
+        prediction, of_class = self.predict(*inputs).split([len(noisy), len(rows)])
         target = target_of(latents, noise, alpha_bar, config.prediction_type)
-        losses = loss_per_sample(prediction, target, config.loss, batch.mask if batch.mask.numel() else None)
-        return (losses * weight_per_sample(alpha_bar, config) * batch.weights).sum()
+        mask, huber_c = batch.mask if batch.mask.numel() else None, huber_threshold(alpha_bar, config.loss)
+        losses = loss_per_sample(prediction, target, config.loss, mask, huber_c=huber_c)
+        total = (losses * weight_per_sample(alpha_bar, config) * batch.weights).sum()
+        if len(rows):
+            total = total + (loss_per_sample(of_class, expected) * batch.prior_weights).sum()
+        return total, losses.detach()
+
+    @torch.no_grad()
+    def predict_without_adapter(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """What `predict` would return if there were no adapter."""
+        self.sync_compute_weights(False)
+        prediction = self.predict(*inputs)
+        self.sync_compute_weights()
+        return prediction
 
     def predict(
         self, noisy: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor, pooled: torch.Tensor, add_time_ids: torch.Tensor
@@ -195,6 +252,16 @@ def _batches(tensors: Sequence[torch.Tensor]) -> list[Batch]:
     """Batches from the values of all their fields, one batch after the other."""
     width = len(fields(Batch))
     return [Batch(*tensors[first : first + width]) for first in range(0, len(tensors), width)]
+
+
+def _samples_of(batches: Sequence[Batch], losses: Sequence[float]) -> tuple[tuple[int, float], ...]:
+    """What StepResult holds of the samples of `batches`, which are on the CPU."""
+    timesteps = [timestep for batch in batches for timestep in batch.timesteps.tolist()]
+    weights = [weight for batch in batches for weight in batch.weights.tolist()]
+    masks = [batch.mask.mean((1, 2, 3)).tolist() if batch.mask.numel() else [1.0] * len(batch.weights) for batch in batches]
+    shares = [share for mask in masks for share in mask]
+    rows = zip(timesteps, losses, shares, weights, strict=True)
+    return tuple((timestep, loss / share if share else loss) for timestep, loss, share, weight in rows if weight)
 
 
 class CudaGraphs:
@@ -246,9 +313,9 @@ class CudaGraphs:
         return replay
 
 
-def recomputed(block: Callable, *args: object) -> object:
-    """Call `block` and compute its activations again in the backward.
+def recomputed(block: Callable, *args: object, is_random: bool = False) -> object:
+    """Call `block` and compute its activations again in the backward, with the same random numbers if it `is_random`.
 
-    Nothing in it is random, and saving the generator's state would break the capture of a CUDA graph.
+    Saving the generator's state for these would break the capture of a CUDA graph.
     """
-    return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+    return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, preserve_rng_state=is_random)

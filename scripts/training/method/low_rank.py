@@ -25,10 +25,12 @@ def rank_of_energy(values: torch.Tensor, energy: float) -> int:
 
 def truncate(up: torch.Tensor, down: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors [out, k] and [k, in] of the nearest matrix to `up @ down` that has the rank k = min(`rank`, out, r, in), in the
-    Frobenius norm (Eckart and Young 1936), fp32.
+    Frobenius norm (Eckart and Young 1936), fp32."""
+    return balanced_factors(*svd_of_product(up, down), rank)
 
-    Both factors have the roots of the singular values, in which fp16 represents them best.
-    """
-    u, values, vh = svd_of_product(up, down)
+
+def balanced_factors(u: torch.Tensor, values: torch.Tensor, vh: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product of the first `rank` singular values and vectors as two factors, fp32. Both have the roots of the values, in which
+    fp16 represents them best."""
     roots = values[:rank].sqrt()
     return (u[:, :rank] * roots).float().contiguous(), (roots[:, None] * vh[:rank]).float().contiguous()

@@ -1,11 +1,9 @@
 """The optimizers, and the learning rate as a pure function of the step."""
 
-import contextlib
 import importlib
 import importlib.util
 import math
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,7 +11,9 @@ from torch.optim.adamw import adamw
 
 from common.errors import SettingsError
 from training.config import OptimizerSettings
+from training.method.prodigy import Prodigy
 
+Scheduler = Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "warmup_stable_decay"]
 _DTYPES = {int: torch.int64, float: torch.float64}
 """Numbers of a state are kept at their full precision."""
 
@@ -32,6 +32,9 @@ class Optimizer(Protocol):
 
     def step(self, learning_rate: torch.Tensor, found_inf: torch.Tensor | None = None) -> None:
         """Take one step. Nothing changes where `found_inf` (scalar) is not 0."""
+
+    def averaged_weights(self) -> torch.Tensor | None:
+        """[P]: what is validated, sampled and saved as a LoRA file; None: the weights themselves."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything besides the weights that the next step depends on, by name."""
@@ -78,6 +81,9 @@ class AdamW:
             weight_decay=self._settings.weight_decay,
         )
 
+    def averaged_weights(self) -> None:
+        return None
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         return dict(self._state)
 
@@ -95,18 +101,20 @@ class LibraryOptimizer:
     package: str
     """The name under which pip installs it."""
     needs_gpu = False
-    options: Mapping[str, Any] = MappingProxyType({})
-    """Arguments of the class that no setting stands for."""
+    by_matrix = False
+    """Whether it is given the matrices of the adapter, and not the flat weights."""
 
-    def __init__(self, weights: torch.nn.Parameter, settings: OptimizerSettings):
-        self._weights = weights
+    def __init__(self, weights: torch.nn.Parameter | Sequence[torch.nn.Parameter], settings: OptimizerSettings):
+        self._parameters = list(weights) if self.by_matrix else [weights]
         module, _, name = self.label.rpartition(".")
-        options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "eps": settings.adam_epsilon}
-        betas = settings.adam_beta1, settings.adam_beta2
-        with contextlib.redirect_stdout(None):  # prodigyopt prints which kind of weight decay it uses
-            optimizer_class = getattr(importlib.import_module(module), name)
-            self._optimizer = optimizer_class([weights], betas=betas, **options, **self.options)
+        optimizer_class = getattr(importlib.import_module(module), name)
+        self._optimizer = optimizer_class(self._parameters, **self.options(settings))
         self.param_groups = self._optimizer.param_groups
+
+    def options(self, settings: OptimizerSettings) -> dict[str, Any]:
+        """The arguments of the class."""
+        options = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "eps": settings.adam_epsilon}
+        return options | {"betas": (settings.adam_beta1, settings.adam_beta2)}
 
     def step(self, learning_rate: torch.Tensor, found_inf: torch.Tensor | None = None) -> None:
         if found_inf is not None and found_inf.item():
@@ -114,20 +122,27 @@ class LibraryOptimizer:
         self.param_groups[0]["lr"] = learning_rate.item()
         self._optimizer.step()
 
+    def averaged_weights(self) -> torch.Tensor | None:
+        return None
+
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The state of the weights, and under `group.` the numbers that some optimizers keep for the whole group."""
+        """The state of the weights, or of each matrix after its number, and under `group.` the numbers that some optimizers keep
+        for the whole group."""
         kept = {f"group.{name}": value for name, value in self.param_groups[0].items() if type(value) in (int, float)}
-        kept |= self._optimizer.state[self._weights]
+        for number, parameter in enumerate(self._parameters):
+            of_parameter = self._optimizer.state[parameter].items()
+            kept |= {f"{number}.{name}" if self.by_matrix else name: value for name, value in of_parameter}
         numbers = {name: torch.tensor(value, dtype=_DTYPES[type(value)]) for name, value in kept.items() if type(value) in _DTYPES}
         return kept | numbers
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        group, restored = self.param_groups[0], self._optimizer.state[self._weights]
         for name, value in state.items():
+            kept = value.item() if value.dim() == 0 else value.to(self._parameters[0].device)
             if name.startswith("group."):
-                group[name.removeprefix("group.")] = value.item()
+                self.param_groups[0][name.removeprefix("group.")] = kept
             else:
-                restored[name] = value.item() if value.dim() == 0 else value.to(self._weights.device)
+                number, _, of_parameter = name.rpartition(".")
+                self._optimizer.state[self._parameters[int(number or 0)]][of_parameter] = kept
 
 
 class AdamW8bit(LibraryOptimizer):
@@ -140,16 +155,46 @@ class AdamW8bit(LibraryOptimizer):
     needs_gpu = True
 
 
-class Prodigy(LibraryOptimizer):
-    """AdamW that finds its own learning rate, of which LEARNING_RATE is a factor (Mishchenko & Defazio 2023, arXiv 2306.06101)."""
+class ScheduleFree(LibraryOptimizer):
+    """AdamW that averages its weights instead of lowering its rate (Defazio et al. 2024, arXiv 2405.15682)."""
 
-    floats_per_weight = 4.0
-    label = "prodigyopt.Prodigy"
-    package = "prodigyopt"
-    options = MappingProxyType({"safeguard_warmup": True})  # as its authors advise where the rate is warmed up
+    floats_per_weight = 2.0
+    label = "schedulefree.AdamWScheduleFree"
+    package = "schedulefree"
+
+    def __init__(self, weights: torch.nn.Parameter, settings: OptimizerSettings):
+        super().__init__(weights, settings)
+        self._optimizer.train()
+
+    def averaged_weights(self) -> torch.Tensor | None:
+        """x of the paper, from the weights y = (1 - beta) z + beta x. The package's `eval` and `train` would round y."""
+        weights, beta = self._parameters[0].detach(), self.param_groups[0]["betas"][0]
+        state = self._optimizer.state[self._parameters[0]]
+        return torch.lerp(weights, state["z"], 1 - 1 / beta) if "z" in state else None
 
 
-OPTIMIZERS: dict[str, type[AdamW] | type[LibraryOptimizer]] = {"adamw": AdamW, "adamw8bit": AdamW8bit, "prodigy": Prodigy}
+class Adafactor(LibraryOptimizer):
+    """Adam without a first moment, whose second moment is a row and a column for each matrix (Shazeer & Stern 2018,
+    arXiv 1804.04235). It takes the rate of the settings, because its own is proportional to the weights, of which the `up` of a
+    LoRA begin at 0."""
+
+    floats_per_weight = 0.1
+    label = "transformers.Adafactor"
+    package = "transformers"
+    by_matrix = True
+
+    def options(self, settings: OptimizerSettings) -> dict[str, Any]:
+        fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+        return {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, **fixed}
+
+
+OPTIMIZERS: dict[str, type[AdamW] | type[Prodigy] | type[LibraryOptimizer]] = {
+    "adamw": AdamW,
+    "adamw8bit": AdamW8bit,
+    "prodigy": Prodigy,
+    "schedulefree": ScheduleFree,
+    "adafactor": Adafactor,
+}
 
 
 def require_usable(name: str, device: torch.device) -> None:
@@ -169,12 +214,34 @@ def require_usable(name: str, device: torch.device) -> None:
 
 
 def learning_rate_at(
-    step: int, total_steps: int, peak: float, scheduler: Literal["constant", "linear", "cosine"], warmup_steps: int
+    step: int,
+    total_steps: int,
+    peak: float,
+    scheduler: Scheduler,
+    warmup_steps: int,
+    *,
+    cycles: int = 1,
+    power: float = 1.0,
+    decay: float = 0.0,
 ) -> float:
-    """The rate of optimizer step `step` (0 .. total_steps - 1): a linear rise over the first `warmup_steps` to `peak`,
-    then constant, or falling to 0 after the last step on a line or half a cosine."""
+    """The rate of optimizer step `step` (0 .. total_steps - 1): a linear rise over the first `warmup_steps` to `peak`, then
+    constant, or falling to 0 after the last step: on a line, on half a cosine or `cycles` of them, as the `power` of a line, or
+    on a line over the last `decay` of the steps only. The names are those of diffusers and transformers.
+    """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    factor = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[scheduler]
+    length, taken = max(1, total_steps - warmup_steps), step - warmup_steps
+    left = 1.0 - taken / length
+    if scheduler == "linear":
+        factor = left
+    elif scheduler == "cosine":
+        factor = 0.5 * (1.0 + math.cos(math.pi * (taken / length)))
+    elif scheduler == "cosine_with_restarts":
+        factor = 0.5 * (1.0 + math.cos(math.pi * (taken * cycles % length / length)))
+    elif scheduler == "polynomial":
+        factor = left**power
+    elif scheduler == "warmup_stable_decay":
+        factor = min(1.0, (total_steps - step) / max(1, math.ceil(decay * total_steps)))
+    else:
+        factor = 1.0
     return peak * factor

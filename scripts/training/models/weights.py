@@ -70,6 +70,11 @@ def load_unet(base: BaseModel, device: torch.device, dtype: torch.dtype, *, in_i
     return unet
 
 
+def unet_without_weights(base: BaseModel) -> UNet2DConditionModel:
+    """The UNet with shapes in place of weights. Raises ModelError if the weights in the files do not match it."""
+    return _matching_network(base.components["unet"])
+
+
 def load_vae(base: BaseModel, device: torch.device) -> AutoencoderKL:
     """The VAE, frozen, in float32: SDXL's overflows in float16."""
     return _load(base.components["vae"], device, torch.float32)

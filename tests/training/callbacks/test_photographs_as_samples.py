@@ -57,7 +57,7 @@ def test_the_likeness_is_that_of_the_person_in_the_data_set(persons, tmp_path, p
     for name, image in samples.items():
         image.save(paths[name])
     with SampleLikeness("dlib", tmp_path, examples, tmp_path / "known.jsonl", tmp_path / "found.jsonl") as likeness:
-        likeness.submit(list(paths.values()))
+        likeness.submit(list(paths.values()), [""] * len(paths))
         wait(likeness.pending(), timeout=300)
         scores = {name: likeness.score_of(path.name) for name, path in paths.items()}
     print(f"\nceiling {likeness.ceiling}", scores)

@@ -1,7 +1,9 @@
 """Images are scored by a process of its own, with a stand-in for dlib whose likeness is that of the mean colors of two images."""
 
+import shutil
 import time
 from concurrent.futures import wait
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +54,27 @@ def likeness_of(tmp_path, data):
     )
 
 
+def test_each_image_is_compared_with_the_images_of_its_trigger_word(likeness_of, tmp_path, standin):
+    shades = {"alice": (100, 110, 120), "bob": (200, 210, 220), "carol": (50,)}
+    examples = [
+        replace(example(image(tmp_path / f"{name}{red}.png", red, 100, 100)), trigger=name)
+        for name, reds in shades.items()
+        for red in reds
+    ]
+    sample = image(tmp_path / "sample.bmp", 110, 100, 100)
+    copies = [shutil.copy(sample, tmp_path / f"{name}.bmp") for name in shades]
+    with likeness_of(examples=examples) as likeness:
+        likeness.submit(copies, list(shades))
+        wait(likeness.pending(), timeout=60)
+        assert [likeness.score_of(path.name) for path in copies] == [
+            (pytest.approx(1 - 20 / 3 / 255, abs=1e-4), ""),
+            (pytest.approx(1 - 100 / 255, abs=1e-4), ""),
+            (None, "fewer than 3 images of carol show a face to compare with"),
+        ]
+
+
 def scored(likeness: SampleLikeness, *images: Path) -> list[tuple[float | None, str]]:
-    likeness.submit(images)
+    likeness.submit(images, [""] * len(images))
     wait(likeness.pending(), timeout=60)
     return [likeness.score_of(path.name) for path in images]
 
@@ -141,7 +162,7 @@ def test_leaving_does_not_wait(likeness_of, tmp_path, standin):
         patch.setenv("PYTHONPATH", str(slow))
         begin = time.monotonic()
         with likeness_of() as likeness:
-            likeness.submit([image(tmp_path / "sample.bmp", 110, 100, 100)])
+            likeness.submit([image(tmp_path / "sample.bmp", 110, 100, 100)], [""])
             assert likeness.pending()
             assert likeness.score_of("sample.bmp") == (None, "")
     assert time.monotonic() - begin < 30

@@ -33,7 +33,7 @@ def planned(tiny_sdxl, tmp_path_factory):
         side: int = 1024,
         **how,
     ) -> tuple[SamplePlan | None, SampleSettings]:
-        examples = [Example(path, f"{i}", "sks, 1girl", side, side, 1, f"{i}") for i in range(images)]
+        examples = [Example(path, f"{i}", "sks, 1girl", side, side, 1, f"{i}", trigger="sks") for i in range(images)]
         settings = TrainSettings(
             data=DataSettings(resolution=side),
             run=RunSettings(num_train_epochs=epochs),

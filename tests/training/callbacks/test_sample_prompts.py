@@ -20,18 +20,18 @@ CAPTIONS = ["sks, 1girl, beach, sunset", "sks, 1girl, snow, forest, smile", "sks
 
 
 def written(text: str) -> list[SamplePrompt]:
-    return sample_prompts(SampleSettings(sample_prompts=text), "sks", CAPTIONS)
+    return sample_prompts(SampleSettings(sample_prompts=text), {"sks": CAPTIONS}, {})
 
 
 def test_six_prompts_are_made_from_the_captions():
-    prompts = default_prompts("sks", CAPTIONS)
+    prompts = default_prompts({"sks": CAPTIONS}, {})
     assert [(prompt.text, prompt.kind) for prompt in prompts] == [
         *[("sks", "trigger")] * 3,
         ("sks, in a city street at night", "scene"),  # beach, snow and library are in captions
         ("sks, in a desert", "scene"),
         ("1girl", "class"),
     ]
-    assert default_prompts("sks", CAPTIONS, " old man ")[-1].text == "old man"
+    assert default_prompts({"sks": CAPTIONS}, {}, " old man ")[-1].text == "old man"
 
 
 def test_scenes_that_no_caption_has_come_first():

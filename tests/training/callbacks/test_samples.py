@@ -382,7 +382,7 @@ def test_a_lora_file_gives_the_images_of_the_weights_it_was_written_from(rendere
     renderer, parts = renderer_of(kind=kind)
     adapter, file = parts["step"].adapter, tmp_path / "mia.safetensors"
     expected = renderer.latents(PROMPT)
-    write_lora(file, adapter.modules, 4, {})
+    write_lora(file, adapter.modules, {})
     assert is_lora_of(file, adapter.modules)
     assert not is_lora_of(file, adapter.modules[1:])
     with torch.no_grad():

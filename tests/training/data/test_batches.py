@@ -1,6 +1,6 @@
 """Batches of a run: read from caches and drawn from the seed, the same however the run is cut into pieces."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -8,7 +8,9 @@ from safetensors.torch import save_file
 
 from training.data.batches import Batch, BatchReader, draw
 from training.data.buckets import assign_bucket, run_order
-from training.data.cache import CachedExample
+from training.data.cache import CachedExample, read_latents
+from training.system.process_group import ProcessGroup
+from training.system.processes import RankInfo
 
 SEED = 21
 DROPOUT = 0.3
@@ -32,11 +34,13 @@ def reader_of(tmp_path):
         }
         save_file(text, tmp_path / f"{index}.text")
         files = tmp_path / f"{index}.latents", tmp_path / f"{index}.text"
-        examples.append(CachedExample(f"{index}.png", placement, *files, variants, tmp_path / "empty.text"))
+        save_file({name: -tensor for name, tensor in text.items()}, tmp_path / f"{index}.class")
+        of_class = {"class_embeddings": tmp_path / f"{index}.class"}
+        examples.append(CachedExample(f"{index}.png", placement, *files, variants, tmp_path / "empty.text", **of_class))
     save_file({"hidden": torch.full((1, 77, 6), 9.0), "pooled": torch.full((1, 3), 9.0)}, tmp_path / "empty.text")
 
-    def make(micro_batch: int = 2, global_batch: int = 4, timesteps: int = 1000) -> BatchReader:
-        return BatchReader(examples, SEED, DROPOUT, micro_batch, global_batch, timesteps, pin=False)
+    def make(micro_batch: int = 2, global_batch: int = 4, timesteps: int = 1000, prior: float = 0.0) -> BatchReader:
+        return BatchReader(examples, SEED, DROPOUT, micro_batch, global_batch, timesteps, pin=False, prior_preservation=prior)
 
     return make
 
@@ -60,6 +64,23 @@ def test_a_run_in_two_halves_is_the_whole_run(reader_of):
     halves = [first(step) for step in order[:half]] + rest
     assert len(halves) == len(whole)
     assert all(same(*pair) for ours, theirs in zip(halves, whole, strict=True) for pair in zip(ours, theirs, strict=True))
+
+
+def test_indices_name_the_samples_of_a_process_in_their_order(reader_of):
+    whole = reader_of(micro_batch=1, global_batch=4)
+    for step in order_of(whole):
+        assert whole.indices(step) == list(step.examples)
+        shares = [replace(whole, group=ProcessGroup(RankInfo(rank=rank, world_size=2))) for rank in range(2)]
+        assert [share.indices(step) for share in shares] == [list(step.examples[rank::2]) for rank in range(2)]
+        for reader in (whole, *shares):
+            batches = [batch for batch in reader(step) if batch.weights[0]]
+            means = [batch.mean[0] for batch in batches]
+            assert all(
+                torch.equal(mean, read_latents(reader.examples[index].latents)[0])
+                for mean, index in zip(means, reader.indices(step), strict=True)
+            )
+        step = replace(step, regularization=step.examples)
+        assert replace(whole, regularization=whole.examples).indices(step) == list(step.examples)
 
 
 def test_a_sample_combines_cache_and_randomness(reader_of):
@@ -121,3 +142,52 @@ def test_image_names_of_a_step_are_listed_once_each(reader_of):
     reader = reader_of()
     for step in order_of(reader):
         assert reader.image_names(step) == ", ".join(sorted({f"{index}.png" for index in step.examples}))
+
+
+def priors_of(reader: BatchReader) -> dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, float]]:
+    """What is to remain of the base model: (step, timestep, which is of one sample here) -> caption, and weight."""
+    found = {}
+    for step in order_of(reader):
+        for batch in reader(step):
+            for number, row in enumerate(batch.prior_rows.tolist()):
+                caption = batch.prior_hidden[number], batch.prior_pooled[number]
+                is_empty = batch.hidden[row][0, 0].item() == 9.0
+                for prior, own in zip(caption, (batch.hidden[row], batch.pooled[row]), strict=True):
+                    assert torch.equal(prior, own if is_empty else -own)  # of the same variant
+                key = step.number, batch.timesteps[row].item()
+                assert key not in found
+                found[key] = *caption, batch.prior_weights[number].item()
+    return found
+
+
+@pytest.mark.parametrize("global_batch", [1, 4, 8])
+def test_every_fourth_sample_of_a_run_is_a_prior_as_well_whatever_the_micro_batches_are(reader_of, global_batch):
+    found = [priors_of(reader_of(micro, global_batch, prior=0.5)) for micro in {1, min(3, global_batch), global_batch}]
+    order = order_of(reader_of(global_batch=global_batch))
+    count = sum((step.number * global_batch + slot) % 4 == 0 for step in order for slot in range(len(step.examples)))
+    assert len(found[0]) == count > 5
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        assert all(
+            torch.equal(one, two) for key, each in other.items() for one, two in zip(each[:2], found[0][key][:2], strict=True)
+        )
+    assert {weight for *_, weight in found[0].values()} == {0.5 * 4 / global_batch}
+    empty = [hidden[0, 0].item() == 9.0 for hidden, *_ in found[0].values()]
+    assert any(empty)
+    assert not all(empty)
+
+
+def test_a_prior_changes_nothing_else_of_a_batch_and_there_is_none_by_default(reader_of):
+    without, having = reader_of(), reader_of(prior=1.0)
+    for step in order_of(without):
+        for one, two in zip(without(step), having(step), strict=True):
+            of_prior = {name for name in vars(one) if name.startswith("prior_")}
+            assert all(getattr(one, name).numel() == 0 for name in of_prior)
+            assert all(torch.equal(value, getattr(two, name)) for name, value in vars(one).items() if name not in of_prior)
+
+
+def test_padding_is_no_prior(reader_of):
+    reader = reader_of(micro_batch=8, global_batch=8, prior=1.0)
+    for step in order_of(reader):
+        (batch,) = reader(step)
+        assert all(row < len(step.examples) for row in batch.prior_rows.tolist())

@@ -52,7 +52,7 @@ def examples(stage):
     rocket.putalpha(Image.fromarray(fade))
     rocket.save(stage.images / "rocket.png")
     (stage.images / "rocket.txt").write_text("sks, rocket")
-    return {example.path.stem: example for example in read_examples(stage.images, workers=0)[0]}
+    return {example.path.stem: example for example in read_examples(stage.images, workers=0, trigger="sks")[0]}
 
 
 def as_image(pixels: torch.Tensor) -> Image.Image:
@@ -128,7 +128,7 @@ def build_cache(stage, folder, examples):
     """Encode all of `examples` into the cache `folder`; return them, and file name -> bytes."""
     settings = replace(TrainSettings().data, resolution=128, bucket_step=8, bucket_max_side=256, dataloader_num_workers=1)
     images = [(example, placement_of(example)) for example in examples]
-    cached, _ = builder(stage, folder).build(images, settings, "sks", seed=0)
+    cached, _ = builder(stage, folder).build(images, settings, seed=0)
     files = {path.name: path.read_bytes() for path in (stage.output / folder).glob("*/*.safetensors")}
     return cached, files
 

@@ -122,6 +122,22 @@ def test_the_text_that_is_cut_is_reported(tokenizers):
     assert text_beyond(1, "smile, " * 38, tokenizers) == ","
 
 
+def test_several_captions_share_the_variants_and_are_equally_likely():
+    caption = f"{CAPTION}\nnyafyi_woman smiles at the camera, which is far away.\nnyafyi_woman, hat"
+    variants = caption_variants(caption, "nyafyi_woman", 8, True, 0)
+    first, prose, last = caption.split("\n")
+    assert variants[:3] == [first, prose, last]
+    assert len(variants) == 6  # two orders of the tags of the first; the others have one
+    assert variants[4:] == [prose, last]
+    assert variants[3] == caption_variants(first, "nyafyi_woman", 2, True, 0)[1]
+    assert caption_variants(caption, "nyafyi_woman", 1, True, 0) == [first, prose, last]
+
+
+def test_a_caption_without_a_trigger_word_is_shuffled_as_a_whole():
+    firsts = {variant.split(", ")[0] for variant in caption_variants("woman, park, sun", "", 6, True, 0)}
+    assert firsts == {"woman", "park", "sun"}
+
+
 def test_brackets_are_plain_text_and_may_be_escaped(tokenizers):
     tokenizer = tokenizers[0]
     plain = token_ids("saber (fate)", tokenizer)

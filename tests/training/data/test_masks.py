@@ -104,14 +104,14 @@ def masked(stage) -> dict[str, Example]:
     add(stage, "masked.png", image, half_mask(image.size))
     add(stage, "grey.png", image, grey)
     add(stage, "plain.png", image)
-    return {example.path.stem: example for example in read_examples(stage.images, workers=0)[0]}
+    return {example.path.stem: example for example in read_examples(stage.images, workers=0, trigger="sks")[0]}
 
 
 def reader_of(stage, examples, **changes) -> BatchReader:
     settings = replace(TrainSettings().data, resolution=128, bucket_step=8, bucket_max_side=256, **changes)
     images = [(example, placement_of(example)) for example in examples]
     base, folders = find_base(str(stage.base), stage.models), (stage.base.parent, stage.output / "cache")
-    built, _ = CacheBuilder(base, *folders, torch.device("cpu"), torch.float32).build(images, settings, "sks", seed=0)
+    built, _ = CacheBuilder(base, *folders, torch.device("cpu"), torch.float32).build(images, settings, seed=0)
     masks = any(example.mask for example in built)
     return BatchReader(built, 0, 0.0, len(built), len(built), timesteps=1000, pin=False, masks=masks)
 
@@ -147,7 +147,7 @@ def test_a_changed_mask_is_encoded_again_and_latents_are_not(stage, masked, caps
     reader_of(stage, masked.values())
     latents = {path: path.stat().st_mtime_ns for path in (stage.output / "cache" / "latents").iterdir()}
     ImageOps.invert(half_mask(stage.photographs["coffee"].size)).save(stage.images / "masked-masklabel.png")
-    changed = read_examples(stage.images, workers=0)[0]
+    changed = read_examples(stage.images, workers=0, trigger="sks")[0]
     reader = reader_of(stage, changed)
     batch = batch_of(reader)
     assert batch.mask[1, 0, :, :8].unique().tolist() == pytest.approx([0.1])

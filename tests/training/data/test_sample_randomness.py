@@ -62,6 +62,31 @@ def test_timesteps_are_uniform_and_all_occur(many):
     assert 999 - 5 * 2 * 999**0.5 < chi_square < 999 + 5 * 2 * 999**0.5  # variance 2 x 999: wider than five deviations
 
 
+def test_another_distribution_of_timesteps_changes_nothing_else():
+    quantiles = []
+
+    def timestep_at(quantile: float) -> int:
+        quantiles.append(quantile)
+        return int(1000 * quantile)
+
+    timesteps = []
+    for position in range(2000):
+        (variant, sample), (other_variant, other) = (
+            draw(0, position, (1, 2, 2), 8, 0.05),
+            draw(0, position, (1, 2, 2), 8, 0.05, timestep_at=timestep_at),
+        )
+        timesteps.append(other.pop("timesteps").item())
+        assert variant == other_variant
+        assert all(torch.equal(tensor, sample[name]) for name, tensor in other.items())
+        assert (
+            draw(0, position, (1, 2, 2), 8, 0.05, timestep_at=lambda quantile: int(1000 * quantile))[1]["timesteps"]
+            == timesteps[-1]
+        )
+    drawn = torch.tensor(quantiles, dtype=torch.float64).sort().values
+    expected = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    assert (drawn - expected).abs().max().item() < 1.63 / 2000**0.5  # Kolmogorov and Smirnov: 1 in 100 would be further away
+
+
 def test_timesteps_span_the_schedule_of_the_base_model():
     for length in (1, 500, 2000):
         drawn = [draw_sample(0, position, (1, 1, 1), 8, 0.05, length)[1]["timesteps"].item() for position in range(300)]

@@ -29,7 +29,7 @@ def settings_of(resolution: int | tuple[int, ...], **changes) -> TrainSettings:
 def cached(stage, images, settings: TrainSettings) -> list:
     base, folders = find_base(str(stage.base), stage.models), (stage.base.parent, stage.output / "cache")
     builder = CacheBuilder(base, *folders, torch.device("cpu"), torch.float32)
-    return builder.build(list(images), settings.data, "sks", seed=0)[0]
+    return builder.build(list(images), settings.data, seed=0)[0]
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def examples(stage):
     """A square image, and a wide one that is shown three times per epoch."""
     stage.add("astronaut", "astronaut.png", "sks, woman")
     stage.add("coffee", "3_cups/coffee.png", "sks, cup")
-    return read_examples(stage.images, workers=0)[0]
+    return read_examples(stage.images, workers=0, trigger="sks")[0]
 
 
 def test_an_epoch_is_every_image_at_every_resolution(examples):
@@ -118,7 +118,7 @@ def mirrored(stage):
     image.convert("L").save(stage.images / "a-masklabel.png")
     (stage.images / "a.txt").write_text("sks, cup")
     settings = settings_of(128, flip=True)
-    plan = make_plan(read_examples(stage.images, workers=0)[0], settings, Schedule())
+    plan = make_plan(read_examples(stage.images, workers=0, trigger="sks")[0], settings, Schedule())
     return cached(stage, zip(plan.examples, plan.placements, strict=True), settings)[0], plan
 
 
@@ -128,7 +128,7 @@ def test_latents_and_mask_of_the_mirror_image_are_those_of_a_mirrored_file(stage
         with ImageOps.mirror(ImageOps.fit(stage.photographs["coffee"], (301, 411))) as image:
             (image.convert("L") if "mask" in name else image).save(stage.images / name)
     settings = settings_of(128)
-    (by_hand,) = read_examples(stage.images, workers=0)[0]
+    (by_hand,) = read_examples(stage.images, workers=0, trigger="sks")[0]
     (expected,) = cached(stage, [(by_hand, plan.placements[0])], settings)
     for ours, theirs in zip(read_latents(example.mirrored.latents), read_latents(expected.latents), strict=True):
         assert torch.equal(ours, theirs)

@@ -37,18 +37,18 @@ def inputs(size: tuple[int, int] = (16, 24), batch: int = 2) -> dict:
     }
 
 
-def adapted(unet, targets: str = "all", alpha: float = 6.0) -> tuple[torch.nn.Module, Adapter]:
+def adapted(unet, targets: str = "all", alpha: float = 6.0, pattern: str = "") -> tuple[torch.nn.Module, Adapter]:
     """A copy of the UNet with a LoRA that does something."""
     mine = copy.deepcopy(unet)
-    lora = inject(mine, LoraSettings(lora_rank=3, lora_alpha=alpha, lora_targets=targets), seed=1)
+    lora = inject(mine, LoraSettings(lora_rank=3, lora_alpha=alpha, lora_targets=targets, lora_rank_pattern=pattern), seed=1)
     with torch.no_grad():
         lora.weights.copy_(0.05 * torch.randn(lora.weights.shape, generator=torch.Generator().manual_seed(7)))
     return mine, lora
 
 
-def quick(unet, targets: str = "all") -> tuple[torch.nn.Module, Adapter, dict[str, FusedLoraLinear]]:
+def quick(unet, targets: str = "all", pattern: str = "") -> tuple[torch.nn.Module, Adapter, dict[str, FusedLoraLinear]]:
     """The same with fast forwards, and its fused layers."""
-    network, lora = adapted(unet, targets)
+    network, lora = adapted(unet, targets, pattern=pattern)
     groups, sync_compute_weights = fuse(lora)
     sync_compute_weights()
     install_fast_forwards(network, groups)
@@ -144,18 +144,21 @@ def test_layers_of_a_group_are_in_memory_once(unet):
 
 
 @pytest.mark.parametrize(
-    "ends", [("attn2.to_q", "ff.net.2"), ("attn1.to_q", "attn1.to_v", "attn2.to_v", "proj_in")], ids=["none of a group", "some"]
+    "pattern",
+    [
+        r"(attn2.to_q|ff.net.2)$=3 .=0",
+        r"(attn1.to_q|attn1.to_v|attn2.to_v|proj_in)$=3 .=0",
+        r"attn1.to_q=2 attn1.to_k=5:1 attn2.to_v=7 up_blocks.0=8:2 ff=0",
+        r"down_blocks.1.*attn1=2 attn1=16:4 attn2.to_k=8:2 attn2.to_v=8:2",
+    ],
+    ids=["none of a group", "some", "ranks and scales", "equal ones in a group"],
 )
-def test_any_choice_of_layers_is_computed_as_diffusers_and_peft_do(unet, monkeypatch, ends):
-    """Groups that are not adapted, or in part, too."""
-    monkeypatch.setattr(
-        "training.method.adapters.target_modules",
-        lambda network, _: [name for name, _ in network.named_modules() if name.endswith(ends)],
-    )
-    plain, lora = adapted(unet)
+def test_any_choice_of_layers_ranks_and_scales_is_computed_as_diffusers_and_peft_do(unet, pattern):
+    """Groups that are not adapted, or in part, too; those of different ranks fall apart."""
+    plain, lora = adapted(unet, pattern=pattern)
     plain.double()
     expected = answered(plain)
-    fast, _, groups = quick(unet)
+    fast, _, groups = quick(unet, pattern=pattern)
     torch.testing.assert_close(answered(fast), expected, rtol=1e-6, atol=1e-6)
     found = flat_gradients(groups)
     for name, gradient in peft_gradients(plain, lora).items():

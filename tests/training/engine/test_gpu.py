@@ -21,7 +21,10 @@ from training.engine.step import TrainStep
 from training.method import diffusion
 from training.method.adapters import ADAPTER, Adapter, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
+from training.method.lora_l2 import l2_of_changes
+from training.method.optimizer_wrappers import make_optimizer
 from training.method.optimizers import AdamW, AdamW8bit, Optimizer
+from training.method.prodigy import Prodigy
 from training.models.base_model import find_base
 from training.models.int8 import rowwise_int8
 from training.models.sdxl import Schedule
@@ -68,6 +71,77 @@ def loss_config() -> LossConfig:
     return LossConfig("epsilon", alphas_cumprod(Schedule()).float().cuda(), 5.0, 0.0357, 0.13025)
 
 
+WAYS = {
+    "prodigy": ({"optimizer": "prodigy", "learning_rate": 1.0}, {}),
+    "LoRA+ and an average": ({"loraplus_ratio": 16.0, "ema_decay": 0.9}, {}),
+    "prior": ({}, {"prior": True}),
+    "pull": ({}, {"pull": 0.01}),
+    "huber_snr, debiased": ({}, {"loss": "huber_snr", "weighting": "debiased"}),
+}
+"""Settings of the optimizer, and what else differs from the usual step."""
+
+
+def trained_in_a_way(
+    base: Path, way: str, name: str, *, captures: bool
+) -> tuple[list[float], torch.Tensor, torch.Tensor, TrainStep]:
+    """Losses, weights, and what would be saved of 12 steps, and the step itself."""
+    settings, others = OptimizerSettings(**WAYS[way][0]), dict(WAYS[way][1])
+    has_prior, pull = others.pop("prior", False), others.pop("pull", 0.0)
+    unet, lora = fresh(base, torch.bfloat16)
+    step = step_of(name, unet, lora, make_optimizer(lora, settings), captures=captures)
+    step.config = replace(step.config, **others)
+    step.add_gradient = l2_of_changes(lora, pull) if pull else None
+    rate = settings.learning_rate if settings.optimizer == "prodigy" else RATE
+    losses = []
+    for number in range(12):
+        batch = batch_of(number % 3)
+        if has_prior:
+            other = batch_of(100 + number)
+            rows = torch.tensor([0])
+            prior = {"prior_rows": rows, "prior_hidden": other.hidden[rows], "prior_pooled": other.pooled[rows]}
+            batch = replace(batch, **prior, prior_weights=torch.ones(1)).pinned()
+        losses.append(step([batch], rate).loss)
+    saved = step.optimizer.averaged_weights()
+    return losses, lora.weights.detach().clone(), lora.weights.detach() if saved is None else saved, step
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_training_is_captured_and_the_captured_steps_are_the_eager_ones(base, capsys, way):
+    losses, weights, saved, _ = trained_in_a_way(base, way, "fast", captures=False)
+    captured_losses, captured, captured_saved, step = trained_in_a_way(base, way, "fast", captures=True)
+    assert "CUDA graphs: off" not in capsys.readouterr().out
+    assert step.graphs is not None
+    assert losses == captured_losses
+    assert torch.equal(weights, captured)
+    assert torch.equal(saved, captured_saved)
+    assert torch.equal(saved, weights) is (way != "LoRA+ and an average")
+
+
+def test_the_base_model_is_asked_in_a_captured_step_of_either_engine(base, capsys):
+    losses = [trained_in_a_way(base, "prior", name, captures=True)[0] for name in ("fast", "plain")]
+    assert "CUDA graphs: off" not in capsys.readouterr().out
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_prodigy_on_a_gpu_takes_the_steps_of_prodigyopt():
+    """200 steps within 1e-6, as on a CPU: 100,000 weights that should become others, with noise in the gradients."""
+    prodigyopt = pytest.importorskip("prodigyopt")
+    generator = torch.Generator("cuda").manual_seed(0)
+    wanted = torch.randn(100_000, generator=generator, device="cuda")
+    pair = [torch.nn.Parameter(0.1 * torch.ones(100_000, device="cuda")) for _ in range(2)]
+    settings = OptimizerSettings(optimizer="prodigy", learning_rate=1.0)
+    ours = Prodigy(pair[0], settings)
+    theirs = prodigyopt.Prodigy(pair[1:], weight_decay=0.01, safeguard_warmup=True, use_bias_correction=True)
+    for _ in range(200):
+        noise = torch.randn(100_000, generator=generator, device="cuda")
+        for weights in pair:
+            weights.grad = weights.detach() - wanted + 0.3 * noise
+        ours.step(torch.tensor(1.0, device="cuda"), torch.tensor(0.0, device="cuda"))
+        theirs.step()
+        assert (pair[0] - pair[1]).norm() < 1e-6 * pair[1].norm()
+    assert theirs.param_groups[0]["d"] > 1e-3
+
+
 def stepper(base: Path, name: str = "fast", *, recomputes: bool = False, captures: bool = True) -> tuple[TrainStep, Adapter]:
     """The training step of a fresh adapter in bf16, by the engine `name`."""
     unet, lora = fresh(base, torch.bfloat16)
@@ -94,7 +168,7 @@ def trained(
         size = len(whole.weights) // micro_batches
         parts = [part_of(whole, first, first + size) for first in range(0, len(whole.weights), size)]
         losses.append(step(parts, RATE).loss)
-    return losses, {module.name: (module.up @ module.down).cpu() for module in lora.modules}
+    return losses, {module.name: (module.zero @ module.factors["lora_down.weight"]).cpu() for module in lora.modules}
 
 
 def part_of(batch: Batch, first: int, last: int) -> Batch:
@@ -108,7 +182,7 @@ def trained_by_peft(base, dtype: torch.dtype) -> tuple[list[float], dict[str, to
     weights = []
     for module in lora.modules:
         layer = unet.get_submodule(module.name)
-        for part, start in ((layer.lora_A, module.down), (layer.lora_B, module.up)):
+        for part, start in ((layer.lora_A, module.factors["lora_down.weight"]), (layer.lora_B, module.zero)):
             part[ADAPTER].weight = torch.nn.Parameter(start.clone())  # with a gradient of its own
             weights.append(part[ADAPTER].weight)
     optimizer, config, losses = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.01), loss_config(), []
@@ -226,6 +300,27 @@ def test_captured_steps_with_masks_are_the_eager_ones_bit_for_bit(base, name):
     )
     assert same == plain
     assert masked_loss < 0.8 * plain
+
+
+@pytest.mark.parametrize("name", ["fast", "plain"])
+def test_losses_of_samples_are_the_same_in_a_graph(base, name):
+    """They arrive with the numbers of their own step, also where the next one has begun."""
+    runs = []
+    for captures in (True, False):
+        step, _ = stepper(base, name, captures=captures)
+        samples, running = [], None
+        for number in range(6):
+            begun = step.begin([masked(batch_of(number), 0.1), masked(batch_of(number + 10), 1.0)], RATE)
+            if running:
+                samples.append(running().samples)
+            running = begun
+        runs.append(samples)
+    captured, eager = runs
+    assert captured == eager
+    assert all(len(samples) == 8 for samples in captured)
+    for number, samples in enumerate(captured):
+        expected = [*batch_of(number).timesteps.tolist(), *batch_of(number + 10).timesteps.tolist()]
+        assert [timestep for timestep, _ in samples] == expected
 
 
 def in_fp16(batch: Batch) -> Batch:

@@ -17,6 +17,8 @@ from training.engine import prepare_unet
 from training.engine.step import TrainStep
 from training.method.adapters import ADAPTER, Adapter, inject
 from training.method.diffusion import LossConfig, alphas_cumprod
+from training.method.lora_l2 import l2_of_changes
+from training.method.optimizer_wrappers import Ema
 from training.method.optimizers import AdamW
 from training.models.sdxl import Schedule
 from training.models.weights import UNet2DConditionModel
@@ -56,7 +58,7 @@ def lora_unet(plain_unet):
         lora = inject(unet, LoraSettings(lora_rank=4, lora_alpha=2.0), seed=7)
         generator = torch.Generator().manual_seed(1)
         for module in lora.modules:
-            module.up.copy_(0.1 * torch.randn(module.up.shape, generator=generator))
+            module.zero.copy_(0.1 * torch.randn(module.zero.shape, generator=generator))
         return unet, lora
 
     return make
@@ -86,18 +88,30 @@ def part_of(batch: Batch, first: int, last: int) -> Batch:
 def stepper(request) -> Callable[..., TrainStep]:
     """A function that makes the training step of an adapter in a UNet, by either engine."""
 
-    def make(unet, lora, optimizer, schedule=PLAIN, gamma=5.0, offset=0.0357, max_grad_norm=0.0, dtype=torch.float32) -> TrainStep:
-        config = LossConfig(schedule.prediction_type, alphas_cumprod(schedule).float(), gamma, offset, SCALING)
+    def make(
+        unet,
+        lora,
+        optimizer,
+        schedule=PLAIN,
+        gamma=5.0,
+        offset=0.0357,
+        max_grad_norm=0.0,
+        dtype=torch.float32,
+        pull=None,
+        **objective,
+    ) -> TrainStep:
+        config = LossConfig(schedule.prediction_type, alphas_cumprod(schedule).float(), gamma, offset, SCALING, **objective)
         precision = Precision(torch.device("cpu"), dtype)
         sync = prepare_unet(request.param, unet, lora, precision.device)
-        return TrainStep(unet, lora, optimizer, config, precision, max_grad_norm, sync_compute_weights=sync)
+        how = {"add_gradient": pull, "sync_compute_weights": sync}
+        return TrainStep(unet, lora, optimizer, config, precision, max_grad_norm, **how)
 
     return make
 
 
 def in_a_row(lora: Adapter) -> torch.Tensor:
     """A copy of all weights, module by module."""
-    return torch.cat([part.flatten() for module in lora.modules for part in (module.down, module.up)])
+    return torch.cat([part.flatten() for module in lora.modules for part in module.factors.values()])
 
 
 class WholeGradient:
@@ -128,7 +142,16 @@ def observed(lora_unet, stepper) -> Callable[..., tuple[float, torch.Tensor, flo
     return observe
 
 
-def reference(lora_unet, batch: Batch, schedule: Schedule, gamma: float, offset: float) -> tuple[float, torch.Tensor]:
+def reference(
+    lora_unet,
+    batch: Batch,
+    schedule: Schedule,
+    gamma: float,
+    offset: float,
+    loss: str = "mse",
+    weighting: str = "min_snr",
+    without_lora: UNet2DConditionModel | None = None,
+) -> tuple[float, torch.Tensor]:
     """The same loss and gradient, written out in float64: only the UNet itself is not."""
     unet, lora = lora_unet()  # as PEFT made it
     unet.double()
@@ -160,7 +183,24 @@ def reference(lora_unet, batch: Batch, schedule: Schedule, gamma: float, offset:
         elif gamma and snr:
             weight = min(snr, gamma) / snr
         mask = batch.mask[i].double() if batch.mask.numel() else 1.0
-        total = total + weight * (mask * (answer - wanted) ** 2).mean() / len(batch.timesteps)
+        if weighting == "debiased":
+            weight = 1 / (min(snr, 1000) + 1) if is_v else min(snr, 1000) ** -0.5
+        error = (answer - wanted) ** 2
+        if loss == "huber_snr":
+            c = 0.9 / (1 + snr**-0.5) ** 2 + 0.1
+            error = 2 * c * ((error + c * c).sqrt() - c)
+        total = total + weight * (mask * error).mean() / len(batch.timesteps)
+        for number in (n for n, row in enumerate(batch.prior_rows.tolist()) if row == i):
+            caption = {
+                "encoder_hidden_states": batch.prior_hidden[number : number + 1].double(),
+                "added_cond_kwargs": {
+                    "text_embeds": batch.prior_pooled[number : number + 1].double(),
+                    "time_ids": batch.add_time_ids[i : i + 1].double(),
+                },
+            }
+            noisy = ((a.sqrt() * x + (1 - a).sqrt() * n)[None], batch.timesteps[i])
+            change = unet(*noisy, **caption).sample - without_lora(*noisy, **caption).sample
+            total = total + batch.prior_weights[number].item() * change.square().mean()
     total.backward()
     layers = [unet.get_submodule(module.name) for module in lora.modules]
     gradients = [part[ADAPTER].weight.grad.flatten() for layer in layers for part in (layer.lora_A, layer.lora_B)]
@@ -197,6 +237,87 @@ def test_loss_and_gradient_are_those_of_the_formulas(lora_unet, schedule, gamma,
     assert (gradient - expected).norm() < 2e-4 * expected.norm()  # float32 against float64
 
 
+@pytest.mark.parametrize("schedule", [PLAIN, V], ids=["epsilon", "v"])
+def test_other_losses_and_weightings_are_those_of_the_formulas(lora_unet, schedule, observed):
+    batch, objective = batch_of([5, 400, 990]), {"loss": "huber_snr", "weighting": "debiased"}
+    loss, gradient, _ = observed([batch], schedule=schedule, **objective)
+    expected_loss, expected = reference(lora_unet, batch, schedule, 5.0, 0.0357, **objective)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert (gradient - expected).norm() < 2e-4 * expected.norm()
+
+
+def with_prior(batch: Batch) -> Batch:
+    """Two of its samples, with other captions, are to be predicted as by the base model."""
+    rows, generator = [2, 0], torch.Generator().manual_seed(5)
+    hidden, pooled = (torch.randn(len(rows), *part.shape[1:], generator=generator) for part in (batch.hidden, batch.pooled))
+    return replace(
+        batch, prior_rows=torch.tensor(rows), prior_hidden=hidden, prior_pooled=pooled, prior_weights=torch.tensor([40.0, 25.0])
+    )
+
+
+def test_what_remains_of_the_base_model_is_that_of_the_formula(lora_unet, plain_unet, observed):
+    """weight x mean of (prediction with the LoRA - prediction of the base model)^2, whose gradient is that of the former."""
+    batch = batch_of([50, 300, 600])
+    loss, gradient, _ = observed([with_prior(batch)])
+    without_lora = copy.deepcopy(plain_unet).double()
+    expected_loss, expected = reference(lora_unet, with_prior(batch), PLAIN, 5.0, 0.0357, without_lora=without_lora)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert (gradient - expected).norm() < 2e-4 * expected.norm()
+    plain_loss, plain_gradient, _ = observed([batch])
+    assert loss > 1.05 * plain_loss
+    assert (gradient - plain_gradient).norm() > 0.05 * gradient.norm()
+
+
+def test_pull_to_the_base_model_is_part_of_the_gradient_that_is_reported_and_clipped(lora_unet, stepper):
+    gradients = []
+    for weight in (0.0, 0.3):
+        unet, lora = lora_unet()
+        before = in_a_row(lora)
+        pull = l2_of_changes(lora, weight) if weight else None
+        result = stepper(unet, lora, WholeGradient(lora.weights), pull=pull)([batch_of([300])], learning_rate=1.0)
+        gradients.append(before - in_a_row(lora))
+        assert result.gradient_norm == pytest.approx(gradients[-1].norm().item(), rel=1e-4)
+    _, lora = lora_unet()
+    l2_of_changes(lora, 0.3)()
+    expected = torch.cat(
+        [
+            lora.layers[m.name].get_submodule(part)[ADAPTER].weight.grad.flatten()
+            for m in lora.modules
+            for part in ("lora_A", "lora_B")
+        ]
+    )
+    assert expected.norm() > 0.1 * gradients[0].norm()
+    assert (gradients[1] - gradients[0] - expected).norm() < 1e-5 * gradients[1].norm()
+
+
+KINDS = [("plain", "lora"), ("plain", "dora"), ("plain", "loha"), ("plain", "lokr"), ("fast", "lora")]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_the_adapter_can_be_left_out_for_one_prediction(plain_unet, name, kind):
+    """Also in the middle of training: the same weights are trained afterwards."""
+    unet = copy.deepcopy(plain_unet)
+    lora = inject(unet, LoraSettings(lora_rank=4, lora_alpha=2.0, lora_type=kind), seed=7)
+    for module in lora.modules:
+        module.zero.fill_(0.05)
+    sync = prepare_unet(name, unet, lora, torch.device("cpu"))
+    config = LossConfig("epsilon", alphas_cumprod(PLAIN).float(), 5.0, 0.0, SCALING)
+    optimizer = AdamW(lora.weights, OptimizerSettings())
+    step = TrainStep(unet, lora, optimizer, config, Precision(torch.device("cpu"), torch.float32), 0.0, sync_compute_weights=sync)
+    batch = batch_of([300])
+    inputs = batch.noise, batch.timesteps, batch.hidden, batch.pooled, batch.add_time_ids
+    step.sync_compute_weights()
+    before = step.predict(*inputs).detach()
+    conditions = {"text_embeds": batch.pooled, "time_ids": batch.add_time_ids}
+    expected = plain_unet(batch.noise, batch.timesteps, batch.hidden, added_cond_kwargs=conditions).sample
+    assert (step.predict_without_adapter(*inputs) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (before - expected).abs().max() > 1e-3 * expected.abs().max()
+    assert torch.equal(step.predict(*inputs), before)
+    changed = lora.weights.detach().clone()
+    step([batch], learning_rate=1e-2)
+    assert (lora.weights != changed).double().mean() > 0.99
+
+
 def test_masked_loss_and_gradient_are_those_of_the_formulas(lora_unet, observed):
     """Each pixel counts with the weight that its mask says, in either engine; a mask that is 1 everywhere changes nothing."""
     batch = batch_of([20, 700])
@@ -216,6 +337,23 @@ def test_masked_loss_and_gradient_are_those_of_the_formulas(lora_unet, observed)
     assert torch.equal(same, plain)
 
 
+def test_the_loss_of_each_sample_is_reported(lora_unet, stepper):
+    """Unweighted, in the order of the batches, without padding; of a masked sample the mean over its mask."""
+    first, second = batch_of([20, 700]), batch_of([999, 300], seed=1)
+    mask = torch.ones(2, 1, 8, 8)
+    mask[0, :, :, 4:] = 0.1
+    first, second = replace(first, mask=mask), replace(second, mask=torch.ones(2, 1, 8, 8), weights=torch.tensor([0.5, 0.0]))
+    unet, lora = lora_unet()
+    result = stepper(unet, lora, WholeGradient(lora.weights))([first, second], learning_rate=1.0)
+    alone = [(first, 0), (first, 1), (second, 0)]
+    expected = []
+    for batch, index in alone:
+        part = replace(part_of(batch, index, index + 1), weights=torch.ones(1))
+        loss, _ = reference(lora_unet, part, PLAIN, 0.0, 0.0357)
+        expected.append((int(part.timesteps), pytest.approx(loss / part.mask.mean().item(), rel=1e-5)))
+    assert list(result.samples) == expected
+
+
 def test_accumulated_micro_batches_are_one_batch(observed):
     """Two micro-batches of two samples, with what their shares in the step are, do exactly what one of four does."""
     batch = batch_of([50, 300, 600, 900])
@@ -228,6 +366,20 @@ def test_accumulated_micro_batches_are_one_batch(observed):
     for parts in ([part_of(batch, 0, 2)], [part_of(batch, 2, 4)]):
         _, half, _ = observed(parts)
         assert (half - gradient).norm() > 0.1 * gradient.norm()
+
+
+def test_regularization_images_add_their_mean_loss_times_the_prior_weight(lora_unet, observed):
+    """DreamBooth's loss; the images of the class have another shape than the others."""
+    examples, priors = batch_of([20, 999]), batch_of([400, 70], seed=1)
+    sides = ("mean", "log_variance", "latent_noise", "noise")
+    wider = {name: torch.cat([getattr(priors, name), getattr(priors, name).flip(0)], dim=-1) for name in sides}
+    priors = replace(priors, **wider)
+    loss, gradient, norm = observed([examples, replace(priors, weights=0.3 * priors.weights)], gamma=5.0, offset=0.0357)
+    (first_loss, first), (second_loss, second) = (reference(lora_unet, batch, PLAIN, 5.0, 0.0357) for batch in (examples, priors))
+    expected = first + 0.3 * second
+    assert loss == pytest.approx(first_loss + 0.3 * second_loss, rel=1e-5)
+    assert norm == pytest.approx(expected.norm().item(), rel=1e-4)
+    assert (gradient - expected).norm() < 2e-4 * expected.norm()
 
 
 def test_padding_counts_nothing(observed):
@@ -278,6 +430,27 @@ def test_loss_that_is_not_finite_leaves_weights_and_moments_as_they_were_and_not
     assert math.isfinite(following().loss)
     assert torch.equal(in_a_row(lora), before)
     assert all(torch.equal(tensor, moments[name]) for name, tensor in optimizer.state_dict().items())
+
+
+def test_averaged_weights_are_evaluated_and_training_goes_on_from_its_own(lora_unet, stepper):
+    batch = batch_of([300])
+    losses = []
+    for looks in (True, False):
+        unet, lora = lora_unet()
+        optimizer = Ema(AdamW(lora.weights, OptimizerSettings()), lora.weights, decay=0.9)
+        step = stepper(unet, lora, optimizer)
+        for _ in range(3):
+            step([batch], learning_rate=0.05)
+        if looks:
+            trained, plain = in_a_row(lora), step.evaluate([batch])
+            with step.averaged():
+                assert torch.equal(lora.weights, optimizer.averaged_weights())
+                assert not torch.equal(in_a_row(lora), trained)
+                assert step.evaluate([batch]) != plain
+            assert torch.equal(in_a_row(lora), trained)
+            assert step.evaluate([batch]) == plain
+        losses.append([step([batch], learning_rate=0.05).loss for _ in range(2)])
+    assert losses[0] == losses[1]
 
 
 def test_frozen_weights_stay_and_lora_weights_are_fp32(lora_unet, stepper):

@@ -8,8 +8,9 @@ from accelerate import init_empty_weights
 
 from common.errors import ModelError
 from training.config import LoraSettings
-from training.method.adapters import _uniform, inject, target_modules
-from training.method.export import COMFYUI_MODULES, kohya_name
+from training.method.adapters import _uniform, inject
+from training.method.comfyui_modules import COMFYUI_MODULES
+from training.method.layers import adapted_layers, kohya_name, weight_shapes
 from training.models.weights import UNet2DConditionModel
 
 
@@ -30,6 +31,10 @@ def sdxl_unet() -> UNet2DConditionModel:
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
         )
+
+
+def target_modules(unet: UNet2DConditionModel, targets: str) -> list[str]:
+    return list(adapted_layers(weight_shapes(unet), LoraSettings(lora_targets=targets)))
 
 
 @pytest.fixture(scope="module")
@@ -89,17 +94,18 @@ def test_a_fresh_lora_changes_nothing_and_starts_from_the_seed_alone():
     assert [module.name for module in modules] == target_modules(plain, "all")
     for module in modules:
         linear = plain.get_submodule(module.name)
-        assert module.down.shape == (3, linear.in_features)
-        assert module.up.shape == (linear.out_features, 3)
+        down = module.factors["lora_down.weight"]
+        assert down.shape == (3, linear.in_features)
+        assert module.zero.shape == (linear.out_features, 3)
         bound = linear.in_features**-0.5
-        assert 0.5 * bound < module.down.abs().max() <= bound
-        assert not module.up.any()
+        assert 0.5 * bound < down.abs().max() <= bound
+        assert not module.zero.any()
     torch.manual_seed(99)
     again = inject(small_unet(), LoraSettings(lora_rank=3, lora_alpha=6.0, lora_targets="attention"), seed=5).modules
-    same = {module.name: module.down for module in modules}
-    assert all(torch.equal(module.down, same[module.name]) for module in again)
+    same = {module.name: module.factors["lora_down.weight"] for module in modules}
+    assert all(torch.equal(module.factors["lora_down.weight"], same[module.name]) for module in again)
     other = inject(small_unet(), LoraSettings(lora_rank=3, lora_alpha=6.0), seed=6).modules
-    assert not any(torch.equal(module.down, same[module.name]) for module in other)
+    assert not any(torch.equal(module.factors["lora_down.weight"], same[module.name]) for module in other)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -107,12 +113,10 @@ def test_what_is_trained_is_fp32_whatever_the_unet_is(dtype):
     unet = small_unet().to(dtype)
     lora = inject(unet, LoraSettings(lora_rank=3), seed=0)
     assert lora.weights.dtype == lora.weights.grad.dtype == torch.float32
-    assert lora.weights.numel() == sum(module.down.numel() + module.up.numel() for module in lora.modules)
+    assert lora.weights.numel() == sum(each.numel() for module in lora.modules for each in module.factors.values())
     lora.weights.data.fill_(0.123456789)
     for module in lora.modules:  # they are views
-        assert (module.down.dtype, module.up.dtype) == (torch.float32, torch.float32)
-        assert module.down.eq(lora.weights[0]).all()
-        assert module.up.eq(lora.weights[0]).all()
+        assert all(each.dtype == torch.float32 and each.eq(lora.weights[0]).all() for each in module.factors.values())
     assert {weight.dtype for name, weight in unet.named_parameters() if ".lora_" not in name} == {dtype}
 
 

@@ -9,7 +9,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file
 
 from demo.comfyui_modules import FILE, table, unet_layers
-from training.method.export import COMFYUI_MODULES, kohya_name
+from training.method.comfyui_modules import COMFYUI_MODULES
+from training.method.layers import kohya_name
 
 SDXL = {
     "sample_size": 128,

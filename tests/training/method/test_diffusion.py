@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from training.config import ObjectiveSettings
 from training.method import diffusion as objective
 
 SHARES = [0.9991, 0.75, 0.2, 0.0047, 0.0]
@@ -120,6 +121,71 @@ def test_huber_is_the_square_of_small_errors_and_grows_linearly_with_large_ones(
 
     assert loss(1e-3) == pytest.approx(1e-6, rel=1e-4)
     assert loss(20.0) - loss(10.0) == pytest.approx(2.0, rel=1e-3)  # 2 c for each unit
+
+
+def test_threshold_of_scheduled_huber_is_kohyas(tensors):
+    """(1 - c) / (1 + sigma)^2 + c with sigma = sqrt((1 - alpha_bar) / alpha_bar) and c = 0.1, and its limit in pure noise."""
+    thresholds = [0.1 if not share else 0.9 / (1 + math.sqrt((1 - share) / share)) ** 2 + 0.1 for share in SHARES]
+    assert thresholds[0] > 0.9
+    assert thresholds[-2] < 0.11
+    c = objective.huber_threshold(tensors["alpha_bar"], "huber_snr")
+    assert c.flatten().tolist() == pytest.approx(thresholds, rel=1e-12)
+    assert objective.huber_threshold(tensors["alpha_bar"], "huber") == 0.1
+    found = objective.loss_per_sample(tensors["prediction"], tensors["noise"], "huber_snr", huber_c=c).tolist()
+    for answer, wanted, limit, loss in zip(
+        numbers(tensors["prediction"]), numbers(tensors["noise"]), thresholds, found, strict=True
+    ):
+        each = [2 * limit * (math.sqrt((a - w) ** 2 + limit**2) - limit) for a, w in zip(answer, wanted, strict=True)]
+        assert loss == pytest.approx(sum(each) / len(each), rel=1e-12)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_debiased_weights_are_kohyas(prediction_type):
+    """1 / sqrt(SNR) or 1 / (SNR + 1), with an SNR of at most 1000."""
+    shares = SHARES[:-1] if prediction_type == "epsilon" else SHARES  # the weight of epsilon has no limit in pure noise
+    snrs = [min(share / (1 - share), 1000) for share in shares]
+    assert snrs[0] == 1000
+    expected = [1 / math.sqrt(snr) if prediction_type == "epsilon" else 1 / (snr + 1) for snr in snrs]
+    alpha_bar = torch.tensor(shares, dtype=torch.float64)
+    config = objective.LossConfig(prediction_type, alpha_bar, 5.0, 0.0, 1.0, weighting="debiased")
+    assert objective.weight_per_sample(alpha_bar, config).tolist() == pytest.approx(expected, rel=1e-12)
+    unweighted = objective.LossConfig(prediction_type, alpha_bar, 5.0, 0.0, 1.0, weighting="none")
+    assert objective.weight_per_sample(alpha_bar, unweighted).tolist() == [1.0] * len(shares)
+
+
+QUANTILES = [(number + 0.5) / 20000 for number in range(20000)]
+
+
+def drawn(**settings) -> torch.Tensor:
+    timestep_at = objective.timestep_quantiles(ObjectiveSettings(**settings), 1000)
+    return torch.tensor([timestep_at(quantile) for quantile in QUANTILES], dtype=torch.float64)
+
+
+def test_uniform_timesteps_have_no_function_and_keep_their_draws():
+    assert objective.timestep_quantiles(ObjectiveSettings(), 1000) is None
+    assert objective.timestep_quantiles(ObjectiveSettings(timestep_max=1000), 1000) is None
+
+
+def test_timesteps_within_limits_are_equally_likely():
+    counts = drawn(timestep_min=200, timestep_max=600).long().bincount(minlength=1000)
+    assert counts[:200].sum() == counts[600:].sum() == 0
+    assert counts[200:600].tolist() == [50] * 400
+    assert set(drawn(timestep_min=999).tolist()) == {999}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "shift"), [("uniform", 0.5), ("uniform", 3.0), ("logit_normal", 0.5), ("logit_normal", 1.0), ("logit_normal", 3.0)]
+)
+def test_sampling_of_timesteps_has_the_density_of_its_paper(sampling, shift):
+    """The share of timesteps below t, from the distribution function: t' = s t / (1 + (s - 1) t), inverted; of the logit of a
+    logit-normal number, that of the normal distribution."""
+    found = drawn(timestep_sampling=sampling, timestep_shift=shift)
+    for below in (50, 200, 500, 800, 950):
+        share = below / 1000
+        share = share / (shift - (shift - 1) * share)
+        expected = share if sampling == "uniform" else 0.5 * math.erfc(-math.log(share / (1 - share)) / math.sqrt(2))
+        assert (found < below).double().mean().item() == pytest.approx(expected, abs=1e-4)
+    assert 0 <= found.min() <= found.max() <= 999
 
 
 @pytest.mark.parametrize("gamma", [0.0, 5.0])

@@ -8,7 +8,8 @@ from common.errors import ModelError
 from demo import tiny_sdxl
 from training.config import LoraSettings
 from training.method.adapters import ADAPTER, inject, row_norms
-from training.method.export import kohya_name, kohya_tensors, verify
+from training.method.export import kohya_tensors, verify
+from training.method.layers import kohya_name
 from training.models.base_model import find_base
 from training.models.weights import load_unet, write_tensors
 
@@ -40,8 +41,8 @@ def test_a_fresh_dora_changes_nothing(base):
         "added_cond_kwargs": {"text_embeds": torch.randn(1, 64), "time_ids": torch.tensor([[128.0, 128, 0, 0, 128, 128]])},
     }
     torch.testing.assert_close(unet(*inputs, **given).sample, plain(*inputs, **given).sample, rtol=1e-3, atol=1e-4)
-    rows = sum(module.up.shape[0] for module in dora.modules)
-    assert dora.weights.numel() == sum(module.down.numel() + module.up.numel() for module in dora.modules) + rows
+    rows = sum(len(module.base) for module in dora.modules)
+    assert dora.weights.numel() == sum(each.numel() for module in dora.modules for each in module.factors.values()) + rows
     assert all(torch.equal(module.magnitude, row_norms(module.base)) for module in dora.modules)
 
 
@@ -52,9 +53,9 @@ def test_comfyui_patches_the_weights_that_peft_trained(base, tmp_path, alpha):
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for module in dora.modules:
-            module.up.copy_(0.02 * torch.randn(module.up.shape, generator=generator))
+            module.zero.copy_(0.02 * torch.randn(module.zero.shape, generator=generator))
             module.magnitude.mul_(1 + 0.1 * torch.rand(module.magnitude.shape, generator=generator))
-    tensors = kohya_tensors(dora.modules, alpha)
+    tensors = kohya_tensors(dora.modules)
     write_tensors(tmp_path / "dora.safetensors", tensors)
     verify(tmp_path / "dora.safetensors", tensors)
     read = load_file(tmp_path / "dora.safetensors")
@@ -72,7 +73,7 @@ def test_comfyui_patches_the_weights_that_peft_trained(base, tmp_path, alpha):
 
 def test_a_dora_without_its_scales_is_refused(base, tmp_path):
     _, dora = injected(base, lora_targets="attention")
-    tensors = kohya_tensors(dora.modules, alpha=3.0)
+    tensors = kohya_tensors(dora.modules)
     missing = next(name for name in tensors if name.endswith(".dora_scale"))
     write_tensors(tmp_path / "dora.safetensors", {name: tensor for name, tensor in tensors.items() if name != missing})
     with pytest.raises(ModelError, match=f"{missing}: "):

@@ -11,9 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from common.errors import ModelError
-from training.method import export
+from training.method import comfyui_modules
 from training.method.adapters import LoraModule
-from training.method.export import kohya_name, verify, write_lora
+from training.method.export import verify, write_lora
+from training.method.layers import kohya_name
 from training.models.base_model import find_base
 from training.models.weights import UNet2DConditionModel, load_unet
 
@@ -28,14 +29,14 @@ NAMES = (
 def module(name: str, seed: int = 0, rank: int = 2) -> LoraModule:
     generator = torch.Generator().manual_seed(seed)
     down, up = torch.randn(rank, 6, generator=generator), torch.randn(5, rank, generator=generator)
-    return LoraModule(name, torch.nn.Parameter(down), torch.nn.Parameter(up))
+    return LoraModule(name, {"lora_down.weight": down, "lora_up.weight": up}, 1.0)
 
 
 @pytest.fixture
 def written(tmp_path):
     """A LoRA file of three modules."""
     modules = [module(name, seed) for seed, name in enumerate(NAMES)]
-    write_lora(tmp_path / "mia.safetensors", modules, 1.0, ABOUT)
+    write_lora(tmp_path / "mia.safetensors", modules, ABOUT)
     return tmp_path / "mia.safetensors", modules
 
 
@@ -54,8 +55,8 @@ def test_keys_shapes_and_types_are_kohyas(written):
     )
     assert set(tensors) == {f"{name}.{part}" for name in names for part in ("lora_down.weight", "lora_up.weight", "alpha")}
     for name, lora in zip(names, modules, strict=True):
-        assert torch.equal(tensors[f"{name}.lora_down.weight"], lora.down.half())
-        assert torch.equal(tensors[f"{name}.lora_up.weight"], lora.up.half())
+        assert torch.equal(tensors[f"{name}.lora_down.weight"], lora.factors["lora_down.weight"].half())
+        assert torch.equal(tensors[f"{name}.lora_up.weight"], lora.zero.half())
         assert tensors[f"{name}.alpha"].shape == ()
         assert tensors[f"{name}.alpha"].item() == 1.0
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
@@ -90,15 +91,15 @@ def test_header_contains_no_paths_of_the_user(finished):
 )
 def test_a_module_that_comfyui_would_ignore_fails_the_run(tmp_path, name):
     with pytest.raises(ModelError, match="ComfyUI") as refused:
-        write_lora(tmp_path / "lora.safetensors", [module(NAMES[0]), module(name)], 1.0, ABOUT)
+        write_lora(tmp_path / "lora.safetensors", [module(NAMES[0]), module(name)], ABOUT)
     assert refused.value.exit_code == 5
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_module_that_comfyui_does_not_load_fails_the_stage(stage, monkeypatch):
     """From main to exit code: no LoRA file, one problem for each module."""
-    known = export.comfyui_modules() - {"lora_unet_middle_block_1_proj_in"}
-    monkeypatch.setattr(export, "comfyui_modules", lambda: known)
+    known = comfyui_modules.comfyui_modules() - {"lora_unet_middle_block_1_proj_in"}
+    monkeypatch.setattr(comfyui_modules, "comfyui_modules", lambda: known)
     stage.add("astronaut")
     ended = stage.run(NUM_TRAIN_EPOCHS=1)
     assert ended.returncode == 5
@@ -108,24 +109,20 @@ def test_a_module_that_comfyui_does_not_load_fails_the_stage(stage, monkeypatch)
 
 def test_values_that_fp16_cannot_represent_are_refused(tmp_path):
     broken = module(NAMES[0])
-    with torch.no_grad():
-        broken.up[0, 0] = 1e6
+    broken.zero[0, 0] = 1e6
     with pytest.raises(ModelError, match="values that float16 cannot represent"):
-        write_lora(tmp_path / "lora.safetensors", [broken], 1.0, ABOUT)
+        write_lora(tmp_path / "lora.safetensors", [broken], ABOUT)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dora_with_a_value_that_is_not_finite_is_refused(tmp_path):
     """Its tensors are fp32, where fp16's range does not matter."""
     lora = module(NAMES[0])
-    with torch.no_grad():
-        lora.up[0, 0] = 1e6
+    lora.zero[0, 0] = 1e6
     dora = replace(lora, magnitude=torch.ones(5), base=torch.ones(5, 6))
-    write_lora(tmp_path / "lora.safetensors", [dora], 1.0, ABOUT)
+    write_lora(tmp_path / "lora.safetensors", [dora], ABOUT)
     with pytest.raises(ModelError, match="values that float32 cannot represent"):
-        write_lora(
-            tmp_path / "broken.safetensors", [replace(dora, magnitude=torch.full((5,), torch.nan))], 1.0, {"about": "a test"}
-        )
+        write_lora(tmp_path / "broken.safetensors", [replace(dora, magnitude=torch.full((5,), torch.nan))], ABOUT)
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
 
 

@@ -76,10 +76,10 @@ def test_the_configuration_of_a_folder_tells_where_it_is_from():
 
 
 def test_default_prompts_begin_with_the_tags_of_the_family_and_those_of_a_user_do_not():
-    captions = ["sks, 1girl, smile"]
-    plain = sample_prompts(SampleSettings(), "sks", captions)
-    pony = sample_prompts(SampleSettings(), "sks", captions, SCORE)
+    captions = {"sks": ["sks, 1girl, smile"]}
+    plain = sample_prompts(SampleSettings(), captions, {})
+    pony = sample_prompts(SampleSettings(), captions, {}, SCORE)
     assert [prompt.text for prompt in pony] == [f"{SCORE}, {prompt.text}" for prompt in plain]
     assert [prompt.kind for prompt in pony] == [prompt.kind for prompt in plain]
     own = SampleSettings(sample_prompts="sks, a car")
-    assert sample_prompts(own, "sks", captions, SCORE) == sample_prompts(own, "sks", captions)
+    assert sample_prompts(own, captions, {}, SCORE) == sample_prompts(own, captions, {})

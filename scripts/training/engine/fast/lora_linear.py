@@ -50,7 +50,7 @@ class FusedLoraLinear:
     up_grad: torch.Tensor
     """Shape of `up`, fp32: the gradient of `up` without `scale`."""
     scale: float
-    """alpha / rank"""
+    """Of the LoRAs' changes."""
     grad_anchor: torch.Tensor
     """A scalar that requires a gradient: autograd calls the backward even where the input requires none."""
 
@@ -59,37 +59,43 @@ class FusedLoraLinear:
         return self.weight[rows] if self.weight_scales is None else dequantized(self.weight[rows], self.weight_scales[rows])
 
 
-def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], Callable[[], None]]:
+def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], Callable[..., None]]:
     """The fused layers, built from the PEFT layers of `adapter`, by the name of the group; and a function that copies the fp32
-    weights to those with which they compute.
+    weights to those with which they compute, or with False makes them compute without a LoRA.
 
     The frozen weights of a group are joined, and its base layers become views of the joined one, so that none is held twice.
     """
     weights = adapter.weights.detach()
     anchor = torch.zeros((), device=weights.device, requires_grad=True)
     start, groups = 0, {}
-    downs, ups = [], []
-    """Where a part of the flat weights begins, and the tensor with which layers compute."""
+    downs, ups = [], {}
+    """Where a part of the flat weights begins, and the tensor with which layers compute; those of `up` by scale."""
     for group, names in shared_input_groups(adapter.layers.items()).items():
         bases = [adapter.layers[name].base_layer for name in names]
         n, (out, width) = len(names), bases[0].weight.shape
-        rank = adapter.layers[names[0]].lora_A[ADAPTER].weight.shape[0]
+        rank, scale = adapter.layers[names[0]].r[ADAPTER], adapter.layers[names[0]].scaling[ADAPTER]
         middle = start + n * rank * width
         end = middle + n * rank * out
         is_wide = not group.startswith(CONTEXT) and not isinstance(bases[0], Int8Linear)
         matrices = _joined(bases, rank) if is_wide else _separate(bases, rank)
         _, _, _, down, up, _, _ = matrices
         downs.append((start, down))
-        ups += [(middle + number * rank * out, each) for number, each in enumerate(up)]
+        ups.setdefault(scale, []).extend((middle + number * rank * out, each) for number, each in enumerate(up))
         # In the flat weights all `down` of a group come before all `up`, without a gap.
         down_grad, up_grad = adapter.sums[start:middle].view(n * rank, width), adapter.sums[middle:end].view(n, out, rank)
-        groups[group] = FusedLoraLinear(tuple(names), *matrices, down_grad, up_grad, adapter.scale, anchor)
+        groups[group] = FusedLoraLinear(tuple(names), *matrices, down_grad, up_grad, scale, anchor)
         start = end
-    copy_downs, copy_ups = copier(weights, downs, 1.0), copier(weights, ups, adapter.scale)
+    copy_downs = copier(weights, downs, 1.0)
+    copies_of_ups = [copier(weights, parts, scale) for scale, parts in ups.items()]
+    copy_zeros = copier(weights, [part for parts in ups.values() for part in parts], 0.0)
 
-    def sync_compute_weights() -> None:
+    def sync_compute_weights(adapts: bool = True) -> None:
+        if not adapts:
+            copy_zeros()
+            return
         copy_downs()
-        copy_ups()
+        for copy in copies_of_ups:
+            copy()
 
     return groups, sync_compute_weights
 

@@ -1,0 +1,117 @@
+"""Which layers of the UNet are adapted and with which rank, and what a LoRA file calls them."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from peft.tuners.lokr.layer import factorization
+
+from common.errors import ModelError, SettingsError
+from training.config import LoraSettings
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_CONVOLUTION = re.compile(r"\.resnets\.\d\.conv[12]|\.(down|up)samplers\.0\.conv")
+_BLOCK = re.compile(r"(down|up)_blocks\.(\d)\.(attentions\.([0-2])|resnets\.([0-2])|(?:down|up)samplers\.0)\.(.+)")
+"""A fourth attention module would get the name of the first one of the next block."""
+_MID_BLOCK = re.compile(r"mid_block\.(attentions\.0|resnets\.([01]))\.(.+)")
+_RESNET = {"conv1": "in_layers_2", "conv2": "out_layers_3"}
+
+
+@dataclass(frozen=True)
+class LayerRank:
+    """How one layer is adapted."""
+
+    rank: int
+    alpha: float
+
+
+def weight_shapes(unet: UNet2DConditionModel) -> dict[str, tuple[int, ...]]:
+    """The shape of the weight of every linear layer and convolution, by name, in the UNet's order."""
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    return {name: tuple(module.weight.shape) for name, module in unet.named_modules() if isinstance(module, kinds)}
+
+
+def adapted_layers(shapes: Mapping[str, tuple[int, ...]], settings: LoraSettings) -> dict[str, LayerRank]:
+    """The layers that `settings` select of those with these weights, in the same order.
+
+    These are the linear layers of the transformers (all of them, or those of "attention" only) and, if they have a rank, the 3x3
+    convolutions of ResNets and samplers. Of `lora_rank_pattern`, the first expression that is found in a layer's name decides, in
+    diffusers' or in kohya's spelling. Raises ModelError if this is not an SDXL UNet, SettingsError for an expression that no name
+    contains.
+    """
+    linears = [name for name, shape in shapes.items() if ".attentions." in name and len(shape) == 2]
+    if not linears:
+        raise ModelError("the UNet has no transformer blocks; is this an SDXL model?")
+    if settings.lora_targets == "attention":
+        linears = [name for name in linears if name.endswith(_ATTENTION)]
+    ranks = dict.fromkeys(linears, settings.lora_rank)
+    if settings.lora_conv_rank:
+        ranks |= {name: settings.lora_conv_rank for name in shapes if _CONVOLUTION.search(name)}
+    rules, used, layers = settings.rank_rules, set(), {}
+    for name in (name for name in shapes if name in ranks):
+        spellings = (name, kohya_name(name)) if rules else ()
+        matches = [rule for rule in rules if any(rule[0].search(spelling) for spelling in spellings)]
+        used.update(id(rule) for rule in matches)
+        _, rank, alpha = matches[0] if matches else (None, ranks[name], None)
+        usual = float(rank) if settings.lora_alpha == "auto" else settings.lora_alpha
+        if rank:
+            layers[name] = LayerRank(rank, usual if alpha is None else alpha)
+    if unused := [rule[0].pattern for rule in rules if id(rule) not in used]:
+        what = "; convolutions have a rank with LORA_CONV_RANK only" if not settings.lora_conv_rank else ""
+        raise SettingsError(f"LORA_RANK_PATTERN: no adapted layer's name contains {', '.join(map(repr, unused))}{what}")
+    if not layers:
+        raise SettingsError("LORA_RANK_PATTERN leaves out every layer: give one of them a rank")
+    return layers
+
+
+def count_weights(shape: tuple[int, ...], rank: int, settings: LoraSettings) -> int:
+    """How many weights are trained for a layer whose weight has this `shape`."""
+    out, inputs, kernel = shape[0], shape[1], math.prod(shape[2:])
+    if settings.lora_type == "lokr":
+        (out_l, out_k), (in_m, in_n) = (factorization(size, lokr_factor(settings)) for size in (out, inputs))
+        large = out_k * in_n * kernel if 2 * rank >= max(out_k, in_n) else rank * (out_k + in_n * kernel)
+        return out_l * in_m + large
+    factors = rank * (out + inputs * kernel)
+    return {"lora": factors, "dora": factors + out, "loha": 2 * factors}[settings.lora_type]
+
+
+def lokr_factor(settings: LoraSettings) -> int:
+    """`lokr_factor` as PEFT takes it."""
+    return -1 if settings.lokr_factor == "auto" else settings.lokr_factor
+
+
+def kohya_name(layer: str) -> str:
+    """The kohya name of a layer of diffusers' UNet, with the original (sgm) block numbers. Raises ModelError if it is not a layer
+    that can be adapted."""
+    original = None
+    if match := _MID_BLOCK.fullmatch(layer):
+        original = f"middle_block_1_{match[3]}" if match[2] is None else _resnet(f"middle_block_{2 * int(match[2])}", match[3])
+    elif match := _BLOCK.fullmatch(layer):
+        original = _in_block(match[1] == "down", int(match[2]), match[4], match[5], match[6])
+    if original is None:
+        raise ModelError(f"{layer} is not a layer of SDXL's attention modules, ResNets and samplers; ComfyUI would ignore it")
+    return f"lora_unet_{original.replace('.', '_')}"
+
+
+def _in_block(is_down: bool, level: int, attention: str | None, resnet: str | None, rest: str) -> str | None:
+    """The original name of layer `rest` of an attention module, a ResNet or else a sampler; None if there is none.
+
+    Input blocks are numbered from 1, three a level: two ResNets with their attention, then the sampler. Output blocks have three
+    ResNets a level, and the sampler is in the last one, behind the attention if there is one.
+    """
+    first = 3 * level + 1 if is_down else 3 * level
+    side = "input_blocks" if is_down else "output_blocks"
+    if attention is not None:
+        return f"{side}_{first + int(attention)}_1_{rest}"
+    if resnet is not None:
+        return _resnet(f"{side}_{first + int(resnet)}_0", rest)
+    if rest != "conv":
+        return None
+    return f"{side}_{first + 2}_0_op" if is_down else f"{side}_{first + 2}_2_conv"
+
+
+def _resnet(block: str, layer: str) -> str | None:
+    return f"{block}_{_RESNET[layer]}" if layer in _RESNET else None

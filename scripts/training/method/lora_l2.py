@@ -1,0 +1,33 @@
+"""The gradient of weight x the sum of all |dW|^2, where dW = scale up @ down is what a LoRA adds to a layer."""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+
+from training.method.adapters import ADAPTER, Adapter
+
+
+def l2_of_changes(adapter: Adapter, weight: float) -> Callable[[], None]:
+    """A function that adds that gradient to the gradient of the LoRA `adapter`, in place.
+
+    dW itself is never computed: d |dW|^2 / d down = 2 scale^2 (up^T up) down, and d / d up = 2 scale^2 up (down down^T), with
+    matrices of rank x rank in brackets. Layers of one shape are one product.
+    """
+    groups = defaultdict(list)
+    for layer in adapter.layers.values():
+        down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        groups[down.shape, up.shape, layer.scaling[ADAPTER]].append((down, up))
+    parts = [([down for down, _ in pairs], [up for _, up in pairs], scale) for (*_, scale), pairs in groups.items()]
+
+    @torch.no_grad()
+    def add_gradient() -> None:
+        for downs, ups, scale in parts:
+            down, up = (torch.stack(each).flatten(2) for each in (downs, ups))  # [n, rank, in], [n, out, rank]
+            factor = 2 * weight * scale**2
+            of_down, of_up = (up.mT @ up) @ down, up @ (down @ down.mT)
+            for parameters, gradient in ((downs, of_down), (ups, of_up)):
+                added = [each.view_as(parameter) for each, parameter in zip(gradient, parameters, strict=True)]
+                torch._foreach_add_([parameter.grad for parameter in parameters], added, alpha=factor)
+
+    return add_gradient

@@ -1,0 +1,116 @@
+"""LoRA files against ComfyUI's own loader: the weights that it patches are those that PEFT trained.
+
+LORACAT_COMFYUI is a folder with ComfyUI's sources. The formulas are tested without it, too (test_adapter_kinds.py).
+"""
+
+import os
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from demo.comfyui_modules import unet_layers
+from training.config import LoraSettings
+from training.method.adapters import ADAPTER, inject
+from training.method.export import write_lora
+from training.models.weights import UNet2DConditionModel, shapes_only
+
+SOURCES = os.environ.get("LORACAT_COMFYUI")
+pytestmark = pytest.mark.skipif(not SOURCES, reason="LORACAT_COMFYUI is not set to a folder with ComfyUI")
+SDXL = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+@pytest.fixture(scope="module")
+def comfy():
+    """ComfyUI's `comfy.lora`, and the keys that it knows for its own UNet of SDXL in full size."""
+    sys.path.insert(0, SOURCES)
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+    import comfy.lora
+    import comfy.model_base
+    import comfy.ops
+    import comfy.supported_models
+
+    config = comfy.supported_models.SDXL.unet_config | {
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2],
+        "channel_mult": (1, 2, 4), "num_head_channels": 64, "use_spatial_transformer": True, "legacy": False,
+        "num_classes": "sequential", "transformer_depth_middle": 10,
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    }  # fmt: skip
+    network = openaimodel.UNetModel(**config, device="meta", operations=comfy.ops.disable_weight_init)
+    shapes = {f"diffusion_model.{name}": weight.shape for name, weight in network.state_dict().items()}
+
+    class Model:
+        model_config = type("Config", (), {"unet_config": config})
+
+        def state_dict(self):
+            return shapes
+
+    yield comfy.lora, comfy.lora.model_lora_keys_unet(Model(), {}), shapes
+    sys.path.remove(SOURCES)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_type": "lora"},
+        {"lora_type": "lora", "lora_rslora": True, "lora_rank_pattern": "attn2=16:3"},
+        {"lora_type": "dora"},
+        {"lora_type": "loha"},
+        {"lora_type": "lokr"},
+        {"lora_type": "lokr", "lokr_factor": 8},
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)
+def test_comfyui_patches_what_peft_merges(comfy, tmp_path, settings):
+    """Every module of a full-size file is loaded; of each kind of layer, one is compared number by number."""
+    loader, key_map, shapes = comfy
+    with shapes_only():
+        whole = UNet2DConditionModel(**SDXL).requires_grad_(False)
+    unet = whole.to_empty(device="cpu")
+    weights = dict(unet.named_parameters())
+    settings = LoraSettings(**({"lora_rank": 8, "lora_alpha": 4.0, "lora_conv_rank": 4} | settings))
+    compared = {}
+    with torch.no_grad():
+        for layer in unet_layers():  # the first layer of each shape, and of each part of a block
+            weight = weights[f"{layer.diffusers}.weight"]
+            kind = (weight.shape, layer.diffusers.rpartition(".")[2], layer.diffusers.partition(".")[0])
+            compared.setdefault(kind, layer)
+            weight.normal_(0, 0.02) if compared[kind] is layer else weight.fill_(0.01)
+        adapter = inject(unet, settings, seed=0)
+        adapter.weights.add_(0.05 * torch.randn(adapter.weights.shape, generator=torch.Generator().manual_seed(1)))
+    write_lora(tmp_path / "mia.safetensors", adapter.modules, {})
+    lora = load_file(tmp_path / "mia.safetensors")
+    patches = loader.load_lora(lora, key_map)
+    originals = {layer.diffusers: f"diffusion_model.{layer.original}.weight" for layer in unet_layers()}
+    assert patches.keys() == {originals[module.name] for module in adapter.modules}
+    assert set().union(*(patch.loaded_keys for patch in patches.values())) | {
+        key for key in lora if key.endswith((".alpha", ".dora_scale"))
+    } == set(lora)
+    names = {module.name for module in adapter.modules}
+    chosen = [layer.diffusers for layer in compared.values() if layer.diffusers in names]
+    assert len(chosen) > 30
+    for name in chosen:
+        layer = unet.get_submodule(name)
+        before = layer.get_base_layer().weight.detach().clone()
+        assert before.shape == shapes[originals[name]]
+        patch = [(1.0, patches[originals[name]], 1.0, None, lambda value: value)]
+        patched = loader.calculate_weight(patch, before.clone(), originals[name], intermediate_dtype=torch.float32)
+        layer.merge(adapter_names=[ADAPTER])
+        change = layer.get_base_layer().weight - before
+        assert (patched - before - change).norm() <= 2e-3 * change.norm(), name
+        assert change.norm() > 0
