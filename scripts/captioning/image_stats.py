@@ -1,5 +1,6 @@
 """Measure one image: size, sharpness, brightness, tint, edges and a perceptual hash, from which the audit finds flaws."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,15 +54,15 @@ def measure(path: Path) -> ImageStats:
     image = decoded.rgb
     grey = image.convert("L")
     grey.thumbnail((GREY_SIDE_PX, GREY_SIDE_PX), Image.Resampling.BOX)
-    levels = np.asarray(grey, dtype=np.float32)
-    dark, bright = np.percentile(levels, (1, 99))
+    counts = np.cumsum(grey.histogram())
+    dark, bright = (percentile(counts, share) for share in (0.01, 0.99))
     size = (_COLOR_SIDE_PX, _COLOR_SIDE_PX)
     colors = np.asarray(image.resize(size, Image.Resampling.BOX, reducing_gap=2.0), dtype=np.float32)
     return ImageStats(
         width=image.width,
         height=image.height,
         animated=decoded.is_animated,
-        blur=round(measure_blur(levels), 3),
+        blur=round(measure_blur(np.asarray(grey)), 3),
         dark=int(dark),
         bright=int(bright),
         hash=perceptual_hash(grey),
@@ -69,6 +70,14 @@ def measure(path: Path) -> ImageStats:
         edges=edge_cells(colors).tobytes().hex(),
         revision=decoded.revision,
     )
+
+
+def percentile(counts: np.ndarray, share: float) -> float:
+    """The grey level below which this share of the pixels is, interpolated as numpy's percentile; `counts` [256]: how many pixels
+    have at most each level."""
+    position = share * (counts[-1] - 1)
+    below, above = np.searchsorted(counts, (int(position), math.ceil(position)), side="right")
+    return float(below + (position - int(position)) * (above - below))
 
 
 def measure_tint(colors: np.ndarray) -> tuple[float, float]:
@@ -93,7 +102,7 @@ def edge_cells(colors: np.ndarray) -> np.ndarray:
 
 
 def measure_blur(levels: np.ndarray) -> float:
-    """Grey `levels` float32 [height, width], 0..255 -> 0 sharp .. 1 blurred, of the sharpest of 4 x 4 tiles.
+    """Grey `levels` uint8 [height, width] -> 0 sharp .. 1 blurred, of the sharpest of 4 x 4 tiles.
 
     Crété et al. 2007, "The blur effect": the share of the variation between neighbours that is lost when the image is
     blurred along that axis; a blurred image loses little. The greater value of both axes counts, so that motion blur is
@@ -101,22 +110,31 @@ def measure_blur(levels: np.ndarray) -> float:
     """
     if min(levels.shape) < 2 * _WINDOW_PX:
         return 0.0
-    return max(_blur_along_rows(values) for values in (levels, levels.T))
+    return max(_blur_along(levels.astype(np.int16), axis) for axis in (0, 1))
 
 
-def _blur_along_rows(levels: np.ndarray) -> float:
-    padded = np.pad(levels, [(0, 0), (_WINDOW_PX // 2 + 1, _WINDOW_PX // 2)], mode="edge")
-    sums = np.cumsum(padded, axis=1, dtype=np.float64)
-    softened = (sums[:, _WINDOW_PX:] - sums[:, :-_WINDOW_PX]) / _WINDOW_PX  # a box filter: differences of running sums
-    steps = np.abs(np.diff(levels, axis=1))
-    lost = np.maximum(steps - np.abs(np.diff(softened, axis=1)), 0)
+def _blur_along(levels: np.ndarray, axis: int) -> float:
+    """`levels` int16. All numbers but the last are whole, and _WINDOW_PX times as large: a box filter is a sum."""
+    half = _WINDOW_PX // 2
+    padded = np.pad(levels, [(half, half) if each == axis else (0, 0) for each in (0, 1)], mode="edge")
+    length = levels.shape[axis]
+
+    def part(start: int) -> np.ndarray:
+        return padded[start : start + length] if axis == 0 else padded[:, start : start + length]
+
+    softened = part(0).copy()
+    for start in range(1, _WINDOW_PX):
+        softened += part(start)
+    steps = _WINDOW_PX * np.abs(np.diff(levels, axis=axis))
+    lost = np.maximum(steps - np.abs(np.diff(softened, axis=axis)), 0)
     values = []
     for steps_in_rows, lost_in_rows in zip(np.array_split(steps, _TILES), np.array_split(lost, _TILES), strict=True):
-        columns = np.array_split(steps_in_rows, _TILES, axis=1), np.array_split(lost_in_rows, _TILES, axis=1)
+        # Few rows have to be added up in 64 bits: first all of them to one.
+        columns = (np.array_split(rows.sum(axis=0), _TILES) for rows in (steps_in_rows, lost_in_rows))
         for steps_in, lost_in in zip(*columns, strict=True):
-            if steps_in.mean() > _EVEN:
-                values.append(1 - float(lost_in.sum() / steps_in.sum()))
-    return min(values, default=0.0)
+            if steps_in.sum() > _WINDOW_PX * _EVEN * len(steps_in_rows) * len(steps_in):
+                values.append(1 - lost_in.sum() / steps_in.sum())
+    return float(min(values, default=0.0))
 
 
 def perceptual_hash(grey: Image.Image) -> str:

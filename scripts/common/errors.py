@@ -170,7 +170,7 @@ def run_checks(title: str, checks: Sequence[Callable[[], str]]) -> None:
         except LoracatError as problem:
             problems.append(problem)
     if problems:
-        raise type(problems[0])(bullet_list(title, [str(problem) for problem in problems]))
+        raise type(problems[0])(bullet_list(title, list(dict.fromkeys(map(str, problems)))))
 
 
 def interruption_for(signum: int) -> Interruption:
