@@ -66,9 +66,10 @@ def main(argv: list[str]) -> None:
         read = partial(reader.call_and_close if reader else call, read_inputs, project, settings)
         with in_background(read, start=ranks.rank == 0 and not request.check) as inputs, exit_on_signals(STAGE):
             import_training()
-            from training.job import resolve_on_all_ranks
+            from training.job import TrainingJob, resolve_on_all_ranks
             from training.preflight import check
             from training.results import print_next_steps
+            from training.system.device import release_memory
             from training.system.process_group import process_group
             from training.trainer import clean_up, train
 
@@ -76,11 +77,18 @@ def main(argv: list[str]) -> None:
             check(project, settings, inputs_pending=request.inputs_pending)
             return
         with process_group(ranks) as group, only_run_in(project.output_dir) if group.is_main_process else nullcontext():
-            run = resolve_on_all_ranks(group, project, settings, inputs.result, request.settings.collect.comfyui_endpoint)
-            run = replace(run, origins={key: request.sources[key] for key in request.overrides})
-            if not run.is_finished:
-                train(run, group, encoder)
-            elif group.is_main_process:
+
+            def resolve() -> TrainingJob:
+                run = resolve_on_all_ranks(group, project, settings, inputs.result, request.settings.collect.comfyui_endpoint)
+                return replace(run, origins={key: request.sources[key] for key in request.overrides})
+
+            run = resolve()
+            if not run.is_finished and not train(run, group, encoder):
+                release_memory()  # of the networks with which it was measured what the base model predicts
+                run = resolve()
+                if not run.is_finished:
+                    train(run, group, None)
+            if run.is_finished and group.is_main_process:
                 clean_up(run)
                 print(f"nothing to do: {run.outputs.lora} is finished, with exactly these settings, images and captions")
                 print_next_steps(run)

@@ -122,7 +122,7 @@ TRAINING_LAYERS = (
     ("training.callbacks",),
     ("training.job",),
     ("training.lora_metadata",),
-    ("training.results",),
+    ("training.results", "training.measurement"),
     ("training.trainer", "training.preflight"),
 )
 """Modules and packages of the training stage, lowest layer first. Each may import lower layers and its own package."""

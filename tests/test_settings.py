@@ -24,6 +24,7 @@ from common.output_layout import OutputLayout, name_problem
 from common.project import ComfyUIAddress, FaceReferences, ProjectSettings, SharedTrainSettings
 from common.settings import all_keys, read_request, resolve, resolved_toml
 from common.variables import PROXY_VARIABLES, find_address_problems, known_variables
+from reporting.recipe import read_settings
 from training.config import TrainSettings
 from training.system.device import comfyui_advice
 
@@ -145,6 +146,8 @@ def test_a_preset_is_weaker_than_the_file_and_stronger_than_the_default(tmp_path
     text = resolved_toml(vars(request.settings), {key: request.sources[key] for key in request.overrides})
     assert "train_seed = 7  # set by preset mine" in text
     assert "num_train_epochs = 20  # set by environment" in text
+    on_the_page = {setting.key: setting.origin for setting in read_settings(text)}
+    assert (on_the_page["train.run.train_seed"], on_the_page["train.lora.lora_type"]) == ("preset mine", "")
     again = resolve(write(tmp_path, text), {}, [], Everything)
     assert again.settings.train == train
 
@@ -238,6 +241,18 @@ def test_empty_variable_means_not_set(tmp_path):
     request = resolve(write(tmp_path, ""), {"LORA_RANK": "", "GLOBAL_SEED": ""}, [], Everything)
     assert request.settings.train.lora.lora_rank == 32
     assert request.settings.collect.global_seed is None
+
+
+def test_an_empty_value_means_not_set_wherever_it_stands(tmp_path):
+    file = write(tmp_path, '[train]\nnum_train_steps = ""\nlora_rank = 8\nloss = ""\n[project]\ndataset_dir = ""\noutput_name = ""')
+    with pytest.raises(SettingsError, match=r"\[project\] output_name: unknown key here \(it belongs in \[train\]\)"):
+        resolve(file, {}, [], Everything)
+    file = write(tmp_path, file.read_text().replace('output_name = ""', 'trigger_word = "sks"'))
+    request = resolve(file, {}, ["lora_rank=", "learning_rate=", "trigger_word=me"], Everything)
+    train = request.settings.train
+    assert (train.run.num_train_steps, train.objective.loss, train.lora.lora_rank) == (0, "mse", 8)
+    assert request.settings.project.dataset_dir == settings.REPOSITORY / "dataset"
+    assert request.overrides == {"lora_rank", "trigger_word"}
 
 
 def test_all_problems_are_reported_at_once(tmp_path):

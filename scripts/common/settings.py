@@ -323,18 +323,18 @@ class _Resolver:
             self.problems.append(f"{name}: a secret is read from the environment only; set {variable}")
             return None
         default = REPOSITORY / key.default if isinstance(key.default, Path) else key.default
-        found = [(source, values[name]) for source, values in given if name in values]
-        is_text = name in self.overrides or self._environment.get(variable, "") != ""
-        if name in self.overrides:
-            found = [("--set", self.overrides.pop(name))]
-        elif is_text:
-            found = [("environment", self._environment[variable])]
-        for source, raw in found:
+        found = [("--set", self.overrides.pop(name), True)] if name in self.overrides else []
+        if self._environment.get(variable, "") != "":
+            found.append(("environment", self._environment[variable], True))
+        found += [(source, values[name], False) for source, values in given if name in values]
+        for source, raw, is_text in found:
             try:
                 value = within_limits(convert(raw, hint, Path.cwd() if is_text else REPOSITORY, is_text=is_text), key)
             except FileNotFoundError:
                 raise SettingsError("the current directory no longer exists: change to another one") from None
             except ValueError as error:
+                if raw == "":  # not set, where a setting cannot be empty
+                    continue
                 shown = mask_address(raw) if key.metadata["address"] and isinstance(raw, str) else raw
                 self.problems.append(f"{name} ({source}):{'' if is_secret else f' {mask_secrets(repr(shown))}'} {error}")
                 return None

@@ -234,7 +234,10 @@ class RunSettings:
     train_batch_size: int | Literal["auto"] = setting(4, at_least=1, at_most=4096, role="runtime")
     """Images at once; "auto": as many as fit into the memory, or as the saved run can take."""
     gradient_accumulation_steps: int = setting(1, at_least=1, at_most=4096, role="runtime")
-    num_train_epochs: int = setting(20, at_least=1, at_most=100000, role="result")
+    num_train_epochs: int | Literal["auto"] = setting(20, at_least=1, at_most=100000, role="result")
+    """"auto": as many as give the training samples that a likeness needs."""
+    num_train_steps: int = setting(0, at_least=0, at_most=1000000, role="result", before=0)
+    """Optimizer steps after which the run ends, whatever the number of epochs; 0: as many as the epochs have."""
     engine: Literal["auto", "fast", "plain"] = setting("auto", role="runtime")
     """"plain": PEFT's own layers and autograd, the reference; "fast": fused kernels, refused where they do not support the
     request; "auto": fast where it supports the request, else plain."""

@@ -1,6 +1,6 @@
 """Resolve what a run will do before anything heavy is loaded: every "auto", the plan, the engine, and where it continues."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from common.errors import DataError, SettingsError
@@ -8,7 +8,7 @@ from common.output_layout import OutputLayout
 from common.project import ProjectSettings
 from training.callbacks.checkpoint import (
     EARLY_STOP,
-    EPOCHS,
+    LENGTH,
     Checkpoint,
     Identity,
     find_resume_point,
@@ -26,8 +26,15 @@ from training.lora_files.reading import Layer
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
 from training.method.layers import weight_shapes
 from training.method.optimizers import require_usable
-from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
-from training.models.sdxl import BaseModel
+from training.models.base_model import (
+    base_digest,
+    choose_schedule,
+    find_or_download_tokenizers,
+    remembered_prediction,
+    tokenizers_digest,
+)
+from training.models.family import family_of
+from training.models.sdxl import BaseModel, Schedule
 from training.models.weights import unet_without_weights
 from training.plan import (
     GLOBAL_BATCH,
@@ -66,6 +73,8 @@ class TrainingJob:
     budget: MemoryBudget
     samples: SamplePlan | None
     """The sample images; None if they are off."""
+    assumes_prediction: bool
+    """What the base model predicts is only assumed, because nothing says it and it was not measured yet."""
     initial_layers: Mapping[str, Layer] = field(default_factory=dict)
     """What a new run begins with, of the file INIT_LORA."""
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -111,22 +120,23 @@ def resolve_job(
     trained = sum(not example.is_regularization for example in examples)
     settings = resolve_batch_size(settings, budget, max(1, trained // world_size), samples)
     settings = replace(settings, run=match_global_batch(settings.run, world_size, None if was_finished else saved))
-    schedule = base.schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
+    digests = [base_digest(base, outputs.cache, part) for part in base.components]
+    digests.append(tokenizers_digest(find_or_download_tokenizers(base, project.models_dir)))
+    schedule, is_assumed = _schedule(base, settings, outputs, saved, was_finished, digests)
     plan = make_plan(examples, settings, schedule, world_size)
     settings = _resolved(settings, plan, precision, engine_name, outputs.name)
     settings, prior = with_class_of_prior(settings, plan, project.trigger_word)
     settings = fit_to_memory(settings, budget, comfyui_advice(comfyui))
 
     print(f"training on {describe(precision)}; engine: {engine_name} ({reason})", flush=True)
-    digests = [base_digest(base, outputs.cache, part) for part in base.components]
-    digests.append(tokenizers_digest(find_or_download_tokenizers(base, project.models_dir)))
+    print(f"base model: {base.name}, {family_of(base)}", flush=True)
     print("\n".join([plan.announcement(), *prior]), flush=True)
 
     fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests, initial)
     if saved:
         plan = replace(plan, warmup_steps=warmup_to_keep(saved, fingerprint))
         fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests, initial)
-    continues = saved is not None and changes(saved.identity.fingerprint, fingerprint).keys() <= {EPOCHS, EARLY_STOP}
+    continues = saved is not None and changes(saved.identity.fingerprint, fingerprint).keys() <= {*LENGTH, EARLY_STOP}
     recorded = saved.identity.runtime if continues else {}
     images, resolved = plan_samples(settings, project.trigger_word, plan, budget, base, recorded)
     settings = replace(settings, samples=resolved)
@@ -141,8 +151,25 @@ def resolve_job(
     layers = matching_layers(settings.lora, weight_shapes(unet_without_weights(base))) if begins else {}
     return TrainingJob(
         project, settings, base, plan, precision, engine_name, outputs, identity, saved, is_finished, was_finished, budget, images,
-        layers,
+        is_assumed, layers,
     )  # fmt: skip
+
+
+def _schedule(
+    base: BaseModel,
+    settings: TrainSettings,
+    outputs: OutputLayout,
+    saved: Checkpoint | None,
+    was_finished: bool,
+    digests: Sequence[str],
+) -> tuple[Schedule, bool]:
+    """The schedule of the run, and whether what the base model predicts is only assumed. A run that is continued keeps its own."""
+    measured = remembered_prediction(outputs.cache, base_digest(base, outputs.cache, "unet"))
+    recorded = saved.identity.fingerprint if saved else {}
+    if recorded.get("base model") != short_hash(list(digests)) or (was_finished and recorded["prediction_type"] == "epsilon"):
+        recorded = {}
+    found = (measured, recorded) if was_finished else (recorded, measured)
+    return choose_schedule(base, settings.model.prediction_type, settings.model.zero_terminal_snr, *found)
 
 
 def _resume_point(outputs: OutputLayout, saved: Checkpoint, identity: Identity, was_finished: bool) -> Checkpoint | None:
@@ -173,7 +200,7 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
         ),
         data=replace(settings.data, resolution=sizes if len(sizes) > 1 else sizes[0], prior_weight=plan.prior_weight),
         lora=replace(settings.lora, lora_alpha=settings.lora.alpha),
-        run=replace(settings.run, engine=engine),
+        run=replace(settings.run, engine=engine, num_train_epochs=plan.epochs),
         objective=replace(settings.objective, min_snr_gamma=plan.min_snr_gamma, noise_offset=plan.noise_offset),
         validation=replace(settings.validation, validation_fraction=plan.validation_fraction),
         saving=replace(settings.saving, output_name=name),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from common.errors import SettingsError, abbreviated
 from common.settings import all_keys
 from training.config import DataSettings, ObjectiveSettings, TrainSettings
-from training.data.buckets import OptimizerStep, Placement, add_regularization, assign_bucket, run_order
+from training.data.buckets import OptimizerStep, Placement, add_regularization, assign_bucket, epochs_of, run_order
 from training.data.dataset import Example
 from training.models.sdxl import Schedule
 
@@ -19,8 +19,8 @@ HELD_OUT_FROM = 40
 """Images from which "auto" holds some out: a smaller data set needs each of them for training."""
 HELD_OUT_SHARE = 0.05
 HELD_OUT_LEAST = 2
-FEW_SAMPLES, ENOUGH_SAMPLES = 800, 2000
-"""Training samples of a whole run: fewer than the first hardly give a likeness."""
+ENOUGH_SAMPLES = 2000
+"""Training samples of a whole run with which a likeness may be good."""
 AUTO_MIN_SNR_GAMMA = 5.0
 AUTO_NOISE_OFFSET = 0.0357
 WARMUP_STEPS, GLOBAL_BATCH, WORLD_SIZE, INITIAL_LORA = "steps of warm-up", "global batch", "processes", "initial LoRA"
@@ -62,6 +62,9 @@ class Plan:
     global_batch: int
     """Samples per optimizer step."""
     epochs: int
+    """Of a run whose steps are set: those that it begins."""
+    has_set_steps: bool
+    """Its length is a number of steps, and not of epochs."""
     prior_weight: float
     """Of the loss of regularization images."""
     schedule: Schedule
@@ -70,6 +73,11 @@ class Plan:
     warmup_steps: int
     """Optimizer steps over which the learning rate rises. A run that is extended keeps those it began with."""
     loss_weighting: str = "min_snr"
+
+    @property
+    def samples(self) -> int:
+        """Training samples of the whole run."""
+        return sum(len(step.examples) for step in self.order)
 
     @property
     def images(self) -> list[Example]:
@@ -92,14 +100,16 @@ class Plan:
         buckets = Counter(placement.bucket for placement in self.placements)
         shapes = ", ".join(f"{bucket} ({count})" for bucket, count in buckets.most_common(8))
         more = f" and {len(buckets) - 8} more" if len(buckets) > 8 else ""
-        samples = sum(len(step.examples) for step in self.order)
         weighting = (
             f"min-SNR {self.min_snr_gamma or 'off'}" if self.loss_weighting == "min_snr" else f"weighting {self.loss_weighting}"
         )
         each = f" ({len(self.examples)} with each resolution)" if len(self.examples) > len(self.images) else ""
+        length = f"{self.epochs} epochs, {len(self.order)} optimizer steps of {self.global_batch}"
+        if self.has_set_steps:
+            length = f"{len(self.order)} optimizer steps of {self.global_batch}, up to epoch {self.epochs}"
         lines = [
             f"{len(self.images)} images{each} in {len(buckets)} bucket(s): {shapes}{more}",
-            f"{self.epochs} epochs, {len(self.order)} optimizer steps of {self.global_batch}, {samples} training samples; "
+            f"{length}, {self.samples} training samples; "
             f"{self.schedule.prediction_type}, {weighting}, noise offset {self.noise_offset or 'off'}",
         ]
         lines += self._concepts() if len(self.triggers) > 1 else []
@@ -148,12 +158,12 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """What the user should know of this run before it begins, and again when it has ended."""
-        samples = sum(len(step.examples) for step in self.order)
-        if samples >= FEW_SAMPLES:
+        if self.samples >= ENOUGH_SAMPLES:
             return []
-        epochs = -(-ENOUGH_SAMPLES * self.epochs // samples)
-        few = f"{samples} training samples are few: a likeness needs 2000 to 3000."
-        return [f"{few} Set NUM_TRAIN_EPOCHS={epochs}, or add images."]
+        length = f"NUM_TRAIN_EPOCHS={_enough_epochs(self.examples)}"
+        if self.has_set_steps:
+            length = f"NUM_TRAIN_STEPS={-(-ENOUGH_SAMPLES // self.global_batch)}"
+        return [f"{self.samples} training samples are few: a likeness needs 2000 to 3000. Set {length}, or add images."]
 
 
 def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule, world_size: int = 1) -> Plan:
@@ -169,12 +179,15 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
     trained, held_out = (at_each_resolution(part, data) for part in parts)
     placements = placements_of(trained, data)
     global_batch = run.train_batch_size * run.gradient_accumulation_steps * world_size
-    buckets = [placement.bucket for placement in placements]
-    order = run_order(buckets, [example.repeats for example in trained], run.num_train_epochs, global_batch, run.train_seed)
+    buckets, repeats = [placement.bucket for placement in placements], [example.repeats for example in trained]
+    epochs = _enough_epochs(trained) if run.num_train_epochs == "auto" else run.num_train_epochs
+    if run.num_train_steps:
+        epochs = epochs_of(buckets, repeats, run.num_train_steps, global_batch)
+    order = run_order(buckets, repeats, epochs, global_batch, run.train_seed)[: run.num_train_steps or None]
     prior_placements = placements_of(regularization, data)
     if regularization:
-        shapes, repeats = [placement.bucket for placement in prior_placements], [example.repeats for example in regularization]
-        order = add_regularization(order, shapes, repeats, global_batch, run.train_seed)
+        shapes, of_prior = [placement.bucket for placement in prior_placements], [example.repeats for example in regularization]
+        order = add_regularization(order, shapes, of_prior, global_batch, run.train_seed)
     is_plain = schedule.prediction_type == "epsilon" and not schedule.zero_terminal_snr
     gamma, offset = train.objective.min_snr_gamma, train.objective.noise_offset
     has_gamma = is_plain and train.objective.loss_weighting == "min_snr"
@@ -188,13 +201,19 @@ def make_plan(examples: list[Example], train: TrainSettings, schedule: Schedule,
         prior_weight=data.prior_weight if regularization else DataSettings.prior_weight,
         order=order,
         global_batch=global_batch,
-        epochs=run.num_train_epochs,
+        epochs=epochs,
+        has_set_steps=run.num_train_steps > 0,
         schedule=schedule,
         min_snr_gamma=(AUTO_MIN_SNR_GAMMA if has_gamma else 0.0) if gamma == "auto" else gamma,
         noise_offset=(AUTO_NOISE_OFFSET if is_plain else 0.0) if offset == "auto" else offset,
         warmup_steps=math.ceil(train.optimizer.lr_warmup * len(order)),
         loss_weighting=train.objective.loss_weighting,
     )
+
+
+def _enough_epochs(examples: Sequence[Example]) -> int:
+    """The fewest epochs that give ENOUGH_SAMPLES."""
+    return -(-ENOUGH_SAMPLES // sum(example.repeats for example in examples))
 
 
 def require_possible_objective(objective: ObjectiveSettings, schedule: Schedule) -> None:

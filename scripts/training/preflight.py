@@ -22,8 +22,16 @@ from training.job import with_class_of_prior
 from training.memory_budget import measure_budget, resolve_batch_size, resolve_quantization
 from training.method.layers import adapted_layers, weight_shapes
 from training.method.optimizers import require_usable
-from training.models.base_model import find_base, find_tokenizers, require_tokenizers_on_hub
-from training.models.sdxl import BaseModel
+from training.models.base_model import (
+    choose_schedule,
+    find_base,
+    find_tokenizers,
+    known_digest,
+    remembered_prediction,
+    require_tokenizers_on_hub,
+)
+from training.models.family import family_of
+from training.models.sdxl import BaseModel, Schedule
 from training.models.weights import load_tokenizers, require_matching_weights, unet_without_weights
 from training.plan import INITIAL_LORA, make_plan
 from training.system.device import GIB, available_bytes, choose_precision
@@ -57,8 +65,16 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
             load_tokenizers(base, project.models_dir)
         else:
             require_tokenizers_on_hub(project.models_dir)
+        schedule, is_assumed = schedule_of(base)
         found.append(base)
-        return f"base model: {base.path} ({base.schedule.prediction_type})"
+        snr = ", zero terminal SNR" if schedule.zero_terminal_snr else ""
+        how = ", which the first run measures" if is_assumed else ""
+        return f"base model: {base.path}, {family_of(base)}; {schedule.prediction_type}{snr}{how}"
+
+    def schedule_of(base: BaseModel) -> tuple[Schedule, bool]:
+        cache = OutputLayout(project.output_dir, "").cache
+        measured = remembered_prediction(cache, known_digest(base, cache, "unet"))
+        return choose_schedule(base, settings.model.prediction_type, settings.model.zero_terminal_snr, measured)
 
     def check_run() -> str:
         if inputs_pending:
@@ -72,7 +88,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
         unusable.append(left_out)
         if not found:
             return f"images: {len(examples)} with captions in {project.dataset_dir}"
-        return describe_run(found[0], examples, settings, project.trigger_word)
+        return describe_run(found[0], examples, settings, project.trigger_word, schedule_of(found[0])[0])
 
     checks = [check_processor, check_memory, lambda: check_disk_space(project.output_dir), lambda: check_method(settings)]
     checks += [check_base_model, check_run]
@@ -88,9 +104,8 @@ def check_method(settings: TrainSettings) -> str:
     return f"LoRA: {settings.lora.describe()}; engine: {engine} ({reason}); optimizer: {optimizer}"
 
 
-def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettings, trigger: str) -> str:
+def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettings, trigger: str, schedule: Schedule) -> str:
     """What a run would do, with which sample images, and on a GPU how much memory a step would need."""
-    schedule = base.schedule.with_settings(settings.model.prediction_type, settings.model.zero_terminal_snr)
     precision = choose_precision(settings.model.mixed_precision)
     engine, _ = choose_engine(settings.run.engine, settings.lora)
     budget = measure_budget(base, examples, settings, precision, engine, processes=1)

@@ -20,6 +20,7 @@ from training.lora_metadata import lora_metadata, thumbnail
 from training.method.adapters import LoraModule
 from training.method.comfyui_workflow import comfyui_workflow
 from training.method.export import write_lora
+from training.models.family import family_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def workflow_of(job: TrainingJob, strength: float) -> dict[str, dict]:
     samples, trigger = job.settings.samples, job.plan.triggers[0]
     how = largest_size(job.settings.data.resolutions[0]), samples.sample_guidance, samples.sample_seed
     names = job.outputs.recommended.name, strength, job.base.name, job.plan.schedule
-    return comfyui_workflow(*names, trigger, job.outputs.name, *how)
+    prompt = ", ".join(filter(None, [family_of(job.base).quality_tags, trigger]))
+    return comfyui_workflow(*names, prompt, job.outputs.name, *how)
 
 
 def write_best(job: TrainingJob, modules: list[LoraModule], progress: Progress, last: int) -> None:

@@ -1,7 +1,6 @@
 """Train a resolved job: encode the data, build the parts, take the remaining steps, write the LoRA."""
 
 import contextlib
-import gc
 import math
 import shutil
 import threading
@@ -36,6 +35,7 @@ from training.engine.step import StepResult, TrainStep
 from training.initial_lora import load_initial
 from training.job import TrainingJob
 from training.loop import Callback, Progress, RunSchedule, run_steps
+from training.measurement import predicts_as_planned
 from training.memory_budget import suggest_settings
 from training.method.adapters import Adapter, inject
 from training.method.diffusion import LossConfig, alphas_cumprod, timestep_quantiles
@@ -45,13 +45,17 @@ from training.method.optimizers import learning_rate_at
 from training.models.weights import load_unet, load_vae, require_finite_weights
 from training.plan import short_hash
 from training.results import LoraSaver, report_results, write_results
-from training.system.device import MemoryGuard, available_bytes, limit_gpu_memory, make_deterministic, memory_guard
+from training.system.device import MemoryGuard, available_bytes, limit_gpu_memory, make_deterministic, memory_guard, release_memory
 from training.system.process_group import ProcessGroup
 from training.system.processes import WorkerProcess
 
 
-def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) -> None:
-    """Take every step that is left of `job`, and write the LoRA. `encoder` is a process that may encode the data."""
+def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) -> bool:
+    """Take every step that is left of `job`, and write the LoRA. `encoder` is a process that may encode the data.
+
+    Returns False before the first step if the base model turns out to predict something else than the job assumes: it has to be
+    resolved again.
+    """
     if group.is_main_process:
         prepare_outputs(job)
     prepare_device(job)
@@ -60,6 +64,8 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
         with unet_in_background(job) as load:
             examples, prompts = encode(job, group, encoder)
             unet, adapter = load()
+        if not predicts_as_planned(job, group, unet, examples):
+            return False
         if job.initial_layers:
             begin_from_file(job, group, adapter)
         step, schedule = build_step(job, group, unet, adapter), schedule_of(job)
@@ -115,6 +121,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
     if group.is_main_process:
         keep_one(job.outputs.state, job.plan.shared_prefix_steps)
         report_results(job, len(modules))
+    return True
 
 
 def begin_from_file(job: TrainingJob, group: ProcessGroup, adapter: Adapter) -> None:
@@ -333,8 +340,7 @@ def stop_request(group: ProcessGroup, guard: MemoryGuard | None) -> Callable[[],
     def reason() -> Interruption | None:
         if guard and guard.cache_clear_requested:
             guard.cache_clear_requested = False
-            gc.collect()
-            torch.cuda.empty_cache()
+            release_memory()
         signum = group.all_reduce_max(request.signum)
         return interruption_for(signum) if signum else None
 

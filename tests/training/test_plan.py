@@ -55,11 +55,42 @@ def test_few_training_samples_are_reported_with_what_to_set():
     assert samples_of(plan_of(25, run={"num_train_epochs": 80})) == 2000
 
 
-def test_from_800_training_samples_on_there_is_no_warning():
-    assert "are few" in plan_of(39).announcement()
-    plan = plan_of(40, validation={"validation_fraction": 0.0})
-    assert "are few" not in plan.announcement()
-    assert samples_of(plan) == 800
+def test_from_2000_training_samples_on_there_is_no_warning():
+    all_trained = {"validation": {"validation_fraction": 0.0}}
+    assert plan_of(99, **all_trained).warnings() == [
+        "1980 training samples are few: a likeness needs 2000 to 3000. Set NUM_TRAIN_EPOCHS=21, or add images."
+    ]
+    assert plan_of(100, **all_trained).warnings() == []
+
+
+@pytest.mark.parametrize(("images", "repeats", "epochs"), [(25, 1, 80), (1, 1, 2000), (3, 40, 17), (150, 1, 15), (3000, 1, 1)])
+def test_auto_epochs_are_those_that_are_recommended(images, repeats, epochs):
+    examples = [example(number, repeats=repeats) for number in range(images)]
+    plan = make_plan(examples, with_changes(run={"num_train_epochs": "auto"}), PLAIN)
+    assert (plan.epochs, plan.warnings()) == (epochs, [])
+    assert samples_of(plan) == epochs * repeats * len(plan.examples) >= 2000
+    assert epochs == 1 or (epochs - 1) * repeats * len(plan.examples) < 2000
+    assert fingerprint_of(plan, run={"num_train_epochs": "auto"}) == fingerprint_of(plan, run={"num_train_epochs": epochs})
+
+
+@pytest.mark.parametrize("images", [1, 3, 25, 90])
+@pytest.mark.parametrize("steps", [1, 7, 100, 501])
+def test_a_run_of_a_number_of_steps_begins_like_a_longer_one(images, steps):
+    plan = plan_of(images, run={"num_train_steps": steps})
+    assert (len(plan.order), samples_of(plan), plan.shared_prefix_steps) == (steps, 4 * steps, steps)
+    assert plan.order[-1].epoch == plan.epochs - 1
+    assert plan_of(images, run={"num_train_steps": steps + 50}).order[:steps] == plan.order
+    assert plan_of(images, run={"num_train_epochs": plan.epochs + 9}).order[:steps] == plan.order
+    assert plan.warmup_steps == -(-steps // 20)
+    few = [f"{4 * steps} training samples are few: a likeness needs 2000 to 3000. Set NUM_TRAIN_STEPS=500, or add images."]
+    assert plan.warnings() == ([] if steps > 500 else few)
+    assert f"\n{steps} optimizer steps of 4, up to epoch {plan.epochs}, {4 * steps} training samples" in plan.announcement()
+
+
+def test_epochs_mean_nothing_where_the_steps_are_set():
+    by_steps = {epochs: {"run": {"num_train_steps": 100, "num_train_epochs": epochs}} for epochs in (1, 20, "auto")}
+    assert len({fingerprint_of(plan_of(**tables), **tables) for tables in by_steps.values()}) == 1
+    assert fingerprint_of(plan_of(**by_steps[20]), **by_steps[20]) != fingerprint_of(plan_of(run={"num_train_epochs": 16}))
 
 
 @pytest.mark.parametrize(
@@ -141,6 +172,7 @@ DIFFERENT = {
     "rate": {"optimizer": {"learning_rate": 2e-4}},
     "clipping": {"optimizer": {"max_grad_norm": 0.5}},
     "epochs": {"run": {"num_train_epochs": 21}},
+    "steps": {"run": {"num_train_steps": 100}},
     "batch": {"run": {"train_batch_size": 2}},
     "seed": {"run": {"train_seed": 1}},
     "resolution": {"data": {"resolution": 512}},
@@ -182,7 +214,8 @@ def resolved(plan, **tables) -> TrainSettings:
     settings = with_changes(**tables)
     objective = replace(settings.objective, min_snr_gamma=plan.min_snr_gamma, noise_offset=plan.noise_offset)
     schedule = {"prediction_type": plan.schedule.prediction_type, "zero_terminal_snr": plan.schedule.zero_terminal_snr}
-    return replace(settings, objective=objective, model=replace(settings.model, **schedule))
+    run = replace(settings.run, num_train_epochs=plan.epochs)
+    return replace(settings, objective=objective, model=replace(settings.model, **schedule), run=run)
 
 
 @pytest.mark.parametrize("tables", DIFFERENT.values(), ids=DIFFERENT)

@@ -126,6 +126,27 @@ def test_a_held_out_loss_that_rises_ends_the_run_early_and_names_the_best_lora(i
     assert "nothing to do" in images.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 200, "SAVE_EVERY_EPOCHS": 1})
 
 
+def test_a_run_by_steps_is_lengthened_and_ends_as_if_it_had_always_been_longer(images):
+    """Its end is in the middle of an epoch; then it is continued by epochs."""
+    how = SHORT | {"TRAIN_BATCH_SIZE": 1}
+    said = images.trained(**how, NUM_TRAIN_STEPS=3)
+    assert "\n3 optimizer steps of 1, up to epoch 2, 3 training samples" in said
+    few = "3 training samples are few: a likeness needs 2000 to 3000. Set NUM_TRAIN_STEPS=2000, or add images."
+    assert said.splitlines()[-1] == few
+    assert "nothing to do" in images.trained(**how, NUM_TRAIN_STEPS=3, NUM_TRAIN_EPOCHS=7)
+    said = images.trained(**how, NUM_TRAIN_STEPS=5)
+    assert "setting changed since the checkpoint: num_train_steps: 3 -> 5" in said
+    assert "continuing at step 3" in said
+    said = images.trained(**how, NUM_TRAIN_EPOCHS=4)
+    assert "setting changed since the checkpoint: num_train_steps: 5 -> 0" in said
+    assert "continuing at step 5" in said
+    lengthened, first_output = weights(images), images.output
+    images.output = first_output.with_name("straight")
+    images.lora = images.output / "lora" / "sks.safetensors"
+    images.trained(**how, NUM_TRAIN_EPOCHS=4, OUTPUT_DIR=images.output)
+    assert weights(images) == lengthened
+
+
 def test_a_finished_run_that_is_lengthened_ends_as_if_it_had_always_been_longer(images):
     images.trained(**SHORT, NUM_TRAIN_EPOCHS=2)
     said = images.trained(**SHORT, NUM_TRAIN_EPOCHS=5)

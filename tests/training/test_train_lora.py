@@ -44,7 +44,7 @@ def test_a_whole_run_leaves_exactly_these_files(finished):
     kinds = [name.rsplit("/", 1)[0] if name.startswith("cache/") else name for name in files]
     assert sorted(kinds) == sorted(
         [
-            "cache",
+            *["cache"] * 2,  # digests of the base model, and what it was measured to predict
             *["cache/latents"] * 4,
             *["cache/text"] * 5,
             "lora/metrics.jsonl",
@@ -114,6 +114,7 @@ def test_resolved_settings_have_every_auto_decided_and_every_setting_in_it(finis
         "prediction_type": "epsilon",
         "zero_terminal_snr": False,
         "mixed_precision": "no",
+        "base_quantization": "none",
         "gradient_checkpointing": False,
     }
     assert (train["objective"]["min_snr_gamma"], train["objective"]["noise_offset"]) == (5.0, 0.0357)

@@ -33,7 +33,7 @@ from training.system.process_group import ProcessGroup
 
 WEIGHTS = "weights"
 """Name of the adapter's flat weights among the tensors; the others are the optimizer's."""
-EPOCHS, EARLY_STOP = "num_train_epochs", "early_stop_patience"
+LENGTH, EARLY_STOP = ("num_train_epochs", "num_train_steps"), "early_stop_patience"
 """Settings that a run may be continued with other values of."""
 _RECORD = re.compile(r"step-(\d{9})\.json")
 _OWN_FILES = re.compile(r"step-\d{9}\.(json|safetensors)|\..*\.part|\.tmp.*")
@@ -195,9 +195,9 @@ def find_resume_point(folder: Path, saved: Checkpoint, now: Identity) -> Checkpo
     """
     before = saved.identity
     found = changes(before.fingerprint, now.fingerprint)
-    allowed = {EPOCHS, EARLY_STOP} if now.fingerprint["lr_scheduler"] == "constant" else {EARLY_STOP}
+    allowed = {*LENGTH, EARLY_STOP} if now.fingerprint["lr_scheduler"] == "constant" else {EARLY_STOP}
     point = saved
-    if EPOCHS in found:  # the steps of the two runs differ from where the shorter one ends
+    if not found.keys().isdisjoint(LENGTH):  # the steps of the two runs differ from where the shorter one ends
         point = newest(folder, at_most=min(before.shared_prefix_steps, now.shared_prefix_steps))
     if not found.keys() <= allowed or point is None:
         title = f"{folder} holds a run, stopped at step {saved.progress.next_step}, with other settings or data:"

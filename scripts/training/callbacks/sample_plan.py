@@ -8,6 +8,7 @@ from training.callbacks.recommendation import STRENGTHS
 from training.callbacks.sample_prompts import SIDE_STEP_PX, SamplePrompt, sample_prompts
 from training.config import SampleSettings, TrainSettings
 from training.memory_budget import MemoryBudget
+from training.models.family import family_of
 from training.models.sdxl import BaseModel
 from training.plan import Plan
 
@@ -65,7 +66,8 @@ def plan_samples(
     `recorded` are the settings of the run that is continued: if it has samples, its choices are kept, so that all rows are alike.
     """
     samples = settings.samples
-    prompts = sample_prompts(samples, plan.captions or {trigger: []}, plan.classes) if samples.samples else []
+    captions, tags = plan.captions or {trigger: []}, family_of(base).quality_tags
+    prompts = sample_prompts(samples, captions, plan.classes, tags) if samples.samples else []
     first = _Choice(STEPS, largest_size(settings.data.resolutions[0]), settings.saving.save_every_epochs)
     fixed = {}
     for name, key in (("steps", "sample_steps"), ("size", "sample_size"), ("every", "sample_every_epochs")):

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,14 @@ class SamplePrompt:
 
 
 def sample_prompts(
-    settings: SampleSettings, captions: Mapping[str, Sequence[str]], classes: Mapping[str, str]
+    settings: SampleSettings, captions: Mapping[str, Sequence[str]], classes: Mapping[str, str], quality_tags: str = ""
 ) -> list[SamplePrompt]:
-    """The prompts of a run with these `captions` by trigger word, and the class words of those trigger words that have one. Raises
-    SettingsError with everything that is wrong with prompts that the user wrote."""
+    """The prompts of a run with these `captions` by trigger word, and the class words of those trigger words that have one.
+    `quality_tags` are those of the base model's family, with which default prompts begin. Raises SettingsError with everything
+    that is wrong with prompts that the user wrote."""
     if not settings.sample_prompts.strip():
-        return default_prompts(captions, classes, settings.subject_class)
+        prompts = default_prompts(captions, classes, settings.subject_class)
+        return [replace(prompt, text=f"{quality_tags}, {prompt.text}") for prompt in prompts] if quality_tags else prompts
     origin, content = _read(settings.sample_prompts)
     prompts, problems = parse_json_prompts(content) if content.lstrip()[:1] in ("[", "{") else parse_kohya_prompts(content)
     if not prompts and not problems:

@@ -22,7 +22,7 @@ from common.files import atomic_write, parse_json, read_file, write_json
 from common.images import DECODER_ERRORS
 from common.output_layout import OutputLayout
 from common.settings import VERSION
-from training.callbacks.checkpoint import EARLY_STOP, EPOCHS
+from training.callbacks.checkpoint import EARLY_STOP, LENGTH
 from training.callbacks.recommendation import Recommendation, Save, mean_likeness
 from training.callbacks.sample_likeness import SampleLikeness
 from training.callbacks.sample_plan import SamplePlan
@@ -75,7 +75,7 @@ class SampleRecord:
         self._without_trigger = [number for number, subject in enumerate(self._subjects) if not subject]
         self._compared_with = [subject or triggers[0] for subject in self._subjects]
         # A run that is extended has the same weights as long as its length does not change the learning rate.
-        own = {EARLY_STOP, EPOCHS} if fingerprint.get("lr_scheduler") == "constant" else {EARLY_STOP}
+        own = {EARLY_STOP, *LENGTH} if fingerprint.get("lr_scheduler") == "constant" else {EARLY_STOP}
         self._run = {name: value for name, value in fingerprint.items() if name not in own}
         self._rows: dict[tuple[int, float], Row] = {}
 
@@ -125,7 +125,7 @@ class SampleRecord:
         """Identifies what the pixels of an image depend on."""
         base_only = {"base model", "prediction_type", "zero_terminal_snr", "mixed_precision"}
         run = {name: value for name, value in self._run.items() if row.label != BASE or name in base_only}
-        return short_hash([FORMAT, run, row.epochs, row.strength, asdict(self._plan.prompts[number]), self._plan.tiled])
+        return short_hash([FORMAT, run, row.epochs, row.step, row.strength, asdict(self._plan.prompts[number]), self._plan.tiled])
 
     def _latents(self, row: Row, number: int) -> Path:
         return self._outputs.sample_latents / Path(row.image(number)).with_suffix(".safetensors").name

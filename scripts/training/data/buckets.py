@@ -107,6 +107,17 @@ def run_order(
     return [OptimizerStep(number, *step) for number, step in enumerate(full + leftovers)]
 
 
+def epochs_of(buckets: Sequence[Bucket], repeats: Sequence[int], steps: int, global_batch: int) -> int:
+    """The fewest epochs whose order has `steps` full batches: it begins with those of every longer run."""
+    members: dict[Bucket, int] = defaultdict(int)
+    for bucket, count in zip(buckets, repeats, strict=True):
+        members[bucket] += count
+    epochs = max(1, steps * global_batch // sum(members.values()))  # at least; each bucket may hold back a part of a batch
+    while sum(epochs * count // global_batch for count in members.values()) < steps:
+        epochs += 1
+    return epochs
+
+
 def add_regularization(
     order: Sequence[OptimizerStep], buckets: Sequence[Bucket], repeats: Sequence[int], global_batch: int, seed: int
 ) -> list[OptimizerStep]:

@@ -3,19 +3,23 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from common.clip_tokens import TOKENIZERS, find_tokenizers_in
 from common.errors import ModelError
 from common.files import read_cached_json, sha256_of, write_cached_json
 from common.hub import HubError, download, download_command, file_size_bytes, repository_id
 from training.models.diffusers_folder import read_folder
-from training.models.sdxl import BaseModel, Component
+from training.models.sdxl import BaseModel, Component, Schedule
 from training.models.single_file import read_file
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 DIGESTS = "digests.json"
+PREDICTIONS = "predictions.json"
+"""What UNets were measured to predict, in the same folder."""
 
 _SDXL_FILES = (
     "model_index.json",
@@ -137,3 +141,50 @@ def _digest_key(component: Component) -> str:
     """The same as long as path, size and modification time of the component's files are the same."""
     stats = [(str(file.resolve()), file.stat()) for file in sorted({file.path for file in component.files})]
     return json.dumps([component.name, *((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)])
+
+
+def known_digest(base: BaseModel, folder: Path, name: str) -> str | None:
+    """The digest of a component if it is remembered in `folder`."""
+    return _remembered_digests(folder).get(_digest_key(base.components[name]))
+
+
+def remember_prediction(folder: Path, unet_digest: str, prediction_type: str, *, zero_terminal_snr: bool) -> None:
+    """Keep in `folder` what a UNet was measured to predict: a PredictionType, "flow" or "unclear"."""
+    found = {"prediction_type": prediction_type, "zero_terminal_snr": zero_terminal_snr}
+    write_cached_json(folder / PREDICTIONS, read_cached_json(folder / PREDICTIONS) | {unet_digest: found})
+
+
+def remembered_prediction(folder: Path, unet_digest: str | None) -> dict[str, Any] | None:
+    """What `remember_prediction` was given for the UNet, None if nothing."""
+    return read_cached_json(folder / PREDICTIONS).get(unet_digest or "")
+
+
+def choose_schedule(
+    base: BaseModel, prediction_type: str, zero_terminal_snr: bool | str, *found: Mapping[str, Any] | None
+) -> tuple[Schedule, bool]:
+    """The schedule of a run on `base`, and whether it is only assumed.
+
+    What the settings say counts most, "auto" being nothing; then that the base declares v prediction. That it declares epsilon
+    says little, because converters write it whatever a model predicts: then the first of `found` counts, records of what was
+    decided or measured before. Raises ModelError for a base that was found to be a rectified flow.
+    """
+    declared = base.schedule.with_settings(prediction_type, zero_terminal_snr)
+    if prediction_type != "auto" or base.schedule.prediction_type != "epsilon":
+        return declared, False
+    known = next((each for each in found if each), None)
+    if known is None or known["prediction_type"] == "unclear":
+        return declared, known is None
+    refuse_flow(base, known["prediction_type"])
+    if known["prediction_type"] == declared.prediction_type:
+        return declared, False
+    zero = known["zero_terminal_snr"] if zero_terminal_snr == "auto" else zero_terminal_snr
+    return declared.with_settings(known["prediction_type"], zero), False
+
+
+def refuse_flow(base: BaseModel, prediction_type: str) -> None:
+    """Raise ModelError if that is what a rectified flow was measured to predict."""
+    if prediction_type == "flow":
+        raise ModelError(
+            f"{base.path}: is a rectified-flow model, as its predictions show, although its files do not say so; LoRACat trains on "
+            "epsilon and v-prediction models: set BASE_MODEL to one of these"
+        )

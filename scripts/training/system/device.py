@@ -4,6 +4,7 @@ A DGX Spark freezes when the memory that CPU and GPU share is exhausted. Docker'
 the driver counts the page cache as used, so the guard reads the kernel's own MemAvailable and memory pressure (PSI).
 """
 
+import gc
 import os
 import sys
 import threading
@@ -92,6 +93,12 @@ def available_bytes(device: torch.device) -> int:
     Where GPU and CPU share memory, the driver counts the page cache as used; the kernel's MemAvailable does not.
     """
     return read_memory().available if shares_memory(device) else torch.cuda.mem_get_info(device)[0]
+
+
+def release_memory() -> None:
+    """Give back the memory of what is no longer used, torch's cache on the GPU included."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def limit_gpu_memory(device: torch.device, max_bytes: int) -> None:

@@ -6,7 +6,7 @@ from itertools import groupby, pairwise
 
 import pytest
 
-from training.data.buckets import Bucket, assign_bucket, run_order
+from training.data.buckets import Bucket, assign_bucket, epochs_of, run_order
 
 
 def assigned(width: int, height: int):
@@ -104,6 +104,17 @@ def test_every_image_is_shown_once_per_epoch_and_repeat(global_batch):
         shown = Counter(example for step in steps if step.epoch < epochs for example in step.examples)
         for index, times in enumerate(REPEATS):  # leftovers that did not fill a batch wait for the next epoch
             assert epochs * times - global_batch < shown[index] <= epochs * times
+
+
+@pytest.mark.parametrize("global_batch", [1, 3, 4, 64])
+@pytest.mark.parametrize("steps", [1, 2, 9, 50])
+def test_fewest_epochs_with_a_number_of_full_batches(global_batch, steps):
+    epochs = epochs_of(BUCKETS, REPEATS, steps, global_batch)
+    orders = [order(epochs=each, global_batch=global_batch) for each in (epochs - 1, epochs)]
+    full = [sum(len(step.examples) == global_batch for step in each) for each in orders]
+    assert full[0] < steps <= full[1]
+    first = order(epochs=epochs, global_batch=global_batch)[:steps]
+    assert first == order(epochs=epochs + 3, global_batch=global_batch)[:steps]
 
 
 def test_epochs_are_exact_where_batches_fill_them():
