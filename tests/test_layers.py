@@ -118,9 +118,10 @@ TRAINING_LAYERS = (
     ("training.method", "training.system"),
     ("training.data", "training.lora_files"),
     ("training.plan", "training.engine"),
-    ("training.memory_budget", "training.loop"),
+    ("training.memory_budget", "training.loop", "training.initial_lora"),
     ("training.callbacks",),
     ("training.job",),
+    ("training.lora_metadata",),
     ("training.results",),
     ("training.trainer", "training.preflight"),
 )

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from common.project import SharedDataSettings, SharedModelSettings
@@ -78,6 +79,10 @@ class LoraSettings:
     """Scale by alpha / sqrt(rank)."""
     lora_dropout: float = setting(0.0, at_least=0, at_most=0.9, role="result", before=0.0)
     """Share of an adapter's inputs that a step leaves out."""
+    init_lora: Path | None = setting(None, role="runtime")
+    """A LoRA file to begin from; its content is part of the result."""
+    init_lora_resize: bool = setting(False, role="runtime")
+    """Give it the rank of this run if it has another one."""
     lokr_factor: int | Literal["auto"] = setting("auto", at_least=2, at_most=1280, role="result", before="auto")
     """Size of LoKr's first factor; "auto": near the square root of the layer's."""
 
@@ -112,6 +117,8 @@ class LoraSettings:
                 yield f"lora_rank_pattern: {error}"
         if self.lora_dropout and self.lora_type in ("loha", "lokr"):
             yield f"lora_dropout: LORA_TYPE={self.lora_type} has no dropout; set LORA_DROPOUT=0, or LORA_TYPE=lora"
+        if self.init_lora_resize and self.init_lora is None:
+            yield "init_lora_resize is for INIT_LORA, which is not set; set INIT_LORA_RESIZE=false"
         if self.lokr_factor != "auto" and self.lora_type != "lokr":
             yield f"lokr_factor is for LORA_TYPE=lokr (is {self.lora_type}); set LOKR_FACTOR=auto"
 
@@ -300,6 +307,10 @@ class SavingSettings:
     """Name of the LoRA file without suffix; empty: the trigger word."""
     save_every_epochs: int = setting(5, at_least=0, role="saving")
     """0: only the last one."""
+    lora_author: str = setting("", role="saving")
+    """These two are in the metadata of LoRA files."""
+    lora_description: str = setting("", role="saving")
+    """Empty: what it was trained on."""
     save_state_every_minutes: float = setting(10.0, above=0, role="saving")
     keep_last_states: int = setting(2, at_least=1, at_most=100, role="saving")
     fresh: bool = setting(False, role="saving")

@@ -1,15 +1,11 @@
 """Resolve what a run will do before anything heavy is loaded: every "auto", the plan, the engine, and where it continues."""
 
-import json
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 
 from common.errors import DataError, SettingsError
 from common.output_layout import OutputLayout
 from common.project import ProjectSettings
-from common.settings import VERSION
 from training.callbacks.checkpoint import (
     EARLY_STOP,
     EPOCHS,
@@ -25,17 +21,27 @@ from training.callbacks.sample_prompts import CLASS_WORDS, class_word
 from training.config import TrainSettings
 from training.data.dataset import Inputs, read_images
 from training.engine import EngineName, choose_engine
+from training.initial_lora import initial_digest, matching_layers
+from training.lora_files.reading import Layer
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
-from training.method.diffusion import LOSS_METADATA
-from training.method.optimizers import OPTIMIZERS, require_usable
+from training.method.layers import weight_shapes
+from training.method.optimizers import require_usable
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
-from training.plan import GLOBAL_BATCH, Plan, changes, decoder_record, make_plan, result_fingerprint, runtime_settings, short_hash
+from training.models.weights import unet_without_weights
+from training.plan import (
+    GLOBAL_BATCH,
+    INITIAL_LORA,
+    Plan,
+    changes,
+    decoder_record,
+    make_plan,
+    result_fingerprint,
+    runtime_settings,
+    short_hash,
+)
 from training.system.device import Precision, choose_precision, comfyui_advice, describe
 from training.system.process_group import ProcessGroup
-
-_MAX_TAGS_BYTES = 10_000_000
-"""Of the tags of all captions in the header of a LoRA. safetensors reads headers of up to 100 MB."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,8 @@ class TrainingJob:
     budget: MemoryBudget
     samples: SamplePlan | None
     """The sample images; None if they are off."""
+    initial_layers: Mapping[str, Layer] = field(default_factory=dict)
+    """What a new run begins with, of the file INIT_LORA."""
     origins: Mapping[str, str] = field(default_factory=dict)
     """Where each setting that is not the default was set."""
 
@@ -93,6 +101,7 @@ def resolve_job(
     precision = choose_precision(settings.model.mixed_precision, group.gpu)
     require_usable(settings.optimizer.optimizer, precision.device)
     engine_name, reason = choose_engine(settings.run.engine, settings.lora)
+    initial = initial_digest(settings.lora, outputs, saved.identity.fingerprint.get(INITIAL_LORA) if saved else None)
     budget = measure_budget(base, examples, settings, precision, engine_name, group.local_world_size)
     # A run that an older version saved has no record: its base was not quantized.
     recorded_choice = saved.identity.fingerprint.get("base_quantization", "none") if saved and not was_finished else None
@@ -113,10 +122,10 @@ def resolve_job(
     digests.append(tokenizers_digest(find_or_download_tokenizers(base, project.models_dir)))
     print("\n".join([plan.announcement(), *prior]), flush=True)
 
-    fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests)
+    fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests, initial)
     if saved:
         plan = replace(plan, warmup_steps=warmup_to_keep(saved, fingerprint))
-        fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests)
+        fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests, initial)
     continues = saved is not None and changes(saved.identity.fingerprint, fingerprint).keys() <= {EPOCHS, EARLY_STOP}
     recorded = saved.identity.runtime if continues else {}
     images, resolved = plan_samples(settings, project.trigger_word, plan, budget, base, recorded)
@@ -128,8 +137,11 @@ def resolve_job(
         print(images.announcement, flush=True)
     if saved and not is_finished:
         saved = _resume_point(outputs, saved, identity, was_finished)
+    begins = initial and not saved and not is_finished
+    layers = matching_layers(settings.lora, weight_shapes(unet_without_weights(base))) if begins else {}
     return TrainingJob(
-        project, settings, base, plan, precision, engine_name, outputs, identity, saved, is_finished, was_finished, budget, images
+        project, settings, base, plan, precision, engine_name, outputs, identity, saved, is_finished, was_finished, budget, images,
+        layers,
     )  # fmt: skip
 
 
@@ -187,79 +199,3 @@ def with_class_of_prior(settings: TrainSettings, plan: Plan, trigger: str) -> tu
     settings = replace(settings, samples=replace(samples, subject_class=word))
     words = ", ".join(f"{plan.classes.get(name, word)!r} for {name!r}" for name in captions)
     return settings, [f"prior preservation: weight {weight:g}, {words} ({origin})"]
-
-
-def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
-    """What A1111, Forge, ComfyUI and model managers read in the header of the LoRA after `epochs` epochs; no paths."""
-    settings, plan, name = job.settings, job.plan, job.outputs.name
-    now, resolution = datetime.now(UTC), settings.data.resolutions[0]
-    pieces = [piece for example in plan.images for caption in example.captions for piece in caption.split(",")]
-    tags = Counter(tag for tag in map(str.strip, pieces) if tag)
-    is_v = plan.schedule.prediction_type == "v_prediction"
-    return {
-        "ss_base_model_version": "sdxl_base_v1-0",
-        "ss_v2": "False",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(settings.lora.lora_rank),
-        "ss_network_alpha": str(settings.lora.alpha),
-        "ss_network_args": "{}",
-        "ss_output_name": name,
-        "ss_sd_model_name": job.base.name,
-        "ss_resolution": f"({resolution}, {resolution})",
-        "ss_num_train_images": str(len(plan.images)),
-        "ss_num_epochs": str(epochs),
-        "ss_steps": str(sum(step.epoch < epochs for step in plan.order)),
-        "ss_batch_size_per_device": str(settings.run.train_batch_size),
-        "ss_learning_rate": str(settings.optimizer.learning_rate),
-        "ss_unet_lr": str(settings.optimizer.learning_rate),
-        **_method_metadata(settings, plan),
-        "ss_epoch": str(epochs),
-        "ss_seed": str(settings.run.train_seed),
-        "ss_tag_frequency": json.dumps({"dataset": _most_frequent(tags)}, ensure_ascii=False),
-        "ss_training_finished_at": str(now.timestamp()),
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": name,
-        "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.date": now.isoformat(timespec="seconds"),
-        "modelspec.prediction_type": "v" if is_v else "epsilon",
-        "modelspec.trigger_phrase": ", ".join(plan.triggers),
-        "loracat_version": VERSION,
-        "loracat_fingerprint": short_hash(job.identity.fingerprint),
-        **({"ss_v_parameterization": "True"} if is_v else {}),
-        **(
-            {
-                "ss_num_reg_images": str(len({each.path for each in plan.regularization})),
-                "ss_prior_loss_weight": str(plan.prior_weight),
-            }
-            if plan.regularization
-            else {}
-        ),
-    }
-
-
-def _method_metadata(settings: TrainSettings, plan: Plan) -> dict[str, str]:
-    """Optimizer and objective in the words of kohya's scripts, where these have one."""
-    optimizer = settings.optimizer
-    return {
-        "ss_optimizer": OPTIMIZERS[optimizer.optimizer].label,
-        "ss_lr_scheduler": optimizer.lr_scheduler,
-        "ss_lr_warmup_steps": str(plan.warmup_steps),
-        "ss_max_grad_norm": str(optimizer.max_grad_norm),
-        **LOSS_METADATA[settings.objective.loss],
-        "ss_min_snr_gamma": str(plan.min_snr_gamma or None),
-        "ss_debiased_estimation": str(settings.objective.loss_weighting == "debiased"),
-        "ss_noise_offset": str(plan.noise_offset or None),
-    }
-
-
-def _most_frequent(tags: Counter[str]) -> dict[str, int]:
-    """The tags and their counts, the most frequent first, up to _MAX_TAGS_BYTES: safetensors limits the size of a header."""
-    kept, size_bytes = {}, 0
-    for tag, count in tags.most_common():
-        size_bytes += len(json.dumps(tag)) + 10
-        if size_bytes > _MAX_TAGS_BYTES:
-            break
-        kept[tag] = count
-    return kept

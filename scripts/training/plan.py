@@ -23,20 +23,21 @@ FEW_SAMPLES, ENOUGH_SAMPLES = 800, 2000
 """Training samples of a whole run: fewer than the first hardly give a likeness."""
 AUTO_MIN_SNR_GAMMA = 5.0
 AUTO_NOISE_OFFSET = 0.0357
-WARMUP_STEPS, GLOBAL_BATCH, WORLD_SIZE = "steps of warm-up", "global batch", "processes"
+WARMUP_STEPS, GLOBAL_BATCH, WORLD_SIZE, INITIAL_LORA = "steps of warm-up", "global batch", "processes", "initial LoRA"
 """Keys of records that other modules read. Records are kept from version to version, so keys keep their names."""
 TRIGGERS, REGULARIZATION = "trigger words", "regularization images"
 PRIOR_CLASS = "class of the prior"
 """Key of the word for the kind of subject, which decides the result where the prior is preserved, and only there."""
 DECODER, _FIRST_DECODER = "decoder", "version 1.0's"
 """Key of the record of how pixels were decoded, and the value of a record without it."""
-NOT_RECORDED = ("fresh", "output_name")
-"""Settings that choose which run is meant, and say nothing about how it goes."""
+NOT_RECORDED = ("fresh", "output_name", "init_lora")
+"""Settings that choose which run is meant, and say nothing about how it goes, or whose content is in the fingerprint."""
 _SHOWN = {
     "pictures": "number of images",
     "data set": "images, captions or repeats",
     "held-out pictures": "images held out for validation",
     "base model": "weights of the base model",
+    INITIAL_LORA: "LoRA to begin from (INIT_LORA)",
     WARMUP_STEPS: "warm-up steps",
     DECODER: "image decoder, and latents with it",
     GLOBAL_BATCH: "images per step",
@@ -230,11 +231,14 @@ def placements_of(examples: Sequence[Example], data: DataSettings) -> list[Place
     return [assign_bucket(e.width, e.height, *e.resolutions, data.bucket_step, data.bucket_max_side) for e in examples]
 
 
-def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base_digests: Sequence[str]) -> dict[str, Any]:
+def result_fingerprint(
+    plan: Plan, train: TrainSettings, trigger_word: str, base_digests: Sequence[str], initial_lora: str | None = None
+) -> dict[str, Any]:
     """Everything that decides the result of a run, by name, as JSON values: runs with equal fingerprints are the same run.
 
     `train` has every "auto" resolved. A setting that is newer than the first version is left out where it has the value that
-    older versions used (`before`), so that a new setting changes no fingerprint.
+    older versions used (`before`), so that a new setting changes no fingerprint. `initial_lora` is the digest of the LoRA to begin
+    from.
     """
     only = {train.data.resolution}
     classes = [f"{word} for {trigger}" for trigger, word in plan.classes.items()]
@@ -258,6 +262,7 @@ def result_fingerprint(plan: Plan, train: TrainSettings, trigger_word: str, base
         "trigger_word": trigger_word,
         GLOBAL_BATCH: plan.global_batch,
         WARMUP_STEPS: plan.warmup_steps,
+        **({INITIAL_LORA: initial_lora} if initial_lora else {}),
         **({PRIOR_CLASS: ", ".join([train.samples.subject_class, *classes])} if train.objective.prior_preservation else {}),
     }
 
@@ -299,7 +304,7 @@ def changes(recorded: Mapping[str, Any], now: Mapping[str, Any], train: type = T
         old, new = (values.get(name, metadata["before"]) for values in (recorded, now))
         if old == new:
             continue
-        if name in ("data set", "held-out pictures", "base model", REGULARIZATION):  # hashes
+        if name in ("data set", "held-out pictures", "base model", REGULARIZATION, INITIAL_LORA):  # hashes
             found[name] = f"{_SHOWN.get(name, name)}: changed"
         else:
             shown = ["not recorded" if value is MISSING else value for value in (old, new)]

@@ -9,13 +9,15 @@ import torch
 from common.dataset_layout import DatasetFolder, select_images
 from common.dataset_table import dataset_table
 from common.errors import ResourceError, run_checks
-from common.output_layout import check_disk_space
+from common.output_layout import OutputLayout, check_disk_space
 from common.project import ProjectSettings
 from common.settings import IN_CONTAINER
+from training.callbacks.checkpoint import newest
 from training.callbacks.sample_plan import plan_samples
 from training.config import TrainSettings
 from training.data.dataset import Example, read_images, require_all_images
 from training.engine import choose_engine
+from training.initial_lora import initial_digest, matching_layers
 from training.job import with_class_of_prior
 from training.memory_budget import measure_budget, resolve_batch_size, resolve_quantization
 from training.method.layers import adapted_layers, weight_shapes
@@ -23,7 +25,7 @@ from training.method.optimizers import require_usable
 from training.models.base_model import find_base, find_tokenizers, require_tokenizers_on_hub
 from training.models.sdxl import BaseModel
 from training.models.weights import load_tokenizers, require_matching_weights, unet_without_weights
-from training.plan import make_plan
+from training.plan import INITIAL_LORA, make_plan
 from training.system.device import GIB, available_bytes, choose_precision
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -45,7 +47,12 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
     def check_base_model() -> str:
         base = find_base(settings.model.base_model, project.models_dir)
         require_matching_weights(base)
-        adapted_layers(weight_shapes(unet_without_weights(base)), settings.lora)
+        shapes = weight_shapes(unet_without_weights(base))
+        outputs = OutputLayout(project.output_dir, settings.saving.output_name or project.trigger_word)
+        saved = newest(outputs.state) if settings.lora.init_lora else None
+        if initial_digest(settings.lora, outputs, saved.identity.fingerprint.get(INITIAL_LORA) if saved else None) and not saved:
+            matching_layers(settings.lora, shapes)
+        adapted_layers(shapes, settings.lora)
         if find_tokenizers(base, project.models_dir):
             load_tokenizers(base, project.models_dir)
         else:

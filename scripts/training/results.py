@@ -14,8 +14,9 @@ from training.callbacks.recommendation import Recommendation, choose
 from training.callbacks.sample_plan import largest_size
 from training.callbacks.samples import SampleImages, saves_of
 from training.data.buckets import OptimizerStep
-from training.job import TrainingJob, lora_metadata
+from training.job import TrainingJob
 from training.loop import Callback, Progress, RunSchedule, smoothed
+from training.lora_metadata import lora_metadata, thumbnail
 from training.method.adapters import LoraModule
 from training.method.comfyui_workflow import comfyui_workflow
 from training.method.export import write_lora
@@ -57,13 +58,14 @@ def write_results(
         recommended = Recommendation(save.file, save.epochs, 1.0, reason)
         if samples:
             samples.record.write(recommended)
+    shown = recommended.metadata | thumbnail(samples and samples.record.example(recommended.epochs))
     if recommended.epochs == epochs:
-        save_lora(job, modules, outputs.recommended, epochs, **recommended.metadata)
+        save_lora(job, modules, outputs.recommended, epochs, **shown)
     else:
-        copy_with_metadata(outputs.lora_after(recommended.epochs), outputs.recommended, recommended.metadata)
+        copy_with_metadata(outputs.lora_after(recommended.epochs), outputs.recommended, shown)
     write_json(outputs.workflow, workflow_of(job, recommended.strength))
     print(f"recommended: {recommended.file} at strength {recommended.strength:g}. {recommended.reason}")
-    save_lora(job, modules, outputs.lora, epochs)
+    save_lora(job, modules, outputs.lora, epochs, **thumbnail(samples and samples.record.example(epochs)))
 
 
 def workflow_of(job: TrainingJob, strength: float) -> dict[str, dict]:

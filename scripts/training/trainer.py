@@ -33,6 +33,7 @@ from training.data.batches import Batch, BatchReader
 from training.data.cache import CacheBuilder, CachedExample
 from training.engine import prepare_unet, warm_up
 from training.engine.step import StepResult, TrainStep
+from training.initial_lora import load_initial
 from training.job import TrainingJob
 from training.loop import Callback, Progress, RunSchedule, run_steps
 from training.memory_budget import suggest_settings
@@ -59,6 +60,8 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
         with unet_in_background(job) as load:
             examples, prompts = encode(job, group, encoder)
             unet, adapter = load()
+        if job.initial_layers:
+            begin_from_file(job, group, adapter)
         step, schedule = build_step(job, group, unet, adapter), schedule_of(job)
         if job.saved:
             restore(job.saved, group, adapter.weights, step.optimizer, step.scaler)
@@ -104,7 +107,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
                 if reason := stop():  # before a step changes the weights of a row that is incomplete
                     raise reason
                 callbacks.append(samples)
-            begin = step.begin if job.saved else checking_first_step(job, step.begin)
+            begin = step.begin if job.saved or job.initial_layers else checking_first_step(job, step.begin)
             progress = run_steps(schedule, begin, batches, reader.image_names, callbacks, stop, step.averaged)
             if group.is_main_process:  # while the last checkpoint is still on its way to the disk
                 with step.averaged():
@@ -112,6 +115,14 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
     if group.is_main_process:
         keep_one(job.outputs.state, job.plan.shared_prefix_steps)
         report_results(job, len(modules))
+
+
+def begin_from_file(job: TrainingJob, group: ProcessGroup, adapter: Adapter) -> None:
+    """Give the fresh `adapter` the weights of the file INIT_LORA, which the main process reads."""
+    group.broadcast_object(lambda: load_initial(adapter, job.initial_layers))
+    group.broadcast([adapter.weights.detach()])
+    if group.is_main_process:
+        print(f"beginning with {len(job.initial_layers)} layers of {job.settings.lora.init_lora}", flush=True)
 
 
 def prepare_outputs(job: TrainingJob) -> None:

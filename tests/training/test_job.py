@@ -1,14 +1,20 @@
 """What the LoRA files of a job say about themselves."""
 
+import base64
+import io
 import json
 from dataclasses import replace
 
-import training.job as job_module
+import pytest
+from PIL import Image
+
+import training.lora_metadata as metadata_module
 from common.project import ProjectSettings
 from common.settings import VERSION
 from training.config import DataSettings, LoraSettings, ModelSettings, RunSettings, TrainSettings
 from training.data.dataset import read_inputs
-from training.job import TrainingJob, lora_metadata, resolve_job
+from training.job import TrainingJob, resolve_job
+from training.lora_metadata import lora_metadata, network_of, thumbnail
 from training.plan import short_hash
 from training.system.process_group import ProcessGroup
 
@@ -42,6 +48,11 @@ def test_header_has_the_entries_that_programs_read(stage):
         "ss_resolution": "(64, 64)",
         "ss_num_train_images": "3",
         "ss_num_epochs": "4",
+        "ss_max_train_steps": "6",
+        "ss_network_dropout": "None",
+        "ss_total_batch_size": "2",
+        "ss_training_comment": f"LoRACat {VERSION}",
+        "modelspec.description": f"Trained on 3 images for 4 epochs with LoRACat {VERSION}. Write sks in the prompt.",
         "ss_steps": "6",
         "ss_epoch": "4",
         "ss_optimizer": "torch.optim.AdamW",
@@ -64,7 +75,13 @@ def test_header_has_the_entries_that_programs_read(stage):
     assert all(isinstance(value, str) for value in about.values())
     assert {"modelspec.implementation", "modelspec.date"} <= about.keys()
     assert json.loads(about["ss_tag_frequency"]) == {"dataset": {"sks": 3, "smile": 2, "tree": 1, "año": 1}}
-    assert "ss_v_parameterization" not in about
+    assert {"ss_v_parameterization", "modelspec.author", "modelspec.thumbnail"}.isdisjoint(about)
+    assert not [
+        value
+        for value in about.values()
+        if "/"
+        in value.replace("https://github.com/Stability-AI/generative-models", "").replace("stable-diffusion-xl-v1-base/lora", "")
+    ]
     assert lora_metadata(job, epochs=2)["ss_steps"] == "3"
 
 
@@ -80,7 +97,7 @@ def test_objective_is_in_the_header_in_kohyas_words(stage):
 
 
 def test_rare_tags_are_left_out_of_a_header_that_would_be_too_large(stage, monkeypatch):
-    monkeypatch.setattr(job_module, "_MAX_TAGS_BYTES", 35)
+    monkeypatch.setattr(metadata_module, "_MAX_TAGS_BYTES", 35)
     about = lora_metadata(job_of(stage), epochs=1)
     assert json.loads(about["ss_tag_frequency"]) == {"dataset": {"sks": 3, "smile": 2}}
 
@@ -88,3 +105,38 @@ def test_rare_tags_are_left_out_of_a_header_that_would_be_too_large(stage, monke
 def test_v_prediction_is_in_the_header(stage):
     about = lora_metadata(job_of(stage, "v_prediction"), epochs=1)
     assert (about["modelspec.prediction_type"], about["ss_v_parameterization"]) == ("v", "True")
+
+
+def test_author_and_description_are_those_of_the_settings(stage):
+    job = job_of(stage)
+    saving = replace(job.settings.saving, lora_author="Anna B.", lora_description="Mia, in winter")
+    about = lora_metadata(replace(job, settings=replace(job.settings, saving=saving)), epochs=4)
+    assert about["modelspec.author"] == "Anna B."
+    assert about["modelspec.description"] == about["ss_training_comment"] == "Mia, in winter"
+
+
+@pytest.mark.parametrize(
+    ("settings", "module", "arguments"),
+    [
+        ({}, "networks.lora", {}),
+        ({"lora_conv_rank": 8}, "networks.lora", {"conv_dim": "8", "conv_alpha": "8.0"}),
+        ({"lora_conv_rank": 8, "lora_alpha": 4.0}, "networks.lora", {"conv_dim": "8", "conv_alpha": "4.0"}),
+        ({"lora_rank_pattern": " ff=0  attn2=8:4 "}, "networks.lora", {"rank_pattern": "ff=0 attn2=8:4"}),
+        ({"lora_rslora": True}, "lycoris.kohya", {"algo": "lora", "rs_lora": "True"}),
+        ({"lora_type": "dora"}, "lycoris.kohya", {"algo": "lora", "dora_wd": "True"}),
+        ({"lora_type": "loha"}, "lycoris.kohya", {"algo": "loha"}),
+        ({"lora_type": "lokr"}, "lycoris.kohya", {"algo": "lokr", "factor": "-1"}),
+        ({"lora_type": "lokr", "lokr_factor": 8}, "lycoris.kohya", {"algo": "lokr", "factor": "8"}),
+    ],
+)
+def test_a_network_is_described_as_kohyas_trainer_and_lycoris_do(settings, module, arguments):
+    assert network_of(LoraSettings(**settings)) == (module, arguments)
+
+
+def test_a_thumbnail_is_a_small_jpeg_in_the_text(tmp_path):
+    assert thumbnail(None) == thumbnail(tmp_path / "gone.png") == {}
+    Image.new("RGB", (1024, 512), "red").save(tmp_path / "sample.png")
+    kind, _, content = thumbnail(tmp_path / "sample.png")["modelspec.thumbnail"].partition(",")
+    assert kind == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+        assert (image.format, image.size) == ("JPEG", (256, 128))

@@ -187,3 +187,54 @@ def test_an_optimizer_that_cannot_be_used_is_one_line_before_anything_is_encoded
     monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
     refused = images.run(**QUICK, OPTIMIZER="adamw8bit")
     assert re.fullmatch(r"train_lora: OPTIMIZER=adamw8bit needs an NVIDIA GPU; set OPTIMIZER=adamw\n", refused.stderr)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"LORA_TYPE": "loha", "LORA_CONV_RANK": 2, "LORA_RANK_PATTERN": r"transformer_blocks\.[1-9]=0 attn2=3:1.5"},
+        {"LORA_DROPOUT": 0.3, "LORA_RSLORA": "true", "LORA_RANK_PATTERN": r"transformer_blocks\.[1-9]=0"},
+    ],
+    ids=["loha", "dropout"],
+)
+def test_a_stopped_run_of_any_adapter_ends_with_the_same_lora(images, settings):
+    settings = LONG | settings
+    output = images.trained(**settings, OUTPUT_DIR=images.output.with_name("whole"))
+    assert "engine: plain (the fast engine does not support LORA_" in output
+    whole = load_file(images.output.with_name("whole") / "lora" / images.lora.name)
+    assert images.stopped(2, signal.SIGTERM, **settings).returncode == 143
+    assert "continuing at step" in images.trained(**settings)
+    resumed = load_file(images.lora)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert "nothing to do" in images.trained(**settings)
+
+
+def test_a_run_begins_from_a_lora_file_and_is_continued_without_it(images, tmp_path):
+    few = {"LORA_RANK_PATTERN": r"transformer_blocks\.[1-9]=0"}
+    first = images.output.with_name("first")
+    images.trained(**QUICK, **few, OUTPUT_DIR=first)
+    lora, old = first / "lora" / images.lora.name, tmp_path / "old.safetensors"
+    old.write_bytes(lora.read_bytes())
+    refused = images.run(**QUICK, **few, OUTPUT_DIR=first, INIT_LORA=lora)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "INIT_LORA: this run would replace" in refused.stderr
+    refused = images.run(**QUICK, **few, INIT_LORA=old, LORA_RANK=5, OUTPUT_NAME="mia")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "has rank 2 instead of 5" in refused.stderr
+
+    how = LONG | few | {"INIT_LORA": old, "OUTPUT_NAME": "mia"}
+    output = images.trained(**how, OUTPUT_DIR=images.output.with_name("whole"))
+    assert re.search(r"beginning with \d+ layers of .*old.safetensors", output)
+    assert losses(images.output.with_name("whole"))[0] != losses(first)[0]
+    assert images.stopped(2, signal.SIGTERM, **how).returncode == 143
+    old.rename(tmp_path / "moved.safetensors")
+    output = images.trained(**how)
+    assert "continuing at step" in output
+    assert "beginning with" not in output
+    whole = load_file(images.output.with_name("whole") / "lora" / "mia.safetensors")
+    resumed = load_file(images.output / "lora" / "mia.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert "nothing to do" in images.trained(**how)
+    refused = images.run(**how, OUTPUT_DIR=images.output.with_name("third"))
+    assert refused.stderr == f"train_lora: INIT_LORA: {old}: no such file\n"

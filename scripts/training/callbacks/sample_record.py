@@ -153,6 +153,11 @@ class SampleRecord:
     def _paths(self, row: Row) -> list[Path]:
         return [self._outputs.samples / row.image(number) for number in range(len(self._plan.prompts))]
 
+    def example(self, epochs: int) -> Path | None:
+        """The first image with the trigger word of the LoRA after `epochs` epochs; None if it was not sampled."""
+        row = self._rows.get((epochs, 1.0))
+        return self._outputs.samples / row.image(self._with_trigger[0]) if row and self._with_trigger else None
+
     def scores(self, row: Row) -> tuple[float, ...]:
         """The likeness of the images with the trigger word, as far as it is known and can be told."""
         return self._scores(row, self._with_trigger)

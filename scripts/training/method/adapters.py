@@ -53,12 +53,18 @@ class LoraModule:
     """Name of the layer in the diffusers UNet."""
     factors: Mapping[str, torch.Tensor]
     """By the keys of a LoRA file."""
-    alpha: float
-    """A LoRA file's: scale * rank."""
+    scale: float
+    """What the product of the factors is multiplied by."""
+    rank: int
     magnitude: torch.Tensor | None = None
     """One number per output: DoRA's row norms (PEFT's `lora_magnitude_vector`); None for other kinds."""
     base: torch.Tensor | None = None
     """The frozen weight, which the export of DoRA needs; None for other kinds."""
+
+    @property
+    def alpha(self) -> float:
+        """A LoRA file's."""
+        return self.scale * self.rank
 
     @property
     def zero(self) -> torch.Tensor:
@@ -187,8 +193,7 @@ def _with_flat_parameters(layers: dict[str, BaseTunerLayer], settings: LoraSetti
         magnitude = parameters[name].pop("lora_magnitude_vector", None)
         named = {factors[attribute]: weight for attribute, weight in parameters[name].items()}
         base = None if magnitude is None else layer.get_base_layer().weight
-        rank = layer.r[ADAPTER]
-        modules.append(LoraModule(name, named, layer.scaling[ADAPTER] * rank, magnitude, base))
+        modules.append(LoraModule(name, named, layer.scaling[ADAPTER], layer.r[ADAPTER], magnitude, base))
         _initialise(modules[-1], seed)
     return Adapter(weights, sums, modules, ordered, settings.lora_dropout)
 

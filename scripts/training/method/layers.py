@@ -67,15 +67,25 @@ def adapted_layers(shapes: Mapping[str, tuple[int, ...]], settings: LoraSettings
     return layers
 
 
-def count_weights(shape: tuple[int, ...], rank: int, settings: LoraSettings) -> int:
-    """How many weights are trained for a layer whose weight has this `shape`."""
+def factor_shapes(shape: tuple[int, ...], rank: int, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
+    """The shapes of the trained factors of a layer whose weight has this `shape`, by the keys of a LoRA file; kernels flattened."""
     out, inputs, kernel = shape[0], shape[1], math.prod(shape[2:])
     if settings.lora_type == "lokr":
         (out_l, out_k), (in_m, in_n) = (factorization(size, lokr_factor(settings)) for size in (out, inputs))
-        large = out_k * in_n * kernel if 2 * rank >= max(out_k, in_n) else rank * (out_k + in_n * kernel)
-        return out_l * in_m + large
-    factors = rank * (out + inputs * kernel)
-    return {"lora": factors, "dora": factors + out, "loha": 2 * factors}[settings.lora_type]
+        small = {"lokr_w1": (out_l, in_m)}
+        if 2 * rank >= max(out_k, in_n):
+            return small | {"lokr_w2": (out_k, in_n * kernel)}
+        return small | {"lokr_w2_a": (out_k, rank), "lokr_w2_b": (rank, in_n * kernel)}
+    down, up = (rank, inputs * kernel), (out, rank)
+    if settings.lora_type == "loha":
+        return {"hada_w1_a": up, "hada_w1_b": down, "hada_w2_a": up, "hada_w2_b": down}
+    return {"lora_down.weight": down, "lora_up.weight": up}
+
+
+def count_weights(shape: tuple[int, ...], rank: int, settings: LoraSettings) -> int:
+    """How many weights are trained for a layer whose weight has this `shape`."""
+    magnitudes = shape[0] if settings.lora_type == "dora" else 0
+    return magnitudes + sum(map(math.prod, factor_shapes(shape, rank, settings).values()))
 
 
 def lokr_factor(settings: LoraSettings) -> int:

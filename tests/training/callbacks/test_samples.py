@@ -377,7 +377,7 @@ def test_the_fast_engine_renders_what_the_plain_one_does(renderer_of):
     assert_same(fast, plain, 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
 def test_a_lora_file_gives_the_images_of_the_weights_it_was_written_from(renderer_of, tmp_path, kind):
     renderer, parts = renderer_of(kind=kind)
     adapter, file = parts["step"].adapter, tmp_path / "mia.safetensors"
@@ -390,13 +390,15 @@ def test_a_lora_file_gives_the_images_of_the_weights_it_was_written_from(rendere
     with pytest.raises(AssertionError):
         assert_same(renderer.latents(PROMPT), expected, 1e-2)
     load_lora(file, adapter.modules)
-    assert_same(renderer.latents(PROMPT), expected, 1e-2)
+    assert_same(renderer.latents(PROMPT), expected, 1e-2 if kind in ("lora", "dora") else 3e-2)  # fp16 rounds each factor
     file.write_bytes(file.read_bytes()[:-1])
     assert not is_lora_of(file, adapter.modules)
     assert not is_lora_of(tmp_path / "gone.safetensors", adapter.modules)
 
 
-@pytest.mark.parametrize(("kind", "engine"), [("lora", "plain"), ("lora", "fast"), ("dora", "plain")])
+@pytest.mark.parametrize(
+    ("kind", "engine"), [("lora", "plain"), ("lora", "fast"), ("dora", "plain"), ("loha", "plain"), ("lokr", "plain")]
+)
 def test_strength_0_is_the_base_model_and_the_weights_are_restored(renderer_of, trained_network, kind, engine):
     renderer, parts = renderer_of(kind=kind, engine=engine)
     adapter = parts["step"].adapter

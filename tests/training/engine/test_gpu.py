@@ -420,6 +420,62 @@ def test_dora_trains_in_a_graph(base):
     assert not any(torch.equal(module.magnitude, start) for module, start in zip(lora.modules, before, strict=True))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_type": "loha", "lora_conv_rank": 4},
+        {"lora_type": "lokr", "lora_conv_rank": 4},
+        {"lora_type": "lokr", "lokr_factor": 4},
+        {"lora_conv_rank": 4},
+        {"lora_type": "dora", "lora_conv_rank": 4},
+        {"lora_dropout": 0.2},
+        {"lora_type": "dora", "lora_dropout": 0.2},
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)
+def test_captured_steps_of_every_adapter_are_the_eager_ones(base, settings):
+    """With dropout, too: both draw the same masks, and other ones in each step."""
+    runs = []
+    for captures in (True, False):
+        unet = load_unet(find_base(str(base), base.parent), torch.device("cuda"), torch.bfloat16)
+        lora = inject(unet, LoraSettings(lora_rank=8, **settings), seed=3)
+        step = step_of("plain", unet, lora, AdamW(lora.weights, OptimizerSettings()), captures=captures)
+        runs.append([step([batch_of(number % 2)], RATE).loss for number in range(12)])
+        assert bool(step.graphs) == captures
+    assert runs[0] == pytest.approx(runs[1], rel=5e-3)
+    assert runs[0][10] < runs[0][0]
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_changes_in_the_dtype_of_the_unet_learn_what_fp32_learns(base, kind):
+    """LoHa and LoKr multiply with their change in bf16; its gradient is that of fp32 to the precision of bf16."""
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        unet = load_unet(find_base(str(base), base.parent), torch.device("cuda"), dtype)
+        lora = inject(unet, LoraSettings(lora_rank=8, lora_type=kind), seed=3)
+        with torch.no_grad():
+            lora.weights.add_(0.01 * torch.randn(lora.weights.shape, generator=torch.Generator().manual_seed(1)).cuda())
+        sync = prepare_unet("plain", unet, lora, torch.device("cuda"))
+        how = {"sync_compute_weights": sync, "captures": False}
+        precision = Precision(torch.device("cuda"), dtype)
+        step = TrainStep(unet, lora, AdamW(lora.weights, OptimizerSettings()), loss_config(), precision, 0.0, **how)
+        batch = batch_of(0)
+        step([replace(batch, hidden=batch.hidden.to(dtype), pooled=batch.pooled.to(dtype)).pinned()], 0.0)
+        gradients.append(lora.weights.grad.clone())
+    assert (gradients[0] - gradients[1]).norm() < 0.1 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("pattern", ["attn1.to_q=4 attn1=16 attn2=8:2 ff=0", "up_blocks=24:6"])
+def test_the_fast_engine_takes_ranks_and_scales_by_layer(base, pattern):
+    runs = []
+    for name in ("fast", "plain"):
+        unet = load_unet(find_base(str(base), base.parent), torch.device("cuda"), torch.bfloat16)
+        lora = inject(unet, LoraSettings(lora_rank=8, lora_rank_pattern=pattern), seed=3)
+        step = step_of(name, unet, lora, AdamW(lora.weights, OptimizerSettings()))
+        runs.append([step([batch_of(number % 2)], RATE).loss for number in range(20)])
+    assert runs[0] == pytest.approx(runs[1], rel=0.02)
+
+
 def test_eight_bit_moments_train_and_continue_exactly(base):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     assert bitsandbytes

@@ -481,3 +481,45 @@ def test_fp16_skips_steps_until_the_scale_of_the_loss_fits(plain_unet, stepper):
     assert not any(result.diverged for result in results)
     assert math.isfinite(results[-1].gradient_norm)
     assert not torch.equal(in_a_row(lora), before)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_dropout_follows_from_the_noise_and_is_off_in_evaluations(plain_unet, kind):
+    """The same step has the same masks, with gradient checkpointing too; another step has others; and predictions have none."""
+
+    def gradient_of(seed: int, dropout: float = 0.5, checkpointing: bool = False) -> torch.Tensor:
+        unet = copy.deepcopy(plain_unet)
+        lora = inject(unet, LoraSettings(lora_rank=4, lora_alpha=2.0, lora_type=kind, lora_dropout=dropout), seed=7)
+        generator = torch.Generator().manual_seed(1)
+        for module in lora.modules:
+            module.zero.copy_(0.1 * torch.randn(module.zero.shape, generator=generator))
+        sync = prepare_unet("plain", unet, lora, torch.device("cpu"), gradient_checkpointing=checkpointing)
+        config = LossConfig("epsilon", alphas_cumprod(PLAIN).float(), 5.0, 0.0, SCALING)
+        precision = Precision(torch.device("cpu"), torch.float32)
+        step = TrainStep(unet, lora, WholeGradient(lora.weights), config, precision, 0.0, sync_compute_weights=sync)
+        evaluated.append(step.evaluate([batch_of([300, 700], seed)]))
+        before = in_a_row(lora)
+        step([batch_of([300, 700], seed)], learning_rate=1.0)
+        return before - in_a_row(lora)
+
+    evaluated: list[float] = []
+    first, again, recomputed, other, without = (
+        gradient_of(*arguments) for arguments in ((1,), (1,), (1, 0.5, True), (2,), (1, 0.0))
+    )
+    assert torch.equal(first, again)
+    torch.testing.assert_close(recomputed, first, rtol=1e-4, atol=1e-6)
+    assert (first - other).norm() > 0.1 * first.norm()
+    assert (first - without).norm() > 0.1 * without.norm()
+    assert evaluated[0] == evaluated[1] == evaluated[4]
+
+
+def test_dropout_is_that_of_torch(plain_unet):
+    """Of a LoRA's input a share is 0 and the rest is scaled up, so that its mean stays."""
+    lora = inject(copy.deepcopy(plain_unet), LoraSettings(lora_rank=4, lora_dropout=0.25), seed=0)
+    layer = next(iter(lora.layers.values()))
+    ones = torch.ones(4, 1000, layer.in_features)
+    with lora.dropping():
+        dropped = layer.lora_dropout[ADAPTER](ones)
+    assert (dropped == 0).float().mean() == pytest.approx(0.25, abs=0.01)
+    assert dropped.max() == pytest.approx(1 / 0.75)
+    assert torch.equal(layer.lora_dropout[ADAPTER](ones), ones)

@@ -29,7 +29,7 @@ NAMES = (
 def module(name: str, seed: int = 0, rank: int = 2) -> LoraModule:
     generator = torch.Generator().manual_seed(seed)
     down, up = torch.randn(rank, 6, generator=generator), torch.randn(5, rank, generator=generator)
-    return LoraModule(name, {"lora_down.weight": down, "lora_up.weight": up}, 1.0)
+    return LoraModule(name, {"lora_down.weight": down, "lora_up.weight": up}, 1 / rank, rank)
 
 
 @pytest.fixture
