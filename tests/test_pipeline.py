@@ -15,7 +15,8 @@ from safetensors import safe_open
 from collecting.jobs import parse_entries
 from collecting.workflow import parse_workflow
 from common.files import read_json_lines, sha256_of
-from common.settings import REPOSITORY, TABLES, VERSION, resolve
+from common.settings import REPOSITORY, VERSION, resolve
+from common.settings_file import TABLES
 from demo.__main__ import empty_workspace
 from demo.comfyui_modules import unet_layers
 from demo.environment import PROMPTS, RUN_SH, SECTIONS, TRIGGER_WORD, DemoEnvironment
