@@ -7,11 +7,12 @@ import pytest
 from PIL import Image
 
 from common.caption_lists import read_caption_list
-from common.dataset_layout import DatasetFolder, find_images, find_regularization_images, name_in, select_images, unused_entries
+from common.dataset_layout import DatasetFolder, find_images, find_regularization_images, name_in, select_images
 from common.dataset_table import dataset_table
 from common.errors import DataError
 from common.image_folders import ImageFolder, find_folders
 from common.triggers import classes_of, contained_triggers, foreign_triggers
+from common.unused_entries import unused_entries
 
 
 @pytest.fixture
