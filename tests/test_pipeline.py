@@ -54,6 +54,8 @@ FILES_IN_OUTPUT = {
     "report.html": 1,
     "state/.lock": 1,
     f"state/{TRIGGER_WORD}/history.jsonl": 1,
+    f"state/{TRIGGER_WORD}/image_losses.json": 1,
+    f"state/{TRIGGER_WORD}/sample_losses.jsonl": 1,
     f"state/{TRIGGER_WORD}/step-000000004.json": 1,  # from which the run can be extended
     f"state/{TRIGGER_WORD}/step-000000004.safetensors": 1,
 }

@@ -26,7 +26,7 @@ from training.config import TrainSettings
 from training.data.dataset import Inputs, read_images
 from training.engine import EngineName, choose_engine
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
-from training.method.diffusion import HUBER_C
+from training.method.diffusion import LOSS_METADATA
 from training.method.optimizers import OPTIMIZERS, require_usable
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
@@ -241,15 +241,13 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
 
 def _method_metadata(settings: TrainSettings, plan: Plan) -> dict[str, str]:
     """Optimizer and objective in the words of kohya's scripts, where these have one."""
-    optimizer, loss = settings.optimizer, settings.objective.loss
-    huber = {"ss_huber_schedule": "snr" if loss == "huber_snr" else "constant", "ss_huber_c": str(HUBER_C)}
+    optimizer = settings.optimizer
     return {
         "ss_optimizer": OPTIMIZERS[optimizer.optimizer].label,
         "ss_lr_scheduler": optimizer.lr_scheduler,
         "ss_lr_warmup_steps": str(plan.warmup_steps),
         "ss_max_grad_norm": str(optimizer.max_grad_norm),
-        "ss_loss_type": {"mse": "l2", "huber_snr": "huber"}.get(loss, loss),
-        **(huber if loss.startswith("huber") else {}),
+        **LOSS_METADATA[settings.objective.loss],
         "ss_min_snr_gamma": str(plan.min_snr_gamma or None),
         "ss_debiased_estimation": str(settings.objective.loss_weighting == "debiased"),
         "ss_noise_offset": str(plan.noise_offset or None),

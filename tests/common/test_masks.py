@@ -101,6 +101,15 @@ def test_a_mask_is_as_white_as_its_pixels_are_bright_and_opaque(tmp_path):
     assert levels(read_mask(mask, image))[0].tolist() == [0.0] * 16 + [100.0] * 4 + [255.0] * 12 + [0.0] * 32
 
 
+@pytest.mark.parametrize("mode", ["1", "P", "RGB", "I;16", "LA"])
+def test_a_mask_may_be_stored_in_any_way(tmp_path, mode):
+    half = Image.new("L", (64, 64))
+    half.paste(255, (0, 0, 32, 64))
+    stored = Image.fromarray(np.asarray(half).astype(np.uint16) * 257) if mode == "I;16" else half.convert(mode)
+    stored.save(tmp_path / "mask.png")
+    assert (levels(read_mask(tmp_path / "mask.png", tmp_path / "image.png")) == np.asarray(half)).all()
+
+
 @pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
 def test_the_transparency_of_an_image_may_be_its_mask(tmp_path, suffix):
     image = tmp_path / f"image.{suffix}"

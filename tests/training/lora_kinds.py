@@ -42,6 +42,10 @@ class Drawn:
         delta = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
         return _with_alpha(parts, 3), 3 / rank * delta
 
+    def loha_of_high_rank(self, out: int = 12, inputs: int = 8) -> tuple[dict, torch.Tensor]:
+        """Its square is more than full rank."""
+        return self.loha(out, inputs, rank=5)
+
     def loha_of_convolution(self, out: int = 12, inputs: int = 8, rank: int = 2) -> tuple[dict, torch.Tensor]:
         parts, delta = self.loha(out, inputs * 9, rank)
         return parts, delta.view(out, inputs, 3, 3)

@@ -35,6 +35,9 @@ from training.models.sdxl import BaseModel
 
 MIN_SIDE_PX = 256
 
+LEAST_WHITE = 32
+"""Of 255: a mask that is darker everywhere is a mistake."""
+
 MANY_REPEATS = 100
 """More repeats of an image per epoch are probably a mistake, such as a year in a folder's name."""
 
@@ -321,8 +324,8 @@ def _find_mask(image: ImageFile, decoded: DecodedImage, folder: Path, *, alpha_i
         raise BrokenImageError(
             f"{name} has {width}x{height} px, another aspect ratio than the image's {image_width}x{image_height}"
         )
-    if mask.alpha.getextrema()[1] == 0:
-        raise BrokenImageError(f"{name} leaves nothing of the image, which has to be white in it")
+    if (brightest := mask.alpha.getextrema()[1]) < LEAST_WHITE:  # labels of 0 and 1, for example
+        raise BrokenImageError(f"{name} leaves nothing of the image: its brightest level is {brightest}, and white is 255")
     return path, sha256_of(path) + mask.revision + (" alpha" if path == image.path else "")
 
 

@@ -42,8 +42,9 @@ class Factors:
 def factors(layer: Layer, tensors: Tensors) -> Factors:
     """The change of a layer as one product, exactly. `tensors` are those of `layer.read()`, or of `layer.shapes()`.
 
-    A LoHa of rank r becomes a product of rank r^2, a LoKr one of up to full rank. Raises ModelError if the shapes do not match, and
-    for what is no such product: a DoRA, whose change depends on the weight of the model, and full differences.
+    A LoHa of rank r becomes a product of rank r^2, but at most of full rank, a LoKr one of up to full rank. Raises ModelError if
+    the shapes do not match, and for what is no such product: a DoRA, whose change depends on the weight of the model, and full
+    differences.
     """
     if layer.is_dora:
         raise ModelError(f"{layer.path}: is a DoRA, whose change depends on the base model: only `bake` can apply it")
@@ -52,12 +53,14 @@ def factors(layer: Layer, tensors: Tensors) -> Factors:
     with _checked_shapes(layer):
         pairs, kernel = _pairs(layer, tensors)
         up, down = pairs[-1]
-        if layer.kind == "LoHa":
-            first_up, first_down = pairs[0]
+        first_up, first_down = pairs[0]
+        if layer.kind == "LoHa" and first_up.shape[1] * up.shape[1] > min(len(up), down.shape[1]):
+            up, down = _as_pair((first_up @ first_down) * (up @ down))
+        elif layer.kind == "LoHa":
             up = (first_up[:, :, None] * up[:, None, :]).flatten(1)
             down = (first_down[:, None, :] * down[None, :, :]).flatten(0, 1)
         elif layer.kind == "LoKr":
-            first = pairs[0][0] @ pairs[0][1]
+            first = first_up @ first_down
             up, down = torch.kron(first, up), torch.kron(torch.eye(first.shape[1], device=first.device), down)
         if up.shape[1] != len(down) or not len(down):
             raise RuntimeError
@@ -114,10 +117,7 @@ def _pairs(layer: Layer, tensors: Tensors) -> tuple[list[tuple[torch.Tensor, tor
         whole, core = tensors.get(f"{prefix}_w{number}"), tensors.get(f"{prefix}_t{number}")
         if whole is not None:
             kernel = kernel or tuple(whole.shape[2:])
-            whole = whole.flatten(1)
-            is_wide = whole.shape[0] < whole.shape[1]
-            identity = torch.eye(min(whole.shape), device=whole.device)
-            pairs.append((identity, whole) if is_wide else (whole, identity))
+            pairs.append(_as_pair(whole.flatten(1)))
             continue
         left, right = tensors[f"{prefix}_w{number}_a"], tensors[f"{prefix}_w{number}_b"]
         if core is not None:  # a Tucker decomposition, whose left factor is stored transposed
@@ -125,6 +125,12 @@ def _pairs(layer: Layer, tensors: Tensors) -> tuple[list[tuple[torch.Tensor, tor
             left, right = left.T, torch.einsum("ij...,jn->in...", core, right)
         pairs.append((left, right.flatten(1)))
     return pairs, kernel
+
+
+def _as_pair(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two factors of a matrix of any rank: itself and the smaller identity."""
+    identity = torch.eye(min(matrix.shape), device=matrix.device)
+    return (identity, matrix) if matrix.shape[0] < matrix.shape[1] else (matrix, identity)
 
 
 def scale_of(layer: Layer, tensors: Tensors) -> float:

@@ -18,6 +18,14 @@ LossKind = Literal["mse", "huber", "huber_snr", "l1"]
 LossWeighting = Literal["min_snr", "debiased", "none"]
 HUBER_C = 0.1
 """The error at which the pseudo-Huber loss turns from quadratic to linear; the field's usual value."""
+_HUBER_METADATA = {"ss_loss_type": "huber", "ss_huber_c": str(HUBER_C)}
+LOSS_METADATA: dict[LossKind, dict[str, str]] = {
+    "mse": {"ss_loss_type": "l2"},
+    "huber": _HUBER_METADATA | {"ss_huber_schedule": "constant"},
+    "huber_snr": _HUBER_METADATA | {"ss_huber_schedule": "snr"},
+    "l1": {"ss_loss_type": "l1"},
+}
+"""How the metadata of LoRA files names each loss, in the words of kohya's scripts."""
 MAX_DEBIASED_SNR = 1000.0
 """The limit of the SNR for debiased estimation, as in kohya's and OneTrainer's: only the first few timesteps have more."""
 

@@ -12,6 +12,9 @@ FIRST_ESTIMATE = 1e-6
 _MANY_STEPS = 1e9
 """After so many steps, AdamW's own bias correction divides by exactly 1."""
 
+_MOST_OF_A_DOT = 2**30
+"""Elements of one dot product: torch allows fewer than 2^31, and a LoRA of rank 1024 has more weights."""
+
 
 class Prodigy:
     """AdamW that finds its own learning rate d, of which LEARNING_RATE is a factor (Mishchenko & Defazio 2023, arXiv 2306.06101,
@@ -45,7 +48,8 @@ class Prodigy:
 
         k = state["k"] + 1
         rate = d * learning_rate.double() * (1 - beta2**k).sqrt() / (1 - beta1**k)
-        progress = torch.dot(gradient, state["p0"] - self._weights).double()
+        pairs = zip(gradient.split(_MOST_OF_A_DOT), (state["p0"] - self._weights).split(_MOST_OF_A_DOT), strict=True)
+        progress = sum(torch.dot(*pair).double() for pair in pairs)
         numerator = math.sqrt(beta2) * state["d_numerator"] + d / FIRST_ESTIMATE * rate * progress
         s.mul_(torch.where(is_finite, math.sqrt(beta2), 1.0)).addcmul_(gradient, (d * d / FIRST_ESTIMATE).float())
         denominator = torch.linalg.vector_norm(s, ord=1).double()

@@ -170,8 +170,18 @@ def cut(path) -> None:
         (lambda mask: mask.write_bytes(b""), "is empty; "),
         (lambda mask: mask.write_text("text"), "is not a PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF image; "),
         (cut, "cannot be decoded: "),
-        (lambda mask: Image.new("L", (600, 400), 0).save(mask), "leaves nothing of the image, which has to be white in it; "),
-        (lambda mask: Image.new("RGBA", (600, 400)).save(mask), "leaves nothing of the image, which has to be white in it; "),
+        (
+            lambda mask: Image.new("L", (600, 400), 0).save(mask),
+            "leaves nothing of the image: its brightest level is 0, and white ",
+        ),
+        (
+            lambda mask: Image.new("L", (600, 400), 1).save(mask),
+            "leaves nothing of the image: its brightest level is 1, and white ",
+        ),
+        (
+            lambda mask: Image.new("RGBA", (600, 400)).save(mask),
+            "leaves nothing of the image: its brightest level is 0, and white ",
+        ),
     ],
 )
 def test_a_mask_that_cannot_be_used_is_named_with_the_remedy(stage, spoil, line):

@@ -17,6 +17,7 @@ KINDS = {
     "locon": CONVOLUTION,
     "tucker": CONVOLUTION,
     "loha": LINEAR,
+    "loha_of_high_rank": LINEAR,
     "loha_of_convolution": CONVOLUTION,
     "lokr": LINEAR,
     "lokr_of_low_rank": LINEAR,
