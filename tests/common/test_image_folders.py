@@ -158,7 +158,7 @@ JSON_LINES = "".join(
     json.dumps(entry, ensure_ascii=False) + "\n"
     for entry in (
         {"file_name": "a.png", "text": "alice, smile"},
-        {"file_name": "3_sub/b.png", "text": 'a "quoted", text\nin two lines'},
+        {"file_name": "3_sub\\b.png", "text": 'a "quoted", text\nin two lines'},
         {"text": "niña 年", "file_name": "c.png", "width": 5},
         {"file_name": "d.png", "text": None},
     )
