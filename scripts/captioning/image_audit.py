@@ -13,10 +13,11 @@ import numpy as np
 
 from captioning.image_stats import HASH_SIDE, ImageStats, measure
 from common.background import prefetch
-from common.dataset_layout import CAPTION_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in, unused_entries
+from common.dataset_layout import CAPTION_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in
 from common.files import read_cached_json, sha256_of, write_cached_json, write_json
 from common.images import BrokenImageError
 from common.progress import ProgressBar
+from common.unused_entries import unused_entries
 
 INDEX_FORMAT = 3
 """To be raised when ImageStats or the pixels of any image change: every image is then measured again."""

@@ -8,13 +8,14 @@ from captioning.config import CaptionSettings
 from captioning.model_files import find_model, model_size_on_hub
 from captioning.tag_cache import load_tagger
 from common.captions import ordinary_trigger
-from common.dataset_layout import DatasetFolder, ImageFile, Selection, describe_missing_images, find_images, select_images
+from common.dataset_layout import DatasetFolder, ImageFile, Selection, find_images, select_images
 from common.dataset_table import dataset_table
 from common.errors import DataError, ModelError, ResourceError, run_checks
 from common.faces import MissingWeightsError, load_face_model, size_of_missing_weights
 from common.files import write_problem
 from common.project import ProjectSettings
 from common.triggers import classes_of, contained_triggers
+from common.unused_entries import describe_missing_images
 
 
 def check(folder: DatasetFolder, settings: CaptionSettings, project: ProjectSettings, *, inputs_pending: bool) -> None:

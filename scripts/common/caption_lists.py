@@ -45,7 +45,7 @@ def read_caption_list(folder: Path) -> dict[Path, str]:
         raise DataError(f"{file}: cannot be read: {error.strerror}; make it readable, or remove it") from None
     for number, entry in _json_lines(text) if file.suffix == ".jsonl" else _rows(text):
         problem = _problem_of(entry)
-        image = folder / entry[_NAME] if not problem else None
+        image = folder / _path_in(entry[_NAME]) if not problem else None
         if image in captions:
             problem = f"{entry[_NAME]} is listed a second time; keep one entry"
         if problem:
@@ -79,6 +79,11 @@ def _rows(text: str) -> Iterator[tuple[int, dict[str, Any] | None]]:
         yield reader.line_num, None
 
 
+def _path_in(name: str) -> PurePosixPath:
+    """The path that a list gives, which may have been written on Windows."""
+    return PurePosixPath(name.replace("\\", "/"))
+
+
 def _problem_of(entry: Any) -> str:
     """What is wrong with an entry; "" if nothing is."""
     if not isinstance(entry, dict):
@@ -86,7 +91,7 @@ def _problem_of(entry: Any) -> str:
     name, text = entry.get(_NAME), entry.get(_TEXT)
     if not isinstance(name, str) or not name.strip():
         return f"has no {_NAME}"
-    path = PurePosixPath(name)
+    path = _path_in(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         return f"{_NAME} {name!r} must be a path below the folder of the file"
     if _TEXT not in entry:

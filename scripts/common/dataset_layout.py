@@ -5,18 +5,17 @@ can be trusted. Standard library only.
 """
 
 import codecs
-import contextlib
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.caption_lists import LIST_FILES, UNREAD_LIST_FILES, read_caption_list
+from common.caption_lists import read_caption_list
 from common.errors import abbreviated
 from common.files import read_file, remove_partial_files
-from common.image_folders import FOLDER_FILE, ImageFolder, class_in_name, find_folders
+from common.image_folders import ImageFolder, class_in_name, find_folders
 
 IMAGE_FORMATS = {
     "png": (".png", ".apng"),
@@ -54,7 +53,7 @@ MASK_ENDING = "-masklabel"
 """OneTrainer's: `NAME-masklabel.png` is the mask of the image NAME, and never an image of the data set itself. In any case."""
 MASK_FOLDER = "masks"
 """Beside the folder of images, for masks that have the names of their images, as in kohya's `conditioning_data_dir`."""
-_CONDITIONING_ENDING = "-condlabel"
+CONDITIONING_ENDING = "-condlabel"
 """OneTrainer's as well: an image that conditions another kind of model."""
 
 REGULARIZATION_FOLDERS = ("regularization", "reg")
@@ -168,7 +167,7 @@ def find_images(folder: Path) -> list[ImageFile]:
         for path, stem, each in ((path, path.with_suffix(""), each) for path, each in found)
         if path.suffix.lower() in IMAGE_SUFFIXES
         and not path.name.startswith(".")
-        and not path.stem.lower().endswith((MASK_ENDING, _CONDITIONING_ENDING))
+        and not path.stem.lower().endswith((MASK_ENDING, CONDITIONING_ENDING))
         and path.is_file()
     ]
     first = {image.path.with_suffix("") for image in images if image.path.suffix.lower() in FIRST_SUFFIXES}
@@ -267,13 +266,13 @@ def _masks_by_stem(folder: Path, paths: list[Path]) -> dict[Path, tuple[Path, ..
         stem = path.with_name(path.stem[: -len(MASK_ENDING)])
         masks[stem] = (*masks.get(stem, ()), path)
     for parent in {path.parent for path in paths}:
-        for path in _images_in(_mask_folder(folder) / parent.relative_to(folder)):
+        for path in images_in(mask_folder(folder) / parent.relative_to(folder)):
             stem = parent / (path.stem[: -len(MASK_ENDING)] if is_mask(path) else path.stem)
             masks[stem] = (*masks.get(stem, ()), path)
     return {stem: tuple(sorted(found)) for stem, found in masks.items()}
 
 
-def _mask_folder(folder: Path) -> Path:
+def mask_folder(folder: Path) -> Path:
     """Where the masks of the images in `folder` are, besides beside them: each folder of regularization images has its own."""
     return folder / MASK_FOLDER if folder.name in REGULARIZATION_FOLDERS else folder.parent / MASK_FOLDER
 
@@ -283,98 +282,10 @@ def is_mask(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and path.stem.lower().endswith(MASK_ENDING) and not path.name.startswith(".")
 
 
-def _images_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     """The files in `folder` with a suffix of images; none if it does not exist."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
-
-
-def unused_entries(folder: Path) -> dict[str, str]:
-    """Name -> what it is, of every entry in `folder` that looks like a part of the data set and is not used.
-
-    These are images in folders that `find_folders` does not find, images of formats that are not read or without a suffix, and
-    what may be meant as the caption of an image.
-    """
-    if not folder.is_dir():
-        return {}
-    images = find_images(folder)
-    used = {path for image in images for path in (image.path, *image.masks)}
-    stems = {image.path.with_suffix("") for image in images}
-    folders = find_folders(folder)
-    unused = _unused_folders(folder, folders)
-    masks = _mask_folder(folder)
-    for path in (path for parent in (masks, *masks.glob("*/")) for path in _images_in(parent)):
-        if path not in used:
-            unused[name_in(folder.parent, path)] = f"a mask without an image; give it the name of an image in {folder.name}/"
-    for parent in (each.path for each in folders if each.repeats):
-        for path in parent.iterdir():
-            is_known = path in used or path.name in (FOLDER_FILE, *LIST_FILES) or path.name.startswith(".")
-            if not is_known and (what := _describe_unused(path, stems)):
-                unused[name_in(folder, path)] = what
-        if missing := [path for path in read_caption_list(parent) if path not in used]:
-            names = abbreviated([name_in(parent, path) for path in missing])
-            listing = next(parent / name for name in LIST_FILES if (parent / name).exists())
-            unused[name_in(folder, listing)] = f"lists images that are not in the data set: {len(missing)} ({names})"
-    return dict(sorted(unused.items()))
-
-
-def describe_missing_images(folder: Path, remedy: str) -> str:
-    """What is wrong with a `folder` that has no images, and which of its files and folders are not used."""
-    unused = [f"{name} ({what})" for name, what in unused_entries(folder).items()]
-    not_used = f"; not used: {abbreviated(unused)}" if unused else ""
-    return f"{folder}: no images ({FORMAT_NAMES}); {remedy}{not_used}"
-
-
-def _describe_unused(path: Path, stems: Collection[Path]) -> str | None:
-    """What a file or folder that is not used is, with a remedy; None if it does not look like a part of the data set.
-
-    `stems`: paths of the images that are used, without their suffixes.
-    """
-    suffix = path.suffix.lower()
-    if path.name in UNREAD_LIST_FILES:
-        return f"captions in Parquet; save them as {LIST_FILES[0]} to use them"
-    if suffix in IMAGE_SUFFIXES:
-        if is_mask(path):
-            return f"a mask without an image; rename it to NAME{MASK_ENDING}{path.suffix} for the image NAME"
-        if path.stem.lower().endswith(_CONDITIONING_ENDING):
-            return "OneTrainer's image for conditioning, which is not used"
-        if not path.exists():
-            return "a link to nothing"
-        return "has the stem of another image, which is used" if path.is_file() else "a folder"
-    if not path.is_file() or suffix in CAPTION_SUFFIXES:
-        return None
-    if suffix in UNREAD_SUFFIXES:
-        return f"{UNREAD_SUFFIXES[suffix]}; save it as PNG or JPEG to use it"
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        if image_format := sniff_image_format(file.read(HEAD_BYTES)):
-            return f"contains a {image_format.upper()} image; give it the suffix {IMAGE_FORMATS[image_format][0]} to use it"
-    if path.with_suffix("") in stems:
-        return f"not a caption, which has the suffix {' or '.join(CAPTION_SUFFIXES)}"
-    return None
-
-
-def _unused_folders(folder: Path, folders: Iterable[ImageFolder]) -> dict[str, str]:
-    """The folders below `folder` with images that are not used -> what to do. Those with 0 repeats are excluded."""
-    found = {}
-    masks = _mask_folder(folder)
-    known = {masks, *(each.path for each in folders)}
-    excluded = {masks, *(each.path for each in folders if not each.repeats)}
-    for root, names, _ in os.walk(folder):
-        parent = Path(root)
-        names[:] = [name for name in names if not re.match(r"\.|0+_.", name) and parent / name not in excluded]
-        for path in (parent / name for name in names if parent / name not in known):
-            try:
-                suffixes = {child.suffix.lower() for child in path.iterdir() if not child.name.startswith(".")}
-            except OSError as error:
-                found[name_in(folder, path)] = f"a folder that cannot be read: {error.strerror}"
-                continue
-            if suffixes & {*IMAGE_SUFFIXES, *UNREAD_SUFFIXES}:
-                move = "" if parent == folder else f"move it into {folder.name}/ and "
-                use = f"{move}call it N_name for N repeats to use it"
-                if "mask" in path.name.lower() or path.name.lower().startswith("conditioning"):
-                    use = f"if these are masks, move its files to {folder.parent.name}/{MASK_FOLDER}/"
-                found[name_in(folder, path)] = f"a folder with images; {use}"
-    return found
 
 
 def caption_owners(images: Iterable[ImageFile]) -> dict[Path, ImageFile]:

@@ -12,10 +12,10 @@ from common.dataset_layout import (
     find_regularization_images,
     name_in,
     select_images,
-    unused_entries,
 )
 from common.files import parse_json, read_file
 from common.image_folders import find_folders
+from common.unused_entries import unused_entries
 
 _UNUSED_SHOWN = 20
 _HEADER = ("folder", "images", "captions", "masks", "repeats", "trigger word or class", "flagged", "excluded")

@@ -7,11 +7,12 @@ import pytest
 from PIL import Image
 
 from common.caption_lists import read_caption_list
-from common.dataset_layout import DatasetFolder, find_images, find_regularization_images, name_in, select_images, unused_entries
+from common.dataset_layout import DatasetFolder, find_images, find_regularization_images, name_in, select_images
 from common.dataset_table import dataset_table
 from common.errors import DataError
 from common.image_folders import ImageFolder, find_folders
 from common.triggers import classes_of, contained_triggers, foreign_triggers
+from common.unused_entries import unused_entries
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ JSON_LINES = "".join(
     json.dumps(entry, ensure_ascii=False) + "\n"
     for entry in (
         {"file_name": "a.png", "text": "alice, smile"},
-        {"file_name": "3_sub/b.png", "text": 'a "quoted", text\nin two lines'},
+        {"file_name": "3_sub\\b.png", "text": 'a "quoted", text\nin two lines'},
         {"text": "niña 年", "file_name": "c.png", "width": 5},
         {"file_name": "d.png", "text": None},
     )

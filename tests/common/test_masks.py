@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from captioning.image_audit import audit_images, index_images
-from common.dataset_layout import DatasetFolder, find_images, name_in, unused_entries
+from common.dataset_layout import DatasetFolder, find_images, name_in
 from common.images import read_mask
+from common.unused_entries import unused_entries
 from reporting.dataset import read_dataset
 
 GREY = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1)))

@@ -38,6 +38,17 @@ def test_the_plan_names_each_concept_and_the_regularization_images(done):
     assert "with 'bob' or 'alice' in the prompt" in said
 
 
+def test_check_shows_a_table_of_the_folders(done):
+    stage, _ = done
+    shown = [line.split() for line in stage.run("--check", **SETTINGS).stdout.splitlines()]
+    for row in (
+        ["images/3_bob", "1", "1", "0", "3", "bob", "-", "-"],
+        ["images/alice", "1", "1", "0", "2", "alice", "-", "-"],
+        ["regularization/1_grey_cat", "2", "2", "0", "1", "grey", "cat", "-", "-"],
+    ):
+        assert row in shown
+
+
 def test_the_lora_names_all_trigger_words(done):
     stage, _ = done
     with safe_open(stage.lora, "pt") as file:

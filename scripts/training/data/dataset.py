@@ -14,12 +14,10 @@ from common.dataset_layout import (
     DatasetFolder,
     ImageFile,
     caption_owners,
-    describe_missing_images,
     find_images,
     find_regularization_images,
     name_in,
     select_images,
-    unused_entries,
 )
 from common.errors import DataError, SomeItemsFailed, abbreviated, bullet_list
 from common.files import parse_json, read_file, sha256_of
@@ -30,6 +28,7 @@ from common.progress import ProgressBar
 from common.project import ProjectSettings
 from common.settings import pipeline_command
 from common.triggers import classes_of, contained_triggers, foreign_triggers
+from common.unused_entries import describe_missing_images, unused_entries
 from training.config import DataSettings, TrainSettings
 from training.models.base_model import compute_digests, find_base
 from training.models.sdxl import BaseModel

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.dataset_layout import DatasetFolder, unused_entries
+from common.dataset_layout import DatasetFolder
 from common.errors import DataError
 from common.files import sha256_of, write_json
+from common.unused_entries import unused_entries
 from training.data.dataset import flagged_images, other_entries, read_examples
 
 ORIENTATION = 0x0112

@@ -323,6 +323,21 @@ def test_losses_of_samples_are_the_same_in_a_graph(base, name):
         assert [timestep for timestep, _ in samples] == expected
 
 
+@pytest.mark.parametrize("name", ["fast", "plain"])
+def test_captured_steps_with_regularization_images_of_another_shape_are_the_eager_ones_bit_for_bit(base, name):
+    runs = []
+    for captures in (True, False):
+        step, lora = stepper(base, name, captures=captures)
+        losses = []
+        for number in range(6):
+            prior = batch_of(number + 10, height=16, width=48)
+            losses.append(step([batch_of(number), replace(prior, weights=0.5 * prior.weights).pinned()], RATE).loss)
+        runs.append((losses, lora.weights.detach().clone()))
+    (captured_losses, captured), (losses, weights) = runs
+    assert captured_losses == losses
+    assert torch.equal(captured, weights)
+
+
 def in_fp16(batch: Batch) -> Batch:
     return Batch(**{name: each.half() if each.dtype == torch.bfloat16 else each for name, each in vars(batch).items()}).pinned()
 
