@@ -400,7 +400,7 @@ def test_alpha_follows_the_rank_unless_it_is_set(tmp_path):
     [
         ("LORA_RNK", "LORA_RANK"), ("TRIGER_WORD", "TRIGGER_WORD"), ("OUTPUT_DRI", "OUTPUT_DIR"), ("lora_rank", "LORA_RANK"),
         ("COMFYUI_ENDPOINTS", "COMFYUI_ENDPOINT"), ("COMFYUI_URL", "COMFYUI_ENDPOINT"), ("COMFYUI_HEADER", "COMFYUI_HEADERS"),
-        ("WANDB_APIKEY", "WANDB_API_KEY"), ("NUM_TRAIN_EPOCH", "NUM_TRAIN_EPOCHS"), ("STRCT", "STRICT"), ("LORA_DROPOUT", ""),
+        ("WANDB_APIKEY", "WANDB_API_KEY"), ("NUM_TRAIN_EPOCH", "NUM_TRAIN_EPOCHS"), ("STRCT", "STRICT"), ("LORA_NOISE", ""),
         ("LORANK", "LORA_RANK"), ("NETWORK_DIM", "LORA_RANK"),
         ("CAPTION_LANGUAGE", ""), ("TRAIN_STEPS", ""),
     ],
