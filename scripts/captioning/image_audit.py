@@ -217,14 +217,17 @@ def find_near_duplicates(images: Sequence[IndexedImage]) -> dict[str, str]:
     readable = sorted((image for image in images if image.stats), key=lambda image: -image.stats.width * image.stats.height)
     digits = HASH_SIDE * HASH_SIDE // 4
     words = [[int(image.stats.hash.zfill(digits)[start : start + 16], 16) for start in range(0, digits, 16)] for image in readable]
-    hashes = np.array(words, dtype=np.uint64).reshape(len(readable), digits // 16)
+    columns = np.array(words, dtype=np.uint64).reshape(len(readable), digits // 16).T.copy()
     originals: dict[str, str] = {}
     for index, image in enumerate(readable):
         if image.name in originals:
             continue
-        different_bits = np.bitwise_count(hashes[index + 1 :] ^ hashes[index]).sum(axis=1)
-        for other in np.flatnonzero(different_bits <= MAX_DUPLICATE_BITS):
-            originals.setdefault(readable[index + 1 + other].name, image.name)
+        similar, bits = np.arange(index + 1, len(readable)), 0
+        for column in columns:  # the first two words rule out nearly all images
+            bits = bits + np.bitwise_count(column[similar] ^ column[index])
+            similar, bits = similar[bits <= MAX_DUPLICATE_BITS], bits[bits <= MAX_DUPLICATE_BITS]
+        for other in similar:
+            originals.setdefault(readable[other].name, image.name)
     return originals
 
 
