@@ -44,6 +44,7 @@ FILES_IN_DATASET = {
 }
 FILES_IN_OUTPUT = {
     "cache/digests.json": 1,
+    "cache/predictions.json": 1,
     "cache/latents/<hash>.safetensors": IMAGES,
     "cache/text/<hash>.safetensors": IMAGES + 1,  # the captions and the empty caption
     f"lora/{TRIGGER_WORD}.safetensors": 1,
