@@ -49,24 +49,20 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
 
     `inputs_pending`: earlier stages still have to run, so images and captions may be missing.
     """
+    bases: list[BaseModel] = []
     found: list[BaseModel] = []
+    """The base model, if the LoRA fits it as well."""
     unusable: list[int] = []
 
     def check_base_model() -> str:
         base = find_base(settings.model.base_model, project.models_dir)
         require_matching_weights(base)
-        shapes = weight_shapes(unet_without_weights(base))
-        outputs = OutputLayout(project.output_dir, settings.saving.output_name or project.trigger_word)
-        saved = newest(outputs.state) if settings.lora.init_lora else None
-        if initial_digest(settings.lora, outputs, saved.identity.fingerprint.get(INITIAL_LORA) if saved else None) and not saved:
-            matching_layers(settings.lora, shapes)
-        adapted_layers(shapes, settings.lora)
         if find_tokenizers(base, project.models_dir):
             load_tokenizers(base, project.models_dir)
         else:
             require_tokenizers_on_hub(project.models_dir)
         schedule, is_assumed = schedule_of(base)
-        found.append(base)
+        bases.append(base)
         snr = ", zero terminal SNR" if schedule.zero_terminal_snr else ""
         how = ", which the first run measures" if is_assumed else ""
         return f"base model: {base.path}, {family_of(base)}; {schedule.prediction_type}{snr}{how}"
@@ -75,6 +71,11 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
         cache = OutputLayout(project.output_dir, "").cache
         measured = remembered_prediction(cache, known_digest(base, cache, "unet"))
         return choose_schedule(base, settings.model.prediction_type, settings.model.zero_terminal_snr, measured)
+
+    def check_layers() -> str:
+        layers = adapted_layers(weight_shapes(unet_without_weights(bases[0])), settings.lora) if bases else ()
+        found.extend(bases)
+        return f"LoRA: {len(layers)} layers" if bases else "LoRA: the layers are checked when there is a base model"
 
     def check_run() -> str:
         if inputs_pending:
@@ -91,9 +92,21 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
         return describe_run(found[0], examples, settings, project.trigger_word, schedule_of(found[0])[0])
 
     checks = [check_processor, check_memory, lambda: check_disk_space(project.output_dir), lambda: check_method(settings)]
-    checks += [check_base_model, check_run]
+    checks += [check_base_model, check_layers, lambda: check_initial_lora(project, settings, found), check_run]
     run_checks("training cannot start:", checks)
     require_all_images(sum(unusable))
+
+
+def check_initial_lora(project: ProjectSettings, settings: TrainSettings, bases: Sequence[BaseModel]) -> str:
+    """Whether a new run can begin from the file INIT_LORA on the base model in `bases`, if there is one."""
+    if settings.lora.init_lora is None:
+        return "begins from: a new LoRA"
+    outputs = OutputLayout(project.output_dir, settings.saving.output_name or project.trigger_word)
+    saved = None if settings.saving.fresh else newest(outputs.state)
+    initial_digest(settings.lora, outputs, saved.identity.fingerprint.get(INITIAL_LORA) if saved else None)
+    if bases and not saved:
+        matching_layers(settings.lora, weight_shapes(unet_without_weights(bases[0])))
+    return f"begins from: {settings.lora.init_lora}"
 
 
 def check_method(settings: TrainSettings) -> str:

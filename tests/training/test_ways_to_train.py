@@ -238,3 +238,20 @@ def test_a_run_begins_from_a_lora_file_and_is_continued_without_it(images, tmp_p
     assert "nothing to do" in images.trained(**how)
     refused = images.run(**how, OUTPUT_DIR=images.output.with_name("third"))
     assert refused.stderr == f"train_lora: INIT_LORA: {old}: no such file\n"
+
+
+def test_a_check_lists_what_is_wrong_with_layers_and_the_file_to_begin_from(images, tmp_path):
+    wrong = {"LORA_RANK_PATTERN": "attn3=4", "INIT_LORA": tmp_path / "gone.safetensors"}
+    checked = images.run("--check", **QUICK, **wrong)
+    assert checked.returncode == 2
+    assert checked.stderr.splitlines()[1:] == [
+        "  - LORA_RANK_PATTERN: no adapted layer's name contains 'attn3'; convolutions have a rank with LORA_CONV_RANK only",
+        f"  - INIT_LORA: {tmp_path / 'gone.safetensors'}: no such file",
+    ]
+    refused = images.run(**QUICK, ENGINE="fast", LORA_CONV_RANK=4)
+    assert refused.stderr == (
+        "train_lora: invalid settings:\n  - ENGINE=fast: the fast engine does not support LORA_CONV_RANK=4; set ENGINE=auto\n"
+    )
+    (tmp_path / "text.safetensors").write_text("not a LoRA", encoding="utf-8")
+    refused = images.run(**QUICK, INIT_LORA=tmp_path / "text.safetensors")
+    assert (refused.returncode, refused.stderr.count("\n")) == (5, 1)
