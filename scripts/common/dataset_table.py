@@ -18,7 +18,7 @@ from common.image_folders import find_folders
 from common.unused_entries import unused_entries
 
 _UNUSED_SHOWN = 20
-_HEADER = ("folder", "images", "captions", "masks", "repeats", "trigger word or class", "flagged", "excluded")
+_HEADER = ("folder", "images", "captions", "masks", "repeats", "trigger or class", "flagged", "excluded")
 
 
 def dataset_table(dataset: DatasetFolder, trigger: str) -> str:
