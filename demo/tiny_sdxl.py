@@ -66,7 +66,7 @@ def build(
     """
     generator = torch.Generator(device).manual_seed(seed)
     vocabulary = _vocabulary()
-    for name, module in _modules(size, max(size.words, len(vocabulary))).items():
+    for name, module in networks(size, len(vocabulary)).items():
         weights = {name_in_files(name, key): _random(key, empty, generator).cpu() for key, empty in module.state_dict().items()}
         (folder / name).mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / name / f"{WEIGHT_STEMS[name]}.safetensors", metadata={"format": "pt"})
@@ -98,8 +98,9 @@ def write_single_file(folder: Path, file: Path, *, v_pred: bool = False, ztsnr: 
     return file
 
 
-def _modules(size: Size, words: int) -> dict[str, torch.nn.Module]:
-    """The four networks on the meta device."""
+def networks(size: Size, words: int = 0) -> dict[str, torch.nn.Module]:
+    """The four networks on the meta device; `words` where a vocabulary has more than `size` says."""
+    words = max(words, size.words)
     pooled = size.clip_g[3]
     with shapes_only():
         unet = UNet2DConditionModel(

@@ -1,14 +1,29 @@
 """The memory budget: the batch size and gradient checkpointing that fit the available memory."""
 
-from dataclasses import replace
+import tomllib
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from common.errors import ResourceError
-from training.config import TrainSettings
-from training.memory_budget import MemoryBudget, fit_to_memory, fitting_batch, resolve_batch_size, suggest_settings
+from common.settings import PRESETS
+from demo import tiny_sdxl
+from training.config import LoraSettings, TrainSettings
+from training.data.dataset import Example
+from training.memory_budget import (
+    MemoryBudget,
+    fit_to_memory,
+    fitting_batch,
+    measure_budget,
+    resolve_batch_size,
+    resolve_quantization,
+    suggest_settings,
+)
 from training.plan import runtime_settings
-from training.system.device import GIB, Thresholds
+from training.system.device import GIB, Precision, Thresholds
 
 SPARK = Thresholds(reserve=16 * GIB, warn=12 * GIB, stop=8 * GIB, emergency=2 * GIB)
 
@@ -91,3 +106,40 @@ def test_another_batch_in_the_same_step_may_change_between_stop_and_resume():
     assert {"train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"} <= runtime_settings(
         TrainSettings(), 1
     ).keys()
+
+
+def full_size_budget(monkeypatch, settings: TrainSettings, available_gib: float) -> MemoryBudget:
+    """The budget of SDXL's own UNet for 1024 x 1024 on a GPU of its own with so much free memory."""
+    unet = tiny_sdxl.networks(tiny_sdxl.FULL)["unet"]
+    component = SimpleNamespace(tensors=unet.state_dict(), config=unet.config)
+    monkeypatch.setattr("training.memory_budget.available_bytes", lambda device: int(available_gib * GIB))
+    monkeypatch.setattr("training.memory_budget.shares_memory", lambda device: False)
+    monkeypatch.setattr("training.memory_budget.unet_without_weights", lambda base: unet)
+    example = Example(Path("a.png"), "a.png", "sks", 1024, 1024, 1, "0" * 64)
+    precision = Precision(torch.device("cuda"), torch.bfloat16)
+    return measure_budget(SimpleNamespace(components={"unet": component}), [example], settings, precision, "fast", 1)
+
+
+def test_the_preset_for_8_gb_fits_and_the_defaults_do_not(monkeypatch):
+    for values, fits in ((tomllib.loads((PRESETS / "8gb.toml").read_text(encoding="utf-8"))["train"], True), ({}, False)):
+        settings = TrainSettings()
+        for table in fields(settings):
+            section = getattr(settings, table.name)
+            own = {key.name: values[key.name] for key in fields(section) if key.name in values}
+            settings = replace(settings, **{table.name: replace(section, **own)})
+        settings, budget = resolve_quantization(settings, full_size_budget(monkeypatch, settings, 7.6))
+        if fits:
+            assert fit_to_memory(settings, budget, "").run.train_batch_size == 1
+            assert budget.needed(1, checkpointing=True) < budget.free
+        else:
+            with pytest.raises(ResourceError, match="BASE_QUANTIZATION=int8"):
+                fit_to_memory(settings, budget, "")
+
+
+def test_estimates_are_within_a_tenth_of_what_nvidia_smi_showed(monkeypatch):
+    """On an H200, at 1024 x 1024, batch 1: with activations kept, with checkpointing, and also in 8 bits at rank 16."""
+    plain = TrainSettings()
+    small = replace(plain, lora=LoraSettings(lora_rank=16), model=replace(plain.model, base_quantization="int8"))
+    for settings, checkpointing, measured_mib in ((plain, False, 15583), (plain, True, 9768), (small, True, 6012)):
+        _, budget = resolve_quantization(settings, full_size_budget(monkeypatch, settings, 80))
+        assert budget.needed(1, checkpointing=checkpointing) == pytest.approx(measured_mib * 2**20, rel=0.1)

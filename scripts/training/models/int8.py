@@ -5,8 +5,11 @@ every other part of the program sees ordinary layers.
 """
 
 import re
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 _QUANTIZED = re.compile(r"\.(attentions\.|resnets\.\d+\.conv)")
 """Layers of a UNet: the transformers' linear layers and the ResNets' convolutions, which hold almost all weights. Embeddings and
@@ -22,6 +25,9 @@ class Int8Linear(torch.nn.Linear):
         """[out, in], a new tensor each time."""
         return self.codes * self.scales
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _FrozenLinear.apply(x, lambda: self.weight, self.bias)
+
 
 class Int8Conv2d(torch.nn.Conv2d):
     """A frozen convolution with `codes` [out, in, h, w] int8 and `scales` [out, 1, 1, 1]."""
@@ -30,6 +36,49 @@ class Int8Conv2d(torch.nn.Conv2d):
     def weight(self) -> torch.Tensor:
         """[out, in, h, w], a new tensor each time."""
         return self.codes * self.scales
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = frozen_conv(x, lambda: self.weight, self)
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+
+def frozen_conv(x: torch.Tensor, weight: Callable[[], torch.Tensor], conv: torch.nn.Conv2d) -> torch.Tensor:
+    """`conv` of `x` without its bias, with the weight that a function returns, which is called again in the backward: autograd
+    keeps neither weight nor input."""
+    return _FrozenConv.apply(x, weight, conv.stride, conv.padding)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A linear layer that keeps nothing for the backward, where its weight is computed again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.weight = weight
+        return F.linear(x, weight(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return dy @ ctx.weight(), None, None
+
+
+class _FrozenConv(torch.autograd.Function):
+    """The same for a convolution without bias."""
+
+    @staticmethod
+    def forward(ctx, x, weight, stride, padding):
+        ctx.shape, ctx.weight, ctx.stride, ctx.padding = x.shape, weight, stride, padding
+        return F.conv2d(x, weight(), None, stride, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        # PyTorch's gradient of a convolution wants an input of the right shape even where only dx is computed from dy.
+        never_read = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+        dx, _, _ = torch.ops.aten.convolution_backward(
+            dy, never_read, ctx.weight(), None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, False, False)
+        )
+        return dx, None, None, None
 
 
 _CLASSES = {torch.nn.Linear: Int8Linear, torch.nn.Conv2d: Int8Conv2d}

@@ -100,6 +100,27 @@ def test_both_engines_compute_with_the_same_weights(base, recomputes):
     assert (fast - plain).norm() <= 1e-5 * plain.norm()
 
 
+@pytest.mark.parametrize("kernels", [{}, {"lora_conv_rank": 4}], ids=["linear", "convolutions"])
+def test_plain_layers_keep_no_weights_for_the_backward(base, kernels):
+    kept = {}
+    for in_int8 in (False, True):
+        unet = load_unet(base, CPU, torch.float32, in_int8=in_int8)
+        prepare_unet("plain", unet, inject(unet, LoraSettings(lora_rank=4, **kernels), seed=1), CPU)
+        lasting = {each.data_ptr() for each in [*unet.parameters(), *unet.buffers()]}
+        sizes = {}
+
+        def pack(tensor, lasting=lasting, sizes=sizes):
+            if tensor.data_ptr() not in lasting:
+                sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            answer = unet(**inputs(torch.float32), return_dict=False)[0]
+        kept[in_int8] = sum(sizes.values())
+        assert answer.requires_grad
+    assert kept[True] <= kept[False]
+
+
 def test_gradient_points_where_that_of_the_exact_weights_does(base):
     """With weights as PyTorch initialises them: those of the tiny model multiply every rounding, that of bf16 alike."""
     exact = load_unet(base, CPU, torch.float32)

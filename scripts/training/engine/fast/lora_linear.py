@@ -150,11 +150,6 @@ def frozen_weight(conv: torch.nn.Conv2d) -> torch.Tensor:
     return dequantized(conv.codes, conv.scales) if isinstance(conv, Int8Conv2d) else conv.weight
 
 
-def frozen_conv(x: torch.Tensor, conv: torch.nn.Conv2d) -> torch.Tensor:
-    """`conv` without its bias."""
-    return _FrozenConv.apply(x, conv)
-
-
 class _FusedLoraLinearFunction(torch.autograd.Function):
     """The product of a FusedLoraLinear, with N rows of input.
 
@@ -262,23 +257,3 @@ def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: fl
         add(total, a, b, out_dtype=total.dtype, alpha=scale, out=total)
     else:
         total.add_(torch.matmul(a.to(total.dtype), b.to(total.dtype)), alpha=scale)
-
-
-class _FrozenConv(torch.autograd.Function):
-    """A convolution whose weights are frozen: the backward needs no input."""
-
-    @staticmethod
-    def forward(ctx, x, conv):
-        ctx.shape, ctx.conv = x.shape, conv
-        return F.conv2d(x, frozen_weight(conv), None, conv.stride, conv.padding)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        conv = ctx.conv
-        # PyTorch's gradient of a convolution wants an input of the right shape even where only dx is computed from dy.
-        never_read = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
-        dx, _, _ = torch.ops.aten.convolution_backward(
-            dy, never_read, frozen_weight(conv), None, conv.stride, conv.padding, (1, 1), False, (0, 0), 1, (True, False, False)
-        )
-        return dx, None

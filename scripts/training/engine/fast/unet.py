@@ -14,10 +14,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from training.engine.fast.lora_linear import FusedLoraLinear, frozen_conv, frozen_weight, fused_lora_context, fused_lora_linear
+from training.engine.fast.lora_linear import FusedLoraLinear, frozen_weight, fused_lora_context, fused_lora_linear
 from training.engine.fast.ops import add_layer_norm, add_with_bias, geglu, group_norm
 from training.engine.step import recomputed
 from training.method.adapters import CONTEXT, SELF_ATTENTION
+from training.models.int8 import frozen_conv
 
 KeysValues = Mapping[str, torch.Tensor]
 """Name of a cross-attention's `to_k` or `to_v` -> [B, tokens, D]."""
@@ -140,8 +141,8 @@ def _resnet(module: ResnetBlock2D, input_tensor: torch.Tensor, temb: torch.Tenso
     """
     x, normed = group_norm(input_tensor, None, module.norm1, silu=True)
     plus = F.linear(F.silu(temb), module.time_emb_proj.weight, module.time_emb_proj.bias) + module.conv1.bias
-    _, normed = group_norm(frozen_conv(normed, module.conv1), plus, module.norm2, silu=True)
-    change = frozen_conv(normed, module.conv2)
+    _, normed = group_norm(frozen_conv(normed, partial(frozen_weight, module.conv1), module.conv1), plus, module.norm2, silu=True)
+    change = frozen_conv(normed, partial(frozen_weight, module.conv2), module.conv2)
     if module.conv_shortcut is None:
         return add_with_bias(x, change, module.conv2.bias)
     # The shortcut is a 1x1 convolution: on channels-last rows a linear layer, whose bias takes that of conv2 along.
