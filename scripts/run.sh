@@ -82,7 +82,7 @@ is_true STRICT "${STRICT:-0}" && strict=yes
 [[ $asked_for_review && ${stages[*]} == train_lora ]] && refuse "--review stops before training: leave out --review or --train"
 
 declare -A packages=( # the modules that a stage imports
-    [collect_images]="PIL numpy pillow_heif requests tomli_w tqdm urllib3 websocket"
+    [collect_images]="PIL numpy pillow_heif requests tokenizers tomli_w tqdm urllib3 websocket"
     [caption_images]="PIL huggingface_hub numpy onnxruntime pillow_heif tokenizers tomli_w tqdm"
     [train_lora]="PIL accelerate diffusers huggingface_hub numpy peft pillow_heif safetensors tensorboard tokenizers tomli_w
         torch tqdm transformers wandb"

@@ -89,6 +89,9 @@ def _problem_of(entry: Any) -> str:
     if not isinstance(entry, dict):
         return f"must have a {_NAME} and a {_TEXT}, as a JSON object or as columns with a header"
     name, text = entry.get(_NAME), entry.get(_TEXT)
+    for key, value in ((_NAME, name), (_TEXT, text)):
+        if isinstance(value, str) and not _is_unicode(value):
+            return f"{key} has half of a character that a program cut in two"
     if not isinstance(name, str) or not name.strip():
         return f"has no {_NAME}"
     path = _path_in(name)
@@ -97,6 +100,11 @@ def _problem_of(entry: Any) -> str:
     if _TEXT not in entry:
         others = ", ".join(map(str, (key for key in entry if key != _NAME)))
         return f"has no {_TEXT}; rename to {_TEXT} what holds the caption{f', one of {others}' if others else ''}"
-    if text is not None and not (isinstance(text, str) and is_plain_text(text) and len(text) <= MAX_CAPTION_BYTES):
+    if text is not None and not (isinstance(text, str) and is_plain_text(text) and len(text.encode()) <= MAX_CAPTION_BYTES):
         return f"{_TEXT} must be a text without control characters, of at most {MAX_CAPTION_BYTES // 2**10} KiB"
     return ""
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be written in UTF-8; half a surrogate pair, which JSON allows, cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -263,7 +263,7 @@ def _masks_by_stem(folder: Path, paths: list[Path]) -> dict[Path, tuple[Path, ..
     """
     masks: dict[Path, tuple[Path, ...]] = {}
     for path in (path for path in paths if is_mask(path)):
-        stem = path.with_name(path.stem[: -len(MASK_ENDING)])
+        stem = path.with_name(path.stem[: -len(MASK_ENDING)] or path.stem)  # a name that is nothing but the ending has no image
         masks[stem] = (*masks.get(stem, ()), path)
     for parent in {path.parent for path in paths}:
         for path in images_in(mask_folder(folder) / parent.relative_to(folder)):

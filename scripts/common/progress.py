@@ -1,9 +1,12 @@
 """The progress of what takes long: a bar in a terminal, and a line now and then in a log."""
 
+import threading
 import time
 from typing import Any
 
 from tqdm import tqdm
+
+tqdm.set_lock(threading.RLock())  # tqdm's own lock, for several processes, would stay behind when one of them is killed
 
 LINE_INTERVAL_S = 60.0
 """Without a terminal, progress and the time left are logged as a line this often."""

@@ -112,8 +112,9 @@ def resolve_job(
     engine_name, reason = choose_engine(settings.run.engine, settings.lora)
     initial = initial_digest(settings.lora, outputs, saved.identity.fingerprint.get(INITIAL_LORA) if saved else None)
     budget = measure_budget(base, examples, settings, precision, engine_name, group.local_world_size)
-    # A run that an older version saved has no record: its base was not quantized.
-    recorded_choice = saved.identity.fingerprint.get("base_quantization", "none") if saved and not was_finished else None
+    # A run that an older version saved has no record: its base was not quantized. A finished run keeps its choice as well, so that
+    # it stays finished when there is less memory.
+    recorded_choice = saved.identity.fingerprint.get("base_quantization", "none") if saved else None
     settings, budget = resolve_quantization(settings, budget, recorded_choice)
 
     samples = saved.identity.fingerprint[GLOBAL_BATCH] // world_size if saved else None
@@ -126,23 +127,24 @@ def resolve_job(
     plan = make_plan(examples, settings, schedule, world_size)
     settings = _resolved(settings, plan, precision, engine_name, outputs.name)
     settings, prior = with_class_of_prior(settings, plan, project.trigger_word)
-    settings = fit_to_memory(settings, budget, comfyui_advice(comfyui))
+    fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests, initial)
+    if saved:
+        plan = replace(plan, warmup_steps=warmup_to_keep(saved, fingerprint))
+        fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests, initial)
+    is_finished = not settings.saving.fresh and outputs.is_finished(short_hash(fingerprint))
+    if not is_finished:  # a finished run needs no memory
+        settings = fit_to_memory(settings, budget, comfyui_advice(comfyui))
 
     print(f"training on {describe(precision)}; engine: {engine_name} ({reason})", flush=True)
     print(f"base model: {base.name}, {family_of(base)}", flush=True)
     print("\n".join([plan.announcement(), *prior]), flush=True)
 
-    fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests, initial)
-    if saved:
-        plan = replace(plan, warmup_steps=warmup_to_keep(saved, fingerprint))
-        fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests, initial)
     continues = saved is not None and changes(saved.identity.fingerprint, fingerprint).keys() <= {*LENGTH, EARLY_STOP}
     recorded = saved.identity.runtime if continues else {}
     images, resolved = plan_samples(settings, project.trigger_word, plan, budget, base, recorded)
     settings = replace(settings, samples=resolved)
     runtime = runtime_settings(settings, world_size) | decoder_record(plan.all_examples)
     identity = Identity(fingerprint, runtime, plan.shared_prefix_steps)
-    is_finished = not settings.saving.fresh and outputs.is_finished(short_hash(fingerprint))
     if images and not is_finished:
         print(images.announcement, flush=True)
     if saved and not is_finished:
@@ -198,7 +200,7 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
             zero_terminal_snr=schedule.zero_terminal_snr,
             mixed_precision=precision.name,
         ),
-        data=replace(settings.data, resolution=sizes if len(sizes) > 1 else sizes[0], prior_weight=plan.prior_weight),
+        data=replace(settings.data, resolution=sizes if len(sizes) > 1 else sizes[0]),
         lora=replace(settings.lora, lora_alpha=settings.lora.alpha),
         run=replace(settings.run, engine=engine, num_train_epochs=plan.epochs),
         objective=replace(settings.objective, min_snr_gamma=plan.min_snr_gamma, noise_offset=plan.noise_offset),

@@ -233,11 +233,16 @@ def require_possible_objective(objective: ObjectiveSettings, schedule: Schedule)
 
 def _held_out(examples: Sequence[Example], fraction: float | Literal["auto"]) -> set[int]:
     """Indices of the examples that are held out: those whose files have the lowest hashes, so that the choice depends on
-    nothing but the images, and one image more or less changes it by one at most."""
+    nothing but the images, and one image more or less changes it by one at most. Never the last one of a trigger word."""
     count = min(math.ceil(fraction * len(examples)), len(examples) - 1) if fraction != "auto" else 0
     if fraction == "auto" and len(examples) >= HELD_OUT_FROM:
         count = max(HELD_OUT_LEAST, math.ceil(HELD_OUT_SHARE * len(examples)))
-    return set(sorted(range(len(examples)), key=lambda index: examples[index].sha256)[:count])
+    remaining, chosen = Counter(example.trigger for example in examples), set()
+    for index in sorted(range(len(examples)), key=lambda index: examples[index].sha256):
+        if len(chosen) < count and remaining[examples[index].trigger] > 1:  # something of each concept is trained
+            remaining[examples[index].trigger] -= 1
+            chosen.add(index)
+    return chosen
 
 
 def at_each_resolution(examples: Sequence[Example], data: DataSettings) -> list[Example]:
@@ -261,14 +266,22 @@ def result_fingerprint(
     """
     only = {train.data.resolution}
     classes = [f"{word} for {trigger}" for trigger, word in plan.classes.items()]
-    trained = [[example.sha256, example.caption, example.repeats, *_newer(example, only)] for example in plan.examples]
-    held_out = [[example.sha256, example.caption, *_newer(example, only)] for example in plan.held_out]
+    trained = [
+        [example.sha256, example.caption, example.repeats, *_newer(example, only, trigger_word)] for example in plan.examples
+    ]
+    held_out = [[example.sha256, example.caption, *_newer(example, only, trigger_word)] for example in plan.held_out]
     settings = {recorded_name(key): value for key, value in settings_of(train, "result") if value != key.metadata["before"]}
+    if not any(example.mask for example in [*plan.examples, *plan.regularization]):
+        settings = {name: value for name, value in settings.items() if name not in ("mask_weight", "alpha")}
+    if not plan.regularization:
+        settings.pop("prior_weight", None)
+    if not any("\n" in example.caption for example in plan.all_examples):
+        settings.pop("caption_per_line", None)
     if plan.triggers and plan.triggers != [trigger_word]:
         settings[TRIGGERS] = ", ".join(plan.triggers)
     if plan.regularization:
         settings[REGULARIZATION] = short_hash(
-            [[each.sha256, each.caption, each.repeats, *_newer(each, only)] for each in plan.regularization]
+            [[each.sha256, each.caption, each.repeats, *_newer(each, only, trigger_word)] for each in plan.regularization]
         )
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     return {
@@ -286,11 +299,12 @@ def result_fingerprint(
     }
 
 
-def _newer(example: Example, only: set[int]) -> list[Any]:
-    """What the first versions did not know of an example and the result depends on: its mask, and its resolution unless it is the
-    `only` one; [] where it has neither."""
-    mask = [[example.mask_key, example.mask_weight]] if example.mask else []
-    return mask if {*example.resolutions} == only else [*mask, *example.resolutions]
+def _newer(example: Example, only: set[int], trigger_word: str) -> list[Any]:
+    """What the first versions did not know of an example and the result depends on: its mask, its resolution unless it is the
+    `only` one, and a trigger word of its own; [] where it has none of them."""
+    known = [[example.mask_key, example.mask_weight]] if example.mask else []
+    known += [] if {*example.resolutions} == only else example.resolutions
+    return known if example.trigger in ("", trigger_word) else [*known, example.trigger]
 
 
 def runtime_settings(train: TrainSettings, world_size: int = 1) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from tqdm import tqdm
 
 from common.background import in_background, prefetch
 from common.dataset_layout import DatasetFolder
@@ -240,7 +238,6 @@ def encode(
 
 
 def _encode_in_worker(job: TrainingJob) -> tuple[list[CachedExample], dict[str, Path]]:
-    tqdm.set_lock(threading.RLock())  # tqdm's own lock, for several processes, would stay behind when this one is killed
     prepare_device(job)
     return encode(job, ProcessGroup())
 

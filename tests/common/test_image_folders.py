@@ -203,6 +203,8 @@ def test_a_file_beside_the_image_counts_more_than_a_list_and_the_nearest_list_mo
         ("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}\n{"file_name"', "line 2: must have a file_name and a text"),
         ("metadata.jsonl", b"[]", "line 1: must have a file_name and a text"),
         ("metadata.jsonl", b'{"text": "x"}', "line 1: has no file_name"),
+        ("metadata.jsonl", rb'{"file_name": "a\ud800.png", "text": "x"}', "line 1: file_name has half of a character"),
+        ("metadata.jsonl", rb'{"file_name": "a.png", "text": "x\ud83d"}', "line 1: text has half of a character"),
         (
             "metadata.jsonl",
             b'{"file_name": "a.png", "caption": "x"}',

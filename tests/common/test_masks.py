@@ -119,3 +119,13 @@ def test_the_transparency_of_an_image_may_be_its_mask(tmp_path, suffix):
     assert (levels(read_mask(image, image)) == np.asarray(GREY)).all()
     color.convert("RGB").save(image)
     assert read_mask(image, image).alpha is None
+
+
+def test_a_name_that_is_nothing_but_the_ending_is_a_mask_without_an_image(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("a.png", "-masklabel.png"):
+        Image.new("RGB", (8, 8)).save(images / name)
+    found = find_images(images)
+    assert [image.path.name for image in found] == ["a.png"]
+    assert [image.masks for image in found] == [()]

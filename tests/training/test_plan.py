@@ -193,11 +193,10 @@ DIFFERENT = {
     "cycles": {"optimizer": {"lr_cycles": 4}},
     "adapter": {"lora": {"lora_type": "dora"}},
     "mirror images": {"data": {"flip": True}},
-    "masks": {"data": {"mask_weight": 0.0}},
-    "transparency": {"data": {"alpha": "mask"}},
 }
 SAME = {
     "workers": {"data": {"dataloader_num_workers": 9}},
+    "masks without an image that has one": {"data": {"mask_weight": 0.0, "alpha": "mask"}},
     "saving": {"saving": {"save_every_epochs": 1, "save_state_every_minutes": 1.0, "fresh": True}},
     "logging": {"logging": {"tensorboard": True}},
     "engine": {"run": {"engine": "plain"}},
@@ -226,6 +225,24 @@ def test_another_setting_is_another_run(tables):
 @pytest.mark.parametrize("tables", SAME.values(), ids=SAME)
 def test_what_decides_nothing_may_change(tables):
     assert fingerprint_of(plan_of(**tables), **tables) == fingerprint_of(plan_of())
+
+
+def test_settings_of_masks_are_of_the_run_where_there_is_a_mask():
+    plan = plan_of()
+    masked = replace(plan, examples=[replace(plan.examples[0], mask=Path("mask.png"), mask_key="1"), *plan.examples[1:]])
+    prints = [fingerprint_of(masked), *(fingerprint_of(masked, data={"mask_weight": weight}) for weight in (0.0, 0.5))]
+    assert len(set(prints)) == 3
+
+
+def test_an_image_of_another_trigger_word_makes_another_run_and_some_of_each_are_trained():
+    plan = plan_of()
+    moved = replace(plan, examples=[replace(plan.examples[0], trigger="bob"), *plan.examples[1:]])
+    assert fingerprint_of(moved) != fingerprint_of(plan)
+    for alone in range(60):
+        examples = [example(number, trigger="bob" if number == alone else "sks") for number in range(60)]
+        plan = make_plan(examples, with_changes(), PLAIN)
+        assert len(plan.held_out) == 3
+        assert "bob" in {each.trigger for each in plan.examples}
 
 
 def test_the_class_of_the_subject_decides_the_result_where_the_prior_is_preserved():
@@ -276,8 +293,11 @@ def test_every_setting_has_exactly_one_role():
 
 def test_fingerprint_and_runtime_settings_hold_every_setting_once():
     """A setting that is in neither would continue another run without a word; base_model and validation_fraction count by
-    what they name: the weights, and the images that are held out."""
+    what they name: the weights, and the images that are held out. Those of masks, of regularization images and of several
+    captions count where there are such."""
     plan = plan_of()
+    first = replace(plan.examples[0], mask=Path("mask.png"), mask_key="1", caption="one\nanother")
+    plan = replace(plan, examples=[first, *plan.examples[1:]], regularization=[first])
     train = resolved(plan)
     for table in fields(train):
         section = getattr(train, table.name)

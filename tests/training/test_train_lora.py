@@ -120,7 +120,8 @@ def test_resolved_settings_have_every_auto_decided_and_every_setting_in_it(finis
     assert (train["objective"]["min_snr_gamma"], train["objective"]["noise_offset"]) == (5.0, 0.0357)
     assert (train["saving"]["output_name"], train["lora"]["lora_rank"]) == ("sks", 2)
     undecided = [key for table in train.values() for key, value in table.items() if value == "auto"]
-    assert undecided in ([], ["memory_floor_gib"])  # which says when to stop on this machine, and nothing about the LoRA
+    # The first says when to stop on this machine, and nothing about the LoRA; the second is of another kind of adapter.
+    assert set(undecided) <= {"memory_floor_gib", "lokr_factor"}
 
 
 def test_a_finished_run_is_not_trained_again(finished):

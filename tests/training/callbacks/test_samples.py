@@ -161,6 +161,8 @@ def test_the_recommended_file_is_the_chosen_one_with_the_reason(sampled):
     assert tensors_of_loras(sampled.stage)["sks-recommended.safetensors"] == tensors_of_loras(sampled.stage)[save.file]
     assert file.metadata["sshs_model_hash"] == data_sha256(file.path)
     of_chosen = read_header(lora / save.file).metadata
+    thumbnail = file.metadata.pop("modelspec.thumbnail")  # a file on the way is written before its images
+    assert thumbnail.startswith("data:image/jpeg;base64,")
     assert file.metadata == of_chosen | {f"loracat_recommended_{name}": str(value) for name, value in recommended.items()}
     workflow = json.loads(sampled.files["lora/sks.workflow.json"])
     assert workflow["2"]["inputs"]["lora_name"] == "sks-recommended.safetensors"
