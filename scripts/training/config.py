@@ -214,6 +214,10 @@ class OptimizerSettings:
             if getattr(self, name) != default and self.lr_scheduler != scheduler:
                 remedy = f"set LR_SCHEDULER={scheduler}, or {name.upper()}={default:g}"
                 yield f"{name}: {getattr(self, name):g} has no effect with LR_SCHEDULER={self.lr_scheduler}; {remedy}"
+        if self.optimizer == "adafactor":
+            for name, default in {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}.items():
+                if getattr(self, name) != default:
+                    yield f"{name}: has no effect with OPTIMIZER=adafactor; set {name.upper()}={default:g}"
         if self.lr_scheduler == "warmup_stable_decay" and self.lr_warmup + self.lr_decay > 1:
             yield f"lr_decay: {self.lr_decay:g} and lr_warmup, {self.lr_warmup:g}, are more than the whole run; lower one of them"
         if self.loraplus_ratio != 1 and self.optimizer not in ("adamw", "adamw8bit"):
@@ -373,5 +377,5 @@ class TrainSettings:
             yield f"lora_l2: is not supported with LORA_TYPE={self.lora.lora_type}; set LORA_L2=0, or LORA_TYPE=lora"
         if self.optimizer.loraplus_ratio != 1 and self.lora.lora_type not in ("lora", "dora"):
             yield f"loraplus_ratio: LORA_TYPE={self.lora.lora_type} has no `up` of its own; set LORAPLUS_RATIO=1, or LORA_TYPE=lora"
-        if self.lora.lora_type == "dora" and self.model.base_quantization != "none":
+        if self.lora.lora_type == "dora" and self.model.base_quantization == "int8":
             yield "LORA_TYPE=dora reads the weights of the base model as they are: set BASE_QUANTIZATION=none"

@@ -129,7 +129,8 @@ def resolve_quantization(
     choice = settings.model.base_quantization
     if choice == "auto":
         needed = budget.needed(1, checkpointing=True)
-        choice, reason = recorded or ("int8" if needed > budget.free else "none"), "as in the checkpoint"
+        is_needed = budget.saved_by_int8 > 0 and needed > budget.free
+        choice, reason = recorded or ("int8" if is_needed else "none"), "as in the checkpoint"
         if not recorded:
             reason = f"one image needs {needed / GIB:.1f} GiB without it, {budget.free / GIB:.1f} GiB free"
         print(f"base quantization: {choice} ({reason})", flush=True)

@@ -39,8 +39,8 @@ def adapted_layers(shapes: Mapping[str, tuple[int, ...]], settings: LoraSettings
 
     These are the linear layers of the transformers (all of them, or those of "attention" only) and, if they have a rank, the 3x3
     convolutions of ResNets and samplers. Of `lora_rank_pattern`, the first expression that is found in a layer's name decides, in
-    diffusers' or in kohya's spelling. Raises ModelError if this is not an SDXL UNet, SettingsError for an expression that no name
-    contains.
+    diffusers' or in kohya's spelling. Raises ModelError if this is not an SDXL UNet, SettingsError for an expression that decides
+    nothing.
     """
     linears = [name for name, shape in shapes.items() if ".attentions." in name and len(shape) == 2]
     if not linears:
@@ -50,16 +50,22 @@ def adapted_layers(shapes: Mapping[str, tuple[int, ...]], settings: LoraSettings
     ranks = dict.fromkeys(linears, settings.lora_rank)
     if settings.lora_conv_rank:
         ranks |= {name: settings.lora_conv_rank for name in shapes if _CONVOLUTION.search(name)}
-    rules, used, layers = settings.rank_rules, set(), {}
+    rules, found, used, layers = settings.rank_rules, set(), set(), {}
     for name in (name for name in shapes if name in ranks):
         spellings = (name, kohya_name(name)) if rules else ()
         matches = [rule for rule in rules if any(rule[0].search(spelling) for spelling in spellings)]
-        used.update(id(rule) for rule in matches)
+        found.update(id(rule) for rule in matches)
+        used.update(id(rule) for rule in matches[:1])
         _, rank, alpha = matches[0] if matches else (None, ranks[name], None)
         usual = float(rank) if settings.lora_alpha == "auto" else settings.lora_alpha
         if rank:
             layers[name] = LayerRank(rank, usual if alpha is None else alpha)
-    if unused := [rule[0].pattern for rule in rules if id(rule) not in used]:
+    if hidden := [rule[0].pattern for rule in rules if id(rule) in found - used]:
+        raise SettingsError(
+            f"LORA_RANK_PATTERN: {', '.join(map(repr, hidden))} decides nothing, because each of its layers matches an expression "
+            "before it; put the special one first"
+        )
+    if unused := [rule[0].pattern for rule in rules if id(rule) not in found]:
         what = "; convolutions have a rank with LORA_CONV_RANK only" if not settings.lora_conv_rank else ""
         raise SettingsError(f"LORA_RANK_PATTERN: no adapted layer's name contains {', '.join(map(repr, unused))}{what}")
     if not layers:

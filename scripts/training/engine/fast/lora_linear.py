@@ -127,7 +127,7 @@ def _separate(linears: Sequence[torch.nn.Linear], rank: int) -> tuple[torch.Tens
         weight, scales = torch.cat([linear.weight.detach() for linear in linears]), None
         for linear, part in zip(linears, weight.split(out), strict=True):
             linear.weight = torch.nn.Parameter(part, requires_grad=False)
-    down, up = like.new_empty(n * rank, width), like.new_empty(n, out, rank)
+    down, up = like.new_zeros(n * rank, width), like.new_zeros(n, out, rank)
     return weight, scales, _joined_bias(linears), down, up, None, None
 
 
