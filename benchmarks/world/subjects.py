@@ -33,7 +33,13 @@ HABIT = 0.4
 """Share of the images with the usual outfit, and, drawn again, of those with the usual background."""
 CLASS_WORD = "1girl"
 OPEN_EYED = [expression for expression in EXPRESSIONS if expression != "closed eyes"]
-UNSEEN = {"clothes": (CLOTHES, 1), "colour": (COLOURS, 3), "expression": (OPEN_EYED, 1), "pose": (POSES, 1), "background": (BACKGROUNDS, 3)}
+UNSEEN = {
+    "clothes": (CLOTHES, 1),
+    "colour": (COLOURS, 3),
+    "expression": (OPEN_EYED, 1),
+    "pose": (POSES, 1),
+    "background": (BACKGROUNDS, 3),
+}
 """Part of a shot -> its values, and how many of them the data set never has."""
 _SUBJECT, _DATA_SET, _SCENES = 21, 22, 23
 """Of the seeds; those of the pre-training begin with 20."""
