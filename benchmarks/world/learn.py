@@ -8,6 +8,7 @@ tables of results; `demo` runs the whole pipeline once, as a user does. The base
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from benchmarks.world.measures import COUNTS
 from benchmarks.world.reader import Reader
 from benchmarks.world.report import read_results, report
 from benchmarks.world.runs import BASE, ROUNDS, Run, World, runs_of
-from benchmarks.world.scheduler import Limits, run_all
+from benchmarks.world.scheduler import Limits, run_all, shared_gpus
 from benchmarks.world.tagger import export
 
 
@@ -35,6 +36,9 @@ def main() -> None:
     runs.add_argument("--measurers", type=int, default=2, help="measuring processes on each GPU")
     runs.add_argument("--gpus", default="0", help='indices, such as 0,1,2,3; "" for the CPU')
     runs.add_argument("--seconds", type=float, default=480, help="after which nothing is running")
+    runs.add_argument(
+        "--mps", action="store_true", help="let processes use a GPU at the same time, by NVIDIA's Multi-Process Service"
+    )
     runs.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of every training")
     runs.add_argument("--images", type=int, help="of each data set, for a trial")
     runs.add_argument("--samples", type=int, help="training samples of each run, for a trial")
@@ -74,11 +78,12 @@ def train_and_measure(given: argparse.Namespace) -> None:
     arms = [replace(arm, settings=arm.settings | changes) for arm in arms.values()]
     arms = [replace(arm, images=given.images or arm.images, samples=given.samples or arm.samples) for arm in arms]
     limits = Limits(given.gpus.split(","), given.jobs, given.measurers, given.seconds)
-    runs = list(runs_of(arms, range(given.subjects), range(given.seeds), world_of(given)))
     product.prepare_forks()
-    if given.gpus and not runs[0].result.exists():
-        warm_up(runs[0], limits)
-    run_all(runs, limits, dict(zip(COUNTS, given.counts, strict=True)))
+    runs = list(runs_of(arms, range(given.subjects), range(given.seeds), world_of(given)))
+    with shared_gpus(runs[0].world.work / "mps") if given.mps else nullcontext():
+        if given.gpus and not runs[0].result.exists():
+            warm_up(runs[0], limits)
+        run_all(runs, limits, dict(zip(COUNTS, given.counts, strict=True)))
     results = read_results([runs[0].result.parent])
     if results:
         print(report(results, BASE.name))

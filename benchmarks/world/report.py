@@ -72,9 +72,8 @@ def curves(results: Sequence[dict]) -> str:
     lines = ["| | samples | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 2) + "|"]
     for arm, runs in _by_arm(results).items():
         for number, save in enumerate(next(iter(runs.values()))["saves"]):
-            values = [
-                np.mean([run["saves"][number][name] for run in runs.values() if number < len(run["saves"])]) for name in MEASURES
-            ]
+            several = [run["saves"][number] for run in runs.values() if number < len(run["saves"])]
+            values = [np.mean([each[name] for each in several]) for name in MEASURES]
             lines.append(f"| {arm} | {save['samples']} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
     return "\n".join(lines)
 

@@ -108,10 +108,8 @@ class Run:
     @property
     def dataset(self) -> DatasetFolder:
         """Runs with the same images and captions share it."""
-        captions = "-".join(slug(f"{name}{value}") for name, value in self.arm.captions.items())
-        return DatasetFolder(
-            self.world.work / "sets" / "-".join(filter(None, [f"p{self.number:02d}", str(self.arm.images), captions]))
-        )
+        captions = [slug(f"{name}{value}") for name, value in self.arm.captions.items()]
+        return DatasetFolder(self.world.work / "sets" / "-".join([f"p{self.number:02d}", str(self.arm.images), *captions]))
 
     @property
     def output(self) -> Path:

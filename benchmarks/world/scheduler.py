@@ -1,15 +1,16 @@
 """Trains and measures many LoRAs at once, on several GPUs and within a time limit.
 
-Each training is a fork of this process; beside them, some processes measure what has been trained. They find their work in a folder:
-a file with the name of a run appears there when the run has ended, and who renames it first measures it.
+Each training is a fork of this process; beside them, some processes measure what has been trained. They find their work in a
+folder: a file with the name of a run appears there when the run has ended, and the process that renames it first measures it.
 """
 
 import os
 import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,19 @@ def run_all(runs: Sequence[Run], limits: Limits, counts: dict[str, int]) -> None
             time.sleep(POLL_S)
     done = sum(run.result.exists() for run in runs)
     print(f"{done} of {len(runs)} runs measured after {limits.seconds - limits.left:.0f} s", flush=True)
+
+
+@contextmanager
+def shared_gpus(folder: Path) -> Iterator[None]:
+    """Within this block processes share the GPUs through NVIDIA's Multi-Process Service, so that the kernels of several run at the
+    same time. It belongs to this user and changes no setting of the GPUs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"CUDA_MPS_PIPE_DIRECTORY": str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
+    subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", check=False)
 
 
 Job = tuple[str, dict[str, str], Path, Callable[[], int]]

@@ -7,7 +7,6 @@ poses and backgrounds are never in it, and prompts ask for those.
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
