@@ -14,17 +14,16 @@ from training.lora_files.reading import layer_name, read_lora, usable_layers
 from training.models.base_model import find_base
 from training.models.weights import load_text_encoders, load_tokenizers, load_unet, load_vae
 
-IMAGE_PX = 128
 STEPS, GUIDANCE = 20, 4.0
 VAE_BATCH = 64
 
 
 class Artist:
-    """A base model in fp32 on `device`. Images are [N, 3, 128, 128], 0 .. 1, on the device."""
+    """A base model in fp32 on `device`. Images are [N, 3, side, side], 0 .. 1, on the device."""
 
-    def __init__(self, folder: Path, device: torch.device):
+    def __init__(self, folder: Path, side: int, device: torch.device):
         base = find_base(str(folder), folder.parent)
-        self.device = device
+        self.side, self.device = side, device
         self.unet, self.vae = load_unet(base, device, torch.float32), load_vae(base, device)
         self._encoders = load_text_encoders(base, device, torch.float32)
         self._tokenizers = load_tokenizers(base, folder.parent)
@@ -51,14 +50,15 @@ class Artist:
         """One image for each prompt and seed, by Euler's method with classifier-free guidance, as sample images are rendered."""
         scheduler = scheduler_of(self._schedule)
         scheduler.set_timesteps(STEPS)
-        side = IMAGE_PX // 8
-        noise = [torch.randn(4, side, side, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        shape = 4, self.side // 8, self.side // 8
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         latents = torch.stack(noise).to(self.device) * float(scheduler.init_noise_sigma)
         unique = list(dict.fromkeys(["", *prompts]))
         encoded = [encode_captions([text], self._tokenizers, self._encoders, chunks=1) for text in unique]
         rows = [0] * len(prompts) + [unique.index(prompt) for prompt in prompts]
         hidden, pooled = (torch.cat(parts)[rows] for parts in zip(*encoded, strict=True))
-        sizes = torch.tensor([[IMAGE_PX, IMAGE_PX, 0, 0, IMAGE_PX, IMAGE_PX]] * len(rows), dtype=torch.float32, device=self.device)
+        sizes = torch.tensor([self.side, self.side, 0, 0, self.side, self.side], dtype=torch.float32, device=self.device)
+        sizes = sizes.repeat(len(rows), 1)
         for timestep in scheduler.timesteps:
             noisy = scheduler.scale_model_input(latents, timestep)
             times = torch.full((len(rows),), float(timestep), device=self.device)

@@ -12,7 +12,6 @@ from PIL import Image
 from benchmarks.world.artist import Artist
 from benchmarks.world.measures import ALONE, CLASS, SCENE, Judge, render
 from benchmarks.world.picks import sampled_saves, validation_losses
-from benchmarks.world.reader import Reader
 from benchmarks.world.runs import Arm, Run
 from common.settings import REPOSITORY
 
@@ -30,8 +29,8 @@ def demonstrate(run: Run, sheet_path: Path | None) -> int:
     if code:
         return code
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    artist = Artist(run.world.model, device)
-    judge = Judge(run.subject, artist, Reader.load(run.world.reader, device))
+    artist = Artist(run.world.model, run.world.side, device)
+    judge = Judge(run.subject, artist, run.world.reader(device))
     print(f"the person as drawn: distance {judge.drawn['distance_alone']:.3f}; the base model: {judge.base['distance_alone']:.3f}")
     for save in sampled_saves(run, judge, validation_losses(run.layout.metrics)):
         print(f"{save.file}: its own samples are {2 * (1 - np.mean(save.scores)):.3f} from the person")

@@ -15,11 +15,9 @@ from pathlib import Path
 from benchmarks.world import product
 from benchmarks.world.demonstration import ARM, demonstrate
 from benchmarks.world.measures import COUNTS
-from benchmarks.world.reader import Reader
 from benchmarks.world.report import read_results, report
 from benchmarks.world.runs import BASE, ROUNDS, Run, World, runs_of
 from benchmarks.world.scheduler import Limits, run_all, shared_gpus
-from benchmarks.world.tagger import export
 
 
 def main() -> None:
@@ -57,17 +55,15 @@ def main() -> None:
 
 
 def _add_world(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help="the base model")
-    parser.add_argument("--reader", type=Path, required=True)
+    parser.add_argument("--world", type=Path, required=True, help="folder that benchmarks.world.pretrain has written")
     parser.add_argument("--work", type=Path, required=True, help="folder of the experiment")
     parser.add_argument("--peer", type=Path, help="diffusers' train_text_to_image_lora_sdxl.py, for the round of that name")
 
 
 def world_of(given: argparse.Namespace) -> World:
-    """The world with its tagger."""
-    world = World(given.model.resolve(), given.reader.resolve(), given.work.resolve(), given.peer and given.peer.resolve())
-    if not (world.tagger / "selected_tags.csv").exists():
-        export(Reader.load(world.reader), world.tagger)
+    """The world with its models."""
+    world = World(given.world.resolve(), given.work.resolve(), given.peer and given.peer.resolve())
+    world.write_models()
     return world
 
 

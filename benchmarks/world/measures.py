@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 
-from benchmarks.world.artist import IMAGE_PX, Artist
+from benchmarks.world.artist import Artist
 from benchmarks.world.drawing import draw
 from benchmarks.world.people import ALL_TAGS, GROUPS, Shot, identity_vector
 from benchmarks.world.reader import Reader, attribute_accuracy, identity_error
-from benchmarks.world.subjects import CLASS_WORD, Subject
+from benchmarks.world.subjects import CLASS_WORD, FILE_PX, Subject
 
 ALONE, SCENE, CLASS = "alone", "scene", "class"
 """Kinds of prompts: the trigger word alone, in a scene that the data set never has, and the class word without it."""
@@ -51,7 +52,7 @@ def prompts_of(subject: Subject, counts: Mapping[str, int] = COUNTS) -> list[Pro
 
 
 def render(artist: Artist, prompts: Sequence[Prompt], trigger: str) -> torch.Tensor:
-    """[N, 3, px, px]; the base model's with an empty `trigger`."""
+    """[N, 3, side, side]; the base model's with an empty `trigger`."""
     return artist.render([prompt.of(trigger) for prompt in prompts], [prompt.seed for prompt in prompts])
 
 
@@ -65,7 +66,8 @@ class Judge:
         self.base = self._raw(render(artist, self.prompts, ""))
         """Of the base model."""
         shots = {ALONE: list(subject.shots(counts[ALONE])), SCENE: [prompt.shot for prompt in self.prompts if prompt.shot]}
-        pixels = [np.asarray(draw(subject.identity, shot, IMAGE_PX)) for shot in shots[ALONE] + shots[SCENE]]
+        files = [draw(subject.identity, shot, FILE_PX) for shot in shots[ALONE] + shots[SCENE]]
+        pixels = [np.asarray(file.resize((artist.side, artist.side), Image.Resampling.LANCZOS)) for file in files]
         drawn = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
         self.shown = artist.through_vae(drawn)
         """The person as drawn, in shots of the data set and in the scenes."""

@@ -11,7 +11,6 @@ from common.dataset_layout import DatasetFolder
 
 BATCH = 4
 _DEFAULTS = {
-    "resolution": 128,
     "train_batch_size": BATCH,
     "learning_rate": 1e-4,
     "lr_scheduler": "constant",

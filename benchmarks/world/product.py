@@ -33,7 +33,6 @@ def environment(model: Path, dataset: Path, output: Path, trigger: str, **settin
         "OUTPUT_DIR": output,
         "MODELS_DIR": model.parent,
         "BASE_MODEL": model,
-        "RESOLUTION": 128,
         "FACE_MODEL": "off",
         "SAMPLES": "false",
         "VALIDATION_FRACTION": 0,
@@ -87,6 +86,7 @@ def fork(variables: dict[str, str], log: Path, run: Callable[[], int]) -> int:
         number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for stream in (1, 2):
             os.dup2(number, stream)
+        sys.stdout, sys.stderr = (open(stream, "w", buffering=1, encoding="utf-8", closefd=False) for stream in (1, 2))  # noqa: SIM115
         os.environ.clear()
         os.environ.update(variables)
         code = run()

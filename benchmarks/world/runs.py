@@ -5,8 +5,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from benchmarks.world import peer, product
-from benchmarks.world.subjects import Subject, subject
+from benchmarks.world.models import image_side, write_base_model, write_tagger
+from benchmarks.world.reader import Reader
+from benchmarks.world.subjects import CLASS_WORD, Subject, subject
 from common.dataset_layout import DatasetFolder
 from common.output_layout import OutputLayout
 
@@ -28,7 +32,7 @@ class Arm:
     """Arguments of the peer's script, which trains in the product's place."""
 
 
-PICKED = {"VALIDATION_FRACTION": 0.2, "VALIDATE_EVERY_EPOCHS": 10, "SAMPLES": "true", "SAMPLE_SIZE": 128, "SAMPLE_STEPS": 20}
+PICKED = {"VALIDATION_FRACTION": 0.2, "VALIDATE_EVERY_EPOCHS": 10, "SAMPLES": "true", "SAMPLE_STEPS": 20}
 """What `-best` and `-recommended` are chosen from."""
 BASE = Arm("base")
 ROUNDS = {
@@ -75,16 +79,34 @@ ROUNDS = {
 class World:
     """The models, and the folder of the experiment."""
 
-    model: Path
-    """The base model, a diffusers folder."""
-    reader: Path
+    origin: Path
+    """What the pre-training has written."""
     work: Path
     peer: Path | None = None
     """The peer's script."""
 
     @property
+    def model(self) -> Path:
+        """The base model, a diffusers folder."""
+        return self.work / "models" / "world"
+
+    @property
     def tagger(self) -> Path:
-        return self.work / "tagger"
+        return self.work / "models" / "tagger"
+
+    @cached_property
+    def side(self) -> int:
+        """Of images, in pixels."""
+        return image_side(self.origin)
+
+    def reader(self, device: torch.device | str = "cpu") -> Reader:
+        return Reader.load(self.origin / "reader", device)
+
+    def write_models(self) -> None:
+        """Write base model and tagger, unless they are there."""
+        if not (self.tagger / "selected_tags.csv").exists():
+            write_base_model(self.origin, self.model)
+            write_tagger(self.reader(), self.tagger)
 
 
 @dataclass(frozen=True)
@@ -133,7 +155,13 @@ class Run:
 
     def variables(self) -> dict[str, str]:
         """The environment of its stages."""
-        settings = {**self.length, "TRAIN_SEED": self.seed, "SUBJECT_CLASS": "1girl", "CAPTION_MODEL": self.world.tagger}
+        settings = {
+            **self.length,
+            "RESOLUTION": self.world.side,
+            "TRAIN_SEED": self.seed,
+            "SUBJECT_CLASS": CLASS_WORD,
+            "CAPTION_MODEL": self.world.tagger,
+        }
         settings |= self.arm.captions | self.arm.settings
         return product.environment(self.world.model, self.dataset.root, self.output, self.subject.trigger, **settings)
 
@@ -149,7 +177,13 @@ class Run:
             return product.train()
         epochs, every = self.length.values()
         steps = -(-self.arm.images // peer.BATCH)
-        options = self.arm.peer | {"max_train_steps": epochs * steps, "checkpointing_steps": every * steps, "seed": self.seed}
+        options = {
+            "resolution": self.world.side,
+            **self.arm.peer,
+            "max_train_steps": epochs * steps,
+            "checkpointing_steps": every * steps,
+            "seed": self.seed,
+        }
         return peer.train(self.world.peer, self.world.model, self.dataset, self.output, options)
 
     def saves(self) -> dict[int, Path]:

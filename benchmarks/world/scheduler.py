@@ -21,13 +21,10 @@ from benchmarks.world import product
 from benchmarks.world.artist import Artist
 from benchmarks.world.measures import Judge, render
 from benchmarks.world.picks import picks_of
-from benchmarks.world.reader import Reader
 from benchmarks.world.runs import Run, World
 from common.files import write_json
 
 POLL_S = 0.05
-END_S = 20.0
-"""Before the time limit, for what is measured last; what is still training by then is killed."""
 
 
 @dataclass
@@ -41,6 +38,8 @@ class Limits:
     measurers: int
     """Measuring processes on each GPU."""
     seconds: float
+    reserve: float = 20.0
+    """Seconds at the end, for what is measured last; what is still training by then is killed."""
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -59,7 +58,7 @@ def run_all(runs: Sequence[Run], limits: Limits, counts: dict[str, int]) -> None
     queue.mkdir(parents=True)
     variables = dict(os.environ)
     datasets = {run.dataset.root: run for run in runs}.values()
-    _forked([(run.name, variables, run.log, run.prepare) for run in datasets], limits, lambda name, code, seconds: None)
+    run_jobs([(run.name, variables, run.log, run.prepare) for run in datasets], limits, lambda name, code, seconds: None)
     print(f"{len(datasets)} data sets after {limits.seconds - limits.left:.0f} s; {len(runs)} runs", flush=True)
     by_name = {run.name: run for run in runs}
     measuring = []
@@ -76,7 +75,7 @@ def run_all(runs: Sequence[Run], limits: Limits, counts: dict[str, int]) -> None
         write_json(by_name[name].output / "seconds.json", round(seconds, 2))
         (queue / name).touch()
 
-    _forked([(run.name, run.variables(), run.log, run.train) for run in runs], limits, ended)
+    run_jobs([(run.name, run.variables(), run.log, run.train) for run in runs], limits, ended)
     (queue / ".end").touch()
     print(f"trained after {limits.seconds - limits.left:.0f} s; {len(os.listdir(queue)) - 1} wait to be measured", flush=True)
     for process in measuring:
@@ -105,19 +104,19 @@ Job = tuple[str, dict[str, str], Path, Callable[[], int]]
 """Name, environment, log, and what is called."""
 
 
-def _forked(jobs: Sequence[Job], limits: Limits, ended: Callable[[str, int, float], None]) -> None:
+def run_jobs(jobs: Sequence[Job], limits: Limits, ended: Callable[[str, int, float], None]) -> None:
     """Run jobs as forks, each on the GPU that has the fewest. None is started that would not end in time, judged by the longest so
     far; `ended` is called with name, exit code and seconds of each that ends."""
     running: dict[int, tuple[str, str, float]] = {}
     waiting, longest = list(jobs), 0.0
     while waiting or running:
-        while waiting and len(running) < limits.jobs and limits.left > END_S + 1.2 * longest:
+        while waiting and len(running) < limits.jobs and limits.left > limits.reserve + 1.2 * longest:
             name, variables, log, call = waiting.pop(0)
             busy = [gpu for _, gpu, _ in running.values()]
             gpu = min(limits.gpus, key=busy.count)
             process = product.fork(variables | {"CUDA_VISIBLE_DEVICES": gpu}, log, call)
             running[process] = name, gpu, time.monotonic()
-        if limits.left < END_S + 1.2 * longest and waiting:
+        if limits.left < limits.reserve + 1.2 * longest and waiting:
             print(f"{len(waiting)} runs are not started: the time is up", flush=True)
             waiting.clear()
         for process in list(running):
@@ -128,7 +127,7 @@ def _forked(jobs: Sequence[Job], limits: Limits, ended: Callable[[str, int, floa
             seconds = time.monotonic() - began
             longest = max(longest, seconds)
             ended(name, os.waitstatus_to_exitcode(status), seconds)
-        if limits.left < END_S:
+        if limits.left < limits.reserve:
             for process in running:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
@@ -138,7 +137,7 @@ def _forked(jobs: Sequence[Job], limits: Limits, ended: Callable[[str, int, floa
 def _measure_loop(world: World, runs: dict[str, Run], queue: Path, counts: dict[str, int]) -> int:
     """Measure runs of the queue until it has ended."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    artist, reader, judges = Artist(world.model, device), Reader.load(world.reader, device), {}
+    artist, reader, judges = Artist(world.model, world.side, device), world.reader(device), {}
     while True:
         is_last = (queue / ".end").exists()
         names = sorted((path for path in queue.iterdir() if not path.name.startswith(".")), key=lambda path: path.stat().st_mtime)
