@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,8 @@ def drawn(count: int, px: int, file: Path, seed: int = 20, subject_of: Callable 
         chunks = [range(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
         workers = min(os.cpu_count() or 1, len(chunks))
         with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-            subjects = sum(pool.map(partial(_draw_into, unfinished, seed, px, subject_of), chunks), [])
-        people, captions = zip(*subjects, strict=True)
+            subjects = chain.from_iterable(pool.map(partial(_draw_into, unfinished, seed, px, subject_of), chunks))
+            people, captions = zip(*subjects, strict=True)
         file.with_suffix(".json").write_text(json.dumps([people, captions]), "utf-8")
         unfinished.replace(file)
     people, captions = json.loads(file.with_suffix(".json").read_text("utf-8"))
