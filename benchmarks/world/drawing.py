@@ -74,9 +74,10 @@ def draw(identity: Identity, shot: Shot, size: int) -> Image.Image:
     _body(body, identity, shot)
     _locks(face, identity)
     _head(face, identity, shot)
+    image = image.reduce(OVERSAMPLING)
     if tint:
         image = ImageChops.multiply(image, Image.new("RGB", image.size, _between((255, 255, 255), tint, 0.45)))
-    return image.resize((size, size), Image.Resampling.LANCZOS)
+    return image
 
 
 def skin_colour(identity: Identity) -> Colour:

@@ -146,14 +146,14 @@ GROUPS = {
     "gaze": GAZES,
     **{name: (name,) for name in ("blunt bangs", "dark skin", *MARKS)},
 }
-"""The attributes of an image: tags that exclude each other. A group that is absent from the tags of an image means that it cannot be
-seen there; but the absence of a light is the day, and of a tag alone in its group that the image has not got it."""
+"""The attributes of an image: tags that exclude each other. A group that is absent from the tags of an image cannot be seen there;
+but the absence of a light is the day, and of a tag that is alone in its group that the person has not got it."""
 ALL_TAGS = ("1girl", "solo", *(tag for group in GROUPS.values() for tag in group))
 """Every tag that occurs."""
 
 
 def identity_vector(identity: Identity) -> np.ndarray:
-    """The person as numbers with mean 0 and variance 1 over random people, in the order of TRAITS; a mark is either there or not."""
+    """The person as numbers with mean 0 and variance 1 over random people, as TRAITS; a mark is either there or not."""
     values = np.array(identity.traits, np.float32)
     marks = np.isin(TRAITS, MARKS)
     shown = values > SHOWN_FROM

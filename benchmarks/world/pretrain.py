@@ -1,88 +1,191 @@
 """`python -m benchmarks.world.pretrain FOLDER`: teaches a small SDXL of the true architecture to draw people from tags.
 
-Writes a diffusers folder, which `scripts/train_lora.py` takes as a base model. The VAE is trained first, then UNet and both text
-encoders together, on images of people who are never used again. On an H100 it fits into eight minutes.
+Writes a diffusers folder, which `scripts/train_lora.py` takes as a base model, and next to its networks `reader/` (the judge of
+samples), `world.json` (figures) and `samples.png`. On an H100 it takes eight minutes. The stages are run one after the other and
+each leaves its result in the folder, so that later ones can be run again: `--stages unet samples`.
 """
 
 import argparse
-import os
+import json
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from benchmarks.world.drawing import draw
-from benchmarks.world.people import ALL_TAGS, random_identity, random_shot, tags
+from benchmarks.world.dataset import CaptionTokens, Drawn, drawn
+from benchmarks.world.learning import Rates, encoded, initialised, train_unet, train_vae
+from benchmarks.world.people import ALL_TAGS
+from benchmarks.world.reader import train_reader
+from benchmarks.world.verdict import judge_reader, judge_samples, judge_vae
 from demo import tiny_sdxl
 from demo.sgm_names import name_in_files
-from training.data.captions import encode_captions
-from training.engine.step import CudaGraphs
-from training.method.diffusion import alphas_cumprod, noised
 from training.models.base_model import find_base
-from training.models.sdxl import WEIGHT_STEMS, Schedule
+from training.models.sdxl import WEIGHT_STEMS
 from training.models.weights import load_text_encoders, load_tokenizers, load_unet, load_vae
 from training.system.device import choose_precision
 
-IMAGE_PX = 128
-SMALL = tiny_sdxl.Size(
-    unet=(64, 64, 96), heads=(2, 2, 3), time_ids=16, vae=(32, 64, 96, 96), clip_l=(64, 4, 2, 64), clip_g=(96, 4, 3, 96)
-)  # fmt: skip
-TAG_DROPOUT, CAPTION_DROPOUT, NAME_SHARE = 0.1, 0.1, 0.3
-"""Shares: of the tags that a caption leaves out, of captions that are empty, and of captions that begin with a meaningless name, so
-that the trigger word of a LoRA is nothing unheard of."""
-EMA_DECAY = 0.999
+NETWORKS = ("vae", "unet", "text_encoder", "text_encoder_2")
+STAGES = ("reader", "vae", "unet", "samples")
+PART_BYTES = 15 * 2**20 - 2**16
+
+
+@dataclass(frozen=True)
+class World:
+    """Dimensions of a world and its model."""
+
+    size: tiny_sdxl.Size
+    px: int = 128
+
+
+SIZES = {
+    "small": World(
+        tiny_sdxl.Size(
+            unet=(64, 64, 96), heads=(2, 2, 3), time_ids=16, vae=(32, 64, 96, 96), clip_l=(64, 3, 2, 64), clip_g=(96, 4, 3, 96)
+        )
+    ),
+    "tiny": World(
+        tiny_sdxl.Size(
+            unet=(32, 32, 64), heads=(1, 1, 2), time_ids=8, vae=(32, 32, 32, 32), clip_l=(32, 2, 1, 32), clip_g=(64, 3, 1, 64)
+        ),
+        64,
+    ),
+    "wide": World(
+        tiny_sdxl.Size(
+            unet=(96, 96, 96), heads=(3, 3, 3), time_ids=16, vae=(32, 64, 64, 64), clip_l=(64, 3, 2, 64), clip_g=(96, 3, 3, 96)
+        )
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Length:
-    """How long each part is trained."""
+    """How much of everything. Times are in seconds."""
 
     images: int = 60_000
-    vae_s: float = 100
-    unet_s: float = 270
-    vae_batch: int = 64
-    unet_batch: int = 256
+    reader_s: float = 50
+    vae_s: float = 110
+    unet_s: float = 230
+    samples: int = 512
+    steps: int = 25
+    guidance: float = 4.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.world.pretrain", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=Length.images)
-    parser.add_argument("--vae-seconds", type=float, default=Length.vae_s)
-    parser.add_argument("--unet-seconds", type=float, default=Length.unet_s)
-    parser.add_argument("--batch", type=int, default=Length.unet_batch)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--stages", nargs="+", choices=("images", *STAGES), default=STAGES)
+    parser.add_argument("--data", type=Path, help="folder of the drawn images, to draw them once for several runs")
+    parser.add_argument("--from", dest="origin", type=Path, help="parts or another model of the same size, from which to go on")
+    parser.add_argument("--parts", type=Path, help="folder for the result as a few files of 15 MiB")
+    parser.add_argument("--join", type=Path, metavar="PARTS", help="only write the model that is in PARTS to the folder")
+    for group in (Length(), Rates()):
+        for name, value in asdict(group).items():
+            parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     given = parser.parse_args()
-    pretrain(given.folder, Length(given.images, given.vae_seconds, given.unet_seconds, min(64, given.batch), given.batch))
+    if given.join:
+        join(given.join, given.folder)
+        return
+    length, rates = (kind(**{name: getattr(given, name) for name in asdict(kind())}) for kind in (Length, Rates))
+    if given.origin:
+        continue_from(given.origin, given.folder)
+    try:
+        pretrain(given.folder, length, SIZES[given.size], rates=rates, stages=given.stages, data=given.data)
+    finally:  # what was learned before a failure is not lost
+        if given.parts and (given.folder / "world.json").is_file():
+            write_parts(given.folder, given.parts)
 
 
-def pretrain(folder: Path, length: Length, size: tiny_sdxl.Size = SMALL) -> None:
-    """Write the trained model to `folder`."""
-    precision = choose_precision("bf16")
-    device = precision.device
-    images, captions = generated(length.images)
-    tiny_sdxl.build(folder, size=size, merges=merges_of(ALL_TAGS))
+def pretrain(
+    folder: Path,
+    length: Length,
+    world: World = SIZES["small"],
+    *,
+    rates: Rates = Rates(),  # noqa: B008
+    stages: tuple[str, ...] = STAGES,
+    data: Path | None = None,
+) -> dict:
+    """Run the stages, and return the figures of world.json."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        data = data or Path(scratch)
+        learned = drawn(length.images, world.px, data / f"images-{length.images}-{world.px}.npy")
+        unseen = drawn(min(2048, length.images), world.px, data / f"unseen-{length.images}-{world.px}.npy", seed=21)
+    say(f"{length.images} images", started)
+    device = choose_precision("bf16").device
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    if not (folder / "model_index.json").is_file():
+        tiny_sdxl.build(folder, size=world.size, merges=merges_of(ALL_TAGS))
+    figures_file = folder / "world.json"
+    figures = json.loads(figures_file.read_text("utf-8")) if figures_file.is_file() else {}
+    figures |= {"px": world.px, "size": asdict(world.size), "length": asdict(length), "rates": asdict(rates)}
+    for stage in STAGES:
+        if stage in stages:
+            begun = time.monotonic()
+            figures[stage] = _RUN[stage](folder, learned, unseen, length, rates, device)
+            figures[stage]["seconds"] = round(time.monotonic() - begun)
+            figures_file.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+            say(f"{stage}: {json.dumps(figures[stage])}", started)
+    return figures
+
+
+def say(text: str, started: float) -> None:
+    print(f"[{time.monotonic() - started:.0f} s] {text}", flush=True)
+
+
+def _reader(folder: Path, learned: Drawn, unseen: Drawn, length: Length, rates: Rates, device: torch.device) -> dict:
+    reader = train_reader(learned.images, learned.captions, learned.people, length.reader_s, device, rate=rates.reader_rate)
+    reader.save(folder / "reader")
+    return judge_reader(reader, unseen)
+
+
+def _vae(folder: Path, learned: Drawn, unseen: Drawn, length: Length, rates: Rates, device: torch.device) -> dict:
     base = find_base(str(folder), folder.parent)
-    vae = initialised(load_vae(base, device))
-    train_vae(vae, images, length, device)
-    latents, scaling = encoded(vae, images, device)
+    figures = json.loads((folder / "world.json").read_text("utf-8")) if (folder / "world.json").is_file() else {}
+    vae = load_vae(base, device)
+    if "vae" in figures:
+        vae.requires_grad_(True).train()
+    else:
+        initialised(vae)
+    steps = train_vae(vae, learned.images, length.vae_s, rates, device)
+    _, scaling = encoded(vae, learned.images[:4096], device)
     vae.register_to_config(scaling_factor=scaling)
-    unet = initialised(load_unet(base, device, torch.float32))
-    encoders = [initialised(encoder) for encoder in load_text_encoders(base, device, torch.float32)]
-    tokenizers = load_tokenizers(base, folder.parent)
-    train_unet(unet, encoders, tokenizers, latents * scaling, captions, length, device)
-    for name, network in zip(("vae", "unet", "text_encoder", "text_encoder_2"), (vae, unet, *encoders), strict=True):
+    write_network(folder / "vae", "vae", vae)
+    return {"steps": steps, "scaling": scaling} | judge_vae(vae, unseen, folder / "reader", device)
+
+
+def _unet(folder: Path, learned: Drawn, unseen: Drawn, length: Length, rates: Rates, device: torch.device) -> dict:
+    base = find_base(str(folder), folder.parent)
+    figures = json.loads((folder / "world.json").read_text("utf-8"))
+    vae = load_vae(base, device)
+    latents, _ = encoded(vae, learned.images, device)
+    networks = [load_unet(base, device, torch.float32), *load_text_encoders(base, device, torch.float32)]
+    for network in networks:
+        if "unet" in figures:
+            network.requires_grad_(True).train()
+        else:
+            initialised(network)
+    captions = CaptionTokens(load_tokenizers(base, folder.parent), learned.captions, device)
+    result = train_unet(networks, latents.to(device) * vae.config.scaling_factor, captions, learned.images.shape[-1], length.unet_s, rates)  # fmt: skip # noqa: E501
+    for name, network in zip(NETWORKS[1:], networks, strict=True):
         write_network(folder / name, name, network)
+    return result
 
 
-def merges_of(texts: Sequence[str]) -> list[str]:
+def _samples(folder: Path, learned: Drawn, unseen: Drawn, length: Length, rates: Rates, device: torch.device) -> dict:
+    return judge_samples(folder, unseen, length.samples, length.steps, length.guidance, device)
+
+
+_RUN = {"reader": _reader, "vae": _vae, "unet": _unet, "samples": _samples}
+
+
+def merges_of(texts: tuple[str, ...]) -> list[str]:
     """Merges of a tokenizer for which every word of `texts` is one token."""
     found = {}
     for word in dict.fromkeys(word for text in texts for word in text.split()):
@@ -93,165 +196,56 @@ def merges_of(texts: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def generated(count: int) -> tuple[torch.Tensor, list[list[str]]]:
-    """[count, 3, px, px] uint8, and the tags of each image."""
-    chunks = [range(first, min(first + 500, count)) for first in range(0, count, 500)]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        drawn = list(pool.map(_drawn, chunks))
-    images = torch.from_numpy(np.concatenate([pixels for pixels, _ in drawn])).permute(0, 3, 1, 2)
-    return images, [each for _, found in drawn for each in found]
-
-
-def _drawn(numbers: range) -> tuple[np.ndarray, list[list[str]]]:
-    pixels, found = [], []
-    for number in numbers:
-        generator = np.random.default_rng((20, number))
-        identity, shot = random_identity(generator), random_shot(generator)
-        pixels.append(np.asarray(draw(identity, shot, IMAGE_PX)))
-        found.append(tags(identity, shot))
-    return np.stack(pixels), found
-
-
-def initialised(network: torch.nn.Module) -> torch.nn.Module:
-    """`network` with the weights with which such networks begin, trainable."""
-    torch.manual_seed(0)
-    for module in network.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    with torch.no_grad():
-        for name, weight in network.named_parameters():
-            if "embedding" in name and weight.dim() == 2 and "time" not in name and "add_embedding" not in name:
-                weight.normal_(0, 0.02)
-            elif name.endswith(("conv_out.weight", "conv2.weight", "to_out.0.weight", "ff.net.2.weight", "proj_out.weight")):
-                weight.mul_(0.2)  # residual branches begin small
-    return network.requires_grad_(True).train()
-
-
-def train_vae(vae: AutoencoderKL, images: torch.Tensor, length: Length, device: torch.device) -> None:
-    """Absolute error of pixels and of their differences, and a slight pull of the latents to a normal distribution."""
-
-    def loss_of(pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        wanted = pixels.float() / 127.5 - 1
-        posterior = vae.encode(wanted).latent_dist
-        answer = vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0]
-        error = (answer - wanted).abs().mean()
-        for dim in (2, 3):
-            error = error + 2 * (answer.diff(dim=dim) - wanted.diff(dim=dim)).abs().mean()
-        return error + 1e-6 * posterior.kl().mean()
-
-    def batches(generator: torch.Generator) -> Iterator[list[torch.Tensor]]:
-        while True:
-            pixels = images[torch.randint(len(images), (length.vae_batch,), generator=generator)]
-            yield [pixels, torch.randn(length.vae_batch, 4, IMAGE_PX // 8, IMAGE_PX // 8, generator=generator)]
-
-    optimize("VAE", [vae], loss_of, batches, length.vae_s, 1e-3, device)
-
-
-@torch.no_grad()
-def encoded(vae: AutoencoderKL, images: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Means of the latents, [N, 4, h, w] on the CPU, and the factor that gives them a standard deviation of 1."""
-    parts = [vae.encode(part.to(device).float() / 127.5 - 1).latent_dist.mean.cpu() for part in images.split(128)]
-    latents = torch.cat(parts)
-    return latents, round(1 / latents.std().item(), 5)
-
-
-def train_unet(unet, encoders, tokenizers, latents, captions, length: Length, device: torch.device) -> None:
-    """The usual objective: the mean squared error of the predicted noise, at uniform timesteps."""
-    alphas = alphas_cumprod(Schedule()).to(device, torch.float32)
-    size = [float(IMAGE_PX), float(IMAGE_PX), 0.0, 0.0, float(IMAGE_PX), float(IMAGE_PX)]
-    tokenize = partial(_tokens, tokenizers)
-
-    def loss_of(clean, noise, timesteps, first, second) -> torch.Tensor:
-        hidden, pooled = [], None
-        for encoder, tokens in zip(encoders, (first, second), strict=True):
-            output = encoder(tokens, output_hidden_states=True)
-            hidden.append(output.hidden_states[-2])
-            pooled = getattr(output, "text_embeds", pooled)
-        added = {"text_embeds": pooled, "time_ids": torch.tensor([size] * len(clean), device=clean.device)}
-        noisy = noised(clean, noise, alphas[timesteps])
-        answer = unet(noisy, timesteps, torch.cat(hidden, -1), added_cond_kwargs=added, return_dict=False)[0]
-        return F.mse_loss(answer.float(), noise)
-
-    def batches(generator: torch.Generator) -> Iterator[list[torch.Tensor]]:
-        while True:
-            chosen = torch.randint(len(latents), (length.unet_batch,), generator=generator)
-            clean = latents[chosen]
-            texts = [caption(captions[index], generator) for index in chosen.tolist()]
-            timesteps = torch.randint(1000, (length.unet_batch,), generator=generator)
-            yield [clean, torch.randn(clean.shape, generator=generator), timesteps, *tokenize(texts)]
-
-    optimize("UNet and text encoders", [unet, *encoders], loss_of, batches, length.unet_s, 1e-3, device)
-
-
-def _tokens(tokenizers: tuple, texts: list[str]) -> list[torch.Tensor]:
-    return [each(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids for each in tokenizers]
-
-
-def caption(found: list[str], generator: torch.Generator) -> str:
-    """The tags of an image as a caption: shuffled, some left out, often with a name in front, sometimes empty."""
-    share, named, *draws = torch.rand(2 + 2 * len(found), generator=generator).tolist()
-    if share < CAPTION_DROPOUT:
-        return ""
-    kept = [tag for tag, draw_ in zip(found, draws, strict=False) if draw_ >= TAG_DROPOUT]
-    order = sorted(range(len(kept)), key=lambda index: draws[len(found) + index])
-    letters = torch.randint(97, 123, (5,), generator=generator).tolist()
-    name = ["".join(map(chr, letters))] if named < NAME_SHARE else []
-    return ", ".join([*name, *(kept[index] for index in order)])
-
-
-def optimize(
-    label: str,
-    networks: Sequence[torch.nn.Module],
-    loss_of: Callable[..., torch.Tensor],
-    batches: Callable[[torch.Generator], Iterator[list[torch.Tensor]]],
-    seconds: float,
-    rate: float,
-    device: torch.device,
-) -> None:
-    """Train for `seconds` with AdamW, a rate that rises and falls, and leave the average of the weights in the networks."""
-    weights = [weight for network in networks for weight in network.parameters()]
-    averages = [weight.detach().clone() for weight in weights]
-    now = torch.zeros((), device=device)
-    is_cuda = device.type == "cuda"
-    optimizer = torch.optim.AdamW(weights, lr=now, weight_decay=0.01, fused=is_cuda, capturable=is_cuda)
-
-    def step(*tensors: torch.Tensor) -> torch.Tensor:
-        optimizer.zero_grad(set_to_none=False)
-        with torch.autocast(device.type, torch.bfloat16, enabled=is_cuda, cache_enabled=False):
-            loss = loss_of(*tensors)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)
-        optimizer.step()
-        torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1 - EMA_DECAY)
-        return loss.detach()
-
-    run = CudaGraphs(step, f"pre-training of the {label} is") if is_cuda else step
-    started, count, losses = time.monotonic(), 0, []
-    with torch.enable_grad():
-        for batch in batches(torch.Generator().manual_seed(0)):
-            share = (time.monotonic() - started) / seconds
-            if share >= 1:
-                break
-            now.fill_(rate * min(1.0, count / 200) * (0.02 + 0.98 * (1 - share)))
-            loss = run(*(tensor.to(device, non_blocking=True) for tensor in batch))
-            count += 1
-            if count % 100 == 0:
-                losses.append(loss.item())
-                print(f"{label}: step {count}, loss {sum(losses[-5:]) / len(losses[-5:]):.4f}", flush=True)
-    with torch.no_grad():
-        if count > 3 / (1 - EMA_DECAY):
-            torch._foreach_copy_(weights, averages)
-    for network in networks:
-        network.requires_grad_(False).eval()
-    print(f"{label}: {count} steps in {time.monotonic() - started:.0f} s", flush=True)
-
-
 def write_network(folder: Path, name: str, network: torch.nn.Module) -> None:
     """Replace the random weights in a diffusers folder, in fp16."""
     weights = {name_in_files(name, key): value.cpu().half().contiguous() for key, value in network.state_dict().items()}
     save_file(weights, folder / f"{WEIGHT_STEMS[name]}.safetensors", metadata={"format": "pt"})
     if isinstance(network, AutoencoderKL):
         network.save_config(folder)
+
+
+def write_parts(folder: Path, parts: Path) -> None:
+    """The model in bf16, in files of 15 MiB that `join` puts together, with its figures and samples."""
+    parts.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / name / f"{WEIGHT_STEMS[name]}.safetensors" for name in NETWORKS}
+    tensors = {f"{name}/{key}": value for name, file in files.items() for key, value in load_file(file).items()}
+    part: dict[str, torch.Tensor] = {}
+    number = 0
+    for key, value in tensors.items():
+        value = value.bfloat16()
+        if sum(each.nbytes for each in part.values()) + value.nbytes > PART_BYTES:
+            save_file(part, parts / f"part{number}.safetensors")
+            part, number = {}, number + 1
+        part[key] = value
+    save_file(part, parts / f"part{number}.safetensors")
+    for source in (folder / "world.json", folder / "samples.png", folder / "reader" / "reader.safetensors"):
+        if source.is_file():
+            (parts / source.name).write_bytes(source.read_bytes())
+
+
+def join(parts: Path, folder: Path) -> None:
+    """Write the diffusers folder whose `write_parts` are in `parts`."""
+    figures = json.loads((parts / "world.json").read_text("utf-8"))
+    size = tiny_sdxl.Size(**{name: tuple(value) if isinstance(value, list) else value for name, value in figures["size"].items()})
+    tiny_sdxl.build(folder, size=size, merges=merges_of(ALL_TAGS))
+    tensors = {key: value for file in sorted(parts.glob("part*.safetensors")) for key, value in load_file(file).items()}
+    for name in NETWORKS:
+        weights = {key.partition("/")[2]: value.half() for key, value in tensors.items() if key.partition("/")[0] == name}
+        save_file(weights, folder / name / f"{WEIGHT_STEMS[name]}.safetensors", metadata={"format": "pt"})
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"scaling_factor": figures["vae"]["scaling"]}, indent=2))
+    (folder / "reader").mkdir(exist_ok=True)
+    for name, target in (("world.json", folder), ("samples.png", folder), ("reader.safetensors", folder / "reader")):
+        if (parts / name).is_file():
+            (target / name).write_bytes((parts / name).read_bytes())
+
+
+def continue_from(origin: Path, folder: Path) -> None:
+    """Begin `folder` with what is in `origin`, parts or a model."""
+    if (origin / "part0.safetensors").is_file():
+        join(origin, folder)
+    elif origin.resolve() != folder.resolve():
+        shutil.copytree(origin, folder, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

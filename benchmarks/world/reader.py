@@ -65,8 +65,8 @@ class _Residual(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.inner = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(8, width),
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width),
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def built(side: int) -> nn.Module:
     layers: list[nn.Module] = []
     before = 3
     for width in WIDTHS:
-        layers += [nn.Conv2d(before, width, 4, stride=2, padding=1), nn.GroupNorm(8, width), nn.ReLU(), _Residual(width)]
+        layers += [nn.Conv2d(before, width, 4, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU(), _Residual(width)]
         before = width
     cells = (side // 2 ** len(WIDTHS)) ** 2
     layers += [nn.Conv2d(before, 48, 1), nn.ReLU(), nn.Flatten(), nn.Linear(48 * cells, 384), nn.ReLU()]
@@ -139,7 +139,7 @@ def tag_targets(captions: Sequence[Sequence[str]]) -> torch.Tensor:
 
 
 def spoiled(images: torch.Tensor) -> torch.Tensor:
-    """Images (-1 .. 1) with the faults of samples: blur, coarse and fine noise, other brightness and contrast. Each image differently."""
+    """Images (-1 .. 1) with the faults of samples: blur, coarse and fine noise, other brightness and contrast; each differs."""
 
     def random(low: float, high: float) -> torch.Tensor:
         return torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(low, high)
