@@ -23,6 +23,7 @@ SHOWN = {ALONE: 4, SCENE: 6, CLASS: 2}
 def demonstrate(run: Run, sheet_path: Path | None) -> int:
     """Draw a data set, run the stages on it, print what their samples show; returns the exit code of run.sh."""
     shutil.rmtree(run.output, ignore_errors=True)
+    run.world.write_models()
     run.subject.write_images(run.dataset, run.arm.images)
     variables = run.variables() | {"PYTHON": sys.executable}
     code = subprocess.run([REPOSITORY / "scripts" / "run.sh", "--caption", "--train"], env=variables).returncode

@@ -8,6 +8,7 @@ tables of results; `demo` runs the whole pipeline once, as a user does. The base
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from benchmarks.world.demonstration import ARM, demonstrate
 from benchmarks.world.measures import COUNTS
 from benchmarks.world.report import read_results, report
 from benchmarks.world.runs import BASE, ROUNDS, Run, World, runs_of
-from benchmarks.world.scheduler import Limits, run_all, shared_gpus
+from benchmarks.world.scheduler import Limits, run_all, run_jobs, shared_gpus
 
 
 def main() -> None:
@@ -61,10 +62,8 @@ def _add_world(parser: argparse.ArgumentParser) -> None:
 
 
 def world_of(given: argparse.Namespace) -> World:
-    """The world with its models."""
-    world = World(given.world.resolve(), given.work.resolve(), given.peer and given.peer.resolve())
-    world.write_models()
-    return world
+    """The world of the command line, whose models may still have to be written."""
+    return World(given.world.resolve(), given.work.resolve(), given.peer and given.peer.resolve())
 
 
 def train_and_measure(given: argparse.Namespace) -> None:
@@ -74,9 +73,11 @@ def train_and_measure(given: argparse.Namespace) -> None:
     arms = [replace(arm, settings=arm.settings | changes) for arm in arms.values()]
     arms = [replace(arm, images=given.images or arm.images, samples=given.samples or arm.samples) for arm in arms]
     limits = Limits(given.gpus.split(","), given.jobs, given.measurers, given.seconds)
+    world = world_of(given)
+    runs = list(runs_of(arms, range(given.subjects), range(given.seeds), world))
     product.prepare_forks()
-    runs = list(runs_of(arms, range(given.subjects), range(given.seeds), world_of(given)))
-    with shared_gpus(runs[0].world.work / "mps") if given.mps else nullcontext():
+    with shared_gpus(world.work / "mps") if given.mps else nullcontext():
+        run_alone("models", dict(os.environ), world.work / "logs" / "models.log", world.write_models, limits)
         if given.gpus and not runs[0].result.exists():
             warm_up(runs[0], limits)
         run_all(runs, limits, dict(zip(COUNTS, given.counts, strict=True)))
@@ -86,14 +87,21 @@ def train_and_measure(given: argparse.Namespace) -> None:
 
 
 def warm_up(run: Run, limits: Limits) -> None:
-    """A short training alone, which compiles the kernels that the others share. Ends the program if it fails."""
+    """A short training alone, which compiles the kernels that the others share."""
     short = replace(run, arm=replace(run.arm, name="warm-up", samples=4 * run.arm.images, saves=1))
     for call in (short.prepare, short.train):
-        variables = short.variables() | {"CUDA_VISIBLE_DEVICES": limits.gpus[0]}
-        code = os.waitstatus_to_exitcode(os.waitpid(product.fork(variables, short.log, call), 0)[1])
-        if code:
-            sys.exit(f"the first training ended with exit code {code}:\n{short.log.read_text()[-4000:]}")
+        run_alone(short.name, short.variables(), short.log, call, limits)
     print(f"{short.log.read_text()}warmed up after {limits.seconds - limits.left:.0f} s", flush=True)
+
+
+def run_alone(name: str, variables: dict[str, str], log: Path, call: Callable[[], int], limits: Limits) -> None:
+    """Run a job on which all others depend; ends the program if it fails."""
+
+    def ended(name: str, code: int, _seconds: float) -> None:
+        if code:
+            sys.exit(f"{name} ended with exit code {code}:\n{log.read_text()[-4000:]}")
+
+    run_jobs([(name, variables, log, call)], limits, ended)
 
 
 if __name__ == "__main__":

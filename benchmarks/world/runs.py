@@ -46,6 +46,7 @@ ROUNDS = {
         Arm("rank 8", {"LORA_RANK": 8}),
         Arm("pruned traits", captions={"CAPTION_PRUNE_TRAITS": 0.8}),
         Arm("lr 4e-4", {"LEARNING_RATE": 4e-4}),
+        Arm("lr 1e-3", {"LEARNING_RATE": 1e-3}),
     ],
     "second": [
         BASE,
@@ -102,11 +103,12 @@ class World:
     def reader(self, device: torch.device | str = "cpu") -> Reader:
         return Reader.load(self.origin / "reader", device)
 
-    def write_models(self) -> None:
-        """Write base model and tagger, unless they are there."""
+    def write_models(self) -> int:
+        """Write base model and tagger, unless they are there; returns an exit code."""
         if not (self.tagger / "selected_tags.csv").exists():
             write_base_model(self.origin, self.model)
             write_tagger(self.reader(), self.tagger)
+        return 0
 
 
 @dataclass(frozen=True)
