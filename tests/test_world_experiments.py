@@ -198,7 +198,8 @@ def test_an_interval_of_people_contains_what_they_differ_by():
 
 def result(arm: str, number: int, seed: int, likeness: float, **more: object) -> dict:
     last = dict.fromkeys(("likeness_alone", "likeness_scene", "fidelity", "leakage", "drift", "diversity"), 0.5)
-    return {"arm": arm, "subject": number, "seed": seed, "seconds": 10, "saves": [last | {"likeness": likeness}], **more}
+    saves = [last | {"likeness": likeness - 0.01, "samples": 500}, last | {"likeness": likeness, "samples": 1000}]
+    return {"arm": arm, "subject": number, "seed": seed, "seconds": 10.0, "saves": saves, **more}
 
 
 def test_recipes_are_compared_person_by_person():
@@ -210,6 +211,14 @@ def test_recipes_are_compared_person_by_person():
     row = comparison(results, "base").splitlines()[-1]
     assert "**+0.050 [+0.050, +0.050]**" in row
     assert "0.500 (+0.000 [+0.000, +0.000])" in row
+
+
+def test_a_slower_recipe_is_also_compared_at_equal_time():
+    results = [result("base", number, 0, 0.5) for number in range(3)]
+    results += [result("slow", number, 0, 0.5, seconds=19.0) for number in range(3)]
+    end, in_time = comparison(results, "base").splitlines()[-2:]
+    assert end.startswith("| slow | 3 | 0.500 (+0.000")
+    assert in_time.startswith("| slow, after 500 samples, as long as base | 3 | 0.490 (**-0.010 [-0.010, -0.010]**)")
 
 
 def test_a_pick_counts_when_it_is_within_one_save_of_the_best():

@@ -4,6 +4,7 @@ Intervals are those of a paired bootstrap whose unit is the identity: the differ
 that both recipes have, and people are drawn with replacement.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -37,26 +38,42 @@ def comparison(results: Sequence[dict], base: str) -> str:
     by_arm = _by_arm(results)
     lines = ["| | runs | " + " | ".join(MEASURES) + " | s |", "|---" * (len(MEASURES) + 3) + "|"]
     for arm in sorted(by_arm, key=lambda arm: arm != base):
-        runs = by_arm[arm]
-        seconds = np.mean([run["seconds"] for run in runs.values()])
-        cells = [f"{np.mean([run['saves'][-1][name] for run in runs.values()]):.3f}" for name in MEASURES]
-        if arm != base and base in by_arm:
-            cells = [_difference(by_arm[base], runs, name) for name in MEASURES]
-        lines.append(f"| {arm} | {len(runs)} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+        lines.append(_row(arm, by_arm, base, -1))
+        saves = len(next(iter(by_arm[arm].values()))["saves"])
+        in_time = math.floor(saves * _seconds(by_arm.get(base, by_arm[arm])) / _seconds(by_arm[arm]))
+        if 0 < in_time < saves:
+            lines.append(_row(arm, by_arm, base, in_time - 1))
     return "\n".join(lines)
 
 
-def _difference(base: Mapping[tuple[int, int], dict], other: Mapping[tuple[int, int], dict], name: str) -> str:
-    """The mean of `other` and its difference from `base` with the interval, bold where 0 is outside."""
+def _row(arm: str, by_arm: Mapping[str, Mapping[tuple[int, int], dict]], base: str, number: int) -> str:
+    """The row of a recipe at its save `number`; -1: at the end."""
+    runs, compared = by_arm[arm], arm != base and base in by_arm
+    cells = []
+    for name in MEASURES:
+        mean = f"{np.mean([run['saves'][number][name] for run in runs.values()]):.3f}"
+        cells.append(f"{mean} {_difference(by_arm[base], runs, name, number)}".strip() if compared else mean)
+    label = (
+        arm if number == -1 else f"{arm}, after {next(iter(runs.values()))['saves'][number]['samples']} samples, as long as {base}"
+    )
+    return f"| {label} | {len(runs)} | " + " | ".join(cells) + f" | {_seconds(runs):.0f} |"
+
+
+def _difference(base: Mapping[tuple[int, int], dict], other: Mapping[tuple[int, int], dict], name: str, number: int) -> str:
+    """The difference of `other` from `base` with the interval, bold where 0 is outside; empty for less than two people."""
     of_people = defaultdict(list)
     for key in base.keys() & other.keys():
-        of_people[key[0]].append(other[key]["saves"][-1][name] - base[key]["saves"][-1][name])
-    mean = np.mean([run["saves"][-1][name] for run in other.values()])
+        of_people[key[0]].append(other[key]["saves"][number][name] - base[key]["saves"][-1][name])
     if len(of_people) < 2:
-        return f"{mean:.3f}"
+        return ""
     middle, low, high = interval([float(np.mean(each)) for each in of_people.values()])
     shown = f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]"
-    return f"{mean:.3f} ({f'**{shown}**' if low > 0 or high < 0 else shown})"
+    return f"(**{shown}**)" if low > 0 or high < 0 else f"({shown})"
+
+
+def _seconds(runs: Mapping[tuple[int, int], dict]) -> float:
+    """The mean time of a training."""
+    return float(np.mean([run["seconds"] for run in runs.values()]))
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:
