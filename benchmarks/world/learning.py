@@ -148,7 +148,7 @@ def optimize(
     count, total, losses = 0, torch.zeros((), device=device), []
     with torch.enable_grad():
         while (share := (time.monotonic() - started) / seconds) < 1:
-            now.fill_(rate * min(1.0, (count + 1) / 200) * (0.01 + 0.99 * (1 + cos(pi * share)) / 2))
+            now.fill_(rate * min(1.0, max((count + 1) / 200, share / 0.04)) * (0.01 + 0.99 * (1 + cos(pi * share)) / 2))
             total += run(*batch())
             count += 1
             if count % 50 == 0 or not is_cuda:

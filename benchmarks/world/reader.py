@@ -114,7 +114,7 @@ def train_reader(
             error = F.smooth_l1_loss(answer[:, len(ALL_TAGS) :], people[chosen], beta=0.3, reduction="none")
             loss = loss + (error * seen[chosen]).mean()
             for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, (step + 1) / 100) * max(0.01, (1 - share) ** 1.2)
+                group["lr"] = rate * min(1.0, max((step + 1) / 100, share / 0.04)) * max(0.01, (1 - share) ** 1.2)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
