@@ -32,7 +32,13 @@ class Arm:
     """Arguments of the peer's script, which trains in the product's place."""
 
 
-PICKED = {"VALIDATION_FRACTION": 0.2, "VALIDATE_EVERY_EPOCHS": 10, "SAMPLES": "true", "SAMPLE_STEPS": 20}
+PICKED = {
+    "VALIDATION_FRACTION": 0.2,
+    "VALIDATE_EVERY_EPOCHS": 10,
+    "SAMPLES": "true",
+    "SAMPLE_STEPS": 20,
+    "SAMPLE_EVERY_EPOCHS": 20,
+}
 """What `-best` and `-recommended` are chosen from."""
 BASE = Arm("base")
 ROUNDS = {
@@ -69,6 +75,7 @@ ROUNDS = {
     "picks": [Arm("picks", PICKED, samples=6000, saves=12)],
     "peer": [
         BASE,
+        Arm("attention only", {"LORA_TARGETS": "attention"}),
         Arm("peer, its recipe", peer={}),
         Arm("peer, our recipe", peer={"rank": 32, "snr_gamma": 5.0, "noise_offset": 0.0357}),
     ],
@@ -155,6 +162,11 @@ class Run:
     def length(self) -> dict[str, int]:
         return product.length(self.arm.images, self.arm.samples, self.arm.saves)
 
+    @property
+    def _peer_steps(self) -> int:
+        """Steps between two saves, as many as the product takes."""
+        return self.arm.images * self.length["SAVE_EVERY_EPOCHS"] // peer.BATCH
+
     def variables(self) -> dict[str, str]:
         """The environment of its stages."""
         settings = {
@@ -177,22 +189,16 @@ class Run:
         """Train in this process, which has the run's `variables`; returns an exit code."""
         if self.arm.peer is None:
             return product.train()
-        epochs, every = self.length.values()
-        steps = -(-self.arm.images // peer.BATCH)
-        options = {
-            "resolution": self.world.side,
-            **self.arm.peer,
-            "max_train_steps": epochs * steps,
-            "checkpointing_steps": every * steps,
-            "seed": self.seed,
-        }
+        steps = self._peer_steps
+        length = {"max_train_steps": steps * self.arm.saves, "checkpointing_steps": steps}
+        options = {"resolution": self.world.side, "seed": self.seed, **self.arm.peer, **length}
         return peer.train(self.world.peer, self.world.model, self.dataset, self.output, options)
 
     def saves(self) -> dict[int, Path]:
         """Epochs -> LoRA file, the earliest first."""
         epochs, every = self.length.values()
         if self.arm.peer is not None:
-            return peer.saves(self.output, every * -(-self.arm.images // peer.BATCH), every)
+            return peer.saves(self.output, self._peer_steps, every)
         files = {int(path.stem[-6:]): path for path in self.layout.saved_loras()}
         return files | {epochs: self.layout.lora}
 
