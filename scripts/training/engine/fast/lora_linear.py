@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from training.engine.fast.gaps import with_gap
 from training.engine.fast.ops import copier, dequantized, lora_gradients
 from training.method.adapters import ADAPTER, CONTEXT, Adapter, shared_input_groups
 from training.models.int8 import Int8Conv2d, Int8Linear
@@ -161,7 +162,7 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
     def forward(ctx, x, anchor, layer):
         rows = x.reshape(-1, x.shape[-1])
         n, out, rank = layer.up.shape
-        wide = _with_gap(rows, rows.shape[1] + n * rank)
+        wide = with_gap(rows, rows.shape[1] + n * rank)
         if wide is not None:
             h = wide[:, rows.shape[1] :]
             torch.mm(rows, layer.down.T, out=h)
@@ -184,7 +185,7 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
         layer, (rows, h) = ctx.layer, ctx.saved_tensors
         n, out, rank = layer.up.shape
         dy_rows = dy.reshape(-1, n * out)
-        wide = _with_gap(dy_rows, n * out + n * rank)
+        wide = with_gap(dy_rows, n * out + n * rank)
         g = dy_rows.new_empty(len(rows), n * rank) if wide is None else wide[:, n * out :]
         if n == 1:
             torch.mm(dy_rows, layer.up[0], out=g)
@@ -198,14 +199,6 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
             return None, None, None
         dx = (dy_rows @ layer.frozen()).addmm_(g, layer.down) if wide is None else wide @ layer.weight_and_down
         return dx.view(*dy.shape[:-1], dx.shape[-1]), None, None
-
-
-def _with_gap(rows: torch.Tensor, columns: int) -> torch.Tensor | None:
-    """`rows` [N, width] with the gap behind each row, [N, columns]; None if there is no such gap.
-
-    Producers of rows leave the gap on purpose (see `empty_with_gap`); nothing else gives rows of exactly this stride.
-    """
-    return rows.as_strided((len(rows), columns), (columns, 1)) if rows.stride() == (columns, 1) else None
 
 
 class _FusedContextFunction(torch.autograd.Function):
