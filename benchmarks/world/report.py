@@ -15,6 +15,8 @@ from common.files import parse_json, read_file
 
 MEASURES = ("likeness", "likeness_alone", "likeness_scene", "fidelity", "leakage", "drift", "diversity")
 DRAWS, INTERVAL = 10_000, (2.5, 97.5)
+SLOWER = 0.7
+"""A recipe in whose time less than this share of it could be trained is compared at equal time, too; times of others are alike."""
 WITHIN = 1
 """Saves that a pick may be away from the best one."""
 
@@ -39,9 +41,9 @@ def comparison(results: Sequence[dict], base: str) -> str:
     lines = ["| | runs | " + " | ".join(MEASURES) + " | s |", "|---" * (len(MEASURES) + 3) + "|"]
     for arm in sorted(by_arm, key=lambda arm: arm != base):
         lines.append(_row(arm, by_arm, base, -1))
-        saves = len(next(iter(by_arm[arm].values()))["saves"])
-        in_time = math.floor(saves * _seconds(by_arm.get(base, by_arm[arm])) / _seconds(by_arm[arm]))
-        if 0 < in_time < saves:
+        share = _seconds(by_arm.get(base, by_arm[arm])) / _seconds(by_arm[arm])
+        in_time = math.floor(share * len(next(iter(by_arm[arm].values()))["saves"]))
+        if share < SLOWER and in_time:
             lines.append(_row(arm, by_arm, base, in_time - 1))
     return "\n".join(lines)
 
