@@ -21,6 +21,7 @@ class Rates:
     """How it is trained."""
 
     reader_rate: float = 2e-3
+    reader_batch: int = 256
     vae_rate: float = 1e-3
     vae_batch: int = 32
     unet_rate: float = 1e-3
@@ -30,8 +31,8 @@ class Rates:
     seed: int = 0
 
 
-def initialised(network: torch.nn.Module) -> torch.nn.Module:
-    """`network` with the weights with which such networks begin, trainable."""
+def initialise(network: torch.nn.Module) -> None:
+    """Give `network` the weights with which such networks begin."""
     torch.manual_seed(0)
     for module in network.modules():
         if hasattr(module, "reset_parameters"):
@@ -42,10 +43,9 @@ def initialised(network: torch.nn.Module) -> torch.nn.Module:
                 weight.normal_(0, 0.02)
             elif name.endswith(("conv_out.weight", "conv2.weight", "to_out.0.weight", "ff.net.2.weight", "proj_out.weight")):
                 weight.mul_(0.2)  # residual branches begin small
-    return network.requires_grad_(True).train()
 
 
-def train_vae(vae: AutoencoderKL, images: torch.Tensor, seconds: float, rates: Rates, device: torch.device) -> int:
+def train_vae(vae: AutoencoderKL, images: torch.Tensor, seconds: float, rates: Rates, device: torch.device) -> dict:
     """Absolute error of pixels and of their differences, and a slight pull of the latents to a normal distribution."""
     images = images.to(device)
     latent = (4, images.shape[-2] // 8, images.shape[-1] // 8)
@@ -63,15 +63,13 @@ def train_vae(vae: AutoencoderKL, images: torch.Tensor, seconds: float, rates: R
         chosen = torch.randint(len(images), (rates.vae_batch,), device=device)
         return [images[chosen], torch.randn(rates.vae_batch, *latent, device=device)]
 
-    return optimize("VAE", [vae], loss_of, batch, seconds, rates.vae_rate, rates.seed, device)["steps"]
+    return optimize("VAE", [vae], loss_of, batch, seconds, rates.vae_rate, rates.seed, device)
 
 
 @torch.no_grad()
-def encoded(vae: AutoencoderKL, images: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Means of the latents, [N, 4, h, w] on the CPU, and the factor that gives them a standard deviation of 1."""
-    parts = [vae.encode(part.to(device).float() / 127.5 - 1).latent_dist.mean.cpu() for part in images.split(128)]
-    latents = torch.cat(parts)
-    return latents, round(1 / latents.std().item(), 5)
+def encoded(vae: AutoencoderKL, images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Means of the latents, [N, 4, h, w], on the CPU."""
+    return torch.cat([vae.encode(part.to(device).float() / 127.5 - 1).latent_dist.mean.cpu() for part in images.split(128)])
 
 
 def train_unet(
