@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from benchmarks.world.dataset import CaptionTokens, Drawn, drawn
@@ -175,8 +174,8 @@ def _vae(task: _Task) -> dict:
     [vae] = task.prepared("vae", [load_vae(base, task.device)])
     result = train_vae(vae, task.learned.images, task.length.vae_s, task.rates, task.device)
     result["scaling"] = round(1 / encoded(vae, task.learned.images[:4096], task.device).std().item(), 5)
-    vae.register_to_config(scaling_factor=result["scaling"])
     write_network(task.folder / "vae", "vae", vae)
+    write_scaling(task.folder, result["scaling"])
     return result | judge_vae(vae, task.unseen, task.folder / "reader", task.device)
 
 
@@ -216,8 +215,12 @@ def write_network(folder: Path, name: str, network: torch.nn.Module) -> None:
     """Replace the random weights in a diffusers folder, in fp16."""
     weights = {name_in_files(name, key): value.cpu().half().contiguous() for key, value in network.state_dict().items()}
     save_file(weights, folder / f"{WEIGHT_STEMS[name]}.safetensors", metadata={"format": "pt"})
-    if isinstance(network, AutoencoderKL):
-        network.save_config(folder)
+
+
+def write_scaling(folder: Path, scaling: float) -> None:
+    """The factor that gives latents a standard deviation of 1."""
+    file = folder / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"scaling_factor": scaling}, indent=2) + "\n", "utf-8")
 
 
 def write_parts(folder: Path, parts: Path) -> None:
@@ -248,8 +251,7 @@ def join(parts: Path, folder: Path) -> None:
     for name in NETWORKS:
         weights = {key.partition("/")[2]: value.half() for key, value in tensors.items() if key.partition("/")[0] == name}
         save_file(weights, folder / name / f"{WEIGHT_STEMS[name]}.safetensors", metadata={"format": "pt"})
-    config = folder / "vae" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"scaling_factor": figures["vae"]["scaling"]}, indent=2))
+    write_scaling(folder, figures["vae"]["scaling"])
     (folder / "reader").mkdir(exist_ok=True)
     for name, target in (("world.json", folder), ("samples.png", folder), ("reader.safetensors", folder / "reader")):
         if (parts / name).is_file():
