@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -55,7 +55,11 @@ TINY_WORLD = World(
     is_simple=True,
     reader_widths=(8, 16, 32, 64),
 )
-WORLDS = {"small": SMALL_WORLD, "tiny": TINY_WORLD}
+WORLDS = {
+    "small": SMALL_WORLD,
+    "slim": replace(SMALL_WORLD, size=replace(SMALL_WORLD.size, vae=(16, 64, 96, 96))),
+    "tiny": TINY_WORLD,
+}
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ def _reader(task: _Task) -> dict:
 def _vae(task: _Task) -> dict:
     base = find_base(str(task.folder), task.folder.parent)
     [vae] = task.prepared("vae", [load_vae(base, task.device)])
-    result = train_vae(vae, task.learned.images, task.length.vae_s, task.rates, task.device)
+    result = train_vae(vae, task.learned, task.length.vae_s, task.rates, task.device)
     result["scaling"] = round(1 / encoded(vae, task.learned.images[:4096], task.device).std().item(), 5)
     write_network(task.folder / "vae", "vae", vae)
     write_scaling(task.folder, result["scaling"])
