@@ -8,12 +8,17 @@ from math import cos, pi
 import torch
 from diffusers import AutoencoderKL
 
-from benchmarks.world.dataset import CaptionTokens
+from benchmarks.world.dataset import CaptionTokens, Drawn
+from benchmarks.world.drawing import HEADS
+from benchmarks.world.people import FRAMINGS
 from training.engine.step import CudaGraphs
 from training.method.diffusion import alphas_cumprod, noised
 from training.models.sdxl import Schedule
 
-EMA_DECAY = 0.999
+HEAD_WEIGHT = 6.0
+"""Of the pixels of a head in the VAE's loss; others have 1. People differ there, in few pixels."""
+ORIGINAL_SIDES = (128, 256, 384, 512)
+"""What the size conditioning may say of the files."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,7 @@ class Rates:
     """How it is trained."""
 
     reader_rate: float = 2e-3
+    reader_batch: int = 256
     vae_rate: float = 1e-3
     vae_batch: int = 32
     unet_rate: float = 1e-3
@@ -30,8 +36,8 @@ class Rates:
     seed: int = 0
 
 
-def initialised(network: torch.nn.Module) -> torch.nn.Module:
-    """`network` with the weights with which such networks begin, trainable."""
+def initialise(network: torch.nn.Module) -> None:
+    """Give `network` the weights with which such networks begin."""
     torch.manual_seed(0)
     for module in network.modules():
         if hasattr(module, "reset_parameters"):
@@ -42,36 +48,49 @@ def initialised(network: torch.nn.Module) -> torch.nn.Module:
                 weight.normal_(0, 0.02)
             elif name.endswith(("conv_out.weight", "conv2.weight", "to_out.0.weight", "ff.net.2.weight", "proj_out.weight")):
                 weight.mul_(0.2)  # residual branches begin small
-    return network.requires_grad_(True).train()
 
 
-def train_vae(vae: AutoencoderKL, images: torch.Tensor, seconds: float, rates: Rates, device: torch.device) -> int:
-    """Absolute error of pixels and of their differences, and a slight pull of the latents to a normal distribution."""
-    images = images.to(device)
+def train_vae(vae: AutoencoderKL, learned: Drawn, seconds: float, rates: Rates, device: torch.device) -> dict:
+    """Errors of pixels and of their differences, and a slight pull of the latents to a normal distribution."""
+    images = learned.images.to(device)
     latent = (4, images.shape[-2] // 8, images.shape[-1] // 8)
+    framings = torch.tensor(
+        [[framing in caption for framing in FRAMINGS].index(True) for caption in learned.captions], device=device
+    )
+    weights = torch.stack([_head_weights(framing, images.shape[-1]) for framing in FRAMINGS]).to(device)
 
-    def loss_of(pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        wanted = pixels.float() / 127.5 - 1
+    def loss_of(pixels: torch.Tensor, noise: torch.Tensor, framing: torch.Tensor) -> torch.Tensor:
+        wanted, weight = pixels.float() / 127.5 - 1, weights[framing][:, None]
         posterior = vae.encode(wanted).latent_dist
         answer = vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0].float()
-        error = (answer - wanted).abs().mean()
-        for dim in (2, 3):
-            error = error + 2 * (answer.diff(dim=dim) - wanted.diff(dim=dim)).abs().mean()
+        wrong = answer - wanted
+        error = (weight * (wrong.abs() + 4 * wrong.square())).mean()
+        error = (
+            error
+            + 2 * (weight[..., 1:] * wrong.diff(dim=3).abs()).mean()
+            + 2 * (weight[..., 1:, :] * wrong.diff(dim=2).abs()).mean()
+        )
         return error + 1e-6 * posterior.kl().float().mean()
 
     def batch() -> list[torch.Tensor]:
         chosen = torch.randint(len(images), (rates.vae_batch,), device=device)
-        return [images[chosen], torch.randn(rates.vae_batch, *latent, device=device)]
+        return [images[chosen], torch.randn(rates.vae_batch, *latent, device=device), framings[chosen]]
 
-    return optimize("VAE", [vae], loss_of, batch, seconds, rates.vae_rate, rates.seed, device)["steps"]
+    return optimize("VAE", [vae], loss_of, batch, seconds, rates.vae_rate, rates.seed, device)
+
+
+def _head_weights(framing: str, px: int) -> torch.Tensor:
+    """[px, px], of mean 1."""
+    height, centre = HEADS[framing]
+    y, x = torch.meshgrid(torch.arange(px) / px - centre, torch.arange(px) / px - 0.5, indexing="ij")
+    weights = 1 + (HEAD_WEIGHT - 1) * ((x**2 + y**2).sqrt() < 0.65 * height)
+    return weights / weights.mean()
 
 
 @torch.no_grad()
-def encoded(vae: AutoencoderKL, images: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Means of the latents, [N, 4, h, w] on the CPU, and the factor that gives them a standard deviation of 1."""
-    parts = [vae.encode(part.to(device).float() / 127.5 - 1).latent_dist.mean.cpu() for part in images.split(128)]
-    latents = torch.cat(parts)
-    return latents, round(1 / latents.std().item(), 5)
+def encoded(vae: AutoencoderKL, images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Means of the latents, [N, 4, h, w], on the CPU."""
+    return torch.cat([vae.encode(part.to(device).float() / 127.5 - 1).latent_dist.mean.cpu() for part in images.split(128)])
 
 
 def train_unet(
@@ -83,9 +102,10 @@ def train_unet(
     alphas = alphas_cumprod(Schedule()).to(device, torch.float32)
     snr = alphas / (1 - alphas)
     weights = snr.clamp(max=rates.gamma) / snr if rates.gamma else torch.ones_like(snr)
-    size = torch.tensor([px, px, 0, 0, px, px], device=device, dtype=torch.float32).repeat(rates.batch, 1)
+    sides = torch.tensor(ORIGINAL_SIDES, device=device, dtype=torch.float32)
+    rest = torch.tensor([0, 0, px, px], device=device, dtype=torch.float32).repeat(rates.batch, 1)
 
-    def loss_of(clean, noise, timesteps, first, second) -> torch.Tensor:
+    def loss_of(clean, noise, timesteps, first, second, size) -> torch.Tensor:
         hidden, pooled = [], None
         for encoder, tokens in zip(encoders, (first, second), strict=True):
             output = encoder(tokens, output_hidden_states=True)
@@ -99,7 +119,10 @@ def train_unet(
     def batch() -> list[torch.Tensor]:
         chosen = torch.randint(len(latents), (rates.batch,), device=device)
         timesteps = torch.randint(1000, (rates.batch,), device=device)
-        return [latents[chosen], torch.randn(rates.batch, *latents.shape[1:], device=device), timesteps, *captions.draw(chosen)]
+        original = sides[torch.randint(len(sides), (rates.batch, 1), device=device)]
+        size = torch.cat([original, original, rest], 1)
+        noise = torch.randn(rates.batch, *latents.shape[1:], device=device)
+        return [latents[chosen], noise, timesteps, *captions.draw(chosen), size]
 
     return optimize("UNet and text encoders", networks, loss_of, batch, seconds, rates.unet_rate, rates.seed, device)
 
@@ -114,10 +137,9 @@ def optimize(
     seed: int,
     device: torch.device,
 ) -> dict:
-    """Train for `seconds` with AdamW, a rate that rises and falls, and leave the average of the weights in the networks."""
+    """Train for `seconds` with AdamW and a rate that rises and falls."""
     torch.manual_seed(seed)
     weights = [weight for network in networks for weight in network.parameters()]
-    averages = [weight.detach().clone() for weight in weights]
     is_cuda = device.type == "cuda"
     now = torch.zeros((), device=device)
     optimizer = torch.optim.AdamW(
@@ -140,7 +162,6 @@ def optimize(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)
         optimizer.step()
-        torch._foreach_lerp_(averages, [weight.detach() for weight in weights], 1 - EMA_DECAY)
         return loss.detach()
 
     run = CudaGraphs(step, f"pre-training of the {label} is") if is_cuda else step
@@ -159,9 +180,6 @@ def optimize(
                 print(
                     f"{label}: {reported - started:.0f} s, step {count}, loss {sum(losses[-5:]) / len(losses[-5:]):.4f}", flush=True
                 )
-    with torch.no_grad():
-        if count > 3 / (1 - EMA_DECAY):
-            torch._foreach_copy_(weights, averages)
     for network in networks:
         network.requires_grad_(False).eval()
     last = losses[-20:] or [float("nan")]
