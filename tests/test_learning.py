@@ -15,7 +15,8 @@ from PIL import Image
 
 from benchmarks.world.artist import Artist
 from benchmarks.world.measures import COUNTS, Judge, render
-from benchmarks.world.runs import Arm, Run, World
+from benchmarks.world.recipes import Arm
+from benchmarks.world.runs import Run, World
 from benchmarks.world.subjects import FILE_PX
 from common.settings import REPOSITORY
 from training.data.captions import encode_captions
@@ -25,7 +26,7 @@ from training.models.sdxl import Schedule
 pytestmark = [pytest.mark.learn, pytest.mark.timeout(3600)]
 
 IMAGES, HELD_OUT = 20, 8
-ARM = Arm("learn-test", {"LEARNING_RATE": 1e-3, "TRAIN_BATCH_SIZE": 4}, images=IMAGES, samples=1600, saves=2)
+ARM = Arm("learn-test", {"LEARNING_RATE": 1e-3}, images=IMAGES, samples=1600, saves=2)
 """The model is a thousandth of SDXL and its layers are narrow, so that a step has to be larger."""
 LOSS_FALLS, LIKENESS_MOVES = 0.02, 0.5
 """At least: the share of the loss on held-out images, and of the way from the base model's people to the drawn person."""

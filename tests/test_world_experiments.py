@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from benchmarks.world.artist import Artist
+from benchmarks.world.learn import rate_of
 from benchmarks.world.measures import COUNTS, Judge, prompts_of
-from benchmarks.world.models import write_base_model, write_tagger
 from benchmarks.world.people import ALL_TAGS
 from benchmarks.world.picks import stopped_after
 from benchmarks.world.reader import Reader, built
+from benchmarks.world.recipes import ROUNDS, Arm
 from benchmarks.world.report import comparison, interval, picks
-from benchmarks.world.runs import ROUNDS, Arm, Run, World
-from benchmarks.world.scheduler import Limits, run_jobs
+from benchmarks.world.runs import Run, World, runs_of
+from benchmarks.world.scheduler import Job, Limits, run_jobs
 from benchmarks.world.subjects import UNSEEN, subject
+from benchmarks.world.tagger import write_tagger
 from captioning.wd14 import Tagger
 from common.dataset_layout import DatasetFolder
 from common.files import read_json_lines, write_json
@@ -69,28 +71,6 @@ def test_a_prompt_without_the_trigger_asks_for_the_class():
     assert scene.of("kixlb") == f"kixlb, {scene.of('')}"
     assert scene.of("").startswith("1girl, solo, ")
     assert of_class.of("kixlb") == of_class.of("") == "1girl"
-
-
-def test_the_base_model_does_not_depend_on_sizes_that_it_never_saw(tiny_sdxl, tmp_path):
-    """And for the size that it saw it answers as before."""
-    world = tmp_path / "world"
-    world.mkdir()
-    for entry in tiny_sdxl.iterdir():
-        (world / entry.name).symlink_to(entry)
-    write_json(world / "world.json", {"px": 64})
-    write_base_model(world, tmp_path / "model")
-    before, after = (load_unet(find_base(str(path), tmp_path), CPU, torch.float32) for path in (tiny_sdxl, tmp_path / "model"))
-    torch.manual_seed(0)
-    noisy, hidden, pooled = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 96), torch.randn(1, 64)
-
-    def answer(unet, file_px: int) -> torch.Tensor:
-        sizes = torch.tensor([[file_px, file_px, 0, 0, 64, 64]], dtype=torch.float32)
-        added = {"text_embeds": pooled, "time_ids": sizes}
-        return unet(noisy, torch.tensor([500]), hidden, added_cond_kwargs=added, return_dict=False)[0]
-
-    assert (answer(before, 256) - answer(before, 64)).abs().max() > 1e-2
-    assert torch.allclose(answer(after, 64), answer(before, 64), atol=1e-4)
-    assert torch.equal(answer(after, 256), answer(after, 64))
 
 
 def test_a_lora_file_is_rendered_as_its_adapter_computes_and_leaves_nothing_behind(artist, tiny_sdxl, tmp_path):
@@ -162,10 +142,25 @@ def test_every_recipe_has_settings_that_the_product_accepts(tmp_path, tiny_sdxl)
     assert all({*arm.settings, *arm.captions} <= known for arm in arms)
     names = [arm.name for arm in arms if arm.name != "base"]
     assert len(names) == len(set(names))
-    run = Run(Arm("any", {"MIN_SNR_GAMMA": 0}), 0, 1, World(tmp_path, tmp_path))
+    run = Run(Arm("any", {"MIN_SNR_GAMMA": 0}, rate=2, saves=4), 0, 1, World(tmp_path, tmp_path, rate=2e-4))
     write_json(tmp_path / "world.json", {"px": 64})
     variables = run.variables()
-    assert (variables["NUM_TRAIN_EPOCHS"], variables["SAVE_EVERY_EPOCHS"], variables["MIN_SNR_GAMMA"]) == ("80", "20", "0")
+    names = ("NUM_TRAIN_EPOCHS", "SAVE_EVERY_EPOCHS", "MIN_SNR_GAMMA", "LEARNING_RATE")
+    assert [variables[name] for name in names] == ["80", "20", "0", "0.0004"]
+
+
+def test_a_part_of_the_runs_is_a_smaller_experiment(tmp_path):
+    runs = runs_of([Arm("first"), Arm("later", wait=1), Arm("once", seeds=1)], 2, 2, World(tmp_path, tmp_path))
+    order = [(run.arm.name, run.number, run.seed) for run in runs]
+    assert order[:4] == [("first", 0, 0), ("once", 0, 0), ("first", 1, 0), ("once", 1, 0)]
+    assert order[4:8] == [("first", 0, 1), ("later", 0, 0), ("first", 1, 1), ("later", 1, 0)]
+    assert order[8:] == [("later", 0, 1), ("later", 1, 1)]
+
+
+def test_the_rate_is_the_smallest_that_is_nearly_as_good_as_the_best():
+    likeness = {1e-4: 0.2, 2e-4: 0.5, 4e-4: 0.6, 1e-3: 0.55}
+    results = [result(f"rate {rate:g}", number, 0, value) for rate, value in likeness.items() for number in range(2)]
+    assert rate_of([*results, result("base", 0, 0, 0.9)]) == 2e-4
 
 
 def test_jobs_run_at_once_on_every_gpu_and_none_begins_that_would_not_end_in_time(tmp_path):
@@ -179,8 +174,9 @@ def test_jobs_run_at_once_on_every_gpu_and_none_begins_that_would_not_end_in_tim
         (tmp_path / f"{time.monotonic()}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
         return 0
 
-    jobs = [(f"job {number}", {}, tmp_path / "log", own_gpu) for number in range(4)]
-    jobs += [("fails", {}, tmp_path / "failed", lambda: 1 // 0), ("hangs", {}, tmp_path / "log", lambda: time.sleep(60))]
+    jobs = [Job(f"job {number}", "quick", {}, tmp_path / "log", own_gpu) for number in range(4)]
+    jobs += [Job("fails", "wrong", {}, tmp_path / "failed", lambda: 1 // 0)]
+    jobs += [Job("hangs", "slow", {}, tmp_path / "log", lambda: time.sleep(60))]
     run_jobs(jobs, Limits(["0", "1"], jobs=2, measurers=1, seconds=3, reserve=1), note)
     assert ended == {**{f"job {number}": 0 for number in range(4)}, "fails": 70, "hangs": -9}
     assert sorted(path.read_text() for path in tmp_path.iterdir() if path.name[0].isdigit()) == ["0", "0", "1", "1"]

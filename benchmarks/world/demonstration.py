@@ -13,10 +13,11 @@ from PIL import Image
 from benchmarks.world.artist import Artist
 from benchmarks.world.measures import ALONE, CLASS, COUNTS, SCENE, Judge, render
 from benchmarks.world.picks import sampled_saves, validation_losses
-from benchmarks.world.runs import Arm, Run
+from benchmarks.world.recipes import Arm
+from benchmarks.world.runs import Run
 from common.settings import REPOSITORY
 
-ARM = Arm("demonstration", {"SAMPLES": "true"}, images=30)
+ARM = Arm("demonstration", {"SAMPLES": "true"}, images=30, saves=4)
 SHOWN = {ALONE: 4, SCENE: 6, CLASS: 2}
 """Samples of each kind in a row of the sheet."""
 

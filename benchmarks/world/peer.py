@@ -12,7 +12,6 @@ from common.dataset_layout import DatasetFolder
 BATCH = 4
 _DEFAULTS = {
     "train_batch_size": BATCH,
-    "learning_rate": 1e-4,
     "lr_scheduler": "constant",
     "lr_warmup_steps": 0,
     "mixed_precision": "bf16",

@@ -20,8 +20,6 @@ from training.system.processes import die_with_parent
 
 SAMPLES_OF_A_RUN = 2000
 """Training samples, which is what NUM_TRAIN_EPOCHS=auto takes."""
-SAVES = 4
-"""LoRA files of a run, the last one included."""
 _NO_PROGRAM = "/bin/true"
 
 
@@ -45,7 +43,7 @@ def environment(model: Path, dataset: Path, output: Path, trigger: str, **settin
     return kept | {name: str(value) for name, value in (own | settings).items()}
 
 
-def length(images: int, samples: int = SAMPLES_OF_A_RUN, saves: int = SAVES) -> dict[str, int]:
+def length(images: int, samples: int, saves: int) -> dict[str, int]:
     """Settings of a run of that many training samples, with as many LoRA files at even distances."""
     every = max(1, round(samples / images / saves))
     return {"NUM_TRAIN_EPOCHS": every * saves, "SAVE_EVERY_EPOCHS": every}

@@ -1,102 +1,39 @@
-"""The trainings that are compared: recipes that differ from the base recipe in one factor, people, and seeds."""
+"""The trainings: a recipe, a person and a seed each; their files, and how they are run."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from benchmarks.world import peer, product
-from benchmarks.world.models import image_side, write_base_model, write_tagger
+from benchmarks.world.pretrain import join
 from benchmarks.world.reader import Reader
+from benchmarks.world.recipes import Arm
 from benchmarks.world.subjects import CLASS_WORD, Subject, subject
+from benchmarks.world.tagger import write_tagger
 from common.dataset_layout import DatasetFolder
+from common.files import parse_json, read_file
 from common.output_layout import OutputLayout
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A recipe; what it does not say is the default."""
-
-    name: str
-    settings: dict[str, object] = field(default_factory=dict)
-    """Of the training stage."""
-    captions: dict[str, object] = field(default_factory=dict)
-    """Of the caption stage."""
-    images: int = 25
-    samples: int = product.SAMPLES_OF_A_RUN
-    """Training samples of the run."""
-    saves: int = product.SAVES
-    peer: dict[str, object] | None = None
-    """Arguments of the peer's script, which trains in the product's place."""
-
-
-PICKED = {
-    "VALIDATION_FRACTION": 0.2,
-    "VALIDATE_EVERY_EPOCHS": 10,
-    "SAMPLES": "true",
-    "SAMPLE_STEPS": 20,
-    "SAMPLE_EVERY_EPOCHS": 20,
-}
-"""What `-best` and `-recommended` are chosen from."""
-BASE = Arm("base")
-ROUNDS = {
-    "first": [
-        BASE,
-        Arm("no min-SNR", {"MIN_SNR_GAMMA": 0}),
-        Arm("no offset", {"NOISE_OFFSET": 0}),
-        Arm("lr 5e-5", {"LEARNING_RATE": 5e-5}),
-        Arm("lr 2e-4", {"LEARNING_RATE": 2e-4}),
-        Arm("alpha r/2", {"LORA_ALPHA": 16}),
-        Arm("rank 8", {"LORA_RANK": 8}),
-        Arm("pruned traits", captions={"CAPTION_PRUNE_TRAITS": 0.8}),
-        Arm("lr 4e-4", {"LEARNING_RATE": 4e-4}),
-        Arm("lr 1e-3", {"LEARNING_RATE": 1e-3}),
-    ],
-    "second": [
-        BASE,
-        Arm("published", {"MIN_SNR_GAMMA": 0, "NOISE_OFFSET": 0, "LEARNING_RATE": 5e-5, "LORA_ALPHA": 16}),
-        Arm("average", {"EMA_DECAY": 0.99}),
-        Arm("no caption dropout", {"CAPTION_DROPOUT": 0}),
-        Arm("caption dropout 0.2", {"CAPTION_DROPOUT": 0.2}),
-        Arm("prior", {"PRIOR_PRESERVATION": 1}),
-        Arm("huber", {"LOSS": "huber"}),
-        Arm("int8 base", {"BASE_QUANTIZATION": "int8"}),
-        Arm("prompts", captions={"CAPTION_SOURCE": "prompt"}),
-        Arm("10 images", images=10),
-        Arm("40 images", images=40),
-    ],
-    "length": [
-        Arm("10 images, long", images=10, samples=8000, saves=16),
-        Arm("25 images, long", samples=8000, saves=16),
-        Arm("100 images, long", images=100, samples=8000, saves=16),
-    ],
-    "picks": [Arm("picks", PICKED, samples=6000, saves=12)],
-    "peer": [
-        BASE,
-        Arm("attention only", {"LORA_TARGETS": "attention"}),
-        Arm("peer, its recipe", peer={}),
-        Arm("peer, our recipe", peer={"rank": 32, "snr_gamma": 5.0, "noise_offset": 0.0357}),
-    ],
-}
-"""By the names that `--round` takes."""
 
 
 @dataclass(frozen=True)
 class World:
     """The models, and the folder of the experiment."""
 
-    origin: Path
-    """What the pre-training has written."""
+    source: Path
+    """What the pre-training has written: a diffusers folder with more in it, or its parts."""
     work: Path
     peer: Path | None = None
     """The peer's script."""
+    rate: float = 1e-4
+    """The learning rate of the base recipe."""
 
     @property
     def model(self) -> Path:
         """The base model, a diffusers folder."""
-        return self.work / "models" / "world"
+        return self.source if (self.source / "model_index.json").exists() else self.work / "models" / "world"
 
     @property
     def tagger(self) -> Path:
@@ -105,15 +42,16 @@ class World:
     @cached_property
     def side(self) -> int:
         """Of images, in pixels."""
-        return image_side(self.origin)
+        return parse_json(read_file(self.source / "world.json"))["px"]
 
     def reader(self, device: torch.device | str = "cpu") -> Reader:
-        return Reader.load(self.origin / "reader", device)
+        return Reader.load(self.model / "reader", device)
 
     def write_models(self) -> int:
-        """Write base model and tagger, unless they are there; returns an exit code."""
+        """Write the models that are not there; returns an exit code."""
         if not (self.tagger / "selected_tags.csv").exists():
-            write_base_model(self.origin, self.model)
+            if self.model != self.source:
+                join(self.source, self.model)
             write_tagger(self.reader(), self.tagger)
         return 0
 
@@ -173,6 +111,7 @@ class Run:
             **self.length,
             "RESOLUTION": self.world.side,
             "TRAIN_SEED": self.seed,
+            "LEARNING_RATE": self.world.rate * self.arm.rate,
             "SUBJECT_CLASS": CLASS_WORD,
             "CAPTION_MODEL": self.world.tagger,
         }
@@ -191,7 +130,7 @@ class Run:
             return product.train()
         steps = self._peer_steps
         length = {"max_train_steps": steps * self.arm.saves, "checkpointing_steps": steps}
-        options = {"resolution": self.world.side, "seed": self.seed, **self.arm.peer, **length}
+        options = {"resolution": self.world.side, "seed": self.seed, "learning_rate": self.world.rate, **self.arm.peer, **length}
         return peer.train(self.world.peer, self.world.model, self.dataset, self.output, options)
 
     def saves(self) -> dict[int, Path]:
@@ -203,13 +142,10 @@ class Run:
         return files | {epochs: self.layout.lora}
 
 
-def runs_of(arms: Iterable[Arm], subjects: Iterable[int], seeds: Iterable[int], world: World) -> Iterator[Run]:
+def runs_of(arms: Iterable[Arm], subjects: int, seeds: int, world: World) -> list[Run]:
     """In an order in which a part of them is a smaller experiment."""
-    arms, subjects = list(arms), list(subjects)
-    for seed in seeds:
-        for number in subjects:
-            for arm in arms:
-                yield Run(arm, number, seed, world)
+    runs = [Run(arm, number, seed, world) for arm in arms for seed in range(min(seeds, arm.seeds)) for number in range(subjects)]
+    return sorted(runs, key=lambda run: (run.seed + run.arm.wait, run.number))
 
 
 def slug(name: str) -> str:

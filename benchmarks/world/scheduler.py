@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +26,7 @@ from benchmarks.world.runs import Run, World
 from common.files import write_json
 
 POLL_S = 0.05
+PROBE_S = 30.0
 
 
 @dataclass
@@ -58,7 +60,8 @@ def run_all(runs: Sequence[Run], limits: Limits, counts: dict[str, int]) -> None
     queue.mkdir(parents=True)
     variables = dict(os.environ)
     datasets = {run.dataset.root: run for run in runs}.values()
-    run_jobs([(run.name, variables, run.log, run.prepare) for run in datasets], limits, lambda name, code, seconds: None)
+    prepared = [Job(run.name, "data set", variables, run.log, run.prepare) for run in datasets]
+    run_jobs(prepared, limits, lambda name, code, seconds: None)
     print(f"{len(datasets)} data sets after {limits.seconds - limits.left:.0f} s; {len(runs)} runs", flush=True)
     by_name = {run.name: run for run in runs}
     measuring = []
@@ -75,7 +78,7 @@ def run_all(runs: Sequence[Run], limits: Limits, counts: dict[str, int]) -> None
         write_json(by_name[name].output / "seconds.json", round(seconds, 2))
         (queue / name).touch()
 
-    run_jobs([(run.name, run.variables(), run.log, run.train) for run in runs], limits, ended)
+    run_jobs([Job(run.name, run.arm.name, run.variables(), run.log, run.train) for run in runs], limits, ended)
     (queue / ".end").touch()
     print(f"trained after {limits.seconds - limits.left:.0f} s; {len(os.listdir(queue)) - 1} wait to be measured", flush=True)
     for process in measuring:
@@ -88,45 +91,75 @@ def run_all(runs: Sequence[Run], limits: Limits, counts: dict[str, int]) -> None
 
 
 @contextmanager
-def shared_gpus(folder: Path) -> Iterator[None]:
+def shared_gpus(folder: Path, gpus: Sequence[str]) -> Iterator[None]:
     """Within this block processes share the GPUs through NVIDIA's Multi-Process Service, so that the kernels of several run at the
-    same time. It belongs to this user and changes no setting of the GPUs."""
+    same time; without it, with a line that says so, if it does not work. It belongs to this user and changes no setting of the
+    GPUs."""
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ |= {"CUDA_MPS_PIPE_DIRECTORY": str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
-    subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True)
+    variables = {"CUDA_MPS_PIPE_DIRECTORY": str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
+    control = shutil.which("nvidia-cuda-mps-control")
+    if control is None or subprocess.run([control, "-d"], env=os.environ | variables).returncode:
+        print("GPUs: one process at a time (there is no Multi-Process Service)", flush=True)
+        yield
+        return
     try:
+        log, codes = folder / "probe.log", []
+        probes = [Job(gpu, "probe", dict(os.environ) | variables, log, _computes) for gpu in gpus]
+        run_jobs(probes, Limits(gpus, len(gpus), 0, PROBE_S, reserve=1), lambda name, code, seconds: codes.append(code))
+        works = not any(codes)
+        print(f"GPUs: {'several processes at once' if works else f'one process at a time (see {log})'}", flush=True)
+        os.environ.update(variables if works else {})
         yield
     finally:
-        subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", check=False)
+        for name in variables:
+            os.environ.pop(name, None)
+        subprocess.run([control], input=b"quit\n", env=os.environ | variables)
 
 
-Job = tuple[str, dict[str, str], Path, Callable[[], int]]
-"""Name, environment, log, and what is called."""
+def _computes() -> int:
+    """Whether the GPU does, as an exit code."""
+    return int(torch.ones(1000, device="cuda").sum().item() != 1000)
+
+
+class Job(NamedTuple):
+    """What is run in a process of its own."""
+
+    name: str
+    kind: str
+    """Jobs of a kind take as long as each other."""
+    variables: dict[str, str]
+    log: Path
+    call: Callable[[], int]
+    """Returns an exit code."""
 
 
 def run_jobs(jobs: Sequence[Job], limits: Limits, ended: Callable[[str, int, float], None]) -> None:
-    """Run jobs as forks, each on the GPU that has the fewest. None is started that would not end in time, judged by the longest so
-    far; `ended` is called with name, exit code and seconds of each that ends."""
-    running: dict[int, tuple[str, str, float]] = {}
-    waiting, longest = list(jobs), 0.0
+    """Run jobs as forks, each on the GPU that has the fewest. None is started that would not end in time, judged by the longest of
+    its kind so far; `ended` is called with name, exit code and seconds of each that ends."""
+    running: dict[int, tuple[Job, str, float]] = {}
+    waiting, longest = list(jobs), {}
+
+    def fits(job: Job) -> bool:
+        return limits.left > limits.reserve + 1.2 * longest.get(job.kind, 0)
+
     while waiting or running:
-        while waiting and len(running) < limits.jobs and limits.left > limits.reserve + 1.2 * longest:
-            name, variables, log, call = waiting.pop(0)
+        while len(running) < limits.jobs and (job := next(filter(fits, waiting), None)):
+            waiting.remove(job)
             busy = [gpu for _, gpu, _ in running.values()]
             gpu = min(limits.gpus, key=busy.count)
-            process = product.fork(variables | {"CUDA_VISIBLE_DEVICES": gpu}, log, call)
-            running[process] = name, gpu, time.monotonic()
-        if limits.left < limits.reserve + 1.2 * longest and waiting:
+            process = product.fork(job.variables | {"CUDA_VISIBLE_DEVICES": gpu}, job.log, job.call)
+            running[process] = job, gpu, time.monotonic()
+        if not running:
             print(f"{len(waiting)} runs are not started: the time is up", flush=True)
-            waiting.clear()
+            return
         for process in list(running):
             pid, status = os.waitpid(process, os.WNOHANG)
             if not pid:
                 continue
-            name, _, began = running.pop(process)
+            job, _, began = running.pop(process)
             seconds = time.monotonic() - began
-            longest = max(longest, seconds)
-            ended(name, os.waitstatus_to_exitcode(status), seconds)
+            longest[job.kind] = max(longest.get(job.kind, 0), seconds)
+            ended(job.name, os.waitstatus_to_exitcode(status), seconds)
         if limits.left < limits.reserve:
             for process in running:
                 with suppress(ProcessLookupError):

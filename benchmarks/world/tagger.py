@@ -1,21 +1,16 @@
-"""The networks of the world as the product takes them: a base model for files of any size, and the reader as a tagger."""
+"""The reader as a tagger."""
 
 import csv
-import shutil
 import warnings
 from pathlib import Path
 
 import torch
-from diffusers.models.embeddings import Timesteps
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks.world.people import ALL_TAGS
 from benchmarks.world.reader import Reader
 from captioning.captions import GENERAL, RATING
-from common.files import parse_json, read_file
 
-_UNET = "unet/diffusion_pytorch_model.safetensors"
 RATINGS = ("general", "sensitive", "questionable", "explicit")
 
 
@@ -29,31 +24,6 @@ class _Tagger(nn.Module):
         images = pixels[..., [2, 1, 0]].permute(0, 3, 1, 2) / 127.5 - 1
         tags = self.network(images)[:, : len(ALL_TAGS)].sigmoid()
         return torch.cat([0 * tags[:, : len(RATINGS)] + self.ratings, tags], 1)  # an `expand` would fix the batch
-
-
-def image_side(world: Path) -> int:
-    """Pixels of a side of the images that the world's model draws."""
-    return parse_json(read_file(world / "world.json"))["px"]
-
-
-def write_base_model(world: Path, folder: Path) -> None:
-    """Copy the world's base model to `folder`, made independent of the sizes in its conditioning.
-
-    It has only ever seen one size, that of its images, and would not know what to make of others; but the files of a data set are
-    larger, and training tells the model so. What that one size adds to the first layer becomes a part of the layer's bias.
-    """
-    shutil.copytree(world, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("reader", "*.png", "world.json"))
-    config = parse_json(read_file(world / "unet" / "config.json"))
-    weights = load_file(world / _UNET)
-    side, channels = image_side(world), config["addition_time_embed_dim"]
-    sizes = torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32)
-    embedded = Timesteps(channels, config["flip_sin_to_cos"], config["freq_shift"])(sizes).flatten()
-    first, bias = (weights[f"add_embedding.linear_1.{part}"].float() for part in ("weight", "bias"))
-    of_sizes = first[:, -len(embedded) :]
-    weights["add_embedding.linear_1.bias"] = bias + of_sizes @ embedded
-    of_sizes.zero_()
-    weights["add_embedding.linear_1.weight"] = first
-    save_file(weights, folder / _UNET, metadata={"format": "pt"})
 
 
 def write_tagger(reader: Reader, folder: Path) -> None:
