@@ -14,6 +14,7 @@ from benchmarks.world.people import FRAMINGS
 from training.engine.step import CudaGraphs
 from training.method.diffusion import alphas_cumprod, noised
 from training.models.sdxl import Schedule
+from training.system.process_group import ProcessGroup
 
 HEAD_WEIGHT = 6.0
 """Of the pixels of a head in the VAE's loss; others have 1. People differ there, in few pixels."""
@@ -50,7 +51,7 @@ def initialise(network: torch.nn.Module) -> None:
                 weight.mul_(0.2)  # residual branches begin small
 
 
-def train_vae(vae: AutoencoderKL, learned: Drawn, seconds: float, rates: Rates, device: torch.device) -> dict:
+def train_vae(vae: AutoencoderKL, learned: Drawn, seconds: float, rates: Rates, device: torch.device, group: ProcessGroup) -> dict:
     """Errors of pixels and of their differences, and a slight pull of the latents to a normal distribution."""
     images = learned.images.to(device)
     latent = (4, images.shape[-2] // 8, images.shape[-1] // 8)
@@ -76,7 +77,7 @@ def train_vae(vae: AutoencoderKL, learned: Drawn, seconds: float, rates: Rates, 
         chosen = torch.randint(len(images), (rates.vae_batch,), device=device)
         return [images[chosen], torch.randn(rates.vae_batch, *latent, device=device), framings[chosen]]
 
-    return optimize("VAE", [vae], loss_of, batch, seconds, rates.vae_rate, rates.seed, device)
+    return optimize("VAE", [vae], loss_of, batch, seconds, rates.vae_rate, rates.seed, device, group)
 
 
 def _head_weights(framing: str, px: int) -> torch.Tensor:
@@ -94,7 +95,13 @@ def encoded(vae: AutoencoderKL, images: torch.Tensor, device: torch.device) -> t
 
 
 def train_unet(
-    networks: Sequence[torch.nn.Module], latents: torch.Tensor, captions: CaptionTokens, px: int, seconds: float, rates: Rates
+    networks: Sequence[torch.nn.Module],
+    latents: torch.Tensor,
+    captions: CaptionTokens,
+    px: int,
+    seconds: float,
+    rates: Rates,
+    group: ProcessGroup,
 ) -> dict:
     """The usual objective, the squared error of the predicted noise at uniform timesteps, of a UNet and two text encoders."""
     unet, *encoders = networks
@@ -124,7 +131,7 @@ def train_unet(
         noise = torch.randn(rates.batch, *latents.shape[1:], device=device)
         return [latents[chosen], noise, timesteps, *captions.draw(chosen), size]
 
-    return optimize("UNet and text encoders", networks, loss_of, batch, seconds, rates.unet_rate, rates.seed, device)
+    return optimize("UNet and text encoders", networks, loss_of, batch, seconds, rates.unet_rate, rates.seed, device, group)
 
 
 def optimize(
@@ -136,52 +143,53 @@ def optimize(
     rate: float,
     seed: int,
     device: torch.device,
+    group: ProcessGroup,
 ) -> dict:
-    """Train for `seconds` with AdamW and a rate that rises and falls."""
-    torch.manual_seed(seed)
+    """Train for `seconds` with AdamW and a rate that rises and falls; every process has a batch of its own in each step."""
+    torch.manual_seed(seed * 1000 + group.rank)
     weights = [weight for network in networks for weight in network.parameters()]
+    group.broadcast(weight.data for weight in weights)
+    gradient = torch.zeros(sum(weight.numel() for weight in weights), device=device)
+    for weight, part in zip(weights, gradient.split([weight.numel() for weight in weights]), strict=True):
+        weight.grad = part.view_as(weight)
     is_cuda = device.type == "cuda"
     now = torch.zeros((), device=device)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [each for each in weights if each.dim() > 1], "weight_decay": 0.01},
-            {"params": [each for each in weights if each.dim() <= 1], "weight_decay": 0.0},
-        ],
-        lr=now,
-        betas=(0.9, 0.98),
-        fused=is_cuda,
-        capturable=is_cuda,
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = now
+    groups = [[each for each in weights if each.dim() > 1], [each for each in weights if each.dim() <= 1]]
+    decayed = [{"params": each, "weight_decay": decay} for each, decay in zip(groups, (0.01, 0.0), strict=True)]
+    optimizer = torch.optim.AdamW(decayed, lr=now, betas=(0.9, 0.98), fused=is_cuda, capturable=is_cuda)
+    for each in optimizer.param_groups:
+        each["lr"] = now
 
     def step(*tensors: torch.Tensor) -> torch.Tensor:
-        optimizer.zero_grad(set_to_none=False)
+        gradient.zero_()
         with torch.autocast(device.type, torch.bfloat16, enabled=is_cuda, cache_enabled=False):
             loss = loss_of(*tensors)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)
+        if group.all_reduce:
+            group.all_reduce(gradient)
+            gradient.div_(group.world_size)
+        gradient.mul_((1.0 / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp(max=1.0))
         optimizer.step()
         return loss.detach()
 
     run = CudaGraphs(step, f"pre-training of the {label} is") if is_cuda else step
+    every = 50 if is_cuda else 1
     started = reported = time.monotonic()
     count, total, losses = 0, torch.zeros((), device=device), []
     with torch.enable_grad():
-        while (share := (time.monotonic() - started) / seconds) < 1:
+        while (share := group.all_reduce_max(int(1e6 * (time.monotonic() - started) / seconds)) / 1e6) < 1:
             now.fill_(rate * min(1.0, max((count + 1) / 200, share / 0.04)) * (0.01 + 0.99 * (1 + cos(pi * share)) / 2))
             total += run(*batch())
             count += 1
-            if count % 50 == 0 or not is_cuda:
-                losses.append(total.item() / (50 if is_cuda else 1))  # waits for the GPU, so that the schedule goes by its time
+            if count % every == 0:
+                losses.append(total.item() / every)  # waits for the GPU, so that the schedule goes by its time
                 total.zero_()
             if len(losses) > 4 and time.monotonic() - reported > 15:
                 reported = time.monotonic()
-                print(
-                    f"{label}: {reported - started:.0f} s, step {count}, loss {sum(losses[-5:]) / len(losses[-5:]):.4f}", flush=True
-                )
+                print(f"{label}: {reported - started:.0f} s, step {count}, loss {sum(losses[-5:]) / 5:.4f}", flush=True)
     for network in networks:
+        network.zero_grad()
         network.requires_grad_(False).eval()
     last = losses[-20:] or [float("nan")]
     print(f"{label}: {count} steps in {time.monotonic() - started:.0f} s", flush=True)
-    return {"steps": count, "loss": round(sum(last) / len(last), 5)}
+    return {"steps": count, "processes": group.world_size, "loss": round(sum(last) / len(last), 5)}

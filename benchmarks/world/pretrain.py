@@ -8,6 +8,7 @@ each leaves its result in the folder, so that later ones can be run again: `--st
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -23,10 +24,13 @@ from benchmarks.world.reader import WIDTHS, train_reader
 from benchmarks.world.verdict import judge_reader, judge_samples, judge_vae
 from demo import tiny_sdxl
 from demo.sgm_names import name_in_files
+from training.config import ProcessSettings
 from training.models.base_model import find_base
 from training.models.sdxl import WEIGHT_STEMS
 from training.models.weights import load_text_encoders, load_tokenizers, load_unet, load_vae
 from training.system.device import choose_precision
+from training.system.process_group import ProcessGroup, process_group
+from training.system.processes import launch, needs_launcher, rank_info
 
 NETWORKS = ("vae", "unet", "text_encoder", "text_encoder_2")
 STAGES = ("reader", "vae", "unet", "samples")
@@ -84,21 +88,27 @@ def main() -> None:
     parser.add_argument("--from", dest="origin", type=Path, help="parts or another model of the same size, from which to go on")
     parser.add_argument("--parts", type=Path, help="folder for the result as a few files of 15 MiB")
     parser.add_argument("--join", type=Path, metavar="PARTS", help="only write the model that is in PARTS to the folder")
-    for group in (Length(), Rates()):
-        for name, value in asdict(group).items():
+    parser.add_argument("--processes", type=int, default=1, help="one for each GPU; each has batches of its own")
+    for kind in (Length, Rates):
+        for name, value in asdict(kind()).items():
             parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     given = parser.parse_args()
     if given.join:
         join(given.join, given.folder)
         return
+    settings = ProcessSettings(num_processes=given.processes)
+    if needs_launcher(settings):
+        sys.exit(launch([sys.executable, "-m", "benchmarks.world.pretrain", *sys.argv[1:]], settings))
     length, rates = (kind(**{name: getattr(given, name) for name in asdict(kind())}) for kind in (Length, Rates))
-    if given.origin:
+    ranks = rank_info()
+    if given.origin and ranks.rank == 0:
         continue_from(given.origin, given.folder)
-    try:
-        pretrain(given.folder, length, WORLDS[given.size], rates=rates, stages=given.stages, data=given.data)
-    finally:  # what was learned before a failure is not lost
-        if given.parts and (given.folder / "world.json").is_file():
-            write_parts(given.folder, given.parts)
+    with process_group(ranks) as group:
+        try:
+            pretrain(given.folder, length, WORLDS[given.size], rates=rates, stages=given.stages, data=given.data, group=group)
+        finally:  # what was learned before a failure is not lost
+            if given.parts and group.is_main_process and (given.folder / "world.json").is_file():
+                write_parts(given.folder, given.parts)
 
 
 def pretrain(
@@ -109,32 +119,37 @@ def pretrain(
     rates: Rates = Rates(),  # noqa: B008
     stages: tuple[str, ...] = STAGES,
     data: Path | None = None,
+    group: ProcessGroup | None = None,
 ) -> dict:
     """Run the stages, and return the figures of world.json."""
-    started = time.monotonic()
+    started, group = time.monotonic(), group or ProcessGroup()
+    shot_of, count = simple_shot if world.is_simple else random_shot, min(2048, length.images)
     with tempfile.TemporaryDirectory() as scratch:
-        data = data or Path(scratch)
-        shot_of = simple_shot if world.is_simple else random_shot
-        learned = drawn(length.images, world.px, data / f"learned-{length.images}-{world.px}.npy", 20, shot_of)
-        count = min(2048, length.images)
-        unseen = drawn(count, world.px, data / f"unseen-{count}-{world.px}.npy", 21, shot_of)
+        data = data or Path(group.broadcast_object(lambda: scratch))
+        for is_my_turn in (group.is_main_process, not group.is_main_process):  # the main process draws, the others read
+            if is_my_turn:
+                learned = drawn(length.images, world.px, data / f"learned-{length.images}-{world.px}.npy", 20, shot_of)
+                unseen = drawn(count, world.px, data / f"unseen-{count}-{world.px}.npy", 21, shot_of)
+            group.barrier()
     say(f"{length.images} images", started)
-    device = choose_precision("bf16").device
+    device = choose_precision("bf16", group.gpu).device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    if not (folder / "model_index.json").is_file():
+    if group.is_main_process and not (folder / "model_index.json").is_file():
         tiny_sdxl.build(folder, size=world.size, merges=merges_of(ALL_TAGS))
     file = folder / "world.json"
     figures = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     figures |= asdict(world) | {"length": asdict(length), "rates": asdict(rates)}
-    task = _Task(folder, world, length, rates, learned, unseen, figures, device)
-    for stage, run in _RUN.items():
-        if stage in stages:
-            begun = time.monotonic()
-            figures[stage] = run(task)
+    task = _Task(folder, world, length, rates, learned, unseen, figures, device, group)
+    for stage in (stage for stage in STAGES if stage in stages):
+        group.barrier()
+        begun = time.monotonic()
+        figures[stage] = _RUN[stage](task)
+        if group.is_main_process:
             figures[stage]["seconds"] = round(time.monotonic() - begun)
             file.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
             say(f"{stage}: {json.dumps(figures[stage])}", started)
+    group.barrier()
     return figures
 
 
@@ -155,6 +170,7 @@ class _Task:
     figures: dict
     """Of the stages that have been run; one of them goes on from the weights in the folder."""
     device: torch.device
+    group: ProcessGroup
 
     def prepared(self, stage: str, networks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """Networks of the stage, trainable."""
@@ -166,6 +182,8 @@ class _Task:
 
 
 def _reader(task: _Task) -> dict:
+    if not task.group.is_main_process:
+        return {}
     learned, rates = task.learned, task.rates
     options = {"rate": rates.reader_rate, "batch": rates.reader_batch, "widths": task.world.reader_widths}
     reader = train_reader(learned.images, learned.captions, learned.people, task.length.reader_s, task.device, **options)
@@ -176,7 +194,9 @@ def _reader(task: _Task) -> dict:
 def _vae(task: _Task) -> dict:
     base = find_base(str(task.folder), task.folder.parent)
     [vae] = task.prepared("vae", [load_vae(base, task.device)])
-    result = train_vae(vae, task.learned, task.length.vae_s, task.rates, task.device)
+    result = train_vae(vae, task.learned, task.length.vae_s, task.rates, task.device, task.group)
+    if not task.group.is_main_process:
+        return result
     result["scaling"] = round(1 / encoded(vae, task.learned.images[:4096], task.device).std().item(), 5)
     write_network(task.folder / "vae", "vae", vae)
     write_scaling(task.folder, result["scaling"])
@@ -186,17 +206,22 @@ def _vae(task: _Task) -> dict:
 def _unet(task: _Task) -> dict:
     base = find_base(str(task.folder), task.folder.parent)
     vae = load_vae(base, task.device)
-    latents = encoded(vae, task.learned.images, task.device) * vae.config.scaling_factor
+    mine = slice(task.group.rank, None, task.group.world_size)
+    latents = encoded(vae, task.learned.images[mine], task.device) * vae.config.scaling_factor
     networks = [load_unet(base, task.device, torch.float32), *load_text_encoders(base, task.device, torch.float32)]
     task.prepared("unet", networks)
-    captions = CaptionTokens(load_tokenizers(base, task.folder.parent), task.learned.captions, task.device)
-    result = train_unet(networks, latents.to(task.device), captions, task.world.px, task.length.unet_s, task.rates)
+    captions = CaptionTokens(load_tokenizers(base, task.folder.parent), task.learned.captions[mine], task.device)
+    result = train_unet(networks, latents.to(task.device), captions, task.world.px, task.length.unet_s, task.rates, task.group)
+    if not task.group.is_main_process:
+        return result
     for name, network in zip(NETWORKS[1:], networks, strict=True):
         write_network(task.folder / name, name, network)
     return result
 
 
 def _samples(task: _Task) -> dict:
+    if not task.group.is_main_process:
+        return {}
     length = task.length
     return judge_samples(task.folder, task.unseen, length.samples, length.steps, length.guidance, task.device)
 
