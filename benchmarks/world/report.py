@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.world.recipes import ROUNDS
 from common.files import parse_json, read_file
 
 MEASURES = ("likeness", "likeness_alone", "likeness_scene", "fidelity", "leakage", "drift", "diversity")
@@ -105,11 +106,11 @@ def quality(save: Mapping[str, float]) -> float:
 def picks(results: Sequence[dict]) -> str:
     """How often each rule picks a save within WITHIN of the best one, and what its pick lacks in quality."""
     found = defaultdict(list)
-    for result in results:
+    for result in (result for result in results if "picks" in result):
         saves = result["saves"]
         epochs = [save["epochs"] for save in saves]
         best = max(range(len(saves)), key=lambda number: quality(saves[number]))
-        for rule, picked in (result.get("picks", {}) | {"last": epochs[-1]}).items():
+        for rule, picked in (result["picks"] | {"last": epochs[-1]}).items():
             number = min(range(len(epochs)), key=lambda index: abs(epochs[index] - picked))
             found[rule].append((abs(number - best), number, quality(saves[best]) - quality(saves[number])))
     lines = ["| rule | runs | within one save of the best | saves away, mean | less quality, mean | most |", "|---" * 6 + "|"]
@@ -125,4 +126,5 @@ def _by_arm(results: Iterable[dict]) -> dict[str, dict[tuple[int, int], dict]]:
     found: dict[str, dict[tuple[int, int], dict]] = defaultdict(dict)
     for result in results:
         found[result["arm"]][result["subject"], result["seed"]] = result
-    return dict(found)
+    order = [arm.name for arms in ROUNDS.values() for arm in arms]
+    return {arm: found[arm] for arm in sorted(found, key=lambda arm: order.index(arm) if arm in order else len(order))}

@@ -201,6 +201,7 @@ def measured(run: Run, judge: Judge) -> dict[str, object]:
         "arm": run.arm.name,
         "subject": run.number,
         "seed": run.seed,
+        "rate": run.world.rate,
         "seconds": float((run.output / "seconds.json").read_text()),
         "measuring_seconds": round(time.monotonic() - started, 2),
         "saves": saves,
