@@ -156,7 +156,7 @@ def optimize(
     now = torch.zeros((), device=device)
     groups = [[each for each in weights if each.dim() > 1], [each for each in weights if each.dim() <= 1]]
     decayed = [{"params": each, "weight_decay": decay} for each, decay in zip(groups, (0.01, 0.0), strict=True)]
-    optimizer = torch.optim.AdamW(decayed, lr=now, betas=(0.9, 0.98), fused=is_cuda, capturable=is_cuda)
+    optimizer = torch.optim.AdamW(decayed, lr=now, betas=(0.9, 0.98), fused=True, capturable=is_cuda)
     for each in optimizer.param_groups:
         each["lr"] = now
 

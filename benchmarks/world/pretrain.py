@@ -38,35 +38,6 @@ PART_BYTES = 15 * 2**20 - 2**16
 
 
 @dataclass(frozen=True)
-class World:
-    """Dimensions of a world and its model."""
-
-    size: tiny_sdxl.Size
-    px: int = 128
-    is_simple: bool = False
-    """Whether it has simple shots alone."""
-    reader_widths: tuple[int, ...] = WIDTHS
-
-
-SMALL_WORLD = World(
-    tiny_sdxl.Size(
-        unet=(64, 64, 96), heads=(2, 2, 3), time_ids=16, vae=(32, 64, 96, 96), clip_l=(64, 3, 2, 64), clip_g=(96, 4, 3, 96)
-    )
-)
-TINY_WORLD = World(
-    tiny_sdxl.Size(unet=(32, 32, 32), time_ids=8, vae=(8, 16, 32, 32), clip_g=(32, 3, 1, 32)),
-    px=64,
-    is_simple=True,
-    reader_widths=(8, 16, 32, 64),
-)
-WORLDS = {
-    "small": SMALL_WORLD,
-    "slim": replace(SMALL_WORLD, size=replace(SMALL_WORLD.size, vae=(16, 64, 96, 96))),
-    "tiny": TINY_WORLD,
-}
-
-
-@dataclass(frozen=True)
 class Length:
     """How much of everything. Times are in seconds."""
 
@@ -79,6 +50,36 @@ class Length:
     guidance: float = 4.0
 
 
+@dataclass(frozen=True)
+class World:
+    """Dimensions of a world and its model, and how long it is trained unless something else is asked for."""
+
+    size: tiny_sdxl.Size
+    px: int = 128
+    is_simple: bool = False
+    """Whether it has simple shots alone."""
+    reader_widths: tuple[int, ...] = WIDTHS
+    length: Length = Length()
+    rates: Rates = Rates()  # noqa: RUF009
+
+
+SMALL_WORLD = World(
+    tiny_sdxl.Size(
+        unet=(64, 64, 96), heads=(2, 2, 3), time_ids=16, vae=(32, 64, 96, 96), clip_l=(64, 3, 2, 64), clip_g=(96, 4, 3, 96)
+    )
+)
+TINY_WORLD = World(
+    tiny_sdxl.Size(unet=(32, 32, 32), time_ids=8, vae=(8, 16, 32, 32), clip_g=(32, 3, 1, 32)),
+    px=64,
+    is_simple=True,
+    reader_widths=(8, 16, 32, 64),
+    length=Length(images=4000, reader_s=50, vae_s=100, unet_s=230, samples=64, steps=15),
+    rates=Rates(reader_batch=64, vae_batch=4, vae_rate=2e-3, batch=16, unet_rate=2e-3),
+)
+"""Learns on two CPU cores in minutes, with a process on each."""
+WORLDS = {"small": SMALL_WORLD, "tiny": TINY_WORLD}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.world.pretrain", description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -89,9 +90,8 @@ def main() -> None:
     parser.add_argument("--parts", type=Path, help="folder for the result as a few files of 15 MiB")
     parser.add_argument("--join", type=Path, metavar="PARTS", help="only write the model that is in PARTS to the folder")
     parser.add_argument("--processes", type=int, default=1, help="one for each GPU; each has batches of its own")
-    for kind in (Length, Rates):
-        for name, value in asdict(kind()).items():
-            parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    for name, value in (asdict(Length()) | asdict(Rates())).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
     given = parser.parse_args()
     if given.join:
         join(given.join, given.folder)
@@ -99,13 +99,16 @@ def main() -> None:
     settings = ProcessSettings(num_processes=given.processes)
     if needs_launcher(settings):
         sys.exit(launch([sys.executable, "-m", "benchmarks.world.pretrain", *sys.argv[1:]], settings))
-    length, rates = (kind(**{name: getattr(given, name) for name in asdict(kind())}) for kind in (Length, Rates))
-    ranks = rank_info()
+    world, ranks = WORLDS[given.size], rank_info()
+    asked = {name: value for name, value in vars(given).items() if value is not None}
+    length, rates = (
+        replace(usual, **{name: asked[name] for name in asdict(usual) if name in asked}) for usual in (world.length, world.rates)
+    )
     if given.origin and ranks.rank == 0:
         continue_from(given.origin, given.folder)
     with process_group(ranks) as group:
         try:
-            pretrain(given.folder, length, WORLDS[given.size], rates=rates, stages=given.stages, data=given.data, group=group)
+            pretrain(given.folder, length, world, rates=rates, stages=given.stages, data=given.data, group=group)
         finally:  # what was learned before a failure is not lost
             if given.parts and group.is_main_process and (given.folder / "world.json").is_file():
                 write_parts(given.folder, given.parts)
@@ -116,13 +119,13 @@ def pretrain(
     length: Length,
     world: World = SMALL_WORLD,
     *,
-    rates: Rates = Rates(),  # noqa: B008
+    rates: Rates | None = None,
     stages: tuple[str, ...] = STAGES,
     data: Path | None = None,
     group: ProcessGroup | None = None,
 ) -> dict:
     """Run the stages, and return the figures of world.json."""
-    started, group = time.monotonic(), group or ProcessGroup()
+    started, group, rates = time.monotonic(), group or ProcessGroup(), rates or world.rates
     shot_of, count = simple_shot if world.is_simple else random_shot, min(2048, length.images)
     with tempfile.TemporaryDirectory() as scratch:
         data = data or Path(group.broadcast_object(lambda: scratch))
