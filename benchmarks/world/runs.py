@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,10 +40,19 @@ class World:
     def tagger(self) -> Path:
         return self.work / "models" / "tagger"
 
-    @cached_property
+    @property
     def side(self) -> int:
         """Of images, in pixels."""
-        return parse_json(read_file(self.source / "world.json"))["px"]
+        return self._described["px"]
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether it has simple shots alone."""
+        return self._described.get("is_simple", False)
+
+    @cached_property
+    def _described(self) -> dict[str, Any]:
+        return parse_json(read_file(self.source / "world.json"))
 
     def reader(self, device: torch.device | str = "cpu") -> Reader:
         return Reader.load(self.model / "reader", device)
@@ -68,7 +78,7 @@ class Run:
 
     @cached_property
     def subject(self) -> Subject:
-        return subject(self.number)
+        return subject(self.number, self.world.is_simple)
 
     @property
     def name(self) -> str:

@@ -17,10 +17,12 @@ from benchmarks.world.people import (
     COLOURS,
     EXPRESSIONS,
     POSES,
+    SIMPLE,
     Identity,
     Shot,
     random_identity,
     random_shot,
+    simple_shot,
     tags,
 )
 from common.dataset_layout import DatasetFolder
@@ -40,6 +42,8 @@ UNSEEN = {
     "background": (BACKGROUNDS, 3),
 }
 """Part of a shot -> its values, and how many of them the data set never has."""
+SIMPLE_UNSEEN = {part: (SIMPLE[part], 1) for part in UNSEEN}
+"""The same in a world of simple shots; what is always the same there is in the data set, too."""
 _SUBJECT, _DATA_SET, _SCENES = 31, 32, 33
 """Of the seeds; those of the pre-training are others."""
 
@@ -56,6 +60,8 @@ class Subject:
     background: str
     seen: dict[str, list[str]]
     unseen: dict[str, list[str]]
+    is_simple: bool = False
+    """They live in a world of simple shots."""
 
     def shots(self, count: int) -> Iterator[Shot]:
         """Those of the data set; a smaller one is the beginning of a larger one."""
@@ -65,14 +71,18 @@ class Subject:
             by_outfit, by_background = generator.random(2) < HABIT
             fixed |= dict(zip(("colour", "clothes"), self.outfit, strict=True)) if by_outfit else {}
             fixed |= {"background": self.background} if by_background else {}
-            yield random_shot(generator, **fixed)
+            yield self._shot(generator, **fixed)
 
     def scenes(self, count: int) -> Iterator[Shot]:
         """Shots of what the data set never has, near enough to see the person."""
         generator = np.random.default_rng((_SCENES, self.number))
         for number in range(count):
             fixed = {part: str(generator.choice(values)) for part, values in self.unseen.items()}
-            yield random_shot(generator, **fixed, framing=("portrait", "upper body")[number % 2])
+            framing = "portrait" if self.is_simple else ("portrait", "upper body")[number % 2]
+            yield self._shot(generator, **fixed, framing=framing)
+
+    def _shot(self, generator: np.random.Generator, **fixed: str) -> Shot:
+        return simple_shot(generator, **fixed) if self.is_simple else random_shot(generator, **fixed)
 
     def write_images(self, dataset: DatasetFolder, count: int) -> None:
         """Draw the data set; its manifest says what each image was made to show, as the collect stage's does."""
@@ -89,14 +99,14 @@ class Subject:
         return ", ".join(tag for tag in tags(self.identity, shot) if tag not in self.identity.tags)
 
 
-def subject(number: int) -> Subject:
+def subject(number: int, is_simple: bool = False) -> Subject:
     """The same each time."""
     generator = np.random.default_rng((_SUBJECT, number))
     identity = random_identity(generator)
     trigger = "".join(generator.choice(list(string.ascii_lowercase), 5))
     seen, unseen = {}, {}
-    for part, (values, count) in UNSEEN.items():
+    for part, (values, count) in (SIMPLE_UNSEEN if is_simple else UNSEEN).items():
         shuffled = generator.permutation(list(values)).tolist()
-        unseen[part], seen[part] = shuffled[:count], shuffled[count:]
+        unseen[part], seen[part] = shuffled[:count], shuffled[count:] or shuffled
     outfit = str(generator.choice(seen["colour"])), str(generator.choice(seen["clothes"]))
-    return Subject(number, identity, trigger, outfit, str(generator.choice(seen["background"])), seen, unseen)
+    return Subject(number, identity, trigger, outfit, str(generator.choice(seen["background"])), seen, unseen, is_simple)
