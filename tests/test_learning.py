@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from benchmarks.world.artist import Artist
+from benchmarks.world.drawing import draw
 from benchmarks.world.measures import COUNTS, Judge, render
+from benchmarks.world.people import tags
 from benchmarks.world.recipes import Arm
 from benchmarks.world.runs import Run, World
 from benchmarks.world.subjects import FILE_PX
@@ -36,7 +38,7 @@ LOSS_FALLS, LIKENESS_MOVES = 0.02, 0.5
 def world(tmp_path_factory) -> Path:
     """A tiny world, pre-trained in five minutes on two cores."""
     folder = tmp_path_factory.mktemp("learning") / "world"
-    command = [sys.executable, "-m", "benchmarks.world.pretrain", folder, "--size", "tiny"]
+    command = [sys.executable, "-m", "benchmarks.world.pretrain", folder, "--size", "tiny", "--processes", "2"]
     subprocess.run(command, cwd=REPOSITORY, check=True)
     return folder
 
@@ -56,9 +58,6 @@ def held_out_loss(run: Run, artist: Artist) -> float:
     """The error of the predicted noise on images of the person that training has not seen, the same noise each time."""
     shots = list(run.subject.shots(IMAGES + HELD_OUT))[IMAGES:]
     side = artist.side
-    from benchmarks.world.drawing import draw
-    from benchmarks.world.people import tags
-
     images = [draw(run.subject.identity, shot, FILE_PX).resize((side, side), Image.Resampling.LANCZOS) for shot in shots]
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
     texts = [", ".join([run.subject.trigger, *tags(run.subject.identity, shot)]) for shot in shots]
