@@ -131,6 +131,16 @@ def test_a_saved_reader_gives_the_same_answers(tmp_path):
     assert torch.allclose(loaded.tags((images * 255).round().byte()), loaded.tags(images), atol=2e-2)
 
 
+def test_features_end_in_the_answers():
+    torch.manual_seed(0)
+    reader = Reader(built(64, (8, 8, 16, 32)), 64, CPU)
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    *scales, answers = reader.features(images)
+    assert [feature.shape[1] for feature in scales] == [8, 8, 16, 32]
+    assert torch.equal(answers, reader.network(images))
+    assert torch.allclose(answers[:, : len(ALL_TAGS)].sigmoid(), reader.tags(images / 2 + 0.5), atol=1e-5)
+
+
 def test_spoiled_images_stay_near_the_originals():
     torch.manual_seed(0)
     images = torch.rand(16, 3, 32, 32) * 2 - 1

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.world.dataset import CaptionTokens, Drawn, drawn
 from benchmarks.world.learning import Rates, encoded, initialise, train_unet, train_vae
 from benchmarks.world.people import ALL_TAGS, random_shot, simple_shot
-from benchmarks.world.reader import WIDTHS, train_reader
+from benchmarks.world.reader import WIDTHS, Reader, train_reader
 from benchmarks.world.verdict import judge_reader, judge_samples, judge_vae
 from demo import tiny_sdxl
 from demo.sgm_names import name_in_files
@@ -107,11 +107,7 @@ def main() -> None:
     if given.origin and ranks.rank == 0:
         continue_from(given.origin, given.folder)
     with process_group(ranks) as group:
-        try:
-            pretrain(given.folder, length, world, rates=rates, stages=given.stages, data=given.data, group=group)
-        finally:  # what was learned before a failure is not lost
-            if given.parts and group.is_main_process and (given.folder / "world.json").is_file():
-                write_parts(given.folder, given.parts)
+        pretrain(given.folder, length, world, rates=rates, stages=given.stages, data=given.data, parts=given.parts, group=group)
 
 
 def pretrain(
@@ -122,6 +118,7 @@ def pretrain(
     rates: Rates | None = None,
     stages: tuple[str, ...] = STAGES,
     data: Path | None = None,
+    parts: Path | None = None,
     group: ProcessGroup | None = None,
 ) -> dict:
     """Run the stages, and return the figures of world.json."""
@@ -152,6 +149,8 @@ def pretrain(
             figures[stage]["seconds"] = round(time.monotonic() - begun)
             file.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
             say(f"{stage}: {json.dumps(figures[stage])}", started)
+            if parts:  # what is learned is not lost if a later stage fails
+                write_parts(folder, parts)
     group.barrier()
     return figures
 
@@ -197,7 +196,8 @@ def _reader(task: _Task) -> dict:
 def _vae(task: _Task) -> dict:
     base = find_base(str(task.folder), task.folder.parent)
     [vae] = task.prepared("vae", [load_vae(base, task.device)])
-    result = train_vae(vae, task.learned, task.length.vae_s, task.rates, task.device, task.group)
+    reader = Reader.load(task.folder / "reader", task.device) if (task.folder / "reader").is_dir() else None
+    result = train_vae(vae, task.learned, reader, task.length.vae_s, task.rates, task.device, task.group)
     if not task.group.is_main_process:
         return result
     result["scaling"] = round(1 / encoded(vae, task.learned.images[:4096], task.device).std().item(), 5)

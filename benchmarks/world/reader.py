@@ -37,6 +37,15 @@ class Reader:
         """[N, len(TRAITS)]: the person as `people.identity_vector` has it, on the CPU. What cannot be seen is arbitrary."""
         return self._answers(images)[:, len(ALL_TAGS) :]
 
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """What each of the four scales of the network makes of images (-1 .. 1), and its answers."""
+        found, value = [], images
+        for layer in self.network:
+            value = layer(value)
+            if isinstance(layer, _Residual):
+                found.append(value)
+        return [*found, value]
+
     @torch.no_grad()
     def _answers(self, images: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.network(normalized(part.to(self.device))).float().cpu() for part in images.split(256)])
