@@ -89,7 +89,7 @@ def train_and_measure(given: argparse.Namespace) -> None:
     with shared_gpus(world.work / "mps", limits.gpus) if given.mps else nullcontext():
         run_alone(Job("models", "models", dict(os.environ), world.work / "logs" / "models.log", world.write_models), limits)
         first = runs_for([BASE], 1, 1, world)[0]
-        if given.gpus and not first.result.exists():
+        if given.gpus:
             warm_up(first, limits)
         if not given.rate:
             rates = [Arm(f"rate {rate:g}", {"LEARNING_RATE": rate}, saves=1) for rate in given.rates]

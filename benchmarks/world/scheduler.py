@@ -27,6 +27,7 @@ from common.files import write_json
 
 POLL_S = 0.05
 PROBE_S = 30.0
+"""The Multi-Process Service answers within this time, or is not used."""
 
 
 @dataclass
@@ -98,7 +99,7 @@ def shared_gpus(folder: Path, gpus: Sequence[str]) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     variables = {"CUDA_MPS_PIPE_DIRECTORY": str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
     control = shutil.which("nvidia-cuda-mps-control")
-    if control is None or subprocess.run([control, "-d"], env=os.environ | variables).returncode:
+    if control is None or subprocess.run([control, "-d"], env=os.environ | variables, timeout=PROBE_S).returncode:
         print("GPUs: one process at a time (there is no Multi-Process Service)", flush=True)
         yield
         return
@@ -113,7 +114,7 @@ def shared_gpus(folder: Path, gpus: Sequence[str]) -> Iterator[None]:
     finally:
         for name in variables:
             os.environ.pop(name, None)
-        subprocess.run([control], input=b"quit\n", env=os.environ | variables)
+        subprocess.run([control], input=b"quit -t 5\n", env=os.environ | variables, timeout=PROBE_S)
 
 
 def _computes() -> int:
