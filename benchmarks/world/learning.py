@@ -31,10 +31,10 @@ class Rates:
 
     reader_rate: float = 2e-3
     reader_batch: int = 256
-    vae_rate: float = 1e-3
-    vae_batch: int = 32
-    unet_rate: float = 1e-3
-    batch: int = 512
+    vae_rate: float = 1.5e-3
+    vae_batch: int = 16
+    unet_rate: float = 2e-3
+    batch: int = 256
     gamma: float = 5.0
     """Of the min-SNR weighting; 0: none."""
     seed: int = 0

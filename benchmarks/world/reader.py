@@ -159,6 +159,8 @@ def spoiled(images: torch.Tensor) -> torch.Tensor:
     side = images.shape[-1]
     soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     images = torch.lerp(images, soft, random(-0.4, 0.8).clamp(min=0))
+    small = F.interpolate(F.avg_pool2d(images, 4), size=side, mode="bilinear")
+    images = torch.lerp(images, small, random(-0.8, 0.8).clamp(min=0))
     coarse = F.interpolate(torch.randn(len(images), 3, side // 8, side // 8, device=images.device), size=side, mode="bilinear")
     images = images + coarse * random(-0.04, 0.06).clamp(min=0) + torch.randn_like(images) * random(-0.05, 0.08).clamp(min=0)
     return (images * random(0.96, 1.04) + random(-0.03, 0.03)).clamp(-1, 1)
