@@ -98,8 +98,7 @@ def shared_gpus(folder: Path, gpus: Sequence[str]) -> Iterator[None]:
     GPUs."""
     folder.mkdir(parents=True, exist_ok=True)
     variables = {"CUDA_MPS_PIPE_DIRECTORY": str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
-    control = shutil.which("nvidia-cuda-mps-control")
-    if control is None or subprocess.run([control, "-d"], env=os.environ | variables, timeout=PROBE_S).returncode:
+    if not _control_service(["-d"], variables):
         print("GPUs: one process at a time (there is no Multi-Process Service)", flush=True)
         yield
         return
@@ -114,7 +113,16 @@ def shared_gpus(folder: Path, gpus: Sequence[str]) -> Iterator[None]:
     finally:
         for name in variables:
             os.environ.pop(name, None)
-        subprocess.run([control], input=b"quit -t 5\n", env=os.environ | variables, timeout=PROBE_S)
+        _control_service([], variables, b"quit -t 5\n")
+
+
+def _control_service(arguments: Sequence[str], variables: dict[str, str], text: bytes = b"") -> bool:
+    """Whether the control of the Multi-Process Service did what it was asked for."""
+    control = shutil.which("nvidia-cuda-mps-control")
+    with suppress(subprocess.TimeoutExpired):
+        how = {"input": text, "env": os.environ | variables, "timeout": PROBE_S}
+        return control is not None and subprocess.run([control, *arguments], **how).returncode == 0
+    return False
 
 
 def _computes() -> int:
