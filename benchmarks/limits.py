@@ -16,7 +16,7 @@ from benchmarks.train import Job, attempt, build, machine, peak_of_gpu_memory
 
 LIMITS_GB = (6, 8, 10, 12, 16, 24)
 DEFAULTS = {"gradient_checkpointing": "auto"}
-SMALL_CARD = {"gradient_checkpointing": "", "preset": "8gb", "optimizer": "adamw8bit"}
+SMALL_CARD = {"gradient_checkpointing": "", "preset": "8gb"}
 """Settings; empty means as in the preset."""
 _HOLD = """
 import sys, torch
@@ -37,7 +37,7 @@ def main() -> None:
     print(machine(), "", "| card, GB | settings | exit code | predicted, GiB | peak, GiB | samples | last line |", sep="\n")
     print("|---|---|---|---|---|---|---|", flush=True)
     for limit in options.gb:
-        for name, settings in (("defaults", DEFAULTS), ("PRESET=8gb OPTIMIZER=adamw8bit", SMALL_CARD)):
+        for name, settings in (("defaults", DEFAULTS), ("PRESET=8gb", SMALL_CARD)):
             if re.search(options.only, name):
                 with card_of(limit):
                     print(tried(options.folder, limit, name, settings), flush=True)
