@@ -139,6 +139,7 @@ def test_paths_in_the_pages_exist_or_are_created_by_a_run():
         "preprocessor_config.json",
         "config.json",
         "samples.json",
+        "world.json",
     }
     top = {name.split("/")[0] for name in git("ls-files").stdout.splitlines()}
     spans = {word for span in re.findall(r"`([^`\n]+)`", ALL_PAGES) for word in span.split()}
