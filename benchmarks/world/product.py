@@ -55,6 +55,7 @@ def caption(variables: dict[str, str], log: Path) -> None:
     if all(path.with_suffix(".txt").exists() for path in images.glob("*.png")):
         return
     command = [sys.executable, REPOSITORY / "scripts" / "caption_images.py"]
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         subprocess.run(command, env=variables, stdout=file, stderr=file, check=True)
 
