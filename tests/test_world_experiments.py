@@ -2,7 +2,10 @@
 
 import csv
 import os
+import subprocess
+import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from benchmarks.world.tagger import write_tagger
 from captioning.wd14 import Tagger
 from common.dataset_layout import DatasetFolder
 from common.files import read_json_lines, write_json
+from common.settings import REPOSITORY
 from training.config import LoraSettings
 from training.method.adapters import inject
 from training.method.export import write_lora
@@ -226,3 +230,33 @@ def test_a_pick_counts_when_it_is_within_one_save_of_the_best():
     assert "| best | 1 | 0 of 1 | 2.0 | 0.300 | 0.300 |" in table
     assert stopped_after({2: 1.0, 4: 0.9, 6: 0.95, 8: 0.91, 10: 0.8}, patience=2) == 8
     assert stopped_after({2: 1.0, 4: 0.9, 6: 0.95, 8: 0.91, 10: 0.8}, patience=3) == 10
+
+
+def test_nothing_asks_cuda_for_anything_before_the_first_fork():
+    """Where a process has asked, its forks cannot use a GPU. This PyTorch pretends to have four, and counts the questions."""
+    code = """
+import torch
+questions = []
+torch._C._cuda_getDeviceCount = lambda: questions.append("count") or 4
+torch._C._cuda_getCurrentRawStream = None
+torch.cuda._device_count_nvml = lambda: 4
+torch.cuda._lazy_init = lambda: questions.append("init")
+from benchmarks.world import learn
+learn.product.prepare_forks()
+import train_lora, training.job, training.preflight, training.results
+assert torch.cuda.is_available() and not torch.cuda.is_initialized()
+assert questions == [], questions
+"""
+    environment = os.environ | {"PYTHONPATH": "scripts"}
+    environment.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, check=True)
+
+
+def test_jobs_run_in_processes_that_import_the_libraries_themselves_where_forks_cannot_be_used(tmp_path):
+    ended = {}
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'scripts'}"}
+    jobs = [Job(text, "any", environment, tmp_path / text, partial(int, text)) for text in ("3", "x")]
+    limits = Limits([""], jobs=2, measurers=1, seconds=200, reserve=1, forks=False)
+    run_jobs(jobs, limits, lambda name, code, seconds: ended.update({name: code}))
+    assert ended == {"3": 3, "x": 70}
+    assert "invalid literal for int()" in (tmp_path / "x").read_text()

@@ -5,8 +5,11 @@ tables of results; `demo` runs the whole pipeline once, as a user does. The base
 `python -m benchmarks.world.pretrain`.
 """
 
-import argparse
 import os
+
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # before torch: see product.prepare_forks
+
+import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
@@ -20,7 +23,7 @@ from benchmarks.world.measures import COUNTS
 from benchmarks.world.recipes import BASE, ROUNDS, Arm
 from benchmarks.world.report import read_results, report
 from benchmarks.world.runs import Run, World, runs_of
-from benchmarks.world.scheduler import Job, Limits, run_all, run_jobs, shared_gpus
+from benchmarks.world.scheduler import Job, Limits, computes, run_all, run_jobs, shared_gpus
 
 RATE_SUBJECTS, NEARLY = 3, 0.8
 """Of the trainings that find the learning rate: how many people, and which share of the best likeness is enough."""
@@ -86,7 +89,10 @@ def train_and_measure(given: argparse.Namespace) -> None:
         return runs_of(arms, subjects, seeds, world)
 
     product.prepare_forks()
-    with shared_gpus(world.work / "mps", limits.gpus) if given.mps else nullcontext():
+    if given.gpus and not computes(world.work / "logs", limits):
+        limits.forks = False
+        print(f"processes import the libraries themselves: forks cannot use the GPUs (see {world.work / 'logs' / 'probe.log'})")
+    with shared_gpus(world.work / "mps", limits) if given.mps else nullcontext():
         run_alone(Job("models", "models", dict(os.environ), world.work / "logs" / "models.log", world.write_models), limits)
         first = runs_for([BASE], 1, 1, world)[0]
         if given.gpus:

@@ -1,10 +1,12 @@
-"""The product as the benchmark runs it: its stages as they are, with settings from the environment."""
+"""The product as the benchmark runs it: its stages as they are, with settings from the environment, in processes of their own."""
 
 import contextlib
 import gc
 import os
+import pickle
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +63,11 @@ def caption(variables: dict[str, str], log: Path) -> None:
 
 
 def prepare_forks() -> None:
-    """Before the first fork: nothing that the children share may be copied by a collection of garbage, or be locked."""
+    """Before the first fork: nothing that the children share may be copied by a collection of garbage, or be locked.
+
+    Nor may this process ask CUDA for anything: where it has, its forks cannot use a GPU. `torch.cuda.is_available`, which libraries
+    call when they are imported, asks the driver's management library alone if PYTORCH_NVML_BASED_CUDA_CHECK is set.
+    """
     import training.trainer  # noqa: F401
 
     torch.set_num_threads(1)
@@ -69,25 +75,41 @@ def prepare_forks() -> None:
     gc.freeze()
 
 
-def fork(variables: dict[str, str], log: Path, run: Callable[[], int]) -> int:
+def start(variables: dict[str, str], log: Path, run: Callable[[], int], *, forks: bool) -> int:
     """Call `run` in a process of its own, whose exit code is what it returns; returns the process id.
 
-    The libraries are imported already, which would take each process ten seconds of a core.
+    A fork has imported the libraries already, which takes other processes ten seconds and more of a core. But forks can use a GPU
+    only if this process has never asked for one, which a library may do when it is imported.
     """
     sys.stdout.flush()
-    parent, child = os.getpid(), os.fork()
-    if child:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    number, parent = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), os.getpid()
+    try:
+        if not forks:
+            descriptor, path = tempfile.mkstemp()
+            with open(descriptor, "wb") as file:
+                pickle.dump(run, file)
+            command = [sys.executable, "-m", "benchmarks.world.product", path, str(parent)]
+            streams = [(os.POSIX_SPAWN_DUP2, number, stream) for stream in (1, 2)]
+            return os.posix_spawn(sys.executable, command, variables, file_actions=streams)
+        child = os.fork()
+        if not child:
+            for stream in (1, 2):
+                os.dup2(number, stream)
+            sys.stdout, sys.stderr = (open(each, "w", buffering=1, encoding="utf-8", closefd=False) for each in (1, 2))  # noqa: SIM115
+            os.environ.clear()
+            os.environ.update(variables)
+            _call(run, parent)
         return child
+    finally:
+        os.close(number)
+
+
+def _call(run: Callable[[], int], parent: int) -> None:
+    """End this process with what `run` returns, and with its parent."""
     code = 70
     try:
         die_with_parent(parent)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        for stream in (1, 2):
-            os.dup2(number, stream)
-        sys.stdout, sys.stderr = (open(stream, "w", buffering=1, encoding="utf-8", closefd=False) for stream in (1, 2))  # noqa: SIM115
-        os.environ.clear()
-        os.environ.update(variables)
         code = run()
     except BaseException:
         traceback.print_exc()
@@ -107,3 +129,10 @@ def train() -> int:
     train_lora.NVIDIA = Path("/nonexistent")
     sys.executable, sys.argv = _NO_PROGRAM, ["train_lora.py"]
     return run_main(train_lora.STAGE, lambda: train_lora.main([]))
+
+
+if __name__ == "__main__":  # a process that `start` has spawned
+    pickled = Path(sys.argv[1])
+    content = pickled.read_bytes()
+    pickled.unlink()
+    _call(pickle.loads(content), int(sys.argv[2]))

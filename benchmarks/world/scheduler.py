@@ -26,7 +26,7 @@ from benchmarks.world.runs import Run, World
 from common.files import write_json
 
 POLL_S = 0.05
-PROBE_S = 30.0
+PROBE_S = 60.0
 """The Multi-Process Service answers within this time, or is not used."""
 
 
@@ -43,6 +43,8 @@ class Limits:
     seconds: float
     reserve: float = 20.0
     """Seconds at the end, for what is measured last; what is still training by then is killed."""
+    forks: bool = True
+    """Whether processes can be forks of this one."""
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -70,7 +72,7 @@ def run_all(runs: Sequence[Run], limits: Limits, counts: dict[str, int]) -> None
         for number in range(limits.measurers):
             log = world.work / "logs" / f"measure-{gpu or 'cpu'}-{number}.log"
             loop = partial(_measure_loop, world, by_name, queue, counts)
-            measuring.append(product.fork(variables | {"CUDA_VISIBLE_DEVICES": gpu}, log, loop))
+            measuring.append(product.start(variables | {"CUDA_VISIBLE_DEVICES": gpu}, log, loop, forks=limits.forks))
 
     def ended(name: str, code: int, seconds: float) -> None:
         if code:
@@ -91,8 +93,22 @@ def run_all(runs: Sequence[Run], limits: Limits, counts: dict[str, int]) -> None
     print(f"{done} of {len(runs)} runs measured after {limits.seconds - limits.left:.0f} s", flush=True)
 
 
+def computes(folder: Path, limits: Limits, **changes: object) -> bool:
+    """Whether processes can use every GPU; `changes` of the limits under which they are started."""
+    codes, log = [], folder / "probe.log"
+    probes = [Job(gpu, "probe", dict(os.environ), log, _compute) for gpu in limits.gpus]
+    how = {"gpus": limits.gpus, "jobs": len(limits.gpus), "measurers": 0, "seconds": PROBE_S, "reserve": 1, "forks": limits.forks}
+    run_jobs(probes, Limits(**how | changes), lambda name, code, seconds: codes.append(code))
+    return not any(codes)
+
+
+def _compute() -> int:
+    """Whether the GPU does, as an exit code."""
+    return int(torch.ones(1000, device="cuda").sum().item() != 1000)
+
+
 @contextmanager
-def shared_gpus(folder: Path, gpus: Sequence[str]) -> Iterator[None]:
+def shared_gpus(folder: Path, limits: Limits) -> Iterator[None]:
     """Within this block processes share the GPUs through NVIDIA's Multi-Process Service, so that the kernels of several run at the
     same time; without it, with a line that says so, if it does not work. It belongs to this user and changes no setting of the
     GPUs."""
@@ -102,18 +118,22 @@ def shared_gpus(folder: Path, gpus: Sequence[str]) -> Iterator[None]:
         print("GPUs: one process at a time (there is no Multi-Process Service)", flush=True)
         yield
         return
+    os.environ.update(variables)
     try:
-        log, codes = folder / "probe.log", []
-        probes = [Job(gpu, "probe", dict(os.environ) | variables, log, _computes) for gpu in gpus]
-        run_jobs(probes, Limits(gpus, len(gpus), 0, PROBE_S, reserve=1), lambda name, code, seconds: codes.append(code))
-        works = not any(codes)
-        print(f"GPUs: {'several processes at once' if works else f'one process at a time (see {log})'}", flush=True)
-        os.environ.update(variables if works else {})
+        if computes(folder, limits):
+            print("GPUs: several processes at once", flush=True)
+        else:
+            print(f"GPUs: one process at a time (see {folder / 'probe.log'})", flush=True)
+            _leave(variables)
         yield
     finally:
-        for name in variables:
-            os.environ.pop(name, None)
+        _leave(variables)
         _control_service([], variables, b"quit -t 5\n")
+
+
+def _leave(variables: dict[str, str]) -> None:
+    for name in variables:
+        os.environ.pop(name, None)
 
 
 def _control_service(arguments: Sequence[str], variables: dict[str, str], text: bytes = b"") -> bool:
@@ -156,7 +176,7 @@ def run_jobs(jobs: Sequence[Job], limits: Limits, ended: Callable[[str, int, flo
             waiting.remove(job)
             busy = [gpu for _, gpu, _ in running.values()]
             gpu = min(limits.gpus, key=busy.count)
-            process = product.fork(job.variables | {"CUDA_VISIBLE_DEVICES": gpu}, job.log, job.call)
+            process = product.start(job.variables | {"CUDA_VISIBLE_DEVICES": gpu}, job.log, job.call, forks=limits.forks)
             running[process] = job, gpu, time.monotonic()
         if not running:
             print(f"{len(waiting)} runs are not started: the time is up", flush=True)
