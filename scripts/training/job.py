@@ -24,7 +24,7 @@ from training.engine import EngineName, choose_engine
 from training.initial_lora import initial_digest, matching_layers
 from training.lora_files.reading import Layer
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
-from training.method.layers import weight_shapes
+from training.method.layers import shapes_of_base
 from training.method.optimizers import require_usable
 from training.models.base_model import (
     base_digest,
@@ -35,7 +35,6 @@ from training.models.base_model import (
 )
 from training.models.family import family_of
 from training.models.sdxl import BaseModel, Schedule
-from training.models.weights import unet_without_weights
 from training.plan import (
     GLOBAL_BATCH,
     INITIAL_LORA,
@@ -150,7 +149,7 @@ def resolve_job(
     if saved and not is_finished:
         saved = _resume_point(outputs, saved, identity, was_finished)
     begins = initial and not saved and not is_finished
-    layers = matching_layers(settings.lora, weight_shapes(unet_without_weights(base))) if begins else {}
+    layers = matching_layers(settings.lora, shapes_of_base(base, settings.lora)) if begins else {}
     return TrainingJob(
         project, settings, base, plan, precision, engine_name, outputs, identity, saved, is_finished, was_finished, budget, images,
         is_assumed, layers,

@@ -20,7 +20,7 @@ from training.engine import choose_engine
 from training.initial_lora import initial_digest, matching_layers
 from training.job import with_class_of_prior
 from training.memory_budget import measure_budget, resolve_batch_size, resolve_quantization
-from training.method.layers import adapted_layers, weight_shapes
+from training.method.layers import adapted_layers, shapes_of_base
 from training.method.optimizers import require_usable
 from training.models.base_model import (
     choose_schedule,
@@ -32,7 +32,7 @@ from training.models.base_model import (
 )
 from training.models.family import family_of
 from training.models.sdxl import BaseModel, Schedule
-from training.models.weights import load_tokenizers, require_matching_weights, unet_without_weights
+from training.models.weights import load_tokenizers, require_matching_weights
 from training.plan import INITIAL_LORA, make_plan
 from training.system.device import GIB, available_bytes, choose_precision
 
@@ -73,7 +73,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
         return choose_schedule(base, settings.model.prediction_type, settings.model.zero_terminal_snr, measured)
 
     def check_layers() -> str:
-        layers = adapted_layers(weight_shapes(unet_without_weights(bases[0])), settings.lora) if bases else ()
+        layers = adapted_layers(shapes_of_base(bases[0], settings.lora), settings.lora) if bases else ()
         found.extend(bases)
         return f"LoRA: {len(layers)} layers" if bases else "LoRA: the layers are checked when there is a base model"
 
@@ -105,7 +105,7 @@ def check_initial_lora(project: ProjectSettings, settings: TrainSettings, bases:
     saved = None if settings.saving.fresh else newest(outputs.state)
     initial_digest(settings.lora, outputs, saved.identity.fingerprint.get(INITIAL_LORA) if saved else None)
     if bases and not saved:
-        matching_layers(settings.lora, weight_shapes(unet_without_weights(bases[0])))
+        matching_layers(settings.lora, shapes_of_base(bases[0], settings.lora))
     return f"begins from: {settings.lora.init_lora}"
 
 

@@ -14,9 +14,9 @@ from training.config import LoraSettings
 from training.initial_lora import initial_digest, load_initial, matching_layers
 from training.method.adapters import inject
 from training.method.export import write_lora
-from training.method.layers import weight_shapes
+from training.method.layers import shapes_of_base
 from training.models.base_model import find_base
-from training.models.weights import load_unet, unet_without_weights
+from training.models.weights import load_unet
 
 CPU = torch.device("cpu")
 FEW = r"transformer_blocks.[1-9]=0"
@@ -43,7 +43,7 @@ def written(base, path, **settings):
 def begun(base, path, **settings):
     """A UNet with a fresh adapter that begins from the file."""
     settings = LoraSettings(**({"lora_rank": 4, "lora_rank_pattern": FEW, "init_lora": path} | settings))
-    layers = matching_layers(settings, weight_shapes(unet_without_weights(base)))
+    layers = matching_layers(settings, shapes_of_base(base, settings))
     unet = load_unet(base, CPU, torch.float32)
     adapter = inject(unet, settings, seed=8)
     load_initial(adapter, layers)

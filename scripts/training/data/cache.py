@@ -29,17 +29,22 @@ from common.images import open_rgb, read_mask
 from common.progress import ProgressBar
 from training.config import DataSettings
 from training.data.buckets import Placement
-from training.data.captions import caption_variants, chunks_needed, encode_captions, text_beyond
+from training.data.captions import caption_variants, chunks_needed, encode_captions, text_beyond, tokens_of
 from training.data.dataset import Example
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
-from training.models.sdxl import BaseModel
+from training.models.sdxl import TEXT_ENCODERS, BaseModel
 from training.models.weights import load_text_encoders, load_tokenizers, load_vae, require_finite_weights, write_tensors
 from training.system.process_group import ProcessGroup
 
 FORMAT = 2
 """Part of every key; to be raised when the encoding changes."""
 
-TENSORS = {"latents": {"mean", "log_variance"}, "masks": {"mask"}, "text": {"hidden", "pooled"}}
+TENSORS = {
+    "latents": {"mean", "log_variance"},
+    "masks": {"mask"},
+    "text": {"hidden", "pooled"},
+    "tokens": {"tokens"},
+}
 """Names of the tensors in a file, by its folder."""
 
 _MAX_SHOWN = 60
@@ -66,19 +71,20 @@ class CachedExample:
     name: str
     placement: Placement
     latents: Path
-    embeddings: Path
+    text: Path
+    """The embeddings of its caption, or the tokens if captions are encoded in each step."""
     variants: int
-    """How many variants of the caption `embeddings` holds."""
+    """How many variants of the caption `text` holds."""
     empty_caption: Path
-    """The embeddings that replace those of the caption where it is dropped."""
+    """What replaces the caption where it is dropped."""
     mask: Path | None = None
     """The mask in the size of the latents; None: all of the image counts."""
     mask_weight: float = 1.0
     """Weight of what is outside the mask."""
     mirrored: "CachedExample | None" = None
     """Its mirror image, if that is trained on as well."""
-    class_embeddings: Path | None = None
-    """Those of the same variants with the word for the kind of subject instead of the trigger word, if the run needs them."""
+    class_text: Path | None = None
+    """The same variants with the word for the kind of subject instead of the trigger word, if the run needs them."""
 
 
 def read_latents(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,10 +99,11 @@ def read_cached_mask(path: Path) -> torch.Tensor:
         return file.get_tensor("mask")
 
 
-def read_embedding(path: Path, variant: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states [tokens, D] and pooled embedding [P] of one variant of a caption."""
+def read_text(path: Path, variant: int) -> dict[str, torch.Tensor]:
+    """One variant of a caption: `hidden` states [tokens, D] and `pooled` embedding [P], or, if it is still to be encoded, `tokens`
+    [2, chunks, 77]."""
     with _open_entry(path) as file:
-        return file.get_slice("hidden")[variant], file.get_slice("pooled")[variant]
+        return {name: file.get_slice(name)[variant] for name in sorted(file.keys())}
 
 
 @contextlib.contextmanager
@@ -112,7 +119,7 @@ def _open_entry(path: Path) -> Iterator[safe_open]:
         ) from None
 
 
-def entry(folder: Path, kind: Literal["latents", "masks", "text"], *parts: str) -> Path:
+def entry(folder: Path, kind: Literal["latents", "masks", "text", "tokens"], *parts: str) -> Path:
     """The file in the cache `folder` for what depends on these `parts` alone."""
     key = hashlib.sha256("\0".join((str(FORMAT), *parts)).encode()).hexdigest()
     return folder / kind / f"{key}.safetensors"
@@ -169,6 +176,8 @@ class CacheBuilder:
     """The processes of each machine share the work."""
     concurrent: bool = False
     """Whether there is memory for all encoders together: captions are then encoded beside the images."""
+    only_tokens: bool = False
+    """Captions and prompts are not encoded, because the text encoders change."""
 
     def build(
         self,
@@ -199,20 +208,20 @@ class CacheBuilder:
 
         mirrored = [(replace(example, is_mirrored=True), place) for example, place in images] if settings.flip else []
         latents, masks = self.latents_entries([*images, *mirrored]), self.masks_entries([*images, *mirrored])
-        embeddings = self.embeddings_entries([*variants, [""]], chunks)
-        of_prompts = self.embeddings_entries([[prompt] for prompt in prompts], prompt_chunks)
+        texts = self.text_entries([*variants, [""]], chunks)
+        of_prompts = self.text_entries([[prompt] for prompt in prompts], prompt_chunks)
         with_class = [
-            [replace_trigger(text, example.trigger, example.class_word or subject_class) for text in texts]
+            [replace_trigger(text, example.trigger, example.class_word or subject_class) for text in of_caption]
             if example.trigger
-            else texts
-            for (example, _), texts in zip(images, variants, strict=True)
+            else of_caption
+            for (example, _), of_caption in zip(images, variants, strict=True)
         ]
-        of_class = self.embeddings_entries(with_class if subject_class else [], chunks)
+        of_class = self.text_entries(with_class if subject_class else [], chunks)
         new_latents, images_found = self._missing(latents, workers)
         new_masks, _ = self._missing([entry for entry in masks if entry], workers)
-        new_embeddings, captions_found = self._missing([*embeddings, *of_prompts, *of_class], workers)
+        new_texts, captions_found = self._missing([*texts, *of_prompts, *of_class], workers)
         self.group.barrier()  # all processes know what is missing before one writes
-        shares = self.group.shard(new_latents), self.group.shard(new_embeddings), self.group.shard(new_masks)
+        shares = self.group.shard(new_latents), self.group.shard(new_texts), self.group.shard(new_masks)
         with (
             ProgressBar(sum(map(len, shares)), "encode", "images and captions") as bar,
             _tensor_cores(enabled=self.uses_tensor_cores),
@@ -228,7 +237,7 @@ class CacheBuilder:
         self.group.barrier()
         print(f"images: {images_found}; captions: {captions_found}, {chunks} x {CHUNK_TOKENS} tokens", flush=True)
 
-        *caption_paths, empty_caption = (path for path, _, _ in embeddings)
+        *caption_paths, empty_caption = (path for path, _, _ in texts)
         class_paths = [path for path, _, _ in of_class] or [None] * len(caption_paths)
         copies = 2 if mirrored else 1
         examples = [
@@ -236,14 +245,14 @@ class CacheBuilder:
                 name=example.name,
                 placement=placement,
                 latents=path,
-                embeddings=caption_path,
-                variants=len(texts),
+                text=caption_path,
+                variants=len(of_caption),
                 empty_caption=empty_caption,
                 mask=mask and mask[0],
                 mask_weight=settings.mask_weight if example.mask_weight is None else example.mask_weight,
-                class_embeddings=class_path,
+                class_text=class_path,
             )
-            for (path, example, placement), mask, caption_path, class_path, texts in zip(
+            for (path, example, placement), mask, caption_path, class_path, of_caption in zip(
                 latents, masks, caption_paths * copies, class_paths * copies, variants * copies, strict=True
             )
         ]
@@ -283,10 +292,13 @@ class CacheBuilder:
             for example, place in images
         ]
 
-    def embeddings_entries(self, captions: Sequence[list[str]], chunks: int) -> list[tuple[Path, list[str], int]]:
+    def text_entries(self, captions: Sequence[list[str]], chunks: int) -> list[tuple[Path, list[str], int]]:
         """The file of each caption, a list of variants, with the caption and its number of chunks."""
-        digest = "".join(base_digest(self.base, self.folder, name) for name in ("text_encoder", "text_encoder_2"))
-        digest += tokenizers_digest(find_or_download_tokenizers(self.base, self.models_dir))
+        of_tokenizers = tokenizers_digest(find_or_download_tokenizers(self.base, self.models_dir))
+        if self.only_tokens:
+            rest = str(chunks), of_tokenizers
+            return [(entry(self.folder, "tokens", json.dumps(texts), *rest), texts, chunks) for texts in captions]
+        digest = "".join(base_digest(self.base, self.folder, name) for name in TEXT_ENCODERS) + of_tokenizers
         rest = str(chunks), str(self.dtype), digest
         return [(entry(self.folder, "text", json.dumps(texts), *rest), texts, chunks) for texts in captions]
 
@@ -312,11 +324,16 @@ class CacheBuilder:
                 bar.update()
 
     def _encode_captions(self, share: Sequence[tuple[Path, list[str], int]], tokenizers: tuple, workers: int, bar: tqdm) -> None:
-        """Write this process's share of the missing embeddings."""
+        """Write this process's share of the missing captions."""
+        if self.only_tokens:
+            for path, texts, chunks in share:
+                write_entry(path, {"tokens": tokens_of(texts, tokenizers, chunks)})
+                bar.update()
+            return
         if not share:
             return
         encoders = load_text_encoders(self.base, self.device, torch.float32)
-        with self._blaming_weights("text_encoder", "text_encoder_2"):
+        with self._blaming_weights(*TEXT_ENCODERS):
             for chunks in sorted({chunks for _, _, chunks in share}):
                 encode = partial(encode_captions, tokenizers=tokenizers, encoders=encoders, chunks=chunks)
                 missing = [(path, texts) for path, texts, count in share if count == chunks]

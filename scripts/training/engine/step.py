@@ -12,6 +12,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from training.data.batches import Batch
+from training.data.captions import conditioning
 from training.method.adapters import Adapter
 from training.method.diffusion import (
     LossConfig,
@@ -24,6 +25,7 @@ from training.method.diffusion import (
     weight_per_sample,
 )
 from training.method.optimizers import Optimizer
+from training.models.weights import TextEncoders
 from training.system.device import Precision
 
 MAX_SKIPPED = 20
@@ -51,6 +53,7 @@ class TrainStep:
     """Trains `adapter` in `unet`; the loss is fp32.
 
     `all_reduce` adds up the gradients and the loss, one flat buffer, over the processes, in place; None for one process.
+    `text_encoders` encode captions that batches hold as tokens.
     `add_gradient` adds the gradient of what depends on the adapter's weights alone; the reported loss does not include it.
     `sync_compute_weights` is called before the first forward of a step, where the layers compute with a copy of the weights;
     with False, the layers compute without the adapter until it is called again.
@@ -66,6 +69,7 @@ class TrainStep:
         max_grad_norm: float,
         all_reduce: Callable[[torch.Tensor], None] | None = None,
         *,
+        text_encoders: TextEncoders | None = None,
         add_gradient: Callable[[], None] | None = None,
         sync_compute_weights: Callable[..., None] = lambda adapts=True: None,
         captures: bool = True,
@@ -77,6 +81,7 @@ class TrainStep:
         self.precision = precision
         self.max_grad_norm = max_grad_norm
         self.all_reduce = all_reduce
+        self.text_encoders = text_encoders
         self.add_gradient = add_gradient
         self.sync_compute_weights = sync_compute_weights
         self.skipped = 0
@@ -213,9 +218,9 @@ class TrainStep:
         noise = offset_noise(batch.noise, batch.offset, config.noise_offset)
         alpha_bar = config.alphas_cumprod[batch.timesteps]
         noisy = noised(latents, noise, alpha_bar)
-        inputs = noisy, batch.timesteps, batch.hidden, batch.pooled, batch.add_time_ids
+        inputs = noisy, batch.timesteps, batch.add_time_ids, *batch.text
         if len(rows):
-            of_prior = noisy[rows], batch.timesteps[rows], batch.prior_hidden, batch.prior_pooled, batch.add_time_ids[rows]
+            of_prior = noisy[rows], batch.timesteps[rows], batch.add_time_ids[rows], *batch.prior_text
             expected = self.predict_without_adapter(*of_prior)
             inputs = tuple(torch.cat(pair) for pair in zip(inputs, of_prior, strict=True))
         prediction, of_class = self.predict(*inputs).split([len(noisy), len(rows)])
@@ -236,9 +241,10 @@ class TrainStep:
         return prediction
 
     def predict(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor, pooled: torch.Tensor, add_time_ids: torch.Tensor
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, add_time_ids: torch.Tensor, *text: torch.Tensor
     ) -> torch.Tensor:
         """[B, C, h, w] fp32: the UNet's prediction, computed in its own dtype. The arguments are as in Batch."""
+        hidden, pooled = conditioning(self.text_encoders, *text)
         return self.unet(
             noisy.to(self.precision.dtype).contiguous(memory_format=torch.channels_last),
             timesteps,
@@ -313,9 +319,9 @@ class CudaGraphs:
         return replay
 
 
-def recomputed(block: Callable, *args: object, is_random: bool = False) -> object:
+def recomputed(block: Callable, *args: object, is_random: bool = False, **named: object) -> object:
     """Call `block` and compute its activations again in the backward, with the same random numbers if it `is_random`.
 
     Saving the generator's state for these would break the capture of a CUDA graph.
     """
-    return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, preserve_rng_state=is_random)
+    return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, preserve_rng_state=is_random, **named)

@@ -35,7 +35,7 @@ def reader_of(tmp_path):
         save_file(text, tmp_path / f"{index}.text")
         files = tmp_path / f"{index}.latents", tmp_path / f"{index}.text"
         save_file({name: -tensor for name, tensor in text.items()}, tmp_path / f"{index}.class")
-        of_class = {"class_embeddings": tmp_path / f"{index}.class"}
+        of_class = {"class_text": tmp_path / f"{index}.class"}
         examples.append(CachedExample(f"{index}.png", placement, *files, variants, tmp_path / "empty.text", **of_class))
     save_file({"hidden": torch.full((1, 77, 6), 9.0), "pooled": torch.full((1, 3), 9.0)}, tmp_path / "empty.text")
 

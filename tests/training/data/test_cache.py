@@ -24,8 +24,8 @@ from training.data.cache import (
     entry,
     image_pixels,
     is_valid_entry,
-    read_embedding,
     read_latents,
+    read_text,
     write_embeddings,
     write_latents,
 )
@@ -205,8 +205,8 @@ def test_a_file_that_is_gone_or_overwritten_is_a_resource_error(stage, examples)
     data, _ = build_cache(stage, "cache", [examples["coffee"]])
     cached = data[0]
     cached.latents.unlink()
-    cached.embeddings.write_bytes(b"{}")
-    for path, read in ((cached.latents, read_latents), (cached.embeddings, lambda path: read_embedding(path, 0))):
+    cached.text.write_bytes(b"{}")
+    for path, read in ((cached.latents, read_latents), (cached.text, lambda path: read_text(path, 0))):
         with pytest.raises(ResourceError, match="cannot be read any more") as error:
             read(path)
         assert str(path) in str(error.value)
@@ -248,7 +248,7 @@ def test_everything_that_embeddings_depend_on_is_in_their_key(stage, monkeypatch
     for digest in ("encoders", "other encoders"):
         monkeypatch.setattr(cache_module, "base_digest", lambda base, folder, name, digest=digest: digest)
         for chunks, dtype in itertools.product((1, 2), (torch.float32, torch.bfloat16)):
-            keys += [path for path, *_ in replace(cache, dtype=dtype).embeddings_entries(captions, chunks)]
+            keys += [path for path, *_ in replace(cache, dtype=dtype).text_entries(captions, chunks)]
     assert len(set(keys)) == len(keys) == 32
 
 
@@ -278,9 +278,10 @@ def test_embeddings_are_read_back_one_variant_at_a_time(tmp_path, dtype):
     assert list(write_embeddings([(path, ["a", "b", "c"])], lambda texts: (hidden, pooled), dtype, workers=1)) == [path]
     assert is_valid_entry(path)
     for variant in range(3):
-        ours = read_embedding(path, variant)
-        assert torch.equal(ours[0], hidden[variant].to(dtype))
-        assert torch.equal(ours[1], pooled[variant].to(dtype))
+        ours = read_text(path, variant)
+        assert list(ours) == ["hidden", "pooled"]
+        assert torch.equal(ours["hidden"], hidden[variant].to(dtype))
+        assert torch.equal(ours["pooled"], pooled[variant].to(dtype))
 
 
 def test_a_file_of_the_other_kind_or_a_folder_is_not_valid(tmp_path):

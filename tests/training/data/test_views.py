@@ -104,7 +104,7 @@ def test_each_resolution_is_encoded_and_captions_once(stage, examples):
         (place.bucket.height // 8, place.bucket.width // 8) for place in plan.placements
     ]
     assert len({each.latents for each in built}) == 4
-    assert len({each.embeddings for each in built}) == 2
+    assert len({each.text for each in built}) == 2
     alone = cached(stage, zip(plan.examples[:1], plan.placements[:1], strict=True), settings_of(128))
     assert alone[0].latents == built[0].latents  # a run with one resolution uses the same file
 
@@ -134,7 +134,7 @@ def test_latents_and_mask_of_the_mirror_image_are_those_of_a_mirrored_file(stage
         assert torch.equal(ours, theirs)
     assert torch.equal(read_cached_mask(example.mirrored.mask), read_cached_mask(expected.mask))
     assert example.mirrored.placement == example.placement  # the crop is central: the time ids are right for both
-    assert (example.mirrored.embeddings, example.mirrored.variants) == (example.embeddings, example.variants)
+    assert (example.mirrored.text, example.mirrored.variants) == (example.text, example.variants)
     flipped = read_latents(example.latents)[0].flip(-1)
     assert not torch.equal(read_latents(example.mirrored.latents)[0], flipped)  # the VAE is not symmetric
 
