@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -360,3 +361,28 @@ def test_a_stopped_run_ends_with_the_same_lora_of_all_networks(images):
     untrained = {name for name, tensor in ups.items() if not tensor.any()}
     assert {name.split("_self")[0].split("_mlp")[0] for name in untrained} == {"lora_te1_text_model_encoder_layers_1"}
     assert "nothing to do" in images.trained(**how)
+
+
+def test_the_text_encoders_alone_are_trained_shown_and_described(images):
+    """The sample images are made with the encoders as they are at each save; the loss is another one from the second step on."""
+    alone = QUICK | TEXT | {"LORA_RANK_PATTERN": "lora_unet=0", "TEXT_ENCODER_LR": 0.05}
+    alone |= {"SAMPLES": "true", "SAMPLE_PROMPTS": "sks, woman --s 3", "SAMPLE_SIZE": 64, "SAVE_EVERY_EPOCHS": 1}
+    checked = images.run("--check", **alone)
+    assert checked.returncode == 0
+    assert "LoRA: 30 layers" in checked.stdout
+    refused = images.run("--check", **alone | {"ENGINE": "fast"})
+    assert "ENGINE=fast: the fast engine does not support TRAIN_TEXT_ENCODERS=true; set ENGINE=auto" in refused.stderr
+    output = images.trained(**alone)
+    assert "engine: plain (the fast engine does not support TRAIN_TEXT_ENCODERS=true)" in output
+    rows = [Image.open(path).tobytes() for path in sorted((images.output / "samples").rglob("*.png"))]
+    assert len(rows) >= 4  # the base model, two epochs and the end
+    assert len(set(rows)) == len(rows)
+    assert {name.split("_")[1] for name in load_file(images.lora)} == {"te1", "te2"}
+    with safetensors.safe_open(images.lora, "pt") as file:
+        about = file.metadata()
+    assert (about["ss_unet_lr"], about["ss_text_encoder_lr"]) == ("0.01", "0.05")
+    taken = losses(images.output)
+    frozen = images.output.with_name("frozen")
+    images.trained(**QUICK, ENGINE="plain", OUTPUT_DIR=frozen)
+    assert losses(frozen)[0] == taken[0]  # the encoders change nothing yet
+    assert losses(frozen)[2] != taken[2]
