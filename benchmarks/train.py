@@ -101,6 +101,9 @@ WAYS = (
     ("batch 4, average", "one", 4, {"ema_decay": 0.999}),
     ("batch 4, prior", "one", 4, {"prior_preservation": 1}),
     ("batch 4, pull", "one", 4, {"lora_l2": 1e-4}),
+    ("batch 4, plain", "one", 4, {"engine": "plain"}),
+    ("batch 4, text encoders", "one", 4, {"train_text_encoders": "true"}),
+    ("batch 4, text encoders, checkpointing", "one", 4, {"train_text_encoders": "true", "gradient_checkpointing": "true"}),
     ("batch 4, huber_snr, debiased", "one", 4, {"loss": "huber_snr", "loss_weighting": "debiased", "timestep_shift": 3}),
 )
 """The same for other ways of training, which are measured on request (`--only`) to compare their steps with "batch 4"."""

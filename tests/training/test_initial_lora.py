@@ -212,7 +212,5 @@ def test_a_run_begins_from_the_text_encoders_of_a_file_if_it_trains_them(base, t
     own = replace(settings, init_lora=path, train_text_encoders=False)
     layers = matching_layers(own, shapes_of_base(base, own))
     assert not [name for name in layers if name.startswith("text")]
-    assert (
-        capsys.readouterr().out
-        == "INIT_LORA: 30 layers of text encoders are left out: these are not trained; see TRAIN_TEXT_ENCODERS\n"
-    )
+    what = "text encoders are left out: these are not trained; see TRAIN_TEXT_ENCODERS"
+    assert capsys.readouterr().out == f"INIT_LORA: 30 layers of {what}\n"
