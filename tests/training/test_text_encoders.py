@@ -1,7 +1,9 @@
 """Training of the text encoders: gradient, rates, names in the file, and runs as a user starts them."""
 
+import contextlib
 import copy
 import csv
+import io
 import json
 import math
 import re
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+import lora_tool
 from common.errors import SettingsError
 from demo import tiny_sdxl
 from training.config import LoraSettings, OptimizerSettings
@@ -26,12 +29,13 @@ from training.engine.step import TrainStep
 from training.method.adapters import inject
 from training.method.comfyui_modules import COMFYUI_MODULES
 from training.method.diffusion import LossConfig, alphas_cumprod
+from training.method.export import write_lora
 from training.method.layers import adapted_layers, kohya_name, weight_shapes
 from training.method.lora_l2 import l2_of_changes
 from training.method.optimizer_wrappers import make_optimizer
 from training.models.base_model import find_base
 from training.models.sdxl import Schedule
-from training.models.weights import UNet2DConditionModel, load_text_encoders, load_tokenizers
+from training.models.weights import UNet2DConditionModel, load_text_encoders, load_tokenizers, load_unet
 from training.system.device import Precision
 
 CPU = torch.device("cpu")
@@ -386,3 +390,28 @@ def test_the_text_encoders_alone_are_trained_shown_and_described(images):
     images.trained(**QUICK, ENGINE="plain", OUTPUT_DIR=frozen)
     assert losses(frozen)[0] == taken[0]  # the encoders change nothing yet
     assert losses(frozen)[2] != taken[2]
+
+
+def test_a_file_of_all_networks_is_shown_resized_merged_and_baked(tiny_sdxl, tmp_path):
+    """The baked checkpoint encodes as the adapted encoders do, so that every layer has the right name in the file."""
+    base = find_base(str(tiny_sdxl), tiny_sdxl.parent)
+    settings = replace(LORA, lora_rank_pattern=r"transformer_blocks.[1-9]=0")
+    encoders = load_text_encoders(base, CPU, torch.float32)
+    adapter = inject(load_unet(base, CPU, torch.float32), settings, 3, encoders)
+    adapter.weights.detach().add_(0.05 * torch.randn(adapter.weights.shape, generator=torch.Generator().manual_seed(4)))
+    write_lora(tmp_path / "mia.safetensors", adapter.modules, {})
+    tool = ["--output", str(tmp_path / "out.safetensors"), "--force"]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        lora_tool.main(["show", str(tmp_path / "mia.safetensors")])
+    assert re.search(r"text encoder CLIP-L +12 ", output.getvalue())
+    assert re.search(r"text encoder CLIP-G +18 ", output.getvalue())
+    for command in (["resize", "--rank", "2"], ["merge", "--weights", "0.5"]):
+        lora_tool.main([command[0], str(tmp_path / "mia.safetensors"), *command[1:], *tool])
+        assert load_file(tmp_path / "out.safetensors").keys() == load_file(tmp_path / "mia.safetensors").keys()
+    lora_tool.main(["bake", str(tiny_sdxl), str(tmp_path / "mia.safetensors"), "--output", str(tmp_path / "baked")])
+    baked = load_text_encoders(find_base(str(tmp_path / "baked"), tmp_path), CPU, torch.float32)
+    tokens = torch.randint(3, 20, (2, 2, 2, 77), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        of_base = encode_tokens(tokens, load_text_encoders(base, CPU, torch.float32))
+        for ours, theirs, before in zip(encode_tokens(tokens, encoders), encode_tokens(tokens, baked), of_base, strict=True):
+            assert (ours - theirs).norm() < 0.02 * (ours - before).norm()
