@@ -40,6 +40,8 @@ def matching_layers(settings: LoraSettings, shapes: Mapping[str, tuple[int, ...]
     Raises SettingsError for a file that needs other settings, ModelError for one that is damaged, or not of SDXL.
     """
     path, ranks = settings.init_lora, adapted_layers(shapes, settings)
+    if not path.is_file():  # of an earlier run, whose digest is recorded, it may be gone
+        raise SettingsError(f"INIT_LORA: {path}: no such file")
     layers = usable_layers(read_lora(path), comfyui_modules())
     of_text = [] if settings.train_text_encoders else [name for name in layers if name.startswith("lora_te")]
     if of_text:

@@ -222,10 +222,11 @@ def suggest_settings(settings: TrainSettings, budget: MemoryBudget, available: i
 
 
 def _smaller(settings: TrainSettings, budget: MemoryBudget) -> str:
-    """What makes one image take less memory."""
+    """What makes one image take less memory. What changes the result needs a new run."""
     switches = [] if settings.model.gradient_checkpointing else ["GRADIENT_CHECKPOINTING=true"]
-    switches += ["BASE_QUANTIZATION=int8"] if budget.saved_by_int8 else []
-    return f"set {' '.join(switches)}, or lower RESOLUTION or LORA_RANK" if switches else "lower RESOLUTION or LORA_RANK"
+    switches += ["BASE_QUANTIZATION=int8 FRESH=1"] if budget.saved_by_int8 else []
+    lower = "lower RESOLUTION or LORA_RANK with FRESH=1"
+    return f"set {' '.join(switches)}, or {lower}" if switches else lower
 
 
 def fitting_batch(limit: int, samples: int, needed: Callable[[int], int], available: int) -> int:

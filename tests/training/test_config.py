@@ -68,6 +68,19 @@ def problems(**variables: object) -> list[str]:
             {"OPTIMIZER": "schedulefree", "LR_SCHEDULER": "cosine"},
             "lr_scheduler: OPTIMIZER=schedulefree averages the weights instead; set LR_SCHEDULER=constant",
         ),
+        ({"OPTIMIZER": "adafactor", "ADAM_BETA1": 0.8}, "adam_beta1: has no effect with OPTIMIZER=adafactor; set ADAM_BETA1=0.9"),
+        (
+            {"OPTIMIZER": "adafactor", "ADAM_BETA2": 0.99},
+            "adam_beta2: has no effect with OPTIMIZER=adafactor; set ADAM_BETA2=0.999",
+        ),
+        (
+            {"OPTIMIZER": "adafactor", "ADAM_EPSILON": 1e-6},
+            "adam_epsilon: has no effect with OPTIMIZER=adafactor; set ADAM_EPSILON=1e-08",
+        ),
+        (
+            {"LORA_TYPE": "dora", "BASE_QUANTIZATION": "int8"},
+            "LORA_TYPE=dora reads the weights of the base model as they are: set BASE_QUANTIZATION=none",
+        ),
         (
             {"OPTIMIZER": "schedulefree", "EMA_DECAY": 0.9},
             "ema_decay: OPTIMIZER=schedulefree averages the weights instead; set EMA_DECAY=0",

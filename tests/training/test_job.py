@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 import training.lora_metadata as metadata_module
+from common.errors import SettingsError
 from common.project import ProjectSettings
 from common.settings import VERSION
 from training.config import DataSettings, LoraSettings, ModelSettings, RunSettings, TrainSettings
 from training.data.dataset import read_inputs
-from training.job import TrainingJob, resolve_job
+from training.job import TrainingJob, resolve_job, with_class_of_prior
 from training.lora_metadata import lora_metadata, network_of, thumbnail
 from training.plan import short_hash
 from training.system.process_group import ProcessGroup
@@ -131,6 +132,21 @@ def test_author_and_description_are_those_of_the_settings(stage):
 )
 def test_a_network_is_described_as_kohyas_trainer_and_lycoris_do(settings, module, arguments):
     assert network_of(LoraSettings(**settings)) == (module, arguments)
+
+
+def test_a_prior_needs_captions_with_the_trigger_word(stage):
+    job = job_of(stage)
+    samples = replace(job.settings.samples, subject_class="woman")
+    settings = replace(job.settings, samples=samples, objective=replace(job.settings.objective, prior_preservation=1.0))
+    _, (line,) = with_class_of_prior(settings, job.plan, "sks")
+    assert line == "prior preservation: weight 1, 'woman' for 'sks' (as set)"
+    first, *others = job.plan.examples
+    some = replace(job.plan, examples=[first, *(replace(example, caption="smile, tree") for example in others)])
+    _, (line,) = with_class_of_prior(settings, some, "sks")
+    assert line.endswith("(as set); not for 2 of 3 images, whose captions lack the trigger word")
+    none = replace(job.plan, examples=[replace(example, caption="a sksy tree") for example in job.plan.examples])
+    with pytest.raises(SettingsError, match=r"no caption has the trigger word.*write sks into the captions, or set PRIOR_PRES"):
+        with_class_of_prior(settings, none, "sks")
 
 
 def test_a_thumbnail_is_a_small_jpeg_in_the_text(tmp_path):

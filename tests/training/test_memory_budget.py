@@ -126,6 +126,29 @@ def full_size_budget(monkeypatch, settings: TrainSettings, available_gib: float)
     return measure_budget(SimpleNamespace(components=components), [example], settings, precision, engine, 1)
 
 
+def test_automatic_quantization_leaves_a_dora_as_it_is(monkeypatch, capsys):
+    """A LoRA of rank 512 on a card of 10 GB gets an 8-bit base; a DoRA reads the weights and cannot."""
+    for kind, choice in (("lora", "int8"), ("dora", "none")):
+        settings = TrainSettings(model=replace(TrainSettings().model, base_quantization="auto"))
+        settings = replace(settings, lora=LoraSettings(lora_type=kind))
+        budget = full_size_budget(monkeypatch, settings, 9)
+        resolved, after = resolve_quantization(settings, budget)
+        assert resolved.model.base_quantization == choice
+        assert capsys.readouterr().out.startswith(f"base quantization: {choice} (one image needs ")
+        assert (after.fixed < budget.fixed) is (choice == "int8")
+        kept, _ = resolve_quantization(settings, budget, "none")
+        assert kept.model.base_quantization == "none"
+        assert capsys.readouterr().out == "base quantization: none (as in the checkpoint)\n"
+
+
+def test_what_needs_a_new_run_says_so():
+    budget = replace(budget_of(0), saved_by_int8=2 * GIB)
+    for checkpointing, switch in ((False, "GRADIENT_CHECKPOINTING=true "), (True, "")):
+        suggested = suggest_settings(with_run(1, checkpointing=checkpointing), budget, 9 * GIB)
+        remedy = f"set {switch}BASE_QUANTIZATION=int8 FRESH=1, or lower RESOLUTION or LORA_RANK with FRESH=1"
+        assert suggested == f"close other programs on the GPU, or {remedy}"
+
+
 def test_text_encoders_that_are_trained_are_in_the_estimate(monkeypatch):
     plain = TrainSettings()
     texts = replace(plain, lora=LoraSettings(train_text_encoders=True))

@@ -169,17 +169,19 @@ class BatchReader:
 
     def _prior(self, step: OptimizerStep, slots: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """The fields of Batch for what is to remain of the base model, for every PRIOR_EVERY-th sample of the run. They count so
-        much more, so that its weight does not depend on how many there are in a step."""
-        rows, texts = [], []
+        much more, so that its weight does not depend on how many there are in a step; but not where no trigger word is replaced:
+        the LoRA would be asked to change nothing for the very caption that it learns."""
+        rows, texts, weights = [], [], []
+        weight = self.prior_preservation * PRIOR_EVERY / self.global_batch
         for row, (slot, index) in enumerate(slots):
             position = step.number * self.global_batch + slot
             if position % PRIOR_EVERY == 0:
                 example = self.examples[index]
                 variant, _ = draw(self.seed, position, (1, 1, 1), example.variants, self.caption_dropout, self.timesteps)
                 rows.append(row)
+                weights.append(weight if variant in example.class_variants else 0.0)
                 texts.append(self._text(example, variant, example.class_text))
-        weight = self.prior_preservation * PRIOR_EVERY / self.global_batch
-        fields = {"prior_rows": torch.tensor(rows, dtype=torch.int64), "prior_weights": torch.full((len(rows),), weight)}
+        fields = {"prior_rows": torch.tensor(rows, dtype=torch.int64), "prior_weights": torch.tensor(weights)}
         names = texts[0] if texts else ()
         return fields | {f"prior_{name}": torch.stack([text[name] for text in texts]) for name in names}
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from common.background import in_background, prefetch
-from common.captions import replace_trigger
+from common.captions import has_trigger, replace_trigger
 from common.clip_tokens import CHUNK_TOKENS
 from common.errors import ModelError, ResourceError
 from common.images import open_rgb, read_mask
@@ -83,6 +83,8 @@ class CachedExample:
     """Weight of what is outside the mask."""
     mirrored: "CachedExample | None" = None
     """Its mirror image, if that is trained on as well."""
+    class_variants: frozenset[int] = frozenset()
+    """The variants that have the trigger word."""
     class_text: Path | None = None
     """The same variants with the word for the kind of subject instead of the trigger word, if the run needs them."""
 
@@ -123,6 +125,11 @@ def entry(folder: Path, kind: Literal["latents", "masks", "text", "tokens"], *pa
     """The file in the cache `folder` for what depends on these `parts` alone."""
     key = hashlib.sha256("\0".join((str(FORMAT), *parts)).encode()).hexdigest()
     return folder / kind / f"{key}.safetensors"
+
+
+def _with_trigger(variants: Sequence[str], trigger: str) -> frozenset[int]:
+    """The numbers of the variants that have the trigger word, if there is one."""
+    return frozenset(number for number, text in enumerate(variants) if trigger and has_trigger(text, trigger))
 
 
 def _side(example: Example) -> str:
@@ -250,6 +257,7 @@ class CacheBuilder:
                 empty_caption=empty_caption,
                 mask=mask and mask[0],
                 mask_weight=settings.mask_weight if example.mask_weight is None else example.mask_weight,
+                class_variants=_with_trigger(of_caption, example.trigger),
                 class_text=class_path,
             )
             for (path, example, placement), mask, caption_path, class_path, of_caption in zip(

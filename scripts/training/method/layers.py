@@ -94,6 +94,8 @@ def adapted_layers(shapes: Mapping[str, tuple[int, ...]], settings: LoraSettings
         )
     if unused := [rule[0].pattern for rule in rules if id(rule) not in found]:
         what = "; convolutions have a rank with LORA_CONV_RANK only" if not settings.lora_conv_rank else ""
+        if any("te1" in each or "te2" in each or "text" in each for each in unused) and not settings.train_text_encoders:
+            what = "; text encoders are adapted with TRAIN_TEXT_ENCODERS=true only"
         raise SettingsError(f"LORA_RANK_PATTERN: no adapted layer's name contains {', '.join(map(repr, unused))}{what}")
     if not layers:
         raise SettingsError("LORA_RANK_PATTERN leaves out every layer: give one of them a rank")
