@@ -51,6 +51,8 @@ def _measure(
 
     kind = measure_prediction_type(network, latents, job.base.schedule)
     zero = kind == "v_prediction" and measure_zero_terminal_snr(network, latents, job.base.schedule)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # a training step has tensors of other sizes
     cache, images = job.outputs.cache, f"{len(examples)} image{'s' if len(examples) > 1 else ''}"
     remember_prediction(cache, base_digest(job.base, cache, "unet"), kind, zero_terminal_snr=zero)
     refuse_flow(job.base, kind)

@@ -16,7 +16,7 @@ from training.data.buckets import OptimizerStep
 from training.data.cache import CachedExample, read_cached_mask, read_latents, read_text
 from training.system.process_group import ProcessGroup
 
-PRIOR_EVERY = 4
+PRIOR_EVERY = 5
 """Every so many samples, the base model is asked as well: for all of them it would cost more than as much time again."""
 Sample = dict[str, torch.Tensor]
 """One sample under the names of Batch's fields, without the batch dimension and without its weight."""

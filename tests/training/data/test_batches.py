@@ -161,10 +161,10 @@ def priors_of(reader: BatchReader) -> dict[tuple[int, int], tuple[torch.Tensor, 
 
 
 @pytest.mark.parametrize("global_batch", [1, 4, 8])
-def test_every_fourth_sample_of_a_run_is_a_prior_as_well_whatever_the_micro_batches_are(reader_of, global_batch):
+def test_every_fifth_sample_of_a_run_is_a_prior_as_well_whatever_the_micro_batches_are(reader_of, global_batch):
     found = [priors_of(reader_of(micro, global_batch, prior=0.5)) for micro in {1, min(3, global_batch), global_batch}]
     order = order_of(reader_of(global_batch=global_batch))
-    count = sum((step.number * global_batch + slot) % 4 == 0 for step in order for slot in range(len(step.examples)))
+    count = sum((step.number * global_batch + slot) % 5 == 0 for step in order for slot in range(len(step.examples)))
     assert len(found[0]) == count > 5
     for other in found[1:]:
         assert other.keys() == found[0].keys()
@@ -173,7 +173,7 @@ def test_every_fourth_sample_of_a_run_is_a_prior_as_well_whatever_the_micro_batc
         )
     weights = [(hidden[0, 0].item() == 9.0, weight) for hidden, _, weight in found[0].values()]
     assert {weight for is_empty, weight in weights if is_empty} == {0.0}  # the same caption with and without the LoRA
-    assert {0.5 * 4 / global_batch} <= {weight for is_empty, weight in weights if not is_empty} <= {0.5 * 4 / global_batch, 0.0}
+    assert {0.5 * 5 / global_batch} <= {weight for is_empty, weight in weights if not is_empty} <= {0.5 * 5 / global_batch, 0.0}
 
 
 def test_a_variant_without_the_trigger_word_is_no_prior(reader_of):
@@ -186,7 +186,7 @@ def test_a_variant_without_the_trigger_word_is_no_prior(reader_of):
                 for number, hidden in enumerate(variants):
                     if torch.equal(batch.hidden[row], hidden):
                         found[number].add(weight)
-    assert found == {0: {4.0}, 1: {0.0}}
+    assert found == {0: {5.0}, 1: {0.0}}
 
 
 def test_a_prior_changes_nothing_else_of_a_batch_and_there_is_none_by_default(reader_of):

@@ -124,7 +124,8 @@ def test_the_base_model_is_asked_in_a_captured_step_of_either_engine(base, capsy
 
 
 def test_prodigy_on_a_gpu_takes_the_steps_of_prodigyopt():
-    """200 steps within 1e-6, as on a CPU: 100,000 weights that should become others, with noise in the gradients."""
+    """200 steps within 2e-6 (1.2e-6 on an H200; 1e-6 on a CPU): 100,000 weights that should become others, with noise in the
+    gradients. The sums over all weights are added up in another order."""
     prodigyopt = pytest.importorskip("prodigyopt")
     generator = torch.Generator("cuda").manual_seed(0)
     wanted = torch.randn(100_000, generator=generator, device="cuda")
@@ -138,7 +139,7 @@ def test_prodigy_on_a_gpu_takes_the_steps_of_prodigyopt():
             weights.grad = weights.detach() - wanted + 0.3 * noise
         ours.step(torch.tensor(1.0, device="cuda"), torch.tensor(0.0, device="cuda"))
         theirs.step()
-        assert (pair[0] - pair[1]).norm() < 1e-6 * pair[1].norm()
+        assert (pair[0] - pair[1]).norm() < 2e-6 * pair[1].norm()
     assert theirs.param_groups[0]["d"] > 1e-3
 
 
