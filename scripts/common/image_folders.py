@@ -42,7 +42,8 @@ def find_folders(root: Path) -> list[ImageFolder]:
     """
     if not root.is_dir():
         return []
-    paths = [path for path in sorted(root.iterdir()) if not path.name.startswith(".") and path.is_dir()]
+    with os.scandir(root) as entries:
+        paths = sorted(root / entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
     paths = [path for path in paths if _NAME.fullmatch(path.name) or os.path.lexists(path / FOLDER_FILE)]
     folders, problems = [], []
     for path in (root, *paths):

@@ -29,8 +29,8 @@ from PIL import (
 )
 
 from common.color import adobe_rgb_profile, profile_of_code_points, profile_of_gamma, to_srgb
-from common.dataset_layout import FORMAT_NAMES, HEAD_BYTES, describe_other_content, sniff_image_format
 from common.files import read_file
+from common.image_formats import FORMAT_NAMES, HEAD_BYTES, describe_other_content, sniff_image_format
 from common.png_chunks import MAX_METADATA_BYTES, png_chunks, without_unread_chunks
 
 MAX_PIXELS = 89_478_485

@@ -285,26 +285,26 @@ def test_training_skips_flagged_images_and_no_others(folder, photographs):
     for name in "abc":
         (folder.images / f"{name}.txt").write_text("sks")
     write_audit(audited(folder, resolution=256), folder)
-    flagged = flagged_images(folder, resolution=256)
+    flagged = flagged_images(folder, find_images(folder.images), 256)
     assert flagged == {"b.png": "too small, near-duplicate", "c.png": "unreadable"}
     assert [example.name for example in read_examples(folder.images, 1, flagged)[0]] == ["a.png"]
     photographs["rocket"].save(folder.images / "b.png")  # another image, which the audit has not seen
-    assert set(flagged_images(folder, resolution=256)) == {"c.png"}
+    assert set(flagged_images(folder, find_images(folder.images), 256)) == {"c.png"}
     assert read_examples(folder.images, 1)[1] == ["c.png: is empty; replace or remove it"]
 
 
 def test_training_without_anything_left_or_without_an_audit_is_refused(folder):
     (folder.images / "a.png").write_bytes(b"")
     with pytest.raises(DataError, match="run the caption stage first"):
-        flagged_images(folder, resolution=256)
+        flagged_images(folder, find_images(folder.images), 256)
     write_audit(audited(folder), folder)
     with pytest.raises(DataError, match="all 1 images are flagged"):
-        read_examples(folder.images, 1, flagged_images(folder, resolution=256))
+        read_examples(folder.images, 1, flagged_images(folder, find_images(folder.images), 256))
     with pytest.raises(DataError, match="was made for 256 px; run the caption stage again with RESOLUTION=512"):
-        flagged_images(folder, resolution=512)
+        flagged_images(folder, find_images(folder.images), 512)
     folder.audit.write_text('{"resolution": 256, "flagged": []}')
     with pytest.raises(DataError, match="missing or damaged"):
-        flagged_images(folder, resolution=256)
+        flagged_images(folder, find_images(folder.images), 256)
 
 
 def test_phone_photo_with_a_second_image_is_not_an_animation(folder, photographs):

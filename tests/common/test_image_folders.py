@@ -22,6 +22,10 @@ def dataset(tmp_path) -> DatasetFolder:
     return folder
 
 
+def table_of(dataset) -> str:
+    return dataset_table(dataset, select_images(dataset), find_regularization_images(dataset), "sks")
+
+
 def add(folder, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +50,9 @@ def test_a_folder_file_makes_a_folder_part_of_the_data_set_and_counts_more_than_
     folders = {folder.path.name: folder for folder in find_folders(dataset.images)}
     assert folders["alice"] == ImageFolder(dataset.images / "alice", 2, "alice", "young woman", "both", 0.5, (1024, 768))
     assert folders["images"] == ImageFolder(dataset.images)
-    assert unused_entries(dataset.images) == {"other": "a folder with images; call it N_name for N repeats to use it"}
+    assert unused_entries(dataset.images, find_images(dataset.images)) == {
+        "other": "a folder with images; call it N_name for N repeats to use it"
+    }
     dataset.exclusions.write_text("alice\n")
     assert "alice/a.png" not in [name_in(dataset.images, image.path) for image in select_images(dataset).images]
     (dataset.images / "folder.toml").write_text('trigger = "top word"')
@@ -194,7 +200,9 @@ def test_a_file_beside_the_image_counts_more_than_a_list_and_the_nearest_list_mo
         "c.png": "top c.png",
     }
     assert [path.name for path in found["a.png"].captions] == ["a.txt"]
-    assert unused_entries(dataset.images) == {"metadata.jsonl": "lists images that are not in the data set: 1 (gone.png)"}
+    assert unused_entries(dataset.images, find_images(dataset.images)) == {
+        "metadata.jsonl": "lists images that are not in the data set: 1 (gone.png)"
+    }
 
 
 @pytest.mark.parametrize(
@@ -250,13 +258,13 @@ def test_the_table_has_a_line_for_each_folder_and_for_what_is_not_used(dataset):
     dataset.exclusions.write_text("alice/b.png")
     dataset.records.mkdir()
     dataset.audit.write_text(json.dumps({"flagged": {"top.png": {}}}))
-    assert [line.split() for line in dataset_table(dataset, "sks").splitlines()[1:5]] == [
+    assert [line.split() for line in table_of(dataset).splitlines()[1:5]] == [
         ["images", "1", "0", "0", "1", "sks", "1", "-"],
         ["images/0_old", "1", "0", "0", "0", "sks", "-", "1"],
         ["images/alice", "2", "1", "1", "2", "alice", "-", "1"],
         ["regularization/1_woman", "1", "1", "0", "1", "woman", "-", "-"],
     ]
-    assert dataset_table(dataset, "sks").splitlines()[5:] == [
+    assert table_of(dataset).splitlines()[5:] == [
         "not used: images/metadata.parquet (captions in Parquet; save them as metadata.jsonl to use them)",
         "not used: images/other (a folder with images; call it N_name for N repeats to use it)",
     ]

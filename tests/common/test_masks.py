@@ -51,7 +51,7 @@ def test_masks_belong_to_the_images_whose_names_they_have(folder):
         "h.png": ["images/h-masklabel.png", "masks/h.jpg"],
         "plain.png": [],
     }
-    assert unused_entries(folder.images) == {}
+    assert unused_entries(folder.images, find_images(folder.images)) == {}
 
 
 def test_a_mask_is_never_an_image_of_any_stage(folder):

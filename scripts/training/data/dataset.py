@@ -13,10 +13,12 @@ from common.captions import UnusableCaptionError, has_trigger, has_weights, in_l
 from common.dataset_layout import (
     DatasetFolder,
     ImageFile,
+    Selection,
     caption_owners,
     find_images,
     find_regularization_images,
     name_in,
+    own_resolutions,
     select_images,
 )
 from common.errors import DataError, SomeItemsFailed, abbreviated, bullet_list
@@ -93,22 +95,27 @@ def read_inputs(project: ProjectSettings, settings: TrainSettings) -> Inputs:
     return base, *read_images(project, settings.data)
 
 
-def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[Example], int]:
+def read_images(
+    project: ProjectSettings, settings: DataSettings, files: tuple[Selection, list[ImageFile]] | None = None
+) -> tuple[list[Example], int]:
     """The examples of the data set, those of regularization images last, and how many of its images cannot be trained on. Prints
-    what is left out or ignored, and what is probably a mistake."""
+    what is left out or ignored, and what is probably a mistake. `files`: the images and the regularization images, where they are
+    known already."""
     dataset = DatasetFolder(project.dataset_dir)
-    selection = select_images(dataset)
+    selection, priors = files or (select_images(dataset), find_regularization_images(dataset))
     print(selection.notes(), end="")
-    flagged = flagged_images(dataset, settings.resolutions[-1]) if settings.skip_flagged else {}
+    flagged = flagged_images(dataset, selection.found, settings.resolutions[-1]) if settings.skip_flagged else {}
     flagged = {name: flaws for name, flaws in flagged.items() if name not in selection.excluded}
     if flagged:
         print(f"skipping flagged images: {abbreviated([f'{name} ({flaws})' for name, flaws in flagged.items()])}")
-    _require_resolutions([*selection.images, *find_regularization_images(dataset)], settings)
+    _require_resolutions([*selection.images, *priors], settings)
     workers, trigger = settings.dataloader_num_workers, project.trigger_word
     classes = classes_of(dict.fromkeys(image.folder for image in selection.images), trigger)
     how = {"per_line": settings.caption_per_line, "alpha_is_mask": settings.alpha == "mask"}
-    examples, problems = read_examples(dataset.images, workers, {*flagged, *selection.excluded}, trigger, **how)
-    regularization, unusable = read_regularization(dataset, workers, settings.prior_weight, **how)
+    examples, problems = read_examples(
+        dataset.images, workers, {*flagged, *selection.excluded}, trigger, found=selection.found, **how
+    )
+    regularization, unusable = read_regularization(dataset, priors, workers, settings.prior_weight, **how)
     for folder, lines in ((dataset.images, problems), (dataset.root, unusable)):
         if lines:
             print(bullet_list(f"{folder}: {len(lines)} images cannot be trained on and are left out:", lines), flush=True)
@@ -130,10 +137,10 @@ def read_images(project: ProjectSettings, settings: DataSettings) -> tuple[list[
     if weighted := [name for name, (_, caption) in captions.items() if has_weights(caption)]:
         which = f"{len(weighted)} captions have weights such as (word:1.2): {abbreviated(weighted)}"
         print(f"{which}; training reads brackets and numbers as text, so write the words alone")
-    unused = unused_entries(dataset.images)
-    ignored = [f"{name} ({unused[name]})" for name in unused] + other_entries(dataset.images, unused)
+    unused = unused_entries(dataset.images, selection.found)
+    ignored = [f"{name} ({unused[name]})" for name in unused] + other_entries(dataset.images, selection.found, unused)
     for folder in dataset.regularization:
-        ignored += [f"{folder.name}/{name} ({what})" for name, what in unused_entries(folder).items()]
+        ignored += [f"{folder.name}/{name} ({what})" for name, what in unused_entries(folder, priors).items()]
     if ignored:
         print(f"ignored, because neither image, caption of an image, nor N_name folder: {abbreviated(ignored)}")
     return [*examples, *regularization], len(problems) + len(unusable)
@@ -155,22 +162,25 @@ def require_all_images(left_out: int) -> None:
         raise SomeItemsFailed(f"{left_out} images cannot be trained on and are left out; they are listed above")
 
 
-def flagged_images(dataset: DatasetFolder, resolution: int) -> dict[str, str]:
-    """Name -> flaws of the images that the caption stage's audit flagged, unless the file has changed since.
+def flagged_images(dataset: DatasetFolder, images: Sequence[ImageFile], resolution: int) -> dict[str, str]:
+    """Name -> flaws of those `images` that the caption stage's audit flagged, unless the file has changed since.
 
     Raises DataError if there is no audit for training at `resolution` px.
     """
     try:
         audit = parse_json(read_file(dataset.audit))
-        audited_resolution, flagged = audit["resolution"], audit["flagged"]
+        audited, flagged = (audit["resolution"], audit.get("folders", {})), audit["flagged"]
         flaws = {name: ", ".join(found["flaws"]) for name, found in flagged.items()}
         digests = {name: found["sha256"] for name, found in flagged.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"SKIP_FLAGGED: {dataset.audit} is missing or damaged; run the caption stage first") from None
-    if audited_resolution != resolution:
+    if audited[0] != resolution:
         remedy = f"run the caption stage again with RESOLUTION={resolution}"
-        raise DataError(f"SKIP_FLAGGED: {dataset.audit} was made for {audited_resolution} px; {remedy}")
-    names = {name_in(dataset.images, image.path): image.path for image in find_images(dataset.images)}
+        raise DataError(f"SKIP_FLAGGED: {dataset.audit} was made for {audited[0]} px; {remedy}")
+    if audited[1] != own_resolutions(dataset, images):
+        changed = f"the resolutions in the files {FOLDER_FILE} have changed since {dataset.audit} was made"
+        raise DataError(f"SKIP_FLAGGED: {changed}; run the caption stage again")
+    names = {name_in(dataset.images, image.path): image.path for image in images}
     return {name: flaws[name] for name in names if name in flaws and digests[name] in ("", sha256_of(names[name]))}
 
 
@@ -180,16 +190,18 @@ def read_examples(
     skipped: Collection[str] = (),
     trigger: str = "",
     *,
+    found: Sequence[ImageFile] | None = None,
     per_line: bool = False,
     alpha_is_mask: bool = False,
 ) -> tuple[list[Example], list[str]]:
     """All images of `folder` and its folders, except those whose names are in `skipped`, with their captions; and for each that
     cannot be trained on a line that says why. `trigger` is the trigger word of folders without one of their own.
 
-    Each image is decoded once, by `workers` threads. `alpha_is_mask`: the transparency of an image without a mask is its mask.
+    `found`: all images, where they are known already. Each is decoded once, by `workers` threads.
+    `alpha_is_mask`: the transparency of an image without a mask is its mask.
     Raises DataError if captions cannot be used, images have no caption yet, or none can be trained on.
     """
-    found = find_images(folder)
+    found = find_images(folder) if found is None else found
     images = [image for image in found if name_in(folder, image.path) not in skipped]
     if found and not images:
         raise DataError(f"{folder}: all {len(found)} images are flagged or excluded; set SKIP_FLAGGED=0, or shorten exclude.txt")
@@ -211,14 +223,13 @@ def read_examples(
 
 
 def read_regularization(
-    dataset: DatasetFolder, workers: int, weight: float, *, per_line: bool, alpha_is_mask: bool
+    dataset: DatasetFolder, images: Sequence[ImageFile], workers: int, weight: float, *, per_line: bool, alpha_is_mask: bool
 ) -> tuple[list[Example], list[str]]:
-    """The regularization images with their captions, and for each that cannot be trained on a line that says why.
+    """The regularization `images` with their captions, and for each that cannot be trained on a line that says why.
 
     The caption of an image without one is its class: that of `folder.toml`, or in the folder's name. With `weight` 0 there are
     none. Raises DataError if captions cannot be used, or an image has neither caption nor class.
     """
-    images = find_regularization_images(dataset)
     if not images:
         if weight != DataSettings.prior_weight:
             print(f"prior_weight: has no effect, because there are no images in {dataset.regularization[0]}")
@@ -329,9 +340,9 @@ def _find_mask(image: ImageFile, decoded: DecodedImage, folder: Path, *, alpha_i
     return path, sha256_of(path) + mask.revision + (" alpha" if path == image.path else "")
 
 
-def other_entries(folder: Path, unused: Collection[str]) -> list[str]:
-    """Names of the other entries in `folder` that are neither images, captions of images, nor `N_name` folders with images."""
-    paths = [path for image in find_images(folder) for path in (image.path, image.caption_to_read, *image.masks)]
+def other_entries(folder: Path, images: Sequence[ImageFile], unused: Collection[str]) -> list[str]:
+    """Names of the other entries in `folder` that are neither `images`, captions of images, nor `N_name` folders with images."""
+    paths = [path for image in images for path in (image.path, image.caption_to_read, *image.masks)]
     used = {path.relative_to(folder).parts[0] for path in paths if folder in path.parents}
     used |= {FOLDER_FILE, *LIST_FILES, *(Path(name).parts[0] for name in unused)}
     return sorted(entry.name for entry in folder.iterdir() if entry.name not in used and not entry.name.startswith("."))
