@@ -17,7 +17,7 @@ def classes_of(folders: Iterable[ImageFolder], trigger: str) -> dict[str, str]:
     """Trigger word -> class word, "" if none is given, of the concepts in these folders, in their order. `trigger` is that of
     folders without one.
 
-    Raises DataError for trigger words that SDXL's text encoders cannot distinguish, and for one with two classes.
+    Raises DataError for trigger words that SDXL's text encoders cannot distinguish, and for one with two classes or in its class.
     """
     classes: dict[str, str] = {}
     named: dict[str, str] = {}
@@ -28,6 +28,10 @@ def classes_of(folders: Iterable[ImageFolder], trigger: str) -> dict[str, str]:
         known = classes.setdefault(word, folder.class_word)
         if known and folder.class_word and known != folder.class_word:
             problems.append(f"{word!r} is the trigger word of the classes {known!r} and {folder.class_word!r}; give each its own")
+        if has_trigger(folder.class_word, word):
+            problems.append(
+                f"{folder.path.name}: the class {folder.class_word!r} contains the trigger word {word!r}; name it alone"
+            )
         classes[word] = known or folder.class_word
     for first, second in combinations(classes, 2):
         if pieces_of(first) == pieces_of(second):

@@ -12,6 +12,7 @@ from common.dataset_layout import (
     CONDITIONING_ENDING,
     MASK_ENDING,
     MASK_FOLDER,
+    REGULARIZATION_FOLDERS,
     ImageFile,
     images_in,
     is_mask,
@@ -47,6 +48,12 @@ def unused_entries(folder: Path, images: Collection[ImageFile]) -> dict[str, str
     for path in (path for parent in (masks, *masks.glob("*/")) for path in images_in(parent)):
         if path not in used:
             unused[name_in(folder.parent, path)] = f"a mask without an image; give it the name of an image in {folder.name}/"
+    if folder.name in REGULARIZATION_FOLDERS:
+        without_effect = {each: [key for key in ("trigger", "caption_source") if getattr(each, key)] for each in folders}
+        for each, keys in without_effect.items():
+            if keys:
+                what = f"{' and '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect on regularization images"
+                unused[name_in(folder, each.path / FOLDER_FILE)] = what
     for parent in (each.path for each in folders if each.repeats):
         for path in parent.iterdir():
             is_known = path in used or path.name in (FOLDER_FILE, *LIST_FILES) or path.name.startswith(".")

@@ -57,6 +57,22 @@ def test_too_small_for_the_training_is_by_area(folder, photographs, size, resolu
     assert flaws(folder, resolution) == ({"a.png": ["too small"]} if is_small else {})
 
 
+def test_too_small_is_by_the_resolution_of_the_folder(folder, photographs):
+    for name, resolution in {"small": 256, "large": [2048, 1024]}.items():
+        (folder.images / name).mkdir()
+        photographs["coffee"].resize((512, 512)).save(folder.images / name / "a.png")
+        (folder.images / name / "folder.toml").write_text(f"resolution = {resolution}")
+    photographs["astronaut"].resize((512, 512)).save(folder.images / "b.png")
+    audit = audited(folder, resolution=512)
+    small = {name: found["too small"] for name, found in audit.flagged.items() if "too small" in found}
+    assert small == {"large/a.png": "512x512 px, less than a bucket of 1024x1024 px holds"}
+    write_audit(audit, folder)
+    assert "large/a.png" in flagged_images(folder, find_images(folder.images), 512)
+    (folder.images / "large" / "folder.toml").write_text("resolution = 512")
+    with pytest.raises(DataError, match=r"the resolutions in the files folder\.toml have changed .* run the caption stage again"):
+        flagged_images(folder, find_images(folder.images), 512)
+
+
 def test_blurred_images_are_flagged_and_a_blurred_background_is_not(folder, photographs):
     for name, image in photographs.items():
         large = image.resize((512, 512 * image.height // image.width))

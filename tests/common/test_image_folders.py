@@ -74,11 +74,19 @@ def test_a_folder_file_makes_a_folder_part_of_the_data_set_and_counts_more_than_
         (b"resolution = []", "3_a/folder.toml: resolution: must be a whole number from 64 to 4096"),
         (
             b"repeat = 2",
-            "3_a/folder.toml: unknown key repeat; known: repeats, trigger, class, caption_source, mask_weight, resolution",
+            "3_a/folder.toml: unknown key 'repeat'; known: repeats, trigger, class, caption_source, mask_weight, resolution",
         ),
         (b"repeats = ", "3_a/folder.toml: not valid TOML"),
         (b"\xff\xfe", "3_a/folder.toml: not valid TOML"),
         (b"a = " + b"[" * 5000, "3_a/folder.toml: not valid TOML"),
+        (b'"\\u001b[2J\\n" = 1', "3_a/folder.toml: unknown key '\\x1b[2J\\n'; known"),
+        (b"k" * 3000 + b" = 1", f"3_a/folder.toml: unknown key '{'k' * 59}...; known"),
+        (
+            b"repeats = 0x" + b"f" * 5000,
+            "3_a/folder.toml: repeats: must be a whole number from 0 to 99999 (is a number of thousands",
+        ),
+        (b"resolution = [0x" + b"f" * 5000 + b"]", "3_a/folder.toml: resolution: must be a whole number from 64 to 4096"),
+        (b"repeats = 2\n" + b"#" * (1 << 16), "3_a/folder.toml: is larger than 64 KiB"),
     ],
 )
 def test_a_folder_file_that_cannot_be_used_is_one_line_with_the_file(dataset, content, line):
@@ -113,6 +121,11 @@ def test_trigger_words_that_the_text_encoders_cannot_distinguish_are_refused(oth
 def test_one_trigger_word_with_two_classes_is_refused():
     with pytest.raises(DataError, match="'alice' is the trigger word of the classes 'woman' and 'man'"):
         classes_of(folders_of(a=("alice", "woman"), b=("alice", "man")), "sks")
+
+
+def test_a_class_that_contains_its_trigger_word_is_refused():
+    with pytest.raises(DataError, match="a: the class 'alice woman' contains the trigger word 'alice'; name it alone"):
+        classes_of(folders_of(a=("alice", "alice woman"), b=("bob", "man")), "sks")
 
 
 @pytest.mark.parametrize(
@@ -158,6 +171,18 @@ def test_regularization_images_have_the_class_of_their_folder(dataset):
     }
     assert [image.has_caption for image in found.values()] == [True, False, True, True]
     assert find_images(dataset.images) == []
+
+
+def test_keys_without_effect_on_regularization_images_are_named(dataset):
+    add(dataset.regularization[0], "1_woman/a.png", "1_man/b.png")
+    add(dataset.images, "alice/a.png")
+    keys = 'trigger = "x"\ncaption_source = "tags"\nresolution = 512'
+    for folder in (dataset.images / "alice", dataset.regularization[0] / "1_woman"):
+        (folder / "folder.toml").write_text(keys)
+    priors = find_regularization_images(dataset)
+    what = "trigger and caption_source have no effect on regularization images"
+    assert unused_entries(dataset.regularization[0], priors) == {"1_woman/folder.toml": what}
+    assert unused_entries(dataset.images, find_images(dataset.images)) == {}
 
 
 JSON_LINES = "".join(

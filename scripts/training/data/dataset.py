@@ -3,7 +3,7 @@
 Imports no torch, which takes seconds: a worker process reads this while the main process imports torch.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,12 +116,20 @@ def read_images(
         dataset.images, workers, {*flagged, *selection.excluded}, trigger, found=selection.found, **how
     )
     regularization, unusable = read_regularization(dataset, priors, workers, settings.prior_weight, **how)
+    _require_other_class(regularization, classes)
+    trained = {example.sha256: example.name for example in examples}
+    unusable += [
+        f"{example.name}: is the same image as {dataset.images.name}/{trained[example.sha256]}; remove one of the two"
+        for example in regularization
+        if example.sha256 in trained
+    ]
+    regularization = [example for example in regularization if example.sha256 not in trained]
     for folder, lines in ((dataset.images, problems), (dataset.root, unusable)):
         if lines:
             print(bullet_list(f"{folder}: {len(lines)} images cannot be trained on and are left out:", lines), flush=True)
 
-    if masked := sum(example.mask is not None for example in examples):
-        print(f"masks: {masked} of {len(examples)} images; what is outside a mask has weight {settings.mask_weight:g} in the loss")
+    if masked := [example for example in examples if example.mask]:
+        print(f"masks: {len(masked)} of {len(examples)} images; {_describe_mask_weights(masked, dataset, settings.mask_weight)}")
     folders = sorted({str(example.path.parent) for example in examples if example.repeats > MANY_REPEATS})
     if folders:
         print(f"the number before a folder's name is the repeats per epoch; rename it if it is a year: {', '.join(folders)}")
@@ -144,6 +152,30 @@ def read_images(
     if ignored:
         print(f"ignored, because neither image, caption of an image, nor N_name folder: {abbreviated(ignored)}")
     return [*examples, *regularization], len(problems) + len(unusable)
+
+
+def _describe_mask_weights(examples: Sequence[Example], dataset: DatasetFolder, usual: float) -> str:
+    """The weight of what is outside the masks, and which folders have one of their own."""
+    weights: dict[float, set[str]] = {}
+    for example in examples:
+        own = example.mask_weight
+        weights.setdefault(usual if own is None else own, set()).add(name_in(dataset.root, example.path.parent))
+    shown = [f"{weight:g}" if len(weights) == 1 else f"{weight:g} ({abbreviated(sorted(weights[weight]))})" for weight in weights]
+    return f"what is outside a mask has weight {', '.join(shown)} in the loss"
+
+
+def _require_other_class(regularization: Sequence[Example], triggers: Iterable[str]) -> None:
+    """Raises DataError if the class that is the caption of regularization images contains a trigger word."""
+    folders = {each.path.parent: each.class_word for each in regularization if each.caption == each.class_word}
+    problems = [
+        f"{folder}: its class {class_word!r} contains the trigger word {trigger!r}"
+        for folder, class_word in folders.items()
+        for trigger in triggers
+        if has_trigger(class_word, trigger)
+    ]
+    if problems:
+        remedy = "regularization images show the class without the subject; name it alone, such as 1_woman:"
+        raise DataError(bullet_list(remedy, problems))
 
 
 def _require_resolutions(images: Sequence[ImageFile], settings: DataSettings) -> None:
@@ -329,9 +361,11 @@ def _find_mask(image: ImageFile, decoded: DecodedImage, folder: Path, *, alpha_i
     try:
         mask = decoded if path == image.path else read_mask(path, image.path)
     except BrokenImageError as error:
-        raise BrokenImageError(f"{name} {error}") from None
+        remedy = "; any size with the image's aspect ratio will do" if "pixels" in str(error) else ""
+        raise BrokenImageError(f"{name} {error}{remedy}") from None
     (width, height), (image_width, image_height) = mask.rgb.size, decoded.rgb.size
-    if abs(width * image_height - height * image_width) > max(decoded.rgb.size):  # more than a pixel, which rounding gives
+    # Rounding gives the smaller one of both a pixel more or less.
+    if abs(width * image_height - height * image_width) > max(*mask.rgb.size, *decoded.rgb.size):
         raise BrokenImageError(
             f"{name} has {width}x{height} px, another aspect ratio than the image's {image_width}x{image_height}"
         )
