@@ -47,7 +47,7 @@ def contained_triggers(triggers: Iterable[str]) -> list[str]:
     lines = []
     for first, second in combinations(triggers, 2):
         short, long = sorted((first, second), key=lambda word: len(pieces_of(word)))
-        if _contains(pieces_of(long), pieces_of(short)):
+        if contains(pieces_of(long), pieces_of(short)):
             lines.append(f"trigger words: {short!r} is a part of {long!r}, so that prompts for the second ask for both; change one")
     return lines
 
@@ -58,7 +58,7 @@ def foreign_triggers(captions: Mapping[str, tuple[str, str]]) -> list[str]:
     triggers = dict.fromkeys(trigger for trigger, _ in captions.values() if trigger)
     lines = []
     for word in triggers:
-        others = {own for own in triggers if own != word and not _contains(pieces_of(own), pieces_of(word))} | {""}
+        others = {own for own in triggers if own != word and not contains(pieces_of(own), pieces_of(word))} | {""}
         names = [name for name, (own, text) in captions.items() if own in others and has_trigger(text, word)]
         if names:
             which = f"{len(names)} captions of other concepts contain it: {abbreviated(names)}"
@@ -71,5 +71,6 @@ def pieces_of(text: str) -> tuple[str, ...]:
     return tuple(_PIECES.findall(unicodedata.normalize("NFC", text).lower()))
 
 
-def _contains(pieces: tuple[str, ...], part: tuple[str, ...]) -> bool:
+def contains(pieces: tuple[str, ...], part: tuple[str, ...]) -> bool:
+    """Whether `part` is a part of `pieces`, both from `pieces_of`."""
     return any(pieces[start : start + len(part)] == part for start in range(len(pieces) - len(part) + 1))

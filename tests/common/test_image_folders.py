@@ -245,6 +245,7 @@ def test_a_file_beside_the_image_counts_more_than_a_list_and_the_nearest_list_mo
         ),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": ["x"]}', "line 1: text must be a text"),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": "x\\u0000"}', "without control characters"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": "' + b"x" * 61441 + b'"}', "of at most 60 KiB"),
         ("metadata.jsonl", b'{"file_name": "../a.png", "text": "x"}', "must be a path below the folder of the file"),
         ("metadata.jsonl", b'{"file_name": "/a.png", "text": "x"}', "must be a path below the folder of the file"),
         (

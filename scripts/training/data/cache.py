@@ -27,9 +27,10 @@ from common.clip_tokens import CHUNK_TOKENS
 from common.errors import ModelError, ResourceError
 from common.images import open_rgb, read_mask
 from common.progress import ProgressBar
+from common.triggers import contains, pieces_of
 from training.config import DataSettings
 from training.data.buckets import Placement
-from training.data.captions import caption_variants, chunks_needed, encode_captions, text_beyond
+from training.data.captions import beginning, caption_variants, chunks_needed, encode_captions, text_beyond
 from training.data.dataset import Example
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
@@ -193,7 +194,10 @@ class CacheBuilder:
             for caption in example.captions:
                 if cut := text_beyond(chunks, caption, tokenizers):
                     which = f"its caption is longer than {CHUNK_TOKENS * chunks} tokens"
-                    print(f"{example.name}: {which}; training does not see: {cut}")
+                    seen = pieces_of(beginning(chunks, caption, tokenizers))
+                    is_lost = not contains(seen, pieces_of(example.trigger))
+                    lost = f" (the trigger word {example.trigger!r} is not in what it sees; put it first)" if is_lost else ""
+                    print(f"{example.name}: {which}; training does not see: {cut}{lost}")
 
         prompt_chunks = chunks_needed(list(prompts), tokenizers, settings.caption_chunks)
 

@@ -157,6 +157,15 @@ def test_what_is_in_the_cache_does_not_depend_on_what_else_was_build_cache(stage
         assert alone.items() <= together.items()
 
 
+@pytest.mark.parametrize(("caption", "is_lost"), [("{tags}, nya_fyi-2", True), ("nya fyi-2, {tags}, nya_fyi-2", False)])
+def test_a_trigger_word_that_is_cut_off_is_named(stage, examples, capsys, caption, is_lost):
+    long = caption.format(tags=", ".join(["smile"] * 200))
+    build_cache(stage, "cache", [replace(examples["coffee"], caption=long, trigger="nya_fyi-2")])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "training does not see" in line)
+    assert line.startswith("coffee.webp: its caption is longer than ")
+    assert ("(the trigger word 'nya_fyi-2' is not in what it sees; put it first)" in line) is is_lost
+
+
 def test_corrupt_files_are_encoded_again_and_valid_ones_are_kept(stage, examples, capsys):
     everything = list(examples.values())
     _, before = build_cache(stage, "cache", everything)
