@@ -1,5 +1,6 @@
-"""`python -m benchmarks.step MODEL`: one training step of a UNet in detail: how far the fast engine's gradient is from PEFT's, and
-where the time of a step goes. MODEL is a base model: a diffusers folder or a single file."""
+"""`python -m benchmarks.step MODEL`: one training step of a UNet in detail: how far the fast engine's gradient is from PEFT's,
+and one with a base in int8 from it, and where the time of a step goes. MODEL is a base model: a diffusers folder or a single
+file."""
 
 import argparse
 import re
@@ -59,13 +60,19 @@ def main() -> None:
     whole = random_batch(unet, options.batch, options.latents)
     print(counted(fast, whole), flush=True)
     print(families(build("fast"), whole), flush=True)
+    exact = gradient(step_builder(options.model)("plain"), batch)
+    in_int8 = gradient(step_builder(options.model, in_int8=True)("plain"), batch)
+    print(
+        f"gradient with an int8 base: cosine {torch.nn.functional.cosine_similarity(exact, in_int8, dim=0).item():.5f}", flush=True
+    )
 
 
-def step_builder(model: Path) -> Callable[..., TrainStep]:
+def step_builder(model: Path, *, in_int8: bool = False) -> Callable[..., TrainStep]:
     """Loads a base model; the returned function builds a training step of a LoRA with some effect, "plain" before "fast"."""
     precision = choose_precision("bf16")
-    unet = load_unet(find_base(str(model), model.parent), precision.device, precision.dtype)
+    unet = load_unet(find_base(str(model), model.parent), precision.device, precision.dtype, in_int8=in_int8)
     lora = inject(unet, LoraSettings(), seed=0)
+    torch.manual_seed(0)
     with torch.no_grad():
         lora.weights.add_(0.01 * torch.randn_like(lora.weights))
     alphas = alphas_cumprod(Schedule()).to(precision.device, torch.float32)

@@ -181,8 +181,9 @@ def machine() -> str:
 
 
 def gpu_memory_in_use() -> int:
-    """MiB in use on the first GPU, by all programs, as nvidia-smi sees it; 0 where it does not say (memory shared with the CPU)."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    """MiB in use on the GPU, by all programs, as nvidia-smi sees it; 0 where it does not say (memory shared with the CPU)."""
+    gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"--id={gpu}"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return int(output) if output.isdecimal() else 0
 
@@ -207,6 +208,14 @@ def peak_of_gpu_memory() -> Iterator[list[int]]:
 
 def run(folder: Path, job: Job) -> tuple[float, str]:
     """Run train_lora.py from scratch; return the seconds it took and its output, each line with its time."""
+    code, took, log = attempt(folder, job)
+    if code:
+        sys.exit(f"{job.name}: train_lora.py ended with exit code {code}\n{log}")
+    return took, log
+
+
+def attempt(folder: Path, job: Job, *arguments: str) -> tuple[int, float, str]:
+    """The same with the exit code in front, whatever it is, and with `arguments` on the command line."""
     output = folder / "output"
     shutil.rmtree(output, ignore_errors=True)
     names = {key.name.upper() for section in (ProjectSettings, TrainSettings) for key in all_keys(section)}
@@ -224,7 +233,7 @@ def run(folder: Path, job: Job) -> tuple[float, str]:
         "samples": "false",
     }
     changed = {name.upper(): str(value) for name, value in (of_benchmark | job.settings).items() if name.upper() in names}
-    command = [sys.executable, REPOSITORY / "scripts" / "train_lora.py"]
+    command = [sys.executable, REPOSITORY / "scripts" / "train_lora.py", *arguments]
     started, lines = time.monotonic(), []
     process = subprocess.Popen(command, env=kept | changed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
@@ -232,9 +241,7 @@ def run(folder: Path, job: Job) -> tuple[float, str]:
     code = process.wait()
     log = "\n".join(lines)
     (folder / f"{re.sub('[^a-z0-9]+', '-', job.name)}.log").write_text(log, encoding="utf-8")
-    if code:
-        sys.exit(f"{job.name}: train_lora.py ended with exit code {code}\n{log}")
-    return time.monotonic() - started, log
+    return code, time.monotonic() - started, log
 
 
 def measure(folder: Path, name: str, images: str, batch: int, settings: dict[str, object], rate: float, imports: float) -> str:

@@ -188,7 +188,7 @@ def fit_to_memory(settings: TrainSettings, budget: MemoryBudget, advice: str) ->
         name, size = largest_other_process()
         raise ResourceError(
             f"not enough memory: batch size 1 needs about {needed(1) / GIB:.1f} GiB, but {figures}. The largest other program is "
-            f"{name} with {size / GIB:.1f} GiB. Close programs, or {_smaller(settings, budget)}, and run again. {advice}"
+            f"{name} with {size / GIB:.1f} GiB. Close programs, or {_smaller(settings, budget)}, and run again. {advice}".rstrip()
         )
     if batch < requested:
         changes = f"batch size {requested} -> {batch}, gradient accumulation {samples // requested} -> {samples // batch}"

@@ -19,7 +19,7 @@ from training.data.dataset import Example, read_images, require_all_images
 from training.engine import choose_engine
 from training.initial_lora import initial_digest, matching_layers
 from training.job import with_class_of_prior
-from training.memory_budget import measure_budget, resolve_batch_size, resolve_quantization
+from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
 from training.method.layers import adapted_layers, weight_shapes
 from training.method.optimizers import require_usable
 from training.models.base_model import (
@@ -132,10 +132,18 @@ def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettin
     announcement = "\n".join([plan.announcement(), *prior, *([samples.announcement] if samples else [])])
     if precision.device.type != "cuda":
         return announcement
-    batch = settings.run.train_batch_size
-    plain, checkpointed = (budget.needed(batch, checkpointing=switch) / GIB for switch in (False, True))
-    needs = f"about {plain:.0f} GiB, or {checkpointed:.0f} GiB with gradient checkpointing"
-    return f"{announcement}\nGPU memory for batch size {batch}: {needs}"
+    return f"{announcement}\n{describe_memory(settings, budget)}"
+
+
+def describe_memory(settings: TrainSettings, budget: MemoryBudget) -> str:
+    """How much GPU memory a run would take as things are now, or why it would be refused: other programs may still end."""
+    try:
+        settings = fit_to_memory(settings, budget, "")
+    except ResourceError as error:
+        return f"GPU memory: a run would be refused now: {error}"
+    batch, checkpointing = settings.run.train_batch_size, bool(settings.model.gradient_checkpointing)
+    needed = budget.needed(batch, checkpointing=checkpointing) / GIB
+    return f"GPU memory: about {needed:.1f} GiB (batch size {batch}, gradient checkpointing {'on' if checkpointing else 'off'})"
 
 
 def check_processor() -> str:

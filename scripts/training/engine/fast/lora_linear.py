@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from training.engine.fast.ops import copier, dequantized
+from training.engine.fast.ops import copier, dequantized, lora_gradients
 from training.method.adapters import ADAPTER, CONTEXT, Adapter, shared_input_groups
 from training.models.int8 import Int8Conv2d, Int8Linear
 
@@ -188,12 +188,12 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
         g = dy_rows.new_empty(len(rows), n * rank) if wide is None else wide[:, n * out :]
         if n == 1:
             torch.mm(dy_rows, layer.up[0], out=g)
-            _accumulate(layer.up_grad[0], dy_rows.T, h, layer.scale)
         else:
             # The batched product writes straight into the [N, n * rank] layout that the product with `down` below reads.
             torch.bmm(_as_groups(dy_rows, n), layer.up, out=_as_groups(g, n))
+        if not lora_gradients(dy_rows, h, rows, g, layer.up_grad, layer.down_grad, layer.scale):
             _accumulate(layer.up_grad, _as_groups(dy_rows, n).mT, _as_groups(h, n), layer.scale)
-        _accumulate(layer.down_grad, g.T, rows, 1.0)
+            _accumulate(layer.down_grad, g.T, rows, 1.0)
         if not ctx.needs_input_grad[0]:
             return None, None, None
         dx = (dy_rows @ layer.frozen()).addmm_(g, layer.down) if wide is None else wide @ layer.weight_and_down

@@ -1,0 +1,65 @@
+"""`python -m benchmarks.limits`: what becomes of a run on cards of 6 to 24 GB, tried on a larger card. Needs CUDA.
+
+Another process holds the rest of the card's memory: the run finds as much free as on the small card. It trains, saves and renders
+samples, or is refused. The prediction is that of `--check`, the peak what nvidia-smi sees of the run.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.train import Job, attempt, build, machine, peak_of_gpu_memory
+
+LIMITS_GB = (6, 8, 10, 12, 16, 24)
+WAYS = {"defaults": {"gradient_checkpointing": "auto"}, "PRESET=8gb": {"gradient_checkpointing": "", "preset": "8gb"}}
+"""Settings; empty means as in the preset."""
+_HOLD = """
+import sys, torch
+torch.empty(1, device="cuda")
+held = torch.empty(max(0, torch.cuda.mem_get_info()[0] - int(sys.argv[1])), dtype=torch.uint8, device="cuda")
+print(torch.cuda.mem_get_info()[0], flush=True)
+sys.stdin.read()
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.limits", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/loracat-benchmark"), help="working folder (15 GB)")
+    parser.add_argument("--gb", type=float, nargs="*", default=LIMITS_GB, help="sizes of cards in 10^9 bytes")
+    options = parser.parse_args()
+    build(options.folder)
+    print(machine(), "", "| card, GB | settings | exit code | predicted, GiB | peak, GiB | samples | last line |", sep="\n")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for limit in options.gb:
+        for name, settings in WAYS.items():
+            with card_of(limit):
+                print(tried(options.folder, limit, name, settings), flush=True)
+
+
+def tried(folder: Path, limit: float, name: str, settings: dict[str, object]) -> str:
+    """One row of the table."""
+    job = Job(f"{limit:g} GB, {name}", "one", 2, {"samples": "true", "sample_steps": 4} | settings)
+    predicted = re.search(r"GPU memory: about ([\d.]+)", attempt(folder, job, "--check")[2])
+    with peak_of_gpu_memory() as peak:
+        code, _, log = attempt(folder, job)
+    samples = len(list((folder / "output" / "samples").rglob("*.png")))
+    last = log.splitlines()[-1].partition("s  ")[2]
+    return f"| {limit:g} | {name} | {code} | {predicted[1] if predicted else ''} | {peak[0] / 1024:.2f} | {samples} | {last} |"
+
+
+@contextmanager
+def card_of(limit_gb: float) -> Iterator[None]:
+    """Within this block, so much of the GPU's memory is free."""
+    command = [sys.executable, "-c", _HOLD, str(int(limit_gb * 1e9))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        print(f"free: {int(holder.stdout.readline()) / 1e9:.2f} GB", file=sys.stderr, flush=True)
+        yield
+        holder.stdin.close()
+
+
+if __name__ == "__main__":
+    main()
