@@ -180,7 +180,7 @@ def write_audit(audit: Audit, folder: DatasetFolder) -> None:
     """Write `audit.json`."""
     content = {
         "resolution": audit.resolution,
-        "folders": audit.folders,
+        **({"folders": audit.folders} if audit.folders else {}),
         "pictures": audit.images,
         "flagged": {name: {"sha256": audit.sha256[name], "flaws": flaws} for name, flaws in audit.flagged.items()},
         "captions_without_picture": list(audit.captions_without_image),

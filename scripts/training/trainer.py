@@ -27,7 +27,8 @@ from training.callbacks.sample_record import SampleRecord
 from training.callbacks.samples import SampleImages, texts_of
 from training.callbacks.validation import Validator
 from training.data.batches import Batch, BatchReader
-from training.data.cache import CacheBuilder, CachedExample
+from training.data.cache import CacheBuilder
+from training.data.cache_files import CachedExample
 from training.engine import prepare_unet, warm_up
 from training.engine.step import StepResult, TrainStep
 from training.initial_lora import load_initial

@@ -17,18 +17,10 @@ from common.images import DECODER_REVISION
 from common.settings import REPOSITORY
 from training.config import TrainSettings
 from training.data import cache as cache_module
+from training.data import cache_files
 from training.data.buckets import assign_bucket
-from training.data.cache import (
-    CacheBuilder,
-    NotFiniteError,
-    entry,
-    image_pixels,
-    is_valid_entry,
-    read_embedding,
-    read_latents,
-    write_embeddings,
-    write_latents,
-)
+from training.data.cache import CacheBuilder, NotFiniteError, image_pixels, write_embeddings, write_latents
+from training.data.cache_files import entry, is_valid_entry, read_embedding, read_latents
 from training.data.dataset import read_examples
 from training.models.base_model import find_base
 
@@ -263,7 +255,7 @@ def test_everything_that_embeddings_depend_on_is_in_their_key(stage, monkeypatch
 
 def test_another_format_of_the_cache_is_another_key(tmp_path, monkeypatch):
     first = entry(tmp_path, "text", "sks")
-    monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
+    monkeypatch.setattr(cache_files, "FORMAT", cache_files.FORMAT + 1)
     assert entry(tmp_path, "text", "sks") != first
 
 

@@ -11,7 +11,8 @@ from common.images import read_mask
 from training.config import TrainSettings
 from training.data.batches import BatchReader, make_batch
 from training.data.buckets import assign_bucket
-from training.data.cache import LATENT_PX, CacheBuilder, image_pixels, read_cached_mask, write_mask
+from training.data.cache import LATENT_PX, CacheBuilder, image_pixels, write_mask
+from training.data.cache_files import read_cached_mask
 from training.data.dataset import Example, read_examples
 from training.models.base_model import find_base
 

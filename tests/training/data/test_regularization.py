@@ -13,7 +13,7 @@ from common.project import ProjectSettings
 from training.config import TrainSettings
 from training.data.batches import Batch, BatchReader, draw
 from training.data.buckets import Bucket, add_regularization, assign_bucket, run_order
-from training.data.cache import CachedExample
+from training.data.cache_files import CachedExample
 from training.data.dataset import Example, read_images
 from training.models.sdxl import Schedule
 from training.plan import make_plan, result_fingerprint
