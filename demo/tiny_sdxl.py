@@ -7,6 +7,7 @@ Every tensor is random, norms and biases too, so that a weight in the wrong plac
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,21 +60,22 @@ def build(
     seed: int = 0,
     size: Size = TINY,
     device: str = "cpu",
+    merges: Sequence[str] = MERGES,
 ) -> Path:
     """Write the model to `folder` in diffusers' layout, fp16 weights (tiny: about 17 MB), and return `folder`.
 
-    The weights are drawn on `device`; another kind of device draws other weights.
+    The weights are drawn on `device`; another kind of device draws other weights. `merges` are those of the tokenizers.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    vocabulary = _vocabulary()
+    vocabulary = _vocabulary(merges)
     for name, module in networks(size, len(vocabulary)).items():
         weights = {name_in_files(name, key): _random(key, empty, generator).cpu() for key, empty in module.state_dict().items()}
         (folder / name).mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / name / f"{WEIGHT_STEMS[name]}.safetensors", metadata={"format": "pt"})
         module.config.architectures = [type(module).__name__]
         _write_json(folder / name / "config.json", _plain_config(module))
-    _write_tokenizer(folder / "tokenizer", vocabulary, pad=END)
-    _write_tokenizer(folder / "tokenizer_2", vocabulary, pad="!")
+    _write_tokenizer(folder / "tokenizer", vocabulary, merges, pad=END)
+    _write_tokenizer(folder / "tokenizer_2", vocabulary, merges, pad="!")
     _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(prediction_type, zero_terminal_snr))
     _write_json(folder / "model_index.json", _model_index())
     return folder
@@ -165,18 +167,18 @@ def _plain_config(module: torch.nn.Module) -> dict:
     return {"_class_name": type(module).__name__} | {key: value for key, value in config.items() if key != "_use_default_values"}
 
 
-def _vocabulary() -> dict[str, int]:
+def _vocabulary(merges: Sequence[str]) -> dict[str, int]:
     """CLIP's order: every byte, every byte that ends a word, what the merges make, the two special tokens."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = [chr(byte) for byte in printable] + [chr(256 + position) for position in range(256 - len(printable))]
-    merged = [merge.replace(" ", "") for merge in MERGES]
+    merged = [merge.replace(" ", "") for merge in merges]
     words = [*letters, *(f"{letter}</w>" for letter in letters), *merged, START, END]
     return {word: position for position, word in enumerate(words)}
 
 
-def _write_tokenizer(folder: Path, vocabulary: dict[str, int], pad: str) -> None:
+def _write_tokenizer(folder: Path, vocabulary: dict[str, int], merges: Sequence[str], pad: str) -> None:
     _write_json(folder / "vocab.json", vocabulary)
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES]) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     special = {"bos_token": START, "eos_token": END, "pad_token": pad, "unk_token": END}
     _write_json(folder / "special_tokens_map.json", special)
     _write_json(

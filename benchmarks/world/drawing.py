@@ -72,10 +72,12 @@ def draw(identity: Identity, shot: Shot, size: int) -> Image.Image:
         _glow(image, face)
     _back_hair(face, identity)
     _body(body, identity, shot)
+    _locks(face, identity)
     _head(face, identity, shot)
+    image = image.reduce(OVERSAMPLING)
     if tint:
         image = ImageChops.multiply(image, Image.new("RGB", image.size, _between((255, 255, 255), tint, 0.45)))
-    return image.resize((size, size), Image.Resampling.LANCZOS)
+    return image
 
 
 def skin_colour(identity: Identity) -> Colour:
@@ -111,9 +113,22 @@ def _face_outline(identity: Identity) -> list[Point]:
 def _back_hair(pen: Pen, identity: Identity) -> None:
     colour = _shade(hair_colour(identity), 0.8)
     half, volume = _half_width(identity), 0.05 + 0.14 * identity.hair_volume
-    width, length = half + volume, 0.15 + 1.35 * identity.hair_length
+    width, length = half + volume, _hair_end(identity)
     pen.oval(0, -0.08, width, 0.52 + volume, colour)
     pen.shape([(-width, -0.1), (width, -0.1), (width * 1.02, length), (0.6 * width, length + 0.08), (-0.6 * width, length + 0.08), (-width * 1.02, length)], colour)  # fmt: skip # noqa: E501
+
+
+def _hair_end(identity: Identity) -> float:
+    """How far down it falls; the tags' lengths differ in every framing."""
+    return 0.1 + 1.1 * identity.hair_length
+
+
+def _locks(pen: Pen, identity: Identity) -> None:
+    """Hair in front of the shoulders."""
+    half, end = _half_width(identity), _hair_end(identity)
+    outer, inner = half + 0.05 + 0.14 * identity.hair_volume, 0.72 * half
+    for side in (-1, 1):
+        pen.shape([(side * inner, 0), (side * outer, 0), (side * outer * 1.02, end), (side * (inner + outer) / 2, end + 0.06), (side * inner, end)], _shade(hair_colour(identity), 0.88))  # fmt: skip # noqa: E501
 
 
 def _body(pen: Pen, identity: Identity, shot: Shot) -> None:

@@ -4,6 +4,7 @@ An identity is a point in the unit cube of TRAITS, so that distances between peo
 that is not the person.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,10 +27,11 @@ BACKGROUNDS = ("white background", "grey background", "field", "beach", "forest"
 LIGHTS = ("day", "sunset", "night", "backlighting")
 FRAMINGS = ("portrait", "upper body", "cowboy shot", "full body")
 GAZES = ("looking at viewer", "looking to the side")
-_OF_OPEN_EYES = {*GAZES, "brown eyes", "green eyes", "blue eyes"}
+EYE_COLOURS = ("brown eyes", "green eyes", "blue eyes")
+_OF_OPEN_EYES = {*GAZES, *EYE_COLOURS}
 _SMALL = {"freckles", "mole", *_OF_OPEN_EYES}
 HIDDEN = {
-    "portrait": {pose for pose in POSES if pose != "arms up"},
+    "portrait": set(POSES),
     "upper body": set(),
     "cowboy shot": _SMALL,
     "full body": _SMALL | {"glasses", *EXPRESSIONS, "blunt bangs"},
@@ -124,21 +126,53 @@ def random_shot(generator: np.random.Generator, **fixed: str) -> Shot:
 
 def tags(identity: Identity, shot: Shot) -> list[str]:
     """What a tagger would say of an image: everything that can be seen at 128 px."""
-    hidden = HIDDEN[shot.framing] | (
-        {*GAZES, "brown eyes", "green eyes", "blue eyes"} if shot.expression == "closed eyes" else set()
-    )
+    hidden = HIDDEN[shot.framing] | (_OF_OPEN_EYES if shot.expression == "closed eyes" else set())
     return ["1girl", "solo", *(tag for tag in [*identity.tags, *shot.tags] if tag not in hidden)]
 
 
-ALL_TAGS = tuple(
-    dict.fromkeys(
-        ["1girl", "solo"]
-        + [f"{colour} hair" for colour in ("black", "grey", "red", "brown", "blonde")]
-        + [f"{length} hair" for length in ("short", "medium", "long")]
-        + [f"{colour} eyes" for colour in ("brown", "green", "blue")]
-        + ["blunt bangs", "dark skin", "freckles", "mole", "glasses"]
-        + [f"{colour} {clothes}" for colour in COLOURS for clothes in CLOTHES]
-        + [each for group in (EXPRESSIONS, POSES, BACKGROUNDS, LIGHTS, FRAMINGS, GAZES) for each in group if each not in UNTAGGED]
-    )
-)
+HAIR_COLOURS = ("black hair", "grey hair", "red hair", "brown hair", "blonde hair")
+HAIR_LENGTHS = ("short hair", "medium hair", "long hair")
+MARKS = ("freckles", "mole", "glasses")
+GROUPS = {
+    "hair colour": HAIR_COLOURS,
+    "hair length": HAIR_LENGTHS,
+    "eye colour": EYE_COLOURS,
+    "clothes": tuple(f"{colour} {clothes}" for colour in COLOURS for clothes in CLOTHES),
+    "expression": EXPRESSIONS,
+    "pose": POSES,
+    "background": BACKGROUNDS,
+    "light": tuple(light for light in LIGHTS if light not in UNTAGGED),
+    "framing": FRAMINGS,
+    "gaze": GAZES,
+    **{name: (name,) for name in ("blunt bangs", "dark skin", *MARKS)},
+}
+"""The attributes of an image: tags that exclude each other. A group that is absent from the tags of an image cannot be seen there;
+but the absence of a light is the day, and of a tag that is alone in its group that the person has not got it."""
+ALL_TAGS = ("1girl", "solo", *(tag for group in GROUPS.values() for tag in group))
 """Every tag that occurs."""
+
+
+def identity_vector(identity: Identity) -> np.ndarray:
+    """The person as numbers with mean 0 and variance 1 over random people, as TRAITS; a mark is either there or not."""
+    values = np.array(identity.traits, np.float32)
+    marks = np.isin(TRAITS, MARKS)
+    shown = values > SHOWN_FROM
+    spread = np.sqrt(SHOWN_FROM * (1 - SHOWN_FROM))
+    return np.where(marks, (shown - (1 - SHOWN_FROM)) / spread, (values - 0.5) * np.sqrt(12)).astype(np.float32)
+
+
+_UNSEEN_TRAITS = {
+    "portrait": {"build"},
+    "upper body": set(),
+    "cowboy shot": {"freckles", "mole", "eye_hue", "nose_length", "nose_width", "mouth_width", "brows", "eye_size"},
+    "full body": set(TRAITS) - {"face_width", "skin", "hair_length", "hair_volume", "hair_lightness", "hair_warmth", "build"},
+}
+
+
+def visible_traits(found: Iterable[str]) -> np.ndarray:
+    """Which of TRAITS can be seen in an image with these tags, a framing among them: booleans. Without a framing, all."""
+    found = set(found)
+    unseen = set().union(*(_UNSEEN_TRAITS[framing] for framing in FRAMINGS if framing in found))
+    if "closed eyes" in found:
+        unseen |= {"eye_size", "eye_hue"}
+    return ~np.isin(TRAITS, list(unseen))
