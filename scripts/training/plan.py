@@ -12,7 +12,7 @@ from common.errors import SettingsError, abbreviated
 from common.settings import all_keys
 from training.config import DataSettings, ObjectiveSettings, TrainSettings
 from training.data.buckets import OptimizerStep, Placement, add_regularization, assign_bucket, epochs_of, run_order
-from training.data.dataset import Example
+from training.data.examples import Example
 from training.models.sdxl import Schedule
 
 HELD_OUT_FROM = 40

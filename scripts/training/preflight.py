@@ -15,7 +15,8 @@ from common.settings import IN_CONTAINER
 from training.callbacks.checkpoint import newest
 from training.callbacks.sample_plan import plan_samples
 from training.config import TrainSettings
-from training.data.dataset import Example, read_images, require_all_images
+from training.data.dataset import read_images, require_all_images
+from training.data.examples import Example
 from training.engine import choose_engine
 from training.initial_lora import initial_digest, matching_layers
 from training.job import with_class_of_prior

@@ -17,7 +17,8 @@ from common.dataset_layout import DatasetFolder, find_images
 from common.errors import DataError
 from common.files import sha256_of
 from common.images import BrokenImageError
-from training.data.dataset import flagged_images, read_examples
+from training.data.dataset import flagged_images
+from training.data.examples import read_examples
 
 
 @pytest.fixture

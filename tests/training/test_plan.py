@@ -11,7 +11,7 @@ import pytest
 from common.errors import SettingsError
 from common.settings import all_keys, setting
 from training.config import ProcessSettings, TrainSettings
-from training.data.dataset import Example
+from training.data.examples import Example
 from training.models.sdxl import Schedule
 from training.plan import (
     NOT_RECORDED,

@@ -24,7 +24,7 @@ from training.config import DataSettings
 from training.data.buckets import Placement
 from training.data.cache_files import CachedExample, entry, is_valid_entry, write_entry
 from training.data.captions import beginning, caption_variants, chunks_needed, encode_captions, text_beyond
-from training.data.dataset import Example
+from training.data.examples import Example
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import BaseModel
 from training.models.weights import load_text_encoders, load_tokenizers, load_vae, require_finite_weights

@@ -21,7 +21,7 @@ from training.data import cache_files
 from training.data.buckets import assign_bucket
 from training.data.cache import CacheBuilder, NotFiniteError, image_pixels, write_embeddings, write_latents
 from training.data.cache_files import entry, is_valid_entry, read_embedding, read_latents
-from training.data.dataset import read_examples
+from training.data.examples import read_examples
 from training.models.base_model import find_base
 
 CPU = torch.device("cpu")

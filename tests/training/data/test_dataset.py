@@ -12,7 +12,8 @@ from common.dataset_layout import DatasetFolder, find_images
 from common.errors import DataError
 from common.files import sha256_of, write_json
 from common.unused_entries import unused_entries
-from training.data.dataset import flagged_images, other_entries, read_examples
+from training.data.dataset import flagged_images, other_entries
+from training.data.examples import read_examples
 
 ORIENTATION = 0x0112
 

@@ -13,7 +13,7 @@ from training.data.batches import BatchReader, make_batch
 from training.data.buckets import assign_bucket
 from training.data.cache import LATENT_PX, CacheBuilder, image_pixels, write_mask
 from training.data.cache_files import read_cached_mask
-from training.data.dataset import Example, read_examples
+from training.data.examples import Example, read_examples
 from training.models.base_model import find_base
 
 SIZES = {"square": (512, 512), "wide": (600, 331), "tall": (257, 601), "exactly a bucket": (256, 64 * 5)}

@@ -14,7 +14,8 @@ from training.config import TrainSettings
 from training.data.batches import Batch, BatchReader, draw
 from training.data.buckets import Bucket, add_regularization, assign_bucket, run_order
 from training.data.cache_files import CachedExample
-from training.data.dataset import Example, read_images
+from training.data.dataset import read_images
+from training.data.examples import Example
 from training.models.sdxl import Schedule
 from training.plan import make_plan, result_fingerprint
 from training.system.process_group import ProcessGroup
