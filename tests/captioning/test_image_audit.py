@@ -129,12 +129,16 @@ def test_near_duplicates_are_found_and_the_largest_one_stays(folder, photographs
     )
 
 
-def test_a_duplicate_is_found_among_a_thousand_images():
+def test_a_duplicate_is_found_among_a_thousand_images(monkeypatch, capsys):
+    monkeypatch.setattr("common.progress.LINE_INTERVAL_S", 0)
     draw = random.Random(0)
     stats = {"width": 512, "height": 512, "animated": False, "blur": 0.1, "dark": 0, "bright": 255, "tint": (0, 0), "edges": ""}
     images = [IndexedImage(f"{i}", (), f"{i}", ImageStats(**stats, hash=f"{draw.getrandbits(256):064x}")) for i in range(1000)]
     twin = IndexedImage("twin", (), "twin", ImageStats(**stats, hash=f"{int(images[5].stats.hash, 16) ^ 0xFF:064x}"))
     assert find_near_duplicates([*images, twin]) == {"twin": "5"}
+    assert "comparing images: 512/1001 images" in capsys.readouterr().out
+    pairs = [IndexedImage(f"{image.name}b", (), "", image.stats) for image in images[::2]]  # of other parts of the comparison
+    assert find_near_duplicates([*images, *pairs]) == {pair.name: pair.name[:-1] for pair in pairs}
 
 
 CORNERS = [(0.0, 0.0), (0.45, 0.45), (0.0, 0.45), (0.45, 0.0), (0.2, 0.2)]
