@@ -360,7 +360,7 @@ def writing_callbacks(
         open_metrics(settings.logging, outputs.name, outputs.metrics, outputs.logs, schedule.start.next_step) as metrics,
         ImageLosses(*files, names, reader.indices, schedule.saves_lora_between, schedule.start.next_step) as losses,
         CheckpointWriter(outputs.state, job.identity, settings.saving.keep_last_states, *state) as checkpoints,
-        report_page(job.project, schedule.saves_lora_between) as page,
+        report_page(job.project, settings.data, schedule.saves_lora_between) as page,
     ):
         yield [metrics, losses, LoraSaver(job, adapter.modules, schedule), checkpoints, page]
 
