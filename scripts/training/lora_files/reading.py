@@ -76,11 +76,12 @@ _MOST_UNKNOWN = 0.1
 
 _MOST_SCALE = 1e6
 """alpha / rank; usual are 0.1 to 16."""
-_REPEATED = re.compile(r"(?<!\\)[*+{]")
 _REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
-_MOST_REPEATED = 3
-"""Repetitions in an expression: the time that a match may take is multiplied by the length of the name with each of them, and with
-repeated groups without limit."""
+_REPEATED = re.compile(r"(?<!\\)[.\]][*+{]|\\[wWSD][*+{]"), 3
+"""Repetitions of any character in an expression, and at most how many: each of them may multiply the time that a match takes by
+the length of the name. That of repeated groups has no limit."""
+_CHOICES = re.compile(r"[?|]"), 16
+"""Each of them may double it."""
 
 
 @dataclass(frozen=True)
@@ -317,7 +318,7 @@ def _compiled(path: Path, pattern: Any) -> list[tuple[re.Pattern[str], Any]]:
     values. One that is not an expression matches no layer. Raises ModelError for one that may take forever."""
     compiled = []
     for key, value in pattern.items() if isinstance(pattern, dict) else ():
-        if _REPEATED_GROUP.search(key) or len(_REPEATED.findall(key)) > _MOST_REPEATED:
+        if _REPEATED_GROUP.search(key) or any(len(part.findall(key)) > most for part, most in (_REPEATED, _CHOICES)):
             raise ModelError(
                 f"{path}: its configuration has the expression {key[:40]!r}, which no PEFT adapter needs: download it again"
             )

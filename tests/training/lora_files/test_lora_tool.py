@@ -156,6 +156,8 @@ FOREVER = "which no PEFT adapter needs"
         ('"r": 4, "lora_alpha": 4, "alpha_pattern": {"(a+)+$": 1}', FOREVER),
         ('"r": 4, "lora_alpha": 4, "rank_pattern": {".*.*.*.*.*.*.*x": 1}', FOREVER),
         ('"r": 4, "lora_alpha": 4, "alpha_pattern": {"(a|b|ab){1,99}c": 1}', FOREVER),
+        ('"r": 4, "lora_alpha": 4, "alpha_pattern": {"' + 30 * "(|.)" + 'x": 1}', FOREVER),
+        (r'"r": 4, "lora_alpha": 4, "alpha_pattern": {"down_blocks.\\d+.attentions.\\d+.a\\d+.b\\d+.(to_q|to_k)$": 1}', ""),
         ('"r": 4, "lora_alpha": 4, "alpha_pattern": {"a{99999999999999999999}": 1}', ""),
         ('"r": 4, "lora_alpha": 4, "alpha_pattern": {"' + 3000 * "(" + '": 1}', ""),
         ('"r": 4, "lora_alpha": 4, "alpha_pattern": {"(": 1, "[[a]": 1, "\\u0000": 1, "": 4}', ""),
