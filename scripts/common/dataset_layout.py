@@ -204,7 +204,8 @@ def _comparable(name: str) -> str:
 def _entries_of(folder: ImageFolder) -> list[tuple[Path, ImageFolder, bool]]:
     """What is in a folder, with the folder, and whether it is a file."""
     with os.scandir(folder.path) as entries:  # tells files and folders apart without a look at each of them
-        return [(folder.path / entry.name, folder, entry.is_file()) for entry in entries]
+        paths = [(folder.path / entry.name, entry.is_file(follow_symlinks=False), entry.is_symlink()) for entry in entries]
+    return [(path, folder, is_file or (is_link and path.is_file())) for path, is_file, is_link in paths]
 
 
 def _captions_by_stem(paths: list[Path]) -> dict[Path, tuple[Path, ...]]:

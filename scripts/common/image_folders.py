@@ -44,8 +44,9 @@ def find_folders(root: Path) -> list[ImageFolder]:
     """
     if not root.is_dir():
         return []
-    with os.scandir(root) as entries:
-        paths = sorted(root / entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+    with os.scandir(root) as entries:  # tells files and folders apart without a look at each of them
+        others = [root / each.name for each in entries if each.name[0] != "." and not each.is_file(follow_symlinks=False)]
+    paths = sorted(path for path in others if path.is_dir())
     paths = [path for path in paths if _NAME.fullmatch(path.name) or os.path.lexists(path / FOLDER_FILE)]
     folders, problems = [], []
     for path in (root, *paths):
