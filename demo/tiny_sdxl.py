@@ -123,6 +123,7 @@ def networks(size: Size, words: int = 0) -> dict[str, torch.nn.Module]:
             up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=size.vae,
             layers_per_block=2,
+            norm_num_groups=min(32, size.vae[0]),
             latent_channels=4,
             scaling_factor=0.13025,
         )

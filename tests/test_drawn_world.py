@@ -6,7 +6,20 @@ import numpy as np
 import pytest
 
 from benchmarks.world.drawing import draw
-from benchmarks.world.people import ALL_TAGS, SHOWN_FROM, TRAITS, Identity, random_identity, random_shot, tags
+from benchmarks.world.people import (
+    ALL_TAGS,
+    FRAMINGS,
+    SHOWN_FROM,
+    SIMPLE,
+    TRAITS,
+    Identity,
+    identity_vector,
+    random_identity,
+    random_shot,
+    simple_shot,
+    tags,
+    visible_traits,
+)
 
 
 def pixels(identity: Identity, shot, size: int = 64) -> np.ndarray:
@@ -37,6 +50,42 @@ def test_every_trait_changes_the_image(generator):
         low[number], high[number] = 0.1, 0.9
         difference = np.abs(pixels(Identity(tuple(low)), shot) - pixels(Identity(tuple(high)), shot))
         assert difference.max() > 20, trait
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_traits_that_count_as_visible_can_be_seen(generator, framing):
+    shot = replace(portrait(generator), framing=framing, clothes="dress")
+    for trait, is_visible in zip(TRAITS, visible_traits(tags(random_identity(generator), shot)), strict=True):
+        low, high = ([value if name == trait else 0.5 for name in TRAITS] for value in (0.1, 0.9))
+        if is_visible:
+            difference = np.abs(pixels(Identity(tuple(low)), shot, 128) - pixels(Identity(tuple(high)), shot, 128))
+            assert difference.max() > 20, trait
+
+
+def test_the_lengths_of_hair_differ_in_every_framing(generator):
+    for framing in FRAMINGS:
+        shot = replace(portrait(generator), framing=framing)
+        lengths = [[0.5] * len(TRAITS) for _ in range(3)]
+        for traits, length in zip(lengths, (0.28, 0.5, 0.72), strict=True):
+            traits[TRAITS.index("hair_length")] = length
+        short, medium, long = (pixels(Identity(tuple(traits)), shot, 128) for traits in lengths)
+        assert np.abs(short - medium).max() > 20
+        assert np.abs(medium - long).max() > 20
+
+
+def test_the_numbers_of_random_people_have_mean_0_and_variance_1(generator):
+    people = np.stack([identity_vector(random_identity(generator)) for _ in range(2000)])
+    assert people.shape == (2000, len(TRAITS))
+    assert np.abs(people.mean(0)).max() < 0.1
+    assert np.abs(people.var(0) - 1).max() < 0.1
+
+
+def test_simple_shots_differ_only_in_what_is_simple(generator):
+    shots = [simple_shot(generator) for _ in range(50)]
+    for part, values in SIMPLE.items():
+        assert {getattr(shot, part) for shot in shots} == set(values)
+    assert {shot.tilt for shot in shots} == {0.0}
+    assert simple_shot(generator, background="city", tilt=3.0).background == "city"
 
 
 @pytest.mark.parametrize(

@@ -35,14 +35,11 @@ class Drawn:
     captions: list[list[str]]
 
 
-def subject(seed: int, number: int) -> tuple[Identity, Shot]:
-    """The person and the shot of image `number`; other seeds give other people."""
-    generator = np.random.default_rng((seed, number))
-    return random_identity(generator), random_shot(generator)
+def drawn(count: int, px: int, file: Path, seed: int, shot_of: Callable[..., Shot] = random_shot) -> Drawn:
+    """`count` images of as many people, other ones for each seed; drawn by all CPU cores into `file` unless it exists.
 
-
-def drawn(count: int, px: int, file: Path, seed: int = 20, subject_of: Callable = subject) -> Drawn:
-    """`count` images, drawn by all CPU cores into `file` unless it exists, with their people and tags in a file next to it."""
+    The people and tags are in a file next to it.
+    """
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(".part")
@@ -50,7 +47,7 @@ def drawn(count: int, px: int, file: Path, seed: int = 20, subject_of: Callable 
         chunks = [range(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
         workers = min(os.cpu_count() or 1, len(chunks))
         with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-            subjects = chain.from_iterable(pool.map(partial(_draw_into, unfinished, seed, px, subject_of), chunks))
+            subjects = chain.from_iterable(pool.map(partial(_draw_into, unfinished, seed, px, shot_of), chunks))
             people, captions = zip(*subjects, strict=True)
         file.with_suffix(".json").write_text(json.dumps([people, captions]), "utf-8")
         unfinished.replace(file)
@@ -58,11 +55,12 @@ def drawn(count: int, px: int, file: Path, seed: int = 20, subject_of: Callable 
     return Drawn(torch.from_numpy(np.load(file, mmap_mode="c")), [Identity(tuple(traits)) for traits in people], captions)
 
 
-def _draw_into(file: Path, seed: int, px: int, subject_of: Callable, numbers: range) -> list[tuple]:
+def _draw_into(file: Path, seed: int, px: int, shot_of: Callable[..., Shot], numbers: range) -> list[tuple]:
     images = np.lib.format.open_memmap(file, "r+")
     found = []
     for number in numbers:
-        person, shot = subject_of(seed, number)
+        generator = np.random.default_rng((seed, number))
+        person, shot = random_identity(generator), shot_of(generator)
         images[number] = np.asarray(draw(person, shot, px)).transpose(2, 0, 1)
         found.append((person.traits, tags(person, shot)))
     return found

@@ -8,58 +8,33 @@ each leaves its result in the folder, so that later ones can be run again: `--st
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from benchmarks.world.dataset import CaptionTokens, Drawn, drawn
-from benchmarks.world.learning import Rates, encoded, initialised, train_unet, train_vae
-from benchmarks.world.people import ALL_TAGS
-from benchmarks.world.reader import train_reader
+from benchmarks.world.learning import Rates, encoded, initialise, train_unet, train_vae
+from benchmarks.world.people import ALL_TAGS, random_shot, simple_shot
+from benchmarks.world.reader import WIDTHS, Reader, train_reader
 from benchmarks.world.verdict import judge_reader, judge_samples, judge_vae
 from demo import tiny_sdxl
 from demo.sgm_names import name_in_files
+from training.config import ProcessSettings
 from training.models.base_model import find_base
 from training.models.sdxl import WEIGHT_STEMS
 from training.models.weights import load_text_encoders, load_tokenizers, load_unet, load_vae
 from training.system.device import choose_precision
+from training.system.process_group import ProcessGroup, process_group
+from training.system.processes import launch, needs_launcher, rank_info
 
 NETWORKS = ("vae", "unet", "text_encoder", "text_encoder_2")
 STAGES = ("reader", "vae", "unet", "samples")
 PART_BYTES = 15 * 2**20 - 2**16
-
-
-@dataclass(frozen=True)
-class World:
-    """Dimensions of a world and its model."""
-
-    size: tiny_sdxl.Size
-    px: int = 128
-
-
-SIZES = {
-    "small": World(
-        tiny_sdxl.Size(
-            unet=(64, 64, 96), heads=(2, 2, 3), time_ids=16, vae=(32, 64, 96, 96), clip_l=(64, 3, 2, 64), clip_g=(96, 4, 3, 96)
-        )
-    ),
-    "tiny": World(
-        tiny_sdxl.Size(
-            unet=(32, 32, 64), heads=(1, 1, 2), time_ids=8, vae=(32, 32, 32, 32), clip_l=(32, 2, 1, 32), clip_g=(64, 3, 1, 64)
-        ),
-        64,
-    ),
-    "wide": World(
-        tiny_sdxl.Size(
-            unet=(96, 96, 96), heads=(3, 3, 3), time_ids=16, vae=(32, 64, 64, 64), clip_l=(64, 3, 2, 64), clip_g=(96, 3, 3, 96)
-        )
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -75,63 +50,108 @@ class Length:
     guidance: float = 4.0
 
 
+@dataclass(frozen=True)
+class World:
+    """Dimensions of a world and its model, and how long it is trained unless something else is asked for."""
+
+    size: tiny_sdxl.Size
+    px: int = 128
+    is_simple: bool = False
+    """Whether it has simple shots alone."""
+    reader_widths: tuple[int, ...] = WIDTHS
+    length: Length = Length()
+    rates: Rates = Rates()  # noqa: RUF009
+
+
+SMALL_WORLD = World(
+    tiny_sdxl.Size(
+        unet=(64, 64, 96), heads=(2, 2, 3), time_ids=16, vae=(32, 64, 96, 96), clip_l=(64, 3, 2, 64), clip_g=(96, 4, 3, 96)
+    )
+)
+TINY_WORLD = World(
+    tiny_sdxl.Size(unet=(32, 32, 32), time_ids=8, vae=(8, 16, 32, 32), clip_g=(32, 3, 1, 32)),
+    px=64,
+    is_simple=True,
+    reader_widths=(8, 16, 32, 64),
+    length=Length(images=4000, reader_s=50, vae_s=100, unet_s=230, samples=64, steps=15),
+    rates=Rates(reader_batch=64, vae_batch=4, vae_rate=2e-3, batch=16, unet_rate=2e-3),
+)
+"""Learns on two CPU cores in minutes, with a process on each."""
+WORLDS = {"small": SMALL_WORLD, "tiny": TINY_WORLD}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.world.pretrain", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--size", choices=WORLDS, default="small")
     parser.add_argument("--stages", nargs="+", choices=("images", *STAGES), default=STAGES)
     parser.add_argument("--data", type=Path, help="folder of the drawn images, to draw them once for several runs")
     parser.add_argument("--from", dest="origin", type=Path, help="parts or another model of the same size, from which to go on")
     parser.add_argument("--parts", type=Path, help="folder for the result as a few files of 15 MiB")
     parser.add_argument("--join", type=Path, metavar="PARTS", help="only write the model that is in PARTS to the folder")
-    for group in (Length(), Rates()):
-        for name, value in asdict(group).items():
-            parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    parser.add_argument("--processes", type=int, default=1, help="one for each GPU; each has batches of its own")
+    for name, value in (asdict(Length()) | asdict(Rates())).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
     given = parser.parse_args()
     if given.join:
         join(given.join, given.folder)
         return
-    length, rates = (kind(**{name: getattr(given, name) for name in asdict(kind())}) for kind in (Length, Rates))
-    if given.origin:
+    settings = ProcessSettings(num_processes=given.processes)
+    if needs_launcher(settings):
+        sys.exit(launch([sys.executable, "-m", "benchmarks.world.pretrain", *sys.argv[1:]], settings))
+    world, ranks = WORLDS[given.size], rank_info()
+    asked = {name: value for name, value in vars(given).items() if value is not None}
+    length, rates = (
+        replace(usual, **{name: asked[name] for name in asdict(usual) if name in asked}) for usual in (world.length, world.rates)
+    )
+    if given.origin and ranks.rank == 0:
         continue_from(given.origin, given.folder)
-    try:
-        pretrain(given.folder, length, SIZES[given.size], rates=rates, stages=given.stages, data=given.data)
-    finally:  # what was learned before a failure is not lost
-        if given.parts and (given.folder / "world.json").is_file():
-            write_parts(given.folder, given.parts)
+    with process_group(ranks) as group:
+        pretrain(given.folder, length, world, rates=rates, stages=given.stages, data=given.data, parts=given.parts, group=group)
 
 
 def pretrain(
     folder: Path,
     length: Length,
-    world: World = SIZES["small"],
+    world: World = SMALL_WORLD,
     *,
-    rates: Rates = Rates(),  # noqa: B008
+    rates: Rates | None = None,
     stages: tuple[str, ...] = STAGES,
     data: Path | None = None,
+    parts: Path | None = None,
+    group: ProcessGroup | None = None,
 ) -> dict:
     """Run the stages, and return the figures of world.json."""
-    started = time.monotonic()
+    started, group, rates = time.monotonic(), group or ProcessGroup(), rates or world.rates
+    shot_of, count = simple_shot if world.is_simple else random_shot, min(2048, length.images)
     with tempfile.TemporaryDirectory() as scratch:
-        data = data or Path(scratch)
-        learned = drawn(length.images, world.px, data / f"images-{length.images}-{world.px}.npy")
-        unseen = drawn(min(2048, length.images), world.px, data / f"unseen-{length.images}-{world.px}.npy", seed=21)
+        data = data or Path(group.broadcast_object(lambda: scratch))
+        for is_my_turn in (group.is_main_process, not group.is_main_process):  # the main process draws, the others read
+            if is_my_turn:
+                learned = drawn(length.images, world.px, data / f"learned-{length.images}-{world.px}.npy", 20, shot_of)
+                unseen = drawn(count, world.px, data / f"unseen-{count}-{world.px}.npy", 21, shot_of)
+            group.barrier()
     say(f"{length.images} images", started)
-    device = choose_precision("bf16").device
+    device = choose_precision("bf16", group.gpu).device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
-    if not (folder / "model_index.json").is_file():
+    if group.is_main_process and not (folder / "model_index.json").is_file():
         tiny_sdxl.build(folder, size=world.size, merges=merges_of(ALL_TAGS))
-    figures_file = folder / "world.json"
-    figures = json.loads(figures_file.read_text("utf-8")) if figures_file.is_file() else {}
-    figures |= {"px": world.px, "size": asdict(world.size), "length": asdict(length), "rates": asdict(rates)}
-    for stage in STAGES:
-        if stage in stages:
-            begun = time.monotonic()
-            figures[stage] = _RUN[stage](folder, learned, unseen, length, rates, device)
+    file = folder / "world.json"
+    figures = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    figures |= asdict(world) | {"length": asdict(length), "rates": asdict(rates)}
+    task = _Task(folder, world, length, rates, learned, unseen, figures, device, group)
+    for stage in (stage for stage in STAGES if stage in stages):
+        group.barrier()
+        begun = time.monotonic()
+        figures[stage] = _RUN[stage](task)
+        if group.is_main_process:
             figures[stage]["seconds"] = round(time.monotonic() - begun)
-            figures_file.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+            file.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
             say(f"{stage}: {json.dumps(figures[stage])}", started)
+            if parts:  # what is learned is not lost if a later stage fails
+                write_parts(folder, parts)
+    group.barrier()
     return figures
 
 
@@ -139,47 +159,74 @@ def say(text: str, started: float) -> None:
     print(f"[{time.monotonic() - started:.0f} s] {text}", flush=True)
 
 
-def _reader(folder: Path, learned: Drawn, unseen: Drawn, length: Length, rates: Rates, device: torch.device) -> dict:
-    reader = train_reader(learned.images, learned.captions, learned.people, length.reader_s, device, rate=rates.reader_rate)
-    reader.save(folder / "reader")
-    return judge_reader(reader, unseen)
+@dataclass(frozen=True)
+class _Task:
+    """What a stage works with."""
 
+    folder: Path
+    world: World
+    length: Length
+    rates: Rates
+    learned: Drawn
+    unseen: Drawn
+    figures: dict
+    """Of the stages that have been run; one of them goes on from the weights in the folder."""
+    device: torch.device
+    group: ProcessGroup
 
-def _vae(folder: Path, learned: Drawn, unseen: Drawn, length: Length, rates: Rates, device: torch.device) -> dict:
-    base = find_base(str(folder), folder.parent)
-    figures = json.loads((folder / "world.json").read_text("utf-8")) if (folder / "world.json").is_file() else {}
-    vae = load_vae(base, device)
-    if "vae" in figures:
-        vae.requires_grad_(True).train()
-    else:
-        initialised(vae)
-    steps = train_vae(vae, learned.images, length.vae_s, rates, device)
-    _, scaling = encoded(vae, learned.images[:4096], device)
-    vae.register_to_config(scaling_factor=scaling)
-    write_network(folder / "vae", "vae", vae)
-    return {"steps": steps, "scaling": scaling} | judge_vae(vae, unseen, folder / "reader", device)
-
-
-def _unet(folder: Path, learned: Drawn, unseen: Drawn, length: Length, rates: Rates, device: torch.device) -> dict:
-    base = find_base(str(folder), folder.parent)
-    figures = json.loads((folder / "world.json").read_text("utf-8"))
-    vae = load_vae(base, device)
-    latents, _ = encoded(vae, learned.images, device)
-    networks = [load_unet(base, device, torch.float32), *load_text_encoders(base, device, torch.float32)]
-    for network in networks:
-        if "unet" in figures:
+    def prepared(self, stage: str, networks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """Networks of the stage, trainable."""
+        for network in networks:
+            if stage not in self.figures:
+                initialise(network)
             network.requires_grad_(True).train()
-        else:
-            initialised(network)
-    captions = CaptionTokens(load_tokenizers(base, folder.parent), learned.captions, device)
-    result = train_unet(networks, latents.to(device) * vae.config.scaling_factor, captions, learned.images.shape[-1], length.unet_s, rates)  # fmt: skip # noqa: E501
+        return networks
+
+
+def _reader(task: _Task) -> dict:
+    if not task.group.is_main_process:
+        return {}
+    learned, rates = task.learned, task.rates
+    options = {"rate": rates.reader_rate, "batch": rates.reader_batch, "widths": task.world.reader_widths}
+    reader = train_reader(learned.images, learned.captions, learned.people, task.length.reader_s, task.device, **options)
+    reader.save(task.folder / "reader")
+    return judge_reader(reader, task.unseen)
+
+
+def _vae(task: _Task) -> dict:
+    base = find_base(str(task.folder), task.folder.parent)
+    [vae] = task.prepared("vae", [load_vae(base, task.device)])
+    reader = Reader.load(task.folder / "reader", task.device) if (task.folder / "reader").is_dir() else None
+    result = train_vae(vae, task.learned, reader, task.length.vae_s, task.rates, task.device, task.group)
+    if not task.group.is_main_process:
+        return result
+    result["scaling"] = round(1 / encoded(vae, task.learned.images[:4096], task.device).std().item(), 5)
+    write_network(task.folder / "vae", "vae", vae)
+    write_scaling(task.folder, result["scaling"])
+    return result | judge_vae(vae, task.unseen, task.folder / "reader", task.device)
+
+
+def _unet(task: _Task) -> dict:
+    base = find_base(str(task.folder), task.folder.parent)
+    vae = load_vae(base, task.device)
+    mine = slice(task.group.rank, None, task.group.world_size)
+    latents = encoded(vae, task.learned.images[mine], task.device) * vae.config.scaling_factor
+    networks = [load_unet(base, task.device, torch.float32), *load_text_encoders(base, task.device, torch.float32)]
+    task.prepared("unet", networks)
+    captions = CaptionTokens(load_tokenizers(base, task.folder.parent), task.learned.captions[mine], task.device)
+    result = train_unet(networks, latents.to(task.device), captions, task.world.px, task.length.unet_s, task.rates, task.group)
+    if not task.group.is_main_process:
+        return result
     for name, network in zip(NETWORKS[1:], networks, strict=True):
-        write_network(folder / name, name, network)
+        write_network(task.folder / name, name, network)
     return result
 
 
-def _samples(folder: Path, learned: Drawn, unseen: Drawn, length: Length, rates: Rates, device: torch.device) -> dict:
-    return judge_samples(folder, unseen, length.samples, length.steps, length.guidance, device)
+def _samples(task: _Task) -> dict:
+    if not task.group.is_main_process:
+        return {}
+    length = task.length
+    return judge_samples(task.folder, task.unseen, length.samples, length.steps, length.guidance, task.device)
 
 
 _RUN = {"reader": _reader, "vae": _vae, "unet": _unet, "samples": _samples}
@@ -200,8 +247,12 @@ def write_network(folder: Path, name: str, network: torch.nn.Module) -> None:
     """Replace the random weights in a diffusers folder, in fp16."""
     weights = {name_in_files(name, key): value.cpu().half().contiguous() for key, value in network.state_dict().items()}
     save_file(weights, folder / f"{WEIGHT_STEMS[name]}.safetensors", metadata={"format": "pt"})
-    if isinstance(network, AutoencoderKL):
-        network.save_config(folder)
+
+
+def write_scaling(folder: Path, scaling: float) -> None:
+    """The factor that gives latents a standard deviation of 1."""
+    file = folder / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"scaling_factor": scaling}, indent=2) + "\n", "utf-8")
 
 
 def write_parts(folder: Path, parts: Path) -> None:
@@ -232,8 +283,7 @@ def join(parts: Path, folder: Path) -> None:
     for name in NETWORKS:
         weights = {key.partition("/")[2]: value.half() for key, value in tensors.items() if key.partition("/")[0] == name}
         save_file(weights, folder / name / f"{WEIGHT_STEMS[name]}.safetensors", metadata={"format": "pt"})
-    config = folder / "vae" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text("utf-8")) | {"scaling_factor": figures["vae"]["scaling"]}, indent=2))
+    write_scaling(folder, figures["vae"]["scaling"])
     (folder / "reader").mkdir(exist_ok=True)
     for name, target in (("world.json", folder), ("samples.png", folder), ("reader.safetensors", folder / "reader")):
         if (parts / name).is_file():

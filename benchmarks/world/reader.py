@@ -3,6 +3,7 @@
 A small convolutional network, trained on the generator's own images, slightly spoiled as samples are.
 """
 
+import json
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from torch import nn
 
 from benchmarks.world.people import ALL_TAGS, FRAMINGS, GROUPS, HIDDEN, MARKS, TRAITS, Identity, identity_vector, visible_traits
 
-BATCH = 256
 WIDTHS = (32, 64, 128, 192)
 _FILE = "reader.safetensors"
 
@@ -37,6 +37,15 @@ class Reader:
         """[N, len(TRAITS)]: the person as `people.identity_vector` has it, on the CPU. What cannot be seen is arbitrary."""
         return self._answers(images)[:, len(ALL_TAGS) :]
 
+    def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """What each of the four scales of the network makes of images (-1 .. 1), and its answers."""
+        found, value = [], images
+        for layer in self.network:
+            value = layer(value)
+            if isinstance(layer, _Residual):
+                found.append(value)
+        return [*found, value]
+
     @torch.no_grad()
     def _answers(self, images: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.network(normalized(part.to(self.device))).float().cpu() for part in images.split(256)])
@@ -44,14 +53,15 @@ class Reader:
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.half().cpu().contiguous() for name, value in self.network.state_dict().items()}
-        save_file(weights, folder / _FILE, metadata={"side": str(self.side)})
+        widths = [layer.out_channels for layer in self.network if isinstance(layer, nn.Conv2d)][: len(WIDTHS)]
+        save_file(weights, folder / _FILE, metadata={"side": str(self.side), "widths": json.dumps(widths)})
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> "Reader":
         with safe_open(folder / _FILE, "pt") as file:
-            side = int(file.metadata()["side"])
+            side, widths = int(file.metadata()["side"]), json.loads(file.metadata()["widths"])
             weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        network = built(side)
+        network = built(side, widths)
         network.load_state_dict(weights)
         return cls(network, side, torch.device(device))
 
@@ -73,14 +83,14 @@ class _Residual(nn.Module):
         return F.relu(x + self.inner(x))
 
 
-def built(side: int) -> nn.Module:
+def built(side: int, widths: Sequence[int] = WIDTHS) -> nn.Module:
     """The untrained network for images of `side` x `side` pixels."""
     layers: list[nn.Module] = []
     before = 3
-    for width in WIDTHS:
+    for width in widths:
         layers += [nn.Conv2d(before, width, 4, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU(), _Residual(width)]
         before = width
-    cells = (side // 2 ** len(WIDTHS)) ** 2
+    cells = (side // 2 ** len(widths)) ** 2
     layers += [nn.Conv2d(before, 48, 1), nn.ReLU(), nn.Flatten(), nn.Linear(48 * cells, 384), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(384, len(ALL_TAGS) + len(TRAITS)))
 
@@ -93,11 +103,13 @@ def train_reader(
     device: torch.device,
     *,
     rate: float = 2e-3,
+    batch: int = 256,
+    widths: Sequence[int] = WIDTHS,
 ) -> Reader:
     """Train a reader for `seconds` on uint8 images [N, 3, side, side] with all their tags and the people in them."""
     torch.manual_seed(0)
     is_cuda = device.type == "cuda"
-    network = built(images.shape[-1]).to(device, memory_format=torch.channels_last)
+    network = built(images.shape[-1], widths).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.02, fused=is_cuda)
     wanted = tag_targets(captions).to(device)
     people = torch.from_numpy(np.stack([identity_vector(each) for each in identities])).to(device)
@@ -106,10 +118,10 @@ def train_reader(
     started, reported, step = time.monotonic(), time.monotonic(), 0
     with torch.enable_grad():
         while (share := (time.monotonic() - started) / seconds) < 1:
-            chosen = torch.randint(len(pixels), (min(BATCH, len(pixels)),), device=device)
-            batch = spoiled(normalized(pixels[chosen])).contiguous(memory_format=torch.channels_last)
+            chosen = torch.randint(len(pixels), (min(batch, len(pixels)),), device=device)
+            inputs = spoiled(normalized(pixels[chosen])).contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=is_cuda):
-                answer = network(batch).float()
+                answer = network(inputs).float()
             loss = F.binary_cross_entropy_with_logits(answer[:, : len(ALL_TAGS)], wanted[chosen]) * 10
             error = F.smooth_l1_loss(answer[:, len(ALL_TAGS) :], people[chosen], beta=0.3, reduction="none")
             loss = loss + (error * seen[chosen]).mean()

@@ -97,11 +97,12 @@ def _figures(reader: Reader, images: torch.Tensor, shown: Drawn) -> dict:
     accuracy = attribute_accuracy(shown.captions, probabilities, complete=True)
     people = torch.from_numpy(np.stack([identity_vector(each) for each in shown.people]))
     seen = torch.from_numpy(np.stack([visible_traits(each) for each in shown.captions]))
+    errors = (people - read).square()
+    errors = (people - read).square()
     explained = {}
     for column, trait in enumerate(TRAITS):
-        rows = seen[:, column]
-        wrong = (people[rows, column] - read[rows, column]).square().mean()
-        explained[trait] = round(1 - (wrong / people[rows, column].var()).item(), 3)
+        if seen[:, column].any():
+            explained[trait] = round(1 - errors[seen[:, column], column].mean().item(), 3)
     return {
         "accuracy": {group: round(share, 4) for group, share in accuracy.items()},
         "identity_rms": round(identity_error(people, read, shown.captions).mean().item(), 4),

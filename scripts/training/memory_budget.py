@@ -193,6 +193,7 @@ def fit_to_memory(settings: TrainSettings, budget: MemoryBudget, advice: str) ->
     if batch < requested:
         changes = f"batch size {requested} -> {batch}, gradient accumulation {samples // requested} -> {samples // batch}"
         print(f"{changes} (batch size {requested} needs about {needed(requested) / GIB:.1f} GiB; {figures})", flush=True)
+    print(f"memory: about {needed(batch) / GIB:.1f} GiB for batch size {batch}", flush=True)
     run = replace(settings.run, train_batch_size=batch, gradient_accumulation_steps=samples // batch)
     return replace(settings, run=run, model=replace(settings.model, gradient_checkpointing=checkpointing))
 

@@ -20,7 +20,7 @@ from training.data.examples import Example
 from training.engine import choose_engine
 from training.initial_lora import initial_digest, matching_layers
 from training.job import with_class_of_prior
-from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
+from training.memory_budget import fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
 from training.method.layers import adapted_layers, weight_shapes
 from training.method.optimizers import require_usable
 from training.models.base_model import (
@@ -131,20 +131,12 @@ def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettin
     settings, prior = with_class_of_prior(settings, plan, trigger)
     samples, _ = plan_samples(settings, trigger, plan, budget, base, {})
     announcement = "\n".join([plan.announcement(), *prior, *([samples.announcement] if samples else [])])
-    if precision.device.type != "cuda":
-        return announcement
-    return f"{announcement}\n{describe_memory(settings, budget)}"
-
-
-def describe_memory(settings: TrainSettings, budget: MemoryBudget) -> str:
-    """How much GPU memory a run would take as things are now, or why it would be refused: other programs may still end."""
-    try:
-        settings = fit_to_memory(settings, budget, "")
-    except ResourceError as error:
-        return f"GPU memory: a run would be refused now: {error}"
-    batch, checkpointing = settings.run.train_batch_size, bool(settings.model.gradient_checkpointing)
-    needed = budget.needed(batch, checkpointing=checkpointing) / GIB
-    return f"GPU memory: about {needed:.1f} GiB (batch size {batch}, gradient checkpointing {'on' if checkpointing else 'off'})"
+    if precision.device.type == "cuda":
+        try:
+            fit_to_memory(settings, budget, "")
+        except ResourceError as error:  # other programs may still end
+            return f"{announcement}\na run would be refused now: {error}"
+    return announcement
 
 
 def check_processor() -> str:

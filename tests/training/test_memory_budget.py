@@ -46,7 +46,10 @@ def decided(settings: TrainSettings, available_gib: int) -> tuple[int, int, bool
 
 def test_batch_becomes_what_fits_and_accumulation_makes_up_for_it(capsys):
     assert decided(with_run(4), 42) == (4, 1, False)
-    assert capsys.readouterr().out == "gradient checkpointing: off (26.0 GiB needed without it, 26.0 GiB free)\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "gradient checkpointing: off (26.0 GiB needed without it, 26.0 GiB free)",
+        "memory: about 26.0 GiB for batch size 4",
+    ]
     assert decided(with_run(4), 41) == (4, 1, True)
     capsys.readouterr()
     assert decided(with_run(6), 31) == (3, 2, True)
@@ -54,6 +57,7 @@ def test_batch_becomes_what_fits_and_accumulation_makes_up_for_it(capsys):
         "gradient checkpointing: on (34.0 GiB needed without it, 15.0 GiB free)\n"
         "batch size 6 -> 3, gradient accumulation 1 -> 2 "
         "(batch size 6 needs about 16.0 GiB; 31.0 GiB are available, of which 16.0 are reserved)\n"
+        "memory: about 13.0 GiB for batch size 3\n"
     )
     assert decided(with_run(5, 3), 30) == (3, 5, True)
     assert decided(with_run(4, checkpointing=False), 31) == (1, 4, False)

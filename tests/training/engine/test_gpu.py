@@ -16,7 +16,7 @@ from demo import tiny_sdxl
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
 from training.engine import prepare_unet
-from training.engine.fast.ops import add_layer_norm, dequantized, geglu, group_norm, lora_gradients
+from training.engine.fast.ops import add_layer_norm, dequantized, geglu, group_norm
 from training.engine.step import TrainStep
 from training.method import diffusion
 from training.method.adapters import ADAPTER, Adapter, inject
@@ -436,23 +436,6 @@ def test_weights_in_8_bits_are_multiplied_out(shape):
     codes, scales = rowwise_int8(weight)
     assert torch.equal(dequantized(codes, scales), codes * scales)
     assert dequantized(codes, scales).stride() == weight.stride()
-
-
-@pytest.mark.parametrize(
-    ("n", "out", "rank", "width", "rows"), [(1, 640, 32, 1280, 4096), (3, 192, 8, 200, 1000), (1, 64, 100, 72, 7)]
-)
-def test_both_gradients_of_a_lora_by_one_kernel(n, out, rank, width, rows):
-    wide = torch.randn(rows, n * out + n * rank, device="cuda").bfloat16()
-    dy, g = wide[:, : n * out], wide[:, n * out :]
-    h, x = (torch.randn(rows, columns, device="cuda").bfloat16() for columns in (n * rank, width))
-    first, second = torch.randn(n, out, rank, device="cuda"), torch.randn(n * rank, width, device="cuda")
-    by_layer = [each.double().view(rows, n, -1).transpose(0, 1) for each in (dy, h)]
-    expected = first + 0.5 * by_layer[0].mT @ by_layer[1], second + g.double().T @ x.double()
-    found = [(first.clone(), second.clone()) for _ in range(2)]
-    assert all(lora_gradients(dy, h, x, g, *gradients, 0.5) for gradients in found)
-    for ours, again, exact in zip(*found, expected, strict=True):
-        assert torch.equal(ours, again)
-        assert (ours - exact).norm() < 1e-5 * exact.norm()
 
 
 def randomised(norm: torch.nn.Module) -> torch.nn.Module:
