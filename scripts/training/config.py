@@ -51,8 +51,6 @@ class DataSettings(SharedDataSettings):
     """Half of the samples see the mirror image."""
     mask_weight: float = setting(0.1, at_least=0, at_most=1, role="result", before=0.1)
     """Of the areas outside an image's mask in the loss."""
-    alpha: Literal["white", "mask"] = setting("white", role="result", before="white")
-    """"mask": the transparency of an image without a mask is its mask."""
 
     def validate(self) -> Iterator[str]:
         if any(each % self.bucket_step for each in self.resolutions) or self.bucket_step % 8:

@@ -6,7 +6,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from training.data.buckets import Bucket
-from training.data.cache import CachedExample, read_latents, read_text
+from training.data.cache_files import CachedExample, read_latents, read_text
 from training.data.captions import conditioning
 from training.job import TrainingJob
 from training.method.prediction_type import measure_prediction_type, measure_zero_terminal_snr

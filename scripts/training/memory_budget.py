@@ -8,7 +8,7 @@ from functools import partial
 from common.errors import ResourceError
 from training.config import TrainSettings
 from training.data.batches import PRIOR_EVERY
-from training.data.dataset import Example
+from training.data.examples import Example
 from training.engine import EngineName
 from training.method.adapters import KEPT_BYTES_PER_WEIGHT
 from training.method.layers import adapted_layers, count_weights, network_of, shapes_of_base

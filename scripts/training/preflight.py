@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from common.dataset_layout import DatasetFolder, select_images
+from common.dataset_layout import DatasetFolder, find_regularization_images, select_images
 from common.dataset_table import dataset_table
 from common.errors import ResourceError, run_checks
 from common.output_layout import OutputLayout, check_disk_space
@@ -15,7 +15,8 @@ from common.settings import IN_CONTAINER
 from training.callbacks.checkpoint import newest
 from training.callbacks.sample_plan import plan_samples
 from training.config import TrainSettings
-from training.data.dataset import Example, read_images, require_all_images
+from training.data.dataset import read_images, require_all_images
+from training.data.examples import Example
 from training.engine import choose_engine
 from training.initial_lora import initial_digest, matching_layers
 from training.job import with_class_of_prior
@@ -78,14 +79,16 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
         return f"LoRA: {len(layers)} layers" if bases else "LoRA: the layers are checked when there is a base model"
 
     def check_run() -> str:
+        dataset = DatasetFolder(project.dataset_dir)
+        files = select_images(dataset), find_regularization_images(dataset)
         if inputs_pending:
-            images = select_images(DatasetFolder(project.dataset_dir)).images
+            images = files[0].images
             without = sum(not image.has_caption for image in images)
             if without or not images:
                 return f"images: {len(images)} so far, {without} without a caption; the run is planned when all are there"
         else:
-            print(dataset_table(DatasetFolder(project.dataset_dir), project.trigger_word), flush=True)
-        examples, left_out = read_images(project, settings.data)
+            print(dataset_table(dataset, *files, project.trigger_word), flush=True)
+        examples, left_out = read_images(project, settings.data, files)
         unusable.append(left_out)
         if not found:
             return f"images: {len(examples)} with captions in {project.dataset_dir}"

@@ -27,7 +27,8 @@ from training.callbacks.sample_record import SampleRecord
 from training.callbacks.samples import SampleImages, texts_of
 from training.callbacks.validation import Validator
 from training.data.batches import Batch, BatchReader
-from training.data.cache import CacheBuilder, CachedExample
+from training.data.cache import CacheBuilder
+from training.data.cache_files import CachedExample
 from training.engine import prepare_unet, recompute_text_encoders, warm_up
 from training.engine.step import StepResult, TrainStep
 from training.initial_lora import load_initial
@@ -372,7 +373,7 @@ def writing_callbacks(
         open_metrics(settings.logging, outputs.name, outputs.metrics, outputs.logs, schedule.start.next_step) as metrics,
         ImageLosses(*files, names, reader.indices, schedule.saves_lora_between, schedule.start.next_step) as losses,
         CheckpointWriter(outputs.state, job.identity, settings.saving.keep_last_states, *state) as checkpoints,
-        report_page(job.project, schedule.saves_lora_between) as page,
+        report_page(job.project, settings.data, schedule.saves_lora_between) as page,
     ):
         yield [metrics, losses, LoraSaver(job, adapter.modules, schedule), checkpoints, page]
 

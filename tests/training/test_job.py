@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -18,16 +19,17 @@ from training.job import TrainingJob, resolve_job, with_class_of_prior
 from training.lora_metadata import lora_metadata, network_of, thumbnail
 from training.plan import short_hash
 from training.system.process_group import ProcessGroup
+from training.trainer import prepare_outputs
 
 
-def job_of(stage, prediction_type: str = "auto") -> TrainingJob:
+def job_of(stage, prediction_type: str = "auto", **data: object) -> TrainingJob:
     """Four epochs of three images of one size."""
     for number, caption in enumerate(("sks, smile, tree", "sks, smile", "sks, año")):
         stage.add("astronaut", f"{number}.png", caption)
     project = ProjectSettings("sks", stage.dataset, stage.output, stage.models)
     settings = TrainSettings(
         model=ModelSettings(base_model=str(stage.base), prediction_type=prediction_type),
-        data=DataSettings(resolution=64),
+        data=DataSettings(resolution=64, **data),
         lora=LoraSettings(lora_rank=2, lora_alpha=1.0),
         run=RunSettings(train_batch_size=2, num_train_epochs=4),
     )
@@ -156,3 +158,14 @@ def test_a_thumbnail_is_a_small_jpeg_in_the_text(tmp_path):
     assert kind == "data:image/jpeg;base64"
     with Image.open(io.BytesIO(base64.b64decode(content))) as image:
         assert (image.format, image.size) == ("JPEG", (256, 128))
+
+
+def test_regularization_that_is_off_is_off_in_the_resolved_file(stage, capsys):
+    (stage.dataset / "regularization" / "1_woman").mkdir(parents=True)
+    stage.add("coffee", "../regularization/1_woman/a.png", None)
+    job = job_of(stage, prior_weight=0.0)
+    prepare_outputs(job)
+    assert tomllib.loads(job.outputs.resolved_config.read_text())["train"]["data"]["prior_weight"] == 0
+    assert job.plan.regularization == []
+    assert not any(step.regularization for step in job.plan.order)
+    assert "regularization: off (PRIOR_WEIGHT=0); 1 images" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from common.errors import ResourceError
 from common.settings import PRESETS
 from demo import tiny_sdxl
 from training.config import LoraSettings, TrainSettings
-from training.data.dataset import Example
+from training.data.examples import Example
 from training.memory_budget import (
     MemoryBudget,
     fit_to_memory,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from training.callbacks.sample_plan import TILE_PX
 from training.callbacks.sample_prompts import SamplePrompt
-from training.data.cache import read_text
+from training.data.cache_files import read_text
 from training.data.captions import conditioning
 from training.engine.step import CudaGraphs, TrainStep
 from training.models.sdxl import Schedule

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from training.data.buckets import OptimizerStep
-from training.data.cache import CachedExample, read_cached_mask, read_latents, read_text
+from training.data.cache_files import CachedExample, read_cached_mask, read_latents, read_text
 from training.system.process_group import ProcessGroup
 
 PRIOR_EVERY = 5

@@ -1,57 +1,37 @@
-"""Latents and text embeddings, computed once: keyed by content, written atomically, read back sample by sample.
-
-A file holds one image, or one caption with its variants, so that it never depends on what else was encoded in the same run. Its
-key covers everything that the value depends on: a changed image, crop, caption or encoder is another key.
-"""
+"""Latents, masks and text embeddings, computed once: what the cache lacks is encoded, and the encoders are freed."""
 
 import contextlib
 import gc
-import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from common.background import in_background, prefetch
 from common.captions import has_trigger, replace_trigger
 from common.clip_tokens import CHUNK_TOKENS
-from common.errors import ModelError, ResourceError
+from common.errors import ModelError
 from common.images import open_rgb, read_mask
 from common.progress import ProgressBar
+from common.triggers import contains, pieces_of
 from training.config import DataSettings
 from training.data.buckets import Placement
-from training.data.captions import caption_variants, chunks_needed, encode_captions, text_beyond, tokens_of
-from training.data.dataset import Example
+from training.data.cache_files import CachedExample, entry, is_valid_entry, write_entry
+from training.data.captions import beginning, caption_variants, chunks_needed, encode_captions, text_beyond, tokens_of
+from training.data.examples import Example
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
 from training.models.sdxl import TEXT_ENCODERS, BaseModel
-from training.models.weights import load_text_encoders, load_tokenizers, load_vae, require_finite_weights, write_tensors
+from training.models.weights import load_text_encoders, load_tokenizers, load_vae, require_finite_weights
 from training.system.process_group import ProcessGroup
-
-FORMAT = 2
-"""Part of every key; to be raised when the encoding changes."""
-
-TENSORS = {
-    "latents": {"mean", "log_variance"},
-    "masks": {"mask"},
-    "text": {"hidden", "pooled"},
-    "tokens": {"tokens"},
-}
-"""Names of the tensors in a file, by its folder."""
 
 _MAX_SHOWN = 60
 """Characters of a caption that a message repeats."""
-
-CHECKSUM = "crc32"
-"""Name of the checksum in a file's metadata."""
 
 LATENT_PX = 8
 """Pixels of an image's side for one of its latents."""
@@ -64,69 +44,6 @@ class NotFiniteError(ModelError):
     """An encoder of the base model returns NaN or infinity."""
 
 
-@dataclass(frozen=True)
-class CachedExample:
-    """The files of an example in the cache."""
-
-    name: str
-    placement: Placement
-    latents: Path
-    text: Path
-    """The embeddings of its caption, or the tokens if captions are encoded in each step."""
-    variants: int
-    """How many variants of the caption `text` holds."""
-    empty_caption: Path
-    """What replaces the caption where it is dropped."""
-    mask: Path | None = None
-    """The mask in the size of the latents; None: all of the image counts."""
-    mask_weight: float = 1.0
-    """Weight of what is outside the mask."""
-    mirrored: "CachedExample | None" = None
-    """Its mirror image, if that is trained on as well."""
-    class_variants: frozenset[int] = frozenset()
-    """The variants that have the trigger word."""
-    class_text: Path | None = None
-    """The same variants with the word for the kind of subject instead of the trigger word, if the run needs them."""
-
-
-def read_latents(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log-variance [C, h, w] of the VAE's posterior, fp32."""
-    with _open_entry(path) as file:
-        return file.get_tensor("mean"), file.get_tensor("log_variance")
-
-
-def read_cached_mask(path: Path) -> torch.Tensor:
-    """[1, h, w] fp32 in 0 .. 1: which share of each latent the mask holds."""
-    with _open_entry(path) as file:
-        return file.get_tensor("mask")
-
-
-def read_text(path: Path, variant: int) -> dict[str, torch.Tensor]:
-    """One variant of a caption: `hidden` states [tokens, D] and `pooled` embedding [P], or, if it is still to be encoded, `tokens`
-    [2, chunks, 77]."""
-    with _open_entry(path) as file:
-        return {name: file.get_slice(name)[variant] for name in sorted(file.keys())}
-
-
-@contextlib.contextmanager
-def _open_entry(path: Path) -> Iterator[safe_open]:
-    """Open a file of the cache. Raises ResourceError if it was removed or overwritten since the start of the run."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise ResourceError(
-            f"{path} cannot be read any more ({error}): run the same command again; what is missing in the cache is encoded again, "
-            "and training resumes from the last checkpoint"
-        ) from None
-
-
-def entry(folder: Path, kind: Literal["latents", "masks", "text", "tokens"], *parts: str) -> Path:
-    """The file in the cache `folder` for what depends on these `parts` alone."""
-    key = hashlib.sha256("\0".join((str(FORMAT), *parts)).encode()).hexdigest()
-    return folder / kind / f"{key}.safetensors"
-
-
 def _with_trigger(variants: Sequence[str], trigger: str) -> frozenset[int]:
     """The numbers of the variants that have the trigger word, if there is one."""
     return frozenset(number for number, text in enumerate(variants) if trigger and has_trigger(text, trigger))
@@ -135,36 +52,6 @@ def _with_trigger(variants: Sequence[str], trigger: str) -> frozenset[int]:
 def _side(example: Example) -> str:
     """The part of a key that tells an image and its mirror image apart."""
     return " mirrored" if example.is_mirrored else ""
-
-
-def is_valid_entry(path: Path) -> bool:
-    """Whether the file exists, holds the tensors that belong in its folder, and has the checksum that is written in it.
-
-    Files of 1.0 have no checksum and are trusted if they have the size that their header describes.
-    """
-    if not path.is_file():
-        return False
-    try:
-        with safe_open(path, framework="pt") as file:
-            if set(file.keys()) != TENSORS[path.parent.name]:
-                return False
-            expected = (file.metadata() or {}).get(CHECKSUM)
-            return expected is None or expected == _checksum({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except SafetensorError:
-        return False
-
-
-def write_entry(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write contiguous `tensors` on the CPU, with their checksum in the file's metadata."""
-    write_tensors(path, tensors, {CHECKSUM: _checksum(tensors)})
-
-
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    """CRC-32 of the bytes of all tensors in the order of their names: fast, and it finds what a disk or a copy does to a file."""
-    total = 0
-    for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].view(torch.uint8).numpy(), total)
-    return f"{total:08x}"
 
 
 @dataclass(frozen=True)
@@ -209,7 +96,10 @@ class CacheBuilder:
             for caption in example.captions:
                 if cut := text_beyond(chunks, caption, tokenizers):
                     which = f"its caption is longer than {CHUNK_TOKENS * chunks} tokens"
-                    print(f"{example.name}: {which}; training does not see: {cut}")
+                    seen = pieces_of(beginning(chunks, caption, tokenizers))
+                    is_lost = not contains(seen, pieces_of(example.trigger))
+                    lost = f" (the trigger word {example.trigger!r} is not in what it sees; put it first)" if is_lost else ""
+                    print(f"{example.name}: {which}; training does not see: {cut}{lost}")
 
         prompt_chunks = chunks_needed(list(prompts), tokenizers, settings.caption_chunks)
 

@@ -79,6 +79,11 @@ def text_beyond(chunks: int, text: str, tokenizers: "tuple[CLIPTokenizer, CLIPTo
     return tokenizer.decode(token_ids(text, tokenizer)[chunks * CHUNK_TOKENS :]).strip()
 
 
+def beginning(chunks: int, text: str, tokenizers: "tuple[CLIPTokenizer, CLIPTokenizer]") -> str:
+    """What `text_beyond` leaves."""
+    return tokenizers[0].decode(token_ids(text, tokenizers[0])[: chunks * CHUNK_TOKENS])
+
+
 def token_ids(text: str, tokenizer: "CLIPTokenizer") -> list[int]:
     """The tokens of `text` without start and end. Brackets are plain text, and so is `\\(`, ComfyUI's escaped bracket."""
     plain = text.replace("\\(", "(").replace("\\)", ")")

@@ -6,7 +6,7 @@ import pytest
 
 from training.callbacks.sample_plan import SamplePlan, plan_samples
 from training.config import DataSettings, RunSettings, SampleSettings, SavingSettings, TrainSettings
-from training.data.dataset import Example
+from training.data.examples import Example
 from training.memory_budget import MemoryBudget
 from training.models.base_model import find_base
 from training.models.sdxl import Schedule

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from training.data.batches import Batch, BatchReader, draw
 from training.data.buckets import assign_bucket, run_order
-from training.data.cache import CachedExample, read_latents, read_text
+from training.data.cache_files import CachedExample, read_latents, read_text
 from training.system.process_group import ProcessGroup
 from training.system.processes import RankInfo
 

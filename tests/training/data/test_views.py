@@ -12,8 +12,9 @@ from training.callbacks.validation import Validator
 from training.config import TrainSettings
 from training.data.batches import BatchReader, is_mirrored
 from training.data.buckets import assign_bucket
-from training.data.cache import CacheBuilder, image_pixels, read_cached_mask, read_latents
-from training.data.dataset import read_examples
+from training.data.cache import CacheBuilder, image_pixels
+from training.data.cache_files import read_cached_mask, read_latents
+from training.data.examples import read_examples
 from training.models.base_model import find_base
 from training.models.sdxl import Schedule
 from training.plan import make_plan, placements_of

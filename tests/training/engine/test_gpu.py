@@ -380,6 +380,27 @@ def test_captured_steps_with_regularization_images_of_another_shape_are_the_eage
     assert torch.equal(captured, weights)
 
 
+def test_each_shape_of_micro_batches_is_one_graph_however_they_are_combined(base):
+    """Nine pairs of three shapes, each of which occurs once: after the first three steps nothing runs eagerly."""
+    shapes = [(32, 32), (24, 40), (16, 48)]
+    pairs = [(number, (number + shift) % 3) for shift in range(3) for number in range(3)]
+    runs = []
+    for captures in (True, False):
+        step, lora = stepper(base, captures=captures)
+        losses = []
+        for number, pair in enumerate(pairs):
+            batches = [batch_of(10 * number + place, 2, *shapes[shape]) for place, shape in enumerate(pair)]
+            losses.append(step(batches, RATE).loss)
+            if captures and number == 2:
+                assert step.graphs.captured == 3
+        runs.append((losses, lora.weights.detach().clone()))
+        if captures:
+            assert step.graphs.captured == 3
+    (captured_losses, captured), (losses, weights) = runs
+    assert captured_losses == losses
+    assert torch.equal(captured, weights)
+
+
 def in_fp16(batch: Batch) -> Batch:
     return Batch(**{name: each.half() if each.dtype == torch.bfloat16 else each for name, each in vars(batch).items()}).pinned()
 
