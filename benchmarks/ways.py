@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from benchmarks.step import random_batch
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import PRIOR_EVERY, Batch
-from training.engine import choose_engine, prepare_unet
+from training.engine import choose_engine, prepare_unet, recompute_text_encoders
 from training.engine.step import TrainStep
 from training.method.adapters import inject
 from training.method.diffusion import LossConfig, alphas_cumprod
@@ -23,7 +23,7 @@ from training.method.lora_l2 import l2_of_changes
 from training.method.optimizer_wrappers import make_optimizer
 from training.models.base_model import find_base
 from training.models.sdxl import Schedule
-from training.models.weights import load_unet
+from training.models.weights import TextEncoders, load_text_encoders, load_unet
 from training.system.device import choose_precision, release_memory
 
 STEPS = 20
@@ -57,6 +57,9 @@ WAYS = (
     Way("convolutions, rank 16", lora={"lora_conv_rank": 16}),
     Way("LoHa", lora={"lora_type": "loha", "lora_rank": 8}),
     Way("LoKr", lora={"lora_type": "lokr"}),
+    Way("dropout", lora={"lora_dropout": 0.1}),
+    Way("text encoders, 3 chunks", lora={"train_text_encoders": True}),
+    Way("text encoders, 3 chunks, checkpointing", lora={"train_text_encoders": True}, checkpointing=True),
     Way("one image", batch=1),
     Way("one image, checkpointing", batch=1, checkpointing=True),
     Way("one image, checkpointing, rank 16", lora={"lora_rank": 16}, batch=1, checkpointing=True),
@@ -87,31 +90,32 @@ def main() -> None:
     for way in WAYS:
         if way is not WAYS[0] and not re.search(options.only, way.name):
             continue
-        step, engine = prepared(copy.deepcopy(load(way.in_int8)).to(precision.device), way)
+        of_text = load_text_encoders(base, precision.device, precision.dtype) if way.lora.get("train_text_encoders") else None
+        step, engine = prepared(copy.deepcopy(load(way.in_int8)).to(precision.device), of_text, way)
         seconds = timed(step, batch_of(step.unet, way, options.latents), way)
         first = first or seconds
         reserved = torch.cuda.max_memory_reserved() / 2**30
         print(f"| {way.name} | {engine} | {1e3 * seconds:.1f} | {seconds / first:.3f} | {reserved:.1f} |", flush=True)
-        del step
+        del step, of_text
         release_memory()
         torch.cuda.reset_peak_memory_stats()
 
 
-def prepared(unet: UNet2DConditionModel, way: Way) -> tuple[TrainStep, str]:
+def prepared(unet: UNet2DConditionModel, text_encoders: TextEncoders | None, way: Way) -> tuple[TrainStep, str]:
     """The step of this way, and the engine that computes it."""
     settings, precision = LoraSettings(**way.lora), choose_precision("bf16")
-    lora = inject(unet, settings, seed=0)
+    lora = inject(unet, settings, 0, text_encoders or ())
     engine, _ = choose_engine("auto", settings)
     optimizer = make_optimizer(lora, OptimizerSettings(**way.optimizer))
     sync = prepare_unet(engine, unet, lora, precision.device, gradient_checkpointing=way.checkpointing)
+    if text_encoders and way.checkpointing:
+        recompute_text_encoders(text_encoders, lora)
     alphas = alphas_cumprod(Schedule()).to(precision.device, torch.float32)
     config = LossConfig("epsilon", alphas, min_snr_gamma=5.0, noise_offset=0.0357, latent_scaling=0.13025)
     add_gradient = l2_of_changes(lora, way.pull) if way.pull else None
     config = replace(config, **way.loss)
-    step = TrainStep(
-        unet, lora, optimizer, config, precision, max_grad_norm=1.0, add_gradient=add_gradient, sync_compute_weights=sync
-    )
-    return step, engine
+    how = {"text_encoders": text_encoders, "add_gradient": add_gradient, "sync_compute_weights": sync}
+    return TrainStep(unet, lora, optimizer, config, precision, max_grad_norm=1.0, **how), engine
 
 
 def batch_of(unet: UNet2DConditionModel, way: Way, latents: int) -> Batch:
@@ -120,6 +124,10 @@ def batch_of(unet: UNet2DConditionModel, way: Way, latents: int) -> Batch:
         rows = torch.arange(0, way.batch, PRIOR_EVERY)
         prior = {"prior_rows": rows, "prior_hidden": batch.hidden[rows], "prior_pooled": batch.pooled[rows]}
         batch = replace(batch, **prior, prior_weights=torch.full((len(rows),), 1 / way.batch))
+    if way.lora.get("train_text_encoders"):
+        tokens = torch.randint(1, 49000, (way.batch, 2, 3, 77))
+        tokens[..., -1] = 49407  # where the pooled embedding is read
+        batch = replace(batch, hidden=torch.empty(0), pooled=torch.empty(0), tokens=tokens)
     return batch.pinned()
 
 

@@ -305,7 +305,7 @@ def test_the_adapter_can_be_left_out_for_one_prediction(plain_unet, name, kind):
     optimizer = AdamW(lora.weights, OptimizerSettings())
     step = TrainStep(unet, lora, optimizer, config, Precision(torch.device("cpu"), torch.float32), 0.0, sync_compute_weights=sync)
     batch = batch_of([300])
-    inputs = batch.noise, batch.timesteps, batch.hidden, batch.pooled, batch.add_time_ids
+    inputs = batch.noise, batch.timesteps, batch.add_time_ids, batch.hidden, batch.pooled
     step.sync_compute_weights()
     before = step.predict(*inputs).detach()
     conditions = {"text_embeds": batch.pooled, "time_ids": batch.add_time_ids}
