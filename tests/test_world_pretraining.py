@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from benchmarks.world.dataset import CaptionTokens
 from benchmarks.world.learning import Rates
-from benchmarks.world.people import ALL_TAGS, GROUPS, random_identity, random_shot, tags
+from benchmarks.world.people import ALL_TAGS, GROUPS, TRAITS, random_identity, random_shot, tags
 from benchmarks.world.pretrain import NETWORKS, TINY_WORLD, Length, continue_from, join, merges_of, pretrain, write_parts
-from benchmarks.world.reader import Reader, attribute_accuracy, built, spoiled, tag_targets, train_reader
+from benchmarks.world.reader import Reader, attribute_accuracy, built, identity_error, spoiled, tag_targets, train_reader
 from demo import tiny_sdxl
 from training.models.base_model import find_base
 from training.models.sdxl import WEIGHT_STEMS
@@ -122,13 +122,23 @@ def test_a_reader_learns_the_images_it_is_shown():
 
 def test_a_saved_reader_gives_the_same_answers(tmp_path):
     torch.manual_seed(0)
-    reader = Reader(built(64, (8, 8, 16, 32)), 64, CPU)
+    reader = Reader(built(64, (8, 8, 16, 32)), 64, CPU, ["skin", "jaw"])
     images = torch.rand(3, 3, 64, 64)
     reader.save(tmp_path)
     loaded = Reader.load(tmp_path, CPU)
+    assert loaded.readable == ("skin", "jaw")
     assert torch.allclose(reader.tags(images), loaded.tags(images), atol=1e-3)
     assert torch.allclose(reader.identity(images), loaded.identity(images), atol=1e-2)
     assert torch.allclose(loaded.tags((images * 255).round().byte()), loaded.tags(images), atol=2e-2)
+
+
+def test_distances_count_the_traits_that_are_visible_and_readable():
+    people = torch.zeros(2, len(TRAITS))
+    read = people.clone()
+    read[:, TRAITS.index("skin")], read[:, TRAITS.index("jaw")], read[:, TRAITS.index("mole")] = 3.0, 4.0, 100.0
+    captions = [["portrait"], ["full body"]]  # of a full body, the jaw is too small to be seen
+    assert identity_error(people, read, captions, ["skin", "jaw"]).tolist() == pytest.approx([12.5**0.5, 3.0])
+    assert identity_error(people, read, captions)[0] > 20
 
 
 def test_features_end_in_the_answers():

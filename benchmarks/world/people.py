@@ -126,10 +126,10 @@ def random_shot(generator: np.random.Generator, **fixed: str | float) -> Shot:
 
 SIMPLE = {
     "clothes": ("shirt",),
-    "colour": ("red", "blue", "green", "yellow"),
-    "expression": ("smile", "open mouth", "expressionless"),
+    "colour": ("red", "blue", "yellow"),
+    "expression": ("smile", "open mouth"),
     "pose": ("arms at sides",),
-    "background": ("white background", "grey background", "field", "beach"),
+    "background": ("white background", "field", "beach"),
     "light": ("day",),
     "framing": ("portrait",),
     "gaze": ("looking at viewer",),

@@ -24,7 +24,9 @@ _FILE = "reader.safetensors"
 class Reader:
     """The trained network with its questions. Images are [N, 3, side, side], values 0 .. 1 or uint8."""
 
-    def __init__(self, network: nn.Module, side: int, device: torch.device):
+    def __init__(self, network: nn.Module, side: int, device: torch.device, readable: Sequence[str] = TRAITS):
+        self.readable = tuple(readable)
+        """Traits that the VAE of the world keeps; others cannot be read from samples."""
         self.network = network.to(device).eval().requires_grad_(False)
         self.side = side
         self.device = device
@@ -54,16 +56,17 @@ class Reader:
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.half().cpu().contiguous() for name, value in self.network.state_dict().items()}
         widths = [layer.out_channels for layer in self.network if isinstance(layer, nn.Conv2d)][: len(WIDTHS)]
-        save_file(weights, folder / _FILE, metadata={"side": str(self.side), "widths": json.dumps(widths)})
+        metadata = {"side": str(self.side), "widths": json.dumps(widths), "readable": json.dumps(self.readable)}
+        save_file(weights, folder / _FILE, metadata=metadata)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> "Reader":
         with safe_open(folder / _FILE, "pt") as file:
-            side, widths = int(file.metadata()["side"]), json.loads(file.metadata()["widths"])
+            described = {name: json.loads(value) for name, value in file.metadata().items()}
             weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        network = built(side, widths)
+        network = built(described["side"], described["widths"])
         network.load_state_dict(weights)
-        return cls(network, side, torch.device(device))
+        return cls(network, described["side"], torch.device(device), described.get("readable", TRAITS))
 
 
 def normalized(images: torch.Tensor) -> torch.Tensor:
@@ -198,7 +201,10 @@ def _absence_tells(group: str, tags: set[str]) -> bool:
     return group in {"blunt bangs", "dark skin", *MARKS} and group not in hidden
 
 
-def identity_error(identities: torch.Tensor, read: torch.Tensor, captions: Sequence[Iterable[str]]) -> torch.Tensor:
-    """[N]: the root mean square distance over the traits that can be seen in images with these tags."""
-    seen = torch.from_numpy(np.stack([visible_traits(each) for each in captions])).float()
-    return (((identities - read) ** 2 * seen).sum(1) / seen.sum(1)).sqrt()
+def identity_error(
+    identities: torch.Tensor, read: torch.Tensor, captions: Sequence[Iterable[str]], readable: Sequence[str] = TRAITS
+) -> torch.Tensor:
+    """[N]: the root mean square distance over the `readable` traits that can be seen in images with these tags."""
+    counted = np.isin(TRAITS, list(readable))
+    seen = torch.from_numpy(np.stack([visible_traits(each) & counted for each in captions])).float()
+    return (((identities - read) ** 2 * seen).sum(1) / seen.sum(1).clamp(min=1)).sqrt()

@@ -23,15 +23,15 @@ def judge_reader(reader: Reader, unseen: Drawn) -> dict:
     return {"drawings": _figures(reader, unseen.images, unseen)}
 
 
-def judge_vae(vae: AutoencoderKL, unseen: Drawn, reader_folder: Path, device: torch.device) -> dict:
+def judge_vae(vae: AutoencoderKL, unseen: Drawn, reader: Reader | None, device: torch.device) -> dict:
     """What survives in reconstructions, and the error of pixels (0 .. 1)."""
     wanted = unseen.images.float() / 255
     with torch.no_grad():
         answers = [vae.decode(vae.encode(part.to(device) * 2 - 1).latent_dist.mean)[0].cpu() for part in wanted.split(BATCH)]
     restored = (torch.cat(answers) / 2 + 0.5).clamp(0, 1)
     figures = {"error": round((restored - wanted).abs().mean().item(), 5)}
-    if reader_folder.is_dir():
-        figures["reconstructions"] = _figures(Reader.load(reader_folder, device), restored, unseen)
+    if reader:
+        figures["reconstructions"] = _figures(reader, restored, unseen)
     return figures
 
 
@@ -105,6 +105,6 @@ def _figures(reader: Reader, images: torch.Tensor, shown: Drawn) -> dict:
             explained[trait] = round(1 - errors[seen[:, column], column].mean().item(), 3)
     return {
         "accuracy": {group: round(share, 4) for group, share in accuracy.items()},
-        "identity_rms": round(identity_error(people, read, shown.captions).mean().item(), 4),
+        "identity_rms": round(identity_error(people, read, shown.captions, reader.readable).mean().item(), 4),
         "explained": explained,
     }
