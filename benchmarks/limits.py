@@ -1,7 +1,7 @@
 """`python -m benchmarks.limits`: what becomes of a run on cards of 6 to 24 GB, tried on a larger card. Needs CUDA.
 
 Another process holds the rest of the card's memory: the run finds as much free as on the small card. It trains, saves and renders
-samples, or is refused. The prediction is that of `--check`, the peak what nvidia-smi sees of the run.
+samples, or is refused. The prediction is what the run (and `--check`) says before it loads anything, the peak what nvidia-smi sees.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from pathlib import Path
 from benchmarks.train import Job, attempt, build, machine, peak_of_gpu_memory
 
 LIMITS_GB = (6, 8, 10, 12, 16, 24)
-WAYS = {"defaults": {"gradient_checkpointing": "auto"}, "PRESET=8gb": {"gradient_checkpointing": "", "preset": "8gb"}}
+DEFAULTS = {"gradient_checkpointing": "auto"}
+SMALL_CARD = {"gradient_checkpointing": "", "preset": "8gb"}
 """Settings; empty means as in the preset."""
 _HOLD = """
 import sys, torch
@@ -30,22 +31,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.limits", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/loracat-benchmark"), help="working folder (15 GB)")
     parser.add_argument("--gb", type=float, nargs="*", default=LIMITS_GB, help="sizes of cards in 10^9 bytes")
+    parser.add_argument("--only", default="", help="regular expression: only settings with such names")
     options = parser.parse_args()
     build(options.folder)
     print(machine(), "", "| card, GB | settings | exit code | predicted, GiB | peak, GiB | samples | last line |", sep="\n")
     print("|---|---|---|---|---|---|---|", flush=True)
     for limit in options.gb:
-        for name, settings in WAYS.items():
-            with card_of(limit):
-                print(tried(options.folder, limit, name, settings), flush=True)
+        for name, settings in (("defaults", DEFAULTS), ("PRESET=8gb", SMALL_CARD)):
+            if re.search(options.only, name):
+                with card_of(limit):
+                    print(tried(options.folder, limit, name, settings), flush=True)
 
 
 def tried(folder: Path, limit: float, name: str, settings: dict[str, object]) -> str:
     """One row of the table."""
     job = Job(f"{limit:g} GB, {name}", "one", 2, {"samples": "true", "sample_steps": 4} | settings)
-    predicted = re.search(r"GPU memory: about ([\d.]+)", attempt(folder, job, "--check")[2])
     with peak_of_gpu_memory() as peak:
         code, _, log = attempt(folder, job)
+    predicted = re.search(r"memory: about ([\d.]+)", log)
     samples = len(list((folder / "output" / "samples").rglob("*.png")))
     last = log.splitlines()[-1].partition("s  ")[2]
     return f"| {limit:g} | {name} | {code} | {predicted[1] if predicted else ''} | {peak[0] / 1024:.2f} | {samples} | {last} |"

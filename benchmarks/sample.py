@@ -46,7 +46,7 @@ def main() -> None:
 
             @torch.no_grad()
             def unet(alone: CudaGraphs = alone, pair=pair) -> None:
-                alone(pair.noise, pair.timesteps, pair.hidden, pair.pooled, pair.add_time_ids)
+                alone(pair.noise, pair.timesteps, pair.add_time_ids, pair.hidden, pair.pooled)
 
             latents = torch.randn(1, config.in_channels, side // 8, side // 8, device=step.precision.device)
             vae.to(step.precision.device)

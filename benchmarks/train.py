@@ -69,7 +69,7 @@ def main() -> None:
             run(options.folder, Job("compile the kernels", "one", 1, JOB_SETTINGS))
         print(whole_job(options.folder, SECOND_JOB), flush=True)
     print(TABLE_HEADER, flush=True)
-    for name, images, batch, settings in (*MEASUREMENTS, *(WAYS if options.only else ())):
+    for name, images, batch, settings in MEASUREMENTS:
         if selected.search(name):
             print(measure(options.folder, name, images, batch, settings, rate, imports), flush=True)
     if selected.search("inside a step"):
@@ -93,17 +93,6 @@ MEASUREMENTS = (
     ("batch 4, six buckets", "six", 4, {}),
 )
 """Name, images, batch size, further settings. Gradient checkpointing is off unless stated otherwise."""
-WAYS = (
-    ("batch 4, prodigy", "one", 4, {"optimizer": "prodigy", "learning_rate": 1}),
-    ("batch 4, schedulefree", "one", 4, {"optimizer": "schedulefree"}),
-    ("batch 4, adafactor", "one", 4, {"optimizer": "adafactor"}),
-    ("batch 4, LoRA+", "one", 4, {"loraplus_ratio": 16}),
-    ("batch 4, average", "one", 4, {"ema_decay": 0.999}),
-    ("batch 4, prior", "one", 4, {"prior_preservation": 1}),
-    ("batch 4, pull", "one", 4, {"lora_l2": 1e-4}),
-    ("batch 4, huber_snr, debiased", "one", 4, {"loss": "huber_snr", "loss_weighting": "debiased", "timestep_shift": 3}),
-)
-"""The same for other ways of training, which are measured on request (`--only`) to compare their steps with "batch 4"."""
 
 
 def build(folder: Path) -> None:

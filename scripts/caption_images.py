@@ -85,7 +85,8 @@ def main(argv: list[str]) -> None:
         print(f"{request.overridden()}\n{notes}{len(images)} images in {folder.images}{triggers}", flush=True)
         own = {image.folder.path: image.folder.trigger for image in images if image.folder.trigger}
         captions = CaptionFiles(folder, project.trigger_word, own, per_line=train.data.caption_per_line)
-        caption(images, captions, folder, project, settings, train, face_references(request.settings.collect.face_reference))
+        references = face_references(request.settings.collect.face_reference)
+        caption(images, selection.found, captions, folder, project, settings, train, references)
 
 
 def resolve(settings: CaptionSettings) -> CaptionSettings:
@@ -115,6 +116,7 @@ def undo(captions: CaptionFiles) -> None:
 
 def caption(
     images: list[ImageFile],
+    found: list[ImageFile],
     captions: CaptionFiles,
     folder: DatasetFolder,
     project: ProjectSettings,
@@ -122,10 +124,11 @@ def caption(
     train: SharedTrainSettings,
     references: Sequence[Path],
 ) -> None:
-    """Check every image, caption it or keep its caption, and print what the captions of the data set contain."""
+    """Check every image, caption it or keep its caption, and print what the captions of the data set contain. `found`: the images
+    and those that are excluded."""
     counts, concepts = CaptionCounts(), group_by_trigger(images, captions)
     indexed = index_images(folder, images, decode_workers())
-    audit = audit_images(folder, images, indexed, train.data.resolutions[-1])
+    audit = audit_images(folder, images, indexed, train.data.resolutions[-1], found)
     write_audit(audit, folder)
     print(report.new_formats(images, folder) + report.audit_table(audit, folder.audit), flush=True)
     to_generate, to_copy, to_keep = classify_captions(images, captions, settings.caption_overwrite, counts)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from common.errors import SettingsError, exit_on_signals, run_main, stop_on_signals
+from common.errors import ResourceError, SettingsError, as_loracat_error, exit_on_signals, run_main, stop_on_signals
 from common.settings import VERSION
 
 TOOL = "lora_tool"
@@ -29,6 +29,17 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str]) -> None:
     stop_on_signals()
     given = parse(argv)
+    try:
+        run(given)
+    except OSError as error:
+        if as_loracat_error(error):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        raise ResourceError(f"{place}{error.strerror or error}: run the command again when the disk can be used") from None
+
+
+def run(given: argparse.Namespace) -> None:
+    """Run the command."""
     with exit_on_signals(TOOL):
         import torch
 

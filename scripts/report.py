@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from common.dataset_layout import DatasetFolder
 from common.errors import run_main, stop_on_signals
 from common.output_layout import OutputLayout
-from common.project import ProjectSettings
+from common.project import ProjectSettings, SharedTrainSettings
 from common.settings import IN_CONTAINER, REPOSITORY, read_request
 from reporting.dataset import read_dataset
 from reporting.page import write_page
@@ -20,6 +20,7 @@ class Tables:
     """What this stage reads of the settings."""
 
     project: ProjectSettings
+    train: SharedTrainSettings
 
 
 def main(argv: list[str]) -> None:
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> None:
     request = read_request(STAGE, __doc__, argv, Tables)
     project = request.settings.project
     page = OutputLayout(project.output_dir, "").report
-    dataset = read_dataset(DatasetFolder(project.dataset_dir), project.trigger_word)
+    dataset = read_dataset(DatasetFolder(project.dataset_dir), project.trigger_word, request.settings.train.data)
     run = read_run(project.output_dir, project.trigger_word)
     if request.check:
         print(f"report: {len(dataset.images)} images, {'a training run' if run else 'no training run yet'}; written to {page}")

@@ -13,7 +13,7 @@ import numpy as np
 
 from captioning.image_stats import HASH_SIDE, ImageStats, measure
 from common.background import prefetch
-from common.dataset_layout import CAPTION_SUFFIXES, DatasetFolder, ImageFile, find_images, name_in
+from common.dataset_layout import CAPTION_SUFFIXES, DatasetFolder, ImageFile, name_in, own_resolutions
 from common.files import read_cached_json, sha256_of, write_cached_json, write_json
 from common.images import BrokenImageError
 from common.progress import ProgressBar
@@ -29,6 +29,8 @@ NEARLY_BLACK, NEARLY_WHITE = 24, 240
 """Grey levels: 99 % of the pixels are darker than the first, or brighter than the second."""
 MAX_DUPLICATE_BITS = 32
 """Of 256: a copy in another size, format or brightness differs in 0 to 20 bits, other photographs in more than 90."""
+_COMPARED_AT_ONCE = 512
+"""Images that are compared with all others in one product of matrices; more would need more memory."""
 MIN_TINT, MIN_TINT_SHARE = 6.0, 0.7
 """A cast: a tint of this strength towards the common direction, in this share of the images. Of random sets of 19 different
 photographs none has it in more than 53 % of the images; under a planted light of (1.1, 1, 0.7), (0.6, 1, 1.3) or
@@ -136,24 +138,35 @@ class Audit:
     """Entries that look like images of the data set but do not belong to it -> what they are."""
     common: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
     """What most images have in common, and the LoRA would learn -> in how many, and a description."""
+    folders: dict[str, int] = dataclasses.field(default_factory=dict)
+    """See `own_resolutions`."""
 
 
-def audit_images(folder: DatasetFolder, images: Sequence[ImageFile], indexed: dict[Path, IndexedImage], resolution: int) -> Audit:
-    """The flaws of all `images`, with their measurements in `indexed`, for a training at `resolution` px."""
+def audit_images(
+    folder: DatasetFolder,
+    images: Sequence[ImageFile],
+    indexed: dict[Path, IndexedImage],
+    resolution: int,
+    found: Sequence[ImageFile] | None = None,
+) -> Audit:
+    """The flaws of all `images`, with their measurements in `indexed`, for a training at `resolution` px, or at the smallest of
+    their folder's own. `found`: these and those that are excluded."""
+    found = images if found is None else found
     entries = [indexed[image.path] for image in images]
     duplicates = find_near_duplicates(entries)
     flagged = {}
-    for entry in entries:
-        flaws = dict(_flaws_of(entry, resolution))
+    for image, entry in zip(images, entries, strict=True):
+        flaws = dict(_flaws_of(entry, min(image.folder.resolutions, default=resolution)))
         if entry.name in duplicates:
             flaws[DUPLICATE] = f"looks like {duplicates[entry.name]}"
         if flaws:
             flagged[entry.name] = flaws
-    ignored = unused_entries(folder.images)
-    orphans = _orphaned_captions(folder.images, find_images(folder.images), ignored)  # an excluded image may have a caption
+    ignored = unused_entries(folder.images, found)
+    orphans = _orphaned_captions(folder.images, found, ignored)  # an excluded image may have a caption
     digests = {entry.name: entry.sha256 for entry in entries if entry.name in flagged}
     common = dict(_common_flaws([entry.stats for entry in entries if entry.stats]))
-    return Audit(len(entries), resolution, flagged, digests, tuple(orphans), ignored, common)
+    own = own_resolutions(folder, found)
+    return Audit(len(entries), resolution, flagged, digests, tuple(orphans), ignored, common, own)
 
 
 def with_flaws(audit: Audit, kind: str, flaws: Mapping[str, str], indexed: Mapping[Path, IndexedImage]) -> Audit:
@@ -167,6 +180,7 @@ def write_audit(audit: Audit, folder: DatasetFolder) -> None:
     """Write `audit.json`."""
     content = {
         "resolution": audit.resolution,
+        **({"folders": audit.folders} if audit.folders else {}),
         "pictures": audit.images,
         "flagged": {name: {"sha256": audit.sha256[name], "flaws": flaws} for name, flaws in audit.flagged.items()},
         "captions_without_picture": list(audit.captions_without_image),
@@ -215,19 +229,20 @@ def _common_flaws(stats: Sequence[ImageStats]) -> Iterator[tuple[str, tuple[int,
 def find_near_duplicates(images: Sequence[IndexedImage]) -> dict[str, str]:
     """Name -> name of the better image that it looks like: the largest one of a group is kept, the first among equals."""
     readable = sorted((image for image in images if image.stats), key=lambda image: -image.stats.width * image.stats.height)
-    digits = HASH_SIDE * HASH_SIDE // 4
-    words = [[int(image.stats.hash.zfill(digits)[start : start + 16], 16) for start in range(0, digits, 16)] for image in readable]
-    columns = np.array(words, dtype=np.uint64).reshape(len(readable), digits // 16).T.copy()
+    bits = HASH_SIDE * HASH_SIDE
+    hashes = [bytes.fromhex(image.stats.hash.zfill(bits // 4)) for image in readable]
+    unpacked = np.unpackbits(np.frombuffer(b"".join(hashes), np.uint8)).reshape(len(readable), bits)
+    signs = unpacked.astype(np.float32) * 2 - 1  # the product of two is the number of equal bits less that of different ones
     originals: dict[str, str] = {}
-    for index, image in enumerate(readable):
-        if image.name in originals:
-            continue
-        similar, bits = np.arange(index + 1, len(readable)), 0
-        for column in columns:  # the first two words rule out nearly all images
-            bits = bits + np.bitwise_count(column[similar] ^ column[index])
-            similar, bits = similar[bits <= MAX_DUPLICATE_BITS], bits[bits <= MAX_DUPLICATE_BITS]
-        for other in similar:
-            originals.setdefault(readable[other].name, image.name)
+    with ProgressBar(len(readable), "comparing images", "images") as bar:
+        for start in range(0, len(readable), _COMPARED_AT_ONCE):
+            rows = slice(start, start + _COMPARED_AT_ONCE)
+            is_similar = np.triu(signs[rows] @ signs[start:].T >= bits - 2 * MAX_DUPLICATE_BITS, k=1)
+            for row in np.flatnonzero(is_similar.any(axis=1)):
+                if (name := readable[start + row].name) not in originals:
+                    for other in np.flatnonzero(is_similar[row]):
+                        originals.setdefault(readable[start + other].name, name)
+            bar.update(len(is_similar))
     return originals
 
 

@@ -122,15 +122,19 @@ def _blur_along(levels: np.ndarray, axis: int) -> float:
     def part(start: int) -> np.ndarray:
         return padded[start : start + length] if axis == 0 else padded[:, start : start + length]
 
-    softened = part(0).copy()
-    for start in range(1, _WINDOW_PX):
+    softened = part(0) + part(1)
+    for start in range(2, _WINDOW_PX):
         softened += part(start)
-    steps = _WINDOW_PX * np.abs(np.diff(levels, axis=axis))
-    lost = np.maximum(steps - np.abs(np.diff(softened, axis=axis)), 0)
+    steps, lost = np.diff(levels, axis=axis), np.diff(softened, axis=axis)
+    for differences in (steps, lost):  # in place: an array of this size is new memory each time
+        np.abs(differences, out=differences)
+    steps *= _WINDOW_PX
+    np.subtract(steps, lost, out=lost)
+    np.maximum(lost, 0, out=lost)
     values = []
     for steps_in_rows, lost_in_rows in zip(np.array_split(steps, _TILES), np.array_split(lost, _TILES), strict=True):
-        # Few rows have to be added up in 64 bits: first all of them to one.
-        columns = (np.array_split(rows.sum(axis=0), _TILES) for rows in (steps_in_rows, lost_in_rows))
+        # All rows are first added up to one, for which 32 bits are enough: there are at most GREY_SIDE_PX.
+        columns = (np.array_split(rows.sum(axis=0, dtype=np.int32), _TILES) for rows in (steps_in_rows, lost_in_rows))
         for steps_in, lost_in in zip(*columns, strict=True):
             if steps_in.sum() > _WINDOW_PX * _EVEN * len(steps_in_rows) * len(steps_in):
                 values.append(1 - lost_in.sum() / steps_in.sum())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from captioning.captions import add_trigger
-from common.captions import UnusableCaptionError, read_caption, read_caption_bytes
+from common.captions import MAX_CAPTION_BYTES, UnusableCaptionError, read_caption, read_caption_bytes
 from common.dataset_layout import DatasetFolder, name_in
 from common.files import append_json_line, read_json_lines, write_bytes
 
@@ -151,6 +151,11 @@ class CaptionFiles:
         before = read_caption_bytes(caption, self._dataset) if os.path.lexists(caption) else None
         if before == after:
             return False
+        if len(after) > MAX_CAPTION_BYTES:
+            kib = MAX_CAPTION_BYTES // 2**10
+            raise UnusableCaptionError(
+                f"would be larger than the {kib} KiB of a caption with the trigger word in it; shorten the text"
+            )
         name, trigger = name_in(self._folder, caption), self.trigger_of(caption)
         line = {"run": self._run, "caption": name, "trigger": trigger, "made": made}
         line |= _to_json("before", before) | _to_json("after", after)

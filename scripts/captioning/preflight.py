@@ -8,11 +8,12 @@ from captioning.config import CaptionSettings
 from captioning.model_files import find_model, model_size_on_hub
 from captioning.tag_cache import load_tagger
 from common.captions import ordinary_trigger
-from common.dataset_layout import DatasetFolder, ImageFile, Selection, find_images, select_images
+from common.dataset_layout import DatasetFolder, ImageFile, Selection, find_regularization_images, select_images
 from common.dataset_table import dataset_table
 from common.errors import DataError, ModelError, ResourceError, run_checks
 from common.faces import MissingWeightsError, load_face_model, size_of_missing_weights
 from common.files import write_problem
+from common.image_folders import find_folders
 from common.project import ProjectSettings
 from common.triggers import classes_of, contained_triggers
 from common.unused_entries import describe_missing_images
@@ -46,7 +47,9 @@ def _describe_images(folder: DatasetFolder, trigger: str, inputs_pending: bool) 
     selection = select_images(folder) if inputs_pending else require_images(folder)
     triggers = describe_triggers(selection.images, trigger)
     found = f"{selection.notes()}{len(selection.images)} images in {folder.images}{triggers}"
-    return f"{found}\n{dataset_table(folder, trigger)}" if selection.images else found
+    if not selection.images:
+        return found
+    return f"{found}\n{dataset_table(folder, selection, find_regularization_images(folder), trigger)}"
 
 
 def describe_triggers(images: Iterable[ImageFile], trigger: str) -> str:
@@ -67,7 +70,7 @@ def _naming_unreadable_file(check: Callable[[], str]) -> str:
 
 
 def _check_folders(folder: DatasetFolder) -> str:
-    folders = {image.path.parent for image in find_images(folder.images)} | {folder.records}
+    folders = {each.path for each in find_folders(folder.images) if each.repeats} | {folder.records}
     problems = sorted({problem for path in folders if (problem := write_problem(path))})
     if problems:
         raise ResourceError(f"captions cannot be written: {'; '.join(problems)}")

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from common.dataset_layout import IMAGE_SUFFIXES
+from common.image_formats import IMAGE_SUFFIXES
 
 SEED_INPUTS = ("seed", "noise_seed")
 SEED_HOLDERS = (*SEED_INPUTS, "value", "int", "integer", "number", "Number")

@@ -14,8 +14,8 @@ from collecting.image_store import DownloadedImage, ImageStore
 from collecting.jobs import InFlight, JobResult, Plan
 from collecting.journal import Journal
 from collecting.prompt_texts import prompt_texts
-from common.dataset_layout import FORMAT_NAMES, IMAGE_SUFFIXES
 from common.errors import abbreviated
+from common.image_formats import FORMAT_NAMES, IMAGE_SUFFIXES
 from common.images import BrokenImageError
 
 DOWNLOAD_RETRY_DELAYS_S = (0.5, 1.0, 2.0)

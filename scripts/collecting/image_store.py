@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from common.dataset_layout import IMAGE_FORMATS, DatasetFolder, find_images
+from common.dataset_layout import DatasetFolder, find_images
 from common.files import append_json_line, read_json_lines, sha256_of, write_bytes
+from common.image_formats import IMAGE_FORMATS
 from common.images import verify_download
 
 UPLOAD_FORMATS = ("png", "jpeg", "webp")

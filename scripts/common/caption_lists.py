@@ -16,6 +16,8 @@ LIST_FILES = ("metadata.jsonl", "metadata.csv")
 UNREAD_LIST_FILES = ("metadata.parquet",)
 """The third form that the library datasets documents."""
 MAX_LIST_BYTES = 1 << 28
+_MAX_TEXT_BYTES = MAX_CAPTION_BYTES - 4096
+"""The caption stage adds the trigger word."""
 _NAME, _TEXT = "file_name", "text"
 _MAX_PROBLEMS = 10
 
@@ -100,8 +102,8 @@ def _problem_of(entry: Any) -> str:
     if _TEXT not in entry:
         others = ", ".join(map(str, (key for key in entry if key != _NAME)))
         return f"has no {_TEXT}; rename to {_TEXT} what holds the caption{f', one of {others}' if others else ''}"
-    if text is not None and not (isinstance(text, str) and is_plain_text(text) and len(text.encode()) <= MAX_CAPTION_BYTES):
-        return f"{_TEXT} must be a text without control characters, of at most {MAX_CAPTION_BYTES // 2**10} KiB"
+    if text is not None and not (isinstance(text, str) and is_plain_text(text) and len(text.encode()) <= _MAX_TEXT_BYTES):
+        return f"{_TEXT} must be a text without control characters, of at most {_MAX_TEXT_BYTES // 2**10} KiB"
     return ""
 
 

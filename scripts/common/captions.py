@@ -23,7 +23,9 @@ MAX_TAG_WORDS = 6
 
 _SPACE = r"[\s_]+"
 _SENTENCE_END = re.compile(r"[^\W\d_][.!?](\s|$)")
-_WEIGHTS = re.compile(r"(?<!\\)\([^()]*:\s*[-+]?\d*\.?\d+\s*\)|(?<!\\)\(\(")
+_WEIGHT = re.compile(r"(?<![\\_])\(([^()]*):\s*([-+]?\d*\.?\d+)\s*\)")
+_DOUBLE_BRACKETS = re.compile(r"(?<![\\_])\(\([^()]*[^\W\d_][^()]*(\([^()]*\)[^()]*)*\)\)")
+_MOST_WEIGHT = 10
 _BINARY = re.compile("[\x00-\x08\x0e-\x1f\x7f]")
 """Control characters other than white space: no text has them, but text in UTF-16, ISO-2022 and other files do."""
 
@@ -113,8 +115,13 @@ def in_lines(text: str) -> str:
 
 
 def has_weights(text: str) -> bool:
-    """Whether the text has brackets with weights, such as (smile:1.2), or double ones, as prompts for ComfyUI have."""
-    return bool(_WEIGHTS.search(text))
+    """Whether the text has brackets with weights, such as (smile:1.2), or double ones, as prompts for ComfyUI have. Names of works
+    in a tag, such as saber_(fate), times, ratios and faces of marks are none."""
+    for words, weight in _WEIGHT.findall(text):
+        is_ratio = words[-1:].isdigit() and "." not in weight
+        if re.search(r"[^\W\d_]", words) and not is_ratio and abs(float(weight)) <= _MOST_WEIGHT:
+            return True
+    return bool(_DOUBLE_BRACKETS.search(text))
 
 
 def is_prose(text: str) -> bool:

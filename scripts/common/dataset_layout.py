@@ -16,36 +16,10 @@ from common.caption_lists import read_caption_list
 from common.errors import abbreviated
 from common.files import read_file, remove_partial_files
 from common.image_folders import ImageFolder, class_in_name, find_folders
+from common.image_formats import IMAGE_SUFFIXES
 
-IMAGE_FORMATS = {
-    "png": (".png", ".apng"),
-    "jpeg": (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo"),
-    "webp": (".webp",),
-    "bmp": (".bmp", ".dib"),
-    "tiff": (".tif", ".tiff"),
-    "heic": (".heic", ".heif", ".hif"),
-    "avif": (".avif",),
-}
-"""Formats of images in a data set -> the suffixes of their files, the usual one first. The content decides which format a file
-has; its suffix, in any case, only that it is an image."""
-IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
-FORMAT_NAMES = "PNG, JPEG, WebP, BMP, TIFF, HEIC or AVIF"
 FIRST_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Those of version 1.0: where an image of another suffix has the same stem, these files are still the data set."""
-_OTHER_SUFFIXES = {
-    "a GIF": ".gif",
-    "a JPEG XL image": ".jxl",
-    "a JPEG 2000 image": ".jp2 .j2k .jpx .jpf",
-    "an SVG drawing": ".svg .svgz",
-    "a vector drawing or document": ".eps .ai .pdf",
-    "a Photoshop document": ".psd .psb",
-    "a document of an image editor": ".xcf .kra .clip .procreate .afphoto",
-    "a camera's raw file": ".dng .raw .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .raf .orf .rw2 .pef .srw .x3f .3fr .iiq .erf .mrw",
-    "an image of another format": ".exr .hdr .tga .ico .icns .pcx .ppm .pgm .pbm .pnm .qoi .dds .jxr",
-    "a video": ".mp4 .m4v .mov .webm .mkv .avi .wmv .mpg .mpeg .3gp .mts",
-}
-UNREAD_SUFFIXES = {suffix: what for what, suffixes in _OTHER_SUFFIXES.items() for suffix in suffixes.split()}
-"""Suffixes of images and videos that are not read -> what such a file is."""
 CAPTION_SUFFIX = ".txt"
 CAPTION_SUFFIXES = (CAPTION_SUFFIX, ".caption")
 """In any case. The caption stage writes the first; if an image has captions of both kinds, training reads the first."""
@@ -58,28 +32,6 @@ CONDITIONING_ENDING = "-condlabel"
 
 REGULARIZATION_FOLDERS = ("regularization", "reg")
 """Ours and kohya's, beside the folder of images."""
-HEAD_BYTES = 64
-"""How much of a file says which format it has."""
-_MAGIC_BYTES = {
-    "png": (b"\x89PNG\r\n\x1a\n",),
-    "jpeg": (b"\xff\xd8\xff",),
-    "bmp": (b"BM",),
-    "tiff": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
-}
-_BRANDS = {"avif": (b"avif", b"avis"), "heic": (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs")}
-_CONTAINER_BRANDS = (b"mif1", b"msf1", b"mif2", b"miaf")
-"""Of ISO 23008-12: the brands after them tell which codec it is."""
-_OTHER_MAGIC_BYTES = {
-    b"GIF8": "a GIF",
-    b"8BPS": "a Photoshop document",
-    b"\xff\x0a": "a JPEG XL image",
-    b"\0\0\0\x0cJXL ": "a JPEG XL image",
-    b"\0\0\0\x0cjP  ": "a JPEG 2000 image",
-    b"<svg": "an SVG drawing",
-    b"<?xml": "an SVG drawing or another XML file",
-    b"%PDF": "a PDF document",
-    b"\x1aE\xdf\xa3": "a video",
-}
 
 
 class DatasetFolder:
@@ -156,19 +108,18 @@ def find_images(folder: Path) -> list[ImageFile]:
     or BMP image is taken for the original of it, and not used.
     """
     folders = [each for each in find_folders(folder) if each.repeats]
-    found = [(path, each) for each in folders for path in each.path.iterdir()]
-    captions = _captions_by_stem([path for path, _ in found])
+    found = [entry for each in folders for entry in _entries_of(each)]
+    captions = _captions_by_stem([path for path, _, _ in found])
     listed: dict[Path, str] = {}
     for each in folders:  # that of the image's own folder comes last, and so counts
         listed |= read_caption_list(each.path)
-    masks = _masks_by_stem(folder, [path for path, _ in found])
+    masks = _masks_by_stem(folder, [path for path, _, _ in found])
     images = [
         ImageFile(path, each, captions.get(stem, ()), listed_caption=listed.get(path), masks=masks.get(stem, ()))
-        for path, stem, each in ((path, path.with_suffix(""), each) for path, each in found)
+        for path, stem, each in ((path, path.with_suffix(""), each) for path, each, is_file in found if is_file)
         if path.suffix.lower() in IMAGE_SUFFIXES
         and not path.name.startswith(".")
         and not path.stem.lower().endswith((MASK_ENDING, CONDITIONING_ENDING))
-        and path.is_file()
     ]
     first = {image.path.with_suffix("") for image in images if image.path.suffix.lower() in FIRST_SUFFIXES}
     images = [image for image in images if image.path.suffix.lower() in FIRST_SUFFIXES or image.path.with_suffix("") not in first]
@@ -188,13 +139,16 @@ def find_regularization_images(dataset: DatasetFolder) -> list[ImageFile]:
 
 @dataclass(frozen=True)
 class Selection:
-    """The images of a data set, without those that `exclude.txt` names."""
+    """The images of a data set, as `exclude.txt` divides them."""
 
     images: list[ImageFile]
+    """Those that are captioned and trained on."""
     excluded: list[str]
     """Names of the images that are left out."""
     unknown: list[str]
     """Lines of `exclude.txt` that name no image."""
+    found: list[ImageFile]
+    """All of them, with those that are left out."""
 
     def notes(self) -> str:
         """What `exclude.txt` does, in one line or two; "" without it."""
@@ -210,7 +164,8 @@ def select_images(folder: DatasetFolder) -> Selection:
     A line of `exclude.txt` is the name of an image or of an `N_name` folder, relative to the folder of images; an image in
     such a folder may also be named without it. Text after # is a comment, unless the name itself contains it.
     """
-    images = {name_in(folder.images, image.path): image for image in find_images(folder.images)}
+    everything = find_images(folder.images)
+    images = {name_in(folder.images, image.path): image for image in everything}
     exact = {_comparable(name): [name] for name in images}
     other: dict[str, list[str]] = {}
     for name in images:
@@ -226,7 +181,7 @@ def select_images(folder: DatasetFolder) -> Selection:
             excluded.update(found)
         elif candidates[-1]:
             unknown.append(line[: comments[0] if comments else None].strip())
-    return Selection([image for name, image in images.items() if name not in excluded], sorted(excluded), unknown)
+    return Selection([image for name, image in images.items() if name not in excluded], sorted(excluded), unknown, everything)
 
 
 def _lines_of(file: Path) -> Iterator[str]:
@@ -244,6 +199,13 @@ def _comparable(name: str) -> str:
     """A name in one Unicode form, with / between its parts, without quotation marks, spaces around it, and `images/` before it."""
     name = unicodedata.normalize("NFC", name.strip().strip("\"'").replace("\\", "/"))
     return re.sub(r"^(\./)*(dataset/)?(images/)?", "", name).rstrip("/")
+
+
+def _entries_of(folder: ImageFolder) -> list[tuple[Path, ImageFolder, bool]]:
+    """What is in a folder, with the folder, and whether it is a file."""
+    with os.scandir(folder.path) as entries:  # tells files and folders apart without a look at each of them
+        paths = [(folder.path / entry.name, entry.is_file(follow_symlinks=False), entry.is_symlink()) for entry in entries]
+    return [(path, folder, is_file or (is_link and path.is_file())) for path, is_file, is_link in paths]
 
 
 def _captions_by_stem(paths: list[Path]) -> dict[Path, tuple[Path, ...]]:
@@ -288,6 +250,12 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
 
 
+def own_resolutions(dataset: DatasetFolder, images: Iterable[ImageFile]) -> dict[str, int]:
+    """Folder of images -> the smallest resolution that it is trained at, of those that have their own."""
+    folders = {image.folder.path: image.folder.resolutions for image in images if image.folder.resolutions}
+    return {name_in(dataset.root, path): min(resolutions) for path, resolutions in sorted(folders.items())}
+
+
 def caption_owners(images: Iterable[ImageFile]) -> dict[Path, ImageFile]:
     """Caption file -> the image that it belongs to: the first one, where several images have the same stem."""
     owners: dict[Path, ImageFile] = {}
@@ -299,23 +267,3 @@ def caption_owners(images: Iterable[ImageFile]) -> dict[Path, ImageFile]:
 def name_in(folder: Path, path: Path) -> str:
     """The name of a file in `folder` in the records: its relative path, with bytes that are not UTF-8 as escapes."""
     return os.fsencode(path.relative_to(folder)).decode("utf-8", "backslashreplace")
-
-
-def sniff_image_format(head: bytes) -> str | None:
-    """The format (a key of IMAGE_FORMATS) of a file that begins with `head`, its first HEAD_BYTES bytes; None if unknown."""
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "webp"
-    if head[4:8] == b"ftyp":
-        end = min(int.from_bytes(head[:4], "big"), len(head))
-        brands = [head[8:12], *(head[start : start + 4] for start in range(16, end, 4))]
-        if brands[0] in _CONTAINER_BRANDS:
-            return next((name for brand in brands for name, codes in _BRANDS.items() if brand in codes), "heic")
-        return next((name for name, codes in _BRANDS.items() if brands[0] in codes), None)
-    return next((name for name, magic in _MAGIC_BYTES.items() if head.startswith(magic)), None)
-
-
-def describe_other_content(head: bytes) -> str | None:
-    """What a file that begins with `head` is, if it is an image or video of a format that is not read."""
-    if head[4:8] == b"ftyp":
-        return "a video"
-    return next((what for magic, what in _OTHER_MAGIC_BYTES.items() if head.startswith(magic)), None)

@@ -5,32 +5,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.dataset_layout import (
-    IMAGE_SUFFIXES,
     DatasetFolder,
     ImageFile,
-    find_images,
-    find_regularization_images,
+    Selection,
     name_in,
-    select_images,
 )
 from common.files import parse_json, read_file
 from common.image_folders import find_folders
+from common.image_formats import IMAGE_SUFFIXES
 from common.unused_entries import unused_entries
 
 _UNUSED_SHOWN = 20
 _HEADER = ("folder", "images", "captions", "masks", "repeats", "trigger or class", "flagged", "excluded")
 
 
-def dataset_table(dataset: DatasetFolder, trigger: str) -> str:
+def dataset_table(dataset: DatasetFolder, selection: Selection, regularization: Sequence[ImageFile], trigger: str) -> str:
     """One line for each folder of images, and for each file or folder that is not used. `trigger` is that of folders without one.
 
     Images are counted and not opened. Raises DataError for a folder.toml or a list of captions that cannot be used.
     """
-    images, regularization = find_images(dataset.images), find_regularization_images(dataset)
-    used = {image.path for image in select_images(dataset).images}
+    images, used = [*selection.found, *regularization], {image.path for image in selection.images}
     flagged = _flagged(dataset)
     by_folder: dict[Path, list[ImageFile]] = {}
-    for image in [*images, *regularization]:
+    for image in images:
         by_folder.setdefault(image.folder.path, []).append(image)
     rows = [_HEADER]
     for root in (dataset.images, *dataset.regularization):
@@ -58,7 +55,7 @@ def dataset_table(dataset: DatasetFolder, trigger: str) -> str:
                 )
             )
     lines = _aligned(rows)
-    unused = [(root, unused_entries(root)) for root in (dataset.images, *dataset.regularization)]
+    unused = [(root, unused_entries(root, images)) for root in (dataset.images, *dataset.regularization)]
     entries = [f"{name_in(dataset.root, root)}/{name} ({what})" for root, found in unused for name, what in found.items()]
     lines += [f"not used: {entry}" for entry in entries[:_UNUSED_SHOWN]]
     if len(entries) > _UNUSED_SHOWN:

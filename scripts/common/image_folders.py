@@ -17,6 +17,8 @@ from common.files import read_file
 FOLDER_FILE = "folder.toml"
 MAX_REPEATS = 99_999
 _MAX_FILE_BYTES = 1 << 16
+_MOST_SHOWN = 60
+"""Characters of a key or value that a message repeats."""
 _NAME = re.compile(r"(\d{1,5})_(.+)", re.DOTALL)
 """kohya's: the repeats, and the class or what else the user calls it."""
 
@@ -42,7 +44,9 @@ def find_folders(root: Path) -> list[ImageFolder]:
     """
     if not root.is_dir():
         return []
-    paths = [path for path in sorted(root.iterdir()) if not path.name.startswith(".") and path.is_dir()]
+    with os.scandir(root) as entries:  # tells files and folders apart without a look at each of them
+        others = [root / each.name for each in entries if each.name[0] != "." and not each.is_file(follow_symlinks=False)]
+    paths = sorted(path for path in others if path.is_dir())
     paths = [path for path in paths if _NAME.fullmatch(path.name) or os.path.lexists(path / FOLDER_FILE)]
     folders, problems = [], []
     for path in (root, *paths):
@@ -65,7 +69,7 @@ def class_in_name(folder: Path) -> str:
 def trigger_problem(word: str) -> str:
     """What is wrong with a trigger word; "" if nothing is."""
     is_one_tag = word and "," not in word and word == " ".join(word.split()) and word.isprintable()
-    return "" if is_one_tag else f"{word!r} must be one tag, without commas, control characters or extra spaces"
+    return "" if is_one_tag else f"{_shown(word)} must be one tag, without commas, control characters or extra spaces"
 
 
 def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
@@ -74,7 +78,10 @@ def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, []
     shown = os.path.join(file.parent.name, file.name)
     try:
-        table = tomllib.loads(read_file(file, _MAX_FILE_BYTES).decode("utf-8-sig"))
+        content = read_file(file, _MAX_FILE_BYTES + 1)
+        if len(content) > _MAX_FILE_BYTES:
+            return {}, [f"{shown}: is larger than {_MAX_FILE_BYTES >> 10} KiB"]
+        table = tomllib.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         return {}, [f"{shown}: not valid TOML: {error}"]
     except OSError as error:
@@ -82,7 +89,7 @@ def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
     values, problems = {}, []
     for key, value in table.items():
         if key not in _KEYS:
-            problems.append(f"{shown}: unknown key {key}; known: {', '.join(_KEYS)}")
+            problems.append(f"{shown}: unknown key {_shown(key)}; known: {', '.join(_KEYS)}")
             continue
         name, problem_of = _KEYS[key]
         if problem := problem_of(value):
@@ -92,23 +99,32 @@ def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
     return values, problems
 
 
+def _shown(value: Any) -> str:
+    """A key or value as a message repeats it: in one line, and not more than its beginning."""
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return "a number of thousands of digits"
+    return shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
+
+
 def _repeats_problem(value: Any) -> str:
     is_valid = type(value) is int and 0 <= value <= MAX_REPEATS
-    return "" if is_valid else f"must be a whole number from 0 to {MAX_REPEATS} (is {value!r})"
+    return "" if is_valid else f"must be a whole number from 0 to {MAX_REPEATS} (is {_shown(value)})"
 
 
 def _word_problem(value: Any) -> str:
-    return trigger_problem(value) if isinstance(value, str) else f"must be a text in quotation marks (is {value!r})"
+    return trigger_problem(value) if isinstance(value, str) else f"must be a text in quotation marks (is {_shown(value)})"
 
 
 def _weight_problem(value: Any) -> str:
     is_valid = type(value) in (int, float) and 0 <= value <= 1
-    return "" if is_valid else f"must be a number from 0 to 1 (is {value!r})"
+    return "" if is_valid else f"must be a number from 0 to 1 (is {_shown(value)})"
 
 
 def _resolution_problem(value: Any) -> str:
     is_valid = bool(_as_sizes(value)) and all(type(size) is int and 64 <= size <= 4096 for size in _as_sizes(value))
-    return "" if is_valid else f"must be a whole number from 64 to 4096, or a list of them (is {value!r})"
+    return "" if is_valid else f"must be a whole number from 64 to 4096, or a list of them (is {_shown(value)})"
 
 
 def _as_sizes(value: Any) -> tuple[Any, ...]:
@@ -118,7 +134,7 @@ def _as_sizes(value: Any) -> tuple[Any, ...]:
 
 
 def _source_problem(value: Any) -> str:
-    return "" if value in ("tags", "prompt", "both") else f'must be "tags", "prompt" or "both" (is {value!r})'
+    return "" if value in ("tags", "prompt", "both") else f'must be "tags", "prompt" or "both" (is {_shown(value)})'
 
 
 _KEYS: dict[str, tuple[str, Callable[[Any], str]]] = {

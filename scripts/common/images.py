@@ -29,8 +29,8 @@ from PIL import (
 )
 
 from common.color import adobe_rgb_profile, profile_of_code_points, profile_of_gamma, to_srgb
-from common.dataset_layout import FORMAT_NAMES, HEAD_BYTES, describe_other_content, sniff_image_format
 from common.files import read_file
+from common.image_formats import FORMAT_NAMES, HEAD_BYTES, describe_other_content, sniff_image_format
 from common.png_chunks import MAX_METADATA_BYTES, png_chunks, without_unread_chunks
 
 MAX_PIXELS = 89_478_485
@@ -106,28 +106,29 @@ def open_rgb(path: Path) -> Image.Image:
     return read_image(path).rgb
 
 
-def read_image(path: Path) -> DecodedImage:
+def read_image(path: Path, *, scales_down: bool = False) -> DecodedImage:
     """Read and decode the image at `path`. Raises BrokenImageError if it cannot be read; see `decode`."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise BrokenImageError(f"is larger than {MAX_FILE_BYTES >> 20} MiB")
-        return decode(read_file(path))
+        return decode(read_file(path), scales_down=scales_down)
     except OSError as error:
         raise BrokenImageError(f"cannot be read: {error.strerror}") from None
 
 
 def read_mask(path: Path, image: Path) -> DecodedImage:
     """The mask of an `image`, decoded, with an `alpha` that is white where the image counts: the grey levels of the file `path`,
-    whose transparent areas are black; of the image itself, its transparency. Raises BrokenImageError, as `read_image` does."""
-    decoded = read_image(path)
+    whose transparent areas are black; of the image itself, its transparency. A mask may have the size of a photograph that is
+    scaled down. Raises BrokenImageError, as `read_image` does."""
+    decoded = read_image(path, scales_down=path != image)
     if path == image:
         return decoded
     grey = decoded.rgb.convert("L")  # on white
     return replace(decoded, alpha=grey if decoded.alpha is None else ImageChops.add(grey, decoded.alpha, offset=-255))
 
 
-def decode(content: bytes) -> DecodedImage:
-    """Decode the image file `content`.
+def decode(content: bytes, *, scales_down: bool = False) -> DecodedImage:
+    """Decode the image file `content`; `scales_down`: any that has the size of a JPEG which is scaled down, as that is.
 
     Of an animation and of a file of several images the first one is taken. Raises BrokenImageError for a file that is not an
     image of one of IMAGE_FORMATS, is damaged, or exceeds the limits above, before memory for its pixels is taken.
@@ -135,9 +136,9 @@ def decode(content: bytes) -> DecodedImage:
     image_format = _format_of(content)
     with _as_broken_image(), _open(content, image_format) as image:
         size = image.width * image.height
-        _limit_size(image, image_format)
+        factor = _limit_size(image, image_format, scales_down=scales_down)
         with _ONE_LARGE_IMAGE if size > _LARGE_PIXELS else nullcontext():
-            rgb, alpha, is_revised = _to_rgb(image, image_format, content)
+            rgb, alpha, is_revised = _to_rgb(image, image_format, content, factor)
             method = _TRANSPOSITIONS.get(_exif_value(image, ExifTags.Base.Orientation))
             if method is not None:
                 rgb, alpha = rgb.transpose(method), alpha and alpha.transpose(method)
@@ -187,18 +188,23 @@ def _open(content: bytes, image_format: str) -> ImageFile.ImageFile:
     return _READERS[image_format](io.BytesIO(content))
 
 
-def _limit_size(image: ImageFile.ImageFile, image_format: str) -> None:
-    """Refuse what is too large; let a JPEG be decoded at a fraction of its size."""
-    limit = MAX_JPEG_PIXELS if image_format == "jpeg" else MAX_PIXELS
+def _limit_size(image: ImageFile.ImageFile, image_format: str, *, scales_down: bool) -> int:
+    """Refuse what is too large; let a JPEG be decoded at a fraction of its size. The factor by which other formats have to be
+    scaled down, where that `scales_down`."""
+    is_scaled = image_format == "jpeg" or scales_down
+    limit = MAX_JPEG_PIXELS if is_scaled else MAX_PIXELS
     width, height = image.size
     if width * height > limit:
         raise BrokenImageError(f"has more than {limit:,} pixels")
-    scales = (1, 2, 4, 8) if image_format == "jpeg" else (1,)
+    scales = (1, 2, 4, 8) if is_scaled else (1,)
     fitting = [scale for scale in scales if width * height <= MAX_PIXELS * scale**2 and max(width, height) <= MAX_SIDE_PX * scale]
     if not fitting:
         raise BrokenImageError(f"is longer than {MAX_SIDE_PX:,} pixels")
+    if image_format != "jpeg":
+        return fitting[0]
     if fitting[0] > 1:
         image.draft(None, (max(1, width // fitting[0]), max(1, height // fitting[0])))
+    return 1
 
 
 @contextmanager
@@ -220,12 +226,17 @@ def _as_broken_image() -> Iterator[None]:
         raise BrokenImageError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
-def _to_rgb(image: ImageFile.ImageFile, image_format: str, content: bytes) -> tuple[Image.Image, Image.Image | None, bool]:
-    """The pixels as RGB in sRGB on white, their alpha channel unless it is opaque, and whether version 1.0 had other pixels."""
+def _to_rgb(
+    image: ImageFile.ImageFile, image_format: str, content: bytes, factor: int
+) -> tuple[Image.Image, Image.Image | None, bool]:
+    """The pixels as RGB in sRGB on white, scaled down by `factor`, their alpha channel unless it is opaque, and whether version 1.0
+    had other pixels."""
     raw_mode = _raw_mode(image)
     image.load()
     is_revised = _scale_transparency(image, raw_mode)
     color, alpha = _split_alpha(image)
+    if factor > 1:
+        color, alpha = color.reduce(factor), alpha and alpha.reduce(factor)
     if image_format == "bmp" and alpha is not None and alpha.getextrema() == (0, 0):
         alpha, is_revised = None, True  # the fourth byte is unused: Windows shows such files opaque
     if color.mode.startswith("I") or color.mode == "F":

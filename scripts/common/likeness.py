@@ -4,6 +4,7 @@ The likeness of an image is the mean similarity of its face to the faces of the 
 """
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ MIN_SHARE_OF_LARGEST = 0.5
 """A face that is narrower than this share of the largest one belongs to the background."""
 MIN_FACES = 3
 """A likeness is the mean of at least this many similarities."""
+MOST_COMPARED = 1000
+"""Each face of a set is compared with at most so many others, spread evenly over it, so that the time grows with the set alone."""
 FRAMINGS = {"close": 0.25, "half": 0.1, "full": 0.0}
 """Name -> height of the face / height of the image, at least: a head, the upper body, or the whole person fills the image."""
 NO_FACE = "no face was found"
@@ -133,12 +136,16 @@ def score_image(faces: Sequence[FoundFace], others: np.ndarray, references: np.n
 
 
 def score_set(images: Mapping[str, Sequence[FoundFace]], references: np.ndarray, model: type[FaceModel]) -> dict[str, Likeness]:
-    """The likeness of every image of a data set to the other images. Name -> faces; `references`: [m, values]."""
+    """The likeness of every image of a data set to the other images, of more than MOST_COMPARED to a part of them. Name -> faces;
+    `references`: [m, values]."""
     nothing = np.empty((0, 1), dtype=np.float32)
     persons = {name: score_image(faces, nothing, references, model).face for name, faces in images.items()}
     vectors = {name: face.vector for name, face in persons.items() if face and face.vector is not None}
+    compared = list(vectors)[:: math.ceil(len(vectors) / MOST_COMPARED) or 1]
+    rows = {name: row for row, name in enumerate(compared)}
+    known = np.stack([vectors[name] for name in compared]) if compared else nothing
     scored = {}
     for name, faces in images.items():
-        others = [vector for other, vector in vectors.items() if other != name]
-        scored[name] = score_image(faces, np.stack(others) if others else nothing, references, model)
+        others = np.delete(known, rows[name], axis=0) if name in rows else known
+        scored[name] = score_image(faces, others, references, model)
     return scored

@@ -1,4 +1,4 @@
-"""The settings that several stages read: `[project]`, and the keys of `[train]` that captioning needs.
+"""The settings that several stages read: `[project]`, and the keys of `[train]` that captioning and the report need.
 
 The other settings are in each stage's own config.py.
 """
@@ -68,7 +68,7 @@ class SharedModelSettings:
 
 @dataclass(frozen=True)
 class SharedDataSettings:
-    """The part of `[train.data]` that captioning reads: what training makes of an image and of a caption."""
+    """The part of `[train.data]` that captioning and the report read: what training makes of an image and of a caption."""
 
     resolution: int | tuple[int, ...] = setting(1024, at_least=64, at_most=4096, role="result")
     """Pixels: a bucket's area is at most `resolution` squared. Of several, each image is trained at each."""
@@ -76,6 +76,8 @@ class SharedDataSettings:
     """Chunks of 75 tokens that a caption may fill at most."""
     caption_per_line: bool = setting(False, role="result", before=False)
     """Each line of a caption file is a caption of its own, one of which is drawn for each sample."""
+    alpha: Literal["white", "mask"] = setting("white", role="result", before="white")
+    """"mask": the transparency of an image without a mask is its mask."""
 
     @property
     def resolutions(self) -> tuple[int, ...]:
@@ -85,7 +87,7 @@ class SharedDataSettings:
 
 @dataclass(frozen=True)
 class SharedTrainSettings(PartialSection):
-    """The part of `[train]` that captioning reads; training/config.py has all of it."""
+    """The part of `[train]` that captioning and the report read; training/config.py has all of it."""
 
     model: SharedModelSettings = field(default_factory=SharedModelSettings)
     data: SharedDataSettings = field(default_factory=SharedDataSettings)

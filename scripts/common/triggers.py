@@ -17,7 +17,7 @@ def classes_of(folders: Iterable[ImageFolder], trigger: str) -> dict[str, str]:
     """Trigger word -> class word, "" if none is given, of the concepts in these folders, in their order. `trigger` is that of
     folders without one.
 
-    Raises DataError for trigger words that SDXL's text encoders cannot distinguish, and for one with two classes.
+    Raises DataError for trigger words that SDXL's text encoders cannot distinguish, and for one with two classes or in its class.
     """
     classes: dict[str, str] = {}
     named: dict[str, str] = {}
@@ -28,6 +28,10 @@ def classes_of(folders: Iterable[ImageFolder], trigger: str) -> dict[str, str]:
         known = classes.setdefault(word, folder.class_word)
         if known and folder.class_word and known != folder.class_word:
             problems.append(f"{word!r} is the trigger word of the classes {known!r} and {folder.class_word!r}; give each its own")
+        if has_trigger(folder.class_word, word):
+            problems.append(
+                f"{folder.path.name}: the class {folder.class_word!r} contains the trigger word {word!r}; name it alone"
+            )
         classes[word] = known or folder.class_word
     for first, second in combinations(classes, 2):
         if pieces_of(first) == pieces_of(second):
@@ -43,7 +47,7 @@ def contained_triggers(triggers: Iterable[str]) -> list[str]:
     lines = []
     for first, second in combinations(triggers, 2):
         short, long = sorted((first, second), key=lambda word: len(pieces_of(word)))
-        if _contains(pieces_of(long), pieces_of(short)):
+        if contains(pieces_of(long), pieces_of(short)):
             lines.append(f"trigger words: {short!r} is a part of {long!r}, so that prompts for the second ask for both; change one")
     return lines
 
@@ -54,7 +58,7 @@ def foreign_triggers(captions: Mapping[str, tuple[str, str]]) -> list[str]:
     triggers = dict.fromkeys(trigger for trigger, _ in captions.values() if trigger)
     lines = []
     for word in triggers:
-        others = {own for own in triggers if own != word and not _contains(pieces_of(own), pieces_of(word))} | {""}
+        others = {own for own in triggers if own != word and not contains(pieces_of(own), pieces_of(word))} | {""}
         names = [name for name, (own, text) in captions.items() if own in others and has_trigger(text, word)]
         if names:
             which = f"{len(names)} captions of other concepts contain it: {abbreviated(names)}"
@@ -67,5 +71,6 @@ def pieces_of(text: str) -> tuple[str, ...]:
     return tuple(_PIECES.findall(unicodedata.normalize("NFC", text).lower()))
 
 
-def _contains(pieces: tuple[str, ...], part: tuple[str, ...]) -> bool:
+def contains(pieces: tuple[str, ...], part: tuple[str, ...]) -> bool:
+    """Whether `part` is a part of `pieces`, both from `pieces_of`."""
     return any(pieces[start : start + len(part)] == part for start in range(len(pieces) - len(part) + 1))

@@ -10,33 +10,36 @@ from common.caption_lists import LIST_FILES, UNREAD_LIST_FILES, read_caption_lis
 from common.dataset_layout import (
     CAPTION_SUFFIXES,
     CONDITIONING_ENDING,
-    FORMAT_NAMES,
-    HEAD_BYTES,
-    IMAGE_FORMATS,
-    IMAGE_SUFFIXES,
     MASK_ENDING,
     MASK_FOLDER,
-    UNREAD_SUFFIXES,
-    find_images,
+    REGULARIZATION_FOLDERS,
+    ImageFile,
     images_in,
     is_mask,
     mask_folder,
     name_in,
-    sniff_image_format,
 )
 from common.errors import abbreviated
 from common.image_folders import FOLDER_FILE, ImageFolder, find_folders
+from common.image_formats import (
+    FORMAT_NAMES,
+    HEAD_BYTES,
+    IMAGE_FORMATS,
+    IMAGE_SUFFIXES,
+    UNREAD_SUFFIXES,
+    sniff_image_format,
+)
 
 
-def unused_entries(folder: Path) -> dict[str, str]:
-    """Name -> what it is, of every entry in `folder` that looks like a part of the data set and is not used.
+def unused_entries(folder: Path, images: Collection[ImageFile]) -> dict[str, str]:
+    """Name -> what it is, of every entry in `folder` that looks like a part of the data set and is not used. `images`: all that
+    were found in it, and perhaps others.
 
     These are images in folders that `find_folders` does not find, images of formats that are not read or without a suffix, and
     what may be meant as the caption of an image.
     """
     if not folder.is_dir():
         return {}
-    images = find_images(folder)
     used = {path for image in images for path in (image.path, *image.masks)}
     stems = {image.path.with_suffix("") for image in images}
     folders = find_folders(folder)
@@ -45,6 +48,12 @@ def unused_entries(folder: Path) -> dict[str, str]:
     for path in (path for parent in (masks, *masks.glob("*/")) for path in images_in(parent)):
         if path not in used:
             unused[name_in(folder.parent, path)] = f"a mask without an image; give it the name of an image in {folder.name}/"
+    if folder.name in REGULARIZATION_FOLDERS:
+        without_effect = {each: [key for key in ("trigger", "caption_source") if getattr(each, key)] for each in folders}
+        for each, keys in without_effect.items():
+            if keys:
+                what = f"{' and '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect on regularization images"
+                unused[name_in(folder, each.path / FOLDER_FILE)] = what
     for parent in (each.path for each in folders if each.repeats):
         for path in parent.iterdir():
             is_known = path in used or path.name in (FOLDER_FILE, *LIST_FILES) or path.name.startswith(".")
@@ -59,7 +68,7 @@ def unused_entries(folder: Path) -> dict[str, str]:
 
 def describe_missing_images(folder: Path, remedy: str) -> str:
     """What is wrong with a `folder` that has no images, and which of its files and folders are not used."""
-    unused = [f"{name} ({what})" for name, what in unused_entries(folder).items()]
+    unused = [f"{name} ({what})" for name, what in unused_entries(folder, ()).items()]
     not_used = f"; not used: {abbreviated(unused)}" if unused else ""
     return f"{folder}: no images ({FORMAT_NAMES}); {remedy}{not_used}"
 

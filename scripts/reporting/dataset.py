@@ -1,13 +1,13 @@
 """What the report shows of DATASET_DIR: every image with its caption, likeness and flaws, and how often tags and traits occur."""
 
-import contextlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from common.captions import UnusableCaptionError, in_one_line, read_caption
-from common.dataset_layout import DatasetFolder, ImageFile, find_images, find_regularization_images, name_in, select_images
+from common.captions import UnusableCaptionError, in_lines, in_one_line, read_caption
+from common.dataset_layout import DatasetFolder, ImageFile, find_regularization_images, name_in, select_images
+from common.project import SharedDataSettings
 from common.triggers import classes_of
 from reporting.records import Records, as_number, as_numbers, as_object
 from reporting.thumbnails import Thumbnails
@@ -23,6 +23,7 @@ class DatasetImage:
     thumbnail: str
     """A data URI; empty if the image cannot be read."""
     caption: str
+    """Several are separated by line feeds."""
     flaws: tuple[str, ...]
     repeats: int
     is_excluded: bool
@@ -111,21 +112,23 @@ class Dataset:
         return max(shown, key=lambda image: (not image.flaws, _CLOSENESS.find(image.framing), image.likeness or 0.0), default=None)
 
 
-def read_dataset(folder: DatasetFolder, trigger: str) -> Dataset:
-    """Read images, captions and records. What is missing or half written is left out."""
+def read_dataset(folder: DatasetFolder, trigger: str, settings: SharedDataSettings) -> Dataset:
+    """Read images, captions and records. What is missing or half written is left out. `settings`: how training reads them."""
     records = Records(folder.root)
     flaws, likeness, traits = (records.json(path) for path in (folder.audit, folder.likeness, folder.traits))
-    used = {image.path for image in select_images(folder).images}
+    selection = select_images(folder)
+    used = {image.path for image in selection.images}
     found, flagged = as_object(likeness.get("images")), as_object(flaws.get("flagged"))
-    images, files = [], find_images(folder.images)
-    masks = {file.path: file.masks[0] for file in files if file.masks}
+    images, files = [], selection.found
+    masks = {file.path: file.masks[0] if file.masks else file.path for file in files if file.masks or settings.alpha == "mask"}
     with Thumbnails(folder.thumbnails) as thumbnails:
         for file, thumbnail in zip(files, thumbnails.of_all((file.path for file in files), masks=masks), strict=True):
             name = name_in(folder.images, file.path)
             entry = as_object(flagged.get(name))
             described = _described(as_object(entry.get("flaws", entry)), as_object(found.get(name)))
-            is_excluded, caption = file.path not in used, _caption(file, folder)
-            about = {"repeats": file.folder.repeats, "is_excluded": is_excluded, "has_mask": bool(file.masks)}
+            is_excluded, caption = file.path not in used, _caption(file, folder, per_line=settings.caption_per_line)
+            has_mask = file.path in thumbnails.outlined
+            about = {"repeats": file.folder.repeats, "is_excluded": is_excluded, "has_mask": has_mask}
             images.append(DatasetImage(name, thumbnail, caption, **about, **described))
     alone = flaws.get("captions_without_picture")
     unused = dict.fromkeys(alone if isinstance(alone, list) else (), "a caption without an image")
@@ -156,11 +159,16 @@ def _described(flaws: Mapping[str, Any], likeness: Mapping[str, Any]) -> dict[st
     }
 
 
-def _caption(file: ImageFile, folder: DatasetFolder) -> str:
-    """The caption that training reads; empty if there is none that can be read."""
-    with contextlib.suppress(UnusableCaptionError, OSError):
-        return in_one_line(read_caption(file.caption_to_read, folder.root))
-    return ""
+def _caption(file: ImageFile, folder: DatasetFolder, *, per_line: bool) -> str:
+    """The caption that training reads, or several, separated by line feeds; empty if there is none that can be read."""
+    text = ""
+    try:
+        text = read_caption(file.caption_to_read, folder.root)
+    except FileNotFoundError:
+        text = file.listed_caption or ""
+    except (UnusableCaptionError, OSError):
+        pass
+    return in_lines(text) if per_line else in_one_line(text)
 
 
 def _concepts(files: Sequence[ImageFile], trigger: str, record: Mapping[str, Any]) -> Iterator[Concept]:
@@ -175,6 +183,7 @@ def _concepts(files: Sequence[ImageFile], trigger: str, record: Mapping[str, Any
 
 
 def _tags(captions: list[str], triggers: Collection[str]) -> tuple[tuple[str, int], ...]:
-    counts = Counter(tag for caption in captions for tag in dict.fromkeys(map(str.strip, caption.split(","))) if tag)
+    lines = [line for caption in captions for line in caption.split("\n")]
+    counts = Counter(tag for caption in lines for tag in dict.fromkeys(map(str.strip, caption.split(","))) if tag)
     words = {trigger.casefold() for trigger in triggers}
     return tuple((tag, count) for tag, count in counts.most_common() if tag.casefold() not in words)

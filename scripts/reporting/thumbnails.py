@@ -27,9 +27,12 @@ class Thumbnails:
     def __init__(self, folder: Path):
         self._folder = folder
         self._used: set[str] = set()
+        self.outlined: set[Path] = set()
+        """The images whose thumbnails show the outline of a mask."""
 
     def of_all(self, paths: Iterable[Path], size_px: int = SIZE_PX, masks: Mapping[Path, Path] | None = None) -> Iterator[str]:
-        """The same of many images, in the order of `paths`, on every core; `masks`: image -> its mask."""
+        """The same of many images, in the order of `paths`, on every core; `masks`: image -> its mask, or itself for its
+        transparency."""
         cores, found = len(os.sched_getaffinity(0)), masks or {}
         workers = 0 if cores == 1 else min(cores, _MAX_WORKERS)
         return prefetch(lambda path: self.of(path, size_px, found.get(path)), paths, workers)
@@ -39,12 +42,18 @@ class Thumbnails:
         read."""
         try:
             key = f"{_stamp(path)}|{size_px}" + (f"|{_stamp(mask)}" if mask else "")
-            cached = self._folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.webp"
-            self._used.add(cached.name)
-            content = _read(cached)
+            plain = self._folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.webp"
+            outlined = plain.with_stem(f"{plain.stem}-mask")
+            content = _read(outlined) if mask else b""
+            cached = outlined if content else plain
+            content = content or _read(plain)
             if not content:
-                content = _make(path, size_px, mask)
+                content, has_outline = _make(path, size_px, mask)
+                cached = outlined if has_outline else plain
                 _write(cached, content)
+            self._used.add(cached.name)
+            if cached == outlined:
+                self.outlined.add(path)
             return "data:image/webp;base64," + base64.b64encode(content).decode("ascii")
         except (OSError, BrokenImageError):
             return ""
@@ -83,14 +92,17 @@ def _stamp(path: Path) -> str:
     return f"{path.name}|{status.st_size}|{status.st_mtime_ns}"
 
 
-def _make(source: Path, size_px: int, mask: Path | None) -> bytes:
-    image = open_rgb(source)
+def _make(source: Path, size_px: int, mask: Path | None) -> tuple[bytes, bool]:
+    """The thumbnail, and whether it shows the outline of the mask; an opaque image has none."""
+    image, has_outline = open_rgb(source), False
     image.thumbnail((size_px, size_px), reducing_gap=1.5)
     if mask:
         with contextlib.suppress(BrokenImageError):  # training reports it
-            inside = read_mask(mask, source).alpha.resize(image.size).point(lambda level: 255 if level > 127 else 0)
-            wider = inside.filter(ImageFilter.MaxFilter(2 * _OUTLINE_PX + 1))
-            image.paste(Image.new("RGB", image.size, OUTLINE), mask=ImageChops.subtract(wider, inside))
+            if alpha := read_mask(mask, source).alpha:
+                inside = alpha.resize(image.size).point(lambda level: 255 if level > 127 else 0)
+                wider = inside.filter(ImageFilter.MaxFilter(2 * _OUTLINE_PX + 1))
+                image.paste(Image.new("RGB", image.size, OUTLINE), mask=ImageChops.subtract(wider, inside))
+                has_outline = True
     content = io.BytesIO()
     image.save(content, "webp", quality=_QUALITY, method=_METHOD)
-    return content.getvalue()
+    return content.getvalue(), has_outline

@@ -51,8 +51,6 @@ class DataSettings(SharedDataSettings):
     """Half of the samples see the mirror image."""
     mask_weight: float = setting(0.1, at_least=0, at_most=1, role="result", before=0.1)
     """Of the areas outside an image's mask in the loss."""
-    alpha: Literal["white", "mask"] = setting("white", role="result", before="white")
-    """"mask": the transparency of an image without a mask is its mask."""
 
     def validate(self) -> Iterator[str]:
         if any(each % self.bucket_step for each in self.resolutions) or self.bucket_step % 8:
@@ -71,6 +69,8 @@ class LoraSettings:
     lora_targets: Literal["all", "attention"] = setting("all", role="result")
     lora_type: Literal["lora", "dora", "loha", "lokr"] = setting("lora", role="result", before="lora")
     """"dora" also trains the norm of each row of the adapted weights; "loha" and "lokr" are products of other kinds."""
+    train_text_encoders: bool = setting(False, role="result", before=False)
+    """Adapt both text encoders as well; captions are then encoded in each step."""
     lora_conv_rank: int = setting(0, at_least=0, at_most=1024, role="result", before=0)
     """Rank of the 3x3 convolutions of ResNets and samplers; 0: these are not adapted."""
     lora_rank_pattern: str = setting("", role="result", before="")
@@ -102,7 +102,8 @@ class LoraSettings:
         convolutions = f", convolutions of rank {self.lora_conv_rank}" if self.lora_conv_rank else ""
         pattern = f", except by {self.lora_rank_pattern!r}" if self.lora_rank_pattern.split() else ""
         scale = f"scale {self.scale(self.lora_rank, self.alpha):g}{origin}"
-        return f"{kind}rank {self.lora_rank}, alpha {self.alpha:g} ({scale}){convolutions}{pattern}"
+        texts = ", in the text encoders too" if self.train_text_encoders else ""
+        return f"{kind}rank {self.lora_rank}, alpha {self.alpha:g} ({scale}){convolutions}{pattern}{texts}"
 
     @property
     def rank_rules(self) -> list[RankRule]:
@@ -185,6 +186,8 @@ class OptimizerSettings:
         "adamw", role="result", before="adamw"
     )
     learning_rate: float = setting(1e-4, above=0, at_most=1, role="result")
+    text_encoder_lr: float = setting(1e-5, above=0, at_most=1, role="result", before=1e-5)
+    """Of the text encoders, if they are trained; it rises and falls as `learning_rate`."""
     lr_scheduler: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "warmup_stable_decay"] = setting(
         "constant", role="result"
     )
@@ -350,7 +353,9 @@ def unsupported_by_fast_engine(lora: LoraSettings) -> str:
     if lora.lora_type != "lora":
         return f"the fast engine does not support LORA_TYPE={lora.lora_type}"
     unsupported = {"LORA_CONV_RANK": lora.lora_conv_rank, "LORA_DROPOUT": lora.lora_dropout}
-    return next((f"the fast engine does not support {name}={value:g}" for name, value in unsupported.items() if value), "")
+    unsupported |= {"TRAIN_TEXT_ENCODERS": lora.train_text_encoders}
+    found = (f"{name}={str(value).lower()}" for name, value in unsupported.items() if value)
+    return next((f"the fast engine does not support {each}" for each in found), "")
 
 
 @dataclass(frozen=True)
@@ -377,5 +382,15 @@ class TrainSettings:
             yield f"lora_l2: is not supported with LORA_TYPE={self.lora.lora_type}; set LORA_L2=0, or LORA_TYPE=lora"
         if self.optimizer.loraplus_ratio != 1 and self.lora.lora_type not in ("lora", "dora"):
             yield f"loraplus_ratio: LORA_TYPE={self.lora.lora_type} has no `up` of its own; set LORAPLUS_RATIO=1, or LORA_TYPE=lora"
+        yield from self._problems_of_text_encoder_lr()
         if self.lora.lora_type == "dora" and self.model.base_quantization == "int8":
             yield "LORA_TYPE=dora reads the weights of the base model as they are: set BASE_QUANTIZATION=none"
+
+    def _problems_of_text_encoder_lr(self) -> Iterator[str]:
+        rate = self.optimizer.text_encoder_lr
+        if not self.lora.train_text_encoders:
+            if rate != OptimizerSettings.text_encoder_lr:
+                remedy = "set TRAIN_TEXT_ENCODERS=true, or TEXT_ENCODER_LR=1e-5"
+                yield f"text_encoder_lr: {rate:g} has no effect without TRAIN_TEXT_ENCODERS; {remedy}"
+        elif self.optimizer.optimizer == "prodigy" and rate < PRODIGY_LEAST_RATE:
+            yield f"text_encoder_lr is a factor of the rate that prodigy finds: set TEXT_ENCODER_LR=1 (is {rate:g})"

@@ -40,10 +40,13 @@ def matching_layers(settings: LoraSettings, shapes: Mapping[str, tuple[int, ...]
     Raises SettingsError for a file that needs other settings, ModelError for one that is damaged, or not of SDXL.
     """
     path, ranks = settings.init_lora, adapted_layers(shapes, settings)
+    if not path.is_file():  # of an earlier run, whose digest is recorded, it may be gone
+        raise SettingsError(f"INIT_LORA: {path}: no such file")
     layers = usable_layers(read_lora(path), comfyui_modules())
-    of_text = [name for name in layers if name.startswith("lora_te")]
+    of_text = [] if settings.train_text_encoders else [name for name in layers if name.startswith("lora_te")]
     if of_text:
-        print(f"INIT_LORA: {len(of_text)} layers of text encoders are left out: these are not trained", flush=True)
+        what = "text encoders are left out: these are not trained; see TRAIN_TEXT_ENCODERS"
+        print(f"INIT_LORA: {len(of_text)} layers of {what}", flush=True)
     found = {name: layers[kohya_name(name)] for name in ranks if kohya_name(name) in layers}
     used = {layer.name for layer in found.values()}
     if surplus := [name for name in layers if name not in used and name not in of_text]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from common.captions import has_trigger
 from common.errors import DataError, SettingsError
 from common.output_layout import OutputLayout
 from common.project import ProjectSettings
@@ -24,7 +25,7 @@ from training.engine import EngineName, choose_engine
 from training.initial_lora import initial_digest, matching_layers
 from training.lora_files.reading import Layer
 from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
-from training.method.layers import weight_shapes
+from training.method.layers import shapes_of_base
 from training.method.optimizers import require_usable
 from training.models.base_model import (
     base_digest,
@@ -35,7 +36,6 @@ from training.models.base_model import (
 )
 from training.models.family import family_of
 from training.models.sdxl import BaseModel, Schedule
-from training.models.weights import unet_without_weights
 from training.plan import (
     GLOBAL_BATCH,
     INITIAL_LORA,
@@ -114,7 +114,7 @@ def resolve_job(
     budget = measure_budget(base, examples, settings, precision, engine_name, group.local_world_size)
     # A run that an older version saved has no record: its base was not quantized. A finished run keeps its choice as well, so that
     # it stays finished when there is less memory.
-    recorded_choice = saved.identity.fingerprint.get("base_quantization", "none") if saved else None
+    requested, recorded_choice = settings, saved.identity.fingerprint.get("base_quantization", "none") if saved else None
     settings, budget = resolve_quantization(settings, budget, recorded_choice)
 
     samples = saved.identity.fingerprint[GLOBAL_BATCH] // world_size if saved else None
@@ -132,6 +132,12 @@ def resolve_job(
         plan = replace(plan, warmup_steps=warmup_to_keep(saved, fingerprint))
         fingerprint = result_fingerprint(plan, settings, project.trigger_word, digests, initial)
     is_finished = not settings.saving.fresh and outputs.is_finished(short_hash(fingerprint))
+    continues = saved is not None and changes(saved.identity.fingerprint, fingerprint).keys() <= {*LENGTH, EARLY_STOP}
+    if was_finished and saved and not continues and requested.model.base_quantization == "auto":
+        print("the finished run had other settings or data; for this one, the base quantization is chosen again", flush=True)
+        fresh = replace(requested, saving=replace(requested.saving, fresh=True))
+        job = resolve_job(group, project, fresh, inputs, comfyui)
+        return replace(job, settings=replace(job.settings, saving=replace(job.settings.saving, fresh=False)))
     if not is_finished:  # a finished run needs no memory
         settings = fit_to_memory(settings, budget, comfyui_advice(comfyui))
 
@@ -139,7 +145,6 @@ def resolve_job(
     print(f"base model: {base.name}, {family_of(base)}", flush=True)
     print("\n".join([plan.announcement(), *prior]), flush=True)
 
-    continues = saved is not None and changes(saved.identity.fingerprint, fingerprint).keys() <= {*LENGTH, EARLY_STOP}
     recorded = saved.identity.runtime if continues else {}
     images, resolved = plan_samples(settings, project.trigger_word, plan, budget, base, recorded)
     settings = replace(settings, samples=resolved)
@@ -150,7 +155,7 @@ def resolve_job(
     if saved and not is_finished:
         saved = _resume_point(outputs, saved, identity, was_finished)
     begins = initial and not saved and not is_finished
-    layers = matching_layers(settings.lora, weight_shapes(unet_without_weights(base))) if begins else {}
+    layers = matching_layers(settings.lora, shapes_of_base(base, settings.lora)) if begins else {}
     return TrainingJob(
         project, settings, base, plan, precision, engine_name, outputs, identity, saved, is_finished, was_finished, budget, images,
         is_assumed, layers,
@@ -211,10 +216,14 @@ def _resolved(settings: TrainSettings, plan: Plan, precision: Precision, engine:
 
 def with_class_of_prior(settings: TrainSettings, plan: Plan, trigger: str) -> tuple[TrainSettings, list[str]]:
     """The settings with the word that replaces the trigger word in what is to remain of the base model, if there is any, and a line
-    about it. Raises SettingsError if the word is not set and the captions do not have it."""
+    about it. Raises SettingsError if the word is not set and the captions do not have it, or if there is no trigger word."""
     samples, weight = settings.samples, settings.objective.prior_preservation
     if not weight:
         return settings, []
+    lacking = sum(not (example.trigger and has_trigger(example.caption, example.trigger)) for example in plan.images)
+    if lacking == len(plan.images):
+        problem = "no caption has the trigger word, for which the class would stand"
+        raise SettingsError(f"PRIOR_PRESERVATION: {problem}; write {trigger} into the captions, or set PRIOR_PRESERVATION=0")
     word, origin = samples.subject_class.strip(), "as set"
     captions = plan.captions or {trigger: [example.caption for example in plan.images]}
     nameless = [name for name in captions if name not in plan.classes]
@@ -227,4 +236,5 @@ def with_class_of_prior(settings: TrainSettings, plan: Plan, trigger: str) -> tu
             raise SettingsError(f"PRIOR_PRESERVATION {problem}: set SUBJECT_CLASS, for example SUBJECT_CLASS=woman")
     settings = replace(settings, samples=replace(samples, subject_class=word))
     words = ", ".join(f"{plan.classes.get(name, word)!r} for {name!r}" for name in captions)
-    return settings, [f"prior preservation: weight {weight:g}, {words} ({origin})"]
+    left_out = f"; not for {lacking} of {len(plan.images)} images, whose captions lack the trigger word" if lacking else ""
+    return settings, [f"prior preservation: weight {weight:g}, {words} ({origin}){left_out}"]

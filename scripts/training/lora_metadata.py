@@ -55,6 +55,7 @@ def lora_metadata(job: TrainingJob, epochs: int) -> dict[str, str]:
         "ss_mixed_precision": job.precision.name,
         "ss_learning_rate": str(settings.optimizer.learning_rate),
         "ss_unet_lr": str(settings.optimizer.learning_rate),
+        **({"ss_text_encoder_lr": str(settings.optimizer.text_encoder_lr)} if settings.lora.train_text_encoders else {}),
         **_method_metadata(settings, plan),
         "ss_zero_terminal_snr": str(plan.schedule.zero_terminal_snr),
         "ss_caption_dropout_rate": str(settings.data.caption_dropout),

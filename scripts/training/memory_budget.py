@@ -8,13 +8,12 @@ from functools import partial
 from common.errors import ResourceError
 from training.config import TrainSettings
 from training.data.batches import PRIOR_EVERY
-from training.data.dataset import Example
+from training.data.examples import Example
 from training.engine import EngineName
 from training.method.adapters import KEPT_BYTES_PER_WEIGHT
-from training.method.layers import adapted_layers, count_weights, weight_shapes
+from training.method.layers import adapted_layers, count_weights, network_of, shapes_of_base
 from training.method.optimizer_wrappers import floats_per_weight
-from training.models.sdxl import BaseModel
-from training.models.weights import unet_without_weights
+from training.models.sdxl import TEXT_ENCODERS, BaseModel
 from training.plan import at_each_resolution, placements_of
 from training.system.device import (
     GIB,
@@ -36,6 +35,11 @@ checkpointing 10.7 GiB."""
 _CONV_BYTES_PER_PIXEL, _MASK_BYTES_PER_PIXEL = 640, 1024
 """What PEFT's convolutions keep besides: their inputs in fp32, 37 feature maps of SDXL; and dropout: a byte for each number of the
 layers' inputs. Computed, not measured."""
+_TEXT_BYTES = 68, 2
+"""Activations of a text encoder with PEFT's layers in bf16, for each number of a layer's output: kept, or with gradient
+checkpointing. Computed, not measured: 0.3 GiB for each chunk of SDXL's tokens."""
+_CHUNK = 77
+"""Tokens, with start and end."""
 _SDXL_WIDTH = 320
 """Channels of SDXL's first block. Activations grow with the width."""
 _GPU_WORKSPACE_BYTES = 2 * GIB
@@ -88,21 +92,27 @@ def measure_budget(
 ) -> MemoryBudget:
     """The budget of each of `processes` on this machine, as it is now.
 
-    The need is estimated from the shapes of the UNet's weights: in the computation's dtype; with LoRA weights, gradients and
+    The need is estimated from the shapes of the networks' weights: in the computation's dtype; with LoRA weights, gradients and
     the optimizer's state in fp32 and a copy of the weights; and activations, which grow with the pixels of the micro-batch.
     """
     unet, itemsize = base.components["unet"], precision.dtype.itemsize
-    shapes = weight_shapes(unet_without_weights(base))
+    text_encoders = [base.components[name] for name in TEXT_ENCODERS] if settings.lora.train_text_encoders else []
+    shapes = shapes_of_base(base, settings.lora)
     ranks = adapted_layers(shapes, settings.lora)
     floats = 2 + floats_per_weight(settings.optimizer)  # weight, gradient and the optimizer's state
     trained = sum(count_weights(shapes[name], layer.rank, settings.lora) for name, layer in ranks.items())
-    weights = itemsize * sum(math.prod(tensor.shape) for tensor in unet.tensors.values())
+    networks = unet, *text_encoders
+    weights = itemsize * sum(math.prod(tensor.shape) for network in networks for tensor in network.tensors.values())
     workspaces = _GPU_WORKSPACE_BYTES if precision.device.type == "cuda" else _CPU_WORKSPACE_BYTES
     scale = itemsize / 2 * unet.config["block_out_channels"][0] / _SDXL_WIDTH
     kept_px, checkpointed_px = _PLAIN_BYTES_PER_PIXEL if engine == "plain" else _FAST_BYTES_PER_PIXEL
     kept_px += _CONV_BYTES_PER_PIXEL if settings.lora.lora_conv_rank else 0
     kept_px += _MASK_BYTES_PER_PIXEL if settings.lora.lora_dropout else 0
     placements = placements_of(at_each_resolution(examples, settings.data), settings.data)
+    numbers = sum(each.config["hidden_size"] * each.config["num_hidden_layers"] for each in text_encoders)
+    numbers *= _CHUNK * settings.data.caption_chunks
+    of_unet = sum(math.prod(shape) for name, shape in shapes.items() if not network_of(name))
+    kept_text, checkpointed_text = (int(itemsize / 2 * each) * numbers for each in _TEXT_BYTES)
     image_px = max(place.bucket.width * place.bucket.height for place in placements)
     is_shared = shares_memory(precision.device)
     limits = thresholds(settings.run.memory_floor_gib, read_memory().total, is_shared)
@@ -111,13 +121,13 @@ def measure_budget(
     return MemoryBudget(
         fixed=weights + int(trained * (4 * floats + itemsize)) + workspaces,
         fixed_kept=kept_per_weight * sum(math.prod(shapes[name]) for name in ranks),
-        per_image=image_px * int(scale * kept_px),
-        per_image_checkpointed=image_px * int(scale * checkpointed_px),
+        per_image=image_px * int(scale * kept_px) + kept_text,
+        per_image_checkpointed=image_px * int(scale * checkpointed_px) + checkpointed_text,
         available=available,
         reserve=limits.reserve if limits else int(min(GPU_RESERVE_BYTES, GPU_RESERVE_SHARE * available)),
         thresholds=limits,
         has_prior=settings.objective.prior_preservation > 0,
-        saved_by_int8=0 if settings.lora.lora_type == "dora" else (itemsize - 1) * sum(map(math.prod, shapes.values())),
+        saved_by_int8=0 if settings.lora.lora_type == "dora" else (itemsize - 1) * of_unet,
     )
 
 
@@ -193,6 +203,7 @@ def fit_to_memory(settings: TrainSettings, budget: MemoryBudget, advice: str) ->
     if batch < requested:
         changes = f"batch size {requested} -> {batch}, gradient accumulation {samples // requested} -> {samples // batch}"
         print(f"{changes} (batch size {requested} needs about {needed(requested) / GIB:.1f} GiB; {figures})", flush=True)
+    print(f"memory: about {needed(batch) / GIB:.1f} GiB for batch size {batch}", flush=True)
     run = replace(settings.run, train_batch_size=batch, gradient_accumulation_steps=samples // batch)
     return replace(settings, run=run, model=replace(settings.model, gradient_checkpointing=checkpointing))
 
@@ -212,10 +223,11 @@ def suggest_settings(settings: TrainSettings, budget: MemoryBudget, available: i
 
 
 def _smaller(settings: TrainSettings, budget: MemoryBudget) -> str:
-    """What makes one image take less memory."""
+    """What makes one image take less memory. What changes the result needs a new run."""
     switches = [] if settings.model.gradient_checkpointing else ["GRADIENT_CHECKPOINTING=true"]
-    switches += ["BASE_QUANTIZATION=int8"] if budget.saved_by_int8 else []
-    return f"set {' '.join(switches)}, or lower RESOLUTION or LORA_RANK" if switches else "lower RESOLUTION or LORA_RANK"
+    switches += ["BASE_QUANTIZATION=int8 FRESH=1"] if budget.saved_by_int8 else []
+    lower = "lower RESOLUTION or LORA_RANK with FRESH=1"
+    return f"set {' '.join(switches)}, or {lower}" if switches else lower
 
 
 def fitting_batch(limit: int, samples: int, needed: Callable[[int], int], available: int) -> int:

@@ -12,7 +12,7 @@ from common.errors import SettingsError, abbreviated
 from common.settings import all_keys
 from training.config import DataSettings, ObjectiveSettings, TrainSettings
 from training.data.buckets import OptimizerStep, Placement, add_regularization, assign_bucket, epochs_of, run_order
-from training.data.dataset import Example
+from training.data.examples import Example
 from training.models.sdxl import Schedule
 
 HELD_OUT_FROM = 40
@@ -233,16 +233,22 @@ def require_possible_objective(objective: ObjectiveSettings, schedule: Schedule)
 
 def _held_out(examples: Sequence[Example], fraction: float | Literal["auto"]) -> set[int]:
     """Indices of the examples that are held out: those whose files have the lowest hashes, so that the choice depends on
-    nothing but the images, and one image more or less changes it by one at most. Never the last one of a trigger word."""
+    nothing but the images, and one image more or less changes it by one at most. Each of several trigger words has its share, at
+    least one image if there are enough, and never its last one."""
     count = min(math.ceil(fraction * len(examples)), len(examples) - 1) if fraction != "auto" else 0
     if fraction == "auto" and len(examples) >= HELD_OUT_FROM:
         count = max(HELD_OUT_LEAST, math.ceil(HELD_OUT_SHARE * len(examples)))
-    remaining, chosen = Counter(example.trigger for example in examples), set()
+    concepts: dict[str, list[int]] = {}
     for index in sorted(range(len(examples)), key=lambda index: examples[index].sha256):
-        if len(chosen) < count and remaining[examples[index].trigger] > 1:  # something of each concept is trained
-            remaining[examples[index].trigger] -= 1
-            chosen.add(index)
-    return chosen
+        concepts.setdefault(examples[index].trigger, []).append(index)
+    shares = dict.fromkeys(concepts, 0)
+    for _ in range(count):
+        due = {word: count * len(of_word) / len(examples) - shares[word] for word, of_word in concepts.items()}
+        open_to_more = [word for word, of_word in concepts.items() if shares[word] < len(of_word) - 1]
+        if not open_to_more:
+            break
+        shares[max(open_to_more, key=lambda word: (not shares[word], due[word], word))] += 1
+    return {index for word, of_word in concepts.items() for index in of_word[: shares[word]]}
 
 
 def at_each_resolution(examples: Sequence[Example], data: DataSettings) -> list[Example]:
@@ -265,13 +271,15 @@ def result_fingerprint(
     from.
     """
     only = {train.data.resolution}
+    if plan.triggers and trigger_word not in plan.triggers:
+        trigger_word = plan.triggers[0]  # every folder has its own: the setting decides nothing
     classes = [f"{word} for {trigger}" for trigger, word in plan.classes.items()]
     trained = [
         [example.sha256, example.caption, example.repeats, *_newer(example, only, trigger_word)] for example in plan.examples
     ]
     held_out = [[example.sha256, example.caption, *_newer(example, only, trigger_word)] for example in plan.held_out]
     settings = {recorded_name(key): value for key, value in settings_of(train, "result") if value != key.metadata["before"]}
-    if not any(example.mask for example in [*plan.examples, *plan.regularization]):
+    if not any(example.mask for example in plan.all_examples):
         settings = {name: value for name, value in settings.items() if name not in ("mask_weight", "alpha")}
     if not plan.regularization:
         settings.pop("prior_weight", None)

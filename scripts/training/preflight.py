@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from common.dataset_layout import DatasetFolder, select_images
+from common.dataset_layout import DatasetFolder, find_regularization_images, select_images
 from common.dataset_table import dataset_table
 from common.errors import ResourceError, run_checks
 from common.output_layout import OutputLayout, check_disk_space
@@ -15,12 +15,13 @@ from common.settings import IN_CONTAINER
 from training.callbacks.checkpoint import newest
 from training.callbacks.sample_plan import plan_samples
 from training.config import TrainSettings
-from training.data.dataset import Example, read_images, require_all_images
+from training.data.dataset import read_images, require_all_images
+from training.data.examples import Example
 from training.engine import choose_engine
 from training.initial_lora import initial_digest, matching_layers
 from training.job import with_class_of_prior
-from training.memory_budget import MemoryBudget, fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
-from training.method.layers import adapted_layers, weight_shapes
+from training.memory_budget import fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
+from training.method.layers import adapted_layers, shapes_of_base
 from training.method.optimizers import require_usable
 from training.models.base_model import (
     choose_schedule,
@@ -32,7 +33,7 @@ from training.models.base_model import (
 )
 from training.models.family import family_of
 from training.models.sdxl import BaseModel, Schedule
-from training.models.weights import load_tokenizers, require_matching_weights, unet_without_weights
+from training.models.weights import load_tokenizers, require_matching_weights
 from training.plan import INITIAL_LORA, make_plan
 from training.system.device import GIB, available_bytes, choose_precision
 
@@ -73,19 +74,21 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
         return choose_schedule(base, settings.model.prediction_type, settings.model.zero_terminal_snr, measured)
 
     def check_layers() -> str:
-        layers = adapted_layers(weight_shapes(unet_without_weights(bases[0])), settings.lora) if bases else ()
+        layers = adapted_layers(shapes_of_base(bases[0], settings.lora), settings.lora) if bases else ()
         found.extend(bases)
         return f"LoRA: {len(layers)} layers" if bases else "LoRA: the layers are checked when there is a base model"
 
     def check_run() -> str:
+        dataset = DatasetFolder(project.dataset_dir)
+        files = select_images(dataset), find_regularization_images(dataset)
         if inputs_pending:
-            images = select_images(DatasetFolder(project.dataset_dir)).images
+            images = files[0].images
             without = sum(not image.has_caption for image in images)
             if without or not images:
                 return f"images: {len(images)} so far, {without} without a caption; the run is planned when all are there"
         else:
-            print(dataset_table(DatasetFolder(project.dataset_dir), project.trigger_word), flush=True)
-        examples, left_out = read_images(project, settings.data)
+            print(dataset_table(dataset, *files, project.trigger_word), flush=True)
+        examples, left_out = read_images(project, settings.data, files)
         unusable.append(left_out)
         if not found:
             return f"images: {len(examples)} with captions in {project.dataset_dir}"
@@ -105,7 +108,7 @@ def check_initial_lora(project: ProjectSettings, settings: TrainSettings, bases:
     saved = None if settings.saving.fresh else newest(outputs.state)
     initial_digest(settings.lora, outputs, saved.identity.fingerprint.get(INITIAL_LORA) if saved else None)
     if bases and not saved:
-        matching_layers(settings.lora, weight_shapes(unet_without_weights(bases[0])))
+        matching_layers(settings.lora, shapes_of_base(bases[0], settings.lora))
     return f"begins from: {settings.lora.init_lora}"
 
 
@@ -128,20 +131,12 @@ def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettin
     settings, prior = with_class_of_prior(settings, plan, trigger)
     samples, _ = plan_samples(settings, trigger, plan, budget, base, {})
     announcement = "\n".join([plan.announcement(), *prior, *([samples.announcement] if samples else [])])
-    if precision.device.type != "cuda":
-        return announcement
-    return f"{announcement}\n{describe_memory(settings, budget)}"
-
-
-def describe_memory(settings: TrainSettings, budget: MemoryBudget) -> str:
-    """How much GPU memory a run would take as things are now, or why it would be refused: other programs may still end."""
-    try:
-        settings = fit_to_memory(settings, budget, "")
-    except ResourceError as error:
-        return f"GPU memory: a run would be refused now: {error}"
-    batch, checkpointing = settings.run.train_batch_size, bool(settings.model.gradient_checkpointing)
-    needed = budget.needed(batch, checkpointing=checkpointing) / GIB
-    return f"GPU memory: about {needed:.1f} GiB (batch size {batch}, gradient checkpointing {'on' if checkpointing else 'off'})"
+    if precision.device.type == "cuda":
+        try:
+            fit_to_memory(settings, budget, "")
+        except ResourceError as error:  # other programs may still end
+            return f"{announcement}\na run would be refused now: {error}"
+    return announcement
 
 
 def check_processor() -> str:

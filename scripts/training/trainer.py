@@ -27,8 +27,9 @@ from training.callbacks.sample_record import SampleRecord
 from training.callbacks.samples import SampleImages, texts_of
 from training.callbacks.validation import Validator
 from training.data.batches import Batch, BatchReader
-from training.data.cache import CacheBuilder, CachedExample
-from training.engine import prepare_unet, warm_up
+from training.data.cache import CacheBuilder
+from training.data.cache_files import CachedExample
+from training.engine import prepare_unet, recompute_text_encoders, warm_up
 from training.engine.step import StepResult, TrainStep
 from training.initial_lora import load_initial
 from training.job import TrainingJob
@@ -40,12 +41,16 @@ from training.method.diffusion import LossConfig, alphas_cumprod, timestep_quant
 from training.method.lora_l2 import l2_of_changes
 from training.method.optimizer_wrappers import make_optimizer
 from training.method.optimizers import learning_rate_at
-from training.models.weights import load_unet, load_vae, require_finite_weights
+from training.models.sdxl import TEXT_ENCODERS
+from training.models.weights import TextEncoders, load_text_encoders, load_unet, load_vae, require_finite_weights
 from training.plan import short_hash
 from training.results import LoraSaver, report_results, write_results
 from training.system.device import MemoryGuard, available_bytes, limit_gpu_memory, make_deterministic, memory_guard, release_memory
 from training.system.process_group import ProcessGroup
 from training.system.processes import WorkerProcess
+
+Networks = tuple[UNet2DConditionModel, TextEncoders | None, Adapter]
+"""The UNet, the text encoders if they are trained, and what is trained in both."""
 
 
 def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) -> bool:
@@ -59,14 +64,14 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
     prepare_device(job)
     history = recorded(job, group) if group.is_main_process else contextlib.nullcontext()
     with history, translate_cuda_oom(job), memory_guard(job.budget.thresholds) as guard:
-        with unet_in_background(job) as load:
+        with networks_in_background(job) as load:
             examples, prompts = encode(job, group, encoder)
-            unet, adapter = load()
-        if not predicts_as_planned(job, group, unet, examples):
+            unet, text_encoders, adapter = load()
+        if not predicts_as_planned(job, group, unet, text_encoders, examples):
             return False
         if job.initial_layers:
             begin_from_file(job, group, adapter)
-        step, schedule = build_step(job, group, unet, adapter), schedule_of(job)
+        step, schedule = build_step(job, group, unet, text_encoders, adapter), schedule_of(job)
         if job.saved:
             restore(job.saved, group, adapter.weights, step.optimizer, step.scaler)
         count, held_out_count = len(job.plan.examples), len(job.plan.held_out)
@@ -194,21 +199,23 @@ def has_memory_for_everything(job: TrainingJob) -> bool:
 
 
 @contextlib.contextmanager
-def unet_in_background(job: TrainingJob) -> Iterator[Callable[[], tuple[UNet2DConditionModel, Adapter]]]:
-    """A function that returns the UNet and its adapter. They are loaded while data is encoded if there is memory for both."""
+def networks_in_background(job: TrainingJob) -> Iterator[Callable[[], Networks]]:
+    """A function that returns the networks and their adapter. They are loaded while data is encoded if there is memory for both."""
     starts_now = has_memory_for_everything(job)
     device, dtype = job.precision.device, job.precision.dtype
 
-    def load() -> tuple[UNet2DConditionModel, Adapter]:
+    def load() -> Networks:
+        lora = job.settings.lora
         unet = load_unet(job.base, device, dtype, in_int8=job.settings.model.base_quantization == "int8")
-        return unet, inject(unet, job.settings.lora, job.settings.run.train_seed)
+        text_encoders = load_text_encoders(job.base, device, dtype) if lora.train_text_encoders else None
+        return unet, text_encoders, inject(unet, lora, job.settings.run.train_seed, text_encoders or ())
 
     with (
         in_background(lambda: warm_up(job.engine, device, dtype), start=starts_now) as warmed_up,
         in_background(load, start=starts_now) as loaded,
     ):
 
-        def wait() -> tuple[UNet2DConditionModel, Adapter]:
+        def wait() -> Networks:
             warmed_up.result()
             return loaded.result()
 
@@ -230,7 +237,8 @@ def encode(
         encoder.end()
     precision = job.precision
     folders = job.project.models_dir, job.outputs.cache
-    builder = CacheBuilder(job.base, *folders, precision.device, precision.dtype, group, concurrent)
+    how = precision.device, precision.dtype, group, concurrent, job.settings.lora.train_text_encoders
+    builder = CacheBuilder(job.base, *folders, *how)
     images = zip(job.plan.all_examples, job.plan.all_placements, strict=True)
     prompts = texts_of(job.samples) if job.samples else []
     subject_class = job.settings.samples.subject_class if job.settings.objective.prior_preservation else ""
@@ -242,7 +250,9 @@ def _encode_in_worker(job: TrainingJob) -> tuple[list[CachedExample], dict[str, 
     return encode(job, ProcessGroup())
 
 
-def build_step(job: TrainingJob, group: ProcessGroup, unet: UNet2DConditionModel, adapter: Adapter) -> TrainStep:
+def build_step(
+    job: TrainingJob, group: ProcessGroup, unet: UNet2DConditionModel, text_encoders: TextEncoders | None, adapter: Adapter
+) -> TrainStep:
     """The training step of the job's engine, with its optimizer and loss."""
     settings = job.settings
     optimizer = make_optimizer(adapter, settings.optimizer)
@@ -257,9 +267,11 @@ def build_step(job: TrainingJob, group: ProcessGroup, unet: UNet2DConditionModel
     )
     checkpointing = settings.model.gradient_checkpointing
     sync = prepare_unet(job.engine, unet, adapter, job.precision.device, gradient_checkpointing=checkpointing)
+    if text_encoders and checkpointing:
+        recompute_text_encoders(text_encoders, adapter)
     norm = settings.optimizer.max_grad_norm
     pull = l2_of_changes(adapter, settings.objective.lora_l2) if settings.objective.lora_l2 else None
-    how = {"add_gradient": pull, "sync_compute_weights": sync}
+    how = {"text_encoders": text_encoders, "add_gradient": pull, "sync_compute_weights": sync}
     return TrainStep(unet, adapter, optimizer, config, job.precision, norm, group.all_reduce, **how)
 
 
@@ -289,7 +301,7 @@ def checking_first_step(
 
 
 def explain_first_step(job: TrainingJob, batches: Sequence[Batch]) -> ModelError:
-    """Why the first step's loss or gradient is not finite. Reads every weight of the UNet if the data is not the cause."""
+    """Why the first step's loss or gradient is not finite. Reads every weight of the networks if the data is not the cause."""
     values = [tensor for batch in batches for tensor in (batch.mean, batch.log_variance, batch.hidden, batch.pooled)]
     if not all(tensor.isfinite().all() for tensor in values):
         return ModelError(
@@ -298,6 +310,8 @@ def explain_first_step(job: TrainingJob, batches: Sequence[Batch]) -> ModelError
         )
     try:
         require_finite_weights(job.base, ["unet"], job.precision.dtype)
+        if batches[0].tokens.numel():
+            require_finite_weights(job.base, TEXT_ENCODERS, job.precision.dtype)
     except ModelError as found:
         return found
     remedy = "set MIXED_PRECISION=bf16, or use" if job.precision.dtype == torch.float16 else "use"
@@ -359,7 +373,7 @@ def writing_callbacks(
         open_metrics(settings.logging, outputs.name, outputs.metrics, outputs.logs, schedule.start.next_step) as metrics,
         ImageLosses(*files, names, reader.indices, schedule.saves_lora_between, schedule.start.next_step) as losses,
         CheckpointWriter(outputs.state, job.identity, settings.saving.keep_last_states, *state) as checkpoints,
-        report_page(job.project, schedule.saves_lora_between) as page,
+        report_page(job.project, settings.data, schedule.saves_lora_between) as page,
     ):
         yield [metrics, losses, LoraSaver(job, adapter.modules, schedule), checkpoints, page]
 

@@ -2,7 +2,13 @@
 
 import json
 
+import pytest
 from PIL import Image
+
+from captioning.journal import CaptionFiles
+from common.caption_lists import read_caption_list
+from common.captions import MAX_CAPTION_BYTES, UnusableCaptionError, read_caption
+from common.dataset_layout import DatasetFolder
 
 
 def save(photographs: dict[str, Image.Image], folder, **names: str) -> None:
@@ -92,3 +98,19 @@ def test_check_shows_the_folders(stage, photographs):
     shown = [line.split() for line in stage.run("--check").stdout.splitlines()]
     assert ["images", "1", "0", "0", "1", "nyafyi_woman", "-", "-"] in shown
     assert ["images/alice", "1", "0", "0", "4", "alice", "-", "-"] in shown
+
+
+def test_the_trigger_word_fits_into_the_longest_caption_of_a_list(tmp_path):
+    """And a file that is full already is named and left as it is, instead of becoming one that no stage reads."""
+    folder = DatasetFolder(tmp_path)
+    folder.images.mkdir()
+    image, listed = folder.images / "a.png", "x" * (60 * 2**10)
+    (folder.images / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": listed}))
+    captions = CaptionFiles(folder, "nyafyi_woman")
+    assert captions.copy(image, folder.images / "a.txt", read_caption_list(folder.images)[image])
+    assert read_caption(folder.images / "a.txt", folder.root) == f"nyafyi_woman, {listed}"
+    full = folder.images / "b.txt"
+    full.write_text("x" * MAX_CAPTION_BYTES)
+    with pytest.raises(UnusableCaptionError, match="would be larger than the 64 KiB of a caption with the trigger word in it"):
+        captions.ensure_trigger(full)
+    assert full.read_text() == "x" * MAX_CAPTION_BYTES

@@ -17,7 +17,8 @@ from common.dataset_layout import DatasetFolder, find_images
 from common.errors import DataError
 from common.files import sha256_of
 from common.images import BrokenImageError
-from training.data.dataset import flagged_images, read_examples
+from training.data.dataset import flagged_images
+from training.data.examples import read_examples
 
 
 @pytest.fixture
@@ -55,6 +56,22 @@ def test_photographs_without_flaws_are_not_flagged(folder, photographs):
 def test_too_small_for_the_training_is_by_area(folder, photographs, size, resolution, is_small):
     photographs["coffee"].resize(size).save(folder.images / "a.png")
     assert flaws(folder, resolution) == ({"a.png": ["too small"]} if is_small else {})
+
+
+def test_too_small_is_by_the_resolution_of_the_folder(folder, photographs):
+    for name, resolution in {"small": 256, "large": [2048, 1024]}.items():
+        (folder.images / name).mkdir()
+        photographs["coffee"].resize((512, 512)).save(folder.images / name / "a.png")
+        (folder.images / name / "folder.toml").write_text(f"resolution = {resolution}")
+    photographs["astronaut"].resize((512, 512)).save(folder.images / "b.png")
+    audit = audited(folder, resolution=512)
+    small = {name: found["too small"] for name, found in audit.flagged.items() if "too small" in found}
+    assert small == {"large/a.png": "512x512 px, less than a bucket of 1024x1024 px holds"}
+    write_audit(audit, folder)
+    assert "large/a.png" in flagged_images(folder, find_images(folder.images), 512)
+    (folder.images / "large" / "folder.toml").write_text("resolution = 512")
+    with pytest.raises(DataError, match=r"the resolutions in the files folder\.toml have changed .* run the caption stage again"):
+        flagged_images(folder, find_images(folder.images), 512)
 
 
 def test_blurred_images_are_flagged_and_a_blurred_background_is_not(folder, photographs):
@@ -112,12 +129,16 @@ def test_near_duplicates_are_found_and_the_largest_one_stays(folder, photographs
     )
 
 
-def test_a_duplicate_is_found_among_a_thousand_images():
+def test_a_duplicate_is_found_among_a_thousand_images(monkeypatch, capsys):
+    monkeypatch.setattr("common.progress.LINE_INTERVAL_S", 0)
     draw = random.Random(0)
     stats = {"width": 512, "height": 512, "animated": False, "blur": 0.1, "dark": 0, "bright": 255, "tint": (0, 0), "edges": ""}
     images = [IndexedImage(f"{i}", (), f"{i}", ImageStats(**stats, hash=f"{draw.getrandbits(256):064x}")) for i in range(1000)]
     twin = IndexedImage("twin", (), "twin", ImageStats(**stats, hash=f"{int(images[5].stats.hash, 16) ^ 0xFF:064x}"))
     assert find_near_duplicates([*images, twin]) == {"twin": "5"}
+    assert "comparing images: 512/1001 images" in capsys.readouterr().out
+    pairs = [IndexedImage(f"{image.name}b", (), "", image.stats) for image in images[::2]]  # of other parts of the comparison
+    assert find_near_duplicates([*images, *pairs]) == {pair.name: pair.name[:-1] for pair in pairs}
 
 
 CORNERS = [(0.0, 0.0), (0.45, 0.45), (0.0, 0.45), (0.45, 0.0), (0.2, 0.2)]
@@ -285,26 +306,26 @@ def test_training_skips_flagged_images_and_no_others(folder, photographs):
     for name in "abc":
         (folder.images / f"{name}.txt").write_text("sks")
     write_audit(audited(folder, resolution=256), folder)
-    flagged = flagged_images(folder, resolution=256)
+    flagged = flagged_images(folder, find_images(folder.images), 256)
     assert flagged == {"b.png": "too small, near-duplicate", "c.png": "unreadable"}
     assert [example.name for example in read_examples(folder.images, 1, flagged)[0]] == ["a.png"]
     photographs["rocket"].save(folder.images / "b.png")  # another image, which the audit has not seen
-    assert set(flagged_images(folder, resolution=256)) == {"c.png"}
+    assert set(flagged_images(folder, find_images(folder.images), 256)) == {"c.png"}
     assert read_examples(folder.images, 1)[1] == ["c.png: is empty; replace or remove it"]
 
 
 def test_training_without_anything_left_or_without_an_audit_is_refused(folder):
     (folder.images / "a.png").write_bytes(b"")
     with pytest.raises(DataError, match="run the caption stage first"):
-        flagged_images(folder, resolution=256)
+        flagged_images(folder, find_images(folder.images), 256)
     write_audit(audited(folder), folder)
     with pytest.raises(DataError, match="all 1 images are flagged"):
-        read_examples(folder.images, 1, flagged_images(folder, resolution=256))
+        read_examples(folder.images, 1, flagged_images(folder, find_images(folder.images), 256))
     with pytest.raises(DataError, match="was made for 256 px; run the caption stage again with RESOLUTION=512"):
-        flagged_images(folder, resolution=512)
+        flagged_images(folder, find_images(folder.images), 512)
     folder.audit.write_text('{"resolution": 256, "flagged": []}')
     with pytest.raises(DataError, match="missing or damaged"):
-        flagged_images(folder, resolution=256)
+        flagged_images(folder, find_images(folder.images), 256)
 
 
 def test_phone_photo_with_a_second_image_is_not_an_animation(folder, photographs):

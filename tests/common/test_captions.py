@@ -46,6 +46,30 @@ def test_files_are_read_as_one_caption_or_as_one_per_line(caption, golden):
     assert has_weights(text) is golden["has_weights"]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("smile, (long hair:1.2)", True),
+        ("(2girls:1), smile", True),
+        ("((smile:1.2)), hat", True),
+        ("((smile, (hat)))", True),
+        ("(ohwx2:1.1)", True),
+        ("(smile:-.5)", True),
+        ("saber_(fate), 2b_(nier:automata), smile", False),
+        ("akira_(chrono:2)", False),
+        ("name_((series))", False),
+        ("name_(series_(2019))", False),
+        ("saber \\(fate:2\\)", False),
+        ("a photo (at 12:30), format (16:9), verse (john 3:16)", False),
+        ("(:3), >:((, :((", False),
+        ("(chapter:12)", False),
+        ("roots (hair), (o)_(o)", False),
+    ],
+)
+def test_weights_are_told_from_other_brackets(text, expected):
+    assert has_weights(text) is expected
+
+
 def refusal(caption) -> str:
     with pytest.raises(UnusableCaptionError) as refused:
         read(caption)

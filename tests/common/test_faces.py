@@ -250,3 +250,20 @@ def test_in_the_container_a_missing_package_is_added_to_the_image(monkeypatch, n
         load_face_model(name, MODELS)
     remedy = f"add {FACE_MODELS[name].packages} to requirements.txt, if it is not there, and run: docker compose build"
     assert str(missing.value).endswith(f" is not installed; {remedy}")
+
+
+def test_the_faces_of_a_large_set_are_compared_with_a_part_of_them_spread_over_it(monkeypatch):
+    class Counting(DlibFaces):
+        compared = 0
+
+        @classmethod
+        def similarity(cls, vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
+            cls.compared += len(vectors) * len(others)
+            return DlibFaces.similarity(vectors, others)
+
+    monkeypatch.setattr("common.likeness.MOST_COMPARED", 10)
+    images = {str(number): [found(number % 2, 0)] for number in range(45)}
+    scored = score_set(images, NOTHING, Counting)
+    assert Counting.compared == 9 * 8 + 36 * 9
+    assert scored["1"].score == pytest.approx(1 - 5 / 9)  # of every fifth face, 0, 5, ... 40, four are at 1
+    assert scored["5"].score == pytest.approx(1 - 5 / 8)

@@ -22,6 +22,10 @@ def dataset(tmp_path) -> DatasetFolder:
     return folder
 
 
+def table_of(dataset) -> str:
+    return dataset_table(dataset, select_images(dataset), find_regularization_images(dataset), "sks")
+
+
 def add(folder, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +50,9 @@ def test_a_folder_file_makes_a_folder_part_of_the_data_set_and_counts_more_than_
     folders = {folder.path.name: folder for folder in find_folders(dataset.images)}
     assert folders["alice"] == ImageFolder(dataset.images / "alice", 2, "alice", "young woman", "both", 0.5, (1024, 768))
     assert folders["images"] == ImageFolder(dataset.images)
-    assert unused_entries(dataset.images) == {"other": "a folder with images; call it N_name for N repeats to use it"}
+    assert unused_entries(dataset.images, find_images(dataset.images)) == {
+        "other": "a folder with images; call it N_name for N repeats to use it"
+    }
     dataset.exclusions.write_text("alice\n")
     assert "alice/a.png" not in [name_in(dataset.images, image.path) for image in select_images(dataset).images]
     (dataset.images / "folder.toml").write_text('trigger = "top word"')
@@ -68,11 +74,19 @@ def test_a_folder_file_makes_a_folder_part_of_the_data_set_and_counts_more_than_
         (b"resolution = []", "3_a/folder.toml: resolution: must be a whole number from 64 to 4096"),
         (
             b"repeat = 2",
-            "3_a/folder.toml: unknown key repeat; known: repeats, trigger, class, caption_source, mask_weight, resolution",
+            "3_a/folder.toml: unknown key 'repeat'; known: repeats, trigger, class, caption_source, mask_weight, resolution",
         ),
         (b"repeats = ", "3_a/folder.toml: not valid TOML"),
         (b"\xff\xfe", "3_a/folder.toml: not valid TOML"),
         (b"a = " + b"[" * 5000, "3_a/folder.toml: not valid TOML"),
+        (b'"\\u001b[2J\\n" = 1', "3_a/folder.toml: unknown key '\\x1b[2J\\n'; known"),
+        (b"k" * 3000 + b" = 1", f"3_a/folder.toml: unknown key '{'k' * 59}...; known"),
+        (
+            b"repeats = 0x" + b"f" * 5000,
+            "3_a/folder.toml: repeats: must be a whole number from 0 to 99999 (is a number of thousands",
+        ),
+        (b"resolution = [0x" + b"f" * 5000 + b"]", "3_a/folder.toml: resolution: must be a whole number from 64 to 4096"),
+        (b"repeats = 2\n" + b"#" * (1 << 16), "3_a/folder.toml: is larger than 64 KiB"),
     ],
 )
 def test_a_folder_file_that_cannot_be_used_is_one_line_with_the_file(dataset, content, line):
@@ -107,6 +121,11 @@ def test_trigger_words_that_the_text_encoders_cannot_distinguish_are_refused(oth
 def test_one_trigger_word_with_two_classes_is_refused():
     with pytest.raises(DataError, match="'alice' is the trigger word of the classes 'woman' and 'man'"):
         classes_of(folders_of(a=("alice", "woman"), b=("alice", "man")), "sks")
+
+
+def test_a_class_that_contains_its_trigger_word_is_refused():
+    with pytest.raises(DataError, match="a: the class 'alice woman' contains the trigger word 'alice'; name it alone"):
+        classes_of(folders_of(a=("alice", "alice woman"), b=("bob", "man")), "sks")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +173,18 @@ def test_regularization_images_have_the_class_of_their_folder(dataset):
     assert find_images(dataset.images) == []
 
 
+def test_keys_without_effect_on_regularization_images_are_named(dataset):
+    add(dataset.regularization[0], "1_woman/a.png", "1_man/b.png")
+    add(dataset.images, "alice/a.png")
+    keys = 'trigger = "x"\ncaption_source = "tags"\nresolution = 512'
+    for folder in (dataset.images / "alice", dataset.regularization[0] / "1_woman"):
+        (folder / "folder.toml").write_text(keys)
+    priors = find_regularization_images(dataset)
+    what = "trigger and caption_source have no effect on regularization images"
+    assert unused_entries(dataset.regularization[0], priors) == {"1_woman/folder.toml": what}
+    assert unused_entries(dataset.images, find_images(dataset.images)) == {}
+
+
 JSON_LINES = "".join(
     json.dumps(entry, ensure_ascii=False) + "\n"
     for entry in (
@@ -194,7 +225,9 @@ def test_a_file_beside_the_image_counts_more_than_a_list_and_the_nearest_list_mo
         "c.png": "top c.png",
     }
     assert [path.name for path in found["a.png"].captions] == ["a.txt"]
-    assert unused_entries(dataset.images) == {"metadata.jsonl": "lists images that are not in the data set: 1 (gone.png)"}
+    assert unused_entries(dataset.images, find_images(dataset.images)) == {
+        "metadata.jsonl": "lists images that are not in the data set: 1 (gone.png)"
+    }
 
 
 @pytest.mark.parametrize(
@@ -212,6 +245,7 @@ def test_a_file_beside_the_image_counts_more_than_a_list_and_the_nearest_list_mo
         ),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": ["x"]}', "line 1: text must be a text"),
         ("metadata.jsonl", b'{"file_name": "a.png", "text": "x\\u0000"}', "without control characters"),
+        ("metadata.jsonl", b'{"file_name": "a.png", "text": "' + b"x" * 61441 + b'"}', "of at most 60 KiB"),
         ("metadata.jsonl", b'{"file_name": "../a.png", "text": "x"}', "must be a path below the folder of the file"),
         ("metadata.jsonl", b'{"file_name": "/a.png", "text": "x"}', "must be a path below the folder of the file"),
         (
@@ -250,13 +284,13 @@ def test_the_table_has_a_line_for_each_folder_and_for_what_is_not_used(dataset):
     dataset.exclusions.write_text("alice/b.png")
     dataset.records.mkdir()
     dataset.audit.write_text(json.dumps({"flagged": {"top.png": {}}}))
-    assert [line.split() for line in dataset_table(dataset, "sks").splitlines()[1:5]] == [
+    assert [line.split() for line in table_of(dataset).splitlines()[1:5]] == [
         ["images", "1", "0", "0", "1", "sks", "1", "-"],
         ["images/0_old", "1", "0", "0", "0", "sks", "-", "1"],
         ["images/alice", "2", "1", "1", "2", "alice", "-", "1"],
         ["regularization/1_woman", "1", "1", "0", "1", "woman", "-", "-"],
     ]
-    assert dataset_table(dataset, "sks").splitlines()[5:] == [
+    assert table_of(dataset).splitlines()[5:] == [
         "not used: images/metadata.parquet (captions in Parquet; save them as metadata.jsonl to use them)",
         "not used: images/other (a folder with images; call it N_name for N repeats to use it)",
     ]

@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from common import images
-from common.dataset_layout import HEAD_BYTES, IMAGE_FORMATS, sniff_image_format
+from common.image_formats import HEAD_BYTES, IMAGE_FORMATS, sniff_image_format
 from common.images import DECODER_REVISION, BrokenImageError, decode, open_rgb, read_image, verify_download
 from common.settings import REPOSITORY
 

@@ -7,6 +7,7 @@ from PIL import Image
 from captioning.image_audit import audit_images, index_images
 from common.dataset_layout import DatasetFolder, find_images, name_in
 from common.images import read_mask
+from common.project import SharedDataSettings
 from common.unused_entries import unused_entries
 from reporting.dataset import read_dataset
 
@@ -51,7 +52,7 @@ def test_masks_belong_to_the_images_whose_names_they_have(folder):
         "h.png": ["images/h-masklabel.png", "masks/h.jpg"],
         "plain.png": [],
     }
-    assert unused_entries(folder.images) == {}
+    assert unused_entries(folder.images, find_images(folder.images)) == {}
 
 
 def test_a_mask_is_never_an_image_of_any_stage(folder):
@@ -63,7 +64,7 @@ def test_a_mask_is_never_an_image_of_any_stage(folder):
     audit = audit_images(folder, images, index_images(folder, images, workers=1), resolution=1024)
     assert audit.images == 1
     assert audit.flagged.keys() == {"a.png"}  # too small
-    shown = read_dataset(folder, "sks")
+    shown = read_dataset(folder, "sks", SharedDataSettings())
     assert [image.name for image in shown.images] == ["a.png"]
     assert audit.ignored == {
         "a-condlabel.png": "OneTrainer's image for conditioning, which is not used",
@@ -75,13 +76,37 @@ def test_a_mask_is_never_an_image_of_any_stage(folder):
 
 def test_the_report_outlines_masks(folder):
     add(folder, "images/a.png", "images/b.png")
-    without = {image.name: image.thumbnail for image in read_dataset(folder, "sks").images}
+    without = {image.name: image.thumbnail for image in read_dataset(folder, "sks", SharedDataSettings()).images}
     add(folder, "images/a-masklabel.png")
-    dataset = read_dataset(folder, "sks")
+    dataset = read_dataset(folder, "sks", SharedDataSettings())
     shown = {image.name: image.thumbnail for image in dataset.images}
     assert shown["b.png"] == without["b.png"]
     assert shown["a.png"] != without["a.png"]
     assert [image.has_mask for image in dataset.images] == [True, False]
+
+
+def test_the_report_outlines_transparency_where_it_is_the_mask(folder):
+    add(folder, "images/a.png", "images/b.png", "images/b-masklabel.png", "images/c.png")
+    half = GREY.convert("RGBA")
+    half.paste((0, 0, 0, 0), (0, 0, 32, 64))
+    half.save(folder.images / "a.png")
+    GREY.convert("RGBA").save(folder.images / "c.png")  # opaque
+    white, *shown = (read_dataset(folder, "sks", SharedDataSettings(alpha=alpha)) for alpha in ("white", "mask", "mask"))
+    assert [image.has_mask for image in white.images] == [False, True, False]
+    for dataset in shown:  # the second from the cache
+        assert [image.has_mask for image in dataset.images] == [True, True, False]
+        assert dataset.images[0].thumbnail != white.images[0].thumbnail
+        assert [image.thumbnail for image in dataset.images[1:]] == [image.thumbnail for image in white.images[1:]]
+
+
+def test_the_report_shows_the_captions_that_training_reads(folder):
+    add(folder, "images/a.png", "images/b.png", "images/c.png")
+    (folder.images / "metadata.jsonl").write_text("\n".join(f'{{"file_name": "{n}.png", "text": "listed {n}"}}' for n in "ab"))
+    (folder.images / "b.caption").write_text("own, smile\nown, hat\n")
+    for per_line, second in ((False, "own, smile, own, hat"), (True, "own, smile\nown, hat")):
+        dataset = read_dataset(folder, "sks", SharedDataSettings(caption_per_line=per_line))
+        assert [image.caption for image in dataset.images] == ["listed a", second, ""]
+        assert dict(dataset.tags) == {"own": 1 + per_line, "smile": 1, "hat": 1, "listed a": 1}
 
 
 def levels(mask) -> np.ndarray:

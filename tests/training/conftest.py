@@ -126,7 +126,7 @@ class Stage:
         finally:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
-        assert "Traceback" not in errors.getvalue()
+        assert "Traceback" not in errors.getvalue(), errors.getvalue()
         return subprocess.CompletedProcess(flags, code, output.getvalue(), errors.getvalue())
 
     def stopped(self, steps: int, signum: signal.Signals, **variables: object) -> subprocess.CompletedProcess:

@@ -50,10 +50,36 @@ def problems(**variables: object) -> list[str]:
             {"LORAPLUS_RATIO": 16, "OPTIMIZER": "prodigy", "LEARNING_RATE": 1},
             "loraplus_ratio: OPTIMIZER=prodigy has one rate for all weights; set LORAPLUS_RATIO=1, or OPTIMIZER=adamw",
         ),
+        (
+            {"TEXT_ENCODER_LR": 2e-5},
+            "text_encoder_lr: 2e-05 has no effect without TRAIN_TEXT_ENCODERS; "
+            "set TRAIN_TEXT_ENCODERS=true, or TEXT_ENCODER_LR=1e-5",
+        ),
+        (
+            {"TRAIN_TEXT_ENCODERS": "true", "OPTIMIZER": "prodigy", "LEARNING_RATE": 1},
+            "text_encoder_lr is a factor of the rate that prodigy finds: set TEXT_ENCODER_LR=1 (is 1e-05)",
+        ),
+        (
+            {"TRAIN_TEXT_ENCODERS": "true", "ENGINE": "fast"},
+            "ENGINE=fast: the fast engine does not support TRAIN_TEXT_ENCODERS=true; set ENGINE=auto",
+        ),
         ({"LORA_L2": 1e-4, "LORA_TYPE": "dora"}, "lora_l2: is not supported with LORA_TYPE=dora; set LORA_L2=0, or LORA_TYPE=lora"),
         (
             {"OPTIMIZER": "schedulefree", "LR_SCHEDULER": "cosine"},
             "lr_scheduler: OPTIMIZER=schedulefree averages the weights instead; set LR_SCHEDULER=constant",
+        ),
+        ({"OPTIMIZER": "adafactor", "ADAM_BETA1": 0.8}, "adam_beta1: has no effect with OPTIMIZER=adafactor; set ADAM_BETA1=0.9"),
+        (
+            {"OPTIMIZER": "adafactor", "ADAM_BETA2": 0.99},
+            "adam_beta2: has no effect with OPTIMIZER=adafactor; set ADAM_BETA2=0.999",
+        ),
+        (
+            {"OPTIMIZER": "adafactor", "ADAM_EPSILON": 1e-6},
+            "adam_epsilon: has no effect with OPTIMIZER=adafactor; set ADAM_EPSILON=1e-08",
+        ),
+        (
+            {"LORA_TYPE": "dora", "BASE_QUANTIZATION": "int8"},
+            "LORA_TYPE=dora reads the weights of the base model as they are: set BASE_QUANTIZATION=none",
         ),
         (
             {"OPTIMIZER": "schedulefree", "EMA_DECAY": 0.9},
@@ -83,6 +109,8 @@ def test_contradictions_are_one_line_each(variables, problem):
         {"OPTIMIZER": "schedulefree"},
         {"OPTIMIZER": "prodigy", "LEARNING_RATE": 1, "EMA_DECAY": 0.99, "LR_SCHEDULER": "cosine"},
         {"TIMESTEP_MIN": 599, "TIMESTEP_MAX": 600},
+        {"TRAIN_TEXT_ENCODERS": "true", "TEXT_ENCODER_LR": 2e-5, "LORA_TYPE": "loha", "BASE_QUANTIZATION": "int8"},
+        {"TRAIN_TEXT_ENCODERS": "true", "TEXT_ENCODER_LR": 1, "OPTIMIZER": "prodigy", "LEARNING_RATE": 1, "LORA_L2": 1e-4},
     ],
     ids=" ".join,
 )

@@ -1,6 +1,7 @@
 """Runs that begin from a LoRA file: the first prediction is that of the file, whatever wrote it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from common.errors import ModelError, SettingsError
 from common.output_layout import OutputLayout
 from demo import tiny_sdxl
 from training.config import LoraSettings
+from training.data.captions import encode_tokens
 from training.initial_lora import initial_digest, load_initial, matching_layers
 from training.method.adapters import inject
 from training.method.export import write_lora
-from training.method.layers import weight_shapes
+from training.method.layers import shapes_of_base
 from training.models.base_model import find_base
-from training.models.weights import load_unet, unet_without_weights
+from training.models.weights import load_text_encoders, load_unet
 
 CPU = torch.device("cpu")
 FEW = r"transformer_blocks.[1-9]=0"
@@ -43,7 +45,7 @@ def written(base, path, **settings):
 def begun(base, path, **settings):
     """A UNet with a fresh adapter that begins from the file."""
     settings = LoraSettings(**({"lora_rank": 4, "lora_rank_pattern": FEW, "init_lora": path} | settings))
-    layers = matching_layers(settings, weight_shapes(unet_without_weights(base)))
+    layers = matching_layers(settings, shapes_of_base(base, settings))
     unet = load_unet(base, CPU, torch.float32)
     adapter = inject(unet, settings, seed=8)
     load_initial(adapter, layers)
@@ -185,3 +187,30 @@ def test_the_file_is_known_by_its_content_and_is_not_one_that_the_run_replaces(t
     other = outputs.lora_dir / "mia2.safetensors"
     other.write_bytes(b"one")
     assert initial_digest(LoraSettings(init_lora=other), outputs, None) == one
+
+
+def test_a_run_begins_from_the_text_encoders_of_a_file_if_it_trains_them(base, tmp_path, capsys):
+    path, alone = tmp_path / "texts.safetensors", tmp_path / "unet.safetensors"
+    settings = LoraSettings(lora_rank=4, lora_alpha=3.0, lora_rank_pattern=FEW, train_text_encoders=True)
+    of_file = load_text_encoders(base, CPU, torch.float32)
+    adapter = inject(load_unet(base, CPU, torch.float32), settings, 3, of_file)
+    adapter.weights.detach().add_(0.05 * torch.randn(adapter.weights.shape, generator=torch.Generator().manual_seed(4)))
+    write_lora(path, adapter.modules, {})
+    write_lora(alone, [module for module in adapter.modules if not module.name.startswith("text")], {})
+    tokens = torch.randint(3, 20, (2, 2, 2, 77), generator=torch.Generator().manual_seed(5))
+    plain = load_text_encoders(base, CPU, torch.float32)
+    without, expected = encode_tokens(tokens, plain), encode_tokens(tokens, of_file)
+    for file, result in ((path, expected), (alone, without)):
+        own = replace(settings, init_lora=file, lora_alpha=1.0)
+        encoders = load_text_encoders(base, CPU, torch.float32)
+        begun = inject(load_unet(base, CPU, torch.float32), own, 8, encoders)
+        load_initial(begun, matching_layers(own, shapes_of_base(base, own)))
+        for ours, theirs in zip(encode_tokens(tokens, encoders), result, strict=True):
+            assert (ours - theirs).norm() < 2e-3 * theirs.norm()
+    assert (without[0] - expected[0]).norm() > 0.02 * expected[0].norm()
+    capsys.readouterr()
+    own = replace(settings, init_lora=path, train_text_encoders=False)
+    layers = matching_layers(own, shapes_of_base(base, own))
+    assert not [name for name in layers if name.startswith("text")]
+    what = "text encoders are left out: these are not trained; see TRAIN_TEXT_ENCODERS"
+    assert capsys.readouterr().out == f"INIT_LORA: 30 layers of {what}\n"

@@ -3,30 +3,33 @@
 import base64
 import io
 import json
+import tomllib
 from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 import training.lora_metadata as metadata_module
+from common.errors import SettingsError
 from common.project import ProjectSettings
 from common.settings import VERSION
 from training.config import DataSettings, LoraSettings, ModelSettings, RunSettings, TrainSettings
 from training.data.dataset import read_inputs
-from training.job import TrainingJob, resolve_job
+from training.job import TrainingJob, resolve_job, with_class_of_prior
 from training.lora_metadata import lora_metadata, network_of, thumbnail
 from training.plan import short_hash
 from training.system.process_group import ProcessGroup
+from training.trainer import prepare_outputs
 
 
-def job_of(stage, prediction_type: str = "auto") -> TrainingJob:
+def job_of(stage, prediction_type: str = "auto", **data: object) -> TrainingJob:
     """Four epochs of three images of one size."""
     for number, caption in enumerate(("sks, smile, tree", "sks, smile", "sks, año")):
         stage.add("astronaut", f"{number}.png", caption)
     project = ProjectSettings("sks", stage.dataset, stage.output, stage.models)
     settings = TrainSettings(
         model=ModelSettings(base_model=str(stage.base), prediction_type=prediction_type),
-        data=DataSettings(resolution=64),
+        data=DataSettings(resolution=64, **data),
         lora=LoraSettings(lora_rank=2, lora_alpha=1.0),
         run=RunSettings(train_batch_size=2, num_train_epochs=4),
     )
@@ -133,6 +136,21 @@ def test_a_network_is_described_as_kohyas_trainer_and_lycoris_do(settings, modul
     assert network_of(LoraSettings(**settings)) == (module, arguments)
 
 
+def test_a_prior_needs_captions_with_the_trigger_word(stage):
+    job = job_of(stage)
+    samples = replace(job.settings.samples, subject_class="woman")
+    settings = replace(job.settings, samples=samples, objective=replace(job.settings.objective, prior_preservation=1.0))
+    _, (line,) = with_class_of_prior(settings, job.plan, "sks")
+    assert line == "prior preservation: weight 1, 'woman' for 'sks' (as set)"
+    first, *others = job.plan.examples
+    some = replace(job.plan, examples=[first, *(replace(example, caption="smile, tree") for example in others)])
+    _, (line,) = with_class_of_prior(settings, some, "sks")
+    assert line.endswith("(as set); not for 2 of 3 images, whose captions lack the trigger word")
+    none = replace(job.plan, examples=[replace(example, caption="a sksy tree") for example in job.plan.examples])
+    with pytest.raises(SettingsError, match=r"no caption has the trigger word.*write sks into the captions, or set PRIOR_PRES"):
+        with_class_of_prior(settings, none, "sks")
+
+
 def test_a_thumbnail_is_a_small_jpeg_in_the_text(tmp_path):
     assert thumbnail(None) == thumbnail(tmp_path / "gone.png") == {}
     Image.new("RGB", (1024, 512), "red").save(tmp_path / "sample.png")
@@ -140,3 +158,14 @@ def test_a_thumbnail_is_a_small_jpeg_in_the_text(tmp_path):
     assert kind == "data:image/jpeg;base64"
     with Image.open(io.BytesIO(base64.b64decode(content))) as image:
         assert (image.format, image.size) == ("JPEG", (256, 128))
+
+
+def test_regularization_that_is_off_is_off_in_the_resolved_file(stage, capsys):
+    (stage.dataset / "regularization" / "1_woman").mkdir(parents=True)
+    stage.add("coffee", "../regularization/1_woman/a.png", None)
+    job = job_of(stage, prior_weight=0.0)
+    prepare_outputs(job)
+    assert tomllib.loads(job.outputs.resolved_config.read_text())["train"]["data"]["prior_weight"] == 0
+    assert job.plan.regularization == []
+    assert not any(step.regularization for step in job.plan.order)
+    assert "regularization: off (PRIOR_WEIGHT=0); 1 images" in capsys.readouterr().out

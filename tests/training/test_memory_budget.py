@@ -12,7 +12,7 @@ from common.errors import ResourceError
 from common.settings import PRESETS
 from demo import tiny_sdxl
 from training.config import LoraSettings, TrainSettings
-from training.data.dataset import Example
+from training.data.examples import Example
 from training.memory_budget import (
     MemoryBudget,
     fit_to_memory,
@@ -46,7 +46,10 @@ def decided(settings: TrainSettings, available_gib: int) -> tuple[int, int, bool
 
 def test_batch_becomes_what_fits_and_accumulation_makes_up_for_it(capsys):
     assert decided(with_run(4), 42) == (4, 1, False)
-    assert capsys.readouterr().out == "gradient checkpointing: off (26.0 GiB needed without it, 26.0 GiB free)\n"
+    assert capsys.readouterr().out.splitlines() == [
+        "gradient checkpointing: off (26.0 GiB needed without it, 26.0 GiB free)",
+        "memory: about 26.0 GiB for batch size 4",
+    ]
     assert decided(with_run(4), 41) == (4, 1, True)
     capsys.readouterr()
     assert decided(with_run(6), 31) == (3, 2, True)
@@ -54,6 +57,7 @@ def test_batch_becomes_what_fits_and_accumulation_makes_up_for_it(capsys):
         "gradient checkpointing: on (34.0 GiB needed without it, 15.0 GiB free)\n"
         "batch size 6 -> 3, gradient accumulation 1 -> 2 "
         "(batch size 6 needs about 16.0 GiB; 31.0 GiB are available, of which 16.0 are reserved)\n"
+        "memory: about 13.0 GiB for batch size 3\n"
     )
     assert decided(with_run(5, 3), 30) == (3, 5, True)
     assert decided(with_run(4, checkpointing=False), 31) == (1, 4, False)
@@ -109,15 +113,59 @@ def test_another_batch_in_the_same_step_may_change_between_stop_and_resume():
 
 
 def full_size_budget(monkeypatch, settings: TrainSettings, available_gib: float) -> MemoryBudget:
-    """The budget of SDXL's own UNet for 1024 x 1024 on a GPU of its own with so much free memory."""
-    unet = tiny_sdxl.networks(tiny_sdxl.FULL)["unet"]
-    component = SimpleNamespace(tensors=unet.state_dict(), config=unet.config)
+    """The budget of SDXL's own networks for 1024 x 1024 on a GPU of its own with so much free memory."""
+    networks = tiny_sdxl.networks(tiny_sdxl.FULL)
+    configs = {name: network.config if name in ("unet", "vae") else network.config.to_dict() for name, network in networks.items()}
+    components = {name: SimpleNamespace(tensors=network.state_dict(), config=configs[name]) for name, network in networks.items()}
+
+    def without_weights(base, *, text_encoders: bool) -> list[torch.nn.Module]:
+        return [networks[name] for name in ("unet", *(("text_encoder", "text_encoder_2") if text_encoders else ()))]
+
     monkeypatch.setattr("training.memory_budget.available_bytes", lambda device: int(available_gib * GIB))
     monkeypatch.setattr("training.memory_budget.shares_memory", lambda device: False)
-    monkeypatch.setattr("training.memory_budget.unet_without_weights", lambda base: unet)
+    monkeypatch.setattr("training.method.layers.networks_without_weights", without_weights)
     example = Example(Path("a.png"), "a.png", "sks", 1024, 1024, 1, "0" * 64)
     precision = Precision(torch.device("cuda"), torch.bfloat16)
-    return measure_budget(SimpleNamespace(components={"unet": component}), [example], settings, precision, "fast", 1)
+    engine = "plain" if settings.lora.train_text_encoders else "fast"
+    return measure_budget(SimpleNamespace(components=components), [example], settings, precision, engine, 1)
+
+
+def test_automatic_quantization_leaves_a_dora_as_it_is(monkeypatch, capsys):
+    """A LoRA of rank 512 on a card of 10 GB gets an 8-bit base; a DoRA reads the weights and cannot."""
+    for kind, choice in (("lora", "int8"), ("dora", "none")):
+        settings = TrainSettings(model=replace(TrainSettings().model, base_quantization="auto"))
+        settings = replace(settings, lora=LoraSettings(lora_type=kind))
+        budget = full_size_budget(monkeypatch, settings, 9)
+        resolved, after = resolve_quantization(settings, budget)
+        assert resolved.model.base_quantization == choice
+        assert capsys.readouterr().out.startswith(f"base quantization: {choice} (one image needs ")
+        assert (after.fixed < budget.fixed) is (choice == "int8")
+        kept, _ = resolve_quantization(settings, budget, "none")
+        assert kept.model.base_quantization == "none"
+        assert capsys.readouterr().out == "base quantization: none (as in the checkpoint)\n"
+
+
+def test_what_needs_a_new_run_says_so():
+    budget = replace(budget_of(0), saved_by_int8=2 * GIB)
+    for checkpointing, switch in ((False, "GRADIENT_CHECKPOINTING=true "), (True, "")):
+        suggested = suggest_settings(with_run(1, checkpointing=checkpointing), budget, 9 * GIB)
+        remedy = f"set {switch}BASE_QUANTIZATION=int8 FRESH=1, or lower RESOLUTION or LORA_RANK with FRESH=1"
+        assert suggested == f"close other programs on the GPU, or {remedy}"
+
+
+def test_text_encoders_that_are_trained_are_in_the_estimate(monkeypatch):
+    plain = TrainSettings()
+    texts = replace(plain, lora=LoraSettings(train_text_encoders=True))
+    one = replace(texts, data=replace(texts.data, caption_chunks=1))
+    monkeypatch.setattr("training.memory_budget._PLAIN_BYTES_PER_PIXEL", (5632, 1024))  # of the fast engine
+    before, after, shorter = (full_size_budget(monkeypatch, settings, 79) for settings in (plain, texts, one))
+    weights = 2 * (123_060_480 + 694_659_840)
+    trained = 32 * sum(4 * 2 * width + 2 * 5 * width for width in (768,) * 12 + (1280,) * 32)
+    assert after.fixed - before.fixed == pytest.approx(weights + 18 * trained, rel=1e-3)
+    assert after.per_image - before.per_image == 3 * (shorter.per_image - before.per_image)
+    assert 0.7 * GIB < after.per_image - before.per_image < 0.9 * GIB
+    assert 0 < after.per_image_checkpointed - before.per_image_checkpointed < 0.05 * GIB
+    assert after.saved_by_int8 == before.saved_by_int8
 
 
 def test_the_preset_for_8_gb_fits_and_the_defaults_do_not(monkeypatch):

@@ -1,6 +1,7 @@
 """What a run will do, what it announces, and which changes make it another run."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from common.errors import SettingsError
 from common.settings import all_keys, setting
 from training.config import ProcessSettings, TrainSettings
-from training.data.dataset import Example
+from training.data.examples import Example
 from training.models.sdxl import Schedule
 from training.plan import (
     NOT_RECORDED,
@@ -232,6 +233,47 @@ def test_settings_of_masks_are_of_the_run_where_there_is_a_mask():
     masked = replace(plan, examples=[replace(plan.examples[0], mask=Path("mask.png"), mask_key="1"), *plan.examples[1:]])
     prints = [fingerprint_of(masked), *(fingerprint_of(masked, data={"mask_weight": weight}) for weight in (0.0, 0.5))]
     assert len(set(prints)) == 3
+    held_out = replace(plan, held_out=[replace(example(99), mask=Path("mask.png"), mask_key="1")])
+    prints = [fingerprint_of(held_out, data={"mask_weight": weight}) for weight in (0.0, 0.5)]
+    assert len(set(prints)) == 2  # the best file is chosen, and training ended early, by the loss of these
+
+
+def test_captions_per_line_are_of_the_run_where_an_image_has_several():
+    several = [example(number, caption="sks, photo\nsks, cat" if number == 3 else "sks, photo") for number in range(25)]
+    plan, per_line = make_plan(several, with_changes(), PLAIN), {"data": {"caption_per_line": True}}
+    assert fingerprint_of(plan, **per_line) != fingerprint_of(plan)
+    assert fingerprint_of(plan_of(), **per_line) == fingerprint_of(plan_of())
+
+
+def test_the_one_trigger_word_of_all_folders_counts_as_that_of_the_settings():
+    def fingerprint(own: str, setting: str) -> str:
+        plan = make_plan([example(number, trigger=own or setting) for number in range(25)], with_changes(), PLAIN)
+        return fingerprint_of(plan, trigger=setting)
+
+    assert fingerprint("alice", "nyafyi_woman") == fingerprint("alice", "other") == fingerprint("", "alice")
+    assert fingerprint("alice", "nyafyi_woman") != fingerprint("bob", "nyafyi_woman")
+
+
+@pytest.mark.parametrize(
+    ("fraction", "concepts", "held_out"),
+    [
+        (0.1, {"alice": 80, "bob": 20}, {"alice": 8, "bob": 2}),
+        (0.1, {"alice": 96, "bob": 4}, {"alice": 9, "bob": 1}),
+        (0.05, {"alice": 98, "bob": 2}, {"alice": 4, "bob": 1}),
+        (0.05, {"alice": 99, "bob": 1}, {"alice": 5}),
+        (0.5, {"alice": 5, "bob": 5, "carol": 2}, {"alice": 2, "bob": 3, "carol": 1}),
+        (0.01, {"alice": 60, "bob": 40}, {"alice": 1}),
+        (0.2, {"alice": 1, "bob": 1, "carol": 1, "dora": 2}, {"dora": 1}),
+        ("auto", {"alice": 30, "bob": 30}, {"alice": 1, "bob": 2}),
+    ],
+)
+def test_each_concept_has_its_share_of_the_images_held_out(fraction, concepts, held_out):
+    for first in (0, 1000):  # whatever the hashes of its images are
+        numbers = iter(range(1000)) if first else iter(range(1000, 0, -1))
+        examples = [example(next(numbers), trigger=word) for word, count in concepts.items() for _ in range(count)]
+        plan = make_plan(examples, with_changes(validation={"validation_fraction": fraction}), PLAIN)
+        counts = Counter(each.trigger for each in plan.held_out)
+        assert counts == held_out
 
 
 def test_an_image_of_another_trigger_word_makes_another_run_and_some_of_each_are_trained():

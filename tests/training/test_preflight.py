@@ -1,5 +1,7 @@
 """`train_lora.py --check`: its report on GPU, base model and images, and the problems that it lists."""
 
+import os
+
 import pytest
 
 from training.preflight import check_processor, driver_version, has_code_for
@@ -71,3 +73,14 @@ def test_the_run_is_described_when_all_images_have_captions(stage):
     checked = stage.run("--check", NUM_TRAIN_EPOCHS=20)
     assert checked.returncode == 0, checked.stderr
     assert "20 training samples are few" in checked.stdout
+
+
+def test_a_check_lists_the_images_only_a_few_times(stage, monkeypatch):
+    """Each list takes a second where there are 20,000 images."""
+    stage.add("astronaut")
+    listed = []
+    for name in ("scandir", "listdir"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda path=".", original=original: (listed.append(str(path)), original(path))[1])
+    assert stage.run("--check").returncode == 0
+    assert listed.count(str(stage.images)) <= 10

@@ -76,6 +76,24 @@ def test_a_run_with_an_8_bit_base_is_continued_as_it_began(images):
         assert len(file.keys()) > 0
 
 
+def test_automatic_quantization_is_decided_again_for_a_run_that_follows_a_finished_one(images):
+    """A finished run keeps its choice, and so does one that is extended."""
+    first = QUICK | {"BASE_QUANTIZATION": "auto", "NUM_TRAIN_EPOCHS": 1}
+    assert "base quantization: none (one image needs" in images.trained(**first)
+    output = images.trained(**first)
+    assert "base quantization: none (as in the checkpoint)" in output
+    assert "nothing to do" in output
+    output = images.trained(**first | {"NUM_TRAIN_EPOCHS": 2})
+    assert "base quantization: none (as in the checkpoint)" in output
+    assert "one image needs" not in output
+    output = images.trained(**first, TRAIN_SEED=1)
+    assert "for this one, the base quantization is chosen again\nbase quantization: none (one image needs" in output
+    assert "the earlier LoRA" in output
+    assert "nothing to do" in images.trained(**first, TRAIN_SEED=1)
+    resolved = (images.output / "lora" / "training_config_resolved.toml").read_text(encoding="utf-8")
+    assert "fresh = false" in resolved
+
+
 def test_masks_resolutions_and_mirror_images_resume_exactly(images):
     """A run that is stopped and continued is the whole one."""
     for name in ("astronaut", "coffee"):

@@ -11,7 +11,8 @@ from PIL import Image
 
 from training.callbacks.sample_plan import TILE_PX
 from training.callbacks.sample_prompts import SamplePrompt
-from training.data.cache import read_embedding
+from training.data.cache_files import read_text
+from training.data.captions import conditioning
 from training.engine.step import CudaGraphs, TrainStep
 from training.models.sdxl import Schedule
 
@@ -40,16 +41,17 @@ def initial_noise(prompt: SamplePrompt) -> torch.Tensor:
 class Renderer:
     """Renders images with the UNet of a training step, and the adapter in it.
 
-    `embeddings` are the files in the cache of every prompt and negative prompt; they and the VAE are kept in the CPU's memory, so
-    that nothing has to be read during training. `tiled`: the VAE decodes tiles, which takes less memory.
+    `texts` are the files in the cache of every prompt and negative prompt; they and the VAE are kept in the CPU's memory, so
+    that nothing has to be read during training. Text encoders that are trained encode them for each image. `tiled`: the VAE
+    decodes tiles, which takes less memory.
     """
 
-    def __init__(self, step: TrainStep, schedule: Schedule, embeddings: Mapping[str, Path], vae: AutoencoderKL, tiled: bool):
+    def __init__(self, step: TrainStep, schedule: Schedule, texts: Mapping[str, Path], vae: AutoencoderKL, tiled: bool):
         self.step, self._schedule, self._vae = step, schedule, vae
         # Training does not run while images are rendered, so both use the same memory.
         is_cuda = step.precision.device.type == "cuda"
         self._predict = CudaGraphs(step.predict, "sample images are", step.graphs and step.graphs.pool) if is_cuda else step.predict
-        self._embeddings = {text: read_embedding(path, 0) for text, path in embeddings.items()}
+        self._texts = {text: read_text(path, 0) for text, path in texts.items()}
         self._decoder: AutoencoderKL | None = None
         if tiled:
             vae.enable_tiling()
@@ -65,17 +67,17 @@ class Renderer:
         scheduler = scheduler_of(self._schedule)
         scheduler.set_timesteps(prompt.steps)  # on the CPU: the GPU is not waited for
         latents = initial_noise(prompt).to(device) * float(scheduler.init_noise_sigma)
-        texts = [self._embeddings[text] for text in (prompt.negative, prompt.text)]
-        hidden, pooled = (torch.stack(parts).to(device) for parts in zip(*texts, strict=True))
+        texts = zip(*(self._texts[text].values() for text in (prompt.negative, prompt.text)), strict=True)
         size = (prompt.height, prompt.width)
         add_time_ids = torch.tensor([[*size, 0, 0, *size]] * 2, dtype=torch.float32, device=device)
         self.step.sync_compute_weights()
+        hidden, pooled = conditioning(self.step.text_encoders, *(torch.stack(parts).to(device) for parts in texts))
         for timestep in scheduler.timesteps:
             if stops():
                 return None
             noisy = scheduler.scale_model_input(latents, timestep).expand(2, -1, -1, -1)
             timesteps = torch.full((2,), float(timestep), device=device)
-            without, with_text = self._predict(noisy, timesteps, hidden, pooled, add_time_ids).chunk(2)
+            without, with_text = self._predict(noisy, timesteps, add_time_ids, hidden, pooled).chunk(2)
             prediction = without + prompt.guidance * (with_text - without)
             latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         return latents

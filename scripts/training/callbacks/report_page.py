@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from common.project import ProjectSettings
+from common.project import ProjectSettings, SharedDataSettings
 from common.settings import REPOSITORY
 from training.data.buckets import OptimizerStep
 from training.loop import Callback, Progress
@@ -21,8 +21,9 @@ REPORT = REPOSITORY / "scripts" / "report.py"
 class ReportPage(Callback):
     """Starts report.py, one process at a time. What goes wrong with it is one warning."""
 
-    def __init__(self, project: ProjectSettings, is_due: Callable[[int, int], bool]):
+    def __init__(self, project: ProjectSettings, data: SharedDataSettings, is_due: Callable[[int, int], bool]):
         self._settings = [f"{name}={getattr(project, name)}" for name in ("trigger_word", "dataset_dir", "output_dir")]
+        self._settings += [f"{name}={getattr(data, name)}" for name in ("caption_per_line", "alpha")]
         self._saves_between = is_due
         self._is_due = False
         self._has_warned = False
@@ -88,9 +89,9 @@ class ReportPage(Callback):
 
 
 @contextmanager
-def report_page(project: ProjectSettings, is_due: Callable[[int, int], bool]) -> Iterator[ReportPage]:
+def report_page(project: ProjectSettings, data: SharedDataSettings, is_due: Callable[[int, int], bool]) -> Iterator[ReportPage]:
     """The callback for the block of a run. `is_due`: whether a LoRA file is saved between two numbers of complete epochs."""
-    page = ReportPage(project, is_due)
+    page = ReportPage(project, data, is_due)
     wait_s = 0.0
     try:
         yield page

@@ -13,7 +13,7 @@ from common.faces import FACE_MODELS
 from common.files import sha256_of
 from common.likeness import MIN_FACES, FaceCache, FoundFace, score_image, score_set
 from training.callbacks.recommendation import mean_likeness
-from training.data.dataset import Example
+from training.data.examples import Example
 
 NO_REFERENCES = np.empty((0, 1), dtype=np.float32)
 GONE = "the image is gone"

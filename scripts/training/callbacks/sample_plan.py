@@ -11,6 +11,7 @@ from training.memory_budget import MemoryBudget
 from training.models.family import family_of
 from training.models.sdxl import BaseModel
 from training.plan import Plan
+from training.system.device import GIB
 
 MAX_SHARE = 0.2
 """Of the training time: what sample images may add to it, as long as an "auto" is left to lower."""
@@ -78,14 +79,15 @@ def plan_samples(
     choice = replace(first, **fixed)
     if samples.samples:
         choice = _within_share(choice, set(fixed), prompts, settings, plan)
-        choice, tiled, problem = _within_memory(choice, "size" in fixed, prompts, settings, plan, budget, base)
+        choice, tiled, memory, problem = _within_memory(choice, "size" in fixed, prompts, settings, plan, budget, base)
     resolved = replace(samples, sample_steps=choice.steps, sample_size=choice.size, sample_every_epochs=choice.every)
     if not samples.samples:
         return None, resolved
     if problem:
         return SamplePlan((), 0, False, f"sample images: none ({problem})"), resolved
     filled = tuple(_filled(prompt, number, choice, samples) for number, prompt in enumerate(prompts))
-    return SamplePlan(filled, choice.every, tiled, _announcement(choice, replace(first, **fixed), filled, settings, plan)), resolved
+    announcement = _announcement(choice, replace(first, **fixed), filled, settings, plan)
+    return SamplePlan(filled, choice.every, tiled, f"{announcement}, and {memory / GIB:.1f} GiB of memory besides it"), resolved
 
 
 def largest_size(resolution: int) -> int:
@@ -150,9 +152,9 @@ def _within_memory(
     plan: Plan,
     budget: MemoryBudget,
     base: BaseModel,
-) -> tuple[_Choice, bool, str]:
-    """`choice` with a size whose images can be rendered beside what training holds; whether the VAE has to decode in tiles; and
-    why there can be no images, else empty."""
+) -> tuple[_Choice, bool, int, str]:
+    """`choice` with a size whose images can be rendered beside what training holds; whether the VAE has to decode in tiles; how
+    many bytes that takes; and why there can be no images, else empty."""
     held = budget.needed(settings.run.train_batch_size, checkpointing=settings.model.gradient_checkpointing is True)
     free = (budget.free if budget.thresholds else budget.available) - held
     largest = max(place.bucket.width * place.bucket.height for place in plan.all_placements)
@@ -168,9 +170,9 @@ def _within_memory(
     for size in [choice.size] if is_size_fixed else range(choice.size, min(choice.size, LEAST_SIZE_PX) - 1, -SIDE_STEP_PX):
         for tiled in (False, True):
             if needed(size, tiled=tiled) <= free:
-                return replace(choice, size=size), tiled, ""
+                return replace(choice, size=size), tiled, needed(size, tiled=tiled), ""
     least = needed(min(choice.size, LEAST_SIZE_PX), tiled=True)
-    return choice, True, f"they need {least / 2**30:.1f} GiB besides training, {max(0, free) / 2**30:.1f} GiB are free"
+    return choice, True, least, f"they need {least / GIB:.1f} GiB besides training, {max(0, free) / GIB:.1f} GiB are free"
 
 
 def _announcement(choice: _Choice, requested: _Choice, prompts: Sequence[SamplePrompt], settings: TrainSettings, plan: Plan) -> str:

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from training.data.buckets import OptimizerStep
-from training.data.cache import CachedExample, read_cached_mask, read_embedding, read_latents
+from training.data.cache_files import CachedExample, read_cached_mask, read_latents, read_text
 from training.system.process_group import ProcessGroup
 
-PRIOR_EVERY = 4
+PRIOR_EVERY = 5
 """Every so many samples, the base model is asked as well: for all of them it would cost more than as much time again."""
 Sample = dict[str, torch.Tensor]
 """One sample under the names of Batch's fields, without the batch dimension and without its weight."""
@@ -41,14 +41,16 @@ class Batch:
     """[B, C, 1, 1], standard normal: direction of the noise offset."""
     timesteps: torch.Tensor
     """[B], int64"""
-    hidden: torch.Tensor
-    """[B, tokens, D]: hidden states of both text encoders."""
-    pooled: torch.Tensor
-    """[B, P]: pooled embedding of the second encoder."""
     add_time_ids: torch.Tensor
     """[B, 6]"""
     weights: torch.Tensor
     """[B]: share of each sample in the loss of the optimizer step; 0 for padding."""
+    hidden: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[B, tokens, D]: hidden states of both text encoders; empty if captions are encoded in the step."""
+    pooled: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[B, P]: pooled embedding of the second encoder, or empty."""
+    tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[B, 2, chunks, 77], int64: captions that are encoded in the step; empty if they are encoded already."""
     mask: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[B, 1, h, w]: weight of each latent in the loss of its sample; empty where no image of the run has a mask."""
     prior_rows: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -57,8 +59,19 @@ class Batch:
     """[N, tokens, D]: that caption, as `hidden`."""
     prior_pooled: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[N, P]"""
+    prior_tokens: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[N, 2, chunks, 77]"""
     prior_weights: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[N]: share of each of these in the loss of the optimizer step."""
+
+    @property
+    def text(self) -> tuple[torch.Tensor, ...]:
+        """The captions: hidden states and pooled embeddings, or tokens."""
+        return (self.tokens,) if self.tokens.numel() else (self.hidden, self.pooled)
+
+    @property
+    def prior_text(self) -> tuple[torch.Tensor, ...]:
+        return (self.prior_tokens,) if self.prior_tokens.numel() else (self.prior_hidden, self.prior_pooled)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
@@ -140,38 +153,37 @@ class BatchReader:
         mean, log_variance = read_latents(example.latents)
         how = example.variants, self.caption_dropout, self.timesteps, self.timestep_at
         variant, drawn = draw(self.seed, position, tuple(mean.shape), *how, is_prior=is_prior)
-        hidden, pooled = self._embedding(example, variant, example.embeddings)
         if self.masks:
             mask = read_cached_mask(example.mask) if example.mask else torch.ones(1, *mean.shape[1:])
             drawn["mask"] = mask.clamp(min=example.mask_weight)
         return drawn | {
             "mean": mean,
             "log_variance": log_variance,
-            "hidden": hidden,
-            "pooled": pooled,
             "add_time_ids": torch.tensor(example.placement.add_time_ids, dtype=torch.float32),
+            **self._text(example, variant, example.text),
         }
 
-    def _embedding(self, example: CachedExample, variant: int | None, file: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    def _text(self, example: CachedExample, variant: int | None, file: Path) -> Sample:
         """A variant in the file of a caption of `example`; of None, the empty caption."""
-        return read_embedding(example.empty_caption if variant is None else file, variant or 0)
+        return read_text(example.empty_caption if variant is None else file, variant or 0)
 
     def _prior(self, step: OptimizerStep, slots: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """The fields of Batch for what is to remain of the base model, for every PRIOR_EVERY-th sample of the run. They count so
-        much more, so that its weight does not depend on how many there are in a step."""
-        rows, embeddings = [], []
+        much more, so that its weight does not depend on how many there are in a step; but not where no trigger word is replaced:
+        the LoRA would be asked to change nothing for the very caption that it learns."""
+        rows, texts, weights = [], [], []
+        weight = self.prior_preservation * PRIOR_EVERY / self.global_batch
         for row, (slot, index) in enumerate(slots):
             position = step.number * self.global_batch + slot
             if position % PRIOR_EVERY == 0:
                 example = self.examples[index]
                 variant, _ = draw(self.seed, position, (1, 1, 1), example.variants, self.caption_dropout, self.timesteps)
                 rows.append(row)
-                embeddings.append(self._embedding(example, variant, example.class_embeddings))
-        weight = self.prior_preservation * PRIOR_EVERY / self.global_batch
-        fields = {"prior_rows": torch.tensor(rows, dtype=torch.int64), "prior_weights": torch.full((len(rows),), weight)}
-        if rows:
-            fields["prior_hidden"], fields["prior_pooled"] = (torch.stack(parts) for parts in zip(*embeddings, strict=True))
-        return fields
+                weights.append(weight if variant in example.class_variants else 0.0)
+                texts.append(self._text(example, variant, example.class_text))
+        fields = {"prior_rows": torch.tensor(rows, dtype=torch.int64), "prior_weights": torch.tensor(weights)}
+        names = texts[0] if texts else ()
+        return fields | {f"prior_{name}": torch.stack([text[name] for text in texts]) for name in names}
 
 
 def make_batch(samples: Sequence[Sample], weights: Sequence[float], size: int) -> Batch:

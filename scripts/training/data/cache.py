@@ -1,52 +1,37 @@
-"""Latents and text embeddings, computed once: keyed by content, written atomically, read back sample by sample.
-
-A file holds one image, or one caption with its variants, so that it never depends on what else was encoded in the same run. Its
-key covers everything that the value depends on: a changed image, crop, caption or encoder is another key.
-"""
+"""Latents, masks and text embeddings, computed once: what the cache lacks is encoded, and the encoders are freed."""
 
 import contextlib
 import gc
-import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from common.background import in_background, prefetch
-from common.captions import replace_trigger
+from common.captions import has_trigger, replace_trigger
 from common.clip_tokens import CHUNK_TOKENS
-from common.errors import ModelError, ResourceError
+from common.errors import ModelError
 from common.images import open_rgb, read_mask
 from common.progress import ProgressBar
+from common.triggers import contains, pieces_of
 from training.config import DataSettings
 from training.data.buckets import Placement
-from training.data.captions import caption_variants, chunks_needed, encode_captions, text_beyond
-from training.data.dataset import Example
+from training.data.cache_files import CachedExample, entry, is_valid_entry, write_entry
+from training.data.captions import beginning, caption_variants, chunks_needed, encode_captions, text_beyond, tokens_of
+from training.data.examples import Example
 from training.models.base_model import base_digest, find_or_download_tokenizers, tokenizers_digest
-from training.models.sdxl import BaseModel
-from training.models.weights import load_text_encoders, load_tokenizers, load_vae, require_finite_weights, write_tensors
+from training.models.sdxl import TEXT_ENCODERS, BaseModel
+from training.models.weights import load_text_encoders, load_tokenizers, load_vae, require_finite_weights
 from training.system.process_group import ProcessGroup
-
-FORMAT = 2
-"""Part of every key; to be raised when the encoding changes."""
-
-TENSORS = {"latents": {"mean", "log_variance"}, "masks": {"mask"}, "text": {"hidden", "pooled"}}
-"""Names of the tensors in a file, by its folder."""
 
 _MAX_SHOWN = 60
 """Characters of a caption that a message repeats."""
-
-CHECKSUM = "crc32"
-"""Name of the checksum in a file's metadata."""
 
 LATENT_PX = 8
 """Pixels of an image's side for one of its latents."""
@@ -59,98 +44,14 @@ class NotFiniteError(ModelError):
     """An encoder of the base model returns NaN or infinity."""
 
 
-@dataclass(frozen=True)
-class CachedExample:
-    """The files of an example in the cache."""
-
-    name: str
-    placement: Placement
-    latents: Path
-    embeddings: Path
-    variants: int
-    """How many variants of the caption `embeddings` holds."""
-    empty_caption: Path
-    """The embeddings that replace those of the caption where it is dropped."""
-    mask: Path | None = None
-    """The mask in the size of the latents; None: all of the image counts."""
-    mask_weight: float = 1.0
-    """Weight of what is outside the mask."""
-    mirrored: "CachedExample | None" = None
-    """Its mirror image, if that is trained on as well."""
-    class_embeddings: Path | None = None
-    """Those of the same variants with the word for the kind of subject instead of the trigger word, if the run needs them."""
-
-
-def read_latents(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log-variance [C, h, w] of the VAE's posterior, fp32."""
-    with _open_entry(path) as file:
-        return file.get_tensor("mean"), file.get_tensor("log_variance")
-
-
-def read_cached_mask(path: Path) -> torch.Tensor:
-    """[1, h, w] fp32 in 0 .. 1: which share of each latent the mask holds."""
-    with _open_entry(path) as file:
-        return file.get_tensor("mask")
-
-
-def read_embedding(path: Path, variant: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states [tokens, D] and pooled embedding [P] of one variant of a caption."""
-    with _open_entry(path) as file:
-        return file.get_slice("hidden")[variant], file.get_slice("pooled")[variant]
-
-
-@contextlib.contextmanager
-def _open_entry(path: Path) -> Iterator[safe_open]:
-    """Open a file of the cache. Raises ResourceError if it was removed or overwritten since the start of the run."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, SafetensorError) as error:
-        raise ResourceError(
-            f"{path} cannot be read any more ({error}): run the same command again; what is missing in the cache is encoded again, "
-            "and training resumes from the last checkpoint"
-        ) from None
-
-
-def entry(folder: Path, kind: Literal["latents", "masks", "text"], *parts: str) -> Path:
-    """The file in the cache `folder` for what depends on these `parts` alone."""
-    key = hashlib.sha256("\0".join((str(FORMAT), *parts)).encode()).hexdigest()
-    return folder / kind / f"{key}.safetensors"
+def _with_trigger(variants: Sequence[str], trigger: str) -> frozenset[int]:
+    """The numbers of the variants that have the trigger word, if there is one."""
+    return frozenset(number for number, text in enumerate(variants) if trigger and has_trigger(text, trigger))
 
 
 def _side(example: Example) -> str:
     """The part of a key that tells an image and its mirror image apart."""
     return " mirrored" if example.is_mirrored else ""
-
-
-def is_valid_entry(path: Path) -> bool:
-    """Whether the file exists, holds the tensors that belong in its folder, and has the checksum that is written in it.
-
-    Files of 1.0 have no checksum and are trusted if they have the size that their header describes.
-    """
-    if not path.is_file():
-        return False
-    try:
-        with safe_open(path, framework="pt") as file:
-            if set(file.keys()) != TENSORS[path.parent.name]:
-                return False
-            expected = (file.metadata() or {}).get(CHECKSUM)
-            return expected is None or expected == _checksum({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except SafetensorError:
-        return False
-
-
-def write_entry(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write contiguous `tensors` on the CPU, with their checksum in the file's metadata."""
-    write_tensors(path, tensors, {CHECKSUM: _checksum(tensors)})
-
-
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    """CRC-32 of the bytes of all tensors in the order of their names: fast, and it finds what a disk or a copy does to a file."""
-    total = 0
-    for name in sorted(tensors):
-        total = zlib.crc32(tensors[name].view(torch.uint8).numpy(), total)
-    return f"{total:08x}"
 
 
 @dataclass(frozen=True)
@@ -169,6 +70,8 @@ class CacheBuilder:
     """The processes of each machine share the work."""
     concurrent: bool = False
     """Whether there is memory for all encoders together: captions are then encoded beside the images."""
+    only_tokens: bool = False
+    """Captions and prompts are not encoded, because the text encoders change."""
 
     def build(
         self,
@@ -193,26 +96,29 @@ class CacheBuilder:
             for caption in example.captions:
                 if cut := text_beyond(chunks, caption, tokenizers):
                     which = f"its caption is longer than {CHUNK_TOKENS * chunks} tokens"
-                    print(f"{example.name}: {which}; training does not see: {cut}")
+                    seen = pieces_of(beginning(chunks, caption, tokenizers))
+                    is_lost = not contains(seen, pieces_of(example.trigger))
+                    lost = f" (the trigger word {example.trigger!r} is not in what it sees; put it first)" if is_lost else ""
+                    print(f"{example.name}: {which}; training does not see: {cut}{lost}")
 
         prompt_chunks = chunks_needed(list(prompts), tokenizers, settings.caption_chunks)
 
         mirrored = [(replace(example, is_mirrored=True), place) for example, place in images] if settings.flip else []
         latents, masks = self.latents_entries([*images, *mirrored]), self.masks_entries([*images, *mirrored])
-        embeddings = self.embeddings_entries([*variants, [""]], chunks)
-        of_prompts = self.embeddings_entries([[prompt] for prompt in prompts], prompt_chunks)
+        texts = self.text_entries([*variants, [""]], chunks)
+        of_prompts = self.text_entries([[prompt] for prompt in prompts], prompt_chunks)
         with_class = [
-            [replace_trigger(text, example.trigger, example.class_word or subject_class) for text in texts]
+            [replace_trigger(text, example.trigger, example.class_word or subject_class) for text in of_caption]
             if example.trigger
-            else texts
-            for (example, _), texts in zip(images, variants, strict=True)
+            else of_caption
+            for (example, _), of_caption in zip(images, variants, strict=True)
         ]
-        of_class = self.embeddings_entries(with_class if subject_class else [], chunks)
+        of_class = self.text_entries(with_class if subject_class else [], chunks)
         new_latents, images_found = self._missing(latents, workers)
         new_masks, _ = self._missing([entry for entry in masks if entry], workers)
-        new_embeddings, captions_found = self._missing([*embeddings, *of_prompts, *of_class], workers)
+        new_texts, captions_found = self._missing([*texts, *of_prompts, *of_class], workers)
         self.group.barrier()  # all processes know what is missing before one writes
-        shares = self.group.shard(new_latents), self.group.shard(new_embeddings), self.group.shard(new_masks)
+        shares = self.group.shard(new_latents), self.group.shard(new_texts), self.group.shard(new_masks)
         with (
             ProgressBar(sum(map(len, shares)), "encode", "images and captions") as bar,
             _tensor_cores(enabled=self.uses_tensor_cores),
@@ -228,7 +134,7 @@ class CacheBuilder:
         self.group.barrier()
         print(f"images: {images_found}; captions: {captions_found}, {chunks} x {CHUNK_TOKENS} tokens", flush=True)
 
-        *caption_paths, empty_caption = (path for path, _, _ in embeddings)
+        *caption_paths, empty_caption = (path for path, _, _ in texts)
         class_paths = [path for path, _, _ in of_class] or [None] * len(caption_paths)
         copies = 2 if mirrored else 1
         examples = [
@@ -236,14 +142,15 @@ class CacheBuilder:
                 name=example.name,
                 placement=placement,
                 latents=path,
-                embeddings=caption_path,
-                variants=len(texts),
+                text=caption_path,
+                variants=len(of_caption),
                 empty_caption=empty_caption,
                 mask=mask and mask[0],
                 mask_weight=settings.mask_weight if example.mask_weight is None else example.mask_weight,
-                class_embeddings=class_path,
+                class_variants=_with_trigger(of_caption, example.trigger),
+                class_text=class_path,
             )
-            for (path, example, placement), mask, caption_path, class_path, texts in zip(
+            for (path, example, placement), mask, caption_path, class_path, of_caption in zip(
                 latents, masks, caption_paths * copies, class_paths * copies, variants * copies, strict=True
             )
         ]
@@ -283,10 +190,13 @@ class CacheBuilder:
             for example, place in images
         ]
 
-    def embeddings_entries(self, captions: Sequence[list[str]], chunks: int) -> list[tuple[Path, list[str], int]]:
+    def text_entries(self, captions: Sequence[list[str]], chunks: int) -> list[tuple[Path, list[str], int]]:
         """The file of each caption, a list of variants, with the caption and its number of chunks."""
-        digest = "".join(base_digest(self.base, self.folder, name) for name in ("text_encoder", "text_encoder_2"))
-        digest += tokenizers_digest(find_or_download_tokenizers(self.base, self.models_dir))
+        of_tokenizers = tokenizers_digest(find_or_download_tokenizers(self.base, self.models_dir))
+        if self.only_tokens:
+            rest = str(chunks), of_tokenizers
+            return [(entry(self.folder, "tokens", json.dumps(texts), *rest), texts, chunks) for texts in captions]
+        digest = "".join(base_digest(self.base, self.folder, name) for name in TEXT_ENCODERS) + of_tokenizers
         rest = str(chunks), str(self.dtype), digest
         return [(entry(self.folder, "text", json.dumps(texts), *rest), texts, chunks) for texts in captions]
 
@@ -312,11 +222,16 @@ class CacheBuilder:
                 bar.update()
 
     def _encode_captions(self, share: Sequence[tuple[Path, list[str], int]], tokenizers: tuple, workers: int, bar: tqdm) -> None:
-        """Write this process's share of the missing embeddings."""
+        """Write this process's share of the missing captions."""
+        if self.only_tokens:
+            for path, texts, chunks in share:
+                write_entry(path, {"tokens": tokens_of(texts, tokenizers, chunks)})
+                bar.update()
+            return
         if not share:
             return
         encoders = load_text_encoders(self.base, self.device, torch.float32)
-        with self._blaming_weights("text_encoder", "text_encoder_2"):
+        with self._blaming_weights(*TEXT_ENCODERS):
             for chunks in sorted({chunks for _, _, chunks in share}):
                 encode = partial(encode_captions, tokenizers=tokenizers, encoders=encoders, chunks=chunks)
                 missing = [(path, texts) for path, texts, count in share if count == chunks]

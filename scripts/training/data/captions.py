@@ -11,7 +11,9 @@ from common.captions import is_prose, leads_with_trigger
 from common.clip_tokens import CHUNK_TOKENS
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTokenizer
+
+    from training.models.weights import TextEncoders
 
 
 def caption_variants(caption: str, trigger: str, count: int, shuffle: bool, seed: int) -> list[str]:
@@ -77,6 +79,11 @@ def text_beyond(chunks: int, text: str, tokenizers: "tuple[CLIPTokenizer, CLIPTo
     return tokenizer.decode(token_ids(text, tokenizer)[chunks * CHUNK_TOKENS :]).strip()
 
 
+def beginning(chunks: int, text: str, tokenizers: "tuple[CLIPTokenizer, CLIPTokenizer]") -> str:
+    """What `text_beyond` leaves."""
+    return tokenizers[0].decode(token_ids(text, tokenizers[0])[: chunks * CHUNK_TOKENS])
+
+
 def token_ids(text: str, tokenizer: "CLIPTokenizer") -> list[int]:
     """The tokens of `text` without start and end. Brackets are plain text, and so is `\\(`, ComfyUI's escaped bracket."""
     plain = text.replace("\\(", "(").replace("\\)", ")")
@@ -92,22 +99,36 @@ def split_into_chunks(tokens: list[int], tokenizer: "CLIPTokenizer", chunks: int
     return torch.tensor(rows)
 
 
-@torch.no_grad()
-def encode_captions(
-    texts: list[str],
-    tokenizers: "tuple[CLIPTokenizer, CLIPTokenizer]",
-    encoders: "tuple[CLIPTextModel, CLIPTextModelWithProjection]",
-    chunks: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode the texts as one batch.
+def tokens_of(texts: list[str], tokenizers: "tuple[CLIPTokenizer, CLIPTokenizer]", chunks: int) -> torch.Tensor:
+    """int64 [texts, 2, chunks, 77]: each text in the chunks of both tokenizers."""
+    rows = [[split_into_chunks(token_ids(text, tokenizer), tokenizer, chunks) for tokenizer in tokenizers] for text in texts]
+    return torch.stack([torch.stack(each) for each in rows])
+
+
+def conditioning(encoders: "TextEncoders | None", *text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states and pooled embeddings, which the UNet reads: `text` itself if it is these, else of the tokens `text`."""
+    return text if len(text) == 2 else encode_tokens(*text, encoders)
+
+
+def encode_tokens(tokens: torch.Tensor, encoders: "TextEncoders") -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode texts, given as [texts, 2, chunks, 77], as one batch.
 
     Returns the hidden states before the last layer of both encoders side by side, [texts, 77 * chunks, 2048], and the
-    second encoder's projection of the first chunk, [texts, 1280]: float32, on the encoders' device.
+    second encoder's projection of the first chunk, [texts, 1280]: in the encoders' dtype, and differentiable.
     """
+    count, _, chunks, _ = tokens.shape
     hidden = []
-    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
-        tokens = torch.cat([split_into_chunks(token_ids(text, tokenizer), tokenizer, chunks) for text in texts])
-        output = encoder(tokens.to(encoder.device), output_hidden_states=True)
-        hidden.append(output.hidden_states[-2].unflatten(0, (len(texts), chunks)).flatten(1, 2).float())
+    for number, encoder in enumerate(encoders):
+        output = encoder(tokens[:, number].flatten(0, 1), output_hidden_states=True)
+        hidden.append(output.hidden_states[-2].unflatten(0, (count, chunks)).flatten(1, 2))
     # `output` is now that of the second encoder, the only one with a projection.
-    return torch.cat(hidden, dim=-1), output.text_embeds.unflatten(0, (len(texts), chunks))[:, 0].float()
+    return torch.cat(hidden, dim=-1), output.text_embeds.unflatten(0, (count, chunks))[:, 0]
+
+
+@torch.no_grad()
+def encode_captions(
+    texts: list[str], tokenizers: "tuple[CLIPTokenizer, CLIPTokenizer]", encoders: "TextEncoders", chunks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `encode_tokens` returns for the texts, float32, on the encoders' device."""
+    hidden, pooled = encode_tokens(tokens_of(texts, tokenizers, chunks).to(encoders[0].device), encoders)
+    return hidden.float(), pooled.float()

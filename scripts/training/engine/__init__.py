@@ -6,10 +6,12 @@ from typing import Literal
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from training.config import LoraSettings, unsupported_by_fast_engine
 from training.engine.step import recomputed
 from training.method.adapters import Adapter
+from training.models.weights import TextEncoders
 
 EngineName = Literal["fast", "plain"]
 
@@ -52,6 +54,12 @@ def prepare_unet(
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the separate weights occupied is too small for the joined ones
     return sync_compute_weights
+
+
+def recompute_text_encoders(encoders: TextEncoders, adapter: Adapter) -> None:
+    """Make the text encoders compute the activations of their layers again in the backward."""
+    for layer in (module for encoder in encoders for module in encoder.modules() if isinstance(module, CLIPEncoderLayer)):
+        layer.forward = partial(recomputed, layer.forward, is_random=adapter.dropout > 0)
 
 
 def _enable_adapter(adapter: Adapter, adapts: bool = True) -> None:

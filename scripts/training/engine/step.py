@@ -1,7 +1,8 @@
 """One optimizer step: noise, forward, loss, backward, clipping, update.
 
 This is the plain step: PEFT's own layers, autograd, any optimizer, any loss, any adapter. A faster engine replaces the
-UNet's forwards and keeps everything here. On a GPU, steps are CUDA graphs, which are replayed with one launch.
+UNet's forwards and keeps everything here. On a GPU, each shape of micro-batches is a CUDA graph, which is replayed with one
+launch, and so is the update: the shapes of one step may be combined in any way.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from training.data.batches import Batch
+from training.data.captions import conditioning
 from training.method.adapters import Adapter
 from training.method.diffusion import (
     LossConfig,
@@ -24,6 +26,7 @@ from training.method.diffusion import (
     weight_per_sample,
 )
 from training.method.optimizers import Optimizer
+from training.models.weights import TextEncoders
 from training.system.device import Precision
 
 MAX_SKIPPED = 20
@@ -51,6 +54,7 @@ class TrainStep:
     """Trains `adapter` in `unet`; the loss is fp32.
 
     `all_reduce` adds up the gradients and the loss, one flat buffer, over the processes, in place; None for one process.
+    `text_encoders` encode captions that batches hold as tokens.
     `add_gradient` adds the gradient of what depends on the adapter's weights alone; the reported loss does not include it.
     `sync_compute_weights` is called before the first forward of a step, where the layers compute with a copy of the weights;
     with False, the layers compute without the adapter until it is called again.
@@ -66,6 +70,7 @@ class TrainStep:
         max_grad_norm: float,
         all_reduce: Callable[[torch.Tensor], None] | None = None,
         *,
+        text_encoders: TextEncoders | None = None,
         add_gradient: Callable[[], None] | None = None,
         sync_compute_weights: Callable[..., None] = lambda adapts=True: None,
         captures: bool = True,
@@ -77,6 +82,7 @@ class TrainStep:
         self.precision = precision
         self.max_grad_norm = max_grad_norm
         self.all_reduce = all_reduce
+        self.text_encoders = text_encoders
         self.add_gradient = add_gradient
         self.sync_compute_weights = sync_compute_weights
         self.skipped = 0
@@ -90,8 +96,11 @@ class TrainStep:
         can_capture = captures and precision.device.type == "cuda" and not draws_again
         # The scaler decides on the CPU whether an fp16 step is skipped, and some optimizers read numbers back.
         self._captures_update = not precision.scales_loss and optimizer.capturable
-        captured = self._step if self._captures_update else self._add_gradients
-        self.graphs = CudaGraphs(lambda *tensors: captured(_batches(tensors)), "training is") if can_capture else None
+        self.graphs = CudaGraphs(self._add_gradient, "training is") if can_capture else None
+        captured_update = (
+            CudaGraphs(self._update, "training is", self.graphs.pool) if can_capture and self._captures_update else None
+        )
+        self._run_gradient, self._run_update = self.graphs or self._add_gradient, captured_update or self._update
         self._copying = torch.cuda.Stream(precision.device) if can_capture else None
 
     def __call__(self, batches: Sequence[Batch], learning_rate: float) -> StepResult:
@@ -108,8 +117,12 @@ class TrainStep:
             # Masks follow from the noise, which is a function of seed and position in the run, and change no other random number.
             torch.manual_seed(batches[0].latent_noise.contiguous().view(torch.int32).flatten()[0].item())
         tensors = self._on_device([tensor for batch in batches for tensor in vars(batch).values()])
-        numbers = self.graphs(*tensors) if self.graphs else self._step(_batches(tensors))
-        return self._reader(numbers if self._captures_update or not self.graphs else self._update(numbers), batches)
+        width = len(fields(Batch))
+        self.sync_compute_weights()
+        self.adapter.sums.zero_()
+        # The results of a graph are overwritten by its next replay.
+        losses = [self._run_gradient(*tensors[first : first + width]).clone() for first in range(0, len(tensors), width)]
+        return self._reader(torch.cat([self._run_update(), *losses]), batches)
 
     def _on_device(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """`tensors` on the device. Where steps are captured, they are copied while the previous step is still running, on a stream
@@ -124,31 +137,23 @@ class TrainStep:
                 tensor.record_stream(current)
         return uploaded
 
-    def _step(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """The whole step on batches on the device; returns [3 + samples] fp32: loss, gradient norm, whether it diverged, and the
-        unweighted loss of each sample."""
-        return self._update(self._add_gradients(batches))
-
-    def _add_gradients(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """Add up gradient and loss of all batches in the adapter's flat buffer; returns [samples]: the unweighted losses.
+    def _add_gradient(self, *tensors: torch.Tensor) -> torch.Tensor:
+        """Add gradient and loss of a micro-batch, whose fields `tensors` are, to the adapter's flat buffer; returns [B]: the
+        unweighted losses.
 
         Nothing in here reads from the GPU or branches on its numbers, or it could not be captured.
         """
-        sums, of_samples = self.adapter.sums, []
-        self.sync_compute_weights()
-        sums.zero_()
         with self.adapter.dropping():
-            for batch in batches:
-                loss, losses = self.weighted_loss(batch)
-                self.scaler.scale(loss).backward()
-                sums[-1] += loss.detach()
-                of_samples.append(losses)
-        if self.all_reduce:
-            self.all_reduce(sums)
-        return torch.cat(of_samples)
+            loss, losses = self.weighted_loss(Batch(*tensors))
+            self.scaler.scale(loss).backward()
+            self.adapter.sums[-1] += loss.detach()
+        return losses
 
-    def _update(self, losses: torch.Tensor) -> torch.Tensor:
-        """Clip the gradient and change the weights; returns what `_step` does. It can be captured if scaler and optimizer can."""
+    def _update(self) -> torch.Tensor:
+        """Add up the gradients of all processes, clip them and change the weights; returns [3] fp32: loss, gradient norm, and
+        whether it diverged. It can be captured if scaler and optimizer can."""
+        if self.all_reduce:
+            self.all_reduce(self.adapter.sums)
         gradient, loss_sum = self.adapter.sums[:-1], self.adapter.sums[-1]
         self.scaler.unscale_(self.optimizer)
         if self.add_gradient:
@@ -161,7 +166,7 @@ class TrainStep:
             self.diverged.copy_(torch.maximum(self.diverged, not_finite))
         self.scaler.step(self.optimizer, self.learning_rate, None if self.precision.scales_loss else self.diverged)
         self.scaler.update()
-        return torch.cat([torch.stack([loss_sum, norm, not_finite]), losses])
+        return torch.stack([loss_sum, norm, not_finite])
 
     def _reader(self, numbers: torch.Tensor, batches: Sequence[Batch]) -> Callable[[], StepResult]:
         """Copy `numbers` to the CPU behind the step; the returned function waits for them."""
@@ -213,9 +218,9 @@ class TrainStep:
         noise = offset_noise(batch.noise, batch.offset, config.noise_offset)
         alpha_bar = config.alphas_cumprod[batch.timesteps]
         noisy = noised(latents, noise, alpha_bar)
-        inputs = noisy, batch.timesteps, batch.hidden, batch.pooled, batch.add_time_ids
+        inputs = noisy, batch.timesteps, batch.add_time_ids, *batch.text
         if len(rows):
-            of_prior = noisy[rows], batch.timesteps[rows], batch.prior_hidden, batch.prior_pooled, batch.add_time_ids[rows]
+            of_prior = noisy[rows], batch.timesteps[rows], batch.add_time_ids[rows], *batch.prior_text
             expected = self.predict_without_adapter(*of_prior)
             inputs = tuple(torch.cat(pair) for pair in zip(inputs, of_prior, strict=True))
         prediction, of_class = self.predict(*inputs).split([len(noisy), len(rows)])
@@ -236,9 +241,10 @@ class TrainStep:
         return prediction
 
     def predict(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, hidden: torch.Tensor, pooled: torch.Tensor, add_time_ids: torch.Tensor
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, add_time_ids: torch.Tensor, *text: torch.Tensor
     ) -> torch.Tensor:
         """[B, C, h, w] fp32: the UNet's prediction, computed in its own dtype. The arguments are as in Batch."""
+        hidden, pooled = conditioning(self.text_encoders, *text)
         return self.unet(
             noisy.to(self.precision.dtype).contiguous(memory_format=torch.channels_last),
             timesteps,
@@ -246,12 +252,6 @@ class TrainStep:
             added_cond_kwargs={"text_embeds": pooled, "time_ids": add_time_ids},
             return_dict=False,
         )[0].float()
-
-
-def _batches(tensors: Sequence[torch.Tensor]) -> list[Batch]:
-    """Batches from the values of all their fields, one batch after the other."""
-    width = len(fields(Batch))
-    return [Batch(*tensors[first : first + width]) for first in range(0, len(tensors), width)]
 
 
 def _samples_of(batches: Sequence[Batch], losses: Sequence[float]) -> tuple[tuple[int, float], ...]:
@@ -278,6 +278,11 @@ class CudaGraphs:
         self.pool = pool or torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple, Callable[..., torch.Tensor] | None] = {}
         self._disabled = False
+
+    @property
+    def captured(self) -> int:
+        """How many shapes are captured."""
+        return sum(graph is not None for graph in self._graphs.values())
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         shapes = tuple(tensor.shape for tensor in inputs)
@@ -313,9 +318,9 @@ class CudaGraphs:
         return replay
 
 
-def recomputed(block: Callable, *args: object, is_random: bool = False) -> object:
+def recomputed(block: Callable, *args: object, is_random: bool = False, **named: object) -> object:
     """Call `block` and compute its activations again in the backward, with the same random numbers if it `is_random`.
 
     Saving the generator's state for these would break the capture of a CUDA graph.
     """
-    return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, preserve_rng_state=is_random)
+    return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, preserve_rng_state=is_random, **named)

@@ -139,6 +139,9 @@ def _combined(
     parts: list[Factors] = [factors(layer, layer.read()) for _, layer in of_layer]
     up = torch.cat([weight * part.scale * part.up for (weight, _), part in zip(of_layer, parts, strict=True)], dim=1)
     down = torch.cat([part.down for part in parts])
+    if not (up.isfinite().all() and down.isfinite().all()):
+        files = ", ".join(layer.path.name for _, layer in of_layer)
+        raise ModelError(f"{files}: the values of {name} are too large to compute with: the file is damaged, or training failed")
     if reduction:
         u, values, vh = svd_of_product(up, down)
         of_energy = len(values) if reduction.energy is None else rank_of_energy(values, reduction.energy)

@@ -1,10 +1,12 @@
 """The layers of a LoRA file, whatever the names of its tensors: kohya's, LyCORIS', diffusers' and PEFT's."""
 
+import contextlib
 import csv
 import functools
 import json
 import math
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +72,16 @@ _MOST_CHARACTERS = 300
 """Of the name of a tensor."""
 _MOST_UNKNOWN = 0.1
 """A file in which a greater share of the layers is not SDXL's is a LoRA of another model, some of whose names are the same."""
+
+
+_MOST_SCALE = 1e6
+"""alpha / rank; usual are 0.1 to 16."""
+_REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
+_REPEATED = re.compile(r"(?<!\\)[.\]][*+{]|\\[wWSD][*+{]"), 3
+"""Repetitions of any character in an expression, and at most how many: each of them may multiply the time that a match takes by
+the length of the name. That of repeated groups has no limit."""
+_CHOICES = re.compile(r"[?|]"), 16
+"""Each of them may double it."""
 
 
 @dataclass(frozen=True)
@@ -271,26 +283,45 @@ def _configured_scale(path: Path, metadata: Mapping[str, str]):
         except (ValueError, TypeError):
             raise ModelError(f"{path.parent / 'adapter_config.json'}: is damaged: download it again") from None
 
+    patterns = {
+        (part, kind): _compiled(path, config.get(kind))
+        for part, config in configs.items()
+        for kind in ("alpha_pattern", "rank_pattern")
+    }
+
     def scale(spelled: str) -> float | None:
-        config = configs.get(spelled.partition(".")[0], configs.get(""))
-        if config is None:
+        part = spelled.partition(".")[0]
+        part = part if part in configs else ""
+        if part not in configs:
             return None
-        inner = spelled.removeprefix("base_model.model.")
-        alpha = _of_pattern(config.get("alpha_pattern"), inner, config.get("lora_alpha", config.get("alpha")))
-        rank = _of_pattern(config.get("rank_pattern"), inner, config.get("r"))
+        config, inner = configs[part], spelled.removeprefix("base_model.model.")
+        usual = {"alpha_pattern": config.get("lora_alpha", config.get("alpha")), "rank_pattern": config.get("r")}
+        alpha, rank = (
+            next((value for pattern, value in patterns[part, kind] if pattern.match(inner)), default)
+            for kind, default in usual.items()
+        )
         if not all(isinstance(number, (int, float)) and number > 0 for number in (alpha, rank)):
             return None
-        return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        try:
+            found = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        except (OverflowError, ZeroDivisionError):
+            found = math.inf
+        if not found <= _MOST_SCALE:
+            raise ModelError(f"{path}: the alpha of {spelled} is out of all proportion to its rank: download it again")
+        return found
 
     return scale
 
 
-def _of_pattern(pattern: Any, name: str, usual: Any) -> Any:
-    """The value of the first key of `pattern` that matches the end of `name`, as PEFT reads it, else `usual`."""
+def _compiled(path: Path, pattern: Any) -> list[tuple[re.Pattern[str], Any]]:
+    """The expressions of PEFT's `alpha_pattern` or `rank_pattern`, which it compares with the end of a layer's name, and their
+    values. One that is not an expression matches no layer. Raises ModelError for one that may take forever."""
+    compiled = []
     for key, value in pattern.items() if isinstance(pattern, dict) else ():
-        try:
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-        except re.error:
-            continue
-    return usual
+        if _REPEATED_GROUP.search(key) or any(len(part.findall(key)) > most for part, most in (_REPEATED, _CHOICES)):
+            raise ModelError(
+                f"{path}: its configuration has the expression {key[:40]!r}, which no PEFT adapter needs: download it again"
+            )
+        with contextlib.suppress(re.error, OverflowError, RecursionError), warnings.catch_warnings(action="ignore"):
+            compiled.append((re.compile(rf"(.*\.)?({key})$"), value))
+    return compiled

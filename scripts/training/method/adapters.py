@@ -1,9 +1,9 @@
-"""Put trainable layers of low rank into the frozen UNet: ordinary PEFT modules whose parameters are views of one flat buffer."""
+"""Put trainable layers of low rank into frozen networks: ordinary PEFT modules whose parameters are views of one flat buffer."""
 
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from common.errors import ModelError
 from training.config import LoraSettings
-from training.method.layers import LayerRank, adapted_layers, lokr_factor, weight_shapes
+from training.method.layers import LayerRank, adapted_layers, lokr_factor, named_layers, network_of, weight_shapes
+from training.models.sdxl import TEXT_ENCODERS
 from training.models.weights import shapes_only
 
 ADAPTER = "default"
@@ -50,7 +51,7 @@ class LoraModule:
     """
 
     name: str
-    """Name of the layer in the diffusers UNet."""
+    """Name of the layer in diffusers' networks."""
     factors: Mapping[str, torch.Tensor]
     """By the keys of a LoRA file."""
     scale: float
@@ -82,9 +83,11 @@ class Adapter:
     sums: torch.Tensor
     """[P + 1], fp32: the gradient of `weights` and one element for the loss, so that processes add up both in one all_reduce."""
     modules: list[LoraModule]
-    """In the UNet's order."""
+    """In the networks' order."""
     layers: dict[str, BaseTunerLayer]
     """The PEFT layers by name, in the order in which their parameters are in `weights`."""
+    unet_weights: int
+    """How many of the weights are the UNet's; those of text encoders, if they are trained, follow."""
     dropout: float = 0.0
     """Share of the inputs that layers leave out while `dropping` is entered."""
 
@@ -100,19 +103,22 @@ class Adapter:
                 layer.eval()
 
 
-def inject(unet: UNet2DConditionModel, settings: LoraSettings, seed: int) -> Adapter:
-    """Adapt the layers of the frozen `unet` that `settings` select, in place.
+def inject(unet: UNet2DConditionModel, settings: LoraSettings, seed: int, text_encoders: Sequence[torch.nn.Module] = ()) -> Adapter:
+    """Adapt the layers of the frozen networks that `settings` select, in place.
 
-    The weights are fp32 whatever the UNet's dtype is. They start from `seed` and the layer's name alone, and change nothing: one
+    The weights are fp32 whatever the networks' dtype is. They start from `seed` and the layer's name alone, and change nothing: one
     factor starts at zero (Hu et al. 2021, arXiv 2106.09685, section 4.1), the others as PyTorch's layers do or, for LoHa, as
     LyCORIS does; DoRA's magnitude at the norms of W's rows (Liu et al. 2024, arXiv 2402.09353, section 4.1).
     """
-    ranks = adapted_layers(weight_shapes(unet), settings)
+    ranks = adapted_layers(weight_shapes(unet, text_encoders), settings)
     # PEFT fills the layers with values that are replaced below. Without memory behind them that takes no time, but DoRA
     # measures the weights, which PEFT cannot do with one of them on the meta device.
-    with nullcontext() if settings.lora_type == "dora" else shapes_only():
-        inject_adapter_in_model(_peft_config(settings, ranks), unet, adapter_name=ADAPTER)
-    layers = {name: module for name, module in unet.named_modules() if isinstance(module, BaseTunerLayer)}
+    for prefix, network in zip(("", *TEXT_ENCODERS), (unet, *text_encoders), strict=False):
+        chosen = {name: rank for name, rank in ranks.items() if network_of(name) == prefix}
+        with nullcontext() if settings.lora_type == "dora" else shapes_only():
+            if chosen:
+                inject_adapter_in_model(_peft_config(settings, chosen), network, adapter_name=ADAPTER)
+    layers = {name: module for name, module in named_layers(unet, text_encoders) if isinstance(module, BaseTunerLayer)}
     if sorted(layers) != sorted(ranks):
         raise ModelError(f"only {len(layers)} of {len(ranks)} layers could be adapted; is this an SDXL UNet?")
     for name, layer in layers.items():
@@ -126,7 +132,8 @@ def inject(unet: UNet2DConditionModel, settings: LoraSettings, seed: int) -> Ada
 
 
 def _peft_config(settings: LoraSettings, ranks: Mapping[str, LayerRank]) -> PeftConfig:
-    """PEFT's configuration for the layers `ranks`."""
+    """PEFT's configuration for the layers `ranks` of one network. PEFT compares the ends of names."""
+    ranks = {name.rpartition("text_model.")[2]: rank for name, rank in ranks.items()}
     names = {rank: [name for name, layer in ranks.items() if layer.rank == rank] for rank in {each.rank for each in ranks.values()}}
     patterns = {"|".join(map(re.escape, group)): rank for rank, group in names.items()} if len(names) > 1 else {}
     shared = {"r": next(iter(names)), "target_modules": list(ranks), "rank_pattern": patterns}
@@ -165,7 +172,7 @@ def _with_flat_parameters(layers: dict[str, BaseTunerLayer], settings: LoraSetti
     """Make the parameters of `layers` views of one flat buffer.
 
     The order is part of the checkpoint format: group by group, the first factor of all layers of a group before the second one, so
-    that a group can be computed as one product; then all magnitudes.
+    that a group can be computed as one product; then all magnitudes. The UNet's come first, then those of the text encoders.
     """
     factors = _FACTORS[settings.lora_type]
     groups = shared_input_groups(layers.items())
@@ -174,8 +181,10 @@ def _with_flat_parameters(layers: dict[str, BaseTunerLayer], settings: LoraSetti
     order = [(name, each) for names in groups.values() for each in factors for name in names if each in present[name]]
     if settings.lora_type == "dora":
         order += [(name, "lora_magnitude_vector") for name in ordered]
+    order.sort(key=lambda key: network_of(key[0]) != "")  # a stable sort
     shapes = {key: _parameter(layers[key[0]], key[1]).shape for key in order}
     count = sum(math.prod(shape) for shape in shapes.values())
+    of_unet = sum(math.prod(shape) for (name, _), shape in shapes.items() if not network_of(name))
     device = next(iter(layers.values())).get_base_layer().weight.device
     weights = torch.nn.Parameter(torch.zeros(count, dtype=torch.float32, device=device))
     sums = torch.zeros(count + 1, dtype=torch.float32, device=device)
@@ -195,7 +204,7 @@ def _with_flat_parameters(layers: dict[str, BaseTunerLayer], settings: LoraSetti
         base = None if magnitude is None else layer.get_base_layer().weight
         modules.append(LoraModule(name, named, layer.scaling[ADAPTER], layer.r[ADAPTER], magnitude, base))
         _initialise(modules[-1], seed)
-    return Adapter(weights, sums, modules, ordered, settings.lora_dropout)
+    return Adapter(weights, sums, modules, ordered, of_unet, settings.lora_dropout)
 
 
 def _parameter(layer: BaseTunerLayer, attribute: str) -> torch.Tensor:

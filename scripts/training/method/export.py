@@ -59,7 +59,7 @@ def kohya_tensors(modules: Sequence[LoraModule]) -> dict[str, torch.Tensor]:
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         what = f"values that {str(dtype).removeprefix('torch.')} cannot represent"
-        raise ModelError(f"the LoRA contains {what} (first in {broken[0]}): lower LEARNING_RATE and train again")
+        raise ModelError(f"the LoRA contains {what} (first in {broken[0]}): lower LEARNING_RATE, and start again with FRESH=1")
     return tensors
 
 

@@ -1,8 +1,8 @@
-"""Which layers of the UNet are adapted and with which rank, and what a LoRA file calls them."""
+"""Which layers of the networks are adapted and with which rank, and what a LoRA file calls them."""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +11,16 @@ from peft.tuners.lokr.layer import factorization
 
 from common.errors import ModelError, SettingsError
 from training.config import LoraSettings
+from training.models.sdxl import TEXT_ENCODERS, BaseModel
+from training.models.weights import networks_without_weights
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 _CONVOLUTION = re.compile(r"\.resnets\.\d\.conv[12]|\.(down|up)samplers\.0\.conv")
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d)\.(attentions\.([0-2])|resnets\.([0-2])|(?:down|up)samplers\.0)\.(.+)")
 """A fourth attention module would get the name of the first one of the next block."""
 _MID_BLOCK = re.compile(r"mid_block\.(attentions\.0|resnets\.([01]))\.(.+)")
 _RESNET = {"conv1": "in_layers_2", "conv2": "out_layers_3"}
+_TEXT_LAYER = re.compile(r"text_encoder(_2)?\.(text_model\.encoder\.layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|mlp\.fc[12]))")
 
 
 @dataclass(frozen=True)
@@ -28,23 +31,47 @@ class LayerRank:
     alpha: float
 
 
-def weight_shapes(unet: UNet2DConditionModel) -> dict[str, tuple[int, ...]]:
-    """The shape of the weight of every linear layer and convolution, by name, in the UNet's order."""
+def named_layers(
+    unet: UNet2DConditionModel, text_encoders: Sequence[torch.nn.Module] = ()
+) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Every module of the networks with its name, in their order. Those of text encoders have
+    diffusers' names, whatever the version of transformers: `text_encoder.text_model.encoder.layers.0.self_attn.q_proj`."""
+    yield from unet.named_modules()
+    for prefix, encoder in zip(TEXT_ENCODERS, text_encoders, strict=False):
+        for name, module in encoder.named_modules():
+            yield f"{prefix}.text_model.{name.removeprefix('text_model.')}", module
+
+
+def network_of(layer: str) -> str:
+    """Which of TEXT_ENCODERS has the layer; empty for the UNet."""
+    first = layer.partition(".")[0]
+    return first if first in TEXT_ENCODERS else ""
+
+
+def weight_shapes(unet: UNet2DConditionModel, text_encoders: Sequence[torch.nn.Module] = ()) -> dict[str, tuple[int, ...]]:
+    """The shape of the weight of every linear layer and convolution, by name, in the networks' order."""
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    return {name: tuple(module.weight.shape) for name, module in unet.named_modules() if isinstance(module, kinds)}
+    return {name: tuple(module.weight.shape) for name, module in named_layers(unet, text_encoders) if isinstance(module, kinds)}
+
+
+def shapes_of_base(base: BaseModel, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
+    """`weight_shapes` of the networks of `base` of which `settings` adapt layers."""
+    unet, *text_encoders = networks_without_weights(base, text_encoders=settings.train_text_encoders)
+    return weight_shapes(unet, text_encoders)
 
 
 def adapted_layers(shapes: Mapping[str, tuple[int, ...]], settings: LoraSettings) -> dict[str, LayerRank]:
     """The layers that `settings` select of those with these weights, in the same order.
 
-    These are the linear layers of the transformers (all of them, or those of "attention" only) and, if they have a rank, the 3x3
-    convolutions of ResNets and samplers. Of `lora_rank_pattern`, the first expression that is found in a layer's name decides, in
-    diffusers' or in kohya's spelling. Raises ModelError if this is not an SDXL UNet, SettingsError for an expression that decides
-    nothing.
+    These are the linear layers of the transformers (all of them, or those of "attention" only), those of text encoders as well if
+    there are any, and the 3x3 convolutions of ResNets and samplers if they have a rank. Of `lora_rank_pattern`, the first
+    expression that is found in a layer's name decides, in diffusers' or in kohya's spelling. Raises ModelError if this is not an
+    SDXL UNet, SettingsError for an expression that decides nothing.
     """
     linears = [name for name, shape in shapes.items() if ".attentions." in name and len(shape) == 2]
     if not linears:
         raise ModelError("the UNet has no transformer blocks; is this an SDXL model?")
+    linears += filter(_TEXT_LAYER.fullmatch, shapes)
     if settings.lora_targets == "attention":
         linears = [name for name in linears if name.endswith(_ATTENTION)]
     ranks = dict.fromkeys(linears, settings.lora_rank)
@@ -67,9 +94,14 @@ def adapted_layers(shapes: Mapping[str, tuple[int, ...]], settings: LoraSettings
         )
     if unused := [rule[0].pattern for rule in rules if id(rule) not in found]:
         what = "; convolutions have a rank with LORA_CONV_RANK only" if not settings.lora_conv_rank else ""
+        if any("te1" in each or "te2" in each or "text" in each for each in unused) and not settings.train_text_encoders:
+            what = "; text encoders are adapted with TRAIN_TEXT_ENCODERS=true only"
         raise SettingsError(f"LORA_RANK_PATTERN: no adapted layer's name contains {', '.join(map(repr, unused))}{what}")
     if not layers:
         raise SettingsError("LORA_RANK_PATTERN leaves out every layer: give one of them a rank")
+    if settings.train_text_encoders and not any(map(_TEXT_LAYER.fullmatch, layers)):
+        what = "leaves out every layer of the text encoders"
+        raise SettingsError(f"LORA_RANK_PATTERN {what}: give one of them a rank, or set TRAIN_TEXT_ENCODERS=false")
     return layers
 
 
@@ -100,8 +132,10 @@ def lokr_factor(settings: LoraSettings) -> int:
 
 
 def kohya_name(layer: str) -> str:
-    """The kohya name of a layer of diffusers' UNet, with the original (sgm) block numbers. Raises ModelError if it is not a layer
-    that can be adapted."""
+    """The kohya name of a layer, with the original (sgm) block numbers of the UNet. Raises ModelError if it is not a layer that can
+    be adapted."""
+    if match := _TEXT_LAYER.fullmatch(layer):
+        return f"lora_te{2 if match[1] else 1}_{match[2].replace('.', '_')}"
     original = None
     if match := _MID_BLOCK.fullmatch(layer):
         original = f"middle_block_1_{match[3]}" if match[2] is None else _resnet(f"middle_block_{2 * int(match[2])}", match[3])

@@ -1,27 +1,52 @@
-"""What can be put around an optimizer: LoRA+, and an average of the weights. Both can be captured if the optimizer can."""
+"""What can be put around an optimizer: another rate for text encoders, LoRA+, and an average of the weights. All can be captured if
+the optimizer can."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from training.config import OptimizerSettings
 from training.method.adapters import ADAPTER, Adapter
+from training.method.layers import network_of
 from training.method.optimizers import OPTIMIZERS, LibraryOptimizer, Optimizer
 
 
 def make_optimizer(adapter: Adapter, settings: OptimizerSettings) -> Optimizer:
     """The optimizer of `settings` for the weights of `adapter`, with everything around it. The weights have the values from which
     training begins: prodigy and the average keep them."""
-    layers, kind = adapter.layers.values(), OPTIMIZERS[settings.optimizer]
-    if issubclass(kind, LibraryOptimizer) and kind.by_matrix:
-        optimizer = kind([each for layer in layers for each in layer.parameters() if each.requires_grad], settings)
+    if adapter.unet_weights == len(adapter.weights):
+        optimizer = _optimizer_of(adapter.weights, adapter.layers.values(), settings)
     else:
-        optimizer = kind(adapter.weights, settings)
+        optimizer = _with_text_encoders(adapter, settings)
     if settings.loraplus_ratio != 1:
-        ups = [layer.lora_B[ADAPTER].weight.detach() for layer in layers]
+        ups = [layer.lora_B[ADAPTER].weight.detach() for layer in adapter.layers.values()]
         optimizer = LoraPlus(optimizer, adapter.weights, ups, settings.loraplus_ratio)
     return Ema(optimizer, adapter.weights, settings.ema_decay) if settings.ema_decay else optimizer
+
+
+def _optimizer_of(weights: torch.nn.Parameter, layers: Iterable[BaseTunerLayer], settings: OptimizerSettings) -> Optimizer:
+    """The optimizer of `settings` for these `weights`, those of `layers`."""
+    kind = OPTIMIZERS[settings.optimizer]
+    if issubclass(kind, LibraryOptimizer) and kind.by_matrix:
+        return kind([each for layer in layers for each in layer.parameters() if each.requires_grad], settings)
+    return kind(weights, settings)
+
+
+def _with_text_encoders(adapter: Adapter, settings: OptimizerSettings) -> Optimizer:
+    """The same for an adapter of text encoders, and of the UNet if any of its layers is adapted."""
+    first, parts = adapter.unet_weights, {}
+    rates = {"unet": (slice(first), settings.learning_rate), "text_encoders": (slice(first, None), settings.text_encoder_lr)}
+    for name, (part, rate) in rates.items():
+        weights = torch.nn.Parameter(adapter.weights.detach()[part])
+        weights.grad = adapter.weights.grad[part]
+        layers = [layer for layer_name, layer in adapter.layers.items() if bool(network_of(layer_name)) is (name != "unet")]
+        if layers:
+            optimizer = _optimizer_of(weights, layers, replace(settings, learning_rate=rate))
+            parts[name] = optimizer, rate / settings.learning_rate
+    return TwoRates(parts)
 
 
 def floats_per_weight(settings: OptimizerSettings) -> float:
@@ -45,6 +70,33 @@ class _Wrapper:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self._inner.load_state_dict(state)
+
+
+class TwoRates:
+    """An optimizer for each part of the weights, by name and in their order, with a factor of the learning rate."""
+
+    def __init__(self, parts: Mapping[str, tuple[Optimizer, float]]):
+        self._parts = parts
+        optimizers = [optimizer for optimizer, _ in parts.values()]
+        self.label, self.capturable = optimizers[0].label, optimizers[0].capturable
+        self.param_groups: list[dict[str, Any]] = [group for optimizer in optimizers for group in optimizer.param_groups]
+
+    def step(self, learning_rate: torch.Tensor, found_inf: torch.Tensor | None = None) -> None:
+        for optimizer, factor in self._parts.values():
+            optimizer.step(learning_rate * factor, found_inf)
+
+    def averaged_weights(self) -> torch.Tensor | None:
+        averages = [optimizer.averaged_weights() for optimizer, _ in self._parts.values()]
+        return None if any(average is None for average in averages) else torch.cat(averages)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        states = {name: optimizer.state_dict() for name, (optimizer, _) in self._parts.items()}
+        return {f"{name}:{key}": value for name, state in states.items() for key, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        for name, (optimizer, _) in self._parts.items():
+            prefix = f"{name}:"
+            optimizer.load_state_dict({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
 
 
 class LoraPlus(_Wrapper):

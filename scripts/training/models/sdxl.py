@@ -17,6 +17,9 @@ WEIGHT_STEMS = {
 }
 """The components, and how the names of their weight files begin in a diffusers folder."""
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+"""CLIP-L and CLIP-G."""
+
 PREFIXES = {
     "unet": "model.diffusion_model.",
     "vae": "first_stage_model.",

@@ -31,7 +31,9 @@ from common.errors import ModelError, bullet_list
 from common.files import atomic_write
 from training.models.base_model import find_or_download_tokenizers
 from training.models.int8 import quantize
-from training.models.sdxl import PREFIXES, BaseModel, Component
+from training.models.sdxl import PREFIXES, TEXT_ENCODERS, BaseModel, Component
+
+TextEncoders = tuple[CLIPTextModel, CLIPTextModelWithProjection]
 
 _NETWORKS = {
     "unet": UNet2DConditionModel.from_config,
@@ -70,9 +72,10 @@ def load_unet(base: BaseModel, device: torch.device, dtype: torch.dtype, *, in_i
     return unet
 
 
-def unet_without_weights(base: BaseModel) -> UNet2DConditionModel:
-    """The UNet with shapes in place of weights. Raises ModelError if the weights in the files do not match it."""
-    return _matching_network(base.components["unet"])
+def networks_without_weights(base: BaseModel, *, text_encoders: bool = False) -> list[torch.nn.Module]:
+    """The UNet, and both text encoders if these are asked for, with shapes in place of weights. Raises ModelError if the weights in
+    the files do not match."""
+    return [_matching_network(base.components[name]) for name in ("unet", *(TEXT_ENCODERS if text_encoders else ()))]
 
 
 def load_vae(base: BaseModel, device: torch.device) -> AutoencoderKL:
@@ -80,18 +83,16 @@ def load_vae(base: BaseModel, device: torch.device) -> AutoencoderKL:
     return _load(base.components["vae"], device, torch.float32)
 
 
-def load_text_encoders(
-    base: BaseModel, device: torch.device, dtype: torch.dtype
-) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+def load_text_encoders(base: BaseModel, device: torch.device, dtype: torch.dtype) -> TextEncoders:
     """SDXL's two CLIP text encoders, frozen."""
-    first, second = (_load(base.components[name], device, dtype) for name in ("text_encoder", "text_encoder_2"))
+    first, second = (_load(base.components[name], device, dtype) for name in TEXT_ENCODERS)
     return first, second
 
 
 def load_tokenizers(base: BaseModel, models_dir: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
     """The tokenizers of the two text encoders; see `find_or_download_tokenizers` for those of a single file."""
     folder = find_or_download_tokenizers(base, models_dir)
-    encoders = (base.components[name] for name in ("text_encoder", "text_encoder_2"))
+    encoders = (base.components[name] for name in TEXT_ENCODERS)
     first, second = (_load_tokenizer(folder / name, encoder) for name, encoder in zip(TOKENIZERS, encoders, strict=True))
     return first, second
 

@@ -13,7 +13,7 @@ from common.faces import DlibFaces
 from common.files import sha256_of
 from training.callbacks.recommendation import Save, choose
 from training.callbacks.sample_likeness import SampleLikeness
-from training.data.dataset import Example
+from training.data.examples import Example
 
 pytestmark = [pytest.mark.photographs, pytest.mark.timeout(600)]
 

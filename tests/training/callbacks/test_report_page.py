@@ -5,8 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from common.project import ProjectSettings
+from common.project import ProjectSettings, SharedDataSettings
 from training.callbacks.report_page import NICENESS, ReportPage, report_page
 from training.data.buckets import Bucket, OptimizerStep
 from training.loop import Progress
@@ -31,7 +32,7 @@ def wait_for_the_process(page: ReportPage) -> None:
 
 
 def test_the_page_is_written_after_a_save_with_the_lowest_priority(project):
-    with report_page(project, lambda before, after: True) as page:
+    with report_page(project, SharedDataSettings(), lambda before, after: True) as page:
         page.after_step(STEP, {})
         assert page.process is None
         save(page)
@@ -39,8 +40,19 @@ def test_the_page_is_written_after_a_save_with_the_lowest_priority(project):
     assert "sks=1 - LoRACat report" in (project.output_dir / "report.html").read_text(encoding="utf-8")
 
 
+def test_the_page_reads_captions_and_transparency_as_the_run_does(project):
+    (project.dataset_dir / "images").mkdir(parents=True)
+    Image.new("RGBA", (64, 64), (200, 0, 0, 128)).save(project.dataset_dir / "images" / "a.png")
+    (project.dataset_dir / "images" / "a.txt").write_text("sks, smile\nsks, hat")
+    with report_page(project, SharedDataSettings(caption_per_line=True, alpha="mask"), lambda before, after: True) as page:
+        save(page)
+    text = (project.output_dir / "report.html").read_text(encoding="utf-8")
+    assert "sks, smile\nsks, hat" in text
+    assert "1 with a mask" in text
+
+
 def test_there_is_one_process_at_a_time_and_a_save_meanwhile_is_not_forgotten(project):
-    with report_page(project, lambda before, after: True) as page:
+    with report_page(project, SharedDataSettings(), lambda before, after: True) as page:
         save(page)
         first = page.process
         save(page)
@@ -50,14 +62,14 @@ def test_there_is_one_process_at_a_time_and_a_save_meanwhile_is_not_forgotten(pr
 
 
 def test_epochs_without_a_save_start_nothing(project):
-    with report_page(project, lambda before, after: False) as page:
+    with report_page(project, SharedDataSettings(), lambda before, after: False) as page:
         save(page)
         assert page.process is None
 
 
 def test_a_failure_is_one_warning(project, capsys):
     (project.output_dir / "report.html").mkdir(parents=True)
-    with report_page(project, lambda before, after: True) as page:
+    with report_page(project, SharedDataSettings(), lambda before, after: True) as page:
         for _ in range(2):
             save(page)
             wait_for_the_process(page)
@@ -68,7 +80,7 @@ def test_a_failure_is_one_warning(project, capsys):
 
 def test_a_program_that_cannot_be_started_is_one_warning(project, capsys, monkeypatch):
     monkeypatch.setattr("sys.executable", str(project.output_dir / "python"))
-    with report_page(project, lambda before, after: True) as page:
+    with report_page(project, SharedDataSettings(), lambda before, after: True) as page:
         save(page)
         save(page)
     assert capsys.readouterr().out == "warning: the report page was not written: No such file or directory\n"
@@ -82,7 +94,7 @@ def test_a_stop_does_not_wait_and_leaves_nothing_behind(project, late_s):
     pages = []
 
     def run() -> None:
-        with report_page(project, lambda before, after: True) as page:
+        with report_page(project, SharedDataSettings(), lambda before, after: True) as page:
             pages.append(page)
             save(page)
             time.sleep(late_s)

@@ -11,7 +11,7 @@ from training.callbacks import checkpoint
 from training.callbacks.checkpoint import Identity, find_resume_point, warmup_to_keep
 from training.config import TrainSettings
 from training.data.buckets import Bucket, run_order
-from training.data.dataset import Example
+from training.data.examples import Example
 from training.loop import Progress
 from training.plan import WARMUP_STEPS, decoder_record, runtime_settings
 

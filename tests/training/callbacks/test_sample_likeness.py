@@ -13,7 +13,7 @@ from PIL import Image
 from common.files import read_json_lines, sha256_of
 from common.likeness import FaceCache, FoundFace
 from training.callbacks.sample_likeness import GONE, SampleLikeness
-from training.data.dataset import Example
+from training.data.examples import Example
 
 STANDIN = Path(__file__).parents[1] / "standin_dlib"
 SAMPLES = {"same": (110, 100, 100), "other": (200, 100, 100), "dark": (0, 0, 9)}

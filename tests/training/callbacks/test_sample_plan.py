@@ -6,7 +6,7 @@ import pytest
 
 from training.callbacks.sample_plan import SamplePlan, plan_samples
 from training.config import DataSettings, RunSettings, SampleSettings, SavingSettings, TrainSettings
-from training.data.dataset import Example
+from training.data.examples import Example
 from training.memory_budget import MemoryBudget
 from training.models.base_model import find_base
 from training.models.sdxl import Schedule
@@ -56,7 +56,7 @@ def test_a_run_of_the_usual_length_has_what_auto_means(planned):
     assert chosen(planned, 250, 20) == (20, 1024, 5)
     assert plan.announcement == (
         "sample images: 6 prompts x 7 (base model, 4 LoRAs, and one of them at 2 lower strengths), 1024x1024, 20 steps: about 19 % "
-        "of the training time"
+        "of the training time, and 8.3 GiB of memory besides it"
     )
     assert {(prompt.width, prompt.height, prompt.steps, prompt.guidance) for prompt in plan.prompts} == {(1024, 1024, 20, 6.0)}
     assert [prompt.seed for prompt in plan.prompts] == [0, 1, 2, 3, 4, 5]

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from training.callbacks.validation import STRATA, Validator
 from training.data.batches import BatchReader
 from training.data.buckets import Bucket, OptimizerStep, assign_bucket
-from training.data.cache import CachedExample
+from training.data.cache_files import CachedExample
 from training.loop import Progress
 from training.system.process_group import ProcessGroup
 from training.system.processes import RankInfo

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from training.data.batches import Batch, BatchReader, draw
 from training.data.buckets import assign_bucket, run_order
-from training.data.cache import CachedExample, read_latents
+from training.data.cache_files import CachedExample, read_latents, read_text
 from training.system.process_group import ProcessGroup
 from training.system.processes import RankInfo
 
@@ -35,7 +35,7 @@ def reader_of(tmp_path):
         save_file(text, tmp_path / f"{index}.text")
         files = tmp_path / f"{index}.latents", tmp_path / f"{index}.text"
         save_file({name: -tensor for name, tensor in text.items()}, tmp_path / f"{index}.class")
-        of_class = {"class_embeddings": tmp_path / f"{index}.class"}
+        of_class = {"class_text": tmp_path / f"{index}.class", "class_variants": frozenset({0} if index < 2 else range(variants))}
         examples.append(CachedExample(f"{index}.png", placement, *files, variants, tmp_path / "empty.text", **of_class))
     save_file({"hidden": torch.full((1, 77, 6), 9.0), "pooled": torch.full((1, 3), 9.0)}, tmp_path / "empty.text")
 
@@ -161,20 +161,32 @@ def priors_of(reader: BatchReader) -> dict[tuple[int, int], tuple[torch.Tensor, 
 
 
 @pytest.mark.parametrize("global_batch", [1, 4, 8])
-def test_every_fourth_sample_of_a_run_is_a_prior_as_well_whatever_the_micro_batches_are(reader_of, global_batch):
+def test_every_fifth_sample_of_a_run_is_a_prior_as_well_whatever_the_micro_batches_are(reader_of, global_batch):
     found = [priors_of(reader_of(micro, global_batch, prior=0.5)) for micro in {1, min(3, global_batch), global_batch}]
     order = order_of(reader_of(global_batch=global_batch))
-    count = sum((step.number * global_batch + slot) % 4 == 0 for step in order for slot in range(len(step.examples)))
+    count = sum((step.number * global_batch + slot) % 5 == 0 for step in order for slot in range(len(step.examples)))
     assert len(found[0]) == count > 5
     for other in found[1:]:
         assert other.keys() == found[0].keys()
         assert all(
             torch.equal(one, two) for key, each in other.items() for one, two in zip(each[:2], found[0][key][:2], strict=True)
         )
-    assert {weight for *_, weight in found[0].values()} == {0.5 * 4 / global_batch}
-    empty = [hidden[0, 0].item() == 9.0 for hidden, *_ in found[0].values()]
-    assert any(empty)
-    assert not all(empty)
+    weights = [(hidden[0, 0].item() == 9.0, weight) for hidden, _, weight in found[0].values()]
+    assert {weight for is_empty, weight in weights if is_empty} == {0.0}  # the same caption with and without the LoRA
+    assert {0.5 * 5 / global_batch} <= {weight for is_empty, weight in weights if not is_empty} <= {0.5 * 5 / global_batch, 0.0}
+
+
+def test_a_variant_without_the_trigger_word_is_no_prior(reader_of):
+    reader = reader_of(micro_batch=1, global_batch=1, prior=1.0)
+    variants = [read_text(reader.examples[1].text, number)["hidden"] for number in range(2)]
+    found = {number: set() for number in range(2)}
+    for step in order_of(reader, epochs=60):
+        for batch in reader(step):
+            for row, weight in zip(batch.prior_rows.tolist(), batch.prior_weights.tolist(), strict=True):
+                for number, hidden in enumerate(variants):
+                    if torch.equal(batch.hidden[row], hidden):
+                        found[number].add(weight)
+    assert found == {0: {5.0}, 1: {0.0}}
 
 
 def test_a_prior_changes_nothing_else_of_a_batch_and_there_is_none_by_default(reader_of):

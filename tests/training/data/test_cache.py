@@ -17,19 +17,11 @@ from common.images import DECODER_REVISION
 from common.settings import REPOSITORY
 from training.config import TrainSettings
 from training.data import cache as cache_module
+from training.data import cache_files
 from training.data.buckets import assign_bucket
-from training.data.cache import (
-    CacheBuilder,
-    NotFiniteError,
-    entry,
-    image_pixels,
-    is_valid_entry,
-    read_embedding,
-    read_latents,
-    write_embeddings,
-    write_latents,
-)
-from training.data.dataset import read_examples
+from training.data.cache import CacheBuilder, NotFiniteError, image_pixels, write_embeddings, write_latents
+from training.data.cache_files import entry, is_valid_entry, read_latents, read_text
+from training.data.examples import read_examples
 from training.models.base_model import find_base
 
 CPU = torch.device("cpu")
@@ -157,6 +149,15 @@ def test_what_is_in_the_cache_does_not_depend_on_what_else_was_build_cache(stage
         assert alone.items() <= together.items()
 
 
+@pytest.mark.parametrize(("caption", "is_lost"), [("{tags}, nya_fyi-2", True), ("nya fyi-2, {tags}, nya_fyi-2", False)])
+def test_a_trigger_word_that_is_cut_off_is_named(stage, examples, capsys, caption, is_lost):
+    long = caption.format(tags=", ".join(["smile"] * 200))
+    build_cache(stage, "cache", [replace(examples["coffee"], caption=long, trigger="nya_fyi-2")])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "training does not see" in line)
+    assert line.startswith("coffee.webp: its caption is longer than ")
+    assert ("(the trigger word 'nya_fyi-2' is not in what it sees; put it first)" in line) is is_lost
+
+
 def test_corrupt_files_are_encoded_again_and_valid_ones_are_kept(stage, examples, capsys):
     everything = list(examples.values())
     _, before = build_cache(stage, "cache", everything)
@@ -205,8 +206,8 @@ def test_a_file_that_is_gone_or_overwritten_is_a_resource_error(stage, examples)
     data, _ = build_cache(stage, "cache", [examples["coffee"]])
     cached = data[0]
     cached.latents.unlink()
-    cached.embeddings.write_bytes(b"{}")
-    for path, read in ((cached.latents, read_latents), (cached.embeddings, lambda path: read_embedding(path, 0))):
+    cached.text.write_bytes(b"{}")
+    for path, read in ((cached.latents, read_latents), (cached.text, lambda path: read_text(path, 0))):
         with pytest.raises(ResourceError, match="cannot be read any more") as error:
             read(path)
         assert str(path) in str(error.value)
@@ -248,13 +249,13 @@ def test_everything_that_embeddings_depend_on_is_in_their_key(stage, monkeypatch
     for digest in ("encoders", "other encoders"):
         monkeypatch.setattr(cache_module, "base_digest", lambda base, folder, name, digest=digest: digest)
         for chunks, dtype in itertools.product((1, 2), (torch.float32, torch.bfloat16)):
-            keys += [path for path, *_ in replace(cache, dtype=dtype).embeddings_entries(captions, chunks)]
+            keys += [path for path, *_ in replace(cache, dtype=dtype).text_entries(captions, chunks)]
     assert len(set(keys)) == len(keys) == 32
 
 
 def test_another_format_of_the_cache_is_another_key(tmp_path, monkeypatch):
     first = entry(tmp_path, "text", "sks")
-    monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
+    monkeypatch.setattr(cache_files, "FORMAT", cache_files.FORMAT + 1)
     assert entry(tmp_path, "text", "sks") != first
 
 
@@ -278,9 +279,10 @@ def test_embeddings_are_read_back_one_variant_at_a_time(tmp_path, dtype):
     assert list(write_embeddings([(path, ["a", "b", "c"])], lambda texts: (hidden, pooled), dtype, workers=1)) == [path]
     assert is_valid_entry(path)
     for variant in range(3):
-        ours = read_embedding(path, variant)
-        assert torch.equal(ours[0], hidden[variant].to(dtype))
-        assert torch.equal(ours[1], pooled[variant].to(dtype))
+        ours = read_text(path, variant)
+        assert list(ours) == ["hidden", "pooled"]
+        assert torch.equal(ours["hidden"], hidden[variant].to(dtype))
+        assert torch.equal(ours["pooled"], pooled[variant].to(dtype))
 
 
 def test_a_file_of_the_other_kind_or_a_folder_is_not_valid(tmp_path):

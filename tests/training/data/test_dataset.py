@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.dataset_layout import DatasetFolder
+from common.dataset_layout import DatasetFolder, find_images
 from common.errors import DataError
 from common.files import sha256_of, write_json
 from common.unused_entries import unused_entries
-from training.data.dataset import flagged_images, other_entries, read_examples
+from training.data.dataset import flagged_images, other_entries
+from training.data.examples import read_examples
 
 ORIENTATION = 0x0112
 
@@ -191,7 +192,7 @@ def flag(stage, **digests: str) -> None:
 def test_flagged_images_are_skipped_if_enabled_and_unchanged(stage):
     paths = {name: stage.add(name) for name in ("astronaut", "coffee", "chelsea")}
     flag(stage, coffee=sha256_of(paths["coffee"]), chelsea="of an earlier image", gone="0")
-    assert flagged_images(DatasetFolder(stage.dataset), 64) == {"coffee.png": "blurred, small"}
+    assert flagged_images(DatasetFolder(stage.dataset), find_images(stage.images), 64) == {"coffee.png": "blurred, small"}
     output = stage.run("--check", SKIP_FLAGGED=1).stdout
     assert "skipping flagged images: coffee.png (blurred, small)" in output
     assert [example.name for example in read_examples(stage.images, 0, {"coffee.png"})[0]] == ["astronaut.png", "chelsea.png"]
@@ -220,7 +221,8 @@ def test_captions_with_other_suffixes_are_read(stage):
     stage.add("rocket", "c.png", "sks, rocket")
     (stage.images / "c.caption").write_text("another text")
     assert [example.caption for example in read_examples(stage.images, workers=0)[0]] == ["sks, coffee", "sks, cat", "sks, rocket"]
-    assert other_entries(stage.images, unused_entries(stage.images)) == ["c.caption"]
+    found = find_images(stage.images)
+    assert other_entries(stage.images, found, unused_entries(stage.images, found)) == ["c.caption"]
 
 
 def test_captions_that_cannot_be_used_are_in_the_list(stage, tmp_path):

@@ -7,11 +7,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
+from common.images import read_mask
 from training.config import TrainSettings
 from training.data.batches import BatchReader, make_batch
 from training.data.buckets import assign_bucket
-from training.data.cache import LATENT_PX, CacheBuilder, image_pixels, read_cached_mask, write_mask
-from training.data.dataset import Example, read_examples
+from training.data.cache import LATENT_PX, CacheBuilder, image_pixels, write_mask
+from training.data.cache_files import read_cached_mask
+from training.data.examples import Example, read_examples
 from training.models.base_model import find_base
 
 SIZES = {"square": (512, 512), "wide": (600, 331), "tall": (257, 601), "exactly a bucket": (256, 64 * 5)}
@@ -209,3 +211,29 @@ def test_two_masks_of_one_image_are_a_mistake(stage):
 def test_a_rounded_size_is_the_same_aspect_ratio(stage):
     add(stage, "a.png", stage.photographs["chelsea"], half_mask((226, 150)))  # of 451 x 300
     assert the_example(stage).mask
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("size", [(16601, 599), (599, 16601)])
+def test_a_mask_may_have_the_size_of_a_photograph_that_is_scaled_down(stage, size, suffix):
+    photograph = stage.photographs["coffee"].resize(size)
+    add(stage, "a.jpg", photograph, half_mask(size).convert("1"))
+    if suffix == "jpg":
+        (stage.images / "a-masklabel.png").unlink()
+        half_mask(size).save(stage.images / "a-masklabel.jpg")
+    (example,), problems = read_examples(stage.images, workers=1)
+    assert problems == []
+    assert max(example.width, example.height) == 8301
+    mask = np.asarray(read_mask(example.mask, example.path).alpha)
+    assert max(mask.shape) == 8301
+    assert (mask[:, : mask.shape[1] // 2 - 9].min(), mask[:, mask.shape[1] // 2 + 9 :].max()) == pytest.approx((255, 0), abs=2)
+
+
+def test_the_weight_that_is_announced_is_that_of_each_folder(stage):
+    image = stage.photographs["coffee"]
+    for name in ("a.png", "face/b.png"):
+        (stage.images / name).parent.mkdir(exist_ok=True)
+        add(stage, name, image, half_mask(image.size))
+    (stage.images / "face" / "folder.toml").write_text("mask_weight = 0.5")
+    line = next(line for line in stage.run("--check").stdout.splitlines() if line.startswith("masks: "))
+    assert line == "masks: 2 of 2 images; what is outside a mask has weight 0.1 (images), 0.5 (images/face) in the loss"

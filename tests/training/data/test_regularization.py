@@ -13,8 +13,9 @@ from common.project import ProjectSettings
 from training.config import TrainSettings
 from training.data.batches import Batch, BatchReader, draw
 from training.data.buckets import Bucket, add_regularization, assign_bucket, run_order
-from training.data.cache import CachedExample
-from training.data.dataset import Example, read_images
+from training.data.cache_files import CachedExample
+from training.data.dataset import read_images
+from training.data.examples import Example
 from training.models.sdxl import Schedule
 from training.plan import make_plan, result_fingerprint
 from training.system.process_group import ProcessGroup
@@ -180,3 +181,28 @@ def test_an_image_without_caption_and_class_is_refused_with_the_remedy(stage):
     assert [(each.resolutions, each.mask_weight) for each in examples] == [((1024, 512), 0.5), ((), None)]
     off = replace(TrainSettings().data, prior_weight=0.0)
     assert len(read_images(project, off)[0]) == 1
+
+
+def test_an_image_of_the_data_set_is_not_used_for_regularization(stage):
+    stage.add("coffee", "a.png")
+    (stage.dataset / "regularization" / "1_cup").mkdir(parents=True)
+    for name in ("same.png", "other.png"):
+        stage.add("chelsea" if name == "other.png" else "coffee", f"../regularization/1_cup/{name}", None)
+    result = stage.run("--check")
+    assert "regularization/1_cup/same.png: is the same image as images/a.png; remove one of the two" in result.stdout
+    assert "regularization: 1 images (cup)" in result.stdout
+    assert result.returncode == 1
+    assert "1 images cannot be trained on and are left out" in result.stderr
+
+
+@pytest.mark.parametrize("own_captions", [False, True])
+def test_a_class_of_regularization_images_with_the_trigger_word_is_refused(stage, own_captions):
+    stage.add("coffee", "a.png")
+    (stage.dataset / "reg" / "1_Sks_cup").mkdir(parents=True)
+    stage.add("chelsea", "../reg/1_Sks_cup/b.png", "a cup" if own_captions else None)
+    project = ProjectSettings(trigger_word="sks", dataset_dir=stage.dataset)
+    if own_captions:
+        assert len(read_images(project, TrainSettings().data)[0]) == 2
+        return
+    with pytest.raises(DataError, match="reg/1_Sks_cup: its class 'Sks cup' contains the trigger word 'sks'"):
+        read_images(project, TrainSettings().data)

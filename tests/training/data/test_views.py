@@ -12,8 +12,9 @@ from training.callbacks.validation import Validator
 from training.config import TrainSettings
 from training.data.batches import BatchReader, is_mirrored
 from training.data.buckets import assign_bucket
-from training.data.cache import CacheBuilder, image_pixels, read_cached_mask, read_latents
-from training.data.dataset import read_examples
+from training.data.cache import CacheBuilder, image_pixels
+from training.data.cache_files import read_cached_mask, read_latents
+from training.data.examples import read_examples
 from training.models.base_model import find_base
 from training.models.sdxl import Schedule
 from training.plan import make_plan, placements_of
@@ -104,7 +105,7 @@ def test_each_resolution_is_encoded_and_captions_once(stage, examples):
         (place.bucket.height // 8, place.bucket.width // 8) for place in plan.placements
     ]
     assert len({each.latents for each in built}) == 4
-    assert len({each.embeddings for each in built}) == 2
+    assert len({each.text for each in built}) == 2
     alone = cached(stage, zip(plan.examples[:1], plan.placements[:1], strict=True), settings_of(128))
     assert alone[0].latents == built[0].latents  # a run with one resolution uses the same file
 
@@ -134,7 +135,7 @@ def test_latents_and_mask_of_the_mirror_image_are_those_of_a_mirrored_file(stage
         assert torch.equal(ours, theirs)
     assert torch.equal(read_cached_mask(example.mirrored.mask), read_cached_mask(expected.mask))
     assert example.mirrored.placement == example.placement  # the crop is central: the time ids are right for both
-    assert (example.mirrored.embeddings, example.mirrored.variants) == (example.embeddings, example.variants)
+    assert (example.mirrored.text, example.mirrored.variants) == (example.text, example.variants)
     flipped = read_latents(example.latents)[0].flip(-1)
     assert not torch.equal(read_latents(example.mirrored.latents)[0], flipped)  # the VAE is not symmetric
 

@@ -10,6 +10,7 @@ import torch
 
 from demo import tiny_sdxl
 from training.config import LoraSettings
+from training.engine.fast.gaps import empty_with_gap, with_gap
 from training.engine.fast.lora_linear import FusedLoraLinear, fuse, fused_lora_linear
 from training.engine.fast.unet import install_fast_forwards
 from training.engine.step import recomputed
@@ -37,18 +38,20 @@ def inputs(size: tuple[int, int] = (16, 24), batch: int = 2) -> dict:
     }
 
 
-def adapted(unet, targets: str = "all", alpha: float = 6.0, pattern: str = "") -> tuple[torch.nn.Module, Adapter]:
+def adapted(unet, targets: str = "all", alpha: float = 6.0, pattern: str = "", rank: int = 3) -> tuple[torch.nn.Module, Adapter]:
     """A copy of the UNet with a LoRA that does something."""
     mine = copy.deepcopy(unet)
-    lora = inject(mine, LoraSettings(lora_rank=3, lora_alpha=alpha, lora_targets=targets, lora_rank_pattern=pattern), seed=1)
+    lora = inject(mine, LoraSettings(lora_rank=rank, lora_alpha=alpha, lora_targets=targets, lora_rank_pattern=pattern), seed=1)
     with torch.no_grad():
-        lora.weights.copy_(0.05 * torch.randn(lora.weights.shape, generator=torch.Generator().manual_seed(7)))
+        lora.weights.copy_(0.15 / rank * torch.randn(lora.weights.shape, generator=torch.Generator().manual_seed(7)))
     return mine, lora
 
 
-def quick(unet, targets: str = "all", pattern: str = "") -> tuple[torch.nn.Module, Adapter, dict[str, FusedLoraLinear]]:
+def quick(
+    unet, targets: str = "all", pattern: str = "", rank: int = 3
+) -> tuple[torch.nn.Module, Adapter, dict[str, FusedLoraLinear]]:
     """The same with fast forwards, and its fused layers."""
-    network, lora = adapted(unet, targets, pattern=pattern)
+    network, lora = adapted(unet, targets, pattern=pattern, rank=rank)
     groups, sync_compute_weights = fuse(lora)
     sync_compute_weights()
     install_fast_forwards(network, groups)
@@ -102,6 +105,20 @@ def test_answer_and_every_gradient_are_those_of_diffusers_and_peft(unet, referen
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
+def test_a_rank_as_wide_as_a_part_of_a_concatenation_is_no_gap(unet):
+    """The gradient of 32 channels that were concatenated with 32 others has rows of 64, as rows with a gap for rank 32 have: what
+    stands in the place of the gap is the gradient of the others."""
+    plain, lora = adapted(unet, rank=32)
+    plain.double()
+    answered(plain)
+    wanted = peft_gradients(plain, lora)
+    fast, _, groups = quick(unet, rank=32)
+    answered(fast.to(memory_format=torch.channels_last))
+    found = flat_gradients(groups)
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
 def test_gradients_are_added_to_what_is_there(unet):
     fast, lora, _ = quick(unet)
     for times in (1, 2):
@@ -121,9 +138,9 @@ def test_with_gaps_behind_the_rows_the_product_is_the_same(unet, kind):
     x, dy = (torch.randn(2, 5, size, generator=generator, dtype=torch.float64) for size in (width, rows))
     results = []
     for gap in (0, columns):
-        # What is in the gap must not matter.
-        given, d_out = (torch.full((2, 5, part.shape[-1] + gap), torch.nan, dtype=torch.float64) for part in (x, dy))
-        given, d_out = given[..., :width], d_out[..., :rows]
+        given, d_out = (empty_with_gap(part, part.shape[-1], gap) for part in (x, dy))
+        for part in (given, d_out) if gap else ():
+            with_gap(part.flatten(0, 1), part.shape[-1] + gap).fill_(torch.nan)  # what is in the gap must not matter
         given.copy_(x)
         d_out.copy_(dy)
         given.requires_grad_()
@@ -132,8 +149,8 @@ def test_with_gaps_behind_the_rows_the_product_is_the_same(unet, kind):
         (dx,) = torch.autograd.grad(y, given, d_out)
         results.append((y, dx, layer.down_grad.clone(), layer.up_grad.clone()))
     assert results[1][0].isfinite().all()
-    for without, with_gap in zip(*results, strict=True):
-        torch.testing.assert_close(with_gap, without, rtol=1e-6, atol=1e-9)
+    for without, beside_gap in zip(*results, strict=True):
+        torch.testing.assert_close(beside_gap, without, rtol=1e-6, atol=1e-9)
 
 
 def test_layers_of_a_group_are_in_memory_once(unet):

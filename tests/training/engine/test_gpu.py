@@ -15,8 +15,8 @@ from peft.helpers import disable_input_dtype_casting
 from demo import tiny_sdxl
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
-from training.engine import prepare_unet
-from training.engine.fast.ops import add_layer_norm, dequantized, geglu, group_norm, lora_gradients
+from training.engine import prepare_unet, recompute_text_encoders
+from training.engine.fast.ops import add_layer_norm, dequantized, geglu, group_norm
 from training.engine.step import TrainStep
 from training.method import diffusion
 from training.method.adapters import ADAPTER, Adapter, inject
@@ -28,7 +28,7 @@ from training.method.prodigy import Prodigy
 from training.models.base_model import find_base
 from training.models.int8 import rowwise_int8
 from training.models.sdxl import Schedule
-from training.models.weights import load_unet
+from training.models.weights import load_text_encoders, load_unet
 from training.system.device import Precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -124,7 +124,8 @@ def test_the_base_model_is_asked_in_a_captured_step_of_either_engine(base, capsy
 
 
 def test_prodigy_on_a_gpu_takes_the_steps_of_prodigyopt():
-    """200 steps within 1e-6, as on a CPU: 100,000 weights that should become others, with noise in the gradients."""
+    """200 steps within 2e-6 (1.2e-6 on an H200; 1e-6 on a CPU): 100,000 weights that should become others, with noise in the
+    gradients. The sums over all weights are added up in another order."""
     prodigyopt = pytest.importorskip("prodigyopt")
     generator = torch.Generator("cuda").manual_seed(0)
     wanted = torch.randn(100_000, generator=generator, device="cuda")
@@ -138,7 +139,7 @@ def test_prodigy_on_a_gpu_takes_the_steps_of_prodigyopt():
             weights.grad = weights.detach() - wanted + 0.3 * noise
         ours.step(torch.tensor(1.0, device="cuda"), torch.tensor(0.0, device="cuda"))
         theirs.step()
-        assert (pair[0] - pair[1]).norm() < 1e-6 * pair[1].norm()
+        assert (pair[0] - pair[1]).norm() < 2e-6 * pair[1].norm()
     assert theirs.param_groups[0]["d"] > 1e-3
 
 
@@ -274,6 +275,47 @@ def test_captured_steps_in_fp16_are_the_eager_ones_bit_for_bit(base):
     assert torch.equal(weights, expected)
 
 
+def with_tokens(batch: Batch, prior: bool) -> Batch:
+    """The batch with captions of two chunks that are still to be encoded."""
+    generator = torch.Generator().manual_seed(int(batch.timesteps.sum()))
+    tokens = torch.randint(3, 20, (len(batch.weights) + 1, 2, 2, 77), generator=generator)
+    tokens[..., 30:] = 2
+    of_prior = {"prior_rows": torch.tensor([1]), "prior_tokens": tokens[-1:], "prior_weights": torch.ones(1)} if prior else {}
+    empty = {"hidden": torch.empty(0), "pooled": torch.empty(0)}
+    return replace(batch, tokens=tokens[:-1], **empty, **of_prior).pinned()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"recomputes": True}, {"prior": True}, {"dtype": torch.float16}, {"optimizer": "prodigy"}],
+    ids=lambda how: " ".join(how) or "plain",
+)
+def test_captured_steps_that_train_the_text_encoders_are_the_eager_ones_bit_for_bit(base, capsys, how):
+    """Attention under a causal mask, the choice of the pooled token and both rates are in the graph. The loss falls."""
+    dtype, device, runs = how.get("dtype", torch.bfloat16), torch.device("cuda"), []
+    name = how.get("optimizer", "adamw")
+    rates = {"learning_rate": RATE, "text_encoder_lr": RATE / 10} if name == "adamw" else {"learning_rate": 1, "text_encoder_lr": 1}
+    settings = OptimizerSettings(optimizer=name, **rates)
+    for captures in (True, False):
+        encoders = load_text_encoders(find_base(str(base), base.parent), device, dtype)
+        unet = load_unet(find_base(str(base), base.parent), device, dtype)
+        lora = inject(unet, LoraSettings(lora_rank=8, lora_alpha=8.0, train_text_encoders=True), 3, encoders)
+        sync = prepare_unet("plain", unet, lora, device, gradient_checkpointing="recomputes" in how)
+        if "recomputes" in how:
+            recompute_text_encoders(encoders, lora)
+        others = {"text_encoders": encoders, "sync_compute_weights": sync, "captures": captures}
+        step = TrainStep(unet, lora, make_optimizer(lora, settings), loss_config(), Precision(device, dtype), 1.0, **others)
+        batches = [with_tokens(batch_of(number % 3), "prior" in how) for number in range(12)]
+        results = [step([batch], settings.learning_rate) for batch in batches]
+        assert "CUDA graphs: off" not in capsys.readouterr().out
+        assert bool(step.graphs) == captures
+        runs.append(([result.loss for result in results], lora.weights.detach().cpu()))
+        assert lora.modules[-1].zero.any()
+    (losses, weights), (expected_losses, expected) = runs
+    assert losses == expected_losses
+    assert torch.equal(weights, expected)
+
+
 def masked(batch: Batch, weight: float) -> Batch:
     """The batch with masks of which the right half has that weight."""
     mask = torch.ones(len(batch.weights), 1, *batch.mean.shape[2:])
@@ -333,6 +375,27 @@ def test_captured_steps_with_regularization_images_of_another_shape_are_the_eage
             prior = batch_of(number + 10, height=16, width=48)
             losses.append(step([batch_of(number), replace(prior, weights=0.5 * prior.weights).pinned()], RATE).loss)
         runs.append((losses, lora.weights.detach().clone()))
+    (captured_losses, captured), (losses, weights) = runs
+    assert captured_losses == losses
+    assert torch.equal(captured, weights)
+
+
+def test_each_shape_of_micro_batches_is_one_graph_however_they_are_combined(base):
+    """Nine pairs of three shapes, each of which occurs once: after the first three steps nothing runs eagerly."""
+    shapes = [(32, 32), (24, 40), (16, 48)]
+    pairs = [(number, (number + shift) % 3) for shift in range(3) for number in range(3)]
+    runs = []
+    for captures in (True, False):
+        step, lora = stepper(base, captures=captures)
+        losses = []
+        for number, pair in enumerate(pairs):
+            batches = [batch_of(10 * number + place, 2, *shapes[shape]) for place, shape in enumerate(pair)]
+            losses.append(step(batches, RATE).loss)
+            if captures and number == 2:
+                assert step.graphs.captured == 3
+        runs.append((losses, lora.weights.detach().clone()))
+        if captures:
+            assert step.graphs.captured == 3
     (captured_losses, captured), (losses, weights) = runs
     assert captured_losses == losses
     assert torch.equal(captured, weights)
@@ -415,23 +478,6 @@ def test_weights_in_8_bits_are_multiplied_out(shape):
     codes, scales = rowwise_int8(weight)
     assert torch.equal(dequantized(codes, scales), codes * scales)
     assert dequantized(codes, scales).stride() == weight.stride()
-
-
-@pytest.mark.parametrize(
-    ("n", "out", "rank", "width", "rows"), [(1, 640, 32, 1280, 4096), (3, 192, 8, 200, 1000), (1, 64, 100, 72, 7)]
-)
-def test_both_gradients_of_a_lora_by_one_kernel(n, out, rank, width, rows):
-    wide = torch.randn(rows, n * out + n * rank, device="cuda").bfloat16()
-    dy, g = wide[:, : n * out], wide[:, n * out :]
-    h, x = (torch.randn(rows, columns, device="cuda").bfloat16() for columns in (n * rank, width))
-    first, second = torch.randn(n, out, rank, device="cuda"), torch.randn(n * rank, width, device="cuda")
-    by_layer = [each.double().view(rows, n, -1).transpose(0, 1) for each in (dy, h)]
-    expected = first + 0.5 * by_layer[0].mT @ by_layer[1], second + g.double().T @ x.double()
-    found = [(first.clone(), second.clone()) for _ in range(2)]
-    assert all(lora_gradients(dy, h, x, g, *gradients, 0.5) for gradients in found)
-    for ours, again, exact in zip(*found, expected, strict=True):
-        assert torch.equal(ours, again)
-        assert (ours - exact).norm() < 1e-5 * exact.norm()
 
 
 def randomised(norm: torch.nn.Module) -> torch.nn.Module:

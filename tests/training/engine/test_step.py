@@ -305,7 +305,7 @@ def test_the_adapter_can_be_left_out_for_one_prediction(plain_unet, name, kind):
     optimizer = AdamW(lora.weights, OptimizerSettings())
     step = TrainStep(unet, lora, optimizer, config, Precision(torch.device("cpu"), torch.float32), 0.0, sync_compute_weights=sync)
     batch = batch_of([300])
-    inputs = batch.noise, batch.timesteps, batch.hidden, batch.pooled, batch.add_time_ids
+    inputs = batch.noise, batch.timesteps, batch.add_time_ids, batch.hidden, batch.pooled
     step.sync_compute_weights()
     before = step.predict(*inputs).detach()
     conditions = {"text_embeds": batch.pooled, "time_ids": batch.add_time_ids}
@@ -523,3 +523,23 @@ def test_dropout_is_that_of_torch(plain_unet):
     assert (dropped == 0).float().mean() == pytest.approx(0.25, abs=0.01)
     assert dropped.max() == pytest.approx(1 / 0.75)
     assert torch.equal(layer.lora_dropout[ADAPTER](ones), ones)
+
+
+def test_a_lora_of_one_image_lowers_its_loss_under_noise_that_training_never_had(lora_unet, stepper):
+    """And it learns that image: under the same noise, the loss of another one falls less. The UNet is random, so that most of what
+    there is to learn is the same for all images."""
+
+    def views(image: int, noise: int) -> Batch:
+        """One image with its caption, under four noises at four timesteps."""
+        of_image, of_noise = batch_of([0], seed=image), batch_of([150, 350, 550, 750], seed=noise)
+        same = ("mean", "log_variance", "hidden", "pooled", "add_time_ids")
+        return replace(of_noise, **{name: getattr(of_image, name).repeat_interleave(4, 0) for name in same})
+
+    unet, lora = lora_unet()
+    step = stepper(unet, lora, AdamW(lora.weights, OptimizerSettings()), gamma=0.0, offset=0.0)
+    before = {image: step.evaluate([views(image, noise=1)]) for image in (1, 2)}
+    for number in range(60):
+        step([views(1, noise=100 + number)], learning_rate=1e-2)
+    after = {image: step.evaluate([views(image, noise=1)]) for image in (1, 2)}
+    assert after[1] < 0.7 * before[1]
+    assert after[1] / before[1] < 0.95 * after[2] / before[2]

@@ -13,7 +13,7 @@ from triton.backends.nvidia import compiler as nvidia  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from training.engine.fast import triton_kernels, triton_products  # noqa: E402
+from training.engine.fast import triton_kernels  # noqa: E402
 
 SHARED_BYTES = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99, 121: 99}
 """KiB of shared memory that a block may use, by compute capability times 10 (CUDA programming guide, "Technical Specifications
@@ -22,24 +22,6 @@ REGISTERS = 65536
 """32-bit registers of a multiprocessor, on each of these chips; a thread has 255 at most."""
 NUMBERS = {"width": "i32", "stride": "i32", "stride_of_d_total": "i32", "rows": "i32", "channels": "i32", "chunks": "i32"}
 NUMBERS |= {"groups": "i32", "count": "i32", "eps": "fp32"}
-PRODUCT = (
-    "width",
-    "rows",
-    "out",
-    "rank",
-    "ranks",
-    "stride_dy",
-    "stride_h",
-    "stride_x",
-    "stride_g",
-    "tiles_of_layer",
-    "tiles_of_up",
-)
-OF_KERNEL = {
-    "_copy_blocks": {"flat": "*fp32", "table": "*i64", "scale": "fp32"},
-    "_lora_gradients": dict.fromkeys(PRODUCT, "i32") | {"up_grad": "*fp32", "down_grad": "*fp32", "scale": "fp32"},
-}
-"""Types of arguments that are others than in the rest of the kernels."""
 STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant")
 """Arguments that are fp32 in memory; all other arguments are in the dtype of the UNet."""
 ROW, GROUPS = {"BLOCK": 2048}, {"R": 32, "C": 64}
@@ -54,18 +36,13 @@ LAUNCHES = {
     "_add_with_bias": [{"BLOCK": 1024}],
     "_dequantize": [{"R": 4, "C": 1024}],
     "_copy_blocks": [{"R": 128, "C": 32}, {"R": 32, "C": 128}],
-    "_lora_gradients": [{"R": rank, "RANKS": ranks, "C": 64, "K": 128} for rank, ranks in ((16, 16), (32, 128), (128, 128))],
 }
 """The compile-time arguments of each kernel at the widths of SDXL."""
-OPTIONS = {"_lora_gradients": {"num_warps": 8, "num_stages": 3}}
-ANY_NUMBER = ("scale", "rank", "ranks", "tiles_of_layer", "tiles_of_up")
-"""Of a product, what is not a multiple of 16 as all its sizes, strides and addresses are."""
 
 
 def kernels() -> dict[str, JITFunction]:
-    both = vars(triton_kernels) | vars(triton_products)
-    found = {name: each for name, each in both.items() if isinstance(each, JITFunction)}
-    return {name: each for name, each in found.items() if name not in ("_silu_slope", "_add_product")}  # parts of others
+    found = {name: each for name, each in vars(triton_kernels).items() if isinstance(each, JITFunction)}
+    return {name: each for name, each in found.items() if name != "_silu_slope"}  # a part of others
 
 
 def test_every_kernel_is_compiled_here():
@@ -79,17 +56,12 @@ def test_a_kernel_fits_a_chip(name, chip, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     dtype = triton.language.float16 if chip < 80 else triton.language.bfloat16
     kernel = kernels()[name]
-    if name == "_lora_gradients" and chip < 80:
-        pytest.skip("this chip uses PyTorch's products")
     for constants in LAUNCHES[name]:
         if name == "_copy_blocks":
             constants = constants | {"ELEMENT": dtype}
         types = {each: "constexpr" if each in constants else type_of(name, each, dtype.name) for each in kernel.arg_names}
         target = GPUTarget("cuda", chip, 32)
-        aligned = [i for i, each in enumerate(types) if name in OPTIONS and types[each] != "constexpr" and each not in ANY_NUMBER]
-        attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
-        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
-        compiled = triton.compile(source, target=target, options=OPTIONS.get(name))
+        compiled = triton.compile(ASTSource(fn=kernel, signature=types, constexprs=constants), target=target)
         assert compiled.metadata.shared <= SHARED_BYTES[chip] * 1024
         registers, spilled = resources(compiled.asm["cubin"], tmp_path)
         assert registers * 32 * compiled.metadata.num_warps <= REGISTERS
@@ -98,8 +70,8 @@ def test_a_kernel_fits_a_chip(name, chip, tmp_path, monkeypatch):
 
 
 def type_of(kernel: str, argument: str, dtype: str) -> str:
-    if argument in OF_KERNEL.get(kernel, ()):
-        return OF_KERNEL[kernel][argument]
+    if kernel == "_copy_blocks":
+        return {"flat": "*fp32", "table": "*i64", "scale": "fp32"}[argument]
     if argument == "codes":
         return "*i8"
     if argument == "scales":

@@ -11,6 +11,7 @@ from lora_kinds import LINEAR, Drawn
 from safetensors.torch import load_file, save_file
 
 from common.settings import REPOSITORY
+from common.weights import read_header
 
 FLUX = "lora_unet_double_blocks_{}_img_attn_qkv"
 SCRIPT = REPOSITORY / "scripts" / "lora_tool.py"
@@ -137,6 +138,59 @@ def test_files_that_cannot_be_used_are_one_line_and_leave_nothing(damage, words,
     assert (refused.returncode, words in refused.stderr) == (5, True), refused.stderr
     assert "\x1b" not in refused.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+PEFT_LAYER = "unet.down_blocks.1.attentions.0.proj_in"
+OUT_OF_PROPORTION = f"the alpha of {PEFT_LAYER} is out of all proportion to its rank"
+FOREVER = "which no PEFT adapter needs"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ('"r": 4, "lora_alpha": 1' + 400 * "0", OUT_OF_PROPORTION),
+        ('"r": 4, "lora_alpha": 1' + 400 * "0" + ', "use_rslora": true', OUT_OF_PROPORTION),
+        ('"r": 4, "lora_alpha": 1e308', OUT_OF_PROPORTION),
+        ('"r": 4, "lora_alpha": Infinity', OUT_OF_PROPORTION),
+        ('"r": 1e-320, "lora_alpha": 4', OUT_OF_PROPORTION),
+        ('"r": 4, "lora_alpha": 4, "alpha_pattern": {"(a+)+$": 1}', FOREVER),
+        ('"r": 4, "lora_alpha": 4, "rank_pattern": {".*.*.*.*.*.*.*x": 1}', FOREVER),
+        ('"r": 4, "lora_alpha": 4, "alpha_pattern": {"(a|b|ab){1,99}c": 1}', FOREVER),
+        ('"r": 4, "lora_alpha": 4, "alpha_pattern": {"' + 30 * "(|.)" + 'x": 1}', FOREVER),
+        (r'"r": 4, "lora_alpha": 4, "alpha_pattern": {"down_blocks.\\d+.attentions.\\d+.a\\d+.b\\d+.(to_q|to_k)$": 1}', ""),
+        ('"r": 4, "lora_alpha": 4, "alpha_pattern": {"a{99999999999999999999}": 1}', ""),
+        ('"r": 4, "lora_alpha": 4, "alpha_pattern": {"' + 3000 * "(" + '": 1}', ""),
+        ('"r": 4, "lora_alpha": 4, "alpha_pattern": {"(": 1, "[[a]": 1, "\\u0000": 1, "": 4}', ""),
+    ],
+)
+def test_a_hostile_configuration_is_one_line_at_once(config, words, drawn, tool, tmp_path):
+    """Expressions that cannot be compiled match no layer."""
+    parts, _ = drawn.lora(alpha=None)
+    tensors = {f"{PEFT_LAYER}.lora_B.weight": parts["lora_up.weight"], f"{PEFT_LAYER}.lora_A.weight": parts["lora_down.weight"]}
+    for key in ("r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern"):
+        config = config.replace(f'"{key}"', f'"unet.{key}"')
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": f"{{{config}}}"})
+    result = tool("resize", tmp_path / "a.safetensors", "--rank", 2, "--output", tmp_path / "b.safetensors")
+    assert (result.returncode, words in result.stderr) == (5 if words else 0, True), result.stderr
+
+
+def test_values_that_are_too_large_to_compute_with_are_one_line(drawn, save, tool, tmp_path):
+    parts, _ = drawn.lora()
+    path = save("a.safetensors", {LINEAR: {part: tensor * 1e37 for part, tensor in parts.items()}})
+    refused = tool("resize", path, "--rank", 2, "--output", tmp_path / "b.safetensors")
+    assert (refused.returncode, "too large to compute with" in refused.stderr) == (5, True), refused.stderr
+
+
+def test_a_file_that_vanishes_is_one_line(source, tool, monkeypatch):
+    def read_and_remove(path):
+        header = read_header(path)
+        path.unlink()
+        return header
+
+    monkeypatch.setattr("training.lora_files.reading.read_header", read_and_remove)
+    refused = tool("show", source)
+    assert refused.returncode == 6
+    assert refused.stderr.startswith(f"lora_tool: {source}: No such file or directory: ")
 
 
 def test_a_few_layers_that_sdxl_lacks_are_left_out_by_name(drawn, save, tool, tmp_path):

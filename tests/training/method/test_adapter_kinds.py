@@ -264,6 +264,10 @@ def test_a_pattern_may_use_the_names_of_kohya_and_anchors():
 def test_what_a_pattern_does_not_mean_is_refused():
     with pytest.raises(SettingsError, match=r"no adapted layer's name contains 'conv1', 'attn3'; convolutions have a rank with"):
         ranks(lora_rank_pattern="attn1=8 conv1=4 attn3=2")
+    with pytest.raises(SettingsError, match=r"contains 'lora_te1'; text encoders are adapted with TRAIN_TEXT_ENCODERS=true only"):
+        ranks(lora_rank_pattern="lora_te1=4")
+    with pytest.raises(SettingsError, match=r"'attn2.to_k' decides nothing, because each of its layers matches an expression bef"):
+        ranks(lora_rank_pattern="attn2=4 attn2.to_k=8")
     with pytest.raises(SettingsError, match="leaves out every layer"):
         ranks(lora_rank_pattern=".=0")
     with pytest.raises(ModelError, match="no transformer blocks"):

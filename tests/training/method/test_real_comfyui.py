@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from demo import tiny_sdxl
 from demo.comfyui_modules import unet_layers
 from training.config import LoraSettings
 from training.method.adapters import ADAPTER, inject
 from training.method.export import write_lora
-from training.method.layers import adapted_layers, weight_shapes
+from training.method.layers import adapted_layers, kohya_name, weight_shapes
 from training.models.weights import UNet2DConditionModel, shapes_only
 
 SOURCES = os.environ.get("LORACAT_COMFYUI")
@@ -111,6 +112,47 @@ def test_comfyui_patches_what_peft_merges(comfy, tmp_path, settings):
         assert before.shape == shapes[originals[name]]
         patch = [(1.0, patches[originals[name]], 1.0, None, lambda value: value)]
         patched = loader.calculate_weight(patch, before.clone(), originals[name], intermediate_dtype=torch.float32)
+        layer.merge(adapter_names=[ADAPTER])
+        change = layer.get_base_layer().weight.detach() - before
+        assert (patched - before - change).norm() <= 2e-3 * change.norm(), name
+        assert change.norm() > 0
+
+
+def test_comfyui_takes_every_layer_of_unet_and_text_encoders_and_patches_what_peft_merges(comfy, tmp_path):
+    """The names are those of ComfyUI's own networks in full size; of each kind of layer, one is compared number by number."""
+    from comfy.sdxl_clip import SDXLClipModel
+
+    loader, key_map, _ = comfy
+    with torch.device("meta"):
+        clip = SDXLClipModel(device="meta", dtype=torch.float32)
+    key_map = loader.model_lora_keys_clip(clip, dict(key_map))
+    networks = tiny_sdxl.networks(tiny_sdxl.FULL)
+    del networks["vae"]
+    unet, *encoders = (network.to_empty(device="cpu").requires_grad_(False) for network in networks.values())
+    adapter = inject(unet, LoraSettings(lora_rank=2, lora_alpha=1.0, train_text_encoders=True), 0, encoders)
+    compared = {}
+    for name in (module.name for module in adapter.modules if module.name.startswith("text_encoder")):
+        compared.setdefault((name.partition(".")[0], name.rpartition(".")[2]), name)
+    with torch.no_grad():
+        adapter.weights.add_(0.05 * torch.randn(adapter.weights.shape, generator=torch.Generator().manual_seed(1)))
+        for name in compared.values():
+            adapter.layers[name].get_base_layer().weight.normal_(0, 0.02)
+    write_lora(tmp_path / "mia.safetensors", adapter.modules, {})
+    lora = load_file(tmp_path / "mia.safetensors")
+    patches = loader.load_lora(lora, key_map)
+    assert len(patches) == 722 + 264
+    assert sum(key.startswith("clip_l.") for key in patches) == 72
+    assert sum(key.startswith("clip_g.") for key in patches) == 192
+    loaded = set().union(*(patch.loaded_keys for patch in patches.values()))
+    assert loaded | {key for key in lora if key.endswith(".alpha")} == set(lora)
+    assert len(compared) == 12
+    shapes = {name: weight.shape for name, weight in clip.state_dict().items()}
+    for name in compared.values():
+        layer, key = adapter.layers[name], key_map[kohya_name(name)]
+        before = layer.get_base_layer().weight.detach().clone()
+        assert before.shape == shapes[key]
+        patch = [(1.0, patches[key], 1.0, None, lambda value: value)]
+        patched = loader.calculate_weight(patch, before.clone(), key, intermediate_dtype=torch.float32)
         layer.merge(adapter_names=[ADAPTER])
         change = layer.get_base_layer().weight.detach() - before
         assert (patched - before - change).norm() <= 2e-3 * change.norm(), name

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from training.engine.fast.ops import copier, dequantized, lora_gradients
+from training.engine.fast.gaps import with_gap
+from training.engine.fast.ops import copier, dequantized
 from training.method.adapters import ADAPTER, CONTEXT, Adapter, shared_input_groups
 from training.models.int8 import Int8Conv2d, Int8Linear
 
@@ -161,7 +162,7 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
     def forward(ctx, x, anchor, layer):
         rows = x.reshape(-1, x.shape[-1])
         n, out, rank = layer.up.shape
-        wide = _with_gap(rows, rows.shape[1] + n * rank)
+        wide = with_gap(rows, rows.shape[1] + n * rank)
         if wide is not None:
             h = wide[:, rows.shape[1] :]
             torch.mm(rows, layer.down.T, out=h)
@@ -184,28 +185,20 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
         layer, (rows, h) = ctx.layer, ctx.saved_tensors
         n, out, rank = layer.up.shape
         dy_rows = dy.reshape(-1, n * out)
-        wide = _with_gap(dy_rows, n * out + n * rank)
+        wide = with_gap(dy_rows, n * out + n * rank)
         g = dy_rows.new_empty(len(rows), n * rank) if wide is None else wide[:, n * out :]
         if n == 1:
             torch.mm(dy_rows, layer.up[0], out=g)
+            _accumulate(layer.up_grad[0], dy_rows.T, h, layer.scale)
         else:
             # The batched product writes straight into the [N, n * rank] layout that the product with `down` below reads.
             torch.bmm(_as_groups(dy_rows, n), layer.up, out=_as_groups(g, n))
-        if not lora_gradients(dy_rows, h, rows, g, layer.up_grad, layer.down_grad, layer.scale):
             _accumulate(layer.up_grad, _as_groups(dy_rows, n).mT, _as_groups(h, n), layer.scale)
-            _accumulate(layer.down_grad, g.T, rows, 1.0)
+        _accumulate(layer.down_grad, g.T, rows, 1.0)
         if not ctx.needs_input_grad[0]:
             return None, None, None
         dx = (dy_rows @ layer.frozen()).addmm_(g, layer.down) if wide is None else wide @ layer.weight_and_down
         return dx.view(*dy.shape[:-1], dx.shape[-1]), None, None
-
-
-def _with_gap(rows: torch.Tensor, columns: int) -> torch.Tensor | None:
-    """`rows` [N, width] with the gap behind each row, [N, columns]; None if there is no such gap.
-
-    Producers of rows leave the gap on purpose (see `empty_with_gap`); nothing else gives rows of exactly this stride.
-    """
-    return rows.as_strided((len(rows), columns), (columns, 1)) if rows.stride() == (columns, 1) else None
 
 
 class _FusedContextFunction(torch.autograd.Function):

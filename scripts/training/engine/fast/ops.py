@@ -11,9 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-_MATRIX_KERNELS_SINCE = (8, 0)
-"""The compute capability below which Triton's matrix products keep most of their numbers in memory."""
-
 
 @functools.cache
 def _kernels() -> ModuleType | None:
@@ -43,29 +40,6 @@ def copier(flat: torch.Tensor, targets: Sequence[tuple[int, torch.Tensor]], scal
 def dequantized(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """`codes` [rows, ...] int8 times `scales` [rows, 1, ...], in the dtype of `scales`."""
     return _kernels().dequantize(codes, scales) if codes.is_cuda and _kernels() else codes * scales
-
-
-def lora_gradients(
-    dy: torch.Tensor,
-    h: torch.Tensor,
-    x: torch.Tensor,
-    g: torch.Tensor,
-    up_grad: torch.Tensor,
-    down_grad: torch.Tensor,
-    scale: float,
-) -> bool:
-    """Add both gradients of a LoRA in place by one kernel, where there is one that is faster than two products; otherwise False.
-    The arguments are those of `triton_products.lora_gradients`."""
-    if (
-        not dy.is_cuda
-        or dy.dtype == up_grad.dtype
-        or not _kernels()
-        or torch.cuda.get_device_capability(dy.device) < _MATRIX_KERNELS_SINCE
-    ):
-        return False
-    from training.engine.fast import triton_products
-
-    return triton_products.lora_gradients(dy, h, x, g, up_grad, down_grad, scale)
 
 
 def add_layer_norm(

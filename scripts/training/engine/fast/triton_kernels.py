@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from training.engine.fast.gaps import empty_with_gap
+
 _GROUP_ROWS, _GROUP_COLUMNS = 32, 64
 """Tile of the group norms: rows (pixels) and channels."""
 _ROWS, _COLUMNS = 4, 1024
@@ -230,11 +232,6 @@ def _dequantize(codes, scales, out, rows, width, R: tl.constexpr, C: tl.constexp
     scale = tl.load(scales + row, mask=row < rows, other=0.0).to(tl.float32)
     code = tl.load(codes + row * width + column, mask=inside, other=0).to(tl.float32)
     tl.store(out + row * width + column, code * scale, mask=inside)
-
-
-def empty_with_gap(like, width, gap):
-    """An empty tensor [..., width] with the dtype and the other dimensions of `like`, and `gap` unused columns behind each row."""
-    return like.new_empty(*like.shape[:-1], width + gap)[..., :width]
 
 
 def layer_norm_forward(y, x, weight, bias, eps, gap=0):
