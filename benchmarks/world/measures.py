@@ -113,9 +113,9 @@ class Judge:
         return raw
 
     def _distances(self, images: torch.Tensor, shown: Sequence[set[str]]) -> torch.Tensor:
-        """[N]: from the person, over what can be seen in images that show these tags."""
+        """[N]: from the person, over the readable traits that can be seen in images that show these tags."""
         read = self._reader.identity(images)
-        return identity_error(self._truth.expand_as(read), read, shown)
+        return identity_error(self._truth.expand_as(read), read, shown, self._reader.readable)
 
     def _habits(self, probabilities: torch.Tensor) -> float:
         """The share of the two habits that an image shows."""
