@@ -76,7 +76,7 @@ TINY_WORLD = World(
     is_simple=True,
     reader_widths=(8, 16, 32, 64),
     length=Length(images=4000, reader_s=40, vae_s=90, unet_s=250, samples=48, steps=15),
-    rates=Rates(reader_batch=64, vae_batch=4, vae_rate=2e-3, batch=16, unet_rate=4e-3),
+    rates=Rates(reader_batch=64, vae_batch=4, vae_rate=2e-3, batch=16, unet_rate=2e-3),
 )
 """Learns on two CPU cores in minutes, with a process on each."""
 WORLDS = {"small": SMALL_WORLD, "tiny": TINY_WORLD}
