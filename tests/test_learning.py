@@ -28,11 +28,11 @@ from training.models.sdxl import Schedule
 pytestmark = [pytest.mark.learn, pytest.mark.timeout(3600)]
 
 IMAGES, HELD_OUT = 20, 8
-ARM = Arm("learn-test", {"LEARNING_RATE": 2.5e-3}, images=IMAGES, samples=1600, saves=1)
+ARM = Arm("learn-test", {"LEARNING_RATE": 1e-3}, images=IMAGES, samples=1600, saves=1)
 """The model is a thousandth of SDXL and its layers are narrow, so that a step has to be larger."""
 LOSS_FALLS, LIKENESS_MOVES = 0.15, 0.1
 """At least: the share of the loss on held-out images, and of the way from the base model's people to the drawn person. So short a
-pre-training draws everybody alike, and 400 steps of a LoRA move such a model about a quarter of the way."""
+pre-training draws everybody alike, and 400 steps of a LoRA have moved such a model 16 to 28 % of the way."""
 
 
 @pytest.fixture(scope="module")
