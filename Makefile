@@ -40,7 +40,7 @@ kill-test: $(VENV)/complete
 	$(VENV)/bin/python -m pytest -m kill
 
 learn-test: $(VENV)/complete
-	OMP_NUM_THREADS=$$(nproc) $(VENV)/bin/python -m pytest -m learn -n 0 -s
+	$(VENV)/bin/python -m pytest -m learn -n 0 -s
 
 face-test: $(VENV)/complete
 	$(VENV)/bin/python -m pytest -m photographs -s
