@@ -2,11 +2,13 @@
 # make test    run the tests
 # make check   check the style of the Python and shell files
 # make fuzz    test with generated input, such as answers of a ComfyUI server and image files; takes minutes
+# make long-test
+#              whole runs of training that take half a minute each
 # make kill-test
 #              kill programs at many instants and run them again; takes minutes
 # make learn-test
 #              teach a tiny model to draw people, train a LoRA of one whom it has never seen, and measure the likeness; takes
-#              ten minutes on two cores
+#              ten minutes or more on two cores
 # make face-test
 #              test the recognition of faces on photographs from the package indexes; needs pip and npm
 # make bench   measure the training speed of this machine's NVIDIA GPU
@@ -22,7 +24,7 @@ VENV := .venv
 SHELL_FILES := $(wildcard scripts/*.sh container/*.sh .ci/run)
 
 .NOTPARALLEL:
-.PHONY: demo test bench fuzz kill-test learn-test face-test check clean container-test arm64-wheels arm64-test
+.PHONY: demo test bench fuzz long-test kill-test learn-test face-test check clean container-test arm64-wheels arm64-test
 
 demo: $(VENV)/complete
 	$(VENV)/bin/python -m demo
@@ -35,6 +37,9 @@ bench: $(VENV)/complete
 
 fuzz: $(VENV)/complete
 	$(VENV)/bin/python -m pytest -m fuzz --hypothesis-profile=fuzz -n auto --show-capture=no
+
+long-test: $(VENV)/complete
+	$(VENV)/bin/python -m pytest -m long -n auto
 
 kill-test: $(VENV)/complete
 	$(VENV)/bin/python -m pytest -m kill

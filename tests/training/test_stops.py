@@ -126,6 +126,7 @@ def test_a_held_out_loss_that_rises_ends_the_run_early_and_names_the_best_lora(i
     assert "nothing to do" in images.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 200, "SAVE_EVERY_EPOCHS": 1})
 
 
+@pytest.mark.long
 def test_a_run_by_steps_is_lengthened_and_ends_as_if_it_had_always_been_longer(images):
     """Its end is in the middle of an epoch; then it is continued by epochs."""
     how = SHORT | {"TRAIN_BATCH_SIZE": 1}

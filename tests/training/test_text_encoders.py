@@ -367,6 +367,7 @@ def test_a_stopped_run_ends_with_the_same_lora_of_all_networks(images):
     assert "nothing to do" in images.trained(**how)
 
 
+@pytest.mark.long
 def test_the_text_encoders_alone_are_trained_shown_and_described(images):
     """The sample images are made with the encoders as they are at each save; the loss is another one from the second step on."""
     alone = QUICK | TEXT | {"LORA_RANK_PATTERN": "lora_unet=0", "TEXT_ENCODER_LR": 0.05}

@@ -94,6 +94,7 @@ def test_automatic_quantization_is_decided_again_for_a_run_that_follows_a_finish
     assert "fresh = false" in resolved
 
 
+@pytest.mark.long
 def test_masks_resolutions_and_mirror_images_resume_exactly(images):
     """A run that is stopped and continued is the whole one."""
     for name in ("astronaut", "coffee"):

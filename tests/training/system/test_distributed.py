@@ -64,6 +64,7 @@ def test_a_stopped_pair_is_resumed_by_one_process_with_the_same_losses(images, f
     assert len(together) == 10
 
 
+@pytest.mark.long
 def test_a_pair_shares_the_sample_images(images, forked_python):
     """Five prompts: one process has none in the third round. The images of the base model are those of a single process; one
     reads the recommended LoRA, and both render it at lower strengths."""

@@ -152,6 +152,7 @@ def test_the_advice_names_every_comfyui_and_masks_logins():
     assert "secret" not in advice
 
 
+@pytest.mark.long
 def test_a_real_shortage_ends_the_run_with_75_and_the_next_one_resumes(stage):
     """The floor is so high that a program that takes a few GiB gets below it."""
     stage.add("astronaut")
