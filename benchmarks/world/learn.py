@@ -12,7 +12,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # before torch: see
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -58,11 +58,19 @@ def main() -> None:
     once.add_argument("--subject", type=int, default=0)
     once.add_argument("--sheet", type=Path, help="image file to write, with samples of every LoRA")
     tables = commands.add_parser("report", help="print tables of results")
-    tables.set_defaults(call=lambda given: print(report(read_results(given.folders), given.base)))
+    tables.set_defaults(call=lambda given: print_tables(given.folders, given.base))
     tables.add_argument("folders", type=Path, nargs="+")
     tables.add_argument("--base", default=BASE.name, help="the recipe that the others are compared with")
     given = parser.parse_args()
     given.call(given)
+
+
+def print_tables(folders: Sequence[Path], base: str) -> None:
+    """Print the tables of all results in `folders`."""
+    results = read_results(folders)
+    if not results:
+        sys.exit(f"no results in {', '.join(map(str, folders))}")
+    print(report(results, base))
 
 
 def _add_world(parser: argparse.ArgumentParser) -> None:

@@ -95,6 +95,9 @@ def main() -> None:
     for name, value in (asdict(Length()) | asdict(Rates())).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
     given = parser.parse_args()
+    for parts in filter(None, (given.join, given.origin)):
+        if not (parts / "world.json").exists():
+            parser.error(f"{parts} holds no world.json, which the pre-training writes")
     if given.join:
         join(given.join, given.folder)
         return
