@@ -5,6 +5,8 @@ import json
 import pytest
 from container_clone import BASE_IMAGE, OTHER_BASE, OTHER_IMAGE, Clone, docker, in_image
 
+from common.settings import REPOSITORY
+
 pytestmark = [pytest.mark.container, pytest.mark.timeout(1800)]
 
 BASE_PACKAGES = ("torch", "torchvision", "torchaudio", "triton", "pytorch-triton", "numpy", "flash-attn", "flash_attn")
@@ -64,7 +66,8 @@ def test_the_default_face_model_loads_and_the_other_one_names_what_it_needs(imag
 
 def test_opencv_can_be_added(unbuilt):
     """For FACE_MODEL=sface; it needs numpy 2."""
-    (opencv,) = [line for line in (unbuilt.folder / "requirements-dev.txt").read_text().splitlines() if line.startswith("opencv")]
+    listed = (REPOSITORY / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    (opencv,) = [line for line in listed if line.startswith("opencv")]
     if packages(BASE_IMAGE)["numpy"].startswith("1."):
         pytest.skip("the base image has numpy 1")
     requirements = unbuilt.folder / "requirements.txt"

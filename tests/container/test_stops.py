@@ -158,4 +158,4 @@ def test_terminal_shows_progress(clone):
     assert process.wait() == 0
     assert b"tagging" in seen
     assert b"10/10" in seen
-    assert b"caption_images: exit code 0" in seen
+    assert b"10 captioned" in seen
