@@ -75,8 +75,7 @@ def step_builder(model: Path, *, in_int8: bool = False) -> Callable[..., TrainSt
     torch.manual_seed(0)
     with torch.no_grad():
         lora.weights.add_(0.01 * torch.randn_like(lora.weights))
-    alphas = alphas_cumprod(Schedule()).to(precision.device, torch.float32)
-    config = LossConfig("epsilon", alphas, min_snr_gamma=5.0, noise_offset=0.0357, latent_scaling=0.13025)
+    config = default_loss(precision.device)
     optimizer = AdamW(lora.weights, OptimizerSettings())
 
     prepared = {}
@@ -88,6 +87,12 @@ def step_builder(model: Path, *, in_int8: bool = False) -> Callable[..., TrainSt
         return TrainStep(unet, lora, optimizer, config, precision, max_grad_norm=1.0, sync_compute_weights=sync, captures=captures)
 
     return build
+
+
+def default_loss(device: torch.device) -> LossConfig:
+    """The loss of the defaults, for SDXL 1.0."""
+    alphas = alphas_cumprod(Schedule()).to(device, torch.float32)
+    return LossConfig("epsilon", alphas, min_snr_gamma=5.0, noise_offset=0.0357, latent_scaling=0.13025)
 
 
 def random_batch(unet: UNet2DConditionModel, size: int, side: int) -> Batch:

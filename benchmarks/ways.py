@@ -12,17 +12,15 @@ from pathlib import Path
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from benchmarks.step import random_batch
+from benchmarks.step import default_loss, random_batch
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import PRIOR_EVERY, Batch
 from training.engine import choose_engine, prepare_unet, recompute_text_encoders
 from training.engine.step import TrainStep
 from training.method.adapters import inject
-from training.method.diffusion import LossConfig, alphas_cumprod
 from training.method.lora_l2 import l2_of_changes
 from training.method.optimizer_wrappers import make_optimizer
 from training.models.base_model import find_base
-from training.models.sdxl import Schedule
 from training.models.weights import TextEncoders, load_text_encoders, load_unet
 from training.system.device import choose_precision, release_memory
 
@@ -110,10 +108,8 @@ def prepared(unet: UNet2DConditionModel, text_encoders: TextEncoders | None, way
     sync = prepare_unet(engine, unet, lora, precision.device, gradient_checkpointing=way.checkpointing)
     if text_encoders and way.checkpointing:
         recompute_text_encoders(text_encoders, lora)
-    alphas = alphas_cumprod(Schedule()).to(precision.device, torch.float32)
-    config = LossConfig("epsilon", alphas, min_snr_gamma=5.0, noise_offset=0.0357, latent_scaling=0.13025)
     add_gradient = l2_of_changes(lora, way.pull) if way.pull else None
-    config = replace(config, **way.loss)
+    config = replace(default_loss(precision.device), **way.loss)
     how = {"text_encoders": text_encoders, "add_gradient": add_gradient, "sync_compute_weights": sync}
     return TrainStep(unet, lora, optimizer, config, precision, max_grad_norm=1.0, **how), engine
 

@@ -12,6 +12,7 @@ from training.job import TrainingJob
 from training.method.prediction_type import measure_prediction_type, measure_zero_terminal_snr
 from training.models.base_model import base_digest, refuse_flow, remember_prediction
 from training.models.weights import TextEncoders
+from training.system.device import release_memory
 from training.system.process_group import ProcessGroup
 
 _IMAGES = 3
@@ -51,8 +52,7 @@ def _measure(
 
     kind = measure_prediction_type(network, latents, job.base.schedule)
     zero = kind == "v_prediction" and measure_zero_terminal_snr(network, latents, job.base.schedule)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # a training step has tensors of other sizes
+    release_memory()  # a training step has tensors of other sizes
     cache, images = job.outputs.cache, f"{len(examples)} image{'s' if len(examples) > 1 else ''}"
     remember_prediction(cache, base_digest(job.base, cache, "unet"), kind, zero_terminal_snr=zero)
     refuse_flow(job.base, kind)

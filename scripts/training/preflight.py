@@ -129,14 +129,14 @@ def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettin
     settings = resolve_batch_size(settings, budget, sum(not example.is_regularization for example in examples))
     plan = make_plan(examples, settings, schedule)
     settings, prior = with_class_of_prior(settings, plan, trigger)
-    samples, _ = plan_samples(settings, trigger, plan, budget, base, {})
-    announcement = "\n".join([plan.announcement(), *prior, *([samples.announcement] if samples else [])])
+    refusal = []
     if precision.device.type == "cuda":
         try:
-            fit_to_memory(settings, budget, "")
+            settings = fit_to_memory(settings, budget, "")
         except ResourceError as error:  # other programs may still end
-            return f"{announcement}\na run would be refused now: {error}"
-    return announcement
+            refusal = [f"a run would be refused now: {error}"]
+    samples, _ = plan_samples(settings, trigger, plan, budget, base, {})
+    return "\n".join([plan.announcement(), *prior, *([samples.announcement] if samples else []), *refusal])
 
 
 def check_processor() -> str:
