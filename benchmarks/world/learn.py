@@ -25,7 +25,7 @@ from benchmarks.world.report import read_results, report
 from benchmarks.world.runs import Run, World, runs_of
 from benchmarks.world.scheduler import Job, Limits, computes, run_all, run_jobs, shared_gpus
 
-RATE_SUBJECTS, NEARLY = 3, 0.8
+RATE_SUBJECTS, NEARLY = 3, 0.9
 """Of the trainings that find the learning rate: how many people, and which share of the best likeness is enough."""
 
 

@@ -19,17 +19,17 @@ class Arm:
     images: int = 25
     samples: int = product.SAMPLES_OF_A_RUN
     """Training samples of the run."""
-    saves: int = 2
+    saves: int = 4
     """LoRA files that are measured, at even distances, the last one included."""
     seeds: int = 3
     """At most."""
     wait: int = 0
-    """Its first seed comes when others have so many."""
+    """Its first seed comes when others have so many; long trainings come before all others."""
     peer: dict[str, object] | None = None
     """Arguments of the peer's script, which trains in the product's place."""
 
 
-BASE = Arm("base", saves=4)
+BASE = Arm("base")
 _PICKED = {
     "VALIDATION_FRACTION": 0.2,
     "VALIDATE_EVERY_EPOCHS": 10,
@@ -62,12 +62,13 @@ ROUNDS = {
         Arm("10 images", images=10, wait=1),
         Arm("40 images", images=40, wait=1),
         Arm("attention only", {"LORA_TARGETS": "attention"}, wait=1),
+        Arm("text encoders", {"TRAIN_TEXT_ENCODERS": "true", "TEXT_ENCODER_LR": 4e-5}, wait=1),
     ],
-    "length": [Arm(f"{images} images, long", images=images, samples=5000, saves=10, seeds=1, wait=2) for images in (10, 25, 100)],
-    "picks": [Arm("picks", _PICKED, samples=5000, saves=10, seeds=4, wait=1)],
+    "length": [Arm(f"{images} images, long", images=images, samples=5000, saves=10, seeds=1, wait=1) for images in (10, 25, 100)],
+    "picks": [Arm("picks", _PICKED, samples=5000, saves=10, seeds=4, wait=-2)],
     "peer": [
-        Arm("peer, its recipe", peer={}, saves=4, seeds=1),
-        Arm("peer, our recipe", peer={"rank": 32, "snr_gamma": 5.0, "noise_offset": 0.0357}, saves=4, seeds=1),
+        Arm("peer, its recipe", peer={}, seeds=1, wait=-2),
+        Arm("peer, our recipe", peer={"rank": 32, "snr_gamma": 5.0, "noise_offset": 0.0357}, seeds=1, wait=-2),
     ],
 }
 """By the names that `--round` takes."""
