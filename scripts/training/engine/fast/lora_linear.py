@@ -161,44 +161,64 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, anchor, layer):
         rows = x.reshape(-1, x.shape[-1])
-        n, out, rank = layer.up.shape
-        wide = with_gap(rows, rows.shape[1] + n * rank)
-        if wide is not None:
-            h = wide[:, rows.shape[1] :]
-            torch.mm(rows, layer.down.T, out=h)
-            y = F.linear(wide, layer.weight_and_up, layer.bias)
-        else:
-            y, h = F.linear(rows, layer.frozen(), layer.bias), rows @ layer.down.T
-            if n == 1:
-                y.addmm_(h, layer.up[0].T)
-            else:
-                # One batched product adds the n LoRA outputs to their columns of y.
-                _as_groups(y, n).baddbmm_(_as_groups(h, n), layer.up.mT)
+        y, h = product(rows, layer)
         ctx.layer = layer
         # The frozen product keeps nothing; x is needed for d_down, and the skinny h is cheaper to keep than to compute again.
         ctx.save_for_backward(rows, h)
-        return y.view(*x.shape[:-1], n * out)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         layer, (rows, h) = ctx.layer, ctx.saved_tensors
-        n, out, rank = layer.up.shape
-        dy_rows = dy.reshape(-1, n * out)
-        wide = with_gap(dy_rows, n * out + n * rank)
-        g = dy_rows.new_empty(len(rows), n * rank) if wide is None else wide[:, n * out :]
+        dy_rows = dy.reshape(len(rows), -1)
+        g = gradient_of_h(dy_rows, layer)
+        n = len(layer.up)
         if n == 1:
-            torch.mm(dy_rows, layer.up[0], out=g)
-            _accumulate(layer.up_grad[0], dy_rows.T, h, layer.scale)
+            accumulate(layer.up_grad[0], dy_rows.T, h, layer.scale)
         else:
-            # The batched product writes straight into the [N, n * rank] layout that the product with `down` below reads.
-            torch.bmm(_as_groups(dy_rows, n), layer.up, out=_as_groups(g, n))
-            _accumulate(layer.up_grad, _as_groups(dy_rows, n).mT, _as_groups(h, n), layer.scale)
-        _accumulate(layer.down_grad, g.T, rows, 1.0)
+            accumulate(layer.up_grad, _as_groups(dy_rows, n).mT, _as_groups(h, n), layer.scale)
+        accumulate(layer.down_grad, g.T, rows, 1.0)
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        dx = (dy_rows @ layer.frozen()).addmm_(g, layer.down) if wide is None else wide @ layer.weight_and_down
+        dx = gradient_of_input(dy_rows, g, layer)
         return dx.view(*dy.shape[:-1], dx.shape[-1]), None, None
+
+
+def product(rows: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, in] -> [N, n * out], and h, which is in the gap behind `rows` if there is one."""
+    n, _, rank = layer.up.shape
+    wide = with_gap(rows, rows.shape[1] + n * rank)
+    if wide is not None:
+        h = wide[:, rows.shape[1] :]
+        torch.mm(rows, layer.down.T, out=h)
+        return F.linear(wide, layer.weight_and_up, layer.bias), h
+    y, h = F.linear(rows, layer.frozen(), layer.bias), rows @ layer.down.T
+    if n == 1:
+        y.addmm_(h, layer.up[0].T)
+    else:
+        # One batched product adds the n LoRA outputs to their columns of y.
+        _as_groups(y, n).baddbmm_(_as_groups(h, n), layer.up.mT)
+    return y, h
+
+
+def gradient_of_h(dy: torch.Tensor, layer: FusedLoraLinear) -> torch.Tensor:
+    """g [N, n * rank] from `dy` [N, n * out], in the gap behind `dy` if there is one."""
+    n, out, rank = layer.up.shape
+    wide = with_gap(dy, n * out + n * rank)
+    g = dy.new_empty(len(dy), n * rank) if wide is None else wide[:, n * out :]
+    if n == 1:
+        torch.mm(dy, layer.up[0], out=g)
+    else:
+        # The batched product writes straight into the [N, n * rank] layout that the product with `down` reads.
+        torch.bmm(_as_groups(dy, n), layer.up, out=_as_groups(g, n))
+    return g
+
+
+def gradient_of_input(dy: torch.Tensor, g: torch.Tensor, layer: FusedLoraLinear) -> torch.Tensor:
+    """[N, in] from `dy` [N, n * out] and what `gradient_of_h` returned for it."""
+    wide = with_gap(dy, dy.shape[1] + g.shape[1])
+    return (dy @ layer.frozen()).addmm_(g, layer.down) if wide is None else wide @ layer.weight_and_down
 
 
 class _FusedContextFunction(torch.autograd.Function):
@@ -230,8 +250,8 @@ class _FusedContextFunction(torch.autograd.Function):
         n, out, rank = layer.up.shape
         dy = torch.stack([part.reshape(-1, out) for part in dys])  # [n, N, out]
         g = torch.bmm(dy, layer.up).transpose(0, 1).reshape(-1, n * rank)
-        _accumulate(layer.up_grad, dy.mT, h, layer.scale)
-        _accumulate(layer.down_grad, g.T, rows, 1.0)
+        accumulate(layer.up_grad, dy.mT, h, layer.scale)
+        accumulate(layer.down_grad, g.T, rows, 1.0)
         return None, None, None
 
 
@@ -240,7 +260,7 @@ def _as_groups(rows: torch.Tensor, n: int) -> torch.Tensor:
     return rows.view(rows.shape[0], n, -1).transpose(0, 1)
 
 
-def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
     """total += scale * a @ b, in fp32 whatever the dtype of `a` and `b`."""
     add = torch.addmm if a.dim() == 2 else torch.baddbmm
     if a.dtype == total.dtype:

@@ -23,6 +23,16 @@ def _kernels() -> ModuleType | None:
     return kernels
 
 
+@functools.cache
+def _products() -> ModuleType | None:
+    """The Triton kernels that compute a LoRA's products as well, if there are Triton kernels."""
+    if not _kernels():
+        return None
+    import training.engine.fast.triton_products as products
+
+    return products
+
+
 def copier(flat: torch.Tensor, targets: Sequence[tuple[int, torch.Tensor]], scale: float) -> Callable[[], None]:
     """A function that copies parts of `flat`, times `scale`, to `targets`: where a part begins, and a matrix, whose rows
     need not be contiguous."""
@@ -61,6 +71,36 @@ def geglu(projected: torch.Tensor, gap: int = 0, gap_of_gradient: int = 0) -> to
         return _Geglu.apply(projected, gap, gap_of_gradient)
     value, gate = projected.chunk(2, dim=-1)
     return value * F.gelu(gate)
+
+
+def fuses_lora_with_geglu(like: torch.Tensor, *ranks: int) -> bool:
+    """Whether `geglu_backward_with_lora` takes ranks of the layers before and behind, and the device and dtype of `like`."""
+    return not like.is_cuda or (bool(_products()) and _products().supports(like.dtype, *ranks))
+
+
+def geglu_backward_with_lora(
+    projected: torch.Tensor,
+    d_out: torch.Tensor,
+    h: torch.Tensor,
+    g: torch.Tensor,
+    up_grad: torch.Tensor,
+    down_grad: torch.Tensor,
+    scale: float,
+    gap: int,
+) -> torch.Tensor:
+    """The gradient of `projected` [N, 2 D] from that of out = geglu(projected), `d_out` [N, D]; on a GPU with a gap behind it.
+
+    Adds scale * d_projected^T h to `up_grad` [2 D, r] and g^T out to `down_grad` [s, D], in fp32, with `h` [N, r] and `g` [N, s].
+    """
+    if projected.is_cuda:
+        return _products().geglu_backward_with_lora(projected, d_out, h, g, up_grad, down_grad, scale, gap)
+    with torch.enable_grad():
+        leaf = projected.detach().requires_grad_()
+        out = geglu(leaf)
+    (d_projected,) = torch.autograd.grad(out, leaf, d_out)
+    up_grad += scale * d_projected.to(up_grad.dtype).T @ h.to(up_grad.dtype)
+    down_grad += g.to(up_grad.dtype).T @ out.detach().to(up_grad.dtype)
+    return d_projected
 
 
 def group_norm(

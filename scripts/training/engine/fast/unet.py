@@ -14,8 +14,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+from training.engine.fast.feed_forward import fused_feed_forward
 from training.engine.fast.lora_linear import FusedLoraLinear, frozen_weight, fused_lora_context, fused_lora_linear
-from training.engine.fast.ops import add_layer_norm, add_with_bias, geglu, group_norm
+from training.engine.fast.ops import add_layer_norm, add_with_bias, fuses_lora_with_geglu, geglu, group_norm
 from training.engine.step import recomputed
 from training.method.adapters import CONTEXT, SELF_ATTENTION
 from training.models.int8 import frozen_conv
@@ -83,6 +84,9 @@ def _block(
         per_head = [part.unflatten(-1, (block.attn1.heads, -1)).transpose(1, 2) for part in (queries, keys, values)]
         return F.scaled_dot_product_attention(*per_head).transpose(1, 2).flatten(2)
 
+    adapted = [groups.get(f"{name}.ff.net.{path}") for path in ("0.proj", "2")]
+    fuses = all(adapted) and fuses_lora_with_geglu(adapted[0].down, *(len(layer.down) for layer in adapted))
+
     # Behind the rows that these layers read, and behind their gradients, is a gap for the LoRA's columns.
     gaps = {path: _columns(groups, f"{name}.{path}") for path in (SELF_ATTENTION, *paths)}
 
@@ -101,6 +105,8 @@ def _block(
         x, normed = add_layer_norm(x, self_out(attended), block.norm2, gaps["attn2.to_q"], gaps["attn1.to_out.0"])
         attended = attend(cross_q(normed), keys, values)
         x, normed = add_layer_norm(x, cross_out(attended), block.norm3, gaps["ff.net.0.proj"], gaps["attn2.to_out.0"])
+        if fuses:
+            return x, fused_feed_forward(normed, *adapted, gaps["ff.net.2"], gaps["ff.net.0.proj"])
         return x, feed_out(geglu(feed_in(normed), gaps["ff.net.2"], gaps["ff.net.0.proj"]))
 
     return forward
