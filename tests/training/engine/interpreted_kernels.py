@@ -10,6 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 
 from training.engine.fast import triton_kernels, triton_products
+from training.engine.fast.gaps import with_gap
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -31,7 +32,22 @@ def check_geglu_backward(rows: int, width: int, rank: int, next_rank: int, gap: 
     assert_close(down_grad, expected[1])
 
 
+def check_append_products(rows: int, width: int, rank: int, n: int, gap: int, keeps: bool) -> None:
+    torch.manual_seed(0)
+    parts = [torch.randn(rows, width + gap).half()[:, :width] for _ in range(n)]
+    factors = torch.randn(n, width, rank + 5).half()[..., :rank] if n > 1 else torch.randn(rank, width).half().T[None]
+    products = torch.cat([part.float() @ factor.float() for part, factor in zip(parts, factors, strict=True)], dim=1)
+    out, kept = triton_products.append_products(parts, factors, keeps)
+    wide = with_gap(out, n * (width + rank))
+    assert torch.equal(out, torch.cat(parts, dim=1))
+    assert (wide[:, n * width :].float() - products).norm() < 1e-3 * products.norm()
+    assert torch.equal(kept, wide[:, n * width :]) if keeps else kept is None
+
+
 if __name__ == "__main__":
     triton_products._processors = lambda device: 2  # rows are divided among several programs
     for shape in ((130, 96, 8, 8, 0), (64, 64, 32, 16, 32), (200, 160, 3, 40, 0), (5, 64, 64, 64, 64)):
         check_geglu_backward(*shape)
+    for shape in ((130, 96, 8, 3, 0), (16, 256, 32, 1, 24), (7, 160, 40, 2, 8), (33, 64, 64, 1, 0)):
+        for keeps in (False, True):
+            check_append_products(*shape, keeps)

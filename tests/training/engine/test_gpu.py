@@ -17,9 +17,9 @@ from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
 from training.engine import prepare_unet, recompute_text_encoders
 from training.engine.fast.feed_forward import fused_feed_forward
-from training.engine.fast.gaps import empty_with_gap
+from training.engine.fast.gaps import empty_with_gap, with_gap
 from training.engine.fast.lora_linear import fuse, fused_lora_linear
-from training.engine.fast.ops import add_layer_norm, dequantized, fuses_lora_with_geglu, geglu, group_norm
+from training.engine.fast.ops import add_layer_norm, append_products, dequantized, geglu, group_norm, takes_products
 from training.engine.step import TrainStep
 from training.method import diffusion
 from training.method.adapters import ADAPTER, Adapter, inject
@@ -486,7 +486,7 @@ def test_the_feed_forward_of_a_block_is_that_of_its_layers_one_by_one(base, rank
     sync_compute_weights()
     name = next(name for name in groups if name.endswith("ff.net.2"))
     layers = groups[name.replace("net.2", "net.0.proj")], groups[name]
-    assert fuses_lora_with_geglu(layers[0].down, rank, rank)
+    assert takes_products(layers[0].down, rank, rank)
     gap = 0 if rank % 8 else rank
     generator = torch.Generator("cuda").manual_seed(1)
     given = torch.randn(2, 333, layers[0].down.shape[1], generator=generator, device="cuda", dtype=dtype)
@@ -503,6 +503,21 @@ def test_the_feed_forward_of_a_block_is_that_of_its_layers_one_by_one(base, rank
     assert torch.equal(results[0][0], results[1][0])
     for expected, found in zip(*results, strict=True):
         assert (found - expected).float().norm() < 1e-5 * expected.float().norm()
+
+
+@pytest.mark.parametrize("rank", [8, 32, 40, 64])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_products_are_appended_to_rows(n, rank):
+    """What the gap behind them holds is the product of the rows, once rounded."""
+    generator = torch.Generator().manual_seed(1)
+    given = torch.randn(n, 333, 320, generator=generator).bfloat16()
+    factors = torch.randn(n, 320, rank, generator=generator).bfloat16()
+    (expected, products), (found, kept) = (
+        append_products([part.to(device) for part in given], factors.to(device), keeps=True) for device in ("cpu", "cuda")
+    )
+    assert torch.equal(found.cpu(), expected)
+    assert torch.equal(with_gap(found, n * (320 + rank))[:, n * 320 :], kept)
+    assert (kept.cpu() - products).float().norm() < 2e-3 * products.float().norm()
 
 
 @pytest.mark.parametrize("shape", [(640, 1280), (33, 2049), (64, 32, 3, 3)])

@@ -27,8 +27,11 @@ REGISTERS = 65536
 """32-bit registers of a multiprocessor, on each of these chips; a thread has 255 at most."""
 NUMBERS = {"width": "i32", "stride": "i32", "stride_of_d_total": "i32", "rows": "i32", "channels": "i32", "chunks": "i32"}
 NUMBERS |= {"groups": "i32", "count": "i32", "eps": "fp32", "stride_of_h": "i32", "stride_of_g": "i32", "chunk": "i32"}
+NUMBERS |= dict.fromkeys(
+    ("rank", "stride_of_out", "stride_of_kept", "part_of_factors", "row_of_factors", "column_of_factors"), "i32"
+)
 NUMBERS |= {"rank_in": "i32", "rank_out": "i32", "count_of_second": "i32", "pieces": "i32"}
-STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant", "parts", "first", "second")
+STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant", "parts")
 """Arguments that are fp32 in memory; all other arguments are in the dtype of the UNet."""
 ROW, GROUPS = {"BLOCK": 2048}, {"R": 32, "C": 64}
 LAUNCHES = {
@@ -43,6 +46,10 @@ LAUNCHES = {
     "_dequantize": [{"R": 4, "C": 1024}],
     "_geglu_backward_with_lora": [
         {"R_IN": rank, "R_OUT": rank, "K": triton_products._ROWS, "C": triton_products._COLUMNS} for rank in triton_products._WARPS
+    ],
+    "_append_products": [
+        {"KEEPS": keeps, "R": rank, "K": triton_products._APPEND_ROWS, "C": triton_products._APPEND_COLUMNS[rank]}
+        for keeps, rank in ((True, 16), (False, 32), (True, 64))
     ],
     "_add_parts": [{"BLOCK": 1024}],
     "_copy_blocks": [{"R": 128, "C": 32}, {"R": 32, "C": 128}],
@@ -77,6 +84,8 @@ def test_a_kernel_fits_a_chip(name, chip, tmp_path, monkeypatch):
             options = {"num_warps": triton_products._WARPS[constants["R_IN"]], "num_stages": triton_products._STAGES}
             aligned = ("width", "chunk", "projected", "d_out", "d_projected")
             multiples = {(kernel.arg_names.index(each),): [["tt.divisibility", 16]] for each in aligned}
+        elif name == "_append_products":
+            options = {"num_stages": triton_products._APPEND_STAGES}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=multiples)
         compiled = triton.compile(source, target=target, options=options)
         assert compiled.metadata.shared <= SHARED_BYTES[chip] * 1024
@@ -94,8 +103,8 @@ def test_products_are_those_of_pytorch():
 
 
 def type_of(kernel: str, argument: str, dtype: str) -> str:
-    if argument == "scale" and kernel == "_add_parts":
-        return "fp32"
+    if kernel == "_add_parts" and argument in ("scale", "first", "second"):
+        return "fp32" if argument == "scale" else "*fp32"
     if kernel == "_copy_blocks":
         return {"flat": "*fp32", "table": "*i64", "scale": "fp32"}[argument]
     if argument == "codes":

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from training.engine.fast.gaps import with_gap
-from training.engine.fast.ops import copier, dequantized
+from training.engine.fast.ops import append_products, copier, dequantized, takes_products
 from training.method.adapters import ADAPTER, CONTEXT, Adapter, shared_input_groups
 from training.models.int8 import Int8Conv2d, Int8Linear
 
@@ -137,8 +137,21 @@ def _joined_bias(linears: Sequence[torch.nn.Linear]) -> torch.Tensor | None:
 
 
 def fused_lora_linear(x: torch.Tensor, layer: FusedLoraLinear) -> torch.Tensor:
-    """[..., in] -> [..., n * out]."""
+    """[..., in] -> [..., out], of a single layer."""
+    (y,) = fused_lora_linears(x, layer)
+    return y
+
+
+def fused_lora_linears(x: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, ...]:
+    """[..., in] -> n tensors [..., out]."""
     return _FusedLoraLinearFunction.apply(x, layer.grad_anchor, layer)
+
+
+def columns_beside(layer: FusedLoraLinear | None) -> int:
+    """How many columns the LoRAs of a layer add to a product; 0 without a wide matrix, or where rows would not begin at multiples
+    of 16 bytes."""
+    columns = len(layer.down) if layer and layer.weight_and_up is not None else 0
+    return columns if columns % 8 == 0 else 0
 
 
 def fused_lora_context(x: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, ...]:
@@ -165,24 +178,23 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
         ctx.layer = layer
         # The frozen product keeps nothing; x is needed for d_down, and the skinny h is cheaper to keep than to compute again.
         ctx.save_for_backward(rows, h)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y.view(*x.shape[:-1], y.shape[-1]).chunk(len(layer.names), dim=-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, *dys):
         layer, (rows, h) = ctx.layer, ctx.saved_tensors
-        dy_rows = dy.reshape(len(rows), -1)
-        g = gradient_of_h(dy_rows, layer)
+        dy, g = gradient_of_h([each.reshape(len(rows), -1) for each in dys], layer)
         n = len(layer.up)
         if n == 1:
-            accumulate(layer.up_grad[0], dy_rows.T, h, layer.scale)
+            accumulate(layer.up_grad[0], dy.T, h, layer.scale)
         else:
-            accumulate(layer.up_grad, _as_groups(dy_rows, n).mT, _as_groups(h, n), layer.scale)
+            accumulate(layer.up_grad, _as_groups(dy, n).mT, _as_groups(h, n), layer.scale)
         accumulate(layer.down_grad, g.T, rows, 1.0)
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        dx = gradient_of_input(dy_rows, g, layer)
-        return dx.view(*dy.shape[:-1], dx.shape[-1]), None, None
+        dx = gradient_of_input(dy, g, layer)
+        return dx.view(*dys[0].shape[:-1], dx.shape[-1]), None, None
 
 
 def product(rows: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,6 +205,10 @@ def product(rows: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, t
         h = wide[:, rows.shape[1] :]
         torch.mm(rows, layer.down.T, out=h)
         return F.linear(wide, layer.weight_and_up, layer.bias), h
+    if columns_beside(layer) and takes_products(rows, n * rank):
+        # Rows that are read once more and copied cost less than an output that is read and written once more.
+        copied, h = append_products([rows], layer.down.T[None], keeps=True)
+        return F.linear(with_gap(copied, rows.shape[1] + n * rank), layer.weight_and_up, layer.bias), h
     y, h = F.linear(rows, layer.frozen(), layer.bias), rows @ layer.down.T
     if n == 1:
         y.addmm_(h, layer.up[0].T)
@@ -202,17 +218,21 @@ def product(rows: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, t
     return y, h
 
 
-def gradient_of_h(dy: torch.Tensor, layer: FusedLoraLinear) -> torch.Tensor:
-    """g [N, n * rank] from `dy` [N, n * out], in the gap behind `dy` if there is one."""
+def gradient_of_h(dys: Sequence[torch.Tensor], layer: FusedLoraLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """n tensors [N, out] -> them side by side, and g [N, n * rank], in the gap behind them if the layer has a wide matrix."""
     n, out, rank = layer.up.shape
-    wide = with_gap(dy, n * out + n * rank)
-    g = dy.new_empty(len(dy), n * rank) if wide is None else wide[:, n * out :]
+    wide = with_gap(dys[0], out + rank) if n == 1 else None
+    if wide is None and columns_beside(layer) and takes_products(dys[0], rank):
+        dy, _ = append_products(dys, layer.up)
+        return dy, with_gap(dy, n * (out + rank))[:, n * out :]
+    dy = dys[0] if n == 1 else torch.cat(dys, dim=1)
+    g = dy.new_empty(len(dy), n * rank) if wide is None else wide[:, out:]
     if n == 1:
         torch.mm(dy, layer.up[0], out=g)
     else:
         # The batched product writes straight into the [N, n * rank] layout that the product with `down` reads.
         torch.bmm(_as_groups(dy, n), layer.up, out=_as_groups(g, n))
-    return g
+    return dy, g
 
 
 def gradient_of_input(dy: torch.Tensor, g: torch.Tensor, layer: FusedLoraLinear) -> torch.Tensor:

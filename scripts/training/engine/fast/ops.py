@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from training.engine.fast.gaps import empty_with_gap, with_gap
+
 
 @functools.cache
 def _kernels() -> ModuleType | None:
@@ -73,8 +75,8 @@ def geglu(projected: torch.Tensor, gap: int = 0, gap_of_gradient: int = 0) -> to
     return value * F.gelu(gate)
 
 
-def fuses_lora_with_geglu(like: torch.Tensor, *ranks: int) -> bool:
-    """Whether `geglu_backward_with_lora` takes ranks of the layers before and behind, and the device and dtype of `like`."""
+def takes_products(like: torch.Tensor, *ranks: int) -> bool:
+    """Whether the functions below take LoRAs of these ranks, and the device and dtype of `like`."""
     return not like.is_cuda or (bool(_products()) and _products().supports(like.dtype, *ranks))
 
 
@@ -101,6 +103,20 @@ def geglu_backward_with_lora(
     up_grad += scale * d_projected.to(up_grad.dtype).T @ h.to(up_grad.dtype)
     down_grad += g.to(up_grad.dtype).T @ out.detach().to(up_grad.dtype)
     return d_projected
+
+
+def append_products(
+    parts: Sequence[torch.Tensor], factors: torch.Tensor, *, keeps: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """n `parts` [N, w] and `factors` [n, w, r] -> the parts side by side, [N, n * w], with a gap that holds the product of each
+    part and its factor; and with `keeps` the products [N, n * r] once more, or they would keep the rows in memory."""
+    if factors.is_cuda:
+        return _products().append_products(parts, factors, keeps)
+    n, width, rank = factors.shape
+    out = empty_with_gap(parts[0], n * width, n * rank)
+    products = torch.cat([part @ factor for part, factor in zip(parts, factors, strict=True)], dim=1)
+    with_gap(out, n * (width + rank)).copy_(torch.cat([*parts, products], dim=1))
+    return out, products if keeps else None
 
 
 def group_norm(

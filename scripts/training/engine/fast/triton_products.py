@@ -19,6 +19,8 @@ _PROGRAMS = 4
 """Of `_geglu_backward_with_lora` for each multiprocessor, which holds about so many: rows are divided among them."""
 _WARPS, _STAGES = {16: 4, 32: 4, 64: 8}, 3
 """Of a program, by the columns of its wider skinny factor."""
+_APPEND_ROWS, _APPEND_COLUMNS, _APPEND_STAGES = 16, {16: 64, 32: 64, 64: 32}, 4
+"""Tile of `_append_products`: rows of a program, and columns that it reads at a time, by those of the factor."""
 
 
 @triton.jit
@@ -88,6 +90,36 @@ def _add_parts(parts, first, second, scale, count, count_of_second, pieces, BLOC
     tl.store(place, tl.load(place, mask=is_second, other=0.0) + total, mask=is_second)
 
 
+@triton.jit
+def _append_products(first, second, third, factors, out, kept, rows, width, rank, stride, stride_of_out, stride_of_kept, part_of_factors, row_of_factors, column_of_factors, KEEPS: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
+    """One program per K rows of a part: copied to its place in `out`, and times its own factor behind all parts."""
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    source = first
+    if part == 1:
+        source = second
+    if part == 2:
+        source = third
+    row, column, r = tl.program_id(0) * K + tl.arange(0, K), tl.arange(0, C), tl.arange(0, R)
+    exists, is_rank = (row < rows)[:, None], (r < rank)[None, :]
+    row = row[:, None].to(tl.int64)
+    source += row * stride + column[None, :]
+    target = out + row * stride_of_out + part * width + column[None, :]
+    factor = factors + part * part_of_factors + column[:, None] * row_of_factors + r[None, :] * column_of_factors
+    sums = tl.zeros((K, R), tl.float32)
+    for start in range(0, width, C):
+        inside = start + column < width
+        value = tl.load(source, mask=exists & inside[None, :], other=0.0)
+        tl.store(target, value, mask=exists & inside[None, :])
+        sums = tl.dot(value, tl.load(factor, mask=inside[:, None] & is_rank, other=0.0), sums)
+        source += C
+        target += C
+        factor += C * row_of_factors
+    result = sums.to(out.dtype.element_ty)
+    tl.store(out + row * stride_of_out + parts * width + part * rank + r[None, :], result, mask=exists & is_rank)
+    if KEEPS:
+        tl.store(kept + row * stride_of_kept + part * rank + r[None, :], result, mask=exists & is_rank)
+
+
 def supports(dtype, *ranks):
     """Whether the kernels below take that dtype and these numbers of columns of a skinny factor."""
     return dtype.itemsize == 2 and max(ranks) <= max(_WARPS)
@@ -116,6 +148,23 @@ def geglu_backward_with_lora(projected, d_out, h, g, up_grad, down_grad, scale, 
         parts, up_grad, down_grad, scale, up_grad.numel(), down_grad.numel(), pieces, 1024
     )
     return d_projected
+
+
+def append_products(parts, factors, keeps):
+    """1 to 3 `parts` [N, w] side by side, with a gap behind them that holds each part times its factor ([n, w, r], any strides);
+    and the products [N, n * r] once more where a caller `keeps` them without the rows, else None."""
+    n, width, rank = factors.shape
+    if any(part.stride() != (parts[0].stride(0), 1) for part in parts):
+        parts = [part.contiguous() for part in parts]
+    rows, first, last = len(parts[0]), parts[0], parts[-1]
+    padded = _padded(rank)
+    out = empty_with_gap(first, n * width, n * rank)
+    kept = first.new_empty(rows, n * rank) if keeps else None
+    _append_products[(triton.cdiv(rows, _APPEND_ROWS), n)](
+        first, parts[n // 2], last, factors, out, kept, rows, width, rank, first.stride(0), out.stride(0), n * rank,
+        *factors.stride(), keeps, padded, _APPEND_ROWS, _APPEND_COLUMNS[padded], num_warps=4, num_stages=_APPEND_STAGES,
+    )  # fmt: skip
+    return out, kept
 
 
 def _padded(rank):
