@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from benchmarks.world import product
+from benchmarks.world.subjects import CLASS_WORD
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ _PICKED = {
     "SAMPLE_EVERY_EPOCHS": 20,
 }
 """What `-best` and `-recommended` are chosen from."""
+_TOO_LONG = _PICKED | {"VALIDATE_EVERY_EPOCHS": 25, "SAMPLE_EVERY_EPOCHS": 50}
 _PUBLISHED = {"MIN_SNR_GAMMA": 0, "NOISE_OFFSET": 0, "LORA_ALPHA": 16}
 ROUNDS = {
     "first": [
@@ -58,6 +60,7 @@ ROUNDS = {
         Arm("prior", {"PRIOR_PRESERVATION": 1}, wait=1),
         Arm("huber", {"LOSS": "huber"}, wait=1),
         Arm("int8 base", {"BASE_QUANTIZATION": "int8"}, wait=1),
+        Arm("pruned traits, class kept", captions={"CAPTION_PRUNE_TRAITS": 0.8, "CAPTION_APPEND": CLASS_WORD}, wait=1),
         Arm("captions from prompts", captions={"CAPTION_SOURCE": "prompt"}, wait=1),
         Arm("10 images", images=10, wait=1),
         Arm("40 images", images=40, wait=1),
@@ -65,7 +68,10 @@ ROUNDS = {
         Arm("text encoders", {"TRAIN_TEXT_ENCODERS": "true", "TEXT_ENCODER_LR": 4e-5}, wait=1),
     ],
     "length": [Arm(f"{images} images, long", images=images, samples=5000, saves=10, seeds=1, wait=1) for images in (10, 25, 100)],
-    "picks": [Arm("picks", _PICKED, samples=5000, saves=10, seeds=4, wait=-2)],
+    "picks": [
+        Arm("picks", _PICKED, samples=5000, saves=10, seeds=4, wait=-2),
+        Arm("picks of too long a run", _TOO_LONG, rate=4, images=10, samples=5000, saves=10, seeds=4, wait=-2),
+    ],
     "peer": [
         Arm("peer, its recipe", peer={}, seeds=1, wait=-2),
         Arm("peer, our recipe", peer={"rank": 32, "snr_gamma": 5.0, "noise_offset": 0.0357}, seeds=1, wait=-2),
