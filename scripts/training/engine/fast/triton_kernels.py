@@ -74,6 +74,15 @@ def _geglu_forward(projected, out, width, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def geglu_gradients(value, gate, dy):
+    """The output of a GEGLU, and the gradients of value and gate."""
+    # gelu(g) = g Phi(g), so its slope is Phi(g) + g phi(g); 0.3989... is 1 / sqrt(2 pi), the peak of phi.
+    share = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    slope = share + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+    return value * gate * share, dy * gate * share, dy * value * slope
+
+
+@triton.jit
 def _geglu_backward(projected, d_out, d_projected, width, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -81,11 +90,9 @@ def _geglu_backward(projected, d_out, d_projected, width, stride, BLOCK: tl.cons
     value = tl.load(projected + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(projected + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(d_out + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    # gelu(g) = g Phi(g), so its slope is Phi(g) + g phi(g); 0.3989... is 1 / sqrt(2 pi), the peak of phi.
-    share = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-    slope = share + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
-    tl.store(d_projected + row * stride + columns, dy * gate * share, mask=inside)
-    tl.store(d_projected + row * stride + width + columns, dy * value * slope, mask=inside)
+    _, d_value, d_gate = geglu_gradients(value, gate, dy)
+    tl.store(d_projected + row * stride + columns, d_value, mask=inside)
+    tl.store(d_projected + row * stride + width + columns, d_gate, mask=inside)
 
 
 @triton.jit
