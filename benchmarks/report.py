@@ -73,7 +73,9 @@ def build_run(outputs: OutputLayout, saves: int, side_px: int, face) -> None:
         loss = 0.11 + 0.05 * np.exp(-step / 200) + random.normal(0, 0.02)
         lines.append({"step": step, "lr": 5e-5 * min(1, (step + 1) / 50), "loss": loss})
         if (step + 1) % STEPS_PER_EPOCH == 0:
-            lines.append({"step": step, "validation_loss": 0.115 + 0.04 * np.exp(-step / 250) + random.normal(0, 0.004)})
+            smoothed = 0.115 + 0.04 * np.exp(-step / 250)
+            losses = {"validation_loss": smoothed + random.normal(0, 0.004), "validation_loss_smoothed": smoothed}
+            lines.append({"step": step, **losses})
     outputs.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     history = {"event": "start", "time": "2026-11-26T09:00:00+00:00", "steps": steps, "device": "NVIDIA GB10 in bfloat16"}
     outputs.history.parent.mkdir(parents=True)

@@ -38,7 +38,20 @@ def test_a_finished_run_shows_files_curves_and_recipe(project):
     assert "ab12" * 16 in html
     assert html.count("<svg") == 2
     assert "validation loss" in html
+    assert "text encoders" not in html
     assert "LEARNING_RATE=5e-05 docker compose run --rm loracat --train" in html
+
+
+def test_curves_of_each_kind_are_shown(project):
+    project.add_run()
+    metrics = project.output / "lora" / "metrics.jsonl"
+    lines = [{"step": step, "loss": 0.1, "lr": 1e-4, "text_encoder_lr": 1e-5} for step in range(9)]
+    lines += [{"step": step, "validation_loss": 0.1, "validation_loss_smoothed": 0.125} for step in (4, 8)]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    html = project.html()
+    for label in ("training loss", "validation loss", "smoothed validation loss", "UNet", "text encoders"):
+        assert f"{label}</span>" in html
+    assert html.count("<title>text encoders</title>") == 1
 
 
 def test_losses_of_images_are_shown_and_outliers_named(project):
