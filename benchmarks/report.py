@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-import demo  # noqa: F401  puts scripts/ on the path
 from common.dataset_layout import DatasetFolder
 from common.files import write_json
 from common.output_layout import OutputLayout
