@@ -280,9 +280,9 @@ def test_a_check_lists_what_is_wrong_with_layers_and_the_file_to_begin_from(imag
         "  - LORA_RANK_PATTERN: no adapted layer's name contains 'attn3'; convolutions have a rank with LORA_CONV_RANK only",
         f"  - INIT_LORA: {tmp_path / 'gone.safetensors'}: no such file",
     ]
-    refused = images.run(**QUICK, ENGINE="fast", LORA_CONV_RANK=4)
+    refused = images.run(**QUICK, ENGINE="fast", LORA_DROPOUT=0.1)
     assert refused.stderr == (
-        "train_lora: invalid settings:\n  - ENGINE=fast: the fast engine does not support LORA_CONV_RANK=4; set ENGINE=auto\n"
+        "train_lora: invalid settings:\n  - ENGINE=fast: the fast engine does not support LORA_DROPOUT=0.1; set ENGINE=auto\n"
     )
     (tmp_path / "text.safetensors").write_text("not a LoRA", encoding="utf-8")
     refused = images.run(**QUICK, INIT_LORA=tmp_path / "text.safetensors")

@@ -160,13 +160,12 @@ class SampleRecord:
         row = self._rows.get((epochs, 1.0))
         return self._outputs.samples / row.image(self._with_trigger[0]) if row and self._with_trigger else None
 
-    def scores(self, row: Row) -> tuple[float, ...]:
-        """The likeness of the images with the trigger word, as far as it is known and can be told."""
+    def scores(self, row: Row) -> tuple[float | None, ...]:
+        """The likeness of the images with the trigger word; None where it is not known or cannot be told."""
         return self._scores(row, self._with_trigger)
 
-    def _scores(self, row: Row, numbers: Sequence[int]) -> tuple[float, ...]:
-        scores = [self._likeness.score_of(row.image(number))[0] for number in numbers]
-        return tuple(score for score in scores if score is not None)
+    def _scores(self, row: Row, numbers: Sequence[int]) -> tuple[float | None, ...]:
+        return tuple(self._likeness.score_of(row.image(number))[0] for number in numbers)
 
     def likeness_by_step(self) -> dict[int, float]:
         """The mean likeness of the images with the trigger word by the number of the step before which they were rendered."""
@@ -188,7 +187,7 @@ class SampleRecord:
         distance = round(sum(distances) / len(distances), 4) if distances else None
         return replace(save, scores=self.scores(row), distance=distance)
 
-    def scores_by_strength(self, epochs: int) -> dict[float, tuple[float, ...]]:
+    def scores_by_strength(self, epochs: int) -> dict[float, tuple[float | None, ...]]:
         """The `scores` of a LoRA at every strength at which it was rendered."""
         return {row.strength: self.scores(row) for row in self._strength_rows(epochs)}
 

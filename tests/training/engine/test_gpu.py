@@ -553,23 +553,61 @@ def test_captured_steps_of_every_adapter_are_the_eager_ones(base, settings):
     assert runs[0][10] < runs[0][0]
 
 
+def gradient_of(base: Path, engine: str, dtype: torch.dtype, settings: dict) -> torch.Tensor:
+    """[P]: of all weights of an adapter with some effect, by an engine and in a dtype of the UNet."""
+    unet = load_unet(find_base(str(base), base.parent), torch.device("cuda"), dtype)
+    lora = inject(unet, LoraSettings(lora_rank=8, **settings), seed=3)
+    with torch.no_grad():
+        lora.weights.add_(0.01 * torch.randn(lora.weights.shape, generator=torch.Generator().manual_seed(1)).cuda())
+    sync = prepare_unet(engine, unet, lora, torch.device("cuda"))
+    how = {"sync_compute_weights": sync, "captures": False}
+    precision = Precision(torch.device("cuda"), dtype)
+    step = TrainStep(unet, lora, AdamW(lora.weights, OptimizerSettings()), loss_config(), precision, 0.0, **how)
+    batch = batch_of(0)
+    step([replace(batch, hidden=batch.hidden.to(dtype), pooled=batch.pooled.to(dtype)).pinned()], 0.0)
+    return lora.weights.grad.clone()
+
+
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
 def test_changes_in_the_dtype_of_the_unet_learn_what_fp32_learns(base, kind):
     """LoHa and LoKr multiply with their change in bf16; its gradient is that of fp32 to the precision of bf16."""
-    gradients = []
-    for dtype in (torch.bfloat16, torch.float32):
-        unet = load_unet(find_base(str(base), base.parent), torch.device("cuda"), dtype)
-        lora = inject(unet, LoraSettings(lora_rank=8, lora_type=kind), seed=3)
-        with torch.no_grad():
-            lora.weights.add_(0.01 * torch.randn(lora.weights.shape, generator=torch.Generator().manual_seed(1)).cuda())
-        sync = prepare_unet("plain", unet, lora, torch.device("cuda"))
-        how = {"sync_compute_weights": sync, "captures": False}
-        precision = Precision(torch.device("cuda"), dtype)
-        step = TrainStep(unet, lora, AdamW(lora.weights, OptimizerSettings()), loss_config(), precision, 0.0, **how)
-        batch = batch_of(0)
-        step([replace(batch, hidden=batch.hidden.to(dtype), pooled=batch.pooled.to(dtype)).pinned()], 0.0)
-        gradients.append(lora.weights.grad.clone())
-    assert (gradients[0] - gradients[1]).norm() < 0.1 * gradients[1].norm()
+    ours, exact = (gradient_of(base, "plain", dtype, {"lora_type": kind}) for dtype in (torch.bfloat16, torch.float32))
+    assert (ours - exact).norm() < 0.1 * exact.norm()
+
+
+FAST_ADAPTERS = [
+    {"lora_conv_rank": 4},
+    {"lora_conv_rank": 16, "lora_rank_pattern": "samplers=6:3 mid_block=0", "lora_rslora": True},
+]
+"""Settings of adapters that the fast engine takes besides linear LoRA layers."""
+
+
+@pytest.mark.parametrize("settings", FAST_ADAPTERS, ids=str)
+def test_gradients_of_the_fast_engine_are_as_near_to_fp32_as_those_of_the_plain_one(base, settings):
+    exact = gradient_of(base, "plain", torch.float32, settings)
+    plain, fast = (
+        ((gradient_of(base, engine, torch.bfloat16, settings) - exact).norm() / exact.norm()).item() for engine in ("plain", "fast")
+    )
+    print(f"to fp32: plain {plain:.4f}, fast {fast:.4f}")
+    assert fast <= 1.25 * plain + 1e-3
+
+
+@pytest.mark.parametrize("how", [{}, {"recomputes": True}, {"in_int8": True}], ids=str)
+@pytest.mark.parametrize("settings", FAST_ADAPTERS, ids=str)
+def test_captured_steps_of_adapters_of_the_fast_engine_are_the_eager_ones_bit_for_bit(base, settings, how):
+    runs = []
+    for captures in (True, False):
+        found = find_base(str(base), base.parent)
+        unet = load_unet(found, torch.device("cuda"), torch.bfloat16, in_int8=how.get("in_int8", False))
+        lora = inject(unet, LoraSettings(lora_rank=8, **settings), seed=3)
+        optimizer = AdamW(lora.weights, OptimizerSettings())
+        step = step_of("fast", unet, lora, optimizer, how.get("recomputes", False), captures)
+        losses = [step([batch_of(number % 2)], RATE).loss for number in range(12)]
+        assert bool(step.graphs) == captures
+        runs.append((losses, lora.weights.detach().clone()))
+    assert runs[0][0] == runs[1][0]
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert runs[0][0][10] < runs[0][0][0]
 
 
 @pytest.mark.parametrize("pattern", ["attn1.to_q=4 attn1=16 attn2=8:2 ff=0", "up_blocks=24:6"])
