@@ -33,7 +33,7 @@ test: $(VENV)/complete
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/complete
-	PYTHONPATH=scripts $(VENV)/bin/python -m benchmarks.train
+	$(VENV)/bin/python -m benchmarks.train
 
 fuzz: $(VENV)/complete
 	$(VENV)/bin/python -m pytest -m fuzz --hypothesis-profile=fuzz -n auto --show-capture=no

@@ -8,11 +8,15 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft.helpers import disable_input_dtype_casting
+from safetensors.torch import save_file
 
 from demo import tiny_sdxl
+from training.callbacks.renderer import Renderer
+from training.callbacks.sample_prompts import SamplePrompt
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
 from training.engine import prepare_unet, recompute_text_encoders
@@ -32,7 +36,7 @@ from training.method.prodigy import Prodigy
 from training.models.base_model import find_base
 from training.models.int8 import rowwise_int8
 from training.models.sdxl import Schedule
-from training.models.weights import load_text_encoders, load_unet
+from training.models.weights import load_text_encoders, load_unet, load_vae
 from training.system.device import Precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -403,6 +407,31 @@ def test_each_shape_of_micro_batches_is_one_graph_however_they_are_combined(base
     (captured_losses, captured), (losses, weights) = runs
     assert captured_losses == losses
     assert torch.equal(captured, weights)
+
+
+def test_sample_images_take_the_memory_of_captured_steps(base, tmp_path):
+    """They are those of eager networks, and the training goes on as without them, bit for bit."""
+    found, one = find_base(str(base), base.parent), batch_of(0, 1)
+    save_file({"hidden": one.hidden, "pooled": one.pooled}, tmp_path / "text.safetensors")
+    prompt = SamplePrompt("", "trigger", "", 256, 256, seed=1, guidance=4.0, steps=2)
+    images, runs = {}, []
+    for captures in (True, False, None):
+        step, lora = stepper(base, captures=captures is True)
+        losses = [step([batch_of(number, 16, 64, 64)], RATE).loss for number in range(3)]
+        if captures is not None:
+            renderer = Renderer(step, Schedule(), {"": tmp_path / "text.safetensors"}, load_vae(found, torch.device("cpu")), False)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_reserved()
+            images[captures] = [np.asarray(renderer.decoded(renderer.latents(prompt))) for _ in range(3)]
+            grown = torch.cuda.max_memory_reserved() - before
+            print(f"captured {captures}: {grown / 2**20:.0f} MiB besides {before / 2**20:.0f} MiB")
+            assert captures is False or grown < 64 * 2**20  # weights of the decoder, inputs
+            renderer.release()
+        losses += [step([batch_of(number, 16, 64, 64)], RATE).loss for number in range(3)]
+        runs.append((losses, lora.weights.detach().clone()))
+    assert all(np.array_equal(image, images[False][0]) for image in (*images[True], *images[False]))
+    assert all(losses == runs[0][0] and torch.equal(weights, runs[0][1]) for losses, weights in runs)
 
 
 def in_fp16(batch: Batch) -> Batch:
