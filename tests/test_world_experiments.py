@@ -18,7 +18,7 @@ from benchmarks.world.people import ALL_TAGS
 from benchmarks.world.picks import stopped_after
 from benchmarks.world.reader import Reader, built
 from benchmarks.world.recipes import ROUNDS, Arm
-from benchmarks.world.report import comparison, interval, picks
+from benchmarks.world.report import at_equal_likeness, comparison, interval, picks
 from benchmarks.world.runs import Run, World, runs_of
 from benchmarks.world.scheduler import Job, Limits, run_jobs
 from benchmarks.world.subjects import UNSEEN, subject
@@ -163,7 +163,7 @@ def test_a_part_of_the_runs_is_a_smaller_experiment(tmp_path):
 
 
 def test_the_rate_is_the_smallest_that_is_nearly_as_good_as_the_best():
-    likeness = {1e-4: 0.2, 2e-4: 0.5, 4e-4: 0.6, 1e-3: 0.55}
+    likeness = {1e-4: 0.2, 2e-4: 0.56, 4e-4: 0.6, 1e-3: 0.55}
     results = [result(f"rate {rate:g}", number, 0, value) for rate, value in likeness.items() for number in range(2)]
     assert rate_of([*results, result("base", 0, 0, 0.9)]) == 2e-4
 
@@ -212,6 +212,29 @@ def test_recipes_are_compared_person_by_person():
     row = comparison(results, "base").splitlines()[-1]
     assert "**+0.050 [+0.050, +0.050]**" in row
     assert "0.500 (+0.000 [+0.000, +0.000])" in row
+
+
+def test_recipes_are_compared_where_they_are_as_alike():
+    """The slower one is at 0.4 after 2000 samples, where the base recipe is halfway between its saves."""
+
+    def run(arm: str, number: int, likeness: tuple[float, ...], drift: tuple[float, ...]) -> dict:
+        values = {"fidelity": 1.0, "leakage": 0.0, "diversity": 1.0}
+        saves = [
+            {"samples": 1000 * (index + 1), "likeness": each, "drift": drift[index], **values}
+            for index, each in enumerate(likeness)
+        ]
+        return {"arm": arm, "subject": number, "seed": 0, "saves": saves, "base": {"fidelity": 1.0}}
+
+    results = [run("base", number, (0.3, 0.5), (0.1, 0.3)) for number in range(3)]
+    results += [run("slower", number, (0.2, 0.4), (0.1, 0.25)) for number in range(3)]
+    results += [run("none", 0, (0.0, -0.1), (0.0, 0.0))]
+    rows = at_equal_likeness(results, "base").splitlines()[2:]
+    assert len(rows) == 1
+    assert rows[0].startswith("| slower | 3 | 0.400 | 2000 | 1500 | ")
+    assert "| 0.250 (**+0.050 [+0.050, +0.050]**) |" in rows[0]
+    first = at_equal_likeness([run("base", 0, (0.3,), (0.1,)), run("slower", 0, (0.15,), (0.1,))], "base").splitlines()[-1]
+    assert first.startswith("| slower | 1 | 0.150 | 1000 | 500 | ")
+    assert "| 0.100 |" in first
 
 
 def test_a_slower_recipe_is_also_compared_at_equal_time():

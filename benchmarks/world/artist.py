@@ -28,14 +28,16 @@ class Artist:
         self._encoders = load_text_encoders(base, device, torch.float32)
         self._tokenizers = load_tokenizers(base, folder.parent)
         self._schedule = base.schedule
-        self._layers = {layer_name(f"unet.{name}"): each for name, each in self.unet.named_modules() if hasattr(each, "weight")}
+        networks = {"unet": self.unet, "text_encoder": self._encoders[0], "text_encoder_2": self._encoders[1]}
+        modules = {f"{part}.{name}": each for part, network in networks.items() for name, each in network.named_modules()}
+        self._layers = {layer_name(name): each for name, each in modules.items() if hasattr(each, "weight")}
         self._weights = {name: module.weight.detach().to("cpu", copy=True) for name, module in self._layers.items()}
         self._predict = CudaGraphs(self._guided, "rendering is") if device.type == "cuda" else self._guided
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     @contextmanager
     def with_lora(self, path: Path) -> Iterator[None]:
-        """Within this block the UNet has the weights of a LoRA file added to its own, as ComfyUI applies them."""
+        """Within this block UNet and text encoders have the weights of a LoRA file added to their own, as ComfyUI applies them."""
         layers = usable_layers(read_lora(path), self._layers)
         try:
             for name, layer in layers.items():

@@ -25,7 +25,7 @@ from benchmarks.world.report import read_results, report
 from benchmarks.world.runs import Run, World, runs_of
 from benchmarks.world.scheduler import Job, Limits, computes, run_all, run_jobs, shared_gpus
 
-RATE_SUBJECTS, NEARLY = 3, 0.8
+RATE_SUBJECTS, NEARLY = 3, 0.9
 """Of the trainings that find the learning rate: how many people, and which share of the best likeness is enough."""
 
 
@@ -53,9 +53,10 @@ def main() -> None:
     runs.add_argument("--samples", type=int, help="training samples of each run, for a trial")
     runs.add_argument("--counts", type=int, nargs=3, default=list(COUNTS.values()), help=f"samples: {', '.join(COUNTS)}")
     once = commands.add_parser("demo", help="run.sh --caption --train for one person, and what its samples show")
-    once.set_defaults(call=lambda given: sys.exit(demonstrate(Run(ARM, given.subject, 0, world_of(given)), given.sheet)))
+    once.set_defaults(call=show_one)
     _add_world(once)
     once.add_argument("--subject", type=int, default=0)
+    once.add_argument("--rate", type=float, default=1e-4, help="learning rate")
     once.add_argument("--sheet", type=Path, help="image file to write, with samples of every LoRA")
     tables = commands.add_parser("report", help="print tables of results")
     tables.set_defaults(call=lambda given: print_tables(given.folders, given.base))
@@ -71,6 +72,11 @@ def print_tables(folders: Sequence[Path], base: str) -> None:
     if not results:
         sys.exit(f"no results in {', '.join(map(str, folders))}")
     print(report(results, base))
+
+
+def show_one(given: argparse.Namespace) -> None:
+    """One person, by the whole pipeline."""
+    sys.exit(demonstrate(Run(ARM, given.subject, 0, replace(world_of(given), rate=given.rate)), given.sheet))
 
 
 def _add_world(parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,8 @@ def read_results(folders: Iterable[Path]) -> list[dict]:
 
 def report(results: Sequence[dict], base: str) -> str:
     """Everything as Markdown."""
-    parts = ["## Recipes", comparison(results, base), "## Over the run", curves(results)]
+    parts = ["## Recipes", comparison(results, base), "## At equal likeness", at_equal_likeness(results, base)]
+    parts += ["## Over the run", curves(results)]
     if any("picks" in result for result in results):
         parts += ["## What is picked", picks(results)]
     return "\n\n".join(parts) + "\n"
@@ -63,15 +64,60 @@ def _row(arm: str, by_arm: Mapping[str, Mapping[tuple[int, int], dict]], base: s
 
 
 def _difference(base: Mapping[tuple[int, int], dict], other: Mapping[tuple[int, int], dict], name: str, number: int) -> str:
-    """The difference of `other` from `base` with the interval, bold where 0 is outside; empty for less than two people."""
+    """The difference of `other` from `base`, as `_shown`."""
+    both = base.keys() & other.keys()
+    return _shown({key: other[key]["saves"][number][name] - base[key]["saves"][-1][name] for key in both})
+
+
+def _shown(differences: Mapping[tuple[int, int], float]) -> str:
+    """Differences of runs, by (subject, seed), with the interval, bold where 0 is outside; empty for less than two people."""
     of_people = defaultdict(list)
-    for key in base.keys() & other.keys():
-        of_people[key[0]].append(other[key]["saves"][number][name] - base[key]["saves"][-1][name])
+    for (person, _), difference in sorted(differences.items()):
+        of_people[person].append(difference)
     if len(of_people) < 2:
         return ""
     middle, low, high = interval([float(np.mean(each)) for each in of_people.values()])
     shown = f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]"
     return f"(**{shown}**)" if low > 0 or high < 0 else f"({shown})"
+
+
+def at_equal_likeness(results: Sequence[dict], base: str) -> str:
+    """What a recipe pays for likeness: where two runs of a person and seed have the same likeness, the highest that both have at
+    their end, the training samples that each took, and the differences of what is measured besides."""
+    by_arm = _by_arm(results)
+    measures = [name for name in MEASURES if not name.startswith("likeness")]
+    lines = ["| | runs | likeness | samples | samples, base | " + " | ".join(measures) + " |", "|---" * (len(measures) + 5) + "|"]
+    for arm, runs in by_arm.items():
+        pairs = {key: _as_alike(by_arm.get(base, {})[key], runs[key]) for key in runs.keys() & by_arm.get(base, {}).keys()}
+        pairs = {key: pair for key, pair in pairs.items() if pair[0]["likeness"] > 0}
+        if arm == base or not pairs:
+            continue
+        means = [
+            np.mean([pair[number][name] for pair in pairs.values()])
+            for number, name in ((1, "likeness"), (1, "samples"), (0, "samples"))
+        ]
+        cells = [f"{means[0]:.3f}", f"{means[1]:.0f}", f"{means[2]:.0f}"]
+        for name in measures:
+            mean = np.mean([pair[1][name] for pair in pairs.values()])
+            cells.append(f"{mean:.3f} {_shown({key: pair[1][name] - pair[0][name] for key, pair in pairs.items()})}".strip())
+        lines.append(f"| {arm} | {len(pairs)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _as_alike(*runs: dict) -> list[dict[str, float]]:
+    """Measures of each run, between two of its saves, where it is first as alike as all of them are at the end."""
+    level = min(run["saves"][-1]["likeness"] for run in runs)
+    return [_where_alike(run, level) for run in runs]
+
+
+def _where_alike(run: dict, level: float) -> dict[str, float]:
+    before = {"samples": 0, "fidelity": run["base"]["fidelity"], "diversity": 1.0}  # the base model
+    for save in run["saves"]:
+        if save["likeness"] >= level:
+            share = (level - before.get("likeness", 0)) / (save["likeness"] - before.get("likeness", 0) or 1)
+            return {name: before.get(name, 0) + share * (value - before.get(name, 0)) for name, value in save.items()}
+        before = save
+    raise AssertionError(f"{level} is not the likeness of any save of {run['arm']}")
 
 
 def _seconds(runs: Mapping[tuple[int, int], dict]) -> float:

@@ -140,7 +140,13 @@ class Run:
             return product.train()
         steps = self._peer_steps
         length = {"max_train_steps": steps * self.arm.saves, "checkpointing_steps": steps}
-        options = {"resolution": self.world.side, "seed": self.seed, "learning_rate": self.world.rate, **self.arm.peer, **length}
+        options = {
+            "resolution": self.world.side,
+            "seed": self.seed,
+            "learning_rate": self.world.rate * self.arm.rate,
+            **self.arm.peer,
+            **length,
+        }
         return peer.train(self.world.peer, self.world.model, self.dataset, self.output, options)
 
     def saves(self) -> dict[int, Path]:

@@ -145,11 +145,6 @@ def _control_service(arguments: Sequence[str], variables: dict[str, str], text: 
     return False
 
 
-def _computes() -> int:
-    """Whether the GPU does, as an exit code."""
-    return int(torch.ones(1000, device="cuda").sum().item() != 1000)
-
-
 class Job(NamedTuple):
     """What is run in a process of its own."""
 
