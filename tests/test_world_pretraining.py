@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -192,7 +193,7 @@ def test_a_reader_learns_the_images_it_is_shown():
     shots = [random_shot(generator, framing="portrait", expression=expression) for expression in ("smile", "frown")]
     images = torch.stack([torch.full((3, 32, 32), 40), torch.full((3, 32, 32), 200)]).byte()
     found = [tags(person, shot) for person, shot in zip(people, shots, strict=True)]
-    reader = train_reader(images, found, people, 4, CPU, rate=3e-3, widths=(8, 8, 16, 16))
+    reader = train_reader(images, found, people, 0, CPU, steps=150, rate=3e-3, widths=(8, 8, 16, 16))
     assert attribute_accuracy(found, reader.tags(images), complete=True)["overall"] > 0.9
 
 
@@ -267,7 +268,8 @@ def test_parts_are_joined_to_the_same_model(trained, tmp_path, monkeypatch):
 def test_a_stage_goes_on_from_what_is_in_the_folder(trained, tmp_path):
     continue_from(trained, tmp_path)
     file = Path("unet") / f"{WEIGHT_STEMS['unet']}.safetensors"
-    pretrain(tmp_path, SHORT, TINY_WORLD, rates=Rates(batch=2, unet_rate=1e-9), stages=("unet",))
+    figures = pretrain(tmp_path, replace(SHORT, unet_steps=3), TINY_WORLD, rates=Rates(batch=2, unet_rate=1e-9), stages=("unet",))
+    assert figures["unet"]["steps"] == 3
     before, after = load_file(trained / file), load_file(tmp_path / file)
     assert all(torch.allclose(value.float(), after[key].float(), atol=1e-4) for key, value in before.items())
     assert (tmp_path / "samples.png").is_file()
