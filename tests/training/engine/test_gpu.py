@@ -132,8 +132,8 @@ def test_the_base_model_is_asked_in_a_captured_step_of_either_engine(base, capsy
 
 
 def test_prodigy_on_a_gpu_takes_the_steps_of_prodigyopt():
-    """200 steps within 5e-6 (1.2e-6 and 2.2e-6 in two runs on H200s; 1e-6 on a CPU): 100,000 weights that should become others, with
-    noise in the gradients. The sums over all weights are added up in another order."""
+    """200 steps within 5e-6 (1.2e-6 and 2.2e-6 on two H200s; 1e-6 on a CPU): 100,000 weights that should become others, with noise
+    in the gradients. The sums over all weights are added up in another order."""
     prodigyopt = pytest.importorskip("prodigyopt")
     generator = torch.Generator("cuda").manual_seed(0)
     wanted = torch.randn(100_000, generator=generator, device="cuda")
