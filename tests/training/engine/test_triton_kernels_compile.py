@@ -21,8 +21,8 @@ per Compute Capability")."""
 REGISTERS = 65536
 """32-bit registers of a multiprocessor, on each of these chips; a thread has 255 at most."""
 NUMBERS = {"width": "i32", "stride": "i32", "stride_of_d_total": "i32", "rows": "i32", "channels": "i32", "chunks": "i32"}
-NUMBERS |= {"groups": "i32", "count": "i32", "eps": "fp32"}
-STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant")
+NUMBERS |= {"groups": "i32", "count": "i32", "eps": "fp32", "stride_of_dy": "i32"}
+STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant", "g")
 """Arguments that are fp32 in memory; all other arguments are in the dtype of the UNet."""
 ROW, GROUPS = {"BLOCK": 2048}, {"R": 32, "C": 64}
 LAUNCHES = {
@@ -34,6 +34,8 @@ LAUNCHES = {
     "_group_coefficients": [{"BACKWARD": backward, "PLUS": True, "P": 64, "G": 128} for backward in (False, True)],
     "_group_apply": [GROUPS | {"BACKWARD": backward, "SILU": True, "ADDS": backward} for backward in (False, True)],
     "_add_with_bias": [{"BLOCK": 1024}],
+    "_scale_columns": [{"BIAS": has_bias, "BLOCK": 1024} for has_bias in (False, True)],
+    "_scale_columns_backward": [{"chunk": 128, "R": 16, "C": 128, "BIAS": has_bias} for has_bias in (False, True)],
     "_dequantize": [{"R": 4, "C": 1024}],
     "_copy_blocks": [{"R": 128, "C": 32}, {"R": 32, "C": 128}],
 }

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from training.engine.fast.gaps import with_gap
-from training.engine.fast.ops import dequantized
+from training.engine.fast.ops import dequantized, scale_columns
+from training.engine.fast.row_scales import RowScales
 
 _LAYERS_AT_ONCE = 8
 """Of the cross-attentions' keys and values: how many weights in int8 are multiplied out at a time. SDXL's 128 are 630 MB."""
@@ -51,6 +52,15 @@ class FusedLoraLinear:
     """Of the LoRAs' changes."""
     grad_anchor: torch.Tensor
     """A scalar that requires a gradient: autograd calls the backward even where the input requires none."""
+    scales: RowScales | None = None
+    """DoRA's, which multiply y without the bias; None for a LoRA."""
+
+    @property
+    def columns(self) -> int:
+        """How many columns the LoRAs add to a product; 0 without a wide matrix, or where rows would not begin at multiples of 16
+        bytes."""
+        columns = len(self.down) if self.weight_and_up is not None else 0
+        return columns if columns % 8 == 0 else 0
 
     def frozen(self, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of the weight in the UNet's dtype, multiplied out for the caller if they are in int8."""
@@ -78,29 +88,34 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
     def forward(ctx, x, anchor, layer):
         rows = x.reshape(-1, x.shape[-1])
         n, out, rank = layer.up.shape
+        bias = None if layer.scales else layer.bias
         wide = with_gap(rows, rows.shape[1] + n * rank)
         if wide is not None:
             h = wide[:, rows.shape[1] :]
             torch.mm(rows, layer.down.T, out=h)
-            y = F.linear(wide, layer.weight_and_up, layer.bias)
+            y = F.linear(wide, layer.weight_and_up, bias)
         else:
-            y, h = F.linear(rows, layer.frozen(), layer.bias), rows @ layer.down.T
+            y, h = F.linear(rows, layer.frozen(), bias), rows @ layer.down.T
             if n == 1:
                 y.addmm_(h, layer.up[0].T)
             else:
                 # One batched product adds the n LoRA outputs to their columns of y.
                 _as_groups(y, n).baddbmm_(_as_groups(h, n), layer.up.mT)
+        if layer.scales:
+            scale_columns(y, layer.scales.g, layer.bias)
         ctx.layer = layer
         # The frozen product keeps nothing; x is needed for d_down, and the skinny h is cheaper to keep than to compute again.
-        ctx.save_for_backward(rows, h)
+        ctx.save_for_backward(rows, h, y if layer.scales else None)
         return y.view(*x.shape[:-1], n * out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        layer, (rows, h) = ctx.layer, ctx.saved_tensors
+        layer, (rows, h, y) = ctx.layer, ctx.saved_tensors
         n, out, rank = layer.up.shape
         dy_rows = dy.reshape(-1, n * out)
+        if layer.scales:
+            dy_rows = layer.scales.backward(dy_rows, y, layer.bias, layer.columns)
         wide = with_gap(dy_rows, n * out + n * rank)
         g = dy_rows.new_empty(len(rows), n * rank) if wide is None else wide[:, n * out :]
         if n == 1:
@@ -135,16 +150,21 @@ class _FusedContextFunction(torch.autograd.Function):
             weight = layer.frozen(slice(part.start * out, part.stop * out)).view(-1, out, rows.shape[1])
             torch.matmul(rows, weight.mT, out=y[part])
         y.baddbmm_(h, layer.up.mT)
+        if layer.scales:
+            y.mul_(layer.scales.g.view(n, 1, out))
         ctx.layer = layer
-        ctx.save_for_backward(rows, h)
+        ctx.save_for_backward(rows, h, y if layer.scales else None)
         return tuple(part.view(*x.shape[:-1], out) for part in y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        layer, (rows, h) = ctx.layer, ctx.saved_tensors
+        layer, (rows, h, y) = ctx.layer, ctx.saved_tensors
         n, out, rank = layer.up.shape
         dy = torch.stack([part.reshape(-1, out) for part in dys])  # [n, N, out]
+        if layer.scales:
+            in_rows = (part.transpose(0, 1).reshape(-1, n * out) for part in (dy, y))
+            dy = _as_groups(layer.scales.backward(*in_rows, None), n)
         g = torch.bmm(dy, layer.up).transpose(0, 1).reshape(-1, n * rank)
         accumulate(layer.up_grad, dy.mT, h, layer.scale)
         accumulate(layer.down_grad, g.T, rows, 1.0)

@@ -89,7 +89,7 @@ def _block(block: BasicTransformerBlock, name: str, layers: Mapping[str, Layer],
         return F.scaled_dot_product_attention(*per_head).transpose(1, 2).flatten(2)
 
     # Behind the rows that these layers read, and behind their gradients, is a gap for the LoRA's columns.
-    gaps = {path: _columns(groups, f"{name}.{path}") for path in (SELF_ATTENTION, *paths)}
+    gaps = {path: groups[f"{name}.{path}"].columns if f"{name}.{path}" in groups else 0 for path in (SELF_ATTENTION, *paths)}
 
     def forward(
         x: torch.Tensor, pending: torch.Tensor | None, keys: torch.Tensor, values: torch.Tensor
@@ -109,13 +109,6 @@ def _block(block: BasicTransformerBlock, name: str, layers: Mapping[str, Layer],
         return x, feed_out(geglu(feed_in(normed), gaps["ff.net.2"], gaps["ff.net.0.proj"]))
 
     return forward
-
-
-def _columns(groups: Mapping[str, FusedLoraLinear], name: str) -> int:
-    """How many columns the LoRAs of a group add to a product; 0 without a wide matrix, or where rows would not begin at multiples
-    of 16 bytes."""
-    columns = len(groups[name].down) if name in groups and groups[name].weight_and_up is not None else 0
-    return columns if columns % 8 == 0 else 0
 
 
 def _transformer(
