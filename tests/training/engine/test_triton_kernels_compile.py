@@ -34,7 +34,7 @@ LAUNCHES = {
     "_group_coefficients": [{"BACKWARD": backward, "PLUS": True, "P": 64, "G": 128} for backward in (False, True)],
     "_group_apply": [GROUPS | {"BACKWARD": backward, "SILU": True, "ADDS": backward} for backward in (False, True)],
     "_add_with_bias": [{"BLOCK": 1024}],
-    "_scale_columns": [{"BIAS": has_bias, "BLOCK": 1024} for has_bias in (False, True)],
+    "_scale_columns": [{"R": 16, "C": 128, "BIAS": has_bias} for has_bias in (False, True)],
     "_scale_columns_backward": [{"chunk": 128, "R": 16, "C": 128, "BIAS": has_bias} for has_bias in (False, True)],
     "_dequantize": [{"R": 4, "C": 1024}],
     "_copy_blocks": [{"R": 128, "C": 32}, {"R": 32, "C": 128}],

@@ -214,14 +214,17 @@ def _add_with_bias(x, y, bias, out, count, channels, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scale_columns(y, g, bias, count, width, BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < count
-    column = offset % width
-    value = tl.load(y + offset, mask=inside, other=0.0).to(tl.float32) * tl.load(g + column, mask=inside, other=0.0)
+def _scale_columns(y, g, bias, rows, width, BIAS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    # Tiles, so that no element has to find its column by a division of 64-bit numbers.
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
+    column = tl.program_id(1) * C + tl.arange(0, C)
+    inside = column < width
+    here = (row < rows) & inside[None, :]
+    offset = row * width + column[None, :]
+    value = tl.load(y + offset, mask=here, other=0.0).to(tl.float32) * tl.load(g + column, mask=inside, other=0.0)[None, :]
     if BIAS:
-        value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + offset, value, mask=inside)
+        value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + offset, value, mask=here)
 
 
 @triton.jit
@@ -382,8 +385,9 @@ def add_with_bias(x, y, bias):
 
 def scale_columns(y, g, bias):
     """`y` [N, D] times `g` [D], plus `bias` [D] or None, in place."""
-    width, count = g.numel(), y.numel()
-    _scale_columns[(triton.cdiv(count, 1024),)](y, g, g if bias is None else bias, count, width, bias is not None, 1024)
+    rows, width = y.shape
+    grid = triton.cdiv(rows, _SUM_ROWS), triton.cdiv(width, _SUM_COLUMNS)
+    _scale_columns[grid](y, g, g if bias is None else bias, rows, width, bias is not None, _SUM_ROWS, _SUM_COLUMNS)
 
 
 def scale_columns_backward(dy, y, g, bias, gap):
