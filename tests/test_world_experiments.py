@@ -251,8 +251,10 @@ def test_a_pick_counts_when_it_is_within_one_save_of_the_best():
     table = picks([{"saves": saves, "picks": {"recommended": 30, "best": 40}}, {"saves": saves, "picks": {"recommended": 21}}])
     assert "| recommended | 2 | 2 of 2 | 0.5 | 0.100 | 0.200 |" in table
     assert "| best | 1 | 0 of 1 | 2.0 | 0.300 | 0.300 |" in table
-    assert stopped_after({2: 1.0, 4: 0.9, 6: 0.95, 8: 0.91, 10: 0.8}, patience=2) == 8
-    assert stopped_after({2: 1.0, 4: 0.9, 6: 0.95, 8: 0.91, 10: 0.8}, patience=3) == 10
+    losses = {2: 2.5, 4: 1.0, 6: 2.1, 8: 1.9, 10: 2.2, 12: 2.3, 14: 0.5}
+    assert stopped_after(losses, patience=1) == 6
+    assert stopped_after(losses, patience=2) == 12
+    assert stopped_after(losses, patience=3) == 14
 
 
 def test_nothing_asks_cuda_for_anything_before_the_first_fork():

@@ -7,6 +7,7 @@ place; the rules are the product's.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from benchmarks.world.measures import Judge
 from common.files import parse_json, read_file, read_json_lines
 from common.weights import read_header
 from training.callbacks.recommendation import Save, choose
+from training.loop import BROKEN
 
 if TYPE_CHECKING:
     from benchmarks.world.runs import Run
@@ -38,7 +40,9 @@ def picks_of(run: Run, judge: Judge) -> dict[str, object]:
     if layout.samples_record.exists():
         saves = sampled_saves(run, judge, losses)
         chosen, reason = choose(saves)
-        picks |= {"recommended": chosen.epochs, "likeliest": max(saves, key=lambda save: np.mean(save.scores)).epochs}
+        without_likeness, _ = choose([replace(save, scores=()) for save in saves])
+        picks |= {"recommended": chosen.epochs, "recommended without likeness": without_likeness.epochs}
+        picks |= {"likeliest": max(saves, key=lambda save: np.mean(save.scores)).epochs}
         return {"picks": picks, "validation": losses, "reason": reason, "sampled": [vars(save) for save in saves]}
     return {"picks": picks, "validation": losses} if picks else {}
 
@@ -50,11 +54,10 @@ def validation_losses(metrics: Path) -> dict[int, float]:
 
 
 def stopped_after(losses: Mapping[int, float], patience: int) -> int:
-    """The epochs after which a run ends when so many validations in a row have not lowered the smoothed loss."""
-    lowest, waited = float("inf"), 0
-    for epochs, loss in losses.items():
-        lowest, waited = (loss, 0) if loss < lowest else (lowest, waited + 1)
-        if waited == patience:
+    """The epochs after which a run ends early, by the product's rule for smoothed losses."""
+    for number, epochs in enumerate(losses, start=1):
+        known = list(losses.values())[:number]
+        if patience < number and min(known[-patience:]) > BROKEN * min(known):
             return epochs
     return max(losses)
 

@@ -16,6 +16,8 @@ from training.data.batches import Batch
 from training.data.buckets import OptimizerStep
 from training.engine.step import StepResult
 
+BROKEN = 2.0
+"""Of a model whose validation loss is more than so many times the lowest, training has destroyed what it could draw."""
 SMOOTHED_OVER = 3
 """Validation losses that are averaged into one smoothed value: a single one moves by chance."""
 
@@ -94,6 +96,8 @@ class RunSchedule:
     saving: SavingSettings
     validation: ValidationSettings
     learning_rate_at: Callable[[int], float]
+    other_rates: Mapping[str, float] = field(default_factory=dict)
+    """Of weights with a learning rate of their own: its name in the metrics, and what multiple of the first rate it is."""
 
     @property
     def remaining(self) -> list[OptimizerStep]:
@@ -111,10 +115,10 @@ class RunSchedule:
         return before // every < after // every or after == self.epochs or self.saves_lora_between(before, after)
 
     def ends_early(self, progress: Progress) -> bool:
-        """Whether the last `early_stop_patience` validations did not lower the smoothed loss."""
-        losses = list(smoothed(progress.validations).values())
-        since_best = len(losses) - 1 - losses.index(min(losses)) if losses else 0
-        return 0 < self.validation.early_stop_patience <= since_best
+        """Whether the model is breaking down: the last `early_stop_patience` validations had a smoothed loss of more than BROKEN
+        times the lowest."""
+        losses, patience = list(smoothed(progress.validations).values()), self.validation.early_stop_patience
+        return 0 < patience < len(losses) and min(losses[-patience:]) > BROKEN * min(losses)
 
     def epochs_complete(self, next_step: int) -> int:
         """How many epochs are complete before step `next_step`."""
@@ -204,7 +208,7 @@ def _finish_step(
             "set MIXED_PRECISION=bf16, and start again with FRESH=1"
         )
     progress = progress.after(step.number, None if result.skipped else result.loss)
-    values = {"epoch": step.epoch, "lr": rate}
+    values = {"epoch": step.epoch, "lr": rate} | {name: factor * rate for name, factor in schedule.other_rates.items()}
     if not result.skipped:
         values |= {"loss": result.loss, "loss_average": progress.loss_average, "gradient_norm": result.gradient_norm}
     for callback in callbacks:

@@ -136,32 +136,33 @@ def measure_budget(
 
 def resolve_quantization(
     settings: TrainSettings, budget: MemoryBudget, recorded: str | None = None
-) -> tuple[TrainSettings, MemoryBudget]:
+) -> tuple[TrainSettings, MemoryBudget, list[str]]:
     """Replace `base_quantization = "auto"`: 8 bits if not even one image fits without them. `recorded` is the choice of the run
-    that is continued, which is kept. The budget that is returned is that of the choice."""
-    choice = settings.model.base_quantization
+    that is continued, which is kept. The budget that is returned is that of the choice; the line is about it, if there was one."""
+    choice, lines = settings.model.base_quantization, []
     if choice == "auto":
         needed = budget.needed(1, checkpointing=True)
         is_needed = budget.saved_by_int8 > 0 and needed > budget.free
         choice, reason = recorded or ("int8" if is_needed else "none"), "as in the checkpoint"
         if not recorded:
             reason = f"one image needs {needed / GIB:.1f} GiB without it, {budget.free / GIB:.1f} GiB free"
-        print(f"base quantization: {choice} ({reason})", flush=True)
+        lines = [f"base quantization: {choice} ({reason})"]
     if choice == "int8":
         budget = replace(budget, fixed=budget.fixed - budget.saved_by_int8, saved_by_int8=0)
-    return replace(settings, model=replace(settings.model, base_quantization=choice)), budget
+    return replace(settings, model=replace(settings.model, base_quantization=choice)), budget, lines
 
 
 def resolve_batch_size(
     settings: TrainSettings, budget: MemoryBudget, images: int, saved_samples: int | None = None
-) -> TrainSettings:
-    """Replace `train_batch_size = "auto"` with the largest batch, of at most `images`, that fits the budget.
+) -> tuple[TrainSettings, list[str]]:
+    """Replace `train_batch_size = "auto"` with the largest batch, of at most `images`, that fits the budget. The line is about it,
+    if it was replaced.
 
     Gradient checkpointing is assumed where fewer than 4 images fit without it. `saved_samples`: how many samples per step this
     process has in the checkpoint to resume from; the batch must divide them.
     """
     if settings.run.train_batch_size != "auto":
-        return settings
+        return settings, []
 
     def largest(checkpointing: bool) -> int:
         limit = min(saved_samples or images, images)
@@ -173,9 +174,9 @@ def resolve_batch_size(
         batch = largest(checkpointing=True)
     batch = max(1, batch)
     saved = f" and {saved_samples} samples per step of the checkpoint" if saved_samples else ""
-    print(f"batch size: {batch} (auto: the largest for {budget.free / GIB:.1f} GiB, {images} images{saved})", flush=True)
+    line = f"batch size: {batch} (auto: the largest for {budget.free / GIB:.1f} GiB, {images} images{saved})"
     accumulation = saved_samples // batch if saved_samples else settings.run.gradient_accumulation_steps
-    return replace(settings, run=replace(settings.run, train_batch_size=batch, gradient_accumulation_steps=accumulation))
+    return replace(settings, run=replace(settings.run, train_batch_size=batch, gradient_accumulation_steps=accumulation)), [line]
 
 
 def fit_to_memory(settings: TrainSettings, budget: MemoryBudget, advice: str) -> TrainSettings:

@@ -15,7 +15,7 @@ from training.callbacks.sample_plan import largest_size
 from training.callbacks.samples import SampleImages, saves_of
 from training.data.buckets import OptimizerStep
 from training.job import TrainingJob
-from training.loop import Callback, Progress, RunSchedule, smoothed
+from training.loop import BROKEN, Callback, Progress, RunSchedule, smoothed
 from training.lora_metadata import lora_metadata, thumbnail
 from training.method.adapters import LoraModule
 from training.method.comfyui_workflow import comfyui_workflow
@@ -50,7 +50,9 @@ def write_results(
     outputs, epochs = job.outputs, schedule.epochs_complete(progress.next_step)
     if progress.next_step < len(schedule.order):
         patience = schedule.validation.early_stop_patience
-        print(f"stopping early after {epochs} epochs: {patience} validations in a row did not lower the validation loss")
+        print(
+            f"stopping early after {epochs} epochs: {patience} validation losses in a row are more than {BROKEN:g} times the lowest"
+        )
     if progress.validations:
         write_best(job, modules, progress, epochs)
     recommended = samples.recommendation if samples else None

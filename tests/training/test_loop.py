@@ -1,6 +1,7 @@
 """The loop over the steps, with steps that only report: what is recorded of them, and how far the run has come."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 
@@ -69,3 +70,12 @@ def test_what_an_epoch_ends_with_sees_averaged_weights_and_a_checkpoint_does_not
     run_steps(schedule, lambda *_: lambda: result, [[]] * 4, lambda step: "", [Watcher()], lambda: None, averaged)
     assert {name for name, _ in seen} == {"step", "epoch", "checkpoint"}
     assert all(averaged is (name == "epoch") for name, averaged in seen)
+
+
+@pytest.mark.parametrize(("patience", "ends_after"), [(0, None), (1, 4), (2, 5), (3, None)])
+def test_a_run_ends_early_when_the_validation_loss_has_doubled_again_and_again(patience, ends_after):
+    """Smoothed over three, the losses are 1, 1, 1, 2.07, 2.1 and 1.97: not more than twice the lowest at the end."""
+    losses = {1: 1.0, 2: 1.0, 3: 1.0, 4: 4.2, 5: 1.1, 6: 0.6}
+    schedule = RunSchedule([], Progress(), 6, 6, SAVING, replace(VALIDATION, early_stop_patience=patience), lambda number: 1e-4)
+    found = [epochs for epochs in losses if schedule.ends_early(Progress(validations=dict(list(losses.items())[:epochs])))]
+    assert (found or [None])[0] == ends_after

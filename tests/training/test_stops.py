@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from common import output_layout as results
-from common.weights import data_sha256, read_header
+from common.weights import read_header
 from training.callbacks import checkpoint
 
 SHORT = {"LORA_TARGETS": "attention", "SAVE_EVERY_EPOCHS": 0, "SAVE_STATE_EVERY_MINUTES": 1e-6}
@@ -103,27 +103,21 @@ def test_a_signal_while_libraries_are_imported_is_not_lost(images, signum, code)
     assert "Traceback" not in said
 
 
-def test_a_held_out_loss_that_rises_ends_the_run_early_and_names_the_best_lora(images):
+def test_the_lora_with_the_lowest_held_out_loss_is_named_but_not_recommended_and_a_loss_that_rises_ends_no_run(images):
     images.add("chelsea")
     images.add("rocket")
     variables = {"VALIDATION_FRACTION": 0.5, "VALIDATE_EVERY_EPOCHS": 1, "EARLY_STOP_PATIENCE": 1, "LEARNING_RATE": 0.2}
-    variables |= {"SAMPLES": "true", "SAMPLE_EVERY_EPOCHS": 0, "SAMPLE_STEPS": 1, "SAMPLE_PROMPTS": "sks\ncup"}
-    said = images.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 200, "SAVE_EVERY_EPOCHS": 1})
-    assert "epochs: 1 validations in a row did not lower the validation loss" in said
-    assert "best validation loss" in said
+    said = images.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 4, "SAVE_EVERY_EPOCHS": 1})
     lines = [json.loads(line) for line in (images.output / "lora" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["validation_loss_smoothed"] for line in lines if "validation_loss" in line]
-    assert losses[-1] > min(losses)
+    assert len(losses) == 4
+    assert min(losses) < losses[-1] < 2 * min(losses)
+    assert "best validation loss" in said
     best, recommended = (read_header(images.output / "lora" / f"sks-{what}.safetensors") for what in ("best", "recommended"))
-    assert recommended.metadata["sshs_model_hash"] == data_sha256(recommended.path) == data_sha256(best.path)
-    reason = f"It has the lowest validation loss: {min(losses):.4f} (smoothed). Likeness was not compared: "
-    assert recommended.metadata["loracat_recommended_reason"].startswith(reason)
-    file = recommended.metadata["loracat_recommended_file"]
-    assert f"recommended: {file} at strength 1. {reason}" in said
-    samples = json.loads((images.output / "samples" / "sks" / "samples.json").read_text())
-    assert [row["file"] for row in samples["rows"]] == [None, file, "sks.safetensors"]  # it was not sampled on the way
-    assert [(row["strength"], row["file"]) for row in samples["strengths"]] == [(0.6, file), (0.8, file), (1.0, file)]
-    assert "nothing to do" in images.trained(**SHORT | variables | {"NUM_TRAIN_EPOCHS": 200, "SAVE_EVERY_EPOCHS": 1})
+    assert best.metadata["ss_epoch"] == str(losses.index(min(losses)) + 1)
+    reason = "It is the last one; likeness was not compared: there are no sample images of all LoRAs."
+    assert recommended.metadata["loracat_recommended_reason"] == reason
+    assert f"recommended: sks.safetensors at strength 1. {reason}" in said
 
 
 @pytest.mark.long

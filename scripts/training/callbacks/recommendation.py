@@ -1,13 +1,15 @@
 """Which of the saved LoRAs to use, and at which strength. Pure.
 
-A LoRA that looks like the subject often also changes images that do not show it. So the likeness of its samples decides first,
-as far as it can be told from chance; then how little it changes what the base model does without the trigger word.
+What the rules are worth was measured where the truth is known (docs/results.md, "Does it learn?"): the lowest validation loss comes
+long before the best likeness, and a loss that has doubled shows that the model is breaking down.
 """
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from training.loop import BROKEN
 
 MIN_SCORED = 4
 """A likeness of fewer samples is not compared."""
@@ -23,8 +25,8 @@ class Save:
 
     file: str
     epochs: int
-    scores: tuple[float, ...] = ()
-    """Likeness of its samples with the trigger word; those of which it cannot be told are left out."""
+    scores: tuple[float | None, ...] = ()
+    """Likeness of its samples with the trigger word, of the same prompts and seeds for every LoRA; None where it cannot be told."""
     distance: float | None = None
     """Of its samples without the trigger word from the base model's; None if there are none."""
     validation_loss: float | None = None
@@ -51,9 +53,15 @@ class Recommendation:
         }
 
 
-def mean_likeness(scores: Sequence[float]) -> float | None:
-    """None if there are none."""
-    return statistics.mean(scores) if scores else None
+def mean_likeness(scores: Sequence[float | None]) -> float | None:
+    """Of the samples whose likeness can be told; None if there are none."""
+    known = told(scores)
+    return statistics.mean(known) if known else None
+
+
+def told(scores: Sequence[float | None]) -> list[float]:
+    """The scores of samples whose likeness can be told."""
+    return [score for score in scores if score is not None]
 
 
 def standard_error(scores: Sequence[float]) -> float:
@@ -64,53 +72,68 @@ def standard_error(scores: Sequence[float]) -> float:
 def choose(saves: Sequence[Save], no_likeness: str = "") -> tuple[Save, str]:
     """The save to use, and why. `saves` are in the order of their epochs, the last one at the end.
 
-    Candidates are the saves whose mean likeness is within one standard error of the best; the one with the smallest distance is
-    chosen, of several the earliest. If no save has MIN_SCORED scores, the lowest validation loss decides, and without that the
-    last one is chosen. `no_likeness` says why there are no scores, if there is one reason for all.
+    Saves that are BROKEN are left out. Of the others, the one with the best mean likeness is found; before it, those without a gap
+    whose samples are on average within one standard error of its samples, prompt by prompt, are as good, and the earliest of them
+    is chosen. If no save has MIN_SCORED scores, the last one is chosen. `no_likeness` says why there are no scores, if there is
+    one reason for all.
     """
-    compared = [save for save in saves if len(save.scores) >= MIN_SCORED]
+    whole = _unbroken(saves)
+    broken = ""
+    if len(whole) < len(saves):
+        broken = f" From {saves[len(whole)].file} on, the validation loss is more than {BROKEN:g} times the lowest."
+    compared = [save for save in whole if len(told(save.scores)) >= MIN_SCORED]
     if compared:
-        return _by_likeness(compared)
-    scored = max(len(save.scores) for save in saves)
+        save, reason = _by_likeness(compared)
+        if save.distance is not None:
+            reason += f" Images without the trigger word are {save.distance:.3f} from the base model's."
+        return save, reason + broken
+    scored = max(len(told(save.scores)) for save in whole)
     why = no_likeness or f"no LoRA has {MIN_SCORED} samples whose likeness can be told (at most {scored})"
-    measured = [save for save in saves if save.validation_loss is not None]
-    if measured:
-        chosen = min(measured, key=lambda save: save.validation_loss)
-        return (
-            chosen,
-            f"It has the lowest validation loss: {chosen.validation_loss:.4f} (smoothed). Likeness was not compared: {why}.",
-        )
-    only = "the only one" if len(saves) == 1 else "the last one"
-    return saves[-1], f"It is {only}; nothing could be compared: there is no validation loss, and no likeness ({why})."
+    only = "the only one" if len(saves) == 1 else "the last one" if not broken else "the last one before the model broke down"
+    return whole[-1], f"It is {only}; likeness was not compared: {why}.{broken}"
+
+
+def _unbroken(saves: Sequence[Save]) -> Sequence[Save]:
+    """The saves before the first one, after the lowest validation loss, at which it is more than BROKEN times as high."""
+    losses = [save.validation_loss for save in saves if save.validation_loss is not None]
+    lowest = min(losses, default=0.0)
+    has_been_lowest = False
+    for index, save in enumerate(saves):
+        if has_been_lowest and save.validation_loss is not None and save.validation_loss > BROKEN * lowest:
+            return saves[:index]
+        has_been_lowest = has_been_lowest or save.validation_loss == lowest
+    return saves
 
 
 def _by_likeness(compared: Sequence[Save]) -> tuple[Save, str]:
-    means = [statistics.mean(save.scores) for save in compared]
+    means = [mean_likeness(save.scores) for save in compared]
     best = max(range(len(compared)), key=means.__getitem__)  # the earliest of several
-    error = standard_error(compared[best].scores)
-    candidates = [index for index, mean in enumerate(means) if mean >= means[best] - error - _ROUNDING]
-    distances = {index: math.inf if compared[index].distance is None else compared[index].distance for index in candidates}
-    chosen = min(candidates, key=distances.get)
-    save, likeness = compared[chosen], f"{means[chosen]:.3f} ({len(compared[chosen].scores)} samples)"
-    within = f"within one standard error ({error:.3f})"
+    chosen = best
+    while chosen and _is_as_good(compared[chosen - 1], compared[best]):
+        chosen -= 1
+    save, likeness = compared[chosen], f"{means[chosen]:.3f} ({len(told(compared[chosen].scores))} samples)"
     if len(compared) == 1:
         return save, f"It is the only one whose likeness could be measured: {likeness}."
-    if len(candidates) == 1:
-        return save, f"Its likeness, {likeness}, is the best; no other is {within}."
-    why = "it is the earliest of these"
-    if save.distance is not None:
-        why = f"it changes images without the trigger word least ({save.distance:.3f})"
     if chosen == best:
-        return save, f"Its likeness, {likeness}, is the best, and of the {len(candidates)} {within} of it, {why}."
-    return save, f"Its likeness, {likeness}, is {within} of the best, {means[best]:.3f}, and {why}."
+        return save, f"Its likeness, {likeness}, is the best."
+    within = "the first from which on it is within one standard error of the best"
+    return save, f"Its likeness, {likeness}, is {within}, {means[best]:.3f} ({compared[best].file})."
 
 
-def lowest_strength(scores: Mapping[float, Sequence[float]]) -> tuple[float, str]:
+def _is_as_good(save: Save, best: Save) -> bool:
+    """Whether its samples are within one standard error of the best one's, prompt by prompt."""
+    pairs = zip(save.scores, best.scores, strict=True)
+    lacking = [other - score for score, other in pairs if score is not None and other is not None]
+    return len(lacking) >= MIN_SCORED and statistics.mean(lacking) <= standard_error(lacking) + _ROUNDING
+
+
+def lowest_strength(scores: Mapping[float, Sequence[float | None]]) -> tuple[float, str]:
     """The lowest strength whose mean likeness is at most one standard error below that of strength 1, and a sentence about it.
 
     `scores` of the samples with the trigger word by strength. Strengths with fewer than MIN_SCORED are not compared; the sentence
     is empty if that is so of strength 1.
     """
+    scores = {strength: told(values) for strength, values in scores.items()}
     whole = scores.get(1.0, ())
     if len(whole) < MIN_SCORED:
         return 1.0, ""

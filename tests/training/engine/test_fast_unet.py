@@ -14,7 +14,7 @@ from training.config import LoraSettings
 from training.engine.fast.fuse import fuse
 from training.engine.fast.gaps import empty_with_gap, with_gap
 from training.engine.fast.lora_conv import LoraConv, lora_conv
-from training.engine.fast.lora_linear import FusedLoraLinear, fused_lora_linear
+from training.engine.fast.lora_linear import FusedLoraLinear, fused_lora_linear, fused_lora_linears
 from training.engine.fast.unet import install_fast_forwards
 from training.engine.step import recomputed
 from training.method.adapters import ADAPTER, Adapter, inject
@@ -141,10 +141,12 @@ def test_gradients_are_added_to_what_is_there(unet):
     torch.testing.assert_close(lora.weights.grad, 2 * once, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [3, 8])
 @pytest.mark.parametrize("kind", ["attn1.to_q,to_k,to_v", "attn2.to_q", "ff.net.0.proj"])
-def test_with_gaps_behind_the_rows_the_product_is_the_same(unet, kind):
-    """One wide product, as on a GPU, instead of a product and a second one that is added: the same output and gradients."""
-    _, lora, groups = quick(unet)
+def test_with_gaps_behind_the_rows_the_product_is_the_same(unet, kind, rank):
+    """One wide product, as on a GPU, instead of a product and a second one that is added (rank 3), or of rows that are copied
+    (rank 8): the same output and gradients."""
+    _, lora, groups = quick(unet, rank=rank)
     layer = next(layer for name, layer in groups.items() if name.endswith(kind))
     columns, (rows, width) = len(layer.down), layer.weight.shape
     generator = torch.Generator().manual_seed(3)
@@ -158,7 +160,7 @@ def test_with_gaps_behind_the_rows_the_product_is_the_same(unet, kind):
         d_out.copy_(dy)
         given.requires_grad_()
         lora.sums.zero_()
-        y = fused_lora_linear(given, layer)
+        y = torch.cat(fused_lora_linears(given, layer), dim=-1)
         (dx,) = torch.autograd.grad(y, given, d_out)
         results.append((y, dx, layer.down_grad.clone(), layer.up_grad.clone()))
     assert results[1][0].isfinite().all()
@@ -294,8 +296,8 @@ def test_in_bf16_a_dora_is_as_near_to_exact_as_pefts_under_autocast(tmp_path):
         exact = with_gradients(module.double(), x.detach().double().requires_grad_(), dy)
         for mine, other, true in zip(ours, peft, exact, strict=True):
             ratios.append(((mine.view_as(true) - true).norm() / (other - true).norm()).item())
-    assert max(ratios) <= 1.3  # 0.65 to 1.19
-    assert sum(ratios) <= len(ratios)
+    assert sum(ratios) <= 0.95 * len(ratios)
+    assert max(ratios) <= 1.5  # of magnitudes: the output, which their gradient follows from, is rounded before and after scaling
 
 
 def with_gradients(module: torch.nn.Module, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:

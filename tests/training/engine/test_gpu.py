@@ -8,16 +8,32 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft.helpers import disable_input_dtype_casting
+from safetensors.torch import save_file
 
 from demo import tiny_sdxl
+from training.callbacks.renderer import Renderer
+from training.callbacks.sample_prompts import SamplePrompt
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
 from training.engine import prepare_unet, recompute_text_encoders
-from training.engine.fast.gaps import empty_with_gap
-from training.engine.fast.ops import add_layer_norm, dequantized, geglu, group_norm, scale_columns, scale_columns_backward
+from training.engine.fast.feed_forward import fused_feed_forward
+from training.engine.fast.fuse import fuse
+from training.engine.fast.gaps import empty_with_gap, with_gap
+from training.engine.fast.lora_linear import fused_lora_linear
+from training.engine.fast.ops import (
+    add_layer_norm,
+    append_products,
+    dequantized,
+    geglu,
+    group_norm,
+    scale_columns,
+    scale_columns_backward,
+    takes_products,
+)
 from training.engine.step import TrainStep
 from training.method import diffusion
 from training.method.adapters import ADAPTER, Adapter, inject
@@ -29,7 +45,7 @@ from training.method.prodigy import Prodigy
 from training.models.base_model import find_base
 from training.models.int8 import rowwise_int8
 from training.models.sdxl import Schedule
-from training.models.weights import load_text_encoders, load_unet
+from training.models.weights import load_text_encoders, load_unet, load_vae
 from training.system.device import Precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -125,8 +141,8 @@ def test_the_base_model_is_asked_in_a_captured_step_of_either_engine(base, capsy
 
 
 def test_prodigy_on_a_gpu_takes_the_steps_of_prodigyopt():
-    """200 steps within 2e-6 (1.2e-6 on an H200; 1e-6 on a CPU): 100,000 weights that should become others, with noise in the
-    gradients. The sums over all weights are added up in another order."""
+    """200 steps within 5e-6 (1.2e-6 and 2.2e-6 on two H200s; 1e-6 on a CPU): 100,000 weights that should become others, with noise
+    in the gradients. The sums over all weights are added up in another order."""
     prodigyopt = pytest.importorskip("prodigyopt")
     generator = torch.Generator("cuda").manual_seed(0)
     wanted = torch.randn(100_000, generator=generator, device="cuda")
@@ -140,7 +156,7 @@ def test_prodigy_on_a_gpu_takes_the_steps_of_prodigyopt():
             weights.grad = weights.detach() - wanted + 0.3 * noise
         ours.step(torch.tensor(1.0, device="cuda"), torch.tensor(0.0, device="cuda"))
         theirs.step()
-        assert (pair[0] - pair[1]).norm() < 2e-6 * pair[1].norm()
+        assert (pair[0] - pair[1]).norm() < 5e-6 * pair[1].norm()
     assert theirs.param_groups[0]["d"] > 1e-3
 
 
@@ -402,6 +418,31 @@ def test_each_shape_of_micro_batches_is_one_graph_however_they_are_combined(base
     assert torch.equal(captured, weights)
 
 
+def test_sample_images_take_the_memory_of_captured_steps(base, tmp_path):
+    """They are those of eager networks, and the training goes on as without them, bit for bit."""
+    found, one = find_base(str(base), base.parent), batch_of(0, 1)
+    save_file({"hidden": one.hidden, "pooled": one.pooled}, tmp_path / "text.safetensors")
+    prompt = SamplePrompt("", "trigger", "", 256, 256, seed=1, guidance=4.0, steps=2)
+    images, runs = {}, []
+    for captures in (True, False, None):
+        step, lora = stepper(base, captures=captures is True)
+        losses = [step([batch_of(number, 16, 64, 64)], RATE).loss for number in range(3)]
+        if captures is not None:
+            renderer = Renderer(step, Schedule(), {"": tmp_path / "text.safetensors"}, load_vae(found, torch.device("cpu")), False)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_reserved()
+            images[captures] = [np.asarray(renderer.decoded(renderer.latents(prompt))) for _ in range(3)]
+            grown = torch.cuda.max_memory_reserved() - before
+            print(f"captured {captures}: {grown / 2**20:.0f} MiB besides {before / 2**20:.0f} MiB")
+            assert captures is False or grown < 64 * 2**20  # weights of the decoder, inputs
+            renderer.release()
+        losses += [step([batch_of(number, 16, 64, 64)], RATE).loss for number in range(3)]
+        runs.append((losses, lora.weights.detach().clone()))
+    assert all(np.array_equal(image, images[False][0]) for image in (*images[True], *images[False]))
+    assert all(losses == runs[0][0] and torch.equal(weights, runs[0][1]) for losses, weights in runs)
+
+
 def in_fp16(batch: Batch) -> Batch:
     return Batch(**{name: each.half() if each.dtype == torch.bfloat16 else each for name, each in vars(batch).items()}).pinned()
 
@@ -488,6 +529,52 @@ def test_kernels_of_scaled_columns(has_bias, gap):
         results.append([mine.cpu(), dx.cpu(), sums.cpu()])
     for plain, ours in zip(*results, strict=True):
         assert (ours - plain).norm() < 1e-5 * plain.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [3, 8, 32, 40, 64])
+def test_the_feed_forward_of_a_block_is_that_of_its_layers_one_by_one(base, rank, dtype):
+    """The sums of two LoRA gradients are added up in another order; the output is the same bit for bit."""
+    unet = load_unet(find_base(str(base), base.parent), torch.device("cuda"), dtype)
+    lora = inject(unet, LoraSettings(lora_rank=rank, lora_alpha=rank), seed=3)
+    with torch.no_grad():
+        lora.weights.add_(0.05 * torch.randn_like(lora.weights))
+    groups, _, sync_compute_weights = fuse(lora)
+    sync_compute_weights()
+    name = next(name for name in groups if name.endswith("ff.net.2"))
+    layers = groups[name.replace("net.2", "net.0.proj")], groups[name]
+    assert takes_products(layers[0].down, rank, rank)
+    gap = 0 if rank % 8 else rank
+    generator = torch.Generator("cuda").manual_seed(1)
+    given = torch.randn(2, 333, layers[0].down.shape[1], generator=generator, device="cuda", dtype=dtype)
+    results = []
+    for fuses in (False, True):
+        lora.sums.zero_()
+        x, dy = (empty_with_gap(given, given.shape[-1], gap).copy_(given).requires_grad_() for _ in range(2))
+        if fuses:
+            y = fused_feed_forward(x, *layers, gap, gap)
+        else:
+            y = fused_lora_linear(geglu(fused_lora_linear(x, layers[0]), gap, gap), layers[1])
+        (dx,) = torch.autograd.grad(y, x, dy.detach())
+        results.append((y, dx, *(part.clone() for layer in layers for part in (layer.down_grad, layer.up_grad))))
+    assert torch.equal(results[0][0], results[1][0])
+    for expected, found in zip(*results, strict=True):
+        assert (found - expected).float().norm() < 1e-5 * expected.float().norm()
+
+
+@pytest.mark.parametrize("rank", [8, 32, 40, 64])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_products_are_appended_to_rows(n, rank):
+    """What the gap behind them holds is the product of the rows, once rounded."""
+    generator = torch.Generator().manual_seed(1)
+    given = torch.randn(n, 333, 320, generator=generator).bfloat16()
+    factors = torch.randn(n, 320, rank, generator=generator).bfloat16()
+    (expected, products), (found, kept) = (
+        append_products([part.to(device) for part in given], factors.to(device), keeps=True) for device in ("cpu", "cuda")
+    )
+    assert torch.equal(found.cpu(), expected)
+    assert torch.equal(with_gap(found, n * (320 + rank))[:, n * 320 :], kept)
+    assert (kept.cpu() - products).float().norm() < 2e-3 * products.float().norm()
 
 
 @pytest.mark.parametrize("shape", [(640, 1280), (33, 2049), (64, 32, 3, 3)])
@@ -606,7 +693,7 @@ def test_captured_steps_of_adapters_of_the_fast_engine_are_the_eager_ones_bit_fo
     assert runs[0][0][10] < runs[0][0][0]
 
 
-@pytest.mark.parametrize("pattern", ["attn1.to_q=4 attn1=16 attn2=8:2 ff=0", "up_blocks=24:6"])
+@pytest.mark.parametrize("pattern", ["attn1.to_q=4 attn1=16 attn2=8:2 ff=0", "up_blocks=24:6", "ff=96:6"])
 def test_the_fast_engine_takes_ranks_and_scales_by_layer(base, pattern):
     runs = []
     for name in ("fast", "plain"):

@@ -1,7 +1,12 @@
-"""Every Triton kernel compiles for every chip, with registers and shared memory that the chip has. Needs Triton, but no GPU."""
+"""Every Triton kernel compiles for every chip, with registers and shared memory that the chip has. Needs Triton, but no GPU.
 
+Those that compute products also run here, by Triton's interpreter; the others are compared on a GPU.
+"""
+
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +18,7 @@ from triton.backends.nvidia import compiler as nvidia  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from training.engine.fast import triton_kernels  # noqa: E402
+from training.engine.fast import triton_kernels, triton_products  # noqa: E402
 
 SHARED_BYTES = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99, 121: 99}
 """KiB of shared memory that a block may use, by compute capability times 10 (CUDA programming guide, "Technical Specifications
@@ -21,8 +26,20 @@ per Compute Capability")."""
 REGISTERS = 65536
 """32-bit registers of a multiprocessor, on each of these chips; a thread has 255 at most."""
 NUMBERS = {"width": "i32", "stride": "i32", "stride_of_d_total": "i32", "rows": "i32", "channels": "i32", "chunks": "i32"}
-NUMBERS |= {"groups": "i32", "count": "i32", "eps": "fp32", "stride_of_dy": "i32"}
-STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant", "g")
+NUMBERS |= {
+    "groups": "i32",
+    "count": "i32",
+    "eps": "fp32",
+    "stride_of_h": "i32",
+    "stride_of_g": "i32",
+    "chunk": "i32",
+    "stride_of_dy": "i32",
+}
+NUMBERS |= dict.fromkeys(
+    ("rank", "stride_of_out", "stride_of_kept", "part_of_factors", "row_of_factors", "column_of_factors"), "i32"
+)
+NUMBERS |= {"rank_in": "i32", "rank_out": "i32", "count_of_second": "i32", "pieces": "i32", "stride_of_dy": "i32"}
+STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant", "parts", "multipliers")
 """Arguments that are fp32 in memory; all other arguments are in the dtype of the UNet."""
 ROW, GROUPS = {"BLOCK": 2048}, {"R": 32, "C": 64}
 LAUNCHES = {
@@ -37,14 +54,23 @@ LAUNCHES = {
     "_scale_columns": [{"R": 16, "C": 128, "BIAS": has_bias} for has_bias in (False, True)],
     "_scale_columns_backward": [{"chunk": 128, "R": 16, "C": 128, "BIAS": has_bias} for has_bias in (False, True)],
     "_dequantize": [{"R": 4, "C": 1024}],
+    "_geglu_backward_with_lora": [
+        {"R_IN": rank, "R_OUT": rank, "K": triton_products._ROWS, "C": triton_products._COLUMNS} for rank in triton_products._WARPS
+    ],
+    "_append_products": [
+        {"KEEPS": keeps, "R": rank, "K": triton_products._APPEND_ROWS, "C": triton_products._APPEND_COLUMNS[rank]}
+        for keeps, rank in ((True, 16), (False, 32), (True, 64))
+    ],
+    "_add_parts": [{"BLOCK": 1024}],
     "_copy_blocks": [{"R": 128, "C": 32}, {"R": 32, "C": 128}],
 }
 """The compile-time arguments of each kernel at the widths of SDXL."""
 
 
 def kernels() -> dict[str, JITFunction]:
-    found = {name: each for name, each in vars(triton_kernels).items() if isinstance(each, JITFunction)}
-    return {name: each for name, each in found.items() if name != "_silu_slope"}  # a part of others
+    found = vars(triton_kernels) | vars(triton_products)
+    parts_of_others = ("_silu_slope", "geglu_gradients")
+    return {name: each for name, each in found.items() if isinstance(each, JITFunction) and name not in parts_of_others}
 
 
 def test_every_kernel_is_compiled_here():
@@ -63,7 +89,15 @@ def test_a_kernel_fits_a_chip(name, chip, tmp_path, monkeypatch):
             constants = constants | {"ELEMENT": dtype}
         types = {each: "constexpr" if each in constants else type_of(name, each, dtype.name) for each in kernel.arg_names}
         target = GPUTarget("cuda", chip, 32)
-        compiled = triton.compile(ASTSource(fn=kernel, signature=types, constexprs=constants), target=target)
+        options, multiples = {}, {}
+        if name == "_geglu_backward_with_lora":
+            options = {"num_warps": triton_products._WARPS[constants["R_IN"]], "num_stages": triton_products._STAGES}
+            aligned = ("width", "chunk", "projected", "d_out", "d_projected")
+            multiples = {(kernel.arg_names.index(each),): [["tt.divisibility", 16]] for each in aligned}
+        elif name == "_append_products":
+            options = {"num_stages": triton_products._APPEND_STAGES}
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=multiples)
+        compiled = triton.compile(source, target=target, options=options)
         assert compiled.metadata.shared <= SHARED_BYTES[chip] * 1024
         registers, spilled = resources(compiled.asm["cubin"], tmp_path)
         assert registers * 32 * compiled.metadata.num_warps <= REGISTERS
@@ -71,7 +105,16 @@ def test_a_kernel_fits_a_chip(name, chip, tmp_path, monkeypatch):
         assert spilled == 0
 
 
+def test_products_are_those_of_pytorch():
+    script = Path(__file__).with_name("interpreted_kernels.py")
+    root = Path(__file__).parents[3]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root / "scripts"), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([sys.executable, script], env=environment, check=True)
+
+
 def type_of(kernel: str, argument: str, dtype: str) -> str:
+    if kernel == "_add_parts" and argument in ("scale", "first", "second"):
+        return "fp32" if argument == "scale" else "*fp32"
     if kernel == "_copy_blocks":
         return {"flat": "*fp32", "table": "*i64", "scale": "fp32"}[argument]
     if argument == "codes":

@@ -5,6 +5,7 @@ Here frozen layers keep nothing, layers that read the same input are one product
 place in the adapter's flat fp32 buffer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from training.engine.fast.gaps import with_gap
-from training.engine.fast.ops import dequantized, scale_columns
+from training.engine.fast.ops import append_products, dequantized, scale_columns, takes_products
 from training.engine.fast.row_scales import RowScales
 
 _LAYERS_AT_ONCE = 8
@@ -55,21 +56,27 @@ class FusedLoraLinear:
     scales: RowScales | None = None
     """DoRA's, which multiply y without the bias; None for a LoRA."""
 
-    @property
-    def columns(self) -> int:
-        """How many columns the LoRAs add to a product; 0 without a wide matrix, or where rows would not begin at multiples of 16
-        bytes."""
-        columns = len(self.down) if self.weight_and_up is not None else 0
-        return columns if columns % 8 == 0 else 0
-
     def frozen(self, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of the weight in the UNet's dtype, multiplied out for the caller if they are in int8."""
         return self.weight[rows] if self.weight_scales is None else dequantized(self.weight[rows], self.weight_scales[rows])
 
 
 def fused_lora_linear(x: torch.Tensor, layer: FusedLoraLinear) -> torch.Tensor:
-    """[..., in] -> [..., n * out]."""
+    """[..., in] -> [..., out], of a single layer."""
+    (y,) = fused_lora_linears(x, layer)
+    return y
+
+
+def fused_lora_linears(x: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, ...]:
+    """[..., in] -> n tensors [..., out]."""
     return _FusedLoraLinearFunction.apply(x, layer.grad_anchor, layer)
+
+
+def columns_beside(layer: FusedLoraLinear | None) -> int:
+    """How many columns the LoRAs of a layer add to a product; 0 without a wide matrix, or where rows would not begin at multiples
+    of 16 bytes."""
+    columns = len(layer.down) if layer and layer.weight_and_up is not None else 0
+    return columns if columns % 8 == 0 else 0
 
 
 def fused_lora_context(x: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, ...]:
@@ -87,49 +94,81 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, anchor, layer):
         rows = x.reshape(-1, x.shape[-1])
-        n, out, rank = layer.up.shape
-        bias = None if layer.scales else layer.bias
-        wide = with_gap(rows, rows.shape[1] + n * rank)
-        if wide is not None:
-            h = wide[:, rows.shape[1] :]
-            torch.mm(rows, layer.down.T, out=h)
-            y = F.linear(wide, layer.weight_and_up, bias)
-        else:
-            y, h = F.linear(rows, layer.frozen(), bias), rows @ layer.down.T
-            if n == 1:
-                y.addmm_(h, layer.up[0].T)
-            else:
-                # One batched product adds the n LoRA outputs to their columns of y.
-                _as_groups(y, n).baddbmm_(_as_groups(h, n), layer.up.mT)
+        y, h = product(rows, layer)
         if layer.scales:
             scale_columns(y, layer.scales.g, layer.bias)
         ctx.layer = layer
         # The frozen product keeps nothing; x is needed for d_down, and the skinny h is cheaper to keep than to compute again.
         ctx.save_for_backward(rows, h, y if layer.scales else None)
-        return y.view(*x.shape[:-1], n * out)
+        return y.view(*x.shape[:-1], y.shape[-1]).chunk(len(layer.names), dim=-1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, *dys):
         layer, (rows, h, y) = ctx.layer, ctx.saved_tensors
-        n, out, rank = layer.up.shape
-        dy_rows = dy.reshape(-1, n * out)
-        if layer.scales:
-            dy_rows = layer.scales.backward(dy_rows, y, layer.bias, layer.columns)
-        wide = with_gap(dy_rows, n * out + n * rank)
-        g = dy_rows.new_empty(len(rows), n * rank) if wide is None else wide[:, n * out :]
+        dy, g = gradient_of_h([each.reshape(len(rows), -1) for each in dys], layer, y)
+        n = len(layer.up)
         if n == 1:
-            torch.mm(dy_rows, layer.up[0], out=g)
-            accumulate(layer.up_grad[0], dy_rows.T, h, layer.scale)
+            accumulate(layer.up_grad[0], dy.T, h, layer.scale)
         else:
-            # The batched product writes straight into the [N, n * rank] layout that the product with `down` below reads.
-            torch.bmm(_as_groups(dy_rows, n), layer.up, out=_as_groups(g, n))
-            accumulate(layer.up_grad, _as_groups(dy_rows, n).mT, _as_groups(h, n), layer.scale)
+            accumulate(layer.up_grad, _as_groups(dy, n).mT, _as_groups(h, n), layer.scale)
         accumulate(layer.down_grad, g.T, rows, 1.0)
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        dx = (dy_rows @ layer.frozen()).addmm_(g, layer.down) if wide is None else wide @ layer.weight_and_down
-        return dx.view(*dy.shape[:-1], dx.shape[-1]), None, None
+        dx = gradient_of_input(dy, g, layer)
+        return dx.view(*dys[0].shape[:-1], dx.shape[-1]), None, None
+
+
+def product(rows: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, in] -> [N, n * out], with the bias unless it is to be scaled first, and h, which is in the gap behind `rows` if there is
+    one."""
+    n, _, rank = layer.up.shape
+    bias = None if layer.scales else layer.bias
+    wide = with_gap(rows, rows.shape[1] + n * rank)
+    if wide is not None:
+        h = wide[:, rows.shape[1] :]
+        torch.mm(rows, layer.down.T, out=h)
+        return F.linear(wide, layer.weight_and_up, bias), h
+    if columns_beside(layer) and takes_products(rows, n * rank):
+        # Rows that are read once more and copied cost less than an output that is read and written once more.
+        copied, h = append_products([rows], layer.down.T[None], keeps=True)
+        return F.linear(with_gap(copied, rows.shape[1] + n * rank), layer.weight_and_up, bias), h
+    y, h = F.linear(rows, layer.frozen(), bias), rows @ layer.down.T
+    if n == 1:
+        y.addmm_(h, layer.up[0].T)
+    else:
+        # One batched product adds the n LoRA outputs to their columns of y.
+        _as_groups(y, n).baddbmm_(_as_groups(h, n), layer.up.mT)
+    return y, h
+
+
+def gradient_of_h(
+    dys: Sequence[torch.Tensor], layer: FusedLoraLinear, y: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """n tensors [N, out] -> them side by side, and g [N, n * rank], in the gap behind them if the layer has a wide matrix.
+
+    Those of a layer with scales, whose output is `y` [N, n * out], are the gradients before it was scaled."""
+    n, out, rank = layer.up.shape
+    if layer.scales:
+        dys = [layer.scales.backward(dys[0] if n == 1 else torch.cat(dys, dim=1), y, layer.bias, columns_beside(layer))]
+    wide = with_gap(dys[0], n * (out + rank)) if len(dys) == 1 else None
+    if wide is None and not layer.scales and columns_beside(layer) and takes_products(dys[0], rank):
+        dy, _ = append_products(dys, layer.up)
+        return dy, with_gap(dy, n * (out + rank))[:, n * out :]
+    dy = dys[0] if len(dys) == 1 else torch.cat(dys, dim=1)
+    g = dy.new_empty(len(dy), n * rank) if wide is None else wide[:, n * out :]
+    if n == 1:
+        torch.mm(dy, layer.up[0], out=g)
+    else:
+        # The batched product writes straight into the [N, n * rank] layout that the product with `down` reads.
+        torch.bmm(_as_groups(dy, n), layer.up, out=_as_groups(g, n))
+    return dy, g
+
+
+def gradient_of_input(dy: torch.Tensor, g: torch.Tensor, layer: FusedLoraLinear) -> torch.Tensor:
+    """[N, in] from `dy` [N, n * out] and what `gradient_of_h` returned for it."""
+    wide = with_gap(dy, dy.shape[1] + g.shape[1])
+    return (dy @ layer.frozen()).addmm_(g, layer.down) if wide is None else wide @ layer.weight_and_down
 
 
 class _FusedContextFunction(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from training.engine.fast.gaps import empty_with_gap
+from training.engine.fast.gaps import empty_with_gap, with_gap
 
 
 @functools.cache
@@ -23,6 +23,16 @@ def _kernels() -> ModuleType | None:
         print(f"Triton kernels: off, training is slower ({error})", flush=True)
         return None
     return kernels
+
+
+@functools.cache
+def _products() -> ModuleType | None:
+    """The Triton kernels that compute a LoRA's products as well, if there are Triton kernels."""
+    if not _kernels():
+        return None
+    import training.engine.fast.triton_products as products
+
+    return products
 
 
 def copier(flat: torch.Tensor, targets: Sequence[tuple[int, torch.Tensor]], scale: float) -> Callable[[], None]:
@@ -63,6 +73,50 @@ def geglu(projected: torch.Tensor, gap: int = 0, gap_of_gradient: int = 0) -> to
         return _Geglu.apply(projected, gap, gap_of_gradient)
     value, gate = projected.chunk(2, dim=-1)
     return value * F.gelu(gate)
+
+
+def takes_products(like: torch.Tensor, *ranks: int) -> bool:
+    """Whether the functions below take LoRAs of these ranks, and the device and dtype of `like`."""
+    return not like.is_cuda or (bool(_products()) and _products().supports(like.dtype, *ranks))
+
+
+def geglu_backward_with_lora(
+    projected: torch.Tensor,
+    d_out: torch.Tensor,
+    h: torch.Tensor,
+    g: torch.Tensor,
+    up_grad: torch.Tensor,
+    down_grad: torch.Tensor,
+    scale: float,
+    gap: int,
+) -> torch.Tensor:
+    """The gradient of `projected` [N, 2 D] from that of out = geglu(projected), `d_out` [N, D]; on a GPU with a gap behind it.
+
+    Adds scale * d_projected^T h to `up_grad` [2 D, r] and g^T out to `down_grad` [s, D], in fp32, with `h` [N, r] and `g` [N, s].
+    """
+    if projected.is_cuda:
+        return _products().geglu_backward_with_lora(projected, d_out, h, g, up_grad, down_grad, scale, gap)
+    with torch.enable_grad():
+        leaf = projected.detach().requires_grad_()
+        out = geglu(leaf)
+    (d_projected,) = torch.autograd.grad(out, leaf, d_out)
+    up_grad += scale * d_projected.to(up_grad.dtype).T @ h.to(up_grad.dtype)
+    down_grad += g.to(up_grad.dtype).T @ out.detach().to(up_grad.dtype)
+    return d_projected
+
+
+def append_products(
+    parts: Sequence[torch.Tensor], factors: torch.Tensor, *, keeps: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """n `parts` [N, w] and `factors` [n, w, r] -> the parts side by side, [N, n * w], with a gap that holds the product of each
+    part and its factor; and with `keeps` the products [N, n * r] once more, or they would keep the rows in memory."""
+    if factors.is_cuda:
+        return _products().append_products(parts, factors, keeps)
+    n, width, rank = factors.shape
+    out = empty_with_gap(parts[0], n * width, n * rank)
+    products = torch.cat([part @ factor for part, factor in zip(parts, factors, strict=True)], dim=1)
+    with_gap(out, n * (width + rank)).copy_(torch.cat([*parts, products], dim=1))
+    return out, products if keeps else None
 
 
 def group_norm(

@@ -76,6 +76,15 @@ def _geglu_forward(projected, out, width, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def geglu_gradients(value, gate, dy):
+    """The output of a GEGLU, and the gradients of value and gate."""
+    # gelu(g) = g Phi(g), so its slope is Phi(g) + g phi(g); 0.3989... is 1 / sqrt(2 pi), the peak of phi.
+    share = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    slope = share + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+    return value * gate * share, dy * gate * share, dy * value * slope
+
+
+@triton.jit
 def _geglu_backward(projected, d_out, d_projected, width, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -83,11 +92,9 @@ def _geglu_backward(projected, d_out, d_projected, width, stride, BLOCK: tl.cons
     value = tl.load(projected + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(projected + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(d_out + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    # gelu(g) = g Phi(g), so its slope is Phi(g) + g phi(g); 0.3989... is 1 / sqrt(2 pi), the peak of phi.
-    share = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-    slope = share + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
-    tl.store(d_projected + row * stride + columns, dy * gate * share, mask=inside)
-    tl.store(d_projected + row * stride + width + columns, dy * value * slope, mask=inside)
+    _, d_value, d_gate = geglu_gradients(value, gate, dy)
+    tl.store(d_projected + row * stride + columns, d_value, mask=inside)
+    tl.store(d_projected + row * stride + width + columns, d_gate, mask=inside)
 
 
 @triton.jit
@@ -214,26 +221,27 @@ def _add_with_bias(x, y, bias, out, count, channels, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _scale_columns(y, g, bias, rows, width, BIAS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+def _scale_columns(y, multipliers, bias, rows, width, BIAS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     # Tiles, so that no element has to find its column by a division of 64-bit numbers.
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     column = tl.program_id(1) * C + tl.arange(0, C)
     inside = column < width
     here = (row < rows) & inside[None, :]
     offset = row * width + column[None, :]
-    value = tl.load(y + offset, mask=here, other=0.0).to(tl.float32) * tl.load(g + column, mask=inside, other=0.0)[None, :]
+    factor = tl.load(multipliers + column, mask=inside, other=0.0)[None, :]
+    value = tl.load(y + offset, mask=here, other=0.0).to(tl.float32) * factor
     if BIAS:
         value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     tl.store(y + offset, value, mask=here)
 
 
 @triton.jit
-def _scale_columns_backward(dy, y, g, bias, dx, sums, rows, width, stride_of_dy, stride, chunk: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
-    """Per chunk of rows: dx = dy g, and for each column the sum of dy (y - bias)."""
+def _scale_columns_backward(dy, y, multipliers, bias, dx, sums, rows, width, stride_of_dy, stride, chunk: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
+    """Per chunk of rows: dx = dy times the multipliers, and for each column the sum of dy (y - bias)."""
     piece = tl.program_id(0)
     column = tl.program_id(1) * C + tl.arange(0, C)
     inside = column < width
-    factor = tl.load(g + column, mask=inside, other=0.0)[None, :]
+    factor = tl.load(multipliers + column, mask=inside, other=0.0)[None, :]
     total = tl.zeros((C,), tl.float32)
     constant = tl.zeros((C,), tl.float32)
     if BIAS:

@@ -16,9 +16,16 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 
+from training.engine.fast.feed_forward import fused_feed_forward
 from training.engine.fast.lora_conv import LoraConv, frozen_weight, lora_conv
-from training.engine.fast.lora_linear import FusedLoraLinear, fused_lora_context, fused_lora_linear
-from training.engine.fast.ops import add_layer_norm, add_with_bias, geglu, group_norm
+from training.engine.fast.lora_linear import (
+    FusedLoraLinear,
+    columns_beside,
+    fused_lora_context,
+    fused_lora_linear,
+    fused_lora_linears,
+)
+from training.engine.fast.ops import add_layer_norm, add_with_bias, geglu, group_norm, takes_products
 from training.engine.step import recomputed
 from training.method.adapters import CONTEXT, SELF_ATTENTION
 from training.models.int8 import frozen_conv
@@ -88,8 +95,15 @@ def _block(block: BasicTransformerBlock, name: str, layers: Mapping[str, Layer],
         per_head = [part.unflatten(-1, (block.attn1.heads, -1)).transpose(1, 2) for part in (queries, keys, values)]
         return F.scaled_dot_product_attention(*per_head).transpose(1, 2).flatten(2)
 
+    adapted = [groups.get(f"{name}.ff.net.{path}") for path in ("0.proj", "2")]
+    fuses = (
+        all(adapted)
+        and not any(layer.scales for layer in adapted)
+        and takes_products(adapted[0].down, *(len(layer.down) for layer in adapted))
+    )
+
     # Behind the rows that these layers read, and behind their gradients, is a gap for the LoRA's columns.
-    gaps = {path: groups[f"{name}.{path}"].columns if f"{name}.{path}" in groups else 0 for path in (SELF_ATTENTION, *paths)}
+    gaps = {path: columns_beside(groups.get(f"{name}.{path}")) for path in (SELF_ATTENTION, *paths)}
 
     def forward(
         x: torch.Tensor, pending: torch.Tensor | None, keys: torch.Tensor, values: torch.Tensor
@@ -101,11 +115,13 @@ def _block(block: BasicTransformerBlock, name: str, layers: Mapping[str, Layer],
         x, normed = add_layer_norm(x, pending, block.norm1, gaps[SELF_ATTENTION], gaps["ff.net.2"])
         parts = {}
         if qkv:
-            parts = dict(zip(qkv.names, fused_lora_linear(normed, qkv).chunk(len(qkv.names), dim=-1), strict=True))
+            parts = dict(zip(qkv.names, fused_lora_linears(normed, qkv), strict=True))
         attended = attend(*(parts[path] if path in parts else layer(normed) for path, layer in qkv_layers.items()))
         x, normed = add_layer_norm(x, self_out(attended), block.norm2, gaps["attn2.to_q"], gaps["attn1.to_out.0"])
         attended = attend(cross_q(normed), keys, values)
         x, normed = add_layer_norm(x, cross_out(attended), block.norm3, gaps["ff.net.0.proj"], gaps["attn2.to_out.0"])
+        if fuses:
+            return x, fused_feed_forward(normed, *adapted, gaps["ff.net.2"], gaps["ff.net.0.proj"])
         return x, feed_out(geglu(feed_in(normed), gaps["ff.net.2"], gaps["ff.net.0.proj"]))
 
     return forward
