@@ -13,6 +13,7 @@ from training.models.sdxl import Schedule
 from training.plan import make_plan
 
 GIB = 2**30
+CHOICES = "sample_steps", "sample_size", "sample_every_epochs"
 ROOMY = MemoryBudget(8 * GIB, 0, 5 * GIB, GIB, 80 * GIB, 8 * GIB, None)
 
 
@@ -77,6 +78,23 @@ def test_first_steps_then_size_then_rows_are_lowered(planned):
     assert (settings.sample_steps, settings.sample_size) == (12, 768)
     assert [epochs for epochs in range(1, 100) if plan.is_due(epochs - 1, epochs)] == [50]  # the middle is always there
     assert "steps 20 -> 12, size 1024 -> 768, epochs between them 5 -> 50" in plan.announcement
+
+
+def test_short_runs_have_base_middle_and_last_and_say_what_they_cost(planned):
+    """18 images of 768 px with 12 steps take as long as 140 training samples of 1024 px."""
+    plan, settings = planned(65, 20)
+    assert plan.lower_strengths == (0.6, 0.8)
+    plan, settings = planned(40, 20)
+    assert (settings.sample_steps, settings.sample_size, settings.sample_every_epochs) == (12, 768, 10)
+    assert plan.lower_strengths == ()
+    assert "6 prompts x 3 (base model, 2 LoRAs), 768x768, 12 steps: about 18 % of the training time (" in plan.announcement
+    assert "lower strengths 2 -> 0), and 0.2 GiB" in plan.announcement
+    plan, _ = planned(25, 20)
+    assert "about 28 % of the training time (" in plan.announcement
+    assert "strengths 2 -> 0, there are no fewer in a run of so few training samples, unless SAMPLES=false)" in plan.announcement
+    again, _ = planned(40, 20, recorded={"samples": True} | {name: getattr(settings, name) for name in CHOICES})
+    assert again.lower_strengths == ()
+    assert planned(25, 20, sample_every_epochs=10)[0].lower_strengths == (0.6, 0.8)
 
 
 def test_what_is_set_is_not_lowered(planned):

@@ -36,7 +36,8 @@ from training.system.device import Precision
 
 CPU = torch.device("cpu")
 EPSILON = Schedule()
-RUN = {"SAMPLES": "true", "SAMPLE_STEPS": 2, "SAVE_EVERY_EPOCHS": 1, "LORA_TARGETS": "attention", "LEARNING_RATE": 0.01}
+RUN = {"SAMPLES": "true", "SAMPLE_STEPS": 2, "SAMPLE_EVERY_EPOCHS": 1, "SAVE_EVERY_EPOCHS": 1}
+RUN |= {"LORA_TARGETS": "attention", "LEARNING_RATE": 0.01}
 SCORED = RUN | {"FACE_MODEL": "dlib", "PYTHONPATH": Path(__file__).parents[1] / "standin_dlib"}
 
 
