@@ -140,4 +140,4 @@ def test_with_little_memory_there_are_tiles_then_smaller_images_then_none(planne
     assert (with_free(3)[0].tiled, with_free(3)[1]) == (True, 1024)
     plan, _ = with_free(1)
     assert plan.prompts == ()
-    assert plan.announcement.startswith("sample images: none (they need 1.7 GiB besides training, 1.0 GiB are free")
+    assert plan.announcement.startswith("sample images: none (they need 2.2 GiB besides training, 1.0 GiB are free")
