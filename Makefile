@@ -8,7 +8,7 @@
 #              kill programs at many instants and run them again; takes minutes
 # make learn-test
 #              teach a tiny model to draw people, train a LoRA of one whom it has never seen, and measure the likeness; takes
-#              ten minutes or more on two cores
+#              under ten minutes on two cores
 # make face-test
 #              test the recognition of faces on photographs from the package indexes; needs pip and npm
 # make bench   measure the training speed of this machine's NVIDIA GPU
@@ -33,7 +33,7 @@ test: $(VENV)/complete
 	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/complete
-	PYTHONPATH=scripts $(VENV)/bin/python -m benchmarks.train
+	$(VENV)/bin/python -m benchmarks.train
 
 fuzz: $(VENV)/complete
 	$(VENV)/bin/python -m pytest -m fuzz --hypothesis-profile=fuzz -n auto --show-capture=no

@@ -16,7 +16,6 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
-import demo  # noqa: F401  puts scripts/ on the path
 from benchmarks import random_vit
 from captioning.cpu_affinity import decode_workers
 from captioning.image_audit import IndexedImage, index_images

@@ -1,7 +1,8 @@
 """`python -m benchmarks.limits`: what becomes of a run on cards of 6 to 24 GB, tried on a larger card. Needs CUDA.
 
 Another process holds the rest of the card's memory: the run finds as much free as on the small card. It trains, saves and renders
-samples, or is refused. The prediction is what the run (and `--check`) says before it loads anything, the peak what nvidia-smi sees.
+samples, or is refused. The prediction is what the run (and `--check`) says before it loads anything, samples included; the peak is
+what nvidia-smi sees.
 """
 
 import argparse
@@ -12,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.train import Job, attempt, build, machine, peak_of_gpu_memory
+from benchmarks.train import Job, attempt, build, machine, peak_of_gpu_memory, require_gpu
+from common.errors import run_main
 
 LIMITS_GB = (6, 8, 10, 12, 16, 24)
 DEFAULTS = {"gradient_checkpointing": "auto"}
@@ -33,6 +35,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, nargs="*", default=LIMITS_GB, help="sizes of cards in 10^9 bytes")
     parser.add_argument("--only", default="", help="regular expression: only settings with such names")
     options = parser.parse_args()
+    require_gpu()
     build(options.folder)
     print(machine(), "", "| card, GB | settings | exit code | predicted, GiB | peak, GiB | samples | last line |", sep="\n")
     print("|---|---|---|---|---|---|---|", flush=True)
@@ -48,10 +51,11 @@ def tried(folder: Path, limit: float, name: str, settings: dict[str, object]) ->
     job = Job(f"{limit:g} GB, {name}", "one", 2, {"samples": "true", "sample_steps": 4} | settings)
     with peak_of_gpu_memory() as peak:
         code, _, log = attempt(folder, job)
-    predicted = re.search(r"memory: about ([\d.]+)", log)
+    predicted = re.findall(r"memory: about ([\d.]+)|and ([\d.]+) GiB more memory", log)
+    gib = sum(float(number) for numbers in predicted for number in numbers if number)
     samples = len(list((folder / "output" / "samples").rglob("*.png")))
     last = log.splitlines()[-1].partition("s  ")[2]
-    return f"| {limit:g} | {name} | {code} | {predicted[1] if predicted else ''} | {peak[0] / 1024:.2f} | {samples} | {last} |"
+    return f"| {limit:g} | {name} | {code} | {f'{gib:.1f}' if gib else ''} | {peak[0] / 1024:.2f} | {samples} | {last} |"
 
 
 @contextmanager
@@ -65,4 +69,4 @@ def card_of(limit_gb: float) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main("benchmarks.limits", main))

@@ -1,7 +1,8 @@
 """`python -m benchmarks.report`: how long the report page takes on one core, and how large it is. CPU only.
 
 Builds the files that the stages leave for a data set and a run: images that the demo draws, and figures that are made up. The
-page is written three times: the first time, again with nothing changed, and with one more row of sample images.
+page is written four times: the first time, again with nothing changed, with one more row of sample images, and for the first time
+after the stages, which leave the thumbnails of the images that they decode.
 """
 
 import argparse
@@ -16,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-import demo  # noqa: F401  puts scripts/ on the path
-from common.dataset_layout import DatasetFolder
+from common.dataset_layout import DatasetFolder, select_images
 from common.files import write_json
+from common.images import open_rgb
 from common.output_layout import OutputLayout
+from common.thumbnails import SAMPLE_PX, Thumbnails
 from demo.standin_comfyui.images import scene
 
 REPORT = Path(__file__).parents[1] / "scripts" / "report.py"
@@ -73,7 +75,9 @@ def build_run(outputs: OutputLayout, saves: int, side_px: int, face) -> None:
         loss = 0.11 + 0.05 * np.exp(-step / 200) + random.normal(0, 0.02)
         lines.append({"step": step, "lr": 5e-5 * min(1, (step + 1) / 50), "loss": loss})
         if (step + 1) % STEPS_PER_EPOCH == 0:
-            lines.append({"step": step, "validation_loss": 0.115 + 0.04 * np.exp(-step / 250) + random.normal(0, 0.004)})
+            smoothed = 0.115 + 0.04 * np.exp(-step / 250)
+            losses = {"validation_loss": smoothed + random.normal(0, 0.004), "validation_loss_smoothed": smoothed}
+            lines.append({"step": step, **losses})
     outputs.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     history = {"event": "start", "time": "2026-11-26T09:00:00+00:00", "steps": steps, "device": "NVIDIA GB10 in bfloat16"}
     outputs.history.parent.mkdir(parents=True)
@@ -147,9 +151,19 @@ def main() -> None:
     new = images_of(outputs, "new", 1.0, 0.7, options.side, scene("close portrait", 5, (384, 384)))
     write_json(outputs.samples_record, record | {"rows": [*record["rows"], record["rows"][-1] | new]})
     third = report(options.folder)
+    shutil.rmtree(outputs.thumbnails)
+    dataset = DatasetFolder(options.folder / "dataset")
+    for image in select_images(dataset).images:
+        Thumbnails(dataset.thumbnails).add(image.path, open_rgb(image.path))
+    for path in outputs.samples.glob("*.png"):
+        Thumbnails(outputs.thumbnails).add(path, open_rgb(path), SAMPLE_PX)
+    fourth = report(options.folder)
     size = outputs.report.stat().st_size / 1e6
     print(f"{options.images} images, {options.saves} saves of {len(SAMPLE_PROMPTS)} sample images, {options.side} px, one core")
-    print(f"first page {first:.1f} s, unchanged {second:.1f} s, with one more row {third:.1f} s; {size:.1f} MB; {outputs.report}")
+    print(
+        f"first page {first:.1f} s, unchanged {second:.1f} s, with one more row {third:.1f} s; "
+        f"first page after the stages {fourth:.1f} s; {size:.1f} MB; {outputs.report}"
+    )
 
 
 if __name__ == "__main__":

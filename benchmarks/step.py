@@ -4,6 +4,7 @@ file."""
 
 import argparse
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.traffic import operations_of
+from common.errors import run_main
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
 from training.engine import EngineName, prepare_unet
@@ -175,4 +177,4 @@ def families(step: TrainStep, batch: Batch) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main("benchmarks.step", main))

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from common.errors import run_main
 from common.project import ProjectSettings
 from common.settings import REPOSITORY, all_keys
 from demo import tiny_sdxl
@@ -52,8 +53,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/loracat-benchmark"), help="working folder (15 GB)")
     parser.add_argument("--only", default="", help="regular expression: run only measurements whose names match")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("this benchmark needs an NVIDIA GPU")
+    require_gpu()
     build(options.folder)
     rate, imports = matmul_tflops(), seconds_of_imports()
     print(
@@ -95,11 +95,17 @@ MEASUREMENTS = (
 """Name, images, batch size, further settings. Gradient checkpointing is off unless stated otherwise."""
 
 
+def require_gpu() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs an NVIDIA GPU")
+
+
 def build(folder: Path) -> None:
     """Build the base model and the two data sets, unless they exist."""
     if (folder / "complete").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     started = time.monotonic()
     tiny_sdxl.build(folder / "models" / "random-sdxl", size=tiny_sdxl.FULL, device="cuda")
     torch.cuda.empty_cache()
@@ -268,4 +274,4 @@ def delete_compiled_kernels() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main("benchmarks.train", main))

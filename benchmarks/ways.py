@@ -5,6 +5,7 @@ import argparse
 import copy
 import functools
 import re
+import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from benchmarks.step import default_loss, random_batch
+from benchmarks.train import require_gpu
+from common.errors import run_main
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import PRIOR_EVERY, Batch
 from training.engine import choose_engine, prepare_unet, recompute_text_encoders
@@ -80,8 +83,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regular expression: measure only these ways, and the defaults")
     parser.add_argument("--latents", type=int, default=128, help="height and width; 128 is 1024 px")
     options = parser.parse_args()
-    precision = choose_precision("bf16")
     base = find_base(str(options.model), options.model.parent)
+    require_gpu()
+    precision = choose_precision("bf16")
     load = functools.cache(lambda in_int8: load_unet(base, torch.device("cpu"), precision.dtype, in_int8=in_int8))
     print("| way | engine | step, ms | of the defaults' | torch reserved, GiB |\n|---|---|---|---|---|", flush=True)
     first = None
@@ -143,4 +147,4 @@ def timed(step: TrainStep, batch: Batch, way: Way) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main("benchmarks.ways", main))

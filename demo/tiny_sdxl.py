@@ -27,6 +27,9 @@ class Size:
 
     unet: tuple[int, int, int] = (32, 64, 32)
     heads: tuple[int, int, int] = (1, 1, 1)
+    groups: int = 32
+    """Of channels, in the norms of UNet and VAE. SDXL's have 4 channels and more each: a norm of one channel removes what is the
+    same everywhere in it, such as what the UNet adds for the timestep and the pooled text."""
     time_ids: int = 8
     """Channels for each number of the size conditioning."""
     vae: tuple[int, int, int, int] = (32, 32, 32, 32)
@@ -112,6 +115,7 @@ def networks(size: Size, words: int = 0) -> dict[str, torch.nn.Module]:
             block_out_channels=size.unet,
             transformer_layers_per_block=(1, 2, 10),
             attention_head_dim=size.heads,
+            norm_num_groups=size.groups,
             cross_attention_dim=size.clip_l[0] + size.clip_g[0],
             use_linear_projection=True,
             addition_embed_type="text_time",
@@ -123,7 +127,7 @@ def networks(size: Size, words: int = 0) -> dict[str, torch.nn.Module]:
             up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=size.vae,
             layers_per_block=2,
-            norm_num_groups=min(32, size.vae[0]),
+            norm_num_groups=min(size.groups, size.vae[0]),
             latent_channels=4,
             scaling_factor=0.13025,
         )

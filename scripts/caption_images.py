@@ -15,7 +15,7 @@ if __name__ == "__main__":  # Ctrl-C while libraries are imported ends the progr
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,12 @@ from captioning.prompt_captions import PromptRules, prompt_caption, read_prompts
 from captioning.report import STAGE, CaptionCounts
 from captioning.tag_cache import tag_images
 from captioning.tag_selection import TagSelector, appended_tags, published_threshold
-from captioning.traits import prune_common_traits
+from captioning.traits import earlier_share, prune_common_traits
 from common.captions import UnusableCaptionError, ordinary_trigger, tagger_vocabulary
 from common.clip_tokens import find_clip_tokens, find_vocabulary
 from common.dataset_layout import CAPTION_SUFFIX, DatasetFolder, ImageFile, caption_owners, name_in
 from common.errors import DataError, SettingsError, abbreviated, run_main, stop_on_signals
-from common.files import locked, write_json
+from common.files import locked, parse_json, read_file, write_json
 from common.project import FaceReferences, ProjectSettings, SharedTrainSettings, face_references
 from common.settings import read_request
 from common.triggers import foreign_triggers
@@ -277,11 +277,14 @@ def caption_tags(
     concepts: dict[str, dict[Path, np.ndarray]] = {}
     for path, of_image in probabilities.items():
         concepts.setdefault(captions.trigger_of(path), {})[path] = of_image
-    prunings = {}
+    prunings, setting, earlier = {}, settings.caption_prune_traits, None
+    if setting == "auto":
+        with suppress(OSError, ValueError):  # there is none, or it is damaged
+            earlier = earlier_share(parse_json(read_file(folder.traits)))
     for trigger, of_concept in concepts.items():
         selected = [selector.select(of_image) for of_image in of_concept.values()]
-        prunings[trigger] = prune_common_traits(tags, selected, settings.caption_prune_traits)
-    write_json(folder.traits, report.traits_record(selector, prunings))
+        prunings[trigger] = prune_common_traits(tags, selected, setting if earlier is None else earlier)
+    write_json(folder.traits, report.traits_record(selector, prunings, setting if earlier is None else None))
     print(report.selection_notes(selector, prunings), end="", flush=True)
     pruned = {path: prunings[trigger].pruned for trigger, of_concept in concepts.items() for path in of_concept}
     return {path: selector.caption_tags(of_image, pruned[path]) for path, of_image in probabilities.items()}

@@ -11,11 +11,13 @@ from benchmarks.world.people import (
     FRAMINGS,
     SHOWN_FROM,
     SIMPLE,
+    SIMPLE_TRAITS,
     TRAITS,
     Identity,
     identity_vector,
     random_identity,
     random_shot,
+    simple_identity,
     simple_shot,
     tags,
     visible_traits,
@@ -86,6 +88,13 @@ def test_simple_shots_differ_only_in_what_is_simple(generator):
         assert {getattr(shot, part) for shot in shots} == set(values)
     assert {shot.tilt for shot in shots} == {0.0}
     assert simple_shot(generator, background="city", tilt=3.0).background == "city"
+
+
+def test_simple_people_differ_only_in_simple_traits(generator):
+    people = np.array([simple_identity(generator).traits for _ in range(50)])
+    differing = {trait for trait, spread in zip(TRAITS, np.ptp(people, axis=0), strict=True) if spread > 0.8}
+    assert differing == set(SIMPLE_TRAITS)
+    assert set(people[:, [trait not in SIMPLE_TRAITS for trait in TRAITS]].ravel()) == {0.5}
 
 
 @pytest.mark.parametrize(

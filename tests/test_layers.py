@@ -120,6 +120,7 @@ TRAINING_LAYERS = (
     ("training.plan", "training.engine"),
     ("training.memory_budget", "training.loop", "training.initial_lora"),
     ("training.callbacks",),
+    ("training.run",),
     ("training.job",),
     ("training.lora_metadata",),
     ("training.results", "training.measurement"),

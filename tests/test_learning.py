@@ -1,6 +1,8 @@
 """The proof on a CPU, in minutes: a tiny model of the drawn world learns a person whom it has never seen, with the default recipe.
 
-`make learn-test` runs it; the model is pre-trained first.
+`make learn-test` runs it. The model is pre-trained first: people of the tiny world differ in seven traits, of which samples show
+skin, and length, volume, fringe, lightness and warmth of the hair. Then the product's own stages caption 20 images of a new person
+and train a LoRA. All steps are counted and seeded, so that another run has the same figures on the same kind of machine.
 """
 
 import subprocess
@@ -30,14 +32,15 @@ pytestmark = [pytest.mark.learn, pytest.mark.timeout(3600)]
 IMAGES, HELD_OUT = 20, 8
 ARM = Arm("learn-test", {"LEARNING_RATE": 1e-3}, images=IMAGES, samples=1600, saves=1)
 """The model is a thousandth of SDXL and its layers are narrow, so that a step has to be larger."""
-LOSS_FALLS, LIKENESS_MOVES = 0.15, 0.1
-"""At least: the share of the loss on held-out images, and of the way from the base model's people to the drawn person. So short a
-pre-training draws everybody alike, and 400 steps of a LoRA have moved such a model 16 to 28 % of the way."""
+PERSON = 10
+"""One who is far from the average: dark skin and long black hair."""
+LOSS_FALLS, LIKENESS_MOVES = 0.2, 0.5
+"""At least: the share of the loss on held-out images, and of the way from the base model's people to the drawn person."""
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A tiny world, pre-trained in five minutes on two cores."""
+    """A tiny world, pre-trained in minutes on two cores."""
     folder = tmp_path_factory.mktemp("learning") / "world"
     command = [sys.executable, "-m", "benchmarks.world.pretrain", folder, "--size", "tiny", "--processes", "2"]
     subprocess.run(command, cwd=REPOSITORY, check=True)
@@ -47,7 +50,7 @@ def world(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(world, tmp_path_factory) -> tuple[Run, Artist]:
     """A run of the product on a data set that the product has captioned, and what renders its LoRA."""
-    run = Run(ARM, 0, 0, World(world, tmp_path_factory.mktemp("learning-work")))
+    run = Run(ARM, PERSON, 0, World(world, tmp_path_factory.mktemp("learning-work")))
     run.world.write_models()
     run.prepare()
     command = [sys.executable, REPOSITORY / "scripts" / "train_lora.py"]

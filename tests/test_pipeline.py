@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import re
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -10,6 +12,7 @@ from dataclasses import make_dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from collecting.jobs import parse_entries
@@ -237,3 +240,32 @@ def test_demo_does_not_empty_a_folder_that_it_did_not_create(tmp_path):
 @pytest.mark.parametrize("name", ["caption", "collect", "report", "step", "train"])
 def test_benchmarks_use_names_that_exist(name):
     assert callable(importlib.import_module(f"benchmarks.{name}").main)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["step", "/tmp/gone/sdxl"], 5, "benchmarks.step: base model '/tmp/gone/sdxl' is neither in "),
+        (["ways", "/tmp/gone/sdxl"], 5, "benchmarks.ways: base model '/tmp/gone/sdxl' is neither in "),
+        (["sample", "/tmp/gone/sdxl"], 5, "benchmarks.sample: base model '/tmp/gone/sdxl' is neither in "),
+        (["limits"], "this benchmark needs an NVIDIA GPU", ""),
+    ],
+)
+def test_a_benchmark_without_model_or_gpu_ends_with_a_message(capsys, monkeypatch, arguments, code, message):
+    if arguments == ["limits"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"benchmarks.{arguments[0]}", run_name="__main__")
+    assert ended.value.code == code
+    output = capsys.readouterr()
+    assert output.err.startswith(message)
+    assert "Traceback" not in output.err
+
+
+def test_benchmarks_find_the_programs_whatever_the_environment_holds():
+    """Without PYTHONPATH, as the docs call them."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", "import benchmarks, common.errors, training.config"]
+    assert subprocess.run(command, cwd=REPOSITORY, env=clean).returncode == 0

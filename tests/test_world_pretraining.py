@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,25 +10,48 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.world.beginnings import average_words, initialise, pass_colours, pass_noise, shallow
 from benchmarks.world.dataset import CaptionTokens
 from benchmarks.world.learning import Rates
 from benchmarks.world.people import ALL_TAGS, GROUPS, TRAITS, random_identity, random_shot, tags
 from benchmarks.world.pretrain import NETWORKS, TINY_WORLD, Length, continue_from, join, merges_of, pretrain, write_parts
 from benchmarks.world.reader import Reader, attribute_accuracy, built, identity_error, spoiled, tag_targets, train_reader
 from demo import tiny_sdxl
+from training.data.captions import encode_captions
 from training.models.base_model import find_base
 from training.models.sdxl import WEIGHT_STEMS
-from training.models.weights import load_tokenizers
+from training.models.weights import load_text_encoders, load_tokenizers, load_unet, load_vae
 
 CPU = torch.device("cpu")
-SHORT = Length(images=8, reader_s=0.1, vae_s=0.1, unet_s=0.1, samples=4, steps=1)
+SHORT = Length(images=32, reader_s=0.1, vae_s=0.1, unet_s=0.1, samples=4, steps=1)
 SMALL_BATCHES = Rates(reader_batch=4, vae_batch=2, batch=2)
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
+def base(tmp_path_factory):
+    """The networks of the tiny world, with random weights."""
     folder = tiny_sdxl.build(tmp_path_factory.mktemp("world"), size=TINY_WORLD.size, merges=merges_of(ALL_TAGS))
-    return load_tokenizers(find_base(str(folder), folder.parent), folder.parent)
+    return find_base(str(folder), folder.parent)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(base, tmp_path_factory):
+    return load_tokenizers(base, tmp_path_factory.mktemp("tokenizers"))
+
+
+@pytest.fixture
+def unet(base):
+    unet = load_unet(base, CPU, torch.float32)
+    initialise(unet)
+    return unet.requires_grad_(False)
+
+
+def predicted(unet, noisy: torch.Tensor, timestep: int, seed: int = 0) -> torch.Tensor:
+    """With random embeddings of a caption."""
+    count, generator = len(noisy), torch.Generator().manual_seed(seed)
+    added = {"text_embeds": torch.randn(count, 32, generator=generator), "time_ids": torch.full((count, 6), 64.0)}
+    hidden = torch.randn(count, 77, 64, generator=generator)
+    return unet(noisy, torch.full((count,), timestep), hidden, added_cond_kwargs=added, return_dict=False)[0]
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +134,66 @@ def test_every_tag_is_in_one_group():
     assert len(members) == len(set(members)) == len(ALL_TAGS) - 2
 
 
+@torch.no_grad()
+def test_a_vae_that_passes_colours_keeps_them_untrained(base):
+    vae = load_vae(base, CPU)
+    initialise(vae)
+    pass_colours(vae)
+    colours = torch.rand(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = torch.nn.functional.interpolate(colours, size=64, mode="bilinear")
+    latents = vae.encode(images).latent_dist.mean
+    for found, wanted in (
+        (latents[:, :3], torch.nn.functional.avg_pool2d(images, 8)),
+        (vae.decode(latents, return_dict=False)[0], images),
+    ):
+        assert torch.corrcoef(torch.stack([found.flatten(), wanted.flatten()]))[0, 1] > 0.7
+
+
+def test_a_unet_that_passes_noise_predicts_it_untrained(unet):
+    pass_noise(unet)
+    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    seen = torch.stack([predicted(unet, noise, 999).flatten(), noise.flatten()])
+    assert torch.corrcoef(seen)[0, 1] > 0.9
+
+
+def test_the_tiny_unet_knows_the_timestep_and_the_pooled_text(unet):
+    """A norm of single channels would remove both."""
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    early = predicted(unet, noise, 50)
+    for module in unet.modules():
+        if hasattr(module, "transformer_blocks"):  # without cross-attention, the text is in the pooled embeddings alone
+            module.forward = lambda hidden, *_, **__: (hidden,)
+    assert (predicted(unet, noise, 950) - predicted(unet, noise, 50)).abs().max() > 1e-2 * early.abs().max()
+    assert (predicted(unet, noise, 50, seed=1) - predicted(unet, noise, 50)).abs().max() > 1e-2 * early.abs().max()
+
+
+def test_a_shallow_unet_is_the_whole_one(unet):
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    names = unet.state_dict().keys()
+    with shallow(unet):
+        assert len(unet.state_dict()) < len(names) / 2
+        inside = predicted(unet, noise, 500)
+    assert unet.state_dict().keys() == names
+    assert torch.allclose(predicted(unet, noise, 500), inside, atol=1e-5)
+
+
+def test_encoders_that_average_know_which_words_there_are_in_any_order(base, tokenizers):
+    encoders = load_text_encoders(base, CPU, torch.float32)
+    for encoder in encoders:
+        initialise(encoder)
+    average_words(encoders)
+    texts = ["red hair, smile, field", "field, smile, red hair", "red hair, frown, field"]
+    pooled = encode_captions(texts, tokenizers, encoders, chunks=1)[1]
+    assert (pooled[0] - pooled[1]).norm() < 0.5 * (pooled[0] - pooled[2]).norm()
+
+
 def test_a_reader_learns_the_images_it_is_shown():
     generator = np.random.default_rng(1)
     people = [random_identity(generator) for _ in range(2)]
     shots = [random_shot(generator, framing="portrait", expression=expression) for expression in ("smile", "frown")]
     images = torch.stack([torch.full((3, 32, 32), 40), torch.full((3, 32, 32), 200)]).byte()
     found = [tags(person, shot) for person, shot in zip(people, shots, strict=True)]
-    reader = train_reader(images, found, people, 4, CPU, rate=3e-3, widths=(8, 8, 16, 16))
+    reader = train_reader(images, found, people, 0, CPU, steps=150, rate=3e-3, widths=(8, 8, 16, 16))
     assert attribute_accuracy(found, reader.tags(images), complete=True)["overall"] > 0.9
 
 
@@ -191,7 +268,8 @@ def test_parts_are_joined_to_the_same_model(trained, tmp_path, monkeypatch):
 def test_a_stage_goes_on_from_what_is_in_the_folder(trained, tmp_path):
     continue_from(trained, tmp_path)
     file = Path("unet") / f"{WEIGHT_STEMS['unet']}.safetensors"
-    pretrain(tmp_path, SHORT, TINY_WORLD, rates=Rates(batch=2, unet_rate=1e-9), stages=("unet",))
+    figures = pretrain(tmp_path, replace(SHORT, unet_steps=3), TINY_WORLD, rates=Rates(batch=2, unet_rate=1e-9), stages=("unet",))
+    assert figures["unet"]["steps"] == 3
     before, after = load_file(trained / file), load_file(tmp_path / file)
     assert all(torch.allclose(value.float(), after[key].float(), atol=1e-4) for key, value in before.items())
     assert (tmp_path / "samples.png").is_file()

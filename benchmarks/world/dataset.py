@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from benchmarks.world.drawing import draw
-from benchmarks.world.people import ALL_TAGS, Identity, Shot, random_identity, random_shot, tags
+from benchmarks.world.people import ALL_TAGS, Identity, random_identity, random_shot, simple_identity, simple_shot, tags
 
 TAG_DROPOUT, HEAVY_SHARE, CAPTION_DROPOUT, NAME_SHARE = 0.05, 0.4, 0.1, 0.3
 """Shares: of the tags that a caption leaves out, of captions that leave out many more, of captions that are empty, and of captions
@@ -35,7 +34,7 @@ class Drawn:
     captions: list[list[str]]
 
 
-def drawn(count: int, px: int, file: Path, seed: int, shot_of: Callable[..., Shot] = random_shot) -> Drawn:
+def drawn(count: int, px: int, file: Path, seed: int, is_simple: bool = False) -> Drawn:
     """`count` images of as many people, other ones for each seed; drawn by all CPU cores into `file` unless it exists.
 
     The people and tags are in a file next to it.
@@ -47,7 +46,7 @@ def drawn(count: int, px: int, file: Path, seed: int, shot_of: Callable[..., Sho
         chunks = [range(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
         workers = min(os.cpu_count() or 1, len(chunks))
         with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-            subjects = chain.from_iterable(pool.map(partial(_draw_into, unfinished, seed, px, shot_of), chunks))
+            subjects = chain.from_iterable(pool.map(partial(_draw_into, unfinished, seed, px, is_simple), chunks))
             people, captions = zip(*subjects, strict=True)
         file.with_suffix(".json").write_text(json.dumps([people, captions]), "utf-8")
         unfinished.replace(file)
@@ -55,12 +54,13 @@ def drawn(count: int, px: int, file: Path, seed: int, shot_of: Callable[..., Sho
     return Drawn(torch.from_numpy(np.load(file, mmap_mode="c")), [Identity(tuple(traits)) for traits in people], captions)
 
 
-def _draw_into(file: Path, seed: int, px: int, shot_of: Callable[..., Shot], numbers: range) -> list[tuple]:
+def _draw_into(file: Path, seed: int, px: int, is_simple: bool, numbers: range) -> list[tuple]:
     images = np.lib.format.open_memmap(file, "r+")
+    identity_of, shot_of = (simple_identity, simple_shot) if is_simple else (random_identity, random_shot)
     found = []
     for number in numbers:
         generator = np.random.default_rng((seed, number))
-        person, shot = random_identity(generator), shot_of(generator)
+        person, shot = identity_of(generator), shot_of(generator)
         images[number] = np.asarray(draw(person, shot, px)).transpose(2, 0, 1)
         found.append((person.traits, tags(person, shot)))
     return found

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from benchmarks.world.dataset import CaptionTokens, Drawn
 from benchmarks.world.drawing import HEADS
 from benchmarks.world.people import FRAMINGS
-from benchmarks.world.reader import Reader
+from benchmarks.world.reader import Reader, progress
 from training.engine.step import CudaGraphs
 from training.method.diffusion import alphas_cumprod, noised
 from training.models.sdxl import Schedule
@@ -19,8 +19,6 @@ from training.system.process_group import ProcessGroup
 
 HEAD_WEIGHT = 6.0
 """Of the pixels of a head in the VAE's loss; others have 1. People differ there, in few pixels."""
-READER_WEIGHT = 1.5
-"""Of the difference that the reader sees, a share, next to errors of pixels (-1 .. 1)."""
 ORIGINAL_SIDES = (128, 256, 384, 512)
 """What the size conditioning may say of the files."""
 
@@ -33,25 +31,13 @@ class Rates:
     reader_batch: int = 256
     vae_rate: float = 1.5e-3
     vae_batch: int = 16
+    reader_weight: float = 1.5
+    """Of the difference that the reader sees in the VAE's reconstructions, a share, next to errors of pixels (-1 .. 1)."""
     unet_rate: float = 2e-3
     batch: int = 256
     gamma: float = 5.0
     """Of the min-SNR weighting; 0: none."""
     seed: int = 0
-
-
-def initialise(network: torch.nn.Module) -> None:
-    """Give `network` the weights with which such networks begin."""
-    torch.manual_seed(0)
-    for module in network.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    with torch.no_grad():
-        for name, weight in network.named_parameters():
-            if "embedding" in name and weight.dim() == 2 and "time" not in name and "add_embedding" not in name:
-                weight.normal_(0, 0.02)
-            elif name.endswith(("conv_out.weight", "conv2.weight", "to_out.0.weight", "ff.net.2.weight", "proj_out.weight")):
-                weight.mul_(0.2)  # residual branches begin small
 
 
 def train_vae(
@@ -62,6 +48,7 @@ def train_vae(
     rates: Rates,
     device: torch.device,
     group: ProcessGroup,
+    steps: int = 0,
 ) -> dict:
     """Errors of pixels, of their differences and of what a reader sees; a slight pull of the latents to a normal distribution.
 
@@ -82,15 +69,15 @@ def train_vae(
         error = (weight * (wrong.abs() + 4 * wrong.square())).mean()
         for dim, inner in ((2, weight[..., 1:, :]), (3, weight[..., 1:])):
             error = error + 2 * (inner * wrong.diff(dim=dim).abs()).mean()
-        if reader:
-            error = error + READER_WEIGHT * _perceived_difference(reader, wanted, answer)
+        if reader and rates.reader_weight:
+            error = error + rates.reader_weight * _perceived_difference(reader, wanted, answer)
         return error + 3e-7 * posterior.kl().float().mean()
 
     def batch() -> list[torch.Tensor]:
         chosen = torch.randint(len(images), (rates.vae_batch,), device=device)
         return [images[chosen], torch.randn(rates.vae_batch, *latent, device=device), framings[chosen]]
 
-    return optimize("VAE", [vae], loss_of, batch, seconds, rates.vae_rate, rates.seed, device, group)
+    return optimize("VAE", [vae], loss_of, batch, progress(seconds, steps), rates.vae_rate, rates.seed, device, group)
 
 
 def _perceived_difference(reader: Reader, wanted: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
@@ -125,6 +112,7 @@ def train_unet(
     seconds: float,
     rates: Rates,
     group: ProcessGroup,
+    steps: int = 0,
 ) -> dict:
     """The usual objective, the squared error of the predicted noise at uniform timesteps, of a UNet and two text encoders."""
     unet, *encoders = networks
@@ -154,7 +142,8 @@ def train_unet(
         noise = torch.randn(rates.batch, *latents.shape[1:], device=device)
         return [latents[chosen], noise, timesteps, *captions.draw(chosen), size]
 
-    return optimize("UNet and text encoders", networks, loss_of, batch, seconds, rates.unet_rate, rates.seed, device, group)
+    done = progress(seconds, steps)
+    return optimize("UNet and text encoders", networks, loss_of, batch, done, rates.unet_rate, rates.seed, device, group)
 
 
 def optimize(
@@ -162,13 +151,13 @@ def optimize(
     networks: Sequence[torch.nn.Module],
     loss_of: Callable[..., torch.Tensor],
     batch: Callable[[], list[torch.Tensor]],
-    seconds: float,
+    done: Callable[[int], float],
     rate: float,
     seed: int,
     device: torch.device,
     group: ProcessGroup,
 ) -> dict:
-    """Train for `seconds` with AdamW and a rate that rises and falls; every process has a batch of its own in each step."""
+    """Train until all is `done` with AdamW and a rate that rises and falls; every process has a batch of its own in each step."""
     torch.manual_seed(seed * 1000 + group.rank)
     weights = [weight for network in networks for weight in network.parameters()]
     group.broadcast(weight.data for weight in weights)
@@ -200,7 +189,7 @@ def optimize(
     started = reported = time.monotonic()
     count, total, losses = 0, torch.zeros((), device=device), []
     with torch.enable_grad():
-        while (share := group.all_reduce_max(int(1e6 * (time.monotonic() - started) / seconds)) / 1e6) < 1:
+        while (share := group.all_reduce_max(int(1e6 * done(count))) / 1e6) < 1:
             now.fill_(rate * min(1.0, max((count + 1) / 200, share / 0.04)) * (0.01 + 0.99 * (1 + cos(pi * share)) / 2))
             total += run(*batch())
             count += 1

@@ -108,6 +108,15 @@ def random_identity(generator: np.random.Generator) -> Identity:
     return Identity(tuple(generator.random(len(TRAITS)).tolist()))
 
 
+SIMPLE_TRAITS = ("skin", "hair_length", "hair_volume", "fringe", "hair_lightness", "hair_warmth", "glasses")
+
+
+def simple_identity(generator: np.random.Generator) -> Identity:
+    """Anybody of a simple world: people differ in SIMPLE_TRAITS, and all else is average."""
+    values = zip(TRAITS, random_identity(generator).traits, strict=True)
+    return Identity(tuple(value if trait in SIMPLE_TRAITS else 0.5 for trait, value in values))
+
+
 def random_shot(generator: np.random.Generator, **fixed: str | float) -> Shot:
     """Any shot, with what is `fixed`; half of all in daylight and half looking at the viewer."""
     drawn = {
@@ -129,7 +138,7 @@ SIMPLE = {
     "colour": ("red", "blue", "yellow"),
     "expression": ("smile", "open mouth"),
     "pose": ("arms at sides",),
-    "background": ("white background", "field", "beach"),
+    "background": ("white background", "grey background", "beach"),
     "light": ("day",),
     "framing": ("portrait",),
     "gaze": ("looking at viewer",),

@@ -5,7 +5,7 @@ A small convolutional network, trained on the generator's own images, slightly s
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +98,12 @@ def built(side: int, widths: Sequence[int] = WIDTHS) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(384, len(ALL_TAGS) + len(TRAITS)))
 
 
+def progress(seconds: float, steps: int) -> Callable[[int], float]:
+    """The share of a training that is done after a number of steps: of all `steps`, or of the time if that is 0."""
+    started = time.monotonic()
+    return lambda count: count / steps if steps else (time.monotonic() - started) / seconds
+
+
 def train_reader(
     images: torch.Tensor,
     captions: Sequence[Sequence[str]],
@@ -105,11 +111,12 @@ def train_reader(
     seconds: float,
     device: torch.device,
     *,
+    steps: int = 0,
     rate: float = 2e-3,
     batch: int = 256,
     widths: Sequence[int] = WIDTHS,
 ) -> Reader:
-    """Train a reader for `seconds` on uint8 images [N, 3, side, side] with all their tags and the people in them."""
+    """Train a reader for `seconds`, or `steps` if given, on uint8 images [N, 3, side, side] with all their tags and the people."""
     torch.manual_seed(0)
     is_cuda = device.type == "cuda"
     network = built(images.shape[-1], widths).to(device, memory_format=torch.channels_last)
@@ -118,9 +125,9 @@ def train_reader(
     people = torch.from_numpy(np.stack([identity_vector(each) for each in identities])).to(device)
     seen = torch.from_numpy(np.stack([visible_traits(each) for each in captions])).to(device, torch.float32)
     pixels = images.to(device)
-    started, reported, step = time.monotonic(), time.monotonic(), 0
+    started, reported, step, done = time.monotonic(), time.monotonic(), 0, progress(seconds, steps)
     with torch.enable_grad():
-        while (share := (time.monotonic() - started) / seconds) < 1:
+        while (share := done(step)) < 1:
             chosen = torch.randint(len(pixels), (min(batch, len(pixels)),), device=device)
             inputs = spoiled(normalized(pixels[chosen])).contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=is_cuda):

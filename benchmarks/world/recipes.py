@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 from benchmarks.world import product
-from benchmarks.world.subjects import CLASS_WORD
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ ROUNDS = {
         Arm("twice the rate", rate=2),
         Arm("alpha r/2", {"LORA_ALPHA": 16}),
         Arm("rank 8", {"LORA_RANK": 8}),
-        Arm("pruned traits", captions={"CAPTION_PRUNE_TRAITS": 0.8}),
+        Arm("traits in the captions", captions={"CAPTION_PRUNE_TRAITS": 0}),
     ],
     "second": [
         Arm("no min-SNR, no offset, half the rate, alpha r/2", _PUBLISHED, rate=0.5, wait=1),
@@ -60,7 +59,7 @@ ROUNDS = {
         Arm("prior", {"PRIOR_PRESERVATION": 1}, wait=1),
         Arm("huber", {"LOSS": "huber"}, wait=1),
         Arm("int8 base", {"BASE_QUANTIZATION": "int8"}, wait=1),
-        Arm("pruned traits, class kept", captions={"CAPTION_PRUNE_TRAITS": 0.8, "CAPTION_APPEND": CLASS_WORD}, wait=1),
+        Arm("class word pruned, too", captions={"CAPTION_PRUNE_TRAITS": 0.8}, wait=1),
         Arm("captions from prompts", captions={"CAPTION_SOURCE": "prompt"}, wait=1),
         Arm("10 images", images=10, wait=1),
         Arm("40 images", images=40, wait=1),

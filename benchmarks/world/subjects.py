@@ -22,6 +22,7 @@ from benchmarks.world.people import (
     Shot,
     random_identity,
     random_shot,
+    simple_identity,
     simple_shot,
     tags,
 )
@@ -102,7 +103,7 @@ class Subject:
 def subject(number: int, is_simple: bool = False) -> Subject:
     """The same each time."""
     generator = np.random.default_rng((_SUBJECT, number))
-    identity = random_identity(generator)
+    identity = simple_identity(generator) if is_simple else random_identity(generator)
     trigger = "".join(generator.choice(list(string.ascii_lowercase), 5))
     seen, unseen = {}, {}
     for part, (values, count) in (SIMPLE_UNSEEN if is_simple else UNSEEN).items():

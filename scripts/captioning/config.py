@@ -54,8 +54,8 @@ class CaptionSettings:
     """Tags at the end of every caption."""
     caption_max_tags: int = setting(0, at_least=0)
     """0: no limit."""
-    caption_prune_traits: float = setting(0.0, at_least=0, at_most=1)
-    """Share of the images from which a trait of the person is left out of all captions; 0: off."""
+    caption_prune_traits: float | Literal["auto"] = setting("auto", at_least=0, at_most=1)
+    """Share of the images from which a trait of the person is left out of all captions; 0: off; "auto": see `traits`."""
     caption_overwrite: bool = setting(False)
     """Replace captions that the user wrote, too."""
 

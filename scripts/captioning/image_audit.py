@@ -17,6 +17,7 @@ from common.dataset_layout import CAPTION_SUFFIXES, DatasetFolder, ImageFile, na
 from common.files import read_cached_json, sha256_of, write_cached_json, write_json
 from common.images import BrokenImageError
 from common.progress import ProgressBar
+from common.thumbnails import Thumbnails
 from common.unused_entries import unused_entries
 
 INDEX_FORMAT = 3
@@ -77,8 +78,9 @@ def index_images(folder: DatasetFolder, images: Sequence[ImageFile], workers: in
         known = index.get(name)
         if known is None or not known.sha256 or known.stamp != file_stamp(path):
             changed.append((path, name))
+    thumbnails = Thumbnails(folder.thumbnails)
     with ProgressBar(len(changed), "checking images", "images") as bar:
-        for image in prefetch(lambda item: _index_image(*item), changed, workers):
+        for image in prefetch(lambda item: _index_image(*item, thumbnails), changed, workers):
             index[image.name] = image
             bar.update()
     indexed = {path: index[name] for path, name in names.items()}
@@ -97,11 +99,11 @@ def file_stamp(path: Path) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _index_image(path: Path, name: str) -> IndexedImage:
+def _index_image(path: Path, name: str, thumbnails: Thumbnails) -> IndexedImage:
     stamp, sha256 = (), ""
     try:
         stamp, sha256 = file_stamp(path), sha256_of(path)
-        return IndexedImage(name, stamp, sha256, measure(path))
+        return IndexedImage(name, stamp, sha256, measure(path, thumbnails))
     except OSError as error:
         return IndexedImage(name, stamp, "", None, f"cannot be read: {error.strerror}")
     except BrokenImageError as error:

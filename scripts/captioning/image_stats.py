@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from common.images import read_image
+from common.thumbnails import Thumbnails
 
 GREY_SIDE_PX = 512
 """Images are scaled down to this before they are measured, so that the limits of the audit hold for any size."""
@@ -48,9 +49,11 @@ class ImageStats:
     """See `DecodedImage.revision`."""
 
 
-def measure(path: Path) -> ImageStats:
-    """Decode and measure the image at `path`. Raises BrokenImageError if it cannot be used."""
+def measure(path: Path, thumbnails: Thumbnails | None = None) -> ImageStats:
+    """Decode and measure the image at `path`, and add it to `thumbnails`. Raises BrokenImageError if it cannot be used."""
     decoded = read_image(path)
+    if thumbnails:
+        thumbnails.add(path, decoded.rgb)
     image = decoded.rgb
     grey = image.convert("L")
     grey.thumbnail((GREY_SIDE_PX, GREY_SIDE_PX), Image.Resampling.BOX)

@@ -115,15 +115,16 @@ def selection_notes(selector: TagSelector, prunings: Mapping[str, TraitPruning])
     return "".join(f"{line}\n" for line in lines)
 
 
-def traits_record(selector: TagSelector, prunings: Mapping[str, TraitPruning]) -> dict:
-    """The content of `traits.json`: share of the images by trait; of several trigger words, by each of them."""
+def traits_record(selector: TagSelector, prunings: Mapping[str, TraitPruning], setting: float | str | None) -> dict:
+    """The content of `traits.json`: share of the images by trait; of several trigger words, by each of them. `setting` is what was
+    set; None if an earlier record was followed, and is to be followed again."""
     records = {}
     for trigger, pruning in prunings.items():
         pruned, kept = (
             {selector.texts[index]: round(share, 4) for index, share in shares.items()} for shares in (pruning.pruned, pruning.kept)
         )
-        share = pruning.min_share
-        records[trigger] = {"pictures": pruning.images, "caption_prune_traits": share, "pruned": pruned, "kept": kept}
+        how = {"caption_prune_traits": pruning.min_share} | ({} if setting is None else {"setting": setting})
+        records[trigger] = {"pictures": pruning.images, **how, "pruned": pruned, "kept": kept}
     return {"concepts": records} if len(records) > 1 else next(iter(records.values()), {})
 
 

@@ -10,14 +10,17 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any, Literal
 
 from captioning.captions import Tag, normalized, split_tags
 from captioning.tag_selection import match_tags
 
 SUGGESTED_MIN_SHARE = 0.8
-"""Traits in at least this share of the images are suggested for pruning while caption_prune_traits is off."""
+"""Traits in at least this share of the images are pruned by "auto", and suggested for pruning while it is off."""
 SUGGESTED_MIN_IMAGES = 8
-"""With fewer images, a share is too uncertain for a suggestion."""
+"""With fewer images, a share is too uncertain for a suggestion, and for pruning by itself."""
+CLASS_TAGS = frozenset({"1girl", "1boy", "1other"})
+"""Traits that "auto" keeps: the word for the kind of subject, which sample images and prior preservation need."""
 
 WORDS = {
     "COLOUR": """
@@ -100,10 +103,13 @@ class TraitPruning:
     """Traits worth pruning, while pruning is off."""
 
 
-def prune_common_traits(tags: Sequence[Tag], selected: Sequence[Collection[int]], min_share: float) -> TraitPruning:
-    """Prune the traits that at least `min_share` of the images have; `selected` are the tags (as indices) of each image."""
+def prune_common_traits(tags: Sequence[Tag], selected: Sequence[Collection[int]], setting: float | Literal["auto"]) -> TraitPruning:
+    """Prune the traits that at least a share of the images have; `selected` are the tags (as indices) of each image."""
+    is_auto = setting == "auto"
+    min_share = setting if not is_auto else SUGGESTED_MIN_SHARE if len(selected) >= SUGGESTED_MIN_IMAGES else 0.0
     aspects = find_traits([tag.name for tag in tags])
-    traits = {index for index, tag in enumerate(tags) if normalized(tag.name) in aspects}
+    kept_tags = CLASS_TAGS if is_auto else frozenset()
+    traits = {index for index, tag in enumerate(tags) if normalized(tag.name) in aspects.keys() - kept_tags}
     counts = Counter(index for of_image in selected for index in of_image if index in traits)
     shares = {index: count / len(selected) for index, count in counts.most_common()}
     pruned = {index: share for index, share in shares.items() if min_share and share >= min_share}
@@ -111,6 +117,16 @@ def prune_common_traits(tags: Sequence[Tag], selected: Sequence[Collection[int]]
     may_suggest = not min_share and len(selected) >= SUGGESTED_MIN_IMAGES
     suggested = {index: share for index, share in kept.items() if may_suggest and share >= SUGGESTED_MIN_SHARE}
     return TraitPruning(len(selected), min_share, pruned, kept, suggested)
+
+
+def earlier_share(record: Any) -> float | None:
+    """The share with which an earlier version, which did not have "auto", captioned the data set of this `traits.json`; None if
+    it was captioned later. "auto" keeps to it, so that the captions of a half trained data set stay as they are."""
+    record = record if isinstance(record, dict) else {}
+    concepts = record.get("concepts")
+    of_any = next(iter(concepts.values()), None) if isinstance(concepts, dict) else record
+    share = of_any.get("caption_prune_traits") if isinstance(of_any, dict) and "setting" not in of_any else None
+    return float(share) if type(share) in (int, float) and 0 <= share <= 1 else None
 
 
 def find_traits(names: Collection[str]) -> dict[str, str]:

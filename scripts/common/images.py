@@ -56,6 +56,7 @@ _READERS: dict[str, type[ImageFile.ImageFile]] = {
     "tiff": TiffImagePlugin.TiffImageFile,
     "avif": AvifImagePlugin.AvifImageFile,
 }
+_REDUCIBLE = ("L", "RGB", "RGBA", "CMYK")
 _HEIC_SEQUENCES = (b"msf1", b"hevc", b"hevx", b"hevm", b"hevs")
 _PNG_GREY_FACTORS = {"L;2": 85, "L;4": 17}
 _PHOTOMETRIC, _INTEROPERABILITY_INDEX = 262, 1
@@ -106,12 +107,12 @@ def open_rgb(path: Path) -> Image.Image:
     return read_image(path).rgb
 
 
-def read_image(path: Path, *, scales_down: bool = False) -> DecodedImage:
+def read_image(path: Path, *, scales_down: bool = False, least_px: int = 0) -> DecodedImage:
     """Read and decode the image at `path`. Raises BrokenImageError if it cannot be read; see `decode`."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise BrokenImageError(f"is larger than {MAX_FILE_BYTES >> 20} MiB")
-        return decode(read_file(path), scales_down=scales_down)
+        return decode(read_file(path), scales_down=scales_down, least_px=least_px)
     except OSError as error:
         raise BrokenImageError(f"cannot be read: {error.strerror}") from None
 
@@ -127,8 +128,9 @@ def read_mask(path: Path, image: Path) -> DecodedImage:
     return replace(decoded, alpha=grey if decoded.alpha is None else ImageChops.add(grey, decoded.alpha, offset=-255))
 
 
-def decode(content: bytes, *, scales_down: bool = False) -> DecodedImage:
-    """Decode the image file `content`; `scales_down`: any that has the size of a JPEG which is scaled down, as that is.
+def decode(content: bytes, *, scales_down: bool = False, least_px: int = 0) -> DecodedImage:
+    """Decode the image file `content`; `scales_down`: any that has the size of a JPEG which is scaled down, as that is; `least_px`:
+    to a fraction of its size, where a longest side of so many pixels and half of it is enough.
 
     Of an animation and of a file of several images the first one is taken. Raises BrokenImageError for a file that is not an
     image of one of IMAGE_FORMATS, is damaged, or exceeds the limits above, before memory for its pixels is taken.
@@ -136,7 +138,7 @@ def decode(content: bytes, *, scales_down: bool = False) -> DecodedImage:
     image_format = _format_of(content)
     with _as_broken_image(), _open(content, image_format) as image:
         size = image.width * image.height
-        factor = _limit_size(image, image_format, scales_down=scales_down)
+        factor = _limit_size(image, image_format, scales_down=scales_down, least_px=least_px)
         with _ONE_LARGE_IMAGE if size > _LARGE_PIXELS else nullcontext():
             rgb, alpha, is_revised = _to_rgb(image, image_format, content, factor)
             method = _TRANSPOSITIONS.get(_exif_value(image, ExifTags.Base.Orientation))
@@ -188,9 +190,9 @@ def _open(content: bytes, image_format: str) -> ImageFile.ImageFile:
     return _READERS[image_format](io.BytesIO(content))
 
 
-def _limit_size(image: ImageFile.ImageFile, image_format: str, *, scales_down: bool) -> int:
+def _limit_size(image: ImageFile.ImageFile, image_format: str, *, scales_down: bool, least_px: int) -> int:
     """Refuse what is too large; let a JPEG be decoded at a fraction of its size. The factor by which other formats have to be
-    scaled down, where that `scales_down`."""
+    scaled down, where that `scales_down`, or where fewer pixels are enough."""
     is_scaled = image_format == "jpeg" or scales_down
     limit = MAX_JPEG_PIXELS if is_scaled else MAX_PIXELS
     width, height = image.size
@@ -200,10 +202,12 @@ def _limit_size(image: ImageFile.ImageFile, image_format: str, *, scales_down: b
     fitting = [scale for scale in scales if width * height <= MAX_PIXELS * scale**2 and max(width, height) <= MAX_SIDE_PX * scale]
     if not fitting:
         raise BrokenImageError(f"is longer than {MAX_SIDE_PX:,} pixels")
+    enough = 2 * max(width, height) // (3 * least_px) if least_px else 1
     if image_format != "jpeg":
-        return fitting[0]
-    if fitting[0] > 1:
-        image.draft(None, (max(1, width // fitting[0]), max(1, height // fitting[0])))
+        return max(fitting[0], enough if image.mode in _REDUCIBLE else 1)
+    scale = max(fitting[0], *(scale for scale in (1, 2, 4, 8) if scale <= max(1, enough)))
+    if scale > 1:
+        image.draft(None, (max(1, width // scale), max(1, height // scale)))
     return 1
 
 

@@ -71,6 +71,8 @@ class OutputLayout:
         """Latents of the images without the trigger word, which are compared with the base model's."""
         self.sample_faces = self.cache / "faces.jsonl"
         """The faces that were found in sample images."""
+        self.thumbnails = self.cache / "thumbnails"
+        """Small copies of sample images, for the page."""
         self.report = output_dir / "report.html"
         """The page of the whole project."""
 

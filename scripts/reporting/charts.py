@@ -31,12 +31,6 @@ class Level:
     value: float
 
 
-def trailing_mean(points: Points, count: int = 3) -> list[tuple[float, float]]:
-    """Each value averaged with those before it, over `count` of them."""
-    windows = [points[max(0, end - count) : end] for end in range(1, len(points) + 1)]
-    return [(window[-1][0], sum(y for _, y in window) / len(window)) for window in windows]
-
-
 def smoothed(points: Points, weight: float = 0.95) -> list[tuple[float, float]]:
     """Exponential moving average of the values, without the bias towards the first value (Kingma & Ba 2015, section 3)."""
     average, result = 0.0, []

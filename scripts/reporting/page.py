@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.files import write_bytes
 from common.settings import VERSION, pipeline_command
-from reporting.charts import Curve, Level, line_chart, smoothed, trailing_mean
+from reporting.charts import Curve, Level, line_chart, smoothed
 from reporting.dataset import Dataset
 from reporting.recipe import repeat_command
 from reporting.run import Run
@@ -52,7 +52,7 @@ def _charts(run: Run) -> list[str]:
     curves = [Curve("training loss", loss, "raw"), Curve("smoothed", smoothed(loss), "smooth")]
     if validation:
         curves.append(Curve("validation loss", validation, "raw second dots"))
-        curves.append(Curve("smoothed validation loss", trailing_mean(validation), "second"))
+        curves.append(Curve("smoothed validation loss", run.series("validation_loss_smoothed"), "second"))
     charts = [line_chart("Loss by step", curves)]
     rows = [row for row in samples.rows if row.likeness is not None]
     if rows:
@@ -61,5 +61,6 @@ def _charts(run: Run) -> list[str]:
         points = [(row.step, row.likeness) for row in rows]
         marked = [(row.step, row.likeness) for row in rows if row.is_recommended]
         charts.append(line_chart("Likeness by step", [Curve("likeness", points, "smooth dots")], levels, marked))
-    charts.append(line_chart("Learning rate by step", [Curve("learning rate", run.series("lr"), "smooth")]))
+    rates = [Curve("UNet", run.series("lr"), "smooth"), Curve("text encoders", run.series("text_encoder_lr"), "second")]
+    charts.append(line_chart("Learning rate by step", rates))
     return charts if run.metrics or rows else []

@@ -9,10 +9,8 @@ from typing import Any
 
 from common.captions import asked_subject
 from common.output_layout import OutputLayout
+from common.thumbnails import SAMPLE_PX, Thumbnails
 from reporting.records import Records, as_number, as_object
-from reporting.thumbnails import Thumbnails
-
-SIZE_PX = 320
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def read_samples(outputs: OutputLayout, trigger: str, records: Records, files_li
     record, samples = records.json(outputs.samples_record), Samples()
     if not record:
         return samples
-    with records.reading(outputs.samples_record), Thumbnails(outputs.cache / "thumbnails") as thumbnails:
+    with records.reading(outputs.samples_record), Thumbnails(outputs.thumbnails) as thumbnails:
         prompts = [as_object(prompt) for prompt in record["prompts"]]
         texts = [str(prompt["text"]) for prompt in prompts]
         subjects = [asked_subject(str(prompt.get("kind")), str(prompt["text"]), [trigger]) for prompt in prompts]
@@ -100,7 +98,7 @@ def read_samples(outputs: OutputLayout, trigger: str, records: Records, files_li
         listed = [*record["rows"], *(record.get("strengths") or ())]
         paths = dict.fromkeys(_path(name, outputs) for content in listed for name in content["images"])
         present = [path for path in paths if path.is_file()]
-        thumbnail_of = dict(zip(present, thumbnails.of_all(present, SIZE_PX), strict=True))
+        thumbnail_of = dict(zip(present, thumbnails.of_all(present, SAMPLE_PX), strict=True))
 
         def row(content: Mapping[str, Any], label: str, is_recommended: bool) -> SampleRow:
             images = tuple(_images(content, outputs, thumbnail_of))

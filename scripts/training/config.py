@@ -352,8 +352,7 @@ def unsupported_by_fast_engine(lora: LoraSettings) -> str:
     """Why the fast engine cannot train this adapter; empty if it can."""
     if lora.lora_type != "lora":
         return f"the fast engine does not support LORA_TYPE={lora.lora_type}"
-    unsupported = {"LORA_CONV_RANK": lora.lora_conv_rank, "LORA_DROPOUT": lora.lora_dropout}
-    unsupported |= {"TRAIN_TEXT_ENCODERS": lora.train_text_encoders}
+    unsupported = {"LORA_DROPOUT": lora.lora_dropout, "TRAIN_TEXT_ENCODERS": lora.train_text_encoders}
     found = (f"{name}={str(value).lower()}" for name, value in unsupported.items() if value)
     return next((f"the fast engine does not support {each}" for each in found), "")
 

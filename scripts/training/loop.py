@@ -96,6 +96,8 @@ class RunSchedule:
     saving: SavingSettings
     validation: ValidationSettings
     learning_rate_at: Callable[[int], float]
+    other_rates: Mapping[str, float] = field(default_factory=dict)
+    """Of weights with a learning rate of their own: its name in the metrics, and what multiple of the first rate it is."""
 
     @property
     def remaining(self) -> list[OptimizerStep]:
@@ -206,7 +208,7 @@ def _finish_step(
             "set MIXED_PRECISION=bf16, and start again with FRESH=1"
         )
     progress = progress.after(step.number, None if result.skipped else result.loss)
-    values = {"epoch": step.epoch, "lr": rate}
+    values = {"epoch": step.epoch, "lr": rate} | {name: factor * rate for name, factor in schedule.other_rates.items()}
     if not result.skipped:
         values |= {"loss": result.loss, "loss_average": progress.loss_average, "gradient_norm": result.gradient_norm}
     for callback in callbacks:

@@ -32,9 +32,9 @@ _FAST_BYTES_PER_PIXEL = 5632, 1024
 _PLAIN_BYTES_PER_PIXEL = 9728, 1024
 """The same with PEFT's layers, which keep their inputs in fp32: batch 1 and 2 reserved 16.9 and 26.6 GiB, batch 4 with gradient
 checkpointing 10.7 GiB."""
-_CONV_BYTES_PER_PIXEL, _MASK_BYTES_PER_PIXEL = 640, 1024
-"""What PEFT's convolutions keep besides: their inputs in fp32, 37 feature maps of SDXL; and dropout: a byte for each number of the
-layers' inputs. Computed, not measured."""
+_CONV_BYTES_PER_PIXEL, _MASK_BYTES_PER_PIXEL = {"plain": 640, "fast": 320}, 1024
+"""What adapted convolutions keep besides: their inputs, 37 feature maps of SDXL, in fp32 or bf16; and dropout: a byte for each
+number of the layers' inputs. Computed, not measured."""
 _TEXT_BYTES = 68, 2
 """Activations of a text encoder with PEFT's layers in bf16, for each number of a layer's output: kept, or with gradient
 checkpointing. Computed, not measured: 0.3 GiB for each chunk of SDXL's tokens."""
@@ -106,7 +106,7 @@ def measure_budget(
     workspaces = _GPU_WORKSPACE_BYTES if precision.device.type == "cuda" else _CPU_WORKSPACE_BYTES
     scale = itemsize / 2 * unet.config["block_out_channels"][0] / _SDXL_WIDTH
     kept_px, checkpointed_px = _PLAIN_BYTES_PER_PIXEL if engine == "plain" else _FAST_BYTES_PER_PIXEL
-    kept_px += _CONV_BYTES_PER_PIXEL if settings.lora.lora_conv_rank else 0
+    kept_px += _CONV_BYTES_PER_PIXEL[engine] if settings.lora.lora_conv_rank else 0
     kept_px += _MASK_BYTES_PER_PIXEL if settings.lora.lora_dropout else 0
     placements = placements_of(at_each_resolution(examples, settings.data), settings.data)
     numbers = sum(each.config["hidden_size"] * each.config["num_hidden_layers"] for each in text_encoders)
@@ -133,32 +133,33 @@ def measure_budget(
 
 def resolve_quantization(
     settings: TrainSettings, budget: MemoryBudget, recorded: str | None = None
-) -> tuple[TrainSettings, MemoryBudget]:
+) -> tuple[TrainSettings, MemoryBudget, list[str]]:
     """Replace `base_quantization = "auto"`: 8 bits if not even one image fits without them. `recorded` is the choice of the run
-    that is continued, which is kept. The budget that is returned is that of the choice."""
-    choice = settings.model.base_quantization
+    that is continued, which is kept. The budget that is returned is that of the choice; the line is about it, if there was one."""
+    choice, lines = settings.model.base_quantization, []
     if choice == "auto":
         needed = budget.needed(1, checkpointing=True)
         is_needed = budget.saved_by_int8 > 0 and needed > budget.free
         choice, reason = recorded or ("int8" if is_needed else "none"), "as in the checkpoint"
         if not recorded:
             reason = f"one image needs {needed / GIB:.1f} GiB without it, {budget.free / GIB:.1f} GiB free"
-        print(f"base quantization: {choice} ({reason})", flush=True)
+        lines = [f"base quantization: {choice} ({reason})"]
     if choice == "int8":
         budget = replace(budget, fixed=budget.fixed - budget.saved_by_int8, saved_by_int8=0)
-    return replace(settings, model=replace(settings.model, base_quantization=choice)), budget
+    return replace(settings, model=replace(settings.model, base_quantization=choice)), budget, lines
 
 
 def resolve_batch_size(
     settings: TrainSettings, budget: MemoryBudget, images: int, saved_samples: int | None = None
-) -> TrainSettings:
-    """Replace `train_batch_size = "auto"` with the largest batch, of at most `images`, that fits the budget.
+) -> tuple[TrainSettings, list[str]]:
+    """Replace `train_batch_size = "auto"` with the largest batch, of at most `images`, that fits the budget. The line is about it,
+    if it was replaced.
 
     Gradient checkpointing is assumed where fewer than 4 images fit without it. `saved_samples`: how many samples per step this
     process has in the checkpoint to resume from; the batch must divide them.
     """
     if settings.run.train_batch_size != "auto":
-        return settings
+        return settings, []
 
     def largest(checkpointing: bool) -> int:
         limit = min(saved_samples or images, images)
@@ -170,9 +171,9 @@ def resolve_batch_size(
         batch = largest(checkpointing=True)
     batch = max(1, batch)
     saved = f" and {saved_samples} samples per step of the checkpoint" if saved_samples else ""
-    print(f"batch size: {batch} (auto: the largest for {budget.free / GIB:.1f} GiB, {images} images{saved})", flush=True)
+    line = f"batch size: {batch} (auto: the largest for {budget.free / GIB:.1f} GiB, {images} images{saved})"
     accumulation = saved_samples // batch if saved_samples else settings.run.gradient_accumulation_steps
-    return replace(settings, run=replace(settings.run, train_batch_size=batch, gradient_accumulation_steps=accumulation))
+    return replace(settings, run=replace(settings.run, train_batch_size=batch, gradient_accumulation_steps=accumulation)), [line]
 
 
 def fit_to_memory(settings: TrainSettings, budget: MemoryBudget, advice: str) -> TrainSettings:

@@ -25,7 +25,7 @@ AUTO_MIN_SNR_GAMMA = 5.0
 AUTO_NOISE_OFFSET = 0.0357
 WARMUP_STEPS, GLOBAL_BATCH, WORLD_SIZE, INITIAL_LORA = "steps of warm-up", "global batch", "processes", "initial LoRA"
 """Keys of records that other modules read. Records are kept from version to version, so keys keep their names."""
-TRIGGERS, REGULARIZATION = "trigger words", "regularization images"
+TRIGGERS, REGULARIZATION, BASE_MODEL = "trigger words", "regularization images", "base model"
 PRIOR_CLASS = "class of the prior"
 """Key of the word for the kind of subject, which decides the result where the prior is preserved, and only there."""
 DECODER, _FIRST_DECODER = "decoder", "version 1.0's"
@@ -36,7 +36,7 @@ _SHOWN = {
     "pictures": "number of images",
     "data set": "images, captions or repeats",
     "held-out pictures": "images held out for validation",
-    "base model": "weights of the base model",
+    BASE_MODEL: "weights of the base model",
     INITIAL_LORA: "LoRA to begin from (INIT_LORA)",
     WARMUP_STEPS: "warm-up steps",
     DECODER: "image decoder, and latents with it",
@@ -262,13 +262,13 @@ def placements_of(examples: Sequence[Example], data: DataSettings) -> list[Place
 
 
 def result_fingerprint(
-    plan: Plan, train: TrainSettings, trigger_word: str, base_digests: Sequence[str], initial_lora: str | None = None
+    plan: Plan, train: TrainSettings, trigger_word: str, base_model: str, initial_lora: str | None = None
 ) -> dict[str, Any]:
     """Everything that decides the result of a run, by name, as JSON values: runs with equal fingerprints are the same run.
 
     `train` has every "auto" resolved. A setting that is newer than the first version is left out where it has the value that
-    older versions used (`before`), so that a new setting changes no fingerprint. `initial_lora` is the digest of the LoRA to begin
-    from.
+    older versions used (`before`), so that a new setting changes no fingerprint. `base_model` is a digest of its components and
+    tokenizers, `initial_lora` that of the LoRA to begin from.
     """
     only = {train.data.resolution}
     if plan.triggers and trigger_word not in plan.triggers:
@@ -295,7 +295,7 @@ def result_fingerprint(
     return {
         **settings,
         **asdict(plan.schedule),
-        "base model": short_hash(list(base_digests)),
+        BASE_MODEL: base_model,
         "data set": short_hash(trained),
         "pictures": len(plan.images),  # the keys are part of every fingerprint: never rename one
         "held-out pictures": short_hash(held_out),
@@ -345,7 +345,7 @@ def changes(recorded: Mapping[str, Any], now: Mapping[str, Any], train: type = T
         old, new = (values.get(name, metadata["before"]) for values in (recorded, now))
         if old == new:
             continue
-        if name in ("data set", "held-out pictures", "base model", REGULARIZATION, INITIAL_LORA):  # hashes
+        if name in ("data set", "held-out pictures", BASE_MODEL, REGULARIZATION, INITIAL_LORA):  # hashes
             found[name] = f"{_SHOWN.get(name, name)}: changed"
         else:
             shown = ["not recorded" if value is MISSING else value for value in (old, new)]

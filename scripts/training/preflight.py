@@ -19,8 +19,7 @@ from training.data.dataset import read_images, require_all_images
 from training.data.examples import Example
 from training.engine import choose_engine
 from training.initial_lora import initial_digest, matching_layers
-from training.job import with_class_of_prior
-from training.memory_budget import fit_to_memory, measure_budget, resolve_batch_size, resolve_quantization
+from training.memory_budget import fit_to_memory
 from training.method.layers import adapted_layers, shapes_of_base
 from training.method.optimizers import require_usable
 from training.models.base_model import (
@@ -30,11 +29,13 @@ from training.models.base_model import (
     known_digest,
     remembered_prediction,
     require_tokenizers_on_hub,
+    tokenizers_digest,
 )
 from training.models.family import family_of
 from training.models.sdxl import BaseModel, Schedule
 from training.models.weights import load_tokenizers, require_matching_weights
-from training.plan import INITIAL_LORA, make_plan
+from training.plan import INITIAL_LORA
+from training.run import Machines, find_run, outputs_of
 from training.system.device import GIB, available_bytes, choose_precision
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -92,7 +93,7 @@ def check(project: ProjectSettings, settings: TrainSettings, *, inputs_pending: 
         unusable.append(left_out)
         if not found:
             return f"images: {len(examples)} with captions in {project.dataset_dir}"
-        return describe_run(found[0], examples, settings, project.trigger_word, schedule_of(found[0])[0])
+        return describe_run(project, settings, found[0], examples)
 
     checks = [check_processor, check_memory, lambda: check_disk_space(project.output_dir), lambda: check_method(settings)]
     checks += [check_base_model, check_layers, lambda: check_initial_lora(project, settings, found), check_run]
@@ -104,7 +105,7 @@ def check_initial_lora(project: ProjectSettings, settings: TrainSettings, bases:
     """Whether a new run can begin from the file INIT_LORA on the base model in `bases`, if there is one."""
     if settings.lora.init_lora is None:
         return "begins from: a new LoRA"
-    outputs = OutputLayout(project.output_dir, settings.saving.output_name or project.trigger_word)
+    outputs = outputs_of(project, settings)
     saved = None if settings.saving.fresh else newest(outputs.state)
     initial_digest(settings.lora, outputs, saved.identity.fingerprint.get(INITIAL_LORA) if saved else None)
     if bases and not saved:
@@ -120,23 +121,31 @@ def check_method(settings: TrainSettings) -> str:
     return f"LoRA: {settings.lora.describe()}; engine: {engine} ({reason}); optimizer: {optimizer}"
 
 
-def describe_run(base: BaseModel, examples: list[Example], settings: TrainSettings, trigger: str, schedule: Schedule) -> str:
-    """What a run would do, with which sample images, and on a GPU how much memory a step would need."""
-    precision = choose_precision(settings.model.mixed_precision)
-    engine, _ = choose_engine(settings.run.engine, settings.lora)
-    budget = measure_budget(base, examples, settings, precision, engine, processes=1)
-    settings, budget = resolve_quantization(settings, budget)
-    settings = resolve_batch_size(settings, budget, sum(not example.is_regularization for example in examples))
-    plan = make_plan(examples, settings, schedule)
-    settings, prior = with_class_of_prior(settings, plan, trigger)
+def describe_run(project: ProjectSettings, settings: TrainSettings, base: BaseModel, examples: list[Example]) -> str:
+    """What a run would do and where it would begin, with which sample images, and on a GPU how much memory a step would need.
+    Raises SettingsError for a run that would be refused whatever the memory."""
+    cache, tokenizers = outputs_of(project, settings).cache, find_tokenizers(base, project.models_dir)
+    digests = {part: known_digest(base, cache, part) for part in base.components}
+    digests["tokenizers"] = tokenizers_digest(tokenizers) if tokenizers else None
+    precision, machine = choose_precision(settings.model.mixed_precision), settings.processes
+    machines = Machines(precision, machine.num_machines * machine.num_processes, machine.num_processes)
+    run = find_run(project, settings, base, examples, machines, digests)
+    if run.begins_from_file:
+        matching_layers(settings.lora, shapes_of_base(base, settings.lora))
+    settings, lines = run.settings, [*run.lines, run.plan.announcement()]
     refusal = []
-    if precision.device.type == "cuda":
+    if precision.device.type == "cuda" and not run.is_finished:
         try:
-            settings = fit_to_memory(settings, budget, "")
+            settings = fit_to_memory(settings, run.budget, "")
         except ResourceError as error:  # other programs may still end
             refusal = [f"a run would be refused now: {error}"]
-    samples, _ = plan_samples(settings, trigger, plan, budget, base, {})
-    return "\n".join([plan.announcement(), *prior, *([samples.announcement] if samples else []), *refusal])
+    samples, _ = plan_samples(settings, project.trigger_word, run.plan, run.budget, base, run.recorded)
+    lines += [samples.announcement] if samples else []
+    if run.is_finished:
+        lines.append("this run is finished: there is nothing to do")
+    elif run.saved:
+        lines.append(f"a run would continue at step {run.saved.progress.next_step}")
+    return "\n".join([*lines, *refusal])
 
 
 def check_processor() -> str:

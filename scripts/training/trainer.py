@@ -324,6 +324,8 @@ def explain_first_step(job: TrainingJob, batches: Sequence[Batch]) -> ModelError
 def schedule_of(job: TrainingJob) -> RunSchedule:
     """The steps that are left, and when to write what."""
     settings, plan = job.settings, job.plan
+    rates = settings.optimizer
+    of_text = {"text_encoder_lr": rates.text_encoder_lr / rates.learning_rate} if settings.lora.train_text_encoders else {}
     return RunSchedule(
         order=plan.order,
         start=job.saved.progress if job.saved else Progress(),
@@ -341,6 +343,7 @@ def schedule_of(job: TrainingJob) -> RunSchedule:
             power=settings.optimizer.lr_power,
             decay=settings.optimizer.lr_decay,
         ),
+        other_rates=of_text,
     )
 
 

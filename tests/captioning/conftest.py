@@ -57,7 +57,7 @@ class Stage:
         self.models = workspace / "models"
         self.images.mkdir(parents=True)
         variables = {"DATASET_DIR": self.images.parent, "MODELS_DIR": self.models, "CAPTION_MODEL": tagger, "FACE_MODEL": "off"}
-        variables |= {"HF_HOME": workspace / "hf", "HF_HUB_OFFLINE": "1"}
+        variables |= {"HF_HOME": workspace / "hf", "HF_HUB_OFFLINE": "1", "CAPTION_PRUNE_TRAITS": "0"}
         self.variables = {name: str(value) for name, value in variables.items()}
 
     def start(self, *flags: str, stderr: int = subprocess.PIPE, **variables: object) -> subprocess.Popen:

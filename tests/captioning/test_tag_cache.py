@@ -103,6 +103,23 @@ def test_traits_are_pruned_for_the_whole_data_set_and_recorded(captioned):
     assert tags_of(captioned) == usual
 
 
+def test_a_data_set_that_an_earlier_version_captioned_keeps_its_traits(captioned):
+    usual, record = tags_of(captioned), captioned.record.parent / "traits.json"
+    record.write_text(json.dumps({"pictures": 12, "caption_prune_traits": 0.0, "pruned": {}, "kept": {}}))
+    for _ in range(2):
+        captioned.run(CAPTION_PRUNE_TRAITS="auto", CAPTION_THRESHOLD=0.01)
+        assert json.loads(record.read_text())["pruned"] == {}
+    assert any("1girl" in tags for tags in usual.values())
+    record.unlink()
+    captioned.run(CAPTION_PRUNE_TRAITS="auto", CAPTION_THRESHOLD=0.01)
+    found = json.loads(record.read_text())
+    assert found["setting"] == "auto"
+    assert found["pruned"]
+    assert not found["pruned"].keys() & {"1girl", "1boy"}
+    pruned = set(found["pruned"])
+    assert all(pruned.isdisjoint(tags) for tags in tags_of(captioned).values())
+
+
 def test_traits_worth_pruning_are_suggested(captioned):
     assert "CAPTION_PRUNE_TRAITS=0.8" not in captioned.run(CAPTION_THRESHOLD=0.9).stdout
     suggested = captioned.run(CAPTION_THRESHOLD=0.01).stdout

@@ -3,7 +3,7 @@
 import pytest
 
 from captioning.captions import GENERAL, Tag
-from captioning.traits import TRAITS, WORDS, find_traits, prune_common_traits
+from captioning.traits import TRAITS, WORDS, earlier_share, find_traits, prune_common_traits
 
 OF_THE_PERSON = """
 long_hair very_long_hair short_hair medium_hair black_hair light_brown_hair blonde_hair platinum_blonde_hair
@@ -94,3 +94,25 @@ def test_off_prunes_nothing_and_suggests_what_nearly_all_of_enough_images_have()
 
 def test_no_images():
     assert pruned_names(0.8, []) == [{}, {}, {}]
+
+
+def test_auto_prunes_what_nearly_all_of_enough_images_have_but_not_the_class():
+    images = ["1girl brown_hair smile"] * 8 + ["1girl blue_eyes smile"] * 2
+    assert pruned_names("auto", images)[0] == {"brown_hair": 0.8}
+    assert pruned_names("auto", images[:7])[0] == {}
+    assert pruned_names("auto", images)[1] == {"blue_eyes": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("record", "share"),
+    [
+        ({"pictures": 9, "caption_prune_traits": 0.0, "pruned": {}, "kept": {}}, 0.0),
+        ({"concepts": {"a": {"caption_prune_traits": 0.8}, "b": {}}}, 0.8),
+        ({"pictures": 9, "caption_prune_traits": 0.8, "setting": "auto"}, None),
+        ({"concepts": {"a": {"caption_prune_traits": 0.0, "setting": 0.0}}}, None),
+        *[(record, None) for record in ({}, [], None, {"concepts": []}, {"concepts": {}}, {"concepts": {"a": 1}})],
+        *[({"caption_prune_traits": value}, None) for value in ("0.8", 2, -1, None, True, float("nan"))],
+    ],
+)
+def test_the_share_of_an_earlier_version_is_found_in_its_record(record, share):
+    assert earlier_share(record) == share

@@ -1,10 +1,20 @@
 """The report page, by the program itself: what it shows, what it never shows, and that nothing can break it."""
 
+import base64
+import io
 import json
 import os
 import re
+import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
+from skimage import data
+
+from captioning.image_audit import index_images
+from common.dataset_layout import DatasetFolder, select_images
+from common.thumbnails import Thumbnails
 
 
 def test_an_empty_project_has_a_page_that_says_what_to_do(project):
@@ -38,7 +48,20 @@ def test_a_finished_run_shows_files_curves_and_recipe(project):
     assert "ab12" * 16 in html
     assert html.count("<svg") == 2
     assert "validation loss" in html
+    assert "text encoders" not in html
     assert "LEARNING_RATE=5e-05 docker compose run --rm loracat --train" in html
+
+
+def test_curves_of_each_kind_are_shown(project):
+    project.add_run()
+    metrics = project.output / "lora" / "metrics.jsonl"
+    lines = [{"step": step, "loss": 0.1, "lr": 1e-4, "text_encoder_lr": 1e-5} for step in range(9)]
+    lines += [{"step": step, "validation_loss": 0.1, "validation_loss_smoothed": 0.125} for step in (4, 8)]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    html = project.html()
+    for label in ("training loss", "validation loss", "smoothed validation loss", "UNet", "text encoders"):
+        assert f"{label}</span>" in html
+    assert html.count("<title>text encoders</title>") == 1
 
 
 def test_losses_of_images_are_shown_and_outliers_named(project):
@@ -155,6 +178,35 @@ def test_thumbnails_are_made_once_and_removed_with_their_image(project):
     image.unlink()
     project.html()
     assert not thumbnail.exists()
+
+
+def test_a_stage_that_has_decoded_an_image_leaves_its_thumbnail(project):
+    """The report does not decode it again, and shows what it would have made."""
+    image = project.add_image("a.png", "sks_woman")
+    photograph = project.dataset / "images" / "b.jpg"
+    Image.fromarray(data.astronaut()).resize((1500, 1500)).save(photograph, quality=95)
+    folder = DatasetFolder(project.dataset)
+    own = Thumbnails(folder.thumbnails).of(image)
+    shutil.rmtree(folder.thumbnails)
+    index_images(folder, select_images(folder).images, workers=0)
+    assert len(list(folder.thumbnails.iterdir())) == 2
+    thumbnails, of_page = Thumbnails(folder.thumbnails), Thumbnails(project.output)
+    assert thumbnails.of(image) == own
+    difference = np.abs(pixels_of(thumbnails.of(photograph)) - pixels_of(of_page.of(photograph)))
+    assert difference.shape == (192, 192, 3)
+    assert difference.mean() < 6  # the page decodes a JPEG file to a fraction of its size
+    for path in (image, photograph):
+        status = path.stat()
+        path.write_bytes(b" " * status.st_size)  # cannot be decoded any more
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    html = project.html()
+    assert own in html
+    assert html.count("data:image/webp;base64,") == 2
+
+
+def pixels_of(uri: str) -> np.ndarray:
+    content = base64.b64decode(uri.partition(",")[2])
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), dtype=int)
 
 
 def test_two_hundred_images_and_ten_saves_stay_under_ten_megabytes(project):

@@ -15,9 +15,10 @@ from common.project import ProjectSettings
 from common.settings import VERSION
 from training.config import DataSettings, LoraSettings, ModelSettings, RunSettings, TrainSettings
 from training.data.dataset import read_inputs
-from training.job import TrainingJob, resolve_job, with_class_of_prior
+from training.job import TrainingJob, resolve_job
 from training.lora_metadata import lora_metadata, network_of, thumbnail
 from training.plan import short_hash
+from training.run import with_class_of_prior
 from training.system.process_group import ProcessGroup
 from training.trainer import prepare_outputs
 

@@ -83,19 +83,17 @@ def test_what_does_not_fit_at_all_is_refused_with_every_figure():
         (20, 100, "auto", 1),
     ],
 )
-def test_auto_is_the_largest_batch_that_fits(available, most, checkpointing, batch, capsys):
-    settings = resolve_batch_size(with_run("auto", 3, checkpointing), budget_of(available), most)
+def test_auto_is_the_largest_batch_that_fits(available, most, checkpointing, batch):
+    settings, (line,) = resolve_batch_size(with_run("auto", 3, checkpointing), budget_of(available), most)
     assert (settings.run.train_batch_size, settings.run.gradient_accumulation_steps) == (batch, 3)
-    assert capsys.readouterr().out.startswith(
-        f"batch size: {batch} (auto: the largest for {max(0, available - 16)}.0 GiB, {most} images"
-    )
+    assert line.startswith(f"batch size: {batch} (auto: the largest for {max(0, available - 16)}.0 GiB, {most} images")
 
 
 def test_auto_keeps_the_samples_per_step_of_the_checkpoint():
     for available, (batch, accumulation) in {50: (6, 2), 45: (4, 3), 41: (12, 1), 28: (2, 6)}.items():
-        run = resolve_batch_size(with_run("auto"), budget_of(available), 100, saved_samples=12).run
+        run = resolve_batch_size(with_run("auto"), budget_of(available), 100, saved_samples=12)[0].run
         assert (run.train_batch_size, run.gradient_accumulation_steps) == (batch, accumulation)
-    assert resolve_batch_size(with_run(7), budget_of(50), 100, saved_samples=12) == with_run(7)
+    assert resolve_batch_size(with_run(7), budget_of(50), 100, saved_samples=12) == (with_run(7), [])
 
 
 def test_the_suggestion_for_a_full_gpu_fits():
@@ -130,19 +128,19 @@ def full_size_budget(monkeypatch, settings: TrainSettings, available_gib: float)
     return measure_budget(SimpleNamespace(components=components), [example], settings, precision, engine, 1)
 
 
-def test_automatic_quantization_leaves_a_dora_as_it_is(monkeypatch, capsys):
+def test_automatic_quantization_leaves_a_dora_as_it_is(monkeypatch):
     """A LoRA of rank 512 on a card of 10 GB gets an 8-bit base; a DoRA reads the weights and cannot."""
     for kind, choice in (("lora", "int8"), ("dora", "none")):
         settings = TrainSettings(model=replace(TrainSettings().model, base_quantization="auto"))
         settings = replace(settings, lora=LoraSettings(lora_type=kind))
         budget = full_size_budget(monkeypatch, settings, 9)
-        resolved, after = resolve_quantization(settings, budget)
+        resolved, after, (line,) = resolve_quantization(settings, budget)
         assert resolved.model.base_quantization == choice
-        assert capsys.readouterr().out.startswith(f"base quantization: {choice} (one image needs ")
+        assert line.startswith(f"base quantization: {choice} (one image needs ")
         assert (after.fixed < budget.fixed) is (choice == "int8")
-        kept, _ = resolve_quantization(settings, budget, "none")
+        kept, _, lines = resolve_quantization(settings, budget, "none")
         assert kept.model.base_quantization == "none"
-        assert capsys.readouterr().out == "base quantization: none (as in the checkpoint)\n"
+        assert lines == ["base quantization: none (as in the checkpoint)"]
 
 
 def test_what_needs_a_new_run_says_so():
@@ -175,7 +173,7 @@ def test_the_preset_for_8_gb_fits_and_the_defaults_do_not(monkeypatch):
             section = getattr(settings, table.name)
             own = {key.name: values[key.name] for key in fields(section) if key.name in values}
             settings = replace(settings, **{table.name: replace(section, **own)})
-        settings, budget = resolve_quantization(settings, full_size_budget(monkeypatch, settings, 7.6))
+        settings, budget, _ = resolve_quantization(settings, full_size_budget(monkeypatch, settings, 7.6))
         if fits:
             assert fit_to_memory(settings, budget, "").run.train_batch_size == 1
             assert budget.needed(1, checkpointing=True) < budget.free
@@ -189,5 +187,5 @@ def test_estimates_are_within_a_tenth_of_what_nvidia_smi_showed(monkeypatch):
     plain = TrainSettings()
     small = replace(plain, lora=LoraSettings(lora_rank=16), model=replace(plain.model, base_quantization="int8"))
     for settings, checkpointing, measured_mib in ((plain, False, 15583), (plain, True, 9768), (small, True, 6012)):
-        _, budget = resolve_quantization(settings, full_size_budget(monkeypatch, settings, 80))
+        _, budget, _ = resolve_quantization(settings, full_size_budget(monkeypatch, settings, 80))
         assert budget.needed(1, checkpointing=checkpointing) == pytest.approx(measured_mib * 2**20, rel=0.1)

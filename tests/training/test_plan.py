@@ -206,7 +206,7 @@ SAME = {
 
 
 def fingerprint_of(plan, trigger="sks", digests=("unet", "vae"), **tables) -> str:
-    return short_hash(result_fingerprint(plan, resolved(plan, **tables), trigger, digests))
+    return short_hash(result_fingerprint(plan, resolved(plan, **tables), trigger, short_hash(list(digests))))
 
 
 def resolved(plan, **tables) -> TrainSettings:
@@ -317,7 +317,7 @@ def test_resolutions_and_mirror_images_are_part_of_the_fingerprint():
     """As JSON has them, so that a checkpoint compares equal; with one resolution the fingerprint is that of older versions."""
     several = {"data": {"resolution": (1024, 768)}}
     plan = plan_of(**several)
-    fingerprint = result_fingerprint(plan, resolved(plan, **several), "sks", ("unet",))
+    fingerprint = result_fingerprint(plan, resolved(plan, **several), "sks", "unet")
     assert json.loads(json.dumps(fingerprint)) == fingerprint
     assert (fingerprint["resolution"], fingerprint["pictures"]) == ([1024, 768], 25)
     assert fingerprint_of(plan, **several) != fingerprint_of(plan_of())
@@ -345,7 +345,7 @@ def test_fingerprint_and_runtime_settings_hold_every_setting_once():
         section = getattr(train, table.name)
         newer = [key.name for key in fields(section) if key.metadata["role"] == "result" and key.metadata["before"] is not MISSING]
         train = replace(train, **{table.name: replace(section, **dict.fromkeys(newer, "another value"))})
-    in_result = result_fingerprint(plan, train, "sks", ("unet",)).keys()
+    in_result = result_fingerprint(plan, train, "sks", "unet").keys()
     in_runtime = runtime_settings(with_changes()).keys()
     settings = {key.name for key in all_keys(TrainSettings) if not key.metadata["secret"]}
     assert in_result & in_runtime == set()

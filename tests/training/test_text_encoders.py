@@ -357,6 +357,9 @@ def test_a_stopped_run_ends_with_the_same_lora_of_all_networks(images):
     assert 3 <= len(losses(images.output)) < len(losses(other))
     assert "continuing at step" in images.trained(**how)
     assert losses(images.output) == losses(other)
+    lines = [json.loads(line) for line in (other / "lora" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines[-1]["lr"] == 0.01
+    assert all(line["text_encoder_lr"] == pytest.approx(line["lr"] / 2) for line in lines)
     whole, resumed = (load_file(root / "lora" / images.lora.name) for root in (other, images.output))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -87,7 +87,9 @@ def test_automatic_quantization_is_decided_again_for_a_run_that_follows_a_finish
     assert "base quantization: none (as in the checkpoint)" in output
     assert "one image needs" not in output
     output = images.trained(**first, TRAIN_SEED=1)
-    assert "for this one, the base quantization is chosen again\nbase quantization: none (one image needs" in output
+    assert "base quantization: none (one image needs" in output
+    repeated = [line for line in output.splitlines() if line.startswith(("base quantization", "training on", "mixed precision"))]
+    assert len(repeated) == 3  # decided before anything is printed
     assert "the earlier LoRA" in output
     assert "nothing to do" in images.trained(**first, TRAIN_SEED=1)
     resolved = (images.output / "lora" / "training_config_resolved.toml").read_text(encoding="utf-8")
@@ -248,6 +250,11 @@ def test_a_run_begins_from_a_lora_file_and_is_continued_without_it(images, tmp_p
     assert losses(images.output.with_name("whole"))[0] != losses(first)[0]
     assert images.stopped(2, signal.SIGTERM, **how).returncode == 143
     old.rename(tmp_path / "moved.safetensors")
+    checked = images.run("--check", **how)
+    assert re.search(r"a run would continue at step \d", checked.stdout), checked.stderr
+    checked = images.run("--check", **how, TRAIN_SEED=1)
+    assert checked.returncode == 2
+    assert "with other settings or data:" in checked.stderr
     output = images.trained(**how)
     assert "continuing at step" in output
     assert "beginning with" not in output
@@ -255,8 +262,14 @@ def test_a_run_begins_from_a_lora_file_and_is_continued_without_it(images, tmp_p
     resumed = load_file(images.output / "lora" / "mia.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert "nothing to do" in images.trained(**how)
+    assert "this run is finished: there is nothing to do" in images.run("--check", **how).stdout
     refused = images.run(**how, OUTPUT_DIR=images.output.with_name("third"))
     assert refused.stderr == f"train_lora: INIT_LORA: {old}: no such file\n"
+    for another in ({"TRAIN_SEED": 1}, {"FRESH": 1}):
+        checked, refused = images.run("--check", **how | another), images.run(**how | another)
+        assert f"INIT_LORA: {old}: no such file\n" in checked.stderr
+        assert refused.stderr == f"train_lora: INIT_LORA: {old}: no such file\n"
+        assert checked.returncode == refused.returncode == 2
 
 
 def test_a_check_lists_what_is_wrong_with_layers_and_the_file_to_begin_from(images, tmp_path):
@@ -267,9 +280,9 @@ def test_a_check_lists_what_is_wrong_with_layers_and_the_file_to_begin_from(imag
         "  - LORA_RANK_PATTERN: no adapted layer's name contains 'attn3'; convolutions have a rank with LORA_CONV_RANK only",
         f"  - INIT_LORA: {tmp_path / 'gone.safetensors'}: no such file",
     ]
-    refused = images.run(**QUICK, ENGINE="fast", LORA_CONV_RANK=4)
+    refused = images.run(**QUICK, ENGINE="fast", LORA_DROPOUT=0.1)
     assert refused.stderr == (
-        "train_lora: invalid settings:\n  - ENGINE=fast: the fast engine does not support LORA_CONV_RANK=4; set ENGINE=auto\n"
+        "train_lora: invalid settings:\n  - ENGINE=fast: the fast engine does not support LORA_DROPOUT=0.1; set ENGINE=auto\n"
     )
     (tmp_path / "text.safetensors").write_text("not a LoRA", encoding="utf-8")
     refused = images.run(**QUICK, INIT_LORA=tmp_path / "text.safetensors")

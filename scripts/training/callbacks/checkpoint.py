@@ -188,24 +188,29 @@ def warmup_to_keep(saved: Checkpoint, fingerprint: Mapping[str, Any]) -> int:
     return before[WARMUP_STEPS] if same and before["lr_scheduler"] == "constant" else fingerprint[WARMUP_STEPS]
 
 
-def find_resume_point(folder: Path, saved: Checkpoint, now: Identity) -> Checkpoint:
-    """The checkpoint in `folder` from which the run `now` is continued: `saved`, or an older one that is part of both runs.
+def find_resume_point(folder: Path, saved: Checkpoint, fingerprint: Mapping[str, Any], shared_prefix_steps: int) -> Checkpoint:
+    """The checkpoint in `folder` from which the run with this fingerprint, of which a run of more epochs has so many steps, is
+    continued: `saved`, or an older one that is part of both runs.
 
-    Raises SettingsError if `saved` belongs to another run than `now`.
+    Raises SettingsError if `saved` belongs to another run.
     """
     before = saved.identity
-    found = changes(before.fingerprint, now.fingerprint)
-    allowed = {*LENGTH, EARLY_STOP} if now.fingerprint["lr_scheduler"] == "constant" else {EARLY_STOP}
+    found = changes(before.fingerprint, fingerprint)
+    allowed = {*LENGTH, EARLY_STOP} if fingerprint["lr_scheduler"] == "constant" else {EARLY_STOP}
     point = saved
     if not found.keys().isdisjoint(LENGTH):  # the steps of the two runs differ from where the shorter one ends
-        point = newest(folder, at_most=min(before.shared_prefix_steps, now.shared_prefix_steps))
+        point = newest(folder, at_most=min(before.shared_prefix_steps, shared_prefix_steps))
     if not found.keys() <= allowed or point is None:
         title = f"{folder} holds a run, stopped at step {saved.progress.next_step}, with other settings or data:"
         remedy = f"Restore these values to continue that run, or archive it and start again: {pipeline_command('--train', FRESH=1)}"
         raise SettingsError(f"{bullet_list(title, list(found.values()))}\n{remedy}")
-    for change in (found | changes(before.runtime, now.runtime)).values():
-        print(f"setting changed since the checkpoint: {change}", flush=True)
     return point
+
+
+def changes_since(saved: Checkpoint, now: Identity) -> list[str]:
+    """What differs from the run that `saved` is of, as lines for a user."""
+    before = saved.identity
+    return list((changes(before.fingerprint, now.fingerprint) | changes(before.runtime, now.runtime)).values())
 
 
 def match_global_batch(run: RunSettings, world_size: int, saved: Checkpoint | None) -> RunSettings:

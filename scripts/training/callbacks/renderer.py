@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -41,16 +42,19 @@ def initial_noise(prompt: SamplePrompt) -> torch.Tensor:
 class Renderer:
     """Renders images with the UNet of a training step, and the adapter in it.
 
-    `texts` are the files in the cache of every prompt and negative prompt; they and the VAE are kept in the CPU's memory, so
-    that nothing has to be read during training. Text encoders that are trained encode them for each image. `tiled`: the VAE
-    decodes tiles, which takes less memory.
+    `texts` are the files in the cache of every prompt and negative prompt; they and the VAE, which loses its encoder, are kept in
+    the CPU's memory, so that nothing has to be read during training. Text encoders that are trained encode them for each image.
+    `tiled`: the VAE decodes tiles, and the predictions of guidance are computed one by one, which takes less memory.
+
+    Training does not run while images are rendered, so both use the same memory on the GPU.
     """
 
     def __init__(self, step: TrainStep, schedule: Schedule, texts: Mapping[str, Path], vae: AutoencoderKL, tiled: bool):
-        self.step, self._schedule, self._vae = step, schedule, vae
-        # Training does not run while images are rendered, so both use the same memory.
+        self.step, self._schedule, self._vae, self._tiled = step, schedule, vae, tiled
+        vae.encoder = vae.quant_conv = None
         is_cuda = step.precision.device.type == "cuda"
-        self._predict = CudaGraphs(step.predict, "sample images are", step.graphs and step.graphs.pool) if is_cuda else step.predict
+        pool = step.graphs and step.graphs.pool
+        self._predict = CudaGraphs(self._predict_in_memory_of_training, "sample images are", pool) if is_cuda else step.predict
         self._texts = {text: read_text(path, 0) for text, path in texts.items()}
         self._decoder: AutoencoderKL | None = None
         if tiled:
@@ -61,7 +65,7 @@ class Renderer:
     def latents(self, prompt: SamplePrompt, stops: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
         """[1, 4, h, w] fp32: the latents of an image; None if `stops` returns true before they are complete.
 
-        Both predictions of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) are one batch.
+        Both predictions of classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) are one batch, unless memory is short.
         """
         device = self.step.precision.device
         scheduler = scheduler_of(self._schedule)
@@ -77,7 +81,10 @@ class Renderer:
                 return None
             noisy = scheduler.scale_model_input(latents, timestep).expand(2, -1, -1, -1)
             timesteps = torch.full((2,), float(timestep), device=device)
-            without, with_text = self._predict(noisy, timesteps, add_time_ids, hidden, pooled).chunk(2)
+            inputs = noisy, timesteps, add_time_ids, hidden, pooled
+            parts = zip(*(each.split(1) for each in inputs), strict=True) if self._tiled else [inputs]
+            # A graph overwrites its result the next time.
+            without, with_text = torch.cat([self._predict(*part).clone() for part in parts]).chunk(2)
             prediction = without + prompt.guidance * (with_text - without)
             latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         return latents
@@ -89,12 +96,27 @@ class Renderer:
         if self._decoder is None:
             is_cuda = latents.device.type == "cuda"
             self._decoder = copy.deepcopy(self._vae).to(latents.device) if is_cuda else self._vae
-        vae = self._decoder
-        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0][0]
+        with self._memory_of_training():
+            pixels = self._pixels(latents)
+        return Image.fromarray(pixels.numpy())
+
+    def _pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """[h, w, 3] uint8 on the CPU. Nothing else of it remains in memory."""
+        pixels = self._decoder.decode(latents / self._decoder.config.scaling_factor, return_dict=False)[0][0]
         if not pixels.isfinite().all():
             raise FloatingPointError
         pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+        return pixels.permute(1, 2, 0).cpu()
+
+    def _memory_of_training(self) -> AbstractContextManager[None]:
+        """What is computed within this block takes the memory of the graphs of training, if there are any."""
+        return self.step.graphs.borrowed_memory() if self.step.graphs else nullcontext()
+
+    def _predict_in_memory_of_training(self, *inputs: torch.Tensor) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            return self.step.predict(*inputs)
+        with self._memory_of_training():
+            return self.step.predict(*inputs)
 
     def release(self) -> None:
         """Give back the GPU memory that training does not need."""

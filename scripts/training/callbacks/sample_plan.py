@@ -26,7 +26,8 @@ _DECODE_COST = 6.5
 _VAE_BYTES_PER_PIXEL = 8192
 """Activations of SDXL's decoder in fp32 per pixel."""
 _VAE_WIDTH = 128
-_VAE_WEIGHT_BYTES = 335 * 10**6
+_DECODER_BYTES = 198 * 10**6
+"""Its weights."""
 TILE_PX = 512
 """Side of the tiles in which an image is decoded where memory is short."""
 
@@ -40,7 +41,7 @@ class SamplePlan:
     every_epochs: int
     """0: only at the end."""
     tiled: bool
-    """The VAE decodes tiles of TILE_PX."""
+    """Memory is short: the VAE decodes tiles of TILE_PX, and the UNet predicts one image at once."""
     announcement: str
     """One line: what is rendered, and what it costs."""
 
@@ -87,7 +88,7 @@ def plan_samples(
         return SamplePlan((), 0, False, f"sample images: none ({problem})"), resolved
     filled = tuple(_filled(prompt, number, choice, samples) for number, prompt in enumerate(prompts))
     announcement = _announcement(choice, replace(first, **fixed), filled, settings, plan)
-    return SamplePlan(filled, choice.every, tiled, f"{announcement}, and {memory / GIB:.1f} GiB of memory besides it"), resolved
+    return SamplePlan(filled, choice.every, tiled, f"{announcement}, and {memory / GIB:.1f} GiB more memory"), resolved
 
 
 def largest_size(resolution: int) -> int:
@@ -154,18 +155,20 @@ def _within_memory(
     base: BaseModel,
 ) -> tuple[_Choice, bool, int, str]:
     """`choice` with a size whose images can be rendered beside what training holds; whether the VAE has to decode in tiles; how
-    many bytes that takes; and why there can be no images, else empty."""
+    many bytes that takes besides; and why there can be no images, else empty. Activations of training and of samples are never
+    there at the same time, so they share their memory."""
     held = budget.needed(settings.run.train_batch_size, checkpointing=settings.model.gradient_checkpointing is True)
     free = (budget.free if budget.thresholds else budget.available) - held
+    of_training = held - budget.fixed
     largest = max(place.bucket.width * place.bucket.height for place in plan.all_placements)
     vae_width = base.components["vae"].config["block_out_channels"][0] / _VAE_WIDTH
 
     def needed(size: int, *, tiled: bool) -> int:
         pixels = max((prompt.width or size) * (prompt.height or size) for prompt in prompts)
         # With gradient checkpointing, a training step keeps what one block needs, as a forward pass without gradients does.
-        unet = 2 * budget.per_image_checkpointed * pixels // largest
-        decoded = min(pixels, TILE_PX**2) if tiled else pixels
-        return max(unet, int(vae_width * (_VAE_BYTES_PER_PIXEL * decoded + vae_width * _VAE_WEIGHT_BYTES)))
+        unet = (1 if tiled else 2) * budget.per_image_checkpointed * pixels // largest
+        decoded = int(vae_width * _VAE_BYTES_PER_PIXEL) * (min(pixels, TILE_PX**2) if tiled else pixels)
+        return max(0, unet - of_training, decoded - of_training) + int(vae_width**2 * _DECODER_BYTES)
 
     for size in [choice.size] if is_size_fixed else range(choice.size, min(choice.size, LEAST_SIZE_PX) - 1, -SIDE_STEP_PX):
         for tiled in (False, True):

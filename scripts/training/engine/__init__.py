@@ -46,11 +46,11 @@ def prepare_unet(
         unet.enable_gradient_checkpointing(partial(recomputed, is_random=adapter.dropout > 0))
     if name == "plain":
         return partial(_enable_adapter, adapter)
-    from training.engine.fast.lora_linear import fuse
+    from training.engine.fast.fuse import fuse
     from training.engine.fast.unet import install_fast_forwards
 
-    groups, sync_compute_weights = fuse(adapter)
-    install_fast_forwards(unet, groups)
+    groups, convolutions, sync_compute_weights = fuse(adapter)
+    install_fast_forwards(unet, groups, convolutions)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the separate weights occupied is too small for the joined ones
     return sync_compute_weights

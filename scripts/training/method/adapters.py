@@ -16,7 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from common.errors import ModelError
 from training.config import LoraSettings
+from training.method.dora import dora_forward
 from training.method.layers import LayerRank, adapted_layers, lokr_factor, named_layers, network_of, weight_shapes
+from training.models.int8 import Int8Conv2d
 from training.models.sdxl import TEXT_ENCODERS
 from training.models.weights import shapes_only
 
@@ -126,6 +128,12 @@ def inject(unet: UNet2DConditionModel, settings: LoraSettings, seed: int, text_e
         # As in LyCORIS and ComfyUI, a Kronecker product of two whole matrices has no scale.
         is_whole = ADAPTER in getattr(layer, "lokr_w2", ())
         layer.scaling[ADAPTER] = 1.0 if is_whole else settings.scale(ranks[name].rank, ranks[name].alpha)
+        if settings.lora_type == "lora" and isinstance(layer.get_base_layer(), Int8Conv2d):
+            # PEFT makes both factors of the frozen layer's class, which computes no gradient of its weight.
+            layer.lora_A[ADAPTER].__class__ = layer.lora_B[ADAPTER].__class__ = torch.nn.Conv2d
+        if settings.lora_type == "dora":
+            squares = row_norms(layer.get_base_layer().weight) ** 2
+            layer.lora_variant[ADAPTER].forward = partial(dora_forward, squares=squares)
         if settings.lora_type in ("loha", "lokr"):
             layer.get_delta_weight = partial(_in_dtype, layer.get_base_layer().weight.dtype, layer.get_delta_weight)
     return _with_flat_parameters(layers, settings, seed)

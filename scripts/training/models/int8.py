@@ -48,6 +48,18 @@ def frozen_conv(x: torch.Tensor, weight: Callable[[], torch.Tensor], conv: torch
     return _FrozenConv.apply(x, weight, conv.stride, conv.padding)
 
 
+def conv_input_gradient(
+    dy: torch.Tensor, shape: torch.Size, weight: torch.Tensor, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> torch.Tensor:
+    """The gradient of a convolution's input of this `shape`."""
+    # PyTorch's gradient of a convolution wants an input of the right shape even where only dx is computed from dy.
+    never_read = torch.empty(shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+    dx, _, _ = torch.ops.aten.convolution_backward(
+        dy, never_read, weight, None, stride, padding, (1, 1), False, (0, 0), 1, (True, False, False)
+    )
+    return dx
+
+
 class _FrozenLinear(torch.autograd.Function):
     """A linear layer that keeps nothing for the backward, where its weight is computed again."""
 
@@ -73,12 +85,7 @@ class _FrozenConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        # PyTorch's gradient of a convolution wants an input of the right shape even where only dx is computed from dy.
-        never_read = torch.empty(ctx.shape, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
-        dx, _, _ = torch.ops.aten.convolution_backward(
-            dy, never_read, ctx.weight(), None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1, (True, False, False)
-        )
-        return dx, None, None, None
+        return conv_input_gradient(dy, ctx.shape, ctx.weight(), ctx.stride, ctx.padding), None, None, None
 
 
 _CLASSES = {torch.nn.Linear: Int8Linear, torch.nn.Conv2d: Int8Conv2d}

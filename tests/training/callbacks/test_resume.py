@@ -8,7 +8,7 @@ import torch
 
 from common.errors import SettingsError
 from training.callbacks import checkpoint
-from training.callbacks.checkpoint import Identity, find_resume_point, warmup_to_keep
+from training.callbacks.checkpoint import Identity, changes_since, find_resume_point, warmup_to_keep
 from training.config import TrainSettings
 from training.data.buckets import Bucket, run_order
 from training.data.examples import Example
@@ -35,18 +35,20 @@ def now(shared_prefix_steps: int = 95, workers: int = 4, **fingerprint: object) 
     return Identity({**BEGAN, **fingerprint}, {"dataloader_num_workers": workers}, shared_prefix_steps)
 
 
-def test_the_same_run_goes_on_without_a_word(tmp_path, capsys):
-    before = saved(tmp_path)
-    assert find_resume_point(tmp_path, before, now()) == before
-    assert capsys.readouterr().out == ""
+def resume_point(folder, before: checkpoint.Checkpoint, today: Identity) -> checkpoint.Checkpoint:
+    return find_resume_point(folder, before, today.fingerprint, today.shared_prefix_steps)
 
 
-def test_workers_and_more_epochs_are_taken_with_a_line(tmp_path, capsys):
+def test_the_same_run_goes_on_without_a_word(tmp_path):
     before = saved(tmp_path)
-    assert find_resume_point(tmp_path, before, now(shared_prefix_steps=190, workers=2, num_train_epochs=20)) == before
-    said = capsys.readouterr().out
-    assert "setting changed since the checkpoint: num_train_epochs: 10 -> 20" in said
-    assert "setting changed since the checkpoint: dataloader_num_workers: 4 -> 2" in said
+    assert resume_point(tmp_path, before, now()) == before
+    assert changes_since(before, now()) == []
+
+
+def test_workers_and_more_epochs_are_taken_with_a_line(tmp_path):
+    before, today = saved(tmp_path), now(shared_prefix_steps=190, workers=2, num_train_epochs=20)
+    assert resume_point(tmp_path, before, today) == before
+    assert set(changes_since(before, today)) == {"num_train_epochs: 10 -> 20", "dataloader_num_workers: 4 -> 2"}
 
 
 @pytest.mark.parametrize(
@@ -62,32 +64,32 @@ def test_what_changes_the_result_is_refused_with_both_ways_on(tmp_path, changes,
     before = saved(tmp_path)
     common = changes.pop("common", 95)
     with pytest.raises(SettingsError) as refused:
-        find_resume_point(tmp_path, before, now(common, **changes))
+        resume_point(tmp_path, before, now(common, **changes))
     for word in [*words, "Restore these values", "FRESH=1", "stopped at step 60"]:
         assert word in str(refused.value)
 
 
-def test_other_pixels_than_those_of_version_1_0_are_taken_with_a_line(tmp_path, capsys):
+def test_other_pixels_than_those_of_version_1_0_are_taken_with_a_line(tmp_path):
     """Its checkpoints do not record how images were decoded."""
     before, today = saved(tmp_path), now()
-    assert find_resume_point(tmp_path, before, replace(today, runtime=today.runtime | decoder_record([]))) == before
-    assert capsys.readouterr().out == ""
+    same = replace(today, runtime=today.runtime | decoder_record([]))
+    assert changes_since(before, same) == []
     examples = [Example(tmp_path, "a.png", "", 64, 64, 1, "", revision) for revision in ("", "2", "2")]
-    assert find_resume_point(tmp_path, before, replace(today, runtime=today.runtime | decoder_record(examples))) == before
-    changed = "setting changed since the checkpoint: image decoder, and latents with it: version 1.0's -> revision 2 for 2 images\n"
-    assert capsys.readouterr().out == changed
+    other = replace(today, runtime=today.runtime | decoder_record(examples))
+    assert resume_point(tmp_path, before, same) == resume_point(tmp_path, before, other) == before
+    assert changes_since(before, other) == ["image decoder, and latents with it: version 1.0's -> revision 2 for 2 images"]
 
 
 def test_a_falling_rate_cannot_be_lengthened(tmp_path):
     before = saved(tmp_path, lr_scheduler="cosine")
     with pytest.raises(SettingsError, match="num_train_epochs: 10 -> 20"):
-        find_resume_point(tmp_path, before, now(shared_prefix_steps=190, lr_scheduler="cosine", num_train_epochs=20))
+        resume_point(tmp_path, before, now(shared_prefix_steps=190, lr_scheduler="cosine", num_train_epochs=20))
 
 
 def test_a_longer_run_goes_on_from_before_the_short_batches_that_ended_the_shorter_one(tmp_path):
     saved(tmp_path, step=95)
     before = saved(tmp_path, step=97)
-    assert find_resume_point(tmp_path, before, now(shared_prefix_steps=190, num_train_epochs=20)).progress.next_step == 95
+    assert resume_point(tmp_path, before, now(shared_prefix_steps=190, num_train_epochs=20)).progress.next_step == 95
 
 
 def test_a_longer_run_keeps_its_warm_up_and_one_that_falls_does_not(tmp_path):

@@ -31,12 +31,13 @@ def planned(tiny_sdxl, tmp_path_factory):
         budget: MemoryBudget = ROOMY,
         recorded: dict | None = None,
         side: int = 1024,
+        batch: int = 4,
         **how,
     ) -> tuple[SamplePlan | None, SampleSettings]:
         examples = [Example(path, f"{i}", "sks, 1girl", side, side, 1, f"{i}", trigger="sks") for i in range(images)]
         settings = TrainSettings(
             data=DataSettings(resolution=side),
-            run=RunSettings(num_train_epochs=epochs),
+            run=RunSettings(num_train_epochs=epochs, train_batch_size=batch),
             saving=SavingSettings(save_every_epochs=every),
             samples=SampleSettings(**how),
         )
@@ -56,7 +57,7 @@ def test_a_run_of_the_usual_length_has_what_auto_means(planned):
     assert chosen(planned, 250, 20) == (20, 1024, 5)
     assert plan.announcement == (
         "sample images: 6 prompts x 7 (base model, 4 LoRAs, and one of them at 2 lower strengths), 1024x1024, 20 steps: about 19 % "
-        "of the training time, and 8.3 GiB of memory besides it"
+        "of the training time, and 0.2 GiB more memory"
     )
     assert {(prompt.width, prompt.height, prompt.steps, prompt.guidance) for prompt in plan.prompts} == {(1024, 1024, 20, 6.0)}
     assert [prompt.seed for prompt in plan.prompts] == [0, 1, 2, 3, 4, 5]
@@ -110,14 +111,27 @@ def test_a_run_that_is_continued_keeps_its_choices(planned):
 
 
 def test_with_little_memory_there_are_tiles_then_smaller_images_then_none(planned):
-    used = ROOMY.needed(4, checkpointing=False)
+    little = MemoryBudget(8 * GIB, 0, GIB // 8, GIB, 0, 0, None)  # half a GiB of activations
+    used = little.needed(4, checkpointing=False)
 
     def with_free(free_gib: float) -> tuple[SamplePlan, int]:
-        plan, settings = planned(170, 20, budget=replace(ROOMY, available=used + int(free_gib * GIB)))
+        plan, settings = planned(170, 20, budget=replace(little, available=used + int(free_gib * GIB)))
         return plan, settings.sample_size
 
     assert (with_free(9)[0].tiled, with_free(9)[1]) == (False, 1024)
     assert (with_free(3)[0].tiled, with_free(3)[1]) == (True, 1024)
     plan, _ = with_free(1)
     assert plan.prompts == ()
-    assert plan.announcement.startswith("sample images: none (they need 2.3 GiB besides training, 1.0 GiB are free")
+    assert plan.announcement.startswith("sample images: none (they need 1.7 GiB besides training, 1.0 GiB are free")
+
+
+def test_samples_and_steps_take_turns_in_the_memory_of_activations(planned):
+    """Beside what training holds at its peak there are the weights of the decoder only, if its activations take less."""
+    used = ROOMY.needed(4, checkpointing=False)
+    plan, _ = planned(250, 20, budget=replace(ROOMY, available=used + GIB // 4))
+    assert not plan.tiled
+    small = MemoryBudget(4 * GIB, 0, 5 * GIB, GIB, 0, 0, None)
+    checkpointing = replace(small, per_image=GIB, available=small.needed(1, checkpointing=True) + int(1.25 * GIB))
+    plan, settings = planned(250, 20, budget=checkpointing, batch=1)
+    assert (plan.tiled, settings.sample_size) == (True, 1024)
+    assert plan.announcement.endswith("and 1.2 GiB more memory")

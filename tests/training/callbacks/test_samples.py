@@ -423,7 +423,12 @@ def test_strength_0_is_the_base_model_and_the_weights_are_restored(renderer_of, 
 def test_tiles_give_nearly_the_same_image(renderer_of):
     renderer, parts = renderer_of()
     whole = np.asarray(renderer.decoded(renderer.latents(PROMPT)), dtype=int)
-    tiled = Renderer(parts["step"], EPSILON, parts["files"], parts["vae"], tiled=True)
+    step, sizes = parts["step"], []
+    predict = step.predict
+    step.predict = lambda noisy, *others: sizes.append(len(noisy)) or predict(noisy, *others)
+    tiled = Renderer(step, EPSILON, parts["files"], parts["vae"], tiled=True)
+    assert_same(tiled.latents(PROMPT), renderer.latents(PROMPT), 1e-3)
+    assert sizes == [1, 1] * PROMPT.steps
     parts["vae"].tile_sample_min_size, parts["vae"].tile_latent_min_size = 64, 8
     image = np.asarray(tiled.decoded(tiled.latents(PROMPT)), dtype=int)
     assert image.shape == whole.shape

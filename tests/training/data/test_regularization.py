@@ -142,7 +142,7 @@ def test_the_plan_keeps_regularization_images_out_of_everything_but_the_steps():
     assert plan.all_examples == [*plan.examples, *plan.held_out, *plan.regularization]
     assert len(plan.all_placements) == 57
     assert "regularization: 7 images (woman) of weight 1, one with each training sample" in plan.announcement()
-    before, after = (result_fingerprint(each, train, "sks", ("unet",)) for each in (plain, plan))
+    before, after = (result_fingerprint(each, train, "sks", "unet") for each in (plain, plan))
     assert after.keys() - before.keys() == {"regularization images"}
     assert {name: after[name] for name in before} == before
 
@@ -154,7 +154,7 @@ def test_the_arithmetic_of_several_concepts():
     assert sum(len(step.examples) for step in plan.order) == 20 * (10 * 2 + 5 * 3)
     assert "trigger word alice: 10 images, 400 training samples" in plan.announcement()
     assert "trigger word bob: 5 images, 300 training samples" in plan.announcement()
-    assert result_fingerprint(plan, TrainSettings(), "sks", ())["trigger words"] == "alice, bob"
+    assert result_fingerprint(plan, TrainSettings(), "sks", "")["trigger words"] == "alice, bob"
 
 
 def test_an_image_without_caption_and_class_is_refused_with_the_remedy(stage):

@@ -10,8 +10,10 @@ import torch
 
 from demo import tiny_sdxl
 from training.config import LoraSettings
+from training.engine.fast.fuse import fuse
 from training.engine.fast.gaps import empty_with_gap, with_gap
-from training.engine.fast.lora_linear import FusedLoraLinear, fuse, fused_lora_linears
+from training.engine.fast.lora_conv import LoraConv, lora_conv
+from training.engine.fast.lora_linear import FusedLoraLinear, fused_lora_linears
 from training.engine.fast.unet import install_fast_forwards
 from training.engine.step import recomputed
 from training.method.adapters import Adapter, inject
@@ -38,24 +40,23 @@ def inputs(size: tuple[int, int] = (16, 24), batch: int = 2) -> dict:
     }
 
 
-def adapted(unet, targets: str = "all", alpha: float = 6.0, pattern: str = "", rank: int = 3) -> tuple[torch.nn.Module, Adapter]:
+def adapted(unet, targets: str = "all", pattern: str = "", rank: int = 3, **settings) -> tuple[torch.nn.Module, Adapter]:
     """A copy of the UNet with a LoRA that does something."""
     mine = copy.deepcopy(unet)
-    lora = inject(mine, LoraSettings(lora_rank=rank, lora_alpha=alpha, lora_targets=targets, lora_rank_pattern=pattern), seed=1)
+    chosen = {"lora_rank": rank, "lora_alpha": 6.0, "lora_targets": targets, "lora_rank_pattern": pattern} | settings
+    lora = inject(mine, LoraSettings(**chosen), seed=1)
     with torch.no_grad():
         lora.weights.copy_(0.15 / rank * torch.randn(lora.weights.shape, generator=torch.Generator().manual_seed(7)))
     return mine, lora
 
 
-def quick(
-    unet, targets: str = "all", pattern: str = "", rank: int = 3
-) -> tuple[torch.nn.Module, Adapter, dict[str, FusedLoraLinear]]:
-    """The same with fast forwards, and its fused layers."""
-    network, lora = adapted(unet, targets, pattern=pattern, rank=rank)
-    groups, sync_compute_weights = fuse(lora)
+def quick(unet, *choice: str, **settings) -> tuple[torch.nn.Module, Adapter, dict[str, FusedLoraLinear | LoraConv]]:
+    """The same with fast forwards, and its layers."""
+    network, lora = adapted(unet, *choice, **settings)
+    groups, convolutions, sync_compute_weights = fuse(lora)
     sync_compute_weights()
-    install_fast_forwards(network, groups)
-    return network, lora, groups
+    install_fast_forwards(network, groups, convolutions)
+    return network, lora, groups | convolutions
 
 
 def peft_gradients(unet, lora: Adapter) -> dict[str, torch.Tensor]:
@@ -68,9 +69,12 @@ def peft_gradients(unet, lora: Adapter) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def flat_gradients(groups: dict[str, FusedLoraLinear]) -> dict[str, torch.Tensor]:
+def flat_gradients(groups: dict[str, FusedLoraLinear | LoraConv]) -> dict[str, torch.Tensor]:
     gradients = {}
-    for group in groups.values():
+    for name, group in groups.items():
+        if isinstance(group, LoraConv):
+            gradients[f"{name}.lora_A"], gradients[f"{name}.lora_B"] = group.down_grad, group.up_grad[:, :, None, None]
+            continue
         for i, (name, down) in enumerate(zip(group.names, group.down_grad.chunk(len(group.names)), strict=True)):
             gradients[f"{name}.lora_A"], gradients[f"{name}.lora_B"] = down, group.up_grad[i]
     return gradients
@@ -182,3 +186,54 @@ def test_any_choice_of_layers_ranks_and_scales_is_computed_as_diffusers_and_peft
     found = flat_gradients(groups)
     for name, gradient in peft_gradients(plain, lora).items():
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("recomputes", "settings"),
+    [
+        (False, {"lora_conv_rank": 5}),
+        (False, {"lora_conv_rank": 16, "lora_rslora": True, "lora_alpha": 8.0, "pattern": "attentions=0"}),
+        (True, {"lora_conv_rank": 2, "pattern": r"conv1=0 samplers=9:4 up_blocks.*conv2=16 mid_block=0"}),
+    ],
+    ids=str,
+)
+def test_convolutions_are_computed_as_diffusers_and_peft_do(unet, settings, recomputes):
+    """Those of ResNets and samplers, some or all, alone or beside linear layers, also where a rank is not a multiple of 8."""
+    plain, lora = adapted(unet, **settings)
+    plain.double()
+    expected, wanted = answered(plain), peft_gradients(plain, lora)
+    fast, _, layers = quick(unet, **settings)
+    if recomputes:
+        fast.enable_gradient_checkpointing(recomputed)
+    torch.testing.assert_close(answered(fast.to(memory_format=torch.channels_last)), expected, rtol=1e-6, atol=1e-6)
+    found = flat_gradients(layers)
+    assert wanted.keys() == found.keys()
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 1, 0), (3, 2, 0), (5, 1, 2), (2, 2, 0)])
+@pytest.mark.parametrize("needs_dx", [True, False])
+def test_every_kind_of_convolution_has_the_gradients_of_autograd(kernel, stride, padding, needs_dx):
+    conv = torch.nn.Conv2d(6, 10, kernel, stride, padding).requires_grad_(False).double()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 9, 12, generator=generator, dtype=torch.float64).to(memory_format=torch.channels_last)
+    down = torch.zeros(8, 6, kernel, kernel, dtype=torch.float64)
+    up = torch.zeros(10, 8, dtype=torch.float64)
+    down[:3], up[:, :3] = torch.randn(3, 6, kernel, kernel, generator=generator), torch.randn(10, 3, generator=generator)
+    gradients = torch.zeros(3, 6, kernel, kernel), torch.zeros(10, 3)
+    anchor = torch.zeros((), requires_grad=True)
+    y = lora_conv(x.requires_grad_(needs_dx), LoraConv(conv, down, up, *gradients, 0.5, anchor), conv.bias)
+    dy = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    y.backward(dy)
+    wanted_down, wanted_up = down[:3].clone().requires_grad_(), (up[:, :3, None, None] / 0.5).requires_grad_()
+    again = x.detach().clone().requires_grad_()
+    hidden = torch.nn.functional.conv2d(again, wanted_down, None, stride, padding)
+    expected = conv(again) + 0.5 * torch.nn.functional.conv2d(hidden, wanted_up)
+    expected.backward(dy)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradients[0], wanted_down.grad.float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradients[1], wanted_up.grad[:, :, 0, 0].float(), rtol=1e-5, atol=1e-4)
+    assert (x.grad is not None) is needs_dx
+    if needs_dx:
+        torch.testing.assert_close(x.grad, again.grad)

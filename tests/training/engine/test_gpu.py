@@ -8,17 +8,22 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft.helpers import disable_input_dtype_casting
+from safetensors.torch import save_file
 
 from demo import tiny_sdxl
+from training.callbacks.renderer import Renderer
+from training.callbacks.sample_prompts import SamplePrompt
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
 from training.engine import prepare_unet, recompute_text_encoders
 from training.engine.fast.feed_forward import fused_feed_forward
+from training.engine.fast.fuse import fuse
 from training.engine.fast.gaps import empty_with_gap, with_gap
-from training.engine.fast.lora_linear import fuse, fused_lora_linear
+from training.engine.fast.lora_linear import fused_lora_linear
 from training.engine.fast.ops import add_layer_norm, append_products, dequantized, geglu, group_norm, takes_products
 from training.engine.step import TrainStep
 from training.method import diffusion
@@ -31,7 +36,7 @@ from training.method.prodigy import Prodigy
 from training.models.base_model import find_base
 from training.models.int8 import rowwise_int8
 from training.models.sdxl import Schedule
-from training.models.weights import load_text_encoders, load_unet
+from training.models.weights import load_text_encoders, load_unet, load_vae
 from training.system.device import Precision
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -127,8 +132,8 @@ def test_the_base_model_is_asked_in_a_captured_step_of_either_engine(base, capsy
 
 
 def test_prodigy_on_a_gpu_takes_the_steps_of_prodigyopt():
-    """200 steps within 2e-6 (1.2e-6 on an H200; 1e-6 on a CPU): 100,000 weights that should become others, with noise in the
-    gradients. The sums over all weights are added up in another order."""
+    """200 steps within 5e-6 (1.2e-6 and 2.2e-6 on two H200s; 1e-6 on a CPU): 100,000 weights that should become others, with noise
+    in the gradients. The sums over all weights are added up in another order."""
     prodigyopt = pytest.importorskip("prodigyopt")
     generator = torch.Generator("cuda").manual_seed(0)
     wanted = torch.randn(100_000, generator=generator, device="cuda")
@@ -142,7 +147,7 @@ def test_prodigy_on_a_gpu_takes_the_steps_of_prodigyopt():
             weights.grad = weights.detach() - wanted + 0.3 * noise
         ours.step(torch.tensor(1.0, device="cuda"), torch.tensor(0.0, device="cuda"))
         theirs.step()
-        assert (pair[0] - pair[1]).norm() < 2e-6 * pair[1].norm()
+        assert (pair[0] - pair[1]).norm() < 5e-6 * pair[1].norm()
     assert theirs.param_groups[0]["d"] > 1e-3
 
 
@@ -404,6 +409,31 @@ def test_each_shape_of_micro_batches_is_one_graph_however_they_are_combined(base
     assert torch.equal(captured, weights)
 
 
+def test_sample_images_take_the_memory_of_captured_steps(base, tmp_path):
+    """They are those of eager networks, and the training goes on as without them, bit for bit."""
+    found, one = find_base(str(base), base.parent), batch_of(0, 1)
+    save_file({"hidden": one.hidden, "pooled": one.pooled}, tmp_path / "text.safetensors")
+    prompt = SamplePrompt("", "trigger", "", 256, 256, seed=1, guidance=4.0, steps=2)
+    images, runs = {}, []
+    for captures in (True, False, None):
+        step, lora = stepper(base, captures=captures is True)
+        losses = [step([batch_of(number, 16, 64, 64)], RATE).loss for number in range(3)]
+        if captures is not None:
+            renderer = Renderer(step, Schedule(), {"": tmp_path / "text.safetensors"}, load_vae(found, torch.device("cpu")), False)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_reserved()
+            images[captures] = [np.asarray(renderer.decoded(renderer.latents(prompt))) for _ in range(3)]
+            grown = torch.cuda.max_memory_reserved() - before
+            print(f"captured {captures}: {grown / 2**20:.0f} MiB besides {before / 2**20:.0f} MiB")
+            assert captures is False or grown < 64 * 2**20  # weights of the decoder, inputs
+            renderer.release()
+        losses += [step([batch_of(number, 16, 64, 64)], RATE).loss for number in range(3)]
+        runs.append((losses, lora.weights.detach().clone()))
+    assert all(np.array_equal(image, images[False][0]) for image in (*images[True], *images[False]))
+    assert all(losses == runs[0][0] and torch.equal(weights, runs[0][1]) for losses, weights in runs)
+
+
 def in_fp16(batch: Batch) -> Batch:
     return Batch(**{name: each.half() if each.dtype == torch.bfloat16 else each for name, each in vars(batch).items()}).pinned()
 
@@ -482,7 +512,7 @@ def test_the_feed_forward_of_a_block_is_that_of_its_layers_one_by_one(base, rank
     lora = inject(unet, LoraSettings(lora_rank=rank, lora_alpha=rank), seed=3)
     with torch.no_grad():
         lora.weights.add_(0.05 * torch.randn_like(lora.weights))
-    groups, sync_compute_weights = fuse(lora)
+    groups, _, sync_compute_weights = fuse(lora)
     sync_compute_weights()
     name = next(name for name in groups if name.endswith("ff.net.2"))
     layers = groups[name.replace("net.2", "net.0.proj")], groups[name]
@@ -572,23 +602,61 @@ def test_captured_steps_of_every_adapter_are_the_eager_ones(base, settings):
     assert runs[0][10] < runs[0][0]
 
 
+def gradient_of(base: Path, engine: str, dtype: torch.dtype, settings: dict) -> torch.Tensor:
+    """[P]: of all weights of an adapter with some effect, by an engine and in a dtype of the UNet."""
+    unet = load_unet(find_base(str(base), base.parent), torch.device("cuda"), dtype)
+    lora = inject(unet, LoraSettings(lora_rank=8, **settings), seed=3)
+    with torch.no_grad():
+        lora.weights.add_(0.01 * torch.randn(lora.weights.shape, generator=torch.Generator().manual_seed(1)).cuda())
+    sync = prepare_unet(engine, unet, lora, torch.device("cuda"))
+    how = {"sync_compute_weights": sync, "captures": False}
+    precision = Precision(torch.device("cuda"), dtype)
+    step = TrainStep(unet, lora, AdamW(lora.weights, OptimizerSettings()), loss_config(), precision, 0.0, **how)
+    batch = batch_of(0)
+    step([replace(batch, hidden=batch.hidden.to(dtype), pooled=batch.pooled.to(dtype)).pinned()], 0.0)
+    return lora.weights.grad.clone()
+
+
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
 def test_changes_in_the_dtype_of_the_unet_learn_what_fp32_learns(base, kind):
     """LoHa and LoKr multiply with their change in bf16; its gradient is that of fp32 to the precision of bf16."""
-    gradients = []
-    for dtype in (torch.bfloat16, torch.float32):
-        unet = load_unet(find_base(str(base), base.parent), torch.device("cuda"), dtype)
-        lora = inject(unet, LoraSettings(lora_rank=8, lora_type=kind), seed=3)
-        with torch.no_grad():
-            lora.weights.add_(0.01 * torch.randn(lora.weights.shape, generator=torch.Generator().manual_seed(1)).cuda())
-        sync = prepare_unet("plain", unet, lora, torch.device("cuda"))
-        how = {"sync_compute_weights": sync, "captures": False}
-        precision = Precision(torch.device("cuda"), dtype)
-        step = TrainStep(unet, lora, AdamW(lora.weights, OptimizerSettings()), loss_config(), precision, 0.0, **how)
-        batch = batch_of(0)
-        step([replace(batch, hidden=batch.hidden.to(dtype), pooled=batch.pooled.to(dtype)).pinned()], 0.0)
-        gradients.append(lora.weights.grad.clone())
-    assert (gradients[0] - gradients[1]).norm() < 0.1 * gradients[1].norm()
+    ours, exact = (gradient_of(base, "plain", dtype, {"lora_type": kind}) for dtype in (torch.bfloat16, torch.float32))
+    assert (ours - exact).norm() < 0.1 * exact.norm()
+
+
+FAST_ADAPTERS = [
+    {"lora_conv_rank": 4},
+    {"lora_conv_rank": 16, "lora_rank_pattern": "samplers=6:3 mid_block=0", "lora_rslora": True},
+]
+"""Settings of adapters that the fast engine takes besides linear LoRA layers."""
+
+
+@pytest.mark.parametrize("settings", FAST_ADAPTERS, ids=str)
+def test_gradients_of_the_fast_engine_are_as_near_to_fp32_as_those_of_the_plain_one(base, settings):
+    exact = gradient_of(base, "plain", torch.float32, settings)
+    plain, fast = (
+        ((gradient_of(base, engine, torch.bfloat16, settings) - exact).norm() / exact.norm()).item() for engine in ("plain", "fast")
+    )
+    print(f"to fp32: plain {plain:.4f}, fast {fast:.4f}")
+    assert fast <= 1.25 * plain + 1e-3
+
+
+@pytest.mark.parametrize("how", [{}, {"recomputes": True}, {"in_int8": True}], ids=str)
+@pytest.mark.parametrize("settings", FAST_ADAPTERS, ids=str)
+def test_captured_steps_of_adapters_of_the_fast_engine_are_the_eager_ones_bit_for_bit(base, settings, how):
+    runs = []
+    for captures in (True, False):
+        found = find_base(str(base), base.parent)
+        unet = load_unet(found, torch.device("cuda"), torch.bfloat16, in_int8=how.get("in_int8", False))
+        lora = inject(unet, LoraSettings(lora_rank=8, **settings), seed=3)
+        optimizer = AdamW(lora.weights, OptimizerSettings())
+        step = step_of("fast", unet, lora, optimizer, how.get("recomputes", False), captures)
+        losses = [step([batch_of(number % 2)], RATE).loss for number in range(12)]
+        assert bool(step.graphs) == captures
+        runs.append((losses, lora.weights.detach().clone()))
+    assert runs[0][0] == runs[1][0]
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert runs[0][0][10] < runs[0][0][0]
 
 
 @pytest.mark.parametrize("pattern", ["attn1.to_q=4 attn1=16 attn2=8:2 ff=0", "up_blocks=24:6", "ff=96:6"])

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 
 from common.errors import ModelError
 from demo import tiny_sdxl
 from training.config import LoraSettings
-from training.method.adapters import ADAPTER, inject, row_norms
+from training.method.adapters import ADAPTER, Adapter, inject, row_norms
 from training.method.export import kohya_tensors, verify
 from training.method.layers import kohya_name
+from training.method.low_rank import changed_row_squares
 from training.models.base_model import find_base
 from training.models.weights import load_unet, write_tensors
 
@@ -20,8 +22,8 @@ def base(tmp_path_factory):
     return find_base(str(folder), folder.parent)
 
 
-def injected(base, alpha: float = 3.0, **settings):
-    unet = load_unet(base, torch.device("cpu"), torch.float32)
+def injected(base, alpha: float = 3.0, dtype: torch.dtype = torch.float32, **settings) -> tuple[torch.nn.Module, Adapter]:
+    unet = load_unet(base, torch.device("cpu"), dtype)
     return unet, inject(unet, LoraSettings(lora_rank=4, lora_alpha=alpha, lora_type="dora", **settings), seed=5)
 
 
@@ -78,3 +80,60 @@ def test_a_dora_without_its_scales_is_refused(base, tmp_path):
     write_tensors(tmp_path / "dora.safetensors", {name: tensor for name, tensor in tensors.items() if name != missing})
     with pytest.raises(ModelError, match=f"{missing}: "):
         verify(tmp_path / "dora.safetensors", tensors)
+
+
+LAYERS = "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+LAYERS += ("mid_block.resnets.0.conv1",)
+"""Linear with a bias and without one, and a convolution."""
+
+
+def computed(module: torch.nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Output, and the gradients of input, down, up and magnitude, of random numbers that bf16 can hold."""
+    width, size = module.base_layer.weight.shape[1], (5, 6) if module.base_layer.weight.dim() == 4 else ()
+    x = torch.randn(8, width, *size, generator=torch.Generator().manual_seed(2)).bfloat16().to(dtype).requires_grad_()
+    torch.manual_seed(7)  # of dropout
+    y = module(x)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).bfloat16().to(y.dtype)
+    trained = [part[ADAPTER].weight for part in (module.lora_A, module.lora_B, module.lora_magnitude_vector)]
+    return y, *torch.autograd.grad(y, [x, *trained], upstream)
+
+
+def changed(dora: Adapter) -> None:
+    with torch.no_grad():
+        dora.weights.add_(0.1 * torch.randn(dora.weights.shape, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_layers_compute_what_pefts_do(base, dropout):
+    """Output and every gradient in float64, with the norms of whole weights and without them."""
+    unet, dora = injected(base, lora_conv_rank=2, lora_dropout=dropout)
+    changed(dora)
+    for module in (unet.get_submodule(layer).double().train(dropout > 0) for layer in LAYERS):
+        ours = computed(module, torch.float64)
+        del module.lora_variant[ADAPTER].forward  # what inject has set
+        for mine, peft in zip(ours, computed(module, torch.float64), strict=True):
+            assert (mine - peft).norm() < 1e-6 * peft.norm()
+
+
+def test_in_bf16_layers_are_as_near_to_exact_as_pefts_under_autocast(base):
+    unet, dora = injected(base, lora_conv_rank=2, dtype=torch.bfloat16)
+    changed(dora)
+    for module in map(unet.get_submodule, LAYERS):
+        ours = computed(module, torch.bfloat16)
+        del module.lora_variant[ADAPTER].forward
+        with torch.autocast("cpu", torch.bfloat16), disable_input_dtype_casting(module):
+            peft = computed(module, torch.bfloat16)
+        for mine, other, exact in zip(ours, peft, computed(module.double(), torch.float64), strict=True):
+            assert (mine - exact).norm() <= 1.05 * (other - exact).norm()
+
+
+def test_norms_of_changed_rows_need_no_product_and_are_never_negative():
+    generator = torch.Generator().manual_seed(0)
+    weight, down, up = (torch.randn(2, *shape, generator=generator) for shape in ((7, 50), (3, 50), (7, 3)))
+    weight[0, 0] = -up[0, 0] @ down[0]  # a row of which nothing remains
+    squares = weight.square().sum(-1)
+    found = changed_row_squares(weight, squares, down, up)
+    exact = (weight.double() + up.double() @ down.double()).square().sum(-1)
+    assert found[0, 0] == pytest.approx(1e-6 * squares[0, 0].item(), rel=10)
+    exact[0, 0] = found[0, 0]
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)

@@ -84,7 +84,7 @@ def inputs(dtype: torch.dtype) -> dict:
 def gradient(unet: torch.nn.Module, engine: str, dtype: torch.dtype, *, recomputes: bool = False) -> torch.Tensor:
     """[P]: of all LoRA weights, of a LoRA with some effect."""
     unet = copy.deepcopy(unet)
-    lora = inject(unet, LoraSettings(lora_rank=4), seed=1)
+    lora = inject(unet, LoraSettings(lora_rank=4, lora_conv_rank=4), seed=1)
     with torch.no_grad():
         lora.weights.copy_(0.05 * torch.randn(lora.weights.shape, generator=torch.Generator().manual_seed(7)))
     prepare_unet(engine, unet, lora, CPU, gradient_checkpointing=recomputes)()

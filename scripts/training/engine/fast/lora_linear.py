@@ -1,11 +1,11 @@
-"""Frozen linear layers with their LoRA as one differentiable product, made from the PEFT layers of an adapter.
+"""Frozen linear layers with their LoRA as one differentiable product.
 
 Autograd would keep the input of every frozen layer and return each LoRA gradient as a tensor of its own, 1444 of them.
 Here frozen layers keep nothing, layers that read the same input are one product, and LoRA gradients are accumulated in
 place in the adapter's flat fp32 buffer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from training.engine.fast.gaps import with_gap
-from training.engine.fast.ops import append_products, copier, dequantized, takes_products
-from training.method.adapters import ADAPTER, CONTEXT, Adapter, shared_input_groups
-from training.models.int8 import Int8Conv2d, Int8Linear
+from training.engine.fast.ops import append_products, dequantized, takes_products
 
 _LAYERS_AT_ONCE = 8
 """Of the cross-attentions' keys and values: how many weights in int8 are multiplied out at a time. SDXL's 128 are 630 MB."""
@@ -60,82 +58,6 @@ class FusedLoraLinear:
         return self.weight[rows] if self.weight_scales is None else dequantized(self.weight[rows], self.weight_scales[rows])
 
 
-def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], Callable[..., None]]:
-    """The fused layers, built from the PEFT layers of `adapter`, by the name of the group; and a function that copies the fp32
-    weights to those with which they compute, or with False makes them compute without a LoRA.
-
-    The frozen weights of a group are joined, and its base layers become views of the joined one, so that none is held twice.
-    """
-    weights = adapter.weights.detach()
-    anchor = torch.zeros((), device=weights.device, requires_grad=True)
-    start, groups = 0, {}
-    downs, ups = [], {}
-    """Where a part of the flat weights begins, and the tensor with which layers compute; those of `up` by scale."""
-    for group, names in shared_input_groups(adapter.layers.items()).items():
-        bases = [adapter.layers[name].base_layer for name in names]
-        n, (out, width) = len(names), bases[0].weight.shape
-        rank, scale = adapter.layers[names[0]].r[ADAPTER], adapter.layers[names[0]].scaling[ADAPTER]
-        middle = start + n * rank * width
-        end = middle + n * rank * out
-        is_wide = not group.startswith(CONTEXT) and not isinstance(bases[0], Int8Linear)
-        matrices = _joined(bases, rank) if is_wide else _separate(bases, rank)
-        _, _, _, down, up, _, _ = matrices
-        downs.append((start, down))
-        ups.setdefault(scale, []).extend((middle + number * rank * out, each) for number, each in enumerate(up))
-        # In the flat weights all `down` of a group come before all `up`, without a gap.
-        down_grad, up_grad = adapter.sums[start:middle].view(n * rank, width), adapter.sums[middle:end].view(n, out, rank)
-        groups[group] = FusedLoraLinear(tuple(names), *matrices, down_grad, up_grad, scale, anchor)
-        start = end
-    copy_downs = copier(weights, downs, 1.0)
-    copies_of_ups = [copier(weights, parts, scale) for scale, parts in ups.items()]
-    copy_zeros = copier(weights, [part for parts in ups.values() for part in parts], 0.0)
-
-    def sync_compute_weights(adapts: bool = True) -> None:
-        if not adapts:
-            copy_zeros()
-            return
-        copy_downs()
-        for copy in copies_of_ups:
-            copy()
-
-    return groups, sync_compute_weights
-
-
-def _joined(linears: Sequence[torch.nn.Linear], rank: int) -> tuple[torch.Tensor | None, ...]:
-    """From `weight` to `weight_and_down` of a FusedLoraLinear, views of one matrix; so are the weights of `linears` then."""
-    n, (out, width) = len(linears), linears[0].weight.shape
-    rows, columns = n * out, width + n * rank
-    matrix = linears[0].weight.new_zeros(rows + n * rank, columns)
-    for number, linear in enumerate(linears):
-        part = matrix[number * out : (number + 1) * out, :width]
-        part.copy_(linear.weight.detach())
-        linear.weight = torch.nn.Parameter(part, requires_grad=False)
-    # The LoRA of each layer adds to its own rows only: the rest beside W stays zero.
-    up = matrix.as_strided((n, out, rank), (out * columns + rank, columns, 1), width)
-    return matrix[:rows, :width], None, _joined_bias(linears), matrix[rows:, :width], up, matrix[:rows], matrix[:, :width]
-
-
-def _separate(linears: Sequence[torch.nn.Linear], rank: int) -> tuple[torch.Tensor | None, ...]:
-    """The same, with a matrix of its own for `weight`, `down` and `up`."""
-    n, like = len(linears), linears[0].weight
-    out, width = like.shape
-    if isinstance(linears[0], Int8Linear):
-        weight, scales = (torch.cat([getattr(linear, part) for linear in linears]) for part in ("codes", "scales"))
-        for number, linear in enumerate(linears):
-            rows = slice(number * out, (number + 1) * out)
-            linear.codes, linear.scales = weight[rows], scales[rows]
-    else:
-        weight, scales = torch.cat([linear.weight.detach() for linear in linears]), None
-        for linear, part in zip(linears, weight.split(out), strict=True):
-            linear.weight = torch.nn.Parameter(part, requires_grad=False)
-    down, up = like.new_zeros(n * rank, width), like.new_zeros(n, out, rank)
-    return weight, scales, _joined_bias(linears), down, up, None, None
-
-
-def _joined_bias(linears: Sequence[torch.nn.Linear]) -> torch.Tensor | None:
-    return None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
-
-
 def fused_lora_linear(x: torch.Tensor, layer: FusedLoraLinear) -> torch.Tensor:
     """[..., in] -> [..., out], of a single layer."""
     (y,) = fused_lora_linears(x, layer)
@@ -157,11 +79,6 @@ def columns_beside(layer: FusedLoraLinear | None) -> int:
 def fused_lora_context(x: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, ...]:
     """[..., in] -> n tensors [..., out]; `x` gets no gradient."""
     return _FusedContextFunction.apply(x, layer.grad_anchor, layer)
-
-
-def frozen_weight(conv: torch.nn.Conv2d) -> torch.Tensor:
-    """[out, in, h, w] in the UNet's dtype, multiplied out for the caller if it is in int8."""
-    return dequantized(conv.codes, conv.scales) if isinstance(conv, Int8Conv2d) else conv.weight
 
 
 class _FusedLoraLinearFunction(torch.autograd.Function):

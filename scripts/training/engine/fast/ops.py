@@ -182,28 +182,28 @@ class _Geglu(torch.autograd.Function):
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, plus, weight, bias, groups, eps, silu):
-        rows = _as_rows(x)
+        rows = as_rows(x)
         out, kept = _kernels().group_norm_forward(rows, plus, weight, bias, groups, eps, silu)
         ctx.groups, ctx.silu = groups, silu
         ctx.save_for_backward(rows, plus, weight, *kept)
         ctx.set_materialize_grads(False)
         # x is returned as well: code that needs it besides the norm takes it from here. Its gradient comes back as d_x, which
         # the kernel of the norm's gradient adds.
-        return x.view_as(x), _as_image(out, x)
+        return x.view_as(x), as_image(out, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_x, d_normed):
         rows, plus, weight, *kept = ctx.saved_tensors
-        d_rows = None if d_x is None else _as_rows(d_x)
-        dx = _kernels().group_norm_backward(rows, plus, weight, ctx.groups, ctx.silu, kept, _as_rows(d_normed), d_rows)
-        return _as_image(dx, d_normed), None, None, None, None, None, None
+        d_rows = None if d_x is None else as_rows(d_x)
+        dx = _kernels().group_norm_backward(rows, plus, weight, ctx.groups, ctx.silu, kept, as_rows(d_normed), d_rows)
+        return as_image(dx, d_normed), None, None, None, None, None, None
 
 
 class _AddWithBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, bias):
-        return _as_image(_kernels().add_with_bias(_as_rows(x), _as_rows(y), bias), x)
+        return as_image(_kernels().add_with_bias(as_rows(x), as_rows(y), bias), x)
 
     @staticmethod
     @once_differentiable
@@ -211,11 +211,11 @@ class _AddWithBias(torch.autograd.Function):
         return d_out, d_out, None
 
 
-def _as_rows(image: torch.Tensor) -> torch.Tensor:
+def as_rows(image: torch.Tensor) -> torch.Tensor:
     """[B, C, h, w] as contiguous [B, h * w, C]; a copy only if it is not channels last."""
     return image.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
 
 
-def _as_image(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def as_image(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The reverse, with height and width of `like`."""
     return rows.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)

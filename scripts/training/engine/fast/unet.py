@@ -10,15 +10,17 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models.upsampling import Upsample2D
 
 from training.engine.fast.feed_forward import fused_feed_forward
+from training.engine.fast.lora_conv import LoraConv, frozen_weight, lora_conv
 from training.engine.fast.lora_linear import (
     FusedLoraLinear,
     columns_beside,
-    frozen_weight,
     fused_lora_context,
     fused_lora_linear,
     fused_lora_linears,
@@ -30,7 +32,7 @@ from training.models.int8 import frozen_conv
 
 KeysValues = Mapping[str, torch.Tensor]
 """Name of a cross-attention's `to_k` or `to_v` -> [B, tokens, D]."""
-Linear = Callable[[torch.Tensor], torch.Tensor]
+Layer = Callable[[torch.Tensor], torch.Tensor]
 """A layer with a LoRA, or one without."""
 
 
@@ -51,8 +53,10 @@ def warm_up_libraries(device: torch.device, dtype: torch.dtype) -> None:
         torch.cuda.synchronize()
 
 
-def install_fast_forwards(unet: UNet2DConditionModel, groups: Mapping[str, FusedLoraLinear]) -> None:
-    """Give the blocks of `unet` fast forwards, in place. `groups` are its adapted layers."""
+def install_fast_forwards(
+    unet: UNet2DConditionModel, groups: Mapping[str, FusedLoraLinear], convolutions: Mapping[str, LoraConv]
+) -> None:
+    """Give the blocks of `unet` fast forwards, in place. `groups` and `convolutions` are its adapted layers."""
     modules = dict(unet.named_modules())
     layers = {name: partial(fused_lora_linear, layer=groups[name]) if name in groups else each for name, each in modules.items()}
     contexts = {name: layer for name, layer in modules.items() if name.endswith((".attn2.to_k", ".attn2.to_v"))}
@@ -62,7 +66,9 @@ def install_fast_forwards(unet: UNet2DConditionModel, groups: Mapping[str, Fused
     )
     for name, module in modules.items():
         if isinstance(module, ResnetBlock2D):
-            module.forward = partial(_resnet, module)
+            module.forward = partial(_resnet, module, *(_convolution(modules, f"{name}.conv{i}", convolutions) for i in (1, 2)))
+        elif isinstance(module, Downsample2D | Upsample2D) and f"{name}.conv" in convolutions:
+            module.conv.forward = partial(lora_conv, layer=convolutions[f"{name}.conv"], bias=module.conv.bias)
         elif isinstance(module, Transformer2DModel):
             names = [f"{name}.transformer_blocks.{number}" for number in range(len(module.transformer_blocks))]
             blocks = {each: _block(modules[each], each, layers, groups) for each in names}
@@ -76,9 +82,7 @@ def _keys_values(layers: Mapping[str, torch.nn.Module], groups: Mapping[str, Fus
     return {name: outputs[name] if name in outputs else layer(hidden) for name, layer in layers.items()}
 
 
-def _block(
-    block: BasicTransformerBlock, name: str, layers: Mapping[str, Linear], groups: Mapping[str, FusedLoraLinear]
-) -> Callable:
+def _block(block: BasicTransformerBlock, name: str, layers: Mapping[str, Layer], groups: Mapping[str, FusedLoraLinear]) -> Callable:
     """The forward of one transformer block: self-attention, cross-attention, feed-forward, each behind a layer norm."""
     paths = ("attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
     self_out, cross_q, cross_out, feed_in, feed_out = (layers[f"{name}.{path}"] for path in paths)
@@ -121,9 +125,9 @@ def _block(
 
 def _transformer(
     module: Transformer2DModel,
-    proj_in: Linear,
+    proj_in: Layer,
     blocks: Mapping[str, Callable],
-    proj_out: Linear,
+    proj_out: Layer,
     hidden_states: torch.Tensor,
     encoder_hidden_states: KeysValues,
     **_: object,
@@ -139,7 +143,14 @@ def _transformer(
     return (residual + rows.unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2),)
 
 
-def _resnet(module: ResnetBlock2D, input_tensor: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
+def _convolution(modules: Mapping[str, torch.nn.Module], name: str, convolutions: Mapping[str, LoraConv]) -> Layer:
+    """The convolution of that name without its bias."""
+    if name in convolutions:
+        return partial(lora_conv, layer=convolutions[name])
+    return partial(frozen_conv, weight=partial(frozen_weight, modules[name]), conv=modules[name])
+
+
+def _resnet(module: ResnetBlock2D, conv1: Layer, conv2: Layer, input_tensor: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
     """ResnetBlock2D of SDXL: [B, C, h, w] and the time embedding [B, T] -> [B, C', h, w].
 
     No bias has a kernel of its own: that of the first convolution is added to the time embedding, which is added to its
@@ -147,8 +158,8 @@ def _resnet(module: ResnetBlock2D, input_tensor: torch.Tensor, temb: torch.Tenso
     """
     x, normed = group_norm(input_tensor, None, module.norm1, silu=True)
     plus = F.linear(F.silu(temb), module.time_emb_proj.weight, module.time_emb_proj.bias) + module.conv1.bias
-    _, normed = group_norm(frozen_conv(normed, partial(frozen_weight, module.conv1), module.conv1), plus, module.norm2, silu=True)
-    change = frozen_conv(normed, partial(frozen_weight, module.conv2), module.conv2)
+    _, normed = group_norm(conv1(normed), plus, module.norm2, silu=True)
+    change = conv2(normed)
     if module.conv_shortcut is None:
         return add_with_bias(x, change, module.conv2.bias)
     # The shortcut is a 1x1 convolution: on channels-last rows a linear layer, whose bias takes that of conv2 along.

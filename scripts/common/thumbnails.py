@@ -1,4 +1,7 @@
-"""Small copies of images as data URIs. They are cached, so that a report of an unchanged data set is written at once."""
+"""Small copies of images as data URIs. They are cached, so that a report of an unchanged data set is written at once.
+
+Decoding an image takes ten times as long as making the copy: stages that have decoded it leave one for the report.
+"""
 
 import base64
 import contextlib
@@ -11,9 +14,10 @@ from pathlib import Path
 from PIL import Image, ImageChops, ImageFilter
 
 from common.background import prefetch
-from common.images import BrokenImageError, open_rgb, read_mask
+from common.images import BrokenImageError, read_image, read_mask
 
-SIZE_PX = 192
+SIZE_PX, SAMPLE_PX = 192, 320
+"""Longest sides: of images of the data set, and of sample images."""
 _QUALITY, _METHOD = 62, 2
 """Of WebP: a slower method saves a tenth of the page and doubles the time."""
 OUTLINE = "magenta"
@@ -41,8 +45,7 @@ class Thumbnails:
         """A data URI of the image at `path`, at most `size_px` wide and high, with the outline of its mask; "" if it cannot be
         read."""
         try:
-            key = f"{_stamp(path)}|{size_px}" + (f"|{_stamp(mask)}" if mask else "")
-            plain = self._folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.webp"
+            plain = self._file(path, size_px, mask)
             outlined = plain.with_stem(f"{plain.stem}-mask")
             content = _read(outlined) if mask else b""
             cached = outlined if content else plain
@@ -57,6 +60,15 @@ class Thumbnails:
             return "data:image/webp;base64," + base64.b64encode(content).decode("ascii")
         except (OSError, BrokenImageError):
             return ""
+
+    def add(self, path: Path, image: Image.Image, size_px: int = SIZE_PX) -> None:
+        """Keep the thumbnail of the file at `path`, which has been decoded to `image`."""
+        with contextlib.suppress(OSError):
+            _write(self._file(path, size_px), _encoded(_small(image.copy(), size_px)))
+
+    def _file(self, path: Path, size_px: int, mask: Path | None = None) -> Path:
+        key = f"{_stamp(path)}|{size_px}" + (f"|{_stamp(mask)}" if mask else "")
+        return self._folder / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.webp"
 
     def __enter__(self) -> "Thumbnails":
         return self
@@ -94,8 +106,7 @@ def _stamp(path: Path) -> str:
 
 def _make(source: Path, size_px: int, mask: Path | None) -> tuple[bytes, bool]:
     """The thumbnail, and whether it shows the outline of the mask; an opaque image has none."""
-    image, has_outline = open_rgb(source), False
-    image.thumbnail((size_px, size_px), reducing_gap=1.5)
+    image, has_outline = _small(read_image(source, least_px=size_px).rgb, size_px), False
     if mask:
         with contextlib.suppress(BrokenImageError):  # training reports it
             if alpha := read_mask(mask, source).alpha:
@@ -103,6 +114,16 @@ def _make(source: Path, size_px: int, mask: Path | None) -> tuple[bytes, bool]:
                 wider = inside.filter(ImageFilter.MaxFilter(2 * _OUTLINE_PX + 1))
                 image.paste(Image.new("RGB", image.size, OUTLINE), mask=ImageChops.subtract(wider, inside))
                 has_outline = True
+    return _encoded(image), has_outline
+
+
+def _small(image: Image.Image, size_px: int) -> Image.Image:
+    """`image`, scaled down in place."""
+    image.thumbnail((size_px, size_px), reducing_gap=1.5)
+    return image
+
+
+def _encoded(image: Image.Image) -> bytes:
     content = io.BytesIO()
     image.save(content, "webp", quality=_QUALITY, method=_METHOD)
-    return content.getvalue(), has_outline
+    return content.getvalue()
