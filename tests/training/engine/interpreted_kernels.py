@@ -44,22 +44,10 @@ def check_append_products(rows: int, width: int, rank: int, n: int, gap: int, ke
     assert torch.equal(kept, wide[:, n * width :]) if keeps else kept is None
 
 
-def check_geglu_forward(rows: int, width: int, rank: int) -> None:
-    torch.manual_seed(0)
-    projected, factor = torch.randn(rows, 2 * width).half(), torch.randn(rank, width + 8).half()[:, :width]
-    out, kept = triton_products.geglu_forward_with_products(projected, factor)
-    products = out.float() @ factor.float().T
-    assert torch.equal(out, triton_kernels.geglu_forward(projected))
-    assert (kept.float() - products).norm() < 1e-3 * products.norm()
-    assert torch.equal(kept, with_gap(out, width + rank)[:, width:])
-
-
 if __name__ == "__main__":
     triton_products._processors = lambda device: 2  # rows are divided among several programs
     for shape in ((130, 96, 8, 8, 0), (64, 64, 32, 16, 32), (200, 160, 3, 40, 0), (5, 64, 64, 64, 64)):
         check_geglu_backward(*shape)
-    for shape in ((130, 96, 8), (16, 320, 32), (37, 160, 40), (20, 64, 64)):
-        check_geglu_forward(*shape)
     for shape in ((130, 96, 8, 3, 0), (16, 256, 32, 1, 24), (7, 160, 40, 2, 8), (33, 64, 64, 1, 0)):
         for keeps in (False, True):
             check_append_products(*shape, keeps)

@@ -28,7 +28,7 @@ REGISTERS = 65536
 NUMBERS = {"width": "i32", "stride": "i32", "stride_of_d_total": "i32", "rows": "i32", "channels": "i32", "chunks": "i32"}
 NUMBERS |= {"groups": "i32", "count": "i32", "eps": "fp32", "stride_of_h": "i32", "stride_of_g": "i32", "chunk": "i32"}
 NUMBERS |= dict.fromkeys(
-    ("rank", "stride_of_out", "stride_of_kept", "part_of_factors", "row_of_factors", "row_of_factor", "column_of_factors"), "i32"
+    ("rank", "stride_of_out", "stride_of_kept", "part_of_factors", "row_of_factors", "column_of_factors"), "i32"
 )
 NUMBERS |= {"rank_in": "i32", "rank_out": "i32", "count_of_second": "i32", "pieces": "i32"}
 STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant", "parts")
@@ -51,10 +51,6 @@ LAUNCHES = {
         {"KEEPS": keeps, "R": rank, "K": triton_products._APPEND_ROWS, "C": triton_products._APPEND_COLUMNS[rank]}
         for keeps, rank in ((True, 16), (False, 32), (True, 64))
     ],
-    "_geglu_forward_with_products": [
-        {"R": rank, "K": triton_products._APPEND_ROWS, "C": columns} for rank, columns in triton_products._APPEND_COLUMNS.items()
-    ],
-    "_add_products": [{"BLOCK": 1024}],
     "_add_parts": [{"BLOCK": 1024}],
     "_copy_blocks": [{"R": 128, "C": 32}, {"R": 32, "C": 128}],
 }
@@ -63,7 +59,7 @@ LAUNCHES = {
 
 def kernels() -> dict[str, JITFunction]:
     found = vars(triton_kernels) | vars(triton_products)
-    parts_of_others = ("_silu_slope", "geglu_output", "geglu_gradients")
+    parts_of_others = ("_silu_slope", "geglu_gradients")
     return {name: each for name, each in found.items() if isinstance(each, JITFunction) and name not in parts_of_others}
 
 
@@ -88,7 +84,7 @@ def test_a_kernel_fits_a_chip(name, chip, tmp_path, monkeypatch):
             options = {"num_warps": triton_products._WARPS[constants["R_IN"]], "num_stages": triton_products._STAGES}
             aligned = ("width", "chunk", "projected", "d_out", "d_projected")
             multiples = {(kernel.arg_names.index(each),): [["tt.divisibility", 16]] for each in aligned}
-        elif name in ("_append_products", "_geglu_forward_with_products"):
+        elif name == "_append_products":
             options = {"num_stages": triton_products._APPEND_STAGES}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=multiples)
         compiled = triton.compile(source, target=target, options=options)

@@ -1,12 +1,10 @@
 """The feed-forward of a transformer block as one differentiable function that does not keep the activations between its layers."""
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from training.engine.fast.gaps import with_gap
 from training.engine.fast.lora_linear import FusedLoraLinear, accumulate, gradient_of_h, gradient_of_input, product
-from training.engine.fast.ops import geglu, geglu_backward_with_lora, geglu_with_products
+from training.engine.fast.ops import geglu, geglu_backward_with_lora
 
 
 def fused_feed_forward(
@@ -25,13 +23,10 @@ class _FeedForwardFunction(torch.autograd.Function):
     def forward(ctx, x, anchor, feed_in, feed_out, gap, gap_of_gradient):
         rows = x.reshape(-1, x.shape[-1])
         projected, h_in = product(rows, feed_in)
-        if gap:
-            activated, h_out = geglu_with_products(projected, feed_out.down)
-            y = F.linear(with_gap(activated, activated.shape[1] + gap), feed_out.weight_and_up, feed_out.bias)
-        else:
-            y, h_out = product(geglu(projected), feed_out)
+        y, h_out = product(geglu(projected, gap), feed_out)
         ctx.layers, ctx.gap = (feed_in, feed_out), gap_of_gradient
-        ctx.save_for_backward(rows, h_in, projected, h_out)  # not the activations
+        # In the gap behind the activations, `h_out` would keep them in memory.
+        ctx.save_for_backward(rows, h_in, projected, h_out.contiguous())
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod

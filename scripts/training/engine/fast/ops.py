@@ -80,13 +80,6 @@ def takes_products(like: torch.Tensor, *ranks: int) -> bool:
     return not like.is_cuda or (bool(_products()) and _products().supports(like.dtype, *ranks))
 
 
-def geglu_with_products(projected: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`projected` [N, 2 D] and `factor` [r, D] -> out = geglu(projected) with a gap that holds out factor^T; and that once more."""
-    if projected.is_cuda:
-        return _products().geglu_forward_with_products(projected, factor)
-    return append_products([geglu(projected)], factor.T[None], keeps=True)
-
-
 def geglu_backward_with_lora(
     projected: torch.Tensor,
     d_out: torch.Tensor,

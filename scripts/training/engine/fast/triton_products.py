@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from training.engine.fast.gaps import empty_with_gap, with_gap
-from training.engine.fast.triton_kernels import geglu_gradients, geglu_output
+from training.engine.fast.gaps import empty_with_gap
+from training.engine.fast.triton_kernels import geglu_gradients
 
 _ROWS, _COLUMNS = 16, 64
 """Tile of `_geglu_backward_with_lora`: rows that a program reads at a time, and columns that it owns."""
@@ -91,45 +91,6 @@ def _add_parts(parts, first, second, scale, count, count_of_second, pieces, BLOC
 
 
 @triton.jit
-def _geglu_forward_with_products(projected, factor, out, parts, rows, width, rank, stride, row_of_factor, chunk, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
-    """One program per K rows and chunk of columns; its part of the products is added up over its columns, C at a time."""
-    piece = tl.program_id(1)
-    first = piece * chunk
-    row, column, r = tl.program_id(0) * K + tl.arange(0, K), first + tl.arange(0, C), tl.arange(0, R)
-    exists, is_rank = (row < rows)[:, None], (r < rank)[None, :]
-    row = row[:, None].to(tl.int64)
-    source, target = projected + row * 2 * width + column[None, :], out + row * stride + column[None, :]
-    factor += column[:, None] + r[None, :] * row_of_factor
-    sums = tl.zeros((K, R), tl.float32)
-    for start in range(0, chunk, C):
-        inside = start + column < width
-        here = exists & inside[None, :]
-        value = tl.load(source, mask=here, other=0.0).to(tl.float32)
-        gate = tl.load(source + width, mask=here, other=0.0).to(tl.float32)
-        result = geglu_output(value, gate).to(out.dtype.element_ty)
-        tl.store(target, result, mask=here)
-        sums = tl.dot(result, tl.load(factor, mask=inside[:, None] & is_rank, other=0.0), sums)
-        source += C
-        target += C
-        factor += C
-    tl.store(parts + (piece.to(tl.int64) * rows + row) * rank + r[None, :], sums, mask=exists & is_rank)
-
-
-@triton.jit
-def _add_products(parts, out, kept, count, rank, stride, pieces, BLOCK: tl.constexpr):
-    """Adds up the parts of `count` products, and writes them into the gap, where `out` begins, and to `kept`."""
-    offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < count
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(0, pieces):
-        total += tl.load(parts + offset, mask=inside, other=0.0)
-        parts += count
-    result = total.to(out.dtype.element_ty)
-    tl.store(out + (offset // rank).to(tl.int64) * stride + offset % rank, result, mask=inside)
-    tl.store(kept + offset, result, mask=inside)
-
-
-@triton.jit
 def _append_products(first, second, third, factors, out, kept, rows, width, rank, stride, stride_of_out, stride_of_kept, part_of_factors, row_of_factors, column_of_factors, KEEPS: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
     """One program per K rows of a part: copied to its place in `out`, and times its own factor behind all parts."""
     part, parts = tl.program_id(1), tl.num_programs(1)
@@ -174,7 +135,9 @@ def geglu_backward_with_lora(projected, d_out, h, g, up_grad, down_grad, scale, 
     r_in, r_out = h.shape[1], g.shape[1]
     d_projected = empty_with_gap(projected, 2 * width, gap)
     columns = triton.cdiv(width, _COLUMNS)
-    pieces, chunk = _divided(rows, _ROWS, _PROGRAMS * _processors(projected.device) // columns)
+    pieces = max(1, min(_PROGRAMS * _processors(projected.device) // columns, triton.cdiv(rows, _ROWS)))
+    chunk = triton.cdiv(triton.cdiv(rows, pieces), _ROWS) * _ROWS
+    pieces = triton.cdiv(rows, chunk)
     parts = torch.empty(pieces, up_grad.numel() + down_grad.numel(), dtype=torch.float32, device=projected.device)
     padded = _padded(r_in), _padded(r_out)
     _geglu_backward_with_lora[(columns, pieces)](
@@ -185,23 +148,6 @@ def geglu_backward_with_lora(projected, d_out, h, g, up_grad, down_grad, scale, 
         parts, up_grad, down_grad, scale, up_grad.numel(), down_grad.numel(), pieces, 1024
     )
     return d_projected
-
-
-def geglu_forward_with_products(projected, factor):
-    """`projected` [N, 2 D], `factor` [r, D] -> geglu(projected) [N, D] with a gap that holds its products with the factor's rows,
-    and these once more, [N, r]."""
-    rows, width, rank = len(projected), projected.shape[1] // 2, len(factor)
-    out, kept = empty_with_gap(projected, width, rank), projected.new_empty(rows, rank)
-    blocks, columns = triton.cdiv(rows, _APPEND_ROWS), _APPEND_COLUMNS[_padded(rank)]
-    pieces, chunk = _divided(width, columns, _PROGRAMS * _processors(projected.device) // blocks)
-    parts = torch.empty(pieces, rows, rank, dtype=torch.float32, device=projected.device)
-    _geglu_forward_with_products[(blocks, pieces)](
-        projected, factor, out, parts, rows, width, rank, width + rank, factor.stride(0), chunk,
-        _padded(rank), _APPEND_ROWS, columns, num_warps=4, num_stages=_APPEND_STAGES,
-    )  # fmt: skip
-    gap = with_gap(out, width + rank)[:, width:]
-    _add_products[(triton.cdiv(rows * rank, 1024),)](parts, gap, kept, rows * rank, rank, width + rank, pieces, 1024)
-    return out, kept
 
 
 def append_products(parts, factors, keeps):
@@ -219,12 +165,6 @@ def append_products(parts, factors, keeps):
         *factors.stride(), keeps, padded, _APPEND_ROWS, _APPEND_COLUMNS[padded], num_warps=4, num_stages=_APPEND_STAGES,
     )  # fmt: skip
     return out, kept
-
-
-def _divided(count, tile, pieces):
-    """`count` in about so many pieces of whole tiles: their number, and how many are in each but the last."""
-    chunk = triton.cdiv(triton.cdiv(count, max(1, pieces)), tile) * tile
-    return triton.cdiv(count, chunk), chunk
 
 
 def _padded(rank):
