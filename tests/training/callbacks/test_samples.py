@@ -184,8 +184,8 @@ def test_training_is_the_same_with_and_without(sampled, stage):
     assert stage.files()["lora/metrics.jsonl"].splitlines() == lines
     assert not (stage.output / "samples").exists()
     assert recommended == after["sks.safetensors"]
-    reason = "likeness was not compared: there are no sample images of all LoRAs."
-    assert f"recommended: sks.safetensors at strength 1. It is the last one; {reason}\n" in output
+    reason = "It is the last one; likeness was not compared: there are no sample images of all LoRAs."
+    assert f"recommended: sks.safetensors at strength 1. {reason}\n" in output
 
 
 def test_a_run_that_is_stopped_has_the_same_images(sampled, stage, tmp_path):

@@ -140,6 +140,25 @@ def add_with_bias(x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor) -> torch
     return x + y + bias[:, None, None]
 
 
+def scale_columns(y: torch.Tensor, g: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """`y` [N, D], contiguous, times `g` [D] fp32, plus `bias` [D], in place and without autograd."""
+    if y.is_cuda and _kernels():
+        _kernels().scale_columns(y, g, bias)
+    else:
+        y.copy_(y * g if bias is None else y * g + bias)
+
+
+def scale_columns_backward(
+    dy: torch.Tensor, y: torch.Tensor, g: torch.Tensor, bias: torch.Tensor | None, gap: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From `dy` and `y` [N, D]: the gradient of what was scaled to `y`, with a gap behind its rows, and the sum of
+    dy (y - bias) over the rows, [D] fp32: the gradient of `g`, times `g`."""
+    if y.is_cuda and _kernels():
+        return _kernels().scale_columns_backward(dy, y, g, bias, gap)
+    dx = empty_with_gap(dy, y.shape[1], gap).copy_(dy * g)
+    return dx, (dy * (y if bias is None else y - bias)).sum(0, dtype=g.dtype)
+
+
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, weight, bias, eps, gap, gap_of_gradient):
