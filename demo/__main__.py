@@ -14,7 +14,7 @@ WORKSPACE = REPOSITORY / "demo" / "workspace"
 MARK = ".made-by-loracat-demo"
 """File that marks a workspace of the demo: a folder without it is never emptied."""
 
-SAMPLES = {"samples": True, "sample_size": 128, "sample_steps": 2}
+SAMPLES = {"samples": True, "sample_size": 128, "sample_steps": 2, "sample_every_epochs": 2}
 """Settings of the sample images. The weights are random, so they show noise."""
 
 

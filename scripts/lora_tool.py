@@ -7,10 +7,11 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends the program without
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from common.errors import ResourceError, SettingsError, as_loracat_error, exit_on_signals, run_main, stop_on_signals
 from common.settings import VERSION
@@ -86,7 +87,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             "--weights", type=number, nargs="+", metavar="W", help="a strength for each LoRA file, also negative (default: 1 each)"
         )
     for command in (resize, merge, bake):
-        command.add_argument("--output", type=Path, required=True, help="the new file; an input is never changed")
+        command.add_argument("--output", type=new_path, required=True, help="the new file; an input is never changed")
         command.add_argument("--force", action="store_true", help="replace the output if it exists")
 
     given = parser.parse_args(argv)
@@ -97,6 +98,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if len(given.weights) != len(given.files):
             parser.error(f"--weights has {len(given.weights)} numbers for {len(given.files)} LoRA files")
     return given
+
+
+def new_path(text: str) -> Path:
+    return _checked(text, Path, lambda path: not re.search(r"[\x00-\x1f\x7f]", str(path)), "a path without control characters")
 
 
 def whole_number(text: str) -> int:
@@ -112,7 +117,7 @@ def number(text: str) -> float:
     return _checked(text, float, lambda value: math.isfinite(value) and abs(value) <= MOST_WEIGHT, expected)
 
 
-def _checked(text: str, convert: Callable[[str], float], is_valid: Callable[[float], bool], expected: str) -> float:
+def _checked(text: str, convert: Callable[[str], Any], is_valid: Callable[[Any], bool], expected: str) -> Any:
     try:
         value = convert(text)
     except ValueError:

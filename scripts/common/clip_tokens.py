@@ -28,18 +28,17 @@ class ClipTokens:
     """CLIP's tokenizer, from a folder `tokenizer` of a base model. Raises ValueError if its files are damaged."""
 
     def __init__(self, folder: Path):
+        words, merges = _read_model(folder)
         with raising_value_error():
-            self._tokenizer = self._read(folder)
+            self._tokenizer = self._built(words, merges)
 
     @staticmethod
-    def _read(folder: Path) -> Any:
+    def _built(words: dict[str, int], merges: list[tuple[str, str]]) -> Any:
+        """CLIP's byte pair encoding: lower case, words that end in `</w>`, digits one by one. That is not read from tokenizer.json:
+        the package panics at some damaged ones."""
         from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-        if not _has_merges(folder):
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
-        # CLIP's byte pair encoding: lower case, words that end in `</w>`, digits one by one.
-        vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
-        tokenizer = Tokenizer(models.BPE.from_file(vocabulary, merges, end_of_word_suffix="</w>", unk_token=_END))
+        tokenizer = Tokenizer(models.BPE(words, merges, end_of_word_suffix="</w>", unk_token=_END))
         tokenizer.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
@@ -68,7 +67,7 @@ def find_clip_tokens(models_dir: Path, base_model: str) -> ClipTokens | None:
     """The tokenizer of `base_model`, or of any other model in `models_dir`: all SDXL models share one. None if there is none."""
     for model in (models_dir / base_model, Path(os.path.expanduser(base_model)), *sorted(models_dir.glob("*"))):
         with suppress(OSError, ValueError):
-            if _START in read_vocabulary(model / TOKENIZERS[0]):
+            if {_START, _END} <= read_vocabulary(model / TOKENIZERS[0]).keys():
                 return ClipTokens(model / TOKENIZERS[0])
     return None
 
@@ -103,25 +102,31 @@ def read_vocabulary(folder: Path) -> dict[str, int]:
     Its configuration is one of them: it says how to pad. Raises OSError for a file that may not be read.
     """
     try:
-        if not isinstance(_read_json(folder / "tokenizer_config.json"), dict):
-            return {}
-        has_merges = _has_merges(folder)
-        content = _read_json(folder / "vocab.json") if has_merges else _read_json(folder / "tokenizer.json")["model"]["vocab"]
-        words = dict(content)
-        if not all(type(number) is int and 0 <= number < 1 << 32 for number in words.values()):
-            return {}
-        if not has_merges:
-            return words
-        lines = read_file(folder / "merges.txt").decode().split("\n")[1:]
-        merges = [tuple(line.split(" ")) for line in lines if line.strip()]
-        if len(merges) < len(words) - _UNMERGED_WORDS:  # merges.txt is cut off
-            return {}
-        fit = all(first in words and second in words and first + second in words for first, second in merges)
-        return words if fit else {}
+        return _read_model(folder)[0] if isinstance(_read_json(folder / "tokenizer_config.json"), dict) else {}
     except PermissionError:
         raise
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return {}
+
+
+def _read_model(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Word -> id, and the pairs that are merged, of the tokenizer in `folder`: from two files, or from tokenizer.json. Raises
+    OSError, and ValueError if they are damaged."""
+    try:
+        if _has_merges(folder):
+            words = dict(_read_json(folder / "vocab.json"))
+            pairs = [line for line in read_file(folder / "merges.txt").decode().split("\n")[1:] if line.strip()]
+        else:
+            model = _read_json(folder / "tokenizer.json")["model"]
+            words, pairs = dict(model["vocab"]), model["merges"]
+        merges = [(first, second) for first, second in (pair.split(" ") if isinstance(pair, str) else pair for pair in pairs)]
+        are_numbers = all(type(number) is int and 0 <= number < 1 << 32 for number in words.values())
+        fit = all(first in words and second in words and first + second in words for first, second in merges)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"is damaged: {error}") from None
+    if not (are_numbers and fit) or len(merges) < len(words) - _UNMERGED_WORDS:  # merges.txt is cut off
+        raise ValueError("is damaged")
+    return words, merges
 
 
 def _read_json(file: Path) -> Any:

@@ -141,7 +141,10 @@ def as_loracat_error(error: BaseException) -> LoracatError | Interruption | None
         return ResourceError("out of memory: close other programs or lower the batch size")
     if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
         path = f"{error.filename}: " if error.filename else ""
-        return ResourceError(f"{path}{error.strerror}: free disk space, or make the folder writable for this user")
+        remedy = "free disk space, or make the folder writable for this user"
+        if error.errno in (errno.EACCES, errno.EPERM):
+            remedy = "give this user the permission to read it, or make the folder writable for this user"
+        return ResourceError(f"{path}{error.strerror}: {remedy}")
     if isinstance(error, OSError) and error.errno in PATH_ERRNOS and error.filename:
         return SettingsError(f"{error.filename}: {error.strerror}: move what is there, or set another path or name")
     return None

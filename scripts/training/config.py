@@ -350,7 +350,7 @@ class LoggingSettings:
 
 def unsupported_by_fast_engine(lora: LoraSettings) -> str:
     """Why the fast engine cannot train this adapter; empty if it can."""
-    if lora.lora_type != "lora":
+    if lora.lora_type not in ("lora", "dora"):
         return f"the fast engine does not support LORA_TYPE={lora.lora_type}"
     unsupported = {"LORA_DROPOUT": lora.lora_dropout, "TRAIN_TEXT_ENCODERS": lora.train_text_encoders}
     found = (f"{name}={str(value).lower()}" for name, value in unsupported.items() if value)

@@ -32,9 +32,11 @@ _FAST_BYTES_PER_PIXEL = 5632, 1024
 _PLAIN_BYTES_PER_PIXEL = 9728, 1024
 """The same with PEFT's layers, which keep their inputs in fp32: batch 1 and 2 reserved 16.9 and 26.6 GiB, batch 4 with gradient
 checkpointing 10.7 GiB."""
-_CONV_BYTES_PER_PIXEL, _MASK_BYTES_PER_PIXEL = {"plain": 640, "fast": 320}, 1024
-"""What adapted convolutions keep besides: their inputs, 37 feature maps of SDXL, in fp32 or bf16; and dropout: a byte for each
-number of the layers' inputs. Computed, not measured."""
+_CONV_BYTES_PER_PIXEL, _DORA_BYTES_PER_PIXEL = {"plain": 640, "fast": 320}, {"plain": 6240, "fast": 640}
+_MASK_BYTES_PER_PIXEL = 1024
+"""What is kept besides. Of adapted convolutions, their inputs, 37 feature maps of SDXL, in fp32 or bf16; of a DoRA, the outputs of
+its layers, in fp32 or those in bf16 that are not kept anyway; of dropout, a byte for each number of the layers' inputs. Counted,
+not measured."""
 _TEXT_BYTES = 68, 2
 """Activations of a text encoder with PEFT's layers in bf16, for each number of a layer's output: kept, or with gradient
 checkpointing. Computed, not measured: 0.3 GiB for each chunk of SDXL's tokens."""
@@ -107,6 +109,7 @@ def measure_budget(
     scale = itemsize / 2 * unet.config["block_out_channels"][0] / _SDXL_WIDTH
     kept_px, checkpointed_px = _PLAIN_BYTES_PER_PIXEL if engine == "plain" else _FAST_BYTES_PER_PIXEL
     kept_px += _CONV_BYTES_PER_PIXEL[engine] if settings.lora.lora_conv_rank else 0
+    kept_px += _DORA_BYTES_PER_PIXEL[engine] if settings.lora.lora_type == "dora" else 0
     kept_px += _MASK_BYTES_PER_PIXEL if settings.lora.lora_dropout else 0
     placements = placements_of(at_each_resolution(examples, settings.data), settings.data)
     numbers = sum(each.config["hidden_size"] * each.config["num_hidden_layers"] for each in text_encoders)

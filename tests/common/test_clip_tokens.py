@@ -141,11 +141,37 @@ def test_a_damaged_file_of_a_tokenizer_is_like_a_missing_one(tokenizer, in_one_f
         assert find_vocabulary(tmp_path / name, "base") == {}
 
 
+SPACES = {"type": "Replace", "pattern": {"Regex": ""}, "content": " "}
+"""At which the package panics when it encodes."""
+
+
+@pytest.mark.parametrize("value", [3, {"type": "Sequence", "normalizers": [{"type": "NFC"}, SPACES, {"type": "Lowercase"}]}])
 @pytest.mark.parametrize("key", ["version", "normalizer", "pre_tokenizer", "decoder", "truncation", "padding", "added_tokens"])
-def test_a_tokenizer_in_one_file_with_a_wrong_value_is_not_used(in_one_file, tmp_path, key):
+def test_of_a_tokenizer_in_one_file_only_words_and_merges_are_used(in_one_file, tmp_path, key, value):
+    """Everything else is the same for each CLIP, whatever a damaged file says."""
     folder = shutil.copytree(in_one_file, tmp_path / "base" / "tokenizer")
     content = json.loads((folder / "tokenizer.json").read_text())
-    (folder / "tokenizer.json").write_text(json.dumps(content | {key: 3}))
+    (folder / "tokenizer.json").write_text(json.dumps(content | {key: value}))
+    assert find_clip_tokens(tmp_path, "base").count("sks, a cat") == ClipTokens(in_one_file).count("sks, a cat")
+
+
+@pytest.mark.parametrize("key", ["vocab", "merges"])
+@pytest.mark.parametrize("value", [3, None, [], ["a"], [["a", "b", "c"]], {"a": -1}])
+def test_a_tokenizer_in_one_file_with_wrong_words_or_merges_is_not_used(in_one_file, tmp_path, key, value):
+    folder = shutil.copytree(in_one_file, tmp_path / "base" / "tokenizer")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"][key] = value
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert find_clip_tokens(tmp_path, "base") is None
+    assert find_vocabulary(tmp_path, "base") == {}
+
+
+def test_a_tokenizer_without_the_end_of_a_text_is_not_used(in_one_file, tmp_path):
+    """It stands for what the tokenizer does not know."""
+    folder = shutil.copytree(in_one_file, tmp_path / "base" / "tokenizer")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    del content["model"]["vocab"]["<|endoftext|>"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
     assert find_clip_tokens(tmp_path, "base") is None
 
 

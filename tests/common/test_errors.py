@@ -1,5 +1,6 @@
 """How a stage ends: one line and an exit code, also when nothing reads its output any more."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from common.errors import abbreviated
+from common.errors import abbreviated, as_loracat_error
 from common.settings import REPOSITORY
 
 STAGE = """
@@ -51,6 +52,18 @@ def test_closed_output_does_not_change_the_code_of_an_error():
 def test_text_that_cannot_be_encoded_is_escaped():
     done = stage("print('\\udcff.png'); raise DataError('\\ud800 \\u732b')", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout, done.stderr) == (3, b"\\udcff.png\n", "a_stage: \\ud800 \\u732b\n")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EACCES, "give this user the permission to read it, or make the folder writable for this user"),
+        (errno.ENOSPC, "free disk space, or make the folder writable for this user"),
+    ],
+)
+def test_a_missing_permission_is_no_matter_of_disk_space(number, remedy):
+    error = as_loracat_error(OSError(number, os.strerror(number), "a.png"))
+    assert (error.exit_code, str(error)) == (6, f"a.png: {os.strerror(number)}: {remedy}")
 
 
 def test_long_lists_are_abbreviated():

@@ -142,12 +142,12 @@ def test_the_verdict_says_which_file_at_which_strength_why_and_how_to_load_it(pr
 
 def test_without_samples_the_header_of_the_recommended_file_says_why(project):
     project.add_run()
-    advice = {"file": "sks_woman-000005.safetensors", "strength": "1", "reason": "It has the lowest validation loss."}
+    advice = {"file": "sks_woman-000005.safetensors", "strength": "1", "reason": "It is the last one."}
     metadata = {f"loracat_recommended_{name}": value for name, value in advice.items()}
     save_file({"a": np.zeros(4, np.float16)}, project.output / "lora" / "sks_woman-recommended.safetensors", metadata)
     text = text_of(project.html())
     assert "Use sks_woman-recommended.safetensors at strength 1." in text
-    assert "It is sks_woman-000005.safetensors . It has the lowest validation loss." in text
+    assert "It is sks_woman-000005.safetensors . It is the last one." in text
 
 
 def test_samples_show_likeness_between_floor_and_ceiling_and_the_recommended_row(project):

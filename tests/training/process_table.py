@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -15,6 +16,23 @@ def pair_of(launcher: subprocess.Popen) -> list[int]:
         assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.005)
     return pair
+
+
+def process_that_writes(file: Path) -> int:
+    """The one process that has the file open."""
+    found = set()
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # the process has ended, or closed the file
+            if descriptor.samefile(file):
+                found.add(int(descriptor.parts[2]))
+    (process,) = found
+    return process
+
+
+def handles(process: int, signum: int) -> bool:
+    """Whether the process has a handler for the signal."""
+    (line,) = (line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("SigCgt:"))
+    return bool(int(line.split()[1], 16) >> (signum - 1) & 1)
 
 
 def has_ended(process: int) -> bool:

@@ -55,9 +55,9 @@ def test_another_loss_is_another_run(images):
     assert "nothing to do" in images.trained(**QUICK, LOSS="huber")
 
 
-def test_a_dora_is_trained_by_the_plain_engine_and_has_its_scales(images):
-    output = images.trained(**QUICK, LORA_TYPE="dora")
-    assert "engine: plain (the fast engine does not support LORA_TYPE=dora)" in output
+def test_a_dora_is_trained_by_the_fast_engine_and_has_its_scales(images):
+    output = images.trained(**QUICK, LORA_TYPE="dora", ENGINE="fast")
+    assert "engine: fast (ENGINE=fast)" in output
     tensors = load_file(images.lora)
     scales = [name for name in tensors if name.endswith(".dora_scale")]
     assert len(scales) == 722
@@ -118,17 +118,17 @@ def test_masks_resolutions_and_mirror_images_resume_exactly(images):
 
 
 def test_the_fast_engine_refuses_what_it_does_not_support(images):
-    refused = images.run(**QUICK, ENGINE="fast", LORA_TYPE="dora")
+    refused = images.run(**QUICK, ENGINE="fast", LORA_TYPE="lokr")
     assert refused.returncode == 2
-    problem = "ENGINE=fast: the fast engine does not support LORA_TYPE=dora; set ENGINE=auto"
+    problem = "ENGINE=fast: the fast engine does not support LORA_TYPE=lokr; set ENGINE=auto"
     assert refused.stderr == f"train_lora: invalid settings:\n  - {problem}\n"
     assert not images.lora.exists()
 
 
 def test_a_wrong_choice_is_refused_before_there_are_images(stage):
     """run.sh checks every stage before it collects for hours."""
-    refused = stage.run("--settings", ENGINE="fast", LORA_TYPE="dora")
-    assert "ENGINE=fast: the fast engine does not support LORA_TYPE=dora; set ENGINE=auto" in refused.stderr
+    refused = stage.run("--settings", ENGINE="fast", LORA_TYPE="lokr")
+    assert "ENGINE=fast: the fast engine does not support LORA_TYPE=lokr; set ENGINE=auto" in refused.stderr
     assert refused.returncode == 2
     refused = stage.run("--check=ahead", OPTIMIZER="adamw8bit")
     assert "OPTIMIZER=adamw8bit needs" in refused.stderr or "OPTIMIZER=adamw8bit: the package" in refused.stderr

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -45,16 +44,14 @@ class Renderer:
     `texts` are the files in the cache of every prompt and negative prompt; they and the VAE, which loses its encoder, are kept in
     the CPU's memory, so that nothing has to be read during training. Text encoders that are trained encode them for each image.
     `tiled`: the VAE decodes tiles, and the predictions of guidance are computed one by one, which takes less memory.
-
-    Training does not run while images are rendered, so both use the same memory on the GPU.
     """
 
     def __init__(self, step: TrainStep, schedule: Schedule, texts: Mapping[str, Path], vae: AutoencoderKL, tiled: bool):
         self.step, self._schedule, self._vae, self._tiled = step, schedule, vae, tiled
         vae.encoder = vae.quant_conv = None
+        # Training does not run while images are rendered, so both use the same memory.
         is_cuda = step.precision.device.type == "cuda"
-        pool = step.graphs and step.graphs.pool
-        self._predict = CudaGraphs(self._predict_in_memory_of_training, "sample images are", pool) if is_cuda else step.predict
+        self._predict = CudaGraphs(step.predict, "sample images are", step.graphs and step.graphs.pool) if is_cuda else step.predict
         self._texts = {text: read_text(path, 0) for text, path in texts.items()}
         self._decoder: AutoencoderKL | None = None
         if tiled:
@@ -96,27 +93,12 @@ class Renderer:
         if self._decoder is None:
             is_cuda = latents.device.type == "cuda"
             self._decoder = copy.deepcopy(self._vae).to(latents.device) if is_cuda else self._vae
-        with self._memory_of_training():
-            pixels = self._pixels(latents)
-        return Image.fromarray(pixels.numpy())
-
-    def _pixels(self, latents: torch.Tensor) -> torch.Tensor:
-        """[h, w, 3] uint8 on the CPU. Nothing else of it remains in memory."""
-        pixels = self._decoder.decode(latents / self._decoder.config.scaling_factor, return_dict=False)[0][0]
+        vae = self._decoder
+        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0][0]
         if not pixels.isfinite().all():
             raise FloatingPointError
         pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return pixels.permute(1, 2, 0).cpu()
-
-    def _memory_of_training(self) -> AbstractContextManager[None]:
-        """What is computed within this block takes the memory of the graphs of training, if there are any."""
-        return self.step.graphs.borrowed_memory() if self.step.graphs else nullcontext()
-
-    def _predict_in_memory_of_training(self, *inputs: torch.Tensor) -> torch.Tensor:
-        if torch.cuda.is_current_stream_capturing():
-            return self.step.predict(*inputs)
-        with self._memory_of_training():
-            return self.step.predict(*inputs)
+        return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
     def release(self) -> None:
         """Give back the GPU memory that training does not need."""

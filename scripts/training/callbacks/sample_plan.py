@@ -17,7 +17,6 @@ MAX_SHARE = 0.2
 """Of the training time: what sample images may add to it, as long as an "auto" is left to lower."""
 STEPS, LEAST_STEPS = 20, 12
 SIZE_PX, LEAST_SIZE_PX = 1024, 768
-LOWER_STRENGTHS = len(STRENGTHS) - 1
 _TRAIN_COST = 2.2
 """Time of a training sample, in forward passes of the UNet at the same size: forward, backward and update."""
 _CHECKPOINTING_COST = 1.36
@@ -44,6 +43,8 @@ class SamplePlan:
     """Memory is short: the VAE decodes tiles of TILE_PX, and the UNet predicts one image at once."""
     announcement: str
     """One line: what is rendered, and what it costs."""
+    lower_strengths: tuple[float, ...] = STRENGTHS[:-1]
+    """At which the recommended LoRA is rendered, too."""
 
     def is_due(self, before: int, after: int) -> bool:
         """Whether a row is due when `after` epochs are complete and `before` were; the end of the run has its own."""
@@ -52,11 +53,12 @@ class SamplePlan:
 
 @dataclass(frozen=True)
 class _Choice:
-    """Values for the three "auto"."""
+    """Values for the three "auto", and what follows from them."""
 
     steps: int
     size: int
     every: int
+    lower_strengths: tuple[float, ...] = STRENGTHS[:-1]
 
 
 def plan_samples(
@@ -80,6 +82,9 @@ def plan_samples(
     choice = replace(first, **fixed)
     if samples.samples:
         choice = _within_share(choice, set(fixed), prompts, settings, plan)
+        # Not by `fixed`: a run that is continued decides as it did when it began.
+        if samples.sample_every_epochs == "auto" and share_of(choice, prompts, settings, plan) > MAX_SHARE:
+            choice = replace(choice, lower_strengths=())
         choice, tiled, memory, problem = _within_memory(choice, "size" in fixed, prompts, settings, plan, budget, base)
     resolved = replace(samples, sample_steps=choice.steps, sample_size=choice.size, sample_every_epochs=choice.every)
     if not samples.samples:
@@ -88,7 +93,8 @@ def plan_samples(
         return SamplePlan((), 0, False, f"sample images: none ({problem})"), resolved
     filled = tuple(_filled(prompt, number, choice, samples) for number, prompt in enumerate(prompts))
     announcement = _announcement(choice, replace(first, **fixed), filled, settings, plan)
-    return SamplePlan(filled, choice.every, tiled, f"{announcement}, and {memory / GIB:.1f} GiB more memory"), resolved
+    announcement = f"{announcement}, and {memory / GIB:.1f} GiB of memory besides it"
+    return SamplePlan(filled, choice.every, tiled, announcement, choice.lower_strengths), resolved
 
 
 def largest_size(resolution: int) -> int:
@@ -107,9 +113,9 @@ def _filled(prompt: SamplePrompt, number: int, choice: _Choice, samples: SampleS
     return replace(prompt, **{name: value for name, value in values.items() if getattr(prompt, name) is None})
 
 
-def rows_of(every: int, epochs: int) -> int:
-    """How many rows there are: the base model, those on the way, the end, and lower strengths of the recommended LoRA."""
-    return 2 + ((epochs - 1) // every if every else 0) + LOWER_STRENGTHS
+def saves_on_the_way(every: int, epochs: int) -> int:
+    """How many LoRAs are rendered before the last one."""
+    return (epochs - 1) // every if every else 0
 
 
 def share_of(choice: _Choice, prompts: Sequence[SamplePrompt], settings: TrainSettings, plan: Plan) -> float:
@@ -125,7 +131,8 @@ def share_of(choice: _Choice, prompts: Sequence[SamplePrompt], settings: TrainSe
     trained = sum(pixels[index] for step in plan.order for index in step.examples)
     trained += sum(prior_pixels[index] for step in plan.order for index in step.regularization)
     cost = _TRAIN_COST * (_CHECKPOINTING_COST if settings.model.gradient_checkpointing is True else 1)
-    return rows_of(choice.every, plan.epochs) * per_row / (cost * trained)
+    rows = 2 + saves_on_the_way(choice.every, plan.epochs) + len(choice.lower_strengths)
+    return rows * per_row / (cost * trained)
 
 
 def _within_share(
@@ -134,7 +141,7 @@ def _within_share(
     """`choice` with what is not fixed lowered until the images cost at most MAX_SHARE: first steps, then size, then rows."""
     steps = range(choice.steps - 1, LEAST_STEPS - 1, -1)
     sizes = range(choice.size - SIDE_STEP_PX, LEAST_SIZE_PX - 1, -SIDE_STEP_PX)
-    on_the_way = rows_of(choice.every, plan.epochs) - 2 - LOWER_STRENGTHS
+    on_the_way = saves_on_the_way(choice.every, plan.epochs)
     strides = [choice.every * factor for factor in range(2, on_the_way // 2 + 2)] if on_the_way > 1 else []
     candidates = {"steps": steps, "size": sizes, "every": strides}
     for name, values in candidates.items():
@@ -155,11 +162,9 @@ def _within_memory(
     base: BaseModel,
 ) -> tuple[_Choice, bool, int, str]:
     """`choice` with a size whose images can be rendered beside what training holds; whether the VAE has to decode in tiles; how
-    many bytes that takes besides; and why there can be no images, else empty. Activations of training and of samples are never
-    there at the same time, so they share their memory."""
+    many bytes that takes besides; and why there can be no images, else empty."""
     held = budget.needed(settings.run.train_batch_size, checkpointing=settings.model.gradient_checkpointing is True)
     free = (budget.free if budget.thresholds else budget.available) - held
-    of_training = held - budget.fixed
     largest = max(place.bucket.width * place.bucket.height for place in plan.all_placements)
     vae_width = base.components["vae"].config["block_out_channels"][0] / _VAE_WIDTH
 
@@ -168,7 +173,7 @@ def _within_memory(
         # With gradient checkpointing, a training step keeps what one block needs, as a forward pass without gradients does.
         unet = (1 if tiled else 2) * budget.per_image_checkpointed * pixels // largest
         decoded = int(vae_width * _VAE_BYTES_PER_PIXEL) * (min(pixels, TILE_PX**2) if tiled else pixels)
-        return max(0, unet - of_training, decoded - of_training) + int(vae_width**2 * _DECODER_BYTES)
+        return max(unet, decoded + int(vae_width**2 * _DECODER_BYTES))
 
     for size in [choice.size] if is_size_fixed else range(choice.size, min(choice.size, LEAST_SIZE_PX) - 1, -SIDE_STEP_PX):
         for tiled in (False, True):
@@ -180,7 +185,7 @@ def _within_memory(
 
 def _announcement(choice: _Choice, requested: _Choice, prompts: Sequence[SamplePrompt], settings: TrainSettings, plan: Plan) -> str:
     """One line with the number of images and their cost, and what was lowered."""
-    rows = rows_of(choice.every, plan.epochs)
+    loras, strengths = 1 + saves_on_the_way(choice.every, plan.epochs), len(choice.lower_strengths)
     share = share_of(choice, prompts, settings, plan)
     lowered = [
         f"{text} {before} -> {after}"
@@ -188,14 +193,17 @@ def _announcement(choice: _Choice, requested: _Choice, prompts: Sequence[SampleP
             ("steps", requested.steps, choice.steps),
             ("size", requested.size, choice.size),
             ("epochs between them", requested.every, choice.every),
+            ("lower strengths", len(requested.lower_strengths), strengths),
         )
         if before != after
     ]
+    if share > MAX_SHARE and not strengths:
+        lowered.append("there are no fewer in a run of so few training samples, unless SAMPLES=false")
     sizes = sorted({f"{prompt.width}x{prompt.height}" for prompt in prompts})
     steps = sorted({prompt.steps for prompt in prompts})
-    loras = rows - 1 - LOWER_STRENGTHS
-    of = f"base model, {loras} LoRA{'s' if loras > 1 else ''}, and one of them at {LOWER_STRENGTHS} lower strengths"
+    of = f"base model, {loras} LoRA{'s' if loras > 1 else ''}"
+    of += f", and one of them at {strengths} lower strengths" if strengths else ""
     how = f"{'/'.join(sizes)}, {'/'.join(map(str, steps))} steps"
     cost = f"about {max(1, round(100 * share))} % of the training time"
-    line = f"sample images: {len(prompts)} prompts x {rows} ({of}), {how}: {cost}"
+    line = f"sample images: {len(prompts)} prompts x {1 + loras + strengths} ({of}), {how}: {cost}"
     return line + (f" ({', '.join(lowered)})" if lowered else "")

@@ -16,7 +16,7 @@ from PIL import Image
 from common.errors import Interruption
 from common.output_layout import OutputLayout
 from common.progress import ProgressBar
-from training.callbacks.recommendation import STRENGTHS, Recommendation, Save, choose, lowest_strength
+from training.callbacks.recommendation import Recommendation, Save, choose, lowest_strength
 from training.callbacks.renderer import Renderer
 from training.callbacks.sample_likeness import SampleLikeness
 from training.callbacks.sample_plan import SamplePlan
@@ -173,7 +173,7 @@ class SampleImages(Callback):
         with contextlib.nullcontext() if save.epochs == last else self._weights_of(save.file):
             if save.epochs != last:
                 self._render(Row(f"after epoch {save.epochs}", save.file, steps, save.epochs))  # usually it is there
-            for strength in STRENGTHS[:-1]:
+            for strength in self.plan.lower_strengths:
                 with at_strength(self.renderer.step.adapter, strength):
                     self._render(Row(f"strength {strength}", save.file, steps, save.epochs, strength))
         if (self._is_scored() or self.is_off) and self.group.is_main_process:

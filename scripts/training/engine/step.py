@@ -8,7 +8,6 @@ launch, and so is the update: the shapes of one step may be combined in any way.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from types import SimpleNamespace
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -284,22 +283,6 @@ class CudaGraphs:
     def captured(self) -> int:
         """How many shapes are captured."""
         return sum(graph is not None for graph in self._graphs.values())
-
-    @contextmanager
-    def borrowed_memory(self) -> Iterator[None]:
-        """Within this block, this thread allocates from the memory that captured graphs hold while they do not run, so that the GPU
-        needs no more than they do. Nothing that is allocated may be needed when one of them runs again."""
-        if not self.captured:
-            yield
-            return
-        torch.cuda.empty_cache()  # what is allocated from a pool cannot take the memory of the usual one
-        stream, current = torch.cuda.graph.default_capture_stream, torch.cuda.current_stream()
-        stream.wait_stream(current)  # memory is given out again only on the stream on which it was allocated
-        try:
-            with torch.cuda.stream(stream), torch.cuda.use_mem_pool(SimpleNamespace(id=self.pool)):  # it reads only the id
-                yield
-        finally:
-            current.wait_stream(stream)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         shapes = tuple(tensor.shape for tensor in inputs)

@@ -26,10 +26,9 @@ ADAPTER = "default"
 """PEFT's name of the only adapter."""
 SELF_ATTENTION = "attn1.to_q,to_k,to_v"
 CONTEXT = "keys and values of the text, width "
-KEPT_BYTES_PER_WEIGHT = {"lora": 0, "dora": 5, "loha": 2, "lokr": 2}
-"""Memory that an adapter keeps for the backward, per frozen weight of the adapted layers. For DoRA, PEFT keeps the sum of frozen
-weight and adapter: a step of batch 1 reserved 26.6 GiB on an H100. LoHa and LoKr keep their change in the UNet's dtype. With
-gradient checkpointing only one block has it at a time."""
+KEPT_BYTES_PER_WEIGHT = {"lora": 0, "dora": 0, "loha": 2, "lokr": 2}
+"""Memory that an adapter keeps for the backward, per frozen weight of the adapted layers: LoHa and LoKr keep their change in the
+UNet's dtype. With gradient checkpointing only one block has it at a time."""
 _LORA = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
 _FACTORS = {
     "lora": _LORA,

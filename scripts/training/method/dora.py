@@ -21,7 +21,8 @@ def dora_forward(
     base, scale = layer.get_base_layer(), layer.scaling[active_adapter]
     down, up, magnitude = (part[active_adapter] for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector))
     with torch.no_grad():
-        norms = changed_row_squares(base.weight, squares, down.weight, scale * up.weight).sqrt()
+        weight, flat_down, flat_up = (part.flatten(1) for part in (base.weight, down.weight, scale * up.weight))
+        norms = changed_row_squares(squares, weight @ flat_down.to(weight.dtype).T, flat_down, flat_up).sqrt()
     g = magnitude.weight / norms.view_as(magnitude.weight)
     inner = result
     if layer.training:  # dropout

@@ -36,16 +36,13 @@ def balanced_factors(u: torch.Tensor, values: torch.Tensor, vh: torch.Tensor, ra
     return (u[:, :rank] * roots).float().contiguous(), (roots[:, None] * vh[:rank]).float().contiguous()
 
 
-def changed_row_squares(weight: torch.Tensor, squares: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """[..., out] fp32: the squared norms of the rows of `weight` + `up` @ `down`.
+def changed_row_squares(squares: torch.Tensor, across: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """[..., out] fp32: the squared norms of the rows of W + `up` @ `down`.
 
-    `weight` is [..., out, in], `down` [..., r, in] and `up` [..., out, r], or convolutions of these; `squares` [..., out] are the
-    squared norms of the rows of `weight` alone. For each row, |w + u down|^2 = |w|^2 + u . (2 w down^T + u down down^T).
+    `squares` [..., out] are those of W [..., out, in] alone, and `across` [..., out, r] is W `down`^T; `down` is [..., r, in] and
+    `up` [..., out, r]. For each row, |w + u down|^2 = |w|^2 + u . (2 w down^T + u down down^T).
     """
-    if weight.dim() == 4:
-        weight, down, up = weight.flatten(1), down.flatten(1), up.flatten(1)
-    across = (weight @ down.to(weight.dtype).mT).float()
     down, up = down.float(), up.float()
-    changed = squares + (up * (2 * across + up @ (down @ down.mT))).sum(-1)
+    changed = squares + (up * (2 * across.float() + up @ (down @ down.mT))).sum(-1)
     # Where hardly anything of a row remains, the sum of fp32 numbers has no digits left, and may be negative.
     return torch.maximum(changed, 1e-6 * squares)

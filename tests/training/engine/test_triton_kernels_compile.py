@@ -26,12 +26,20 @@ per Compute Capability")."""
 REGISTERS = 65536
 """32-bit registers of a multiprocessor, on each of these chips; a thread has 255 at most."""
 NUMBERS = {"width": "i32", "stride": "i32", "stride_of_d_total": "i32", "rows": "i32", "channels": "i32", "chunks": "i32"}
-NUMBERS |= {"groups": "i32", "count": "i32", "eps": "fp32", "stride_of_h": "i32", "stride_of_g": "i32", "chunk": "i32"}
+NUMBERS |= {
+    "groups": "i32",
+    "count": "i32",
+    "eps": "fp32",
+    "stride_of_h": "i32",
+    "stride_of_g": "i32",
+    "chunk": "i32",
+    "stride_of_dy": "i32",
+}
 NUMBERS |= dict.fromkeys(
     ("rank", "stride_of_out", "stride_of_kept", "part_of_factors", "row_of_factors", "column_of_factors"), "i32"
 )
-NUMBERS |= {"rank_in": "i32", "rank_out": "i32", "count_of_second": "i32", "pieces": "i32"}
-STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant", "parts")
+NUMBERS |= {"rank_in": "i32", "rank_out": "i32", "count_of_second": "i32", "pieces": "i32", "stride_of_dy": "i32"}
+STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant", "parts", "multipliers")
 """Arguments that are fp32 in memory; all other arguments are in the dtype of the UNet."""
 ROW, GROUPS = {"BLOCK": 2048}, {"R": 32, "C": 64}
 LAUNCHES = {
@@ -43,6 +51,8 @@ LAUNCHES = {
     "_group_coefficients": [{"BACKWARD": backward, "PLUS": True, "P": 64, "G": 128} for backward in (False, True)],
     "_group_apply": [GROUPS | {"BACKWARD": backward, "SILU": True, "ADDS": backward} for backward in (False, True)],
     "_add_with_bias": [{"BLOCK": 1024}],
+    "_scale_columns": [{"R": 16, "C": 128, "BIAS": has_bias} for has_bias in (False, True)],
+    "_scale_columns_backward": [{"chunk": 128, "R": 16, "C": 128, "BIAS": has_bias} for has_bias in (False, True)],
     "_dequantize": [{"R": 4, "C": 1024}],
     "_geglu_backward_with_lora": [
         {"R_IN": rank, "R_OUT": rank, "K": triton_products._ROWS, "C": triton_products._COLUMNS} for rank in triton_products._WARPS

@@ -35,6 +35,7 @@ def source(drawn, save):
         (("merge", "a.safetensors", "--weights", "nan", "--output", "b.safetensors"), "'nan' must be a number"),
         (("merge", "a.safetensors", "--weights", "1", "1", "--output", "b.safetensors"), "2 numbers for 1 LoRA files"),
         (("merge", "a.safetensors", "--output", "b.pt"), "must end in .safetensors"),
+        (("merge", "a.safetensors", "--output", "b\nc.pt"), "'b\\nc.pt' must be a path without control characters"),
         (("merge", "missing.safetensors", "--output", "b.safetensors"), "missing.safetensors: no such file"),
         (("bake", "missing.safetensors", "a.safetensors", "--output", "b.safetensors"), "no such file or folder"),
         (("merge", "a.safetensors", "--output", "a.safetensors", "--force"), "files are never changed in place"),
@@ -50,7 +51,7 @@ def test_wrong_usage_is_one_line_and_changes_nothing(arguments, words, source, t
     (tmp_path / "there.safetensors").write_text("mine")
     before = {path.name: path.lstat().st_mtime_ns for path in tmp_path.iterdir()}
     refused = tool(*arguments)
-    assert (refused.returncode, words in refused.stderr) == (2, True), refused.stderr
+    assert (refused.returncode, words in refused.stderr, refused.stderr.count("\n")) == (2, True, 1), refused.stderr
     assert {path.name: path.lstat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 

@@ -132,7 +132,7 @@ def test_norms_of_changed_rows_need_no_product_and_are_never_negative():
     weight, down, up = (torch.randn(2, *shape, generator=generator) for shape in ((7, 50), (3, 50), (7, 3)))
     weight[0, 0] = -up[0, 0] @ down[0]  # a row of which nothing remains
     squares = weight.square().sum(-1)
-    found = changed_row_squares(weight, squares, down, up)
+    found = changed_row_squares(squares, weight @ down.mT, down, up)
     exact = (weight.double() + up.double() @ down.double()).square().sum(-1)
     assert found[0, 0] == pytest.approx(1e-6 * squares[0, 0].item(), rel=10)
     exact[0, 0] = found[0, 0]

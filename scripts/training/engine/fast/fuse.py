@@ -8,6 +8,7 @@ import torch
 from training.engine.fast.lora_conv import RANK_MULTIPLE, LoraConv
 from training.engine.fast.lora_linear import FusedLoraLinear
 from training.engine.fast.ops import copier
+from training.engine.fast.row_scales import row_scales
 from training.method.adapters import ADAPTER, CONTEXT, Adapter, shared_input_groups
 from training.models.int8 import Int8Linear
 
@@ -20,7 +21,8 @@ def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], dict[str, LoraCo
     """
     weights = adapter.weights.detach()
     anchor = torch.zeros((), device=weights.device, requires_grad=True)
-    start, groups, convolutions = 0, {}, {}
+    scales, update_scales = row_scales(adapter) if adapter.modules[0].magnitude is not None else (None, None)
+    start, outputs, groups, convolutions = 0, 0, {}, {}
     downs, ups = [], {}
     """Where a part of the flat weights begins, and the tensor with which layers compute; those of `up` by scale."""
     for group, names in shared_input_groups(adapter.layers.items()).items():
@@ -31,23 +33,26 @@ def fuse(adapter: Adapter) -> tuple[dict[str, FusedLoraLinear], dict[str, LoraCo
         middle = start + n * rank * math.prod(inputs)
         end = middle + n * rank * out
         down_grad, up_grad = adapter.sums[start:middle].view(n * rank, *inputs), adapter.sums[middle:end].view(n, out, rank)
+        part = scales and scales.part(outputs, outputs + n * out)
         if isinstance(bases[0], torch.nn.Conv2d):
             down, up = _padded(bases[0].weight, rank)
-            convolutions[group] = LoraConv(bases[0], down, up, down_grad, up_grad[0], scale, anchor)
+            convolutions[group] = LoraConv(bases[0], down, up, down_grad, up_grad[0], scale, anchor, part)
             down, up = down.flatten(1)[:rank], up[None, :, :rank]
         else:
             is_wide = not group.startswith(CONTEXT) and not isinstance(bases[0], Int8Linear)
             matrices = _joined(bases, rank) if is_wide else _separate(bases, rank)
             _, _, _, down, up, _, _ = matrices
-            groups[group] = FusedLoraLinear(tuple(names), *matrices, down_grad, up_grad, scale, anchor)
+            groups[group] = FusedLoraLinear(tuple(names), *matrices, down_grad, up_grad, scale, anchor, part)
         downs.append((start, down))
         ups.setdefault(scale, []).extend((middle + number * rank * out, each) for number, each in enumerate(up))
-        start = end
+        start, outputs = end, outputs + n * out
     copy_downs = copier(weights, downs, 1.0)
     copies_of_ups = [copier(weights, parts, scale) for scale, parts in ups.items()]
     copy_zeros = copier(weights, [part for parts in ups.values() for part in parts], 0.0)
 
     def sync_compute_weights(adapts: bool = True) -> None:
+        if update_scales:
+            update_scales(adapts)
         if not adapts:
             copy_zeros()
             return
@@ -72,7 +77,7 @@ def _joined(linears: Sequence[torch.nn.Linear], rank: int) -> tuple[torch.Tensor
     for number, linear in enumerate(linears):
         part = matrix[number * out : (number + 1) * out, :width]
         part.copy_(linear.weight.detach())
-        linear.weight = torch.nn.Parameter(part, requires_grad=False)
+        linear.weight.data = part  # the parameter itself stays: others refer to it
     # The LoRA of each layer adds to its own rows only: the rest beside W stays zero.
     up = matrix.as_strided((n, out, rank), (out * columns + rank, columns, 1), width)
     return matrix[:rows, :width], None, _joined_bias(linears), matrix[rows:, :width], up, matrix[:rows], matrix[:, :width]
@@ -90,7 +95,7 @@ def _separate(linears: Sequence[torch.nn.Linear], rank: int) -> tuple[torch.Tens
     else:
         weight, scales = torch.cat([linear.weight.detach() for linear in linears]), None
         for linear, part in zip(linears, weight.split(out), strict=True):
-            linear.weight = torch.nn.Parameter(part, requires_grad=False)
+            linear.weight.data = part
     down, up = like.new_zeros(n * rank, width), like.new_zeros(n, out, rank)
     return weight, scales, _joined_bias(linears), down, up, None, None
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from training.engine.fast.lora_linear import accumulate
-from training.engine.fast.ops import as_image, as_rows, dequantized
+from training.engine.fast.ops import as_image, as_rows, dequantized, scale_columns
+from training.engine.fast.row_scales import RowScales
 from training.models.int8 import Int8Conv2d, conv_input_gradient
 
 RANK_MULTIPLE = 8
@@ -37,6 +38,8 @@ class LoraConv:
     """Of the LoRA's change."""
     grad_anchor: torch.Tensor
     """A scalar that requires a gradient: autograd calls the backward even where the input requires none."""
+    scales: RowScales | None = None
+    """DoRA's, which multiply y; None for a LoRA."""
 
 
 def lora_conv(x: torch.Tensor, layer: LoraConv, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -61,16 +64,20 @@ class _LoraConvFunction(torch.autograd.Function):
         y, h = (F.conv2d(x, weight, None, conv.stride, conv.padding) for weight in (frozen_weight(conv), layer.down))
         rows, h = as_rows(y).flatten(0, 1), as_rows(h).flatten(0, 1)
         rows.addmm_(h, layer.up.T)
+        if layer.scales:
+            scale_columns(rows, layer.scales.g, None)
         ctx.layer = layer
-        ctx.save_for_backward(x, h)
+        ctx.save_for_backward(x, h, rows if layer.scales else None)
         return as_image(rows.unflatten(0, (len(x), -1)), y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        layer, (x, h) = ctx.layer, ctx.saved_tensors
+        layer, (x, h, y_rows) = ctx.layer, ctx.saved_tensors
         conv, (_, rank), (_, inputs, k, _) = layer.conv, layer.up_grad.shape, layer.down.shape
         dy_rows = as_rows(dy).flatten(0, 1)
+        if layer.scales:
+            dy_rows = layer.scales.backward(dy_rows, y_rows, None)
         accumulate(layer.up_grad, dy_rows.T, h[:, :rank], layer.scale)
         g = (dy_rows @ layer.up).view(len(dy), *dy.shape[2:], -1)
         neighbours = _neighbours(g, conv, x.shape[2:])

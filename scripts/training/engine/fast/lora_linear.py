@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from training.engine.fast.gaps import with_gap
-from training.engine.fast.ops import append_products, dequantized, takes_products
+from training.engine.fast.ops import append_products, dequantized, scale_columns, takes_products
+from training.engine.fast.row_scales import RowScales
 
 _LAYERS_AT_ONCE = 8
 """Of the cross-attentions' keys and values: how many weights in int8 are multiplied out at a time. SDXL's 128 are 630 MB."""
@@ -52,6 +53,8 @@ class FusedLoraLinear:
     """Of the LoRAs' changes."""
     grad_anchor: torch.Tensor
     """A scalar that requires a gradient: autograd calls the backward even where the input requires none."""
+    scales: RowScales | None = None
+    """DoRA's, which multiply y without the bias; None for a LoRA."""
 
     def frozen(self, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of the weight in the UNet's dtype, multiplied out for the caller if they are in int8."""
@@ -92,16 +95,18 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
     def forward(ctx, x, anchor, layer):
         rows = x.reshape(-1, x.shape[-1])
         y, h = product(rows, layer)
+        if layer.scales:
+            scale_columns(y, layer.scales.g, layer.bias)
         ctx.layer = layer
         # The frozen product keeps nothing; x is needed for d_down, and the skinny h is cheaper to keep than to compute again.
-        ctx.save_for_backward(rows, h)
+        ctx.save_for_backward(rows, h, y if layer.scales else None)
         return y.view(*x.shape[:-1], y.shape[-1]).chunk(len(layer.names), dim=-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        layer, (rows, h) = ctx.layer, ctx.saved_tensors
-        dy, g = gradient_of_h([each.reshape(len(rows), -1) for each in dys], layer)
+        layer, (rows, h, y) = ctx.layer, ctx.saved_tensors
+        dy, g = gradient_of_h([each.reshape(len(rows), -1) for each in dys], layer, y)
         n = len(layer.up)
         if n == 1:
             accumulate(layer.up_grad[0], dy.T, h, layer.scale)
@@ -115,18 +120,20 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
 
 
 def product(rows: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N, in] -> [N, n * out], and h, which is in the gap behind `rows` if there is one."""
+    """[N, in] -> [N, n * out], with the bias unless it is to be scaled first, and h, which is in the gap behind `rows` if there is
+    one."""
     n, _, rank = layer.up.shape
+    bias = None if layer.scales else layer.bias
     wide = with_gap(rows, rows.shape[1] + n * rank)
     if wide is not None:
         h = wide[:, rows.shape[1] :]
         torch.mm(rows, layer.down.T, out=h)
-        return F.linear(wide, layer.weight_and_up, layer.bias), h
+        return F.linear(wide, layer.weight_and_up, bias), h
     if columns_beside(layer) and takes_products(rows, n * rank):
         # Rows that are read once more and copied cost less than an output that is read and written once more.
         copied, h = append_products([rows], layer.down.T[None], keeps=True)
-        return F.linear(with_gap(copied, rows.shape[1] + n * rank), layer.weight_and_up, layer.bias), h
-    y, h = F.linear(rows, layer.frozen(), layer.bias), rows @ layer.down.T
+        return F.linear(with_gap(copied, rows.shape[1] + n * rank), layer.weight_and_up, bias), h
+    y, h = F.linear(rows, layer.frozen(), bias), rows @ layer.down.T
     if n == 1:
         y.addmm_(h, layer.up[0].T)
     else:
@@ -135,15 +142,21 @@ def product(rows: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, t
     return y, h
 
 
-def gradient_of_h(dys: Sequence[torch.Tensor], layer: FusedLoraLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """n tensors [N, out] -> them side by side, and g [N, n * rank], in the gap behind them if the layer has a wide matrix."""
+def gradient_of_h(
+    dys: Sequence[torch.Tensor], layer: FusedLoraLinear, y: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """n tensors [N, out] -> them side by side, and g [N, n * rank], in the gap behind them if the layer has a wide matrix.
+
+    Those of a layer with scales, whose output is `y` [N, n * out], are the gradients before it was scaled."""
     n, out, rank = layer.up.shape
-    wide = with_gap(dys[0], out + rank) if n == 1 else None
-    if wide is None and columns_beside(layer) and takes_products(dys[0], rank):
+    if layer.scales:
+        dys = [layer.scales.backward(dys[0] if n == 1 else torch.cat(dys, dim=1), y, layer.bias, columns_beside(layer))]
+    wide = with_gap(dys[0], n * (out + rank)) if len(dys) == 1 else None
+    if wide is None and not layer.scales and columns_beside(layer) and takes_products(dys[0], rank):
         dy, _ = append_products(dys, layer.up)
         return dy, with_gap(dy, n * (out + rank))[:, n * out :]
-    dy = dys[0] if n == 1 else torch.cat(dys, dim=1)
-    g = dy.new_empty(len(dy), n * rank) if wide is None else wide[:, out:]
+    dy = dys[0] if len(dys) == 1 else torch.cat(dys, dim=1)
+    g = dy.new_empty(len(dy), n * rank) if wide is None else wide[:, n * out :]
     if n == 1:
         torch.mm(dy, layer.up[0], out=g)
     else:
@@ -176,16 +189,21 @@ class _FusedContextFunction(torch.autograd.Function):
             weight = layer.frozen(slice(part.start * out, part.stop * out)).view(-1, out, rows.shape[1])
             torch.matmul(rows, weight.mT, out=y[part])
         y.baddbmm_(h, layer.up.mT)
+        if layer.scales:
+            y.mul_(layer.scales.g.view(n, 1, out))
         ctx.layer = layer
-        ctx.save_for_backward(rows, h)
+        ctx.save_for_backward(rows, h, y if layer.scales else None)
         return tuple(part.view(*x.shape[:-1], out) for part in y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        layer, (rows, h) = ctx.layer, ctx.saved_tensors
+        layer, (rows, h, y) = ctx.layer, ctx.saved_tensors
         n, out, rank = layer.up.shape
         dy = torch.stack([part.reshape(-1, out) for part in dys])  # [n, N, out]
+        if layer.scales:
+            in_rows = (part.transpose(0, 1).reshape(-1, n * out) for part in (dy, y))
+            dy = _as_groups(layer.scales.backward(*in_rows, None), n)
         g = torch.bmm(dy, layer.up).transpose(0, 1).reshape(-1, n * rank)
         accumulate(layer.up_grad, dy.mT, h, layer.scale)
         accumulate(layer.down_grad, g.T, rows, 1.0)

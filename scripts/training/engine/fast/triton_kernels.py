@@ -15,6 +15,8 @@ _GROUP_ROWS, _GROUP_COLUMNS = 32, 64
 """Tile of the group norms: rows (pixels) and channels."""
 _ROWS, _COLUMNS = 4, 1024
 """Tile of a weight in 8 bits."""
+_SUM_ROWS, _SUM_COLUMNS, _ROWS_PER_SUM = 16, 128, 128
+"""Tile of a matrix whose columns are summed up, and the rows of it that one program sums up before the parts are added."""
 _ROWS_PER_PROGRAM = 256
 """Of an image, that one program sums up before the group norm's second kernel adds the parts."""
 
@@ -219,6 +221,42 @@ def _add_with_bias(x, y, bias, out, count, channels, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _scale_columns(y, multipliers, bias, rows, width, BIAS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    # Tiles, so that no element has to find its column by a division of 64-bit numbers.
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
+    column = tl.program_id(1) * C + tl.arange(0, C)
+    inside = column < width
+    here = (row < rows) & inside[None, :]
+    offset = row * width + column[None, :]
+    factor = tl.load(multipliers + column, mask=inside, other=0.0)[None, :]
+    value = tl.load(y + offset, mask=here, other=0.0).to(tl.float32) * factor
+    if BIAS:
+        value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + offset, value, mask=here)
+
+
+@triton.jit
+def _scale_columns_backward(dy, y, multipliers, bias, dx, sums, rows, width, stride_of_dy, stride, chunk: tl.constexpr, BIAS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
+    """Per chunk of rows: dx = dy times the multipliers, and for each column the sum of dy (y - bias)."""
+    piece = tl.program_id(0)
+    column = tl.program_id(1) * C + tl.arange(0, C)
+    inside = column < width
+    factor = tl.load(multipliers + column, mask=inside, other=0.0)[None, :]
+    total = tl.zeros((C,), tl.float32)
+    constant = tl.zeros((C,), tl.float32)
+    if BIAS:
+        constant = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    for start in range(0, chunk, R):
+        row = (piece * chunk + start + tl.arange(0, R)).to(tl.int64)
+        here = (row < rows)[:, None] & inside[None, :]
+        gradient = tl.load(dy + row[:, None] * stride_of_dy + column[None, :], mask=here, other=0.0).to(tl.float32)
+        value = tl.load(y + row[:, None] * width + column[None, :], mask=here, other=0.0).to(tl.float32)
+        total += tl.sum(gradient * (value - constant[None, :]), 0)
+        tl.store(dx + row[:, None] * stride + column[None, :], gradient * factor, mask=here)
+    tl.store(sums + piece.to(tl.int64) * width + column, total, mask=inside)
+
+
+@triton.jit
 def _copy_blocks(flat, table, scale, ELEMENT: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """One tile of a matrix per program; `table` has its place in `flat`, the matrix's address, rows, columns and stride, and the
     tile's first row and column."""
@@ -351,6 +389,26 @@ def add_with_bias(x, y, bias):
     out, count = torch.empty_like(x), x.numel()
     _add_with_bias[(triton.cdiv(count, 1024),)](x, y, bias, out, count, bias.numel(), 1024)
     return out
+
+
+def scale_columns(y, g, bias):
+    """`y` [N, D] times `g` [D], plus `bias` [D] or None, in place."""
+    rows, width = y.shape
+    grid = triton.cdiv(rows, _SUM_ROWS), triton.cdiv(width, _SUM_COLUMNS)
+    _scale_columns[grid](y, g, g if bias is None else bias, rows, width, bias is not None, _SUM_ROWS, _SUM_COLUMNS)
+
+
+def scale_columns_backward(dy, y, g, bias, gap):
+    """The gradient of what was scaled to `y`, with a gap behind its rows, and [D] fp32: the sums of dy (y - bias)."""
+    rows, width = y.shape
+    dy = dy if dy.stride(1) == 1 else dy.contiguous()
+    dx, chunks = empty_with_gap(y, width, gap), triton.cdiv(rows, _ROWS_PER_SUM)
+    sums = torch.empty(chunks, width, dtype=torch.float32, device=y.device)
+    _scale_columns_backward[(chunks, triton.cdiv(width, _SUM_COLUMNS))](
+        dy, y, g, g if bias is None else bias, dx, sums, rows, width, dy.stride(0), width + gap, _ROWS_PER_SUM, bias is not None,
+        _SUM_ROWS, _SUM_COLUMNS,
+    )  # fmt: skip
+    return dx, sums.sum(0)
 
 
 def _per_channel(x, how_many, width):

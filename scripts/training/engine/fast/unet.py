@@ -96,7 +96,11 @@ def _block(block: BasicTransformerBlock, name: str, layers: Mapping[str, Layer],
         return F.scaled_dot_product_attention(*per_head).transpose(1, 2).flatten(2)
 
     adapted = [groups.get(f"{name}.ff.net.{path}") for path in ("0.proj", "2")]
-    fuses = all(adapted) and takes_products(adapted[0].down, *(len(layer.down) for layer in adapted))
+    fuses = (
+        all(adapted)
+        and not any(layer.scales for layer in adapted)
+        and takes_products(adapted[0].down, *(len(layer.down) for layer in adapted))
+    )
 
     # Behind the rows that these layers read, and behind their gradients, is a gap for the LoRA's columns.
     gaps = {path: columns_beside(groups.get(f"{name}.{path}")) for path in (SELF_ATTENTION, *paths)}
