@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -43,6 +44,7 @@ class Way:
     in_int8: bool = False
     has_prior: bool = False
     pull: float = 0.0
+    engine: Literal["auto", "fast"] = "auto"
 
 
 SMALL_CARD = {"batch": 1, "checkpointing": True, "in_int8": True}
@@ -55,8 +57,9 @@ WAYS = (
     Way("prior", has_prior=True),
     Way("huber_snr, debiased", loss={"loss": "huber_snr", "weighting": "debiased"}),
     Way("DoRA", lora={"lora_type": "dora"}),
+    Way("DoRA, fast", lora={"lora_type": "dora"}, engine="fast"),
     Way("convolutions, rank 16", lora={"lora_conv_rank": 16}),
-    Way("DoRA and convolutions, rank 16", lora={"lora_type": "dora", "lora_conv_rank": 16}),
+    Way("DoRA and convolutions, rank 16, fast", lora={"lora_type": "dora", "lora_conv_rank": 16}, engine="fast"),
     Way("DoRA, dropout", lora={"lora_type": "dora", "lora_dropout": 0.1}),
     Way("one image, checkpointing, DoRA", lora={"lora_type": "dora"}, batch=1, checkpointing=True),
     Way("one image, checkpointing, convolutions, int8", lora={"lora_conv_rank": 16, "lora_rank": 16}, **SMALL_CARD),
@@ -111,7 +114,7 @@ def prepared(unet: UNet2DConditionModel, text_encoders: TextEncoders | None, way
     """The step of this way, and the engine that computes it."""
     settings, precision = LoraSettings(**way.lora), choose_precision("bf16")
     lora = inject(unet, settings, 0, text_encoders or ())
-    engine, _ = choose_engine("auto", settings)
+    engine, _ = choose_engine(way.engine, settings)
     optimizer = make_optimizer(lora, OptimizerSettings(**way.optimizer))
     sync = prepare_unet(engine, unet, lora, precision.device, gradient_checkpointing=way.checkpointing)
     if text_encoders and way.checkpointing:

@@ -2,7 +2,7 @@
 
 `make learn-test` runs it. The model is pre-trained first: people of the tiny world differ in seven traits, of which samples show
 skin, and length, volume, fringe, lightness and warmth of the hair. Then the product's own stages caption 20 images of a new person
-and train a LoRA. All steps are counted and seeded, so that another run has the same figures on the same kind of machine.
+and train a LoRA. All steps are counted and seeded, so that another run has nearly the same figures.
 """
 
 import subprocess

@@ -88,7 +88,7 @@ def test_short_runs_have_base_middle_and_last_and_say_what_they_cost(planned):
     assert (settings.sample_steps, settings.sample_size, settings.sample_every_epochs) == (12, 768, 10)
     assert plan.lower_strengths == ()
     assert "6 prompts x 3 (base model, 2 LoRAs), 768x768, 12 steps: about 18 % of the training time (" in plan.announcement
-    assert "lower strengths 2 -> 0), and 0.2 GiB" in plan.announcement
+    assert "lower strengths 2 -> 0), and 4.7 GiB" in plan.announcement
     plan, _ = planned(25, 20)
     assert "about 28 % of the training time (" in plan.announcement
     assert "strengths 2 -> 0, there are no fewer in a run of so few training samples, unless SAMPLES=false)" in plan.announcement
@@ -140,4 +140,4 @@ def test_with_little_memory_there_are_tiles_then_smaller_images_then_none(planne
     assert (with_free(3)[0].tiled, with_free(3)[1]) == (True, 1024)
     plan, _ = with_free(1)
     assert plan.prompts == ()
-    assert plan.announcement.startswith("sample images: none (they need 1.7 GiB besides training, 1.0 GiB are free")
+    assert plan.announcement.startswith("sample images: none (they need 2.2 GiB besides training, 1.0 GiB are free")

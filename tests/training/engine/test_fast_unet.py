@@ -11,6 +11,8 @@ from peft.helpers import disable_input_dtype_casting
 
 from demo import tiny_sdxl
 from training.config import LoraSettings
+from training.engine.fast import lora_linear
+from training.engine.fast import unet as fast_unet
 from training.engine.fast.fuse import fuse
 from training.engine.fast.gaps import empty_with_gap, with_gap
 from training.engine.fast.lora_conv import LoraConv, lora_conv
@@ -105,6 +107,14 @@ def reference(unet, request) -> tuple[str, torch.Tensor, dict[str, torch.Tensor]
     return request.param, answered(plain), peft_gradients(plain, lora)
 
 
+@pytest.fixture(params=[True, False], ids=["products along", "layer by layer"])
+def both_ways(request, monkeypatch):
+    """With the kernels that compute a LoRA's products along, here in PyTorch's operations, and without, as on cards with HBM."""
+    for module in (lora_linear, fast_unet):
+        monkeypatch.setattr(module, "takes_products", lambda *_: request.param)
+
+
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_answer_and_every_gradient_are_those_of_diffusers_and_peft(unet, reference, recomputes):
     targets, answer, wanted = reference
@@ -118,6 +128,7 @@ def test_answer_and_every_gradient_are_those_of_diffusers_and_peft(unet, referen
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_a_rank_as_wide_as_a_part_of_a_concatenation_is_no_gap(unet):
     """The gradient of 32 channels that were concatenated with 32 others has rows of 64, as rows with a gap for rank 32 have: what
     stands in the place of the gap is the gradient of the others."""

@@ -5,6 +5,8 @@ These tests are skipped where there is no GPU. benchmarks/README.md says when an
 
 import copy
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from training.callbacks.sample_prompts import SamplePrompt
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
 from training.engine import prepare_unet, recompute_text_encoders
+from training.engine.fast import ops
 from training.engine.fast.feed_forward import fused_feed_forward
 from training.engine.fast.fuse import fuse
 from training.engine.fast.gaps import empty_with_gap, with_gap
@@ -174,18 +177,28 @@ def step_of(
     return TrainStep(unet, lora, optimizer, loss_config(), precision, 1.0, sync_compute_weights=sync, captures=captures)
 
 
+@contextmanager
+def products_along(enabled: bool) -> Iterator[None]:
+    """With or without the kernels that compute a LoRA's products of what they read or write, on any card."""
+    cards = set() if enabled else {torch.cuda.get_device_capability()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "CARDS_WITH_HBM", cards)
+        yield
+
+
 @functools.cache
 def trained(
-    base: Path, name: str = "fast", *, captures: bool, recomputes: bool = False, micro_batches: int = 1
+    base: Path, name: str = "fast", *, captures: bool, recomputes: bool = False, micro_batches: int = 1, products: bool = False
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and learned changes of 50 steps of an engine."""
-    step, lora = stepper(base, name, recomputes=recomputes, captures=captures)
     losses = []
-    for number in range(STEPS):
-        whole = batch_of(number % 10)
-        size = len(whole.weights) // micro_batches
-        parts = [part_of(whole, first, first + size) for first in range(0, len(whole.weights), size)]
-        losses.append(step(parts, RATE).loss)
+    with products_along(products):
+        step, lora = stepper(base, name, recomputes=recomputes, captures=captures)
+        for number in range(STEPS):
+            whole = batch_of(number % 10)
+            size = len(whole.weights) // micro_batches
+            parts = [part_of(whole, first, first + size) for first in range(0, len(whole.weights), size)]
+            losses.append(step(parts, RATE).loss)
     return losses, {module.name: (module.zero @ module.factors["lora_down.weight"]).cpu() for module in lora.modules}
 
 
@@ -244,6 +257,8 @@ def references(base):
         {"captures": False},
         {"captures": True},
         {"captures": True, "recomputes": True},
+        {"captures": True, "products": True},
+        {"captures": True, "recomputes": True, "products": True},
         {"name": "plain", "captures": False},
         {"name": "plain", "captures": True},
     ],
@@ -267,9 +282,10 @@ def test_fifty_steps_learn_what_peft_learns(base, references, how):
     assert of_ours[2] <= 1.25 * of_peft[2] + 1e-3
 
 
-def test_captured_steps_are_the_eager_ones_bit_for_bit(base):
-    losses, learned = trained(base, captures=False)
-    captured_losses, captured = trained(base, captures=True)
+@pytest.mark.parametrize("products", [False, True])
+def test_captured_steps_are_the_eager_ones_bit_for_bit(base, products):
+    losses, learned = trained(base, captures=False, products=products)
+    captured_losses, captured = trained(base, captures=True, products=products)
     assert losses == captured_losses
     assert all(torch.equal(learned[name], captured[name]) for name in learned)
 
@@ -526,8 +542,9 @@ def test_kernels_of_scaled_columns(has_bias, gap):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [3, 8, 32, 40, 64])
-def test_the_feed_forward_of_a_block_is_that_of_its_layers_one_by_one(base, rank, dtype):
+def test_the_feed_forward_of_a_block_is_that_of_its_layers_one_by_one(base, rank, dtype, monkeypatch):
     """The sums of two LoRA gradients are added up in another order; the output is the same bit for bit."""
+    monkeypatch.setattr(ops, "CARDS_WITH_HBM", set())
     unet = load_unet(find_base(str(base), base.parent), torch.device("cuda"), dtype)
     lora = inject(unet, LoraSettings(lora_rank=rank, lora_alpha=rank), seed=3)
     with torch.no_grad():
@@ -687,7 +704,8 @@ def test_captured_steps_of_adapters_of_the_fast_engine_are_the_eager_ones_bit_fo
 
 
 @pytest.mark.parametrize("pattern", ["attn1.to_q=4 attn1=16 attn2=8:2 ff=0", "up_blocks=24:6", "ff=96:6"])
-def test_the_fast_engine_takes_ranks_and_scales_by_layer(base, pattern):
+def test_the_fast_engine_takes_ranks_and_scales_by_layer(base, pattern, monkeypatch):
+    monkeypatch.setattr(ops, "CARDS_WITH_HBM", set())
     runs = []
     for name in ("fast", "plain"):
         unet = load_unet(find_base(str(base), base.parent), torch.device("cuda"), torch.bfloat16)
