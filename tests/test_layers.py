@@ -123,7 +123,7 @@ TRAINING_LAYERS = (
     ("training.run",),
     ("training.job",),
     ("training.lora_metadata",),
-    ("training.results", "training.measurement"),
+    ("training.results", "training.measurement", "training.preparation", "training.first_step"),
     ("training.trainer", "training.preflight"),
 )
 """Modules and packages of the training stage, lowest layer first. Each may import lower layers and its own package."""

@@ -62,8 +62,9 @@ def run(environment: DemoEnvironment, stage: ModuleType, url: str = "http://127.
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    """Every file but those that hold times of change, which a copy does not keep."""
+    """Every file but those that hold times of change, which a copy does not keep, and thumbnails, whose names depend on them."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in ("pictures.json", "model.json")]
+    files = [path for path in files if path.parent.name != "thumbnails"]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 

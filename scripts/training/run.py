@@ -92,8 +92,8 @@ def find_run(
 
     `digests` are those of the components of `base` and of the tokenizers; if one of them is None, not known yet, they are taken to
     be those of the checkpoint. A run that is continued, extended or finished keeps the automatic choices of its checkpoint; one
-    that follows a finished run with other settings or data makes its own. Raises SettingsError if a run that is not finished was
-    stopped with other settings or data.
+    that follows a finished run with other settings or data keeps only the samples per step. Raises SettingsError if a run that is
+    not finished was stopped with other settings or data.
     """
     outputs = outputs_of(project, settings)
     saved = newest(outputs.state)
@@ -107,7 +107,8 @@ def find_run(
         recorded = {}
     found = (measured, recorded) if follows_finished else (recorded, measured)
     schedule, is_assumed = choose_schedule(base, settings.model.prediction_type, settings.model.zero_terminal_snr, *found)
-    given = project, settings, base, examples, machines, schedule, base_model
+    samples = saved.identity.fingerprint[GLOBAL_BATCH] // machines.world_size if saved else None
+    given = project, settings, base, examples, machines, schedule, base_model, samples
 
     run = _as_continued(*given, saved, follows_finished=follows_finished)
     if saved and not run.is_finished:
@@ -128,11 +129,13 @@ def _as_continued(
     machines: Machines,
     schedule: Schedule,
     base_model: str,
+    samples: int | None,
     saved: Checkpoint | None,
     *,
     follows_finished: bool,
 ) -> Run:
-    """The run with the automatic choices of `saved`, which may turn out to be another one; None: with its own."""
+    """The run with the automatic choices of `saved`, which may turn out to be another one; None: with its own. `samples`: what a
+    step of this process takes, if the batch size is automatic; None: what fits."""
     world_size, engine = machines.world_size, choose_engine(settings.run.engine, settings.lora)[0]
     outputs = outputs_of(project, settings)
     recorded = saved.identity.fingerprint if saved else {}
@@ -142,7 +145,6 @@ def _as_continued(
     # it stays finished when there is less memory.
     choice = recorded.get("base_quantization", "none") if saved else None
     settings, budget, lines = resolve_quantization(settings, budget, choice)
-    samples = recorded[GLOBAL_BATCH] // world_size if saved else None
     trained = sum(not example.is_regularization for example in examples)
     settings, of_batch = resolve_batch_size(settings, budget, max(1, trained // world_size), samples)
     settings = replace(settings, run=match_global_batch(settings.run, world_size, None if follows_finished else saved))

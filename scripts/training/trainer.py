@@ -1,7 +1,6 @@
 """Train a resolved job: encode the data, build the parts, take the remaining steps, write the LoRA."""
 
 import contextlib
-import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,9 +10,9 @@ from pathlib import Path
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from common.background import in_background, prefetch
+from common.background import prefetch
 from common.dataset_layout import DatasetFolder
-from common.errors import Interruption, ModelError, ResourceError, StopRequest, interruption_for
+from common.errors import Interruption, ResourceError, StopRequest, interruption_for
 from common.files import write_bytes
 from common.settings import resolved_toml
 from training.callbacks.checkpoint import CheckpointWriter, keep_one, remove_incomplete, restore
@@ -24,33 +23,29 @@ from training.callbacks.renderer import Renderer
 from training.callbacks.report_page import report_page
 from training.callbacks.sample_likeness import SampleLikeness
 from training.callbacks.sample_record import SampleRecord
-from training.callbacks.samples import SampleImages, texts_of
+from training.callbacks.samples import SampleImages
 from training.callbacks.validation import Validator
-from training.data.batches import Batch, BatchReader
-from training.data.cache import CacheBuilder
-from training.data.cache_files import CachedExample
-from training.engine import prepare_unet, recompute_text_encoders, warm_up
-from training.engine.step import StepResult, TrainStep
+from training.data.batches import BatchReader
+from training.engine import prepare_unet, recompute_text_encoders
+from training.engine.step import TrainStep
+from training.first_step import checking_first_step
 from training.initial_lora import load_initial
 from training.job import TrainingJob
 from training.loop import Callback, Progress, RunSchedule, run_steps
 from training.measurement import predicts_as_planned
 from training.memory_budget import suggest_settings
-from training.method.adapters import Adapter, inject
+from training.method.adapters import Adapter
 from training.method.diffusion import LossConfig, alphas_cumprod, timestep_quantiles
 from training.method.lora_l2 import l2_of_changes
 from training.method.optimizer_wrappers import make_optimizer
 from training.method.optimizers import learning_rate_at
-from training.models.sdxl import TEXT_ENCODERS
-from training.models.weights import TextEncoders, load_text_encoders, load_unet, load_vae, require_finite_weights
+from training.models.weights import TextEncoders, load_vae
 from training.plan import short_hash
+from training.preparation import encode, networks_in_background, prepare_device
 from training.results import LoraSaver, report_results, write_results
-from training.system.device import MemoryGuard, available_bytes, limit_gpu_memory, make_deterministic, memory_guard, release_memory
+from training.system.device import MemoryGuard, available_bytes, memory_guard, release_memory
 from training.system.process_group import ProcessGroup
 from training.system.processes import WorkerProcess
-
-Networks = tuple[UNet2DConditionModel, TextEncoders | None, Adapter]
-"""The UNet, the text encoders if they are trained, and what is trained in both."""
 
 
 def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) -> bool:
@@ -155,14 +150,6 @@ def clean_up(job: TrainingJob) -> None:
         keep_one(job.outputs.state, job.plan.shared_prefix_steps)
 
 
-def prepare_device(job: TrainingJob) -> None:
-    """Set what must be set before the device computes or holds anything."""
-    if job.settings.run.deterministic:
-        make_deterministic()
-    if job.budget.thresholds:
-        limit_gpu_memory(job.precision.device, available_bytes(job.precision.device) - job.budget.thresholds.stop)
-
-
 def recorded(job: TrainingJob, group: ProcessGroup) -> contextlib.AbstractContextManager[None]:
     """Records this process in the history of the run."""
     fingerprint = job.identity.fingerprint
@@ -191,65 +178,6 @@ def translate_cuda_oom(job: TrainingJob) -> Iterator[None]:
         ) from None
 
 
-def has_memory_for_everything(job: TrainingJob) -> bool:
-    """Whether the GPU's memory holds encoders and UNet together, which is so where a step leaves the reserve free."""
-    batch, checkpointing = job.settings.run.train_batch_size, job.settings.model.gradient_checkpointing
-    fits = job.budget.needed(batch, checkpointing=False) <= job.budget.free
-    return job.precision.device.type != "cpu" and not checkpointing and fits
-
-
-@contextlib.contextmanager
-def networks_in_background(job: TrainingJob) -> Iterator[Callable[[], Networks]]:
-    """A function that returns the networks and their adapter. They are loaded while data is encoded if there is memory for both."""
-    starts_now = has_memory_for_everything(job)
-    device, dtype = job.precision.device, job.precision.dtype
-
-    def load() -> Networks:
-        lora = job.settings.lora
-        unet = load_unet(job.base, device, dtype, in_int8=job.settings.model.base_quantization == "int8")
-        text_encoders = load_text_encoders(job.base, device, dtype) if lora.train_text_encoders else None
-        return unet, text_encoders, inject(unet, lora, job.settings.run.train_seed, text_encoders or ())
-
-    with (
-        in_background(lambda: warm_up(job.engine, device, dtype), start=starts_now) as warmed_up,
-        in_background(load, start=starts_now) as loaded,
-    ):
-
-        def wait() -> Networks:
-            warmed_up.result()
-            return loaded.result()
-
-        yield wait
-
-
-def encode(
-    job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None = None
-) -> tuple[list[CachedExample], dict[str, Path]]:
-    """Compute once what does not change during training, of all images of the plan and of the prompts of sample images.
-
-    It is done in the process `encoder`, if there is one and memory for the UNet beside it, so that encoding and loading do not
-    wait for each other's interpreter lock.
-    """
-    concurrent = has_memory_for_everything(job)
-    if encoder and concurrent:
-        return encoder.call_and_close(_encode_in_worker, job)
-    if encoder:
-        encoder.end()
-    precision = job.precision
-    folders = job.project.models_dir, job.outputs.cache
-    how = precision.device, precision.dtype, group, concurrent, job.settings.lora.train_text_encoders
-    builder = CacheBuilder(job.base, *folders, *how)
-    images = zip(job.plan.all_examples, job.plan.all_placements, strict=True)
-    prompts = texts_of(job.samples) if job.samples else []
-    subject_class = job.settings.samples.subject_class if job.settings.objective.prior_preservation else ""
-    return builder.build(list(images), job.settings.data, job.settings.run.train_seed, prompts, subject_class)
-
-
-def _encode_in_worker(job: TrainingJob) -> tuple[list[CachedExample], dict[str, Path]]:
-    prepare_device(job)
-    return encode(job, ProcessGroup())
-
-
 def build_step(
     job: TrainingJob, group: ProcessGroup, unet: UNet2DConditionModel, text_encoders: TextEncoders | None, adapter: Adapter
 ) -> TrainStep:
@@ -273,52 +201,6 @@ def build_step(
     pull = l2_of_changes(adapter, settings.objective.lora_l2) if settings.objective.lora_l2 else None
     how = {"text_encoders": text_encoders, "add_gradient": pull, "sync_compute_weights": sync}
     return TrainStep(unet, adapter, optimizer, config, job.precision, norm, group.all_reduce, **how)
-
-
-def checking_first_step(
-    job: TrainingJob, begin: Callable[[list[Batch], float], Callable[[], StepResult]]
-) -> Callable[[list[Batch], float], Callable[[], StepResult]]:
-    """`begin` of a run's steps, of which the first raises ModelError if loss or gradient is not finite: the LoRA adds nothing yet,
-    so that the cause is the base model or its embeddings, and never the learning rate."""
-    is_first = True
-
-    def begin_step(batches: list[Batch], learning_rate: float) -> Callable[[], StepResult]:
-        nonlocal is_first
-        read = begin(batches, learning_rate)
-        if not is_first:
-            return read
-        is_first = False
-
-        def read_first() -> StepResult:
-            result = read()
-            if result.diverged or not math.isfinite(result.loss):
-                raise explain_first_step(job, batches)
-            return result
-
-        return read_first
-
-    return begin_step
-
-
-def explain_first_step(job: TrainingJob, batches: Sequence[Batch]) -> ModelError:
-    """Why the first step's loss or gradient is not finite. Reads every weight of the networks if the data is not the cause."""
-    values = [tensor for batch in batches for tensor in (batch.mean, batch.log_variance, batch.hidden, batch.pooled)]
-    if not all(tensor.isfinite().all() for tensor in values):
-        return ModelError(
-            f"{job.outputs.cache}: holds NaN or infinity, which an earlier version stored; delete its folders text and latents, "
-            "and run again"
-        )
-    try:
-        require_finite_weights(job.base, ["unet"], job.precision.dtype)
-        if batches[0].tokens.numel():
-            require_finite_weights(job.base, TEXT_ENCODERS, job.precision.dtype)
-    except ModelError as found:
-        return found
-    remedy = "set MIXED_PRECISION=bf16, or use" if job.precision.dtype == torch.float16 else "use"
-    return ModelError(
-        f"{job.base.path}: the UNet's first prediction is NaN or infinity, with a LoRA that adds nothing yet and weights that are "
-        f"all finite; {remedy} another base model"
-    )
 
 
 def schedule_of(job: TrainingJob) -> RunSchedule:

@@ -12,9 +12,9 @@ from common.errors import ModelError
 from training.data.batches import Batch
 from training.data.cache import NotFiniteError, write_embeddings
 from training.engine.step import StepResult
+from training.first_step import checking_first_step
 from training.models.base_model import find_base
 from training.models.weights import require_finite_weights
-from training.trainer import checking_first_step
 
 NAN, INFINITY = float("nan"), float("inf")
 BROKEN = [

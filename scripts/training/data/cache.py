@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,17 @@ def _side(example: Example) -> str:
     return " mirrored" if example.is_mirrored else ""
 
 
+def report_cut_text(examples: Iterable[Example], chunks: int, tokenizers: tuple) -> None:
+    """Print what `chunks` do not hold of the captions, and whether the trigger word is part of it."""
+    for example in examples:
+        for caption in example.captions:
+            if cut := text_beyond(chunks, caption, tokenizers):
+                which = f"its caption is longer than {CHUNK_TOKENS * chunks} tokens"
+                is_lost = not contains(pieces_of(beginning(chunks, caption, tokenizers)), pieces_of(example.trigger))
+                lost = f" (the trigger word {example.trigger!r} is not in what it sees; put it first)" if is_lost else ""
+                print(f"{example.name}: {which}; training does not see: {cut}{lost}")
+
+
 @dataclass(frozen=True)
 class CacheBuilder:
     """Encodes what is missing in the cache. The values depend on images, captions and these fields."""
@@ -92,15 +103,7 @@ class CacheBuilder:
         variants = [caption_variants(example.caption, example.trigger, count, shuffle, seed) for example, _ in images]
         tokenizers = load_tokenizers(self.base, self.models_dir)
         chunks = chunks_needed(captions, tokenizers, settings.caption_chunks)
-        for example in {example.path: example for example, _ in images}.values():
-            for caption in example.captions:
-                if cut := text_beyond(chunks, caption, tokenizers):
-                    which = f"its caption is longer than {CHUNK_TOKENS * chunks} tokens"
-                    seen = pieces_of(beginning(chunks, caption, tokenizers))
-                    is_lost = not contains(seen, pieces_of(example.trigger))
-                    lost = f" (the trigger word {example.trigger!r} is not in what it sees; put it first)" if is_lost else ""
-                    print(f"{example.name}: {which}; training does not see: {cut}{lost}")
-
+        report_cut_text({example.path: example for example, _ in images}.values(), chunks, tokenizers)
         prompt_chunks = chunks_needed(list(prompts), tokenizers, settings.caption_chunks)
 
         mirrored = [(replace(example, is_mirrored=True), place) for example, place in images] if settings.flip else []
@@ -119,18 +122,7 @@ class CacheBuilder:
         new_texts, captions_found = self._missing([*texts, *of_prompts, *of_class], workers)
         self.group.barrier()  # all processes know what is missing before one writes
         shares = self.group.shard(new_latents), self.group.shard(new_texts), self.group.shard(new_masks)
-        with (
-            ProgressBar(sum(map(len, shares)), "encode", "images and captions") as bar,
-            _tensor_cores(enabled=self.uses_tensor_cores),
-        ):
-            encode_texts = partial(self._encode_captions, shares[1], tokenizers, workers, bar)
-            with in_background(encode_texts, start=self.concurrent) as texts_encoded:
-                self._encode_images(shares[0], workers, bar)
-                self._free_memory()
-                for _ in prefetch(lambda item: write_mask(*item), shares[2], workers):
-                    bar.update()
-                texts_encoded.result()
-            self._free_memory()
+        self._encode(*shares, tokenizers, workers)
         self.group.barrier()
         print(f"images: {images_found}; captions: {captions_found}, {chunks} x {CHUNK_TOKENS} tokens", flush=True)
 
@@ -158,6 +150,21 @@ class CacheBuilder:
             pairs = zip(examples[: len(images)], examples[len(images) :], strict=True)
             examples = [replace(example, mirrored=other) for example, other in pairs]
         return examples, {prompt: path for path, (prompt,), _ in of_prompts}
+
+    def _encode(self, latents: list[tuple], texts: list[tuple], masks: list[tuple], tokenizers: tuple, workers: int) -> None:
+        """Encode these entries and write their files, and free the encoders."""
+        with (
+            ProgressBar(len(latents) + len(texts) + len(masks), "encode", "images and captions") as bar,
+            _tensor_cores(enabled=self.uses_tensor_cores),
+        ):
+            encode_texts = partial(self._encode_captions, texts, tokenizers, workers, bar)
+            with in_background(encode_texts, start=self.concurrent) as texts_encoded:
+                self._encode_images(latents, workers, bar)
+                self._free_memory()
+                for _ in prefetch(lambda item: write_mask(*item), masks, workers):
+                    bar.update()
+                texts_encoded.result()
+            self._free_memory()
 
     def _missing(self, entries: Sequence[tuple], workers: int) -> tuple[list[tuple], str]:
         """Those of the entries (file, what is encoded into it ...) that have to be encoded, one for each file; and how many those

@@ -31,10 +31,10 @@ from common.errors import run_main
 from training.system.processes import WorkerProcess
 
 if __name__ == "__main__":
-    from training import trainer
+    from training import preparation
     train_lora.NVIDIA = Path("/")  # as on a machine with a GPU
-    assert callable(trainer.has_memory_for_everything)
-    trainer.has_memory_for_everything = lambda job: True
+    assert callable(preparation.has_memory_for_everything)
+    preparation.has_memory_for_everything = lambda job: True
     call_and_close = WorkerProcess.call_and_close
 
     def reported(worker, function, *arguments):
