@@ -278,13 +278,15 @@ def caption_tags(
     for path, of_image in probabilities.items():
         concepts.setdefault(captions.trigger_of(path), {})[path] = of_image
     prunings, setting, earlier = {}, settings.caption_prune_traits, None
-    if setting == "auto":
-        with suppress(OSError, ValueError):  # there is none, or it is damaged
-            earlier = earlier_share(parse_json(read_file(folder.traits)))
+    with suppress(OSError, ValueError):  # there is none, or it is damaged
+        earlier = earlier_share(parse_json(read_file(folder.traits)))
+    follows_earlier = earlier is not None and setting in ("auto", earlier)
+    if follows_earlier and setting == "auto":
+        print(f"traits in the captions: as an earlier version wrote them (CAPTION_PRUNE_TRAITS={earlier:g})", flush=True)
     for trigger, of_concept in concepts.items():
         selected = [selector.select(of_image) for of_image in of_concept.values()]
-        prunings[trigger] = prune_common_traits(tags, selected, setting if earlier is None else earlier)
-    write_json(folder.traits, report.traits_record(selector, prunings, setting if earlier is None else None))
+        prunings[trigger] = prune_common_traits(tags, selected, earlier if follows_earlier else setting)
+    write_json(folder.traits, report.traits_record(selector, prunings, None if follows_earlier else setting))
     print(report.selection_notes(selector, prunings), end="", flush=True)
     pruned = {path: prunings[trigger].pruned for trigger, of_concept in concepts.items() for path in of_concept}
     return {path: selector.caption_tags(of_image, pruned[path]) for path, of_image in probabilities.items()}

@@ -1,4 +1,4 @@
-"""People as numbers: who somebody is, how they are shown, and the tags of both in the vocabulary of WD14 taggers.
+"""People as numbers: who a person is, how they are shown, and the tags of both in the vocabulary of WD14 taggers.
 
 An identity is a point in the unit cube of TRAITS, so that distances between people are defined; a shot is everything about an image
 that is not the person.

@@ -39,8 +39,8 @@ def picks_of(run: Run, judge: Judge) -> dict[str, object]:
         picks[f"early stop {patience}"] = stopped_after(losses, patience)
     if layout.samples_record.exists():
         saves = sampled_saves(run, judge, losses)
-        chosen, reason = choose(saves)
-        without_likeness, _ = choose([replace(save, scores=()) for save in saves])
+        chosen, reason = choose(saves, losses=losses)
+        without_likeness, _ = choose([replace(save, scores=()) for save in saves], losses=losses)
         picks |= {"recommended": chosen.epochs, "recommended without likeness": without_likeness.epochs}
         picks |= {"likeliest": max(saves, key=lambda save: np.mean(save.scores)).epochs}
         return {"picks": picks, "validation": losses, "reason": reason, "sampled": [vars(save) for save in saves]}

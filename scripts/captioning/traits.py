@@ -108,11 +108,11 @@ def prune_common_traits(tags: Sequence[Tag], selected: Sequence[Collection[int]]
     is_auto = setting == "auto"
     min_share = setting if not is_auto else SUGGESTED_MIN_SHARE if len(selected) >= SUGGESTED_MIN_IMAGES else 0.0
     aspects = find_traits([tag.name for tag in tags])
-    kept_tags = CLASS_TAGS if is_auto else frozenset()
-    traits = {index for index, tag in enumerate(tags) if normalized(tag.name) in aspects.keys() - kept_tags}
+    traits = {index for index, tag in enumerate(tags) if normalized(tag.name) in aspects}
+    stays = {index for index in traits if is_auto and normalized(tags[index].name) in CLASS_TAGS}
     counts = Counter(index for of_image in selected for index in of_image if index in traits)
     shares = {index: count / len(selected) for index, count in counts.most_common()}
-    pruned = {index: share for index, share in shares.items() if min_share and share >= min_share}
+    pruned = {index: share for index, share in shares.items() if min_share and share >= min_share and index not in stays}
     kept = {index: share for index, share in shares.items() if index not in pruned}
     may_suggest = not min_share and len(selected) >= SUGGESTED_MIN_IMAGES
     suggested = {index: share for index, share in kept.items() if may_suggest and share >= SUGGESTED_MIN_SHARE}

@@ -1,5 +1,6 @@
 """The loop around the training step: which step comes next, and what happens after each step and each epoch."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,10 +48,11 @@ class Progress:
 
 
 def smoothed(validations: Mapping[int, float]) -> dict[int, float]:
-    """Each loss averaged with those before it, over SMOOTHED_OVER of them."""
+    """Each loss averaged with those before it, over SMOOTHED_OVER of them; one that is no number counts as infinite."""
     losses = list(validations.values())
     windows = [losses[max(0, end - SMOOTHED_OVER) : end] for end in range(1, len(losses) + 1)]
-    return {epochs: sum(window) / len(window) for epochs, window in zip(validations, windows, strict=True)}
+    means = (sum(window) / len(window) for window in windows)
+    return {epochs: mean if math.isfinite(mean) else math.inf for epochs, mean in zip(validations, means, strict=True)}
 
 
 class Callback:

@@ -57,7 +57,8 @@ def write_results(
         write_best(job, modules, progress, epochs)
     recommended = samples.recommendation if samples else None
     if recommended is None:
-        save, reason = choose(saves_of(outputs, modules, progress, epochs), "there are no sample images of all LoRAs")
+        no_likeness, losses = "there are no sample images of all LoRAs", smoothed(progress.validations)
+        save, reason = choose(saves_of(outputs, modules, progress, epochs), no_likeness, losses)
         recommended = Recommendation(save.file, save.epochs, 1.0, reason)
         if samples:
             samples.record.write(recommended)

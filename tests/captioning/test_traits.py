@@ -100,7 +100,7 @@ def test_auto_prunes_what_nearly_all_of_enough_images_have_but_not_the_class():
     images = ["1girl brown_hair smile"] * 8 + ["1girl blue_eyes smile"] * 2
     assert pruned_names("auto", images)[0] == {"brown_hair": 0.8}
     assert pruned_names("auto", images[:7])[0] == {}
-    assert pruned_names("auto", images)[1] == {"blue_eyes": 0.2}
+    assert pruned_names("auto", images)[1] == {"1girl": 1.0, "blue_eyes": 0.2}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The loop over the steps, with steps that only report: what is recorded of them, and how far the run has come."""
 
 import contextlib
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from common.errors import SettingsError
 from training.config import SavingSettings, ValidationSettings
 from training.data.buckets import Bucket, OptimizerStep
 from training.engine.step import StepResult
-from training.loop import Callback, Progress, RunSchedule, run_steps
+from training.loop import Callback, Progress, RunSchedule, run_steps, smoothed
 
 SAVING = SavingSettings(save_every_epochs=0)
 VALIDATION = ValidationSettings(validate_every_epochs=1)
@@ -70,6 +71,12 @@ def test_what_an_epoch_ends_with_sees_averaged_weights_and_a_checkpoint_does_not
     run_steps(schedule, lambda *_: lambda: result, [[]] * 4, lambda step: "", [Watcher()], lambda: None, averaged)
     assert {name for name, _ in seen} == {"step", "epoch", "checkpoint"}
     assert all(averaged is (name == "epoch") for name, averaged in seen)
+
+
+def test_a_loss_that_is_no_number_is_higher_than_all_others():
+    assert smoothed({1: float("nan"), 2: 0.1, 3: 0.2, 4: 0.3, 5: 0.4}) == pytest.approx(
+        {1: math.inf, 2: math.inf, 3: math.inf, 4: 0.2, 5: 0.3}
+    )
 
 
 @pytest.mark.parametrize(("patience", "ends_after"), [(0, None), (1, 4), (2, 5), (3, None)])

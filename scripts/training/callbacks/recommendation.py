@@ -55,11 +55,11 @@ class Recommendation:
 
 def mean_likeness(scores: Sequence[float | None]) -> float | None:
     """Of the samples whose likeness can be told; None if there are none."""
-    known = told(scores)
+    known = known_scores(scores)
     return statistics.mean(known) if known else None
 
 
-def told(scores: Sequence[float | None]) -> list[float]:
+def known_scores(scores: Sequence[float | None]) -> list[float]:
     """The scores of samples whose likeness can be told."""
     return [score for score in scores if score is not None]
 
@@ -69,39 +69,41 @@ def standard_error(scores: Sequence[float]) -> float:
     return statistics.stdev(scores) / math.sqrt(len(scores))
 
 
-def choose(saves: Sequence[Save], no_likeness: str = "") -> tuple[Save, str]:
+def choose(saves: Sequence[Save], no_likeness: str = "", losses: Mapping[int, float] | None = None) -> tuple[Save, str]:
     """The save to use, and why. `saves` are in the order of their epochs, the last one at the end.
 
     Saves that are BROKEN are left out. Of the others, the one with the best mean likeness is found; before it, those without a gap
     whose samples are on average within one standard error of its samples, prompt by prompt, are as good, and the earliest of them
     is chosen. If no save has MIN_SCORED scores, the last one is chosen. `no_likeness` says why there are no scores, if there is
-    one reason for all.
+    one reason for all. `losses` are the smoothed validation losses by epochs, if there are more than those of the saves.
     """
-    whole = _unbroken(saves)
-    broken = ""
-    if len(whole) < len(saves):
-        broken = f" From {saves[len(whole)].file} on, the validation loss is more than {BROKEN:g} times the lowest."
-    compared = [save for save in whole if len(told(save.scores)) >= MIN_SCORED]
+    known = losses or {save.epochs: save.validation_loss for save in saves if save.validation_loss is not None}
+    unbroken, left_out = _unbroken(saves, known), ""
+    if not unbroken:
+        least = min((save for save in saves if save.validation_loss is not None), key=lambda save: save.validation_loss)
+        return least, "All were saved after the model had broken down; it has the lowest validation loss of them."
+    if len(unbroken) < len(saves):
+        first = saves[len(unbroken)].file
+        left_out = f" {first} and later ones are left out: the validation loss was more than {BROKEN:g} times the lowest."
+    compared = [save for save in unbroken if len(known_scores(save.scores)) >= MIN_SCORED]
     if compared:
         save, reason = _by_likeness(compared)
         if save.distance is not None:
             reason += f" Images without the trigger word are {save.distance:.3f} from the base model's."
-        return save, reason + broken
-    scored = max(len(told(save.scores)) for save in whole)
+        return save, reason + left_out
+    scored = max(len(known_scores(save.scores)) for save in unbroken)
     why = no_likeness or f"no LoRA has {MIN_SCORED} samples whose likeness can be told (at most {scored})"
-    only = "the only one" if len(saves) == 1 else "the last one" if not broken else "the last one before the model broke down"
-    return whole[-1], f"It is {only}; likeness was not compared: {why}.{broken}"
+    only = "the last one before the model broke down" if left_out else "the only one" if len(saves) == 1 else "the last one"
+    return unbroken[-1], f"It is {only}; likeness was not compared: {why}.{left_out}"
 
 
-def _unbroken(saves: Sequence[Save]) -> Sequence[Save]:
-    """The saves before the first one, after the lowest validation loss, at which it is more than BROKEN times as high."""
-    losses = [save.validation_loss for save in saves if save.validation_loss is not None]
-    lowest = min(losses, default=0.0)
-    has_been_lowest = False
+def _unbroken(saves: Sequence[Save], losses: Mapping[int, float]) -> Sequence[Save]:
+    """The saves before the first one, after the lowest of the losses, whose loss is more than BROKEN times as high."""
+    lowest = min(losses, key=losses.get, default=0)
     for index, save in enumerate(saves):
-        if has_been_lowest and save.validation_loss is not None and save.validation_loss > BROKEN * lowest:
+        is_later = save.validation_loss is not None and save.epochs > lowest
+        if is_later and save.validation_loss > BROKEN * losses[lowest]:
             return saves[:index]
-        has_been_lowest = has_been_lowest or save.validation_loss == lowest
     return saves
 
 
@@ -111,13 +113,14 @@ def _by_likeness(compared: Sequence[Save]) -> tuple[Save, str]:
     chosen = best
     while chosen and _is_as_good(compared[chosen - 1], compared[best]):
         chosen -= 1
-    save, likeness = compared[chosen], f"{means[chosen]:.3f} ({len(told(compared[chosen].scores))} samples)"
+    save, likeness = compared[chosen], f"{means[chosen]:.3f} ({len(known_scores(compared[chosen].scores))} samples)"
     if len(compared) == 1:
         return save, f"It is the only one whose likeness could be measured: {likeness}."
     if chosen == best:
         return save, f"Its likeness, {likeness}, is the best."
-    within = "the first from which on it is within one standard error of the best"
-    return save, f"Its likeness, {likeness}, is {within}, {means[best]:.3f} ({compared[best].file})."
+    best_one = f"the best, {means[best]:.3f} ({compared[best].file})"
+    between = ", and so are those between them" if best - chosen > 1 else ""
+    return save, f"Its likeness, {likeness}, is within one standard error of {best_one}{between}."
 
 
 def _is_as_good(save: Save, best: Save) -> bool:
@@ -131,14 +134,13 @@ def lowest_strength(scores: Mapping[float, Sequence[float | None]]) -> tuple[flo
     """The lowest strength whose mean likeness is at most one standard error below that of strength 1, and a sentence about it.
 
     `scores` of the samples with the trigger word by strength. Strengths with fewer than MIN_SCORED are not compared; the sentence
-    is empty if that is so of strength 1.
+    is empty if that is so of strength 1, or of all others.
     """
-    scores = {strength: told(values) for strength, values in scores.items()}
-    whole = scores.get(1.0, ())
-    if len(whole) < MIN_SCORED:
-        return 1.0, ""
-    mean, error = statistics.mean(whole), standard_error(whole)
+    scores = {strength: known_scores(values) for strength, values in scores.items()}
     means = {strength: statistics.mean(values) for strength, values in scores.items() if len(values) >= MIN_SCORED}
+    if 1.0 not in means or len(means) == 1:
+        return 1.0, ""
+    mean, error = means[1.0], standard_error(scores[1.0])
     lowest = min(strength for strength, value in means.items() if value >= mean - error - _ROUNDING)
     if lowest == 1.0:
         return lowest, f"Likeness is lower at smaller strengths, by more than one standard error ({error:.3f})."

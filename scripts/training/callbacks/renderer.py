@@ -49,7 +49,7 @@ class Renderer:
     def __init__(self, step: TrainStep, schedule: Schedule, texts: Mapping[str, Path], vae: AutoencoderKL, tiled: bool):
         self.step, self._schedule, self._vae, self._tiled = step, schedule, vae, tiled
         vae.encoder = vae.quant_conv = None
-        # Training does not run while images are rendered, so both use the same memory.
+        # Training does not run while images are rendered, so that the captured graphs of both share their memory.
         is_cuda = step.precision.device.type == "cuda"
         self._predict = CudaGraphs(step.predict, "sample images are", step.graphs and step.graphs.pool) if is_cuda else step.predict
         self._texts = {text: read_text(path, 0) for text, path in texts.items()}

@@ -187,7 +187,7 @@ class SampleImages(Callback):
     def _choose(self, last: int, progress: Progress) -> tuple[Save, str]:
         saves = saves_of(self.outputs, self.renderer.step.adapter.modules, progress, last)
         measured = [self.record.measured(save) for save in saves]  # which finds out whether likeness can be measured
-        return choose(measured, self.likeness.problem)
+        return choose(measured, self.likeness.problem, smoothed(progress.validations))
 
     def _is_scored(self) -> bool:
         """Wait until all images are scored; False if a stop was requested meanwhile, or images failed."""

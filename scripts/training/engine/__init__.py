@@ -20,9 +20,9 @@ def choose_engine(requested: Literal["auto", "fast", "plain"], lora: LoraSetting
     """The engine for a request, and the reason for it in a few words. The settings refuse "fast" where it is not supported."""
     if requested != "auto":
         return requested, f"ENGINE={requested}"
-    if lora.lora_type == "dora":
-        return "plain", "DoRA in the fast engine is new, and was not timed on a GPU; ENGINE=fast takes it"
     unsupported = unsupported_by_fast_engine(lora)
+    if lora.lora_type == "dora" and not unsupported:
+        return "plain", "DoRA in the fast engine is new and was not timed on a GPU; set ENGINE=fast to use it"
     return ("plain", unsupported) if unsupported else ("fast", "supports these settings")
 
 

@@ -66,14 +66,20 @@ def test_a_loss_that_has_doubled_shows_that_the_model_breaks_down():
     save, reason = choose(scored)
     assert save.file == "c"
     assert reason == (
-        "Its likeness, 0.200 (4 samples), is the best. From d on, the validation loss is more than 2 times the lowest."
+        "Its likeness, 0.200 (4 samples), is the best. d and later ones are left out: the validation loss was more than 2 times "
+        "the lowest."
     )
     save, reason = choose([replace(save, scores=()) for save in scored], "FACE_MODEL=off")
     assert save.file == "c"
     assert reason == (
-        "It is the last one before the model broke down; likeness was not compared: FACE_MODEL=off. From d on, the validation "
-        "loss is more than 2 times the lowest."
+        "It is the last one before the model broke down; likeness was not compared: FACE_MODEL=off. d and later ones are "
+        "left out: the validation loss was more than 2 times the lowest."
     )
+    unsaved = {2: 0.02} | {save.epochs: save.validation_loss for save in scored}
+    assert choose(scored[1:3], losses=unsaved)[1] == (
+        "All were saved after the model had broken down; it has the lowest validation loss of them."
+    )
+    assert choose(scored, losses=unsaved | {2: 0.06})[0].file == "c"
     falling = [Save("a", 5, (), None, 0.3), Save("b", 10), Save("c", 15, (), None, 0.1), Save("d", 20, (), None, 0.2)]
     assert choose(falling)[0].file == "d"
 
@@ -95,7 +101,7 @@ def test_without_likeness_the_last_one_is_chosen_and_the_reason_says_so():
         (
             [Save("a", 5, SPREAD, 0.2), Save("b", 10, (*SPREAD[:3], 0.72), 0.1)],
             "a",
-            "Its likeness, 0.550 (4 samples), is the first from which on it is within one standard error of the best, 0.555 (b). "
+            "Its likeness, 0.550 (4 samples), is within one standard error of the best, 0.555 (b). "
             "Images without the trigger word are 0.200 from the base model's.",
         ),
         (
@@ -127,7 +133,7 @@ def test_the_lowest_strength_within_one_standard_error_of_strength_1():
 def test_strengths_with_too_few_scores_are_not_compared():
     assert lowest_strength({0.6: around(0.6, 3), 0.8: around(0.6), 1.0: around(0.6)})[0] == 0.8
     assert lowest_strength({0.6: FLAT, 0.8: FLAT, 1.0: around(0.5, 3)}) == (1.0, "")
-    assert lowest_strength({}) == (1.0, "")
+    assert lowest_strength({1.0: FLAT}) == lowest_strength({0.8: around(0.5, 2), 1.0: FLAT}) == lowest_strength({}) == (1.0, "")
 
 
 def test_metadata_of_the_recommended_file():
