@@ -180,7 +180,6 @@ def rewrite(tokenizer: Path, **changes: object) -> None:
         {"normalizer": [3]},
         {"pre_tokenizer": {"type": "x"}},
         {"model__fuse_unk": []},
-        {"model__vocab": {"a": 1 << 20}},
     ],
 )
 def test_a_tokenizer_in_one_file_that_the_package_refuses_is_named(folder, changes):
@@ -193,6 +192,16 @@ def test_a_tokenizer_in_one_file_that_the_package_refuses_is_named(folder, chang
     rewrite(tokenizer, **changes)
     with pytest.raises(ModelError, match=r"tokenizer: this tokenizer is damaged \(.*download it again"):
         load_tokenizers(find_base(str(folder), folder.parent), folder.parent)
+
+
+def test_a_tokenizer_in_one_file_without_the_words_of_clip_is_damaged(folder):
+    tokenizer = folder / "tokenizer"
+    CLIPTokenizer.from_pretrained(tokenizer).save_pretrained(tokenizer)
+    for name in ("vocab.json", "merges.txt"):
+        (tokenizer / name).unlink()
+    rewrite(tokenizer, model__vocab={"a": 1 << 20})
+    with pytest.raises(ModelError, match="tokenizer/: a tokenizer's files are missing or damaged"):
+        find_base(str(folder), folder.parent)
 
 
 def test_a_tokenizer_with_tokens_that_the_text_encoder_does_not_know_is_named(folder):
