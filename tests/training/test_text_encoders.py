@@ -339,6 +339,7 @@ def images(stage):
     return stage
 
 
+@pytest.mark.long
 def test_a_stopped_run_ends_with_the_same_lora_of_all_networks(images):
     """With everything that touches the captions: shuffles, dropout, several chunks, the prior, sample images with prompts."""
     how = (

@@ -30,6 +30,7 @@ def losses(output: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("first", "second"), [("fast", "plain"), ("plain", "fast")])
 def test_a_run_that_one_engine_began_is_continued_by_the_other(images, first, second):
     """Checkpoints do not depend on the engine; on the CPU in fp32, losses agree within 1e-4 of their size at every step."""
@@ -76,6 +77,7 @@ def test_a_run_with_an_8_bit_base_is_continued_as_it_began(images):
         assert len(file.keys()) > 0
 
 
+@pytest.mark.long
 def test_automatic_quantization_is_decided_again_for_a_run_that_follows_a_finished_one(images):
     """A finished run keeps its choice, and so does one that is extended."""
     first = QUICK | {"BASE_QUANTIZATION": "auto", "NUM_TRAIN_EPOCHS": 1}
@@ -231,6 +233,7 @@ def test_a_stopped_run_of_any_adapter_ends_with_the_same_lora(images, settings):
     assert "nothing to do" in images.trained(**settings)
 
 
+@pytest.mark.long
 def test_a_run_begins_from_a_lora_file_and_is_continued_without_it(images, tmp_path):
     few = {"LORA_RANK_PATTERN": r"transformer_blocks\.[1-9]=0"}
     first = images.output.with_name("first")
