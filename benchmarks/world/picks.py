@@ -20,7 +20,7 @@ from benchmarks.world.measures import Judge
 from common.files import parse_json, read_file, read_json_lines
 from common.weights import read_header
 from training.callbacks.recommendation import Save, choose
-from training.loop import BROKEN
+from training.loop import breaks_down
 
 if TYPE_CHECKING:
     from benchmarks.world.runs import Run
@@ -55,11 +55,9 @@ def validation_losses(metrics: Path) -> dict[int, float]:
 
 def stopped_after(losses: Mapping[int, float], patience: int) -> int:
     """The epochs after which a run ends early, by the product's rule for smoothed losses."""
-    for number, epochs in enumerate(losses, start=1):
-        known = list(losses.values())[:number]
-        if patience < number and min(known[-patience:]) > BROKEN * min(known):
-            return epochs
-    return max(losses)
+    values = list(losses.values())
+    ends = (epochs for number, epochs in enumerate(losses, start=1) if breaks_down(values[:number], patience))
+    return next(ends, max(losses))
 
 
 def sampled_saves(run: Run, judge: Judge, losses: Mapping[int, float]) -> list[Save]:

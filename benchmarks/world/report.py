@@ -85,10 +85,11 @@ def at_equal_likeness(results: Sequence[dict], base: str) -> str:
     """What a recipe pays for likeness: where two runs of a person and seed have the same likeness, the highest that both have at
     their end, the training samples that each took, and the differences of what is measured besides."""
     by_arm = _by_arm(results)
+    of_base = by_arm.get(base, {})
     measures = [name for name in MEASURES if not name.startswith("likeness")]
     lines = ["| | runs | likeness | samples | samples, base | " + " | ".join(measures) + " |", "|---" * (len(measures) + 5) + "|"]
     for arm, runs in by_arm.items():
-        pairs = {key: _as_alike(by_arm.get(base, {})[key], runs[key]) for key in runs.keys() & by_arm.get(base, {}).keys()}
+        pairs = {key: _as_alike(of_base[key], runs[key]) for key in runs.keys() & of_base.keys()}
         pairs = {key: pair for key, pair in pairs.items() if pair[0]["likeness"] > 0}
         if arm == base or not pairs:
             continue

@@ -55,6 +55,11 @@ def smoothed(validations: Mapping[int, float]) -> dict[int, float]:
     return {epochs: mean if math.isfinite(mean) else math.inf for epochs, mean in zip(validations, means, strict=True)}
 
 
+def breaks_down(losses: Sequence[float], patience: int) -> bool:
+    """Whether the last `patience` of these smoothed validation losses are more than BROKEN times the lowest; 0: never."""
+    return 0 < patience < len(losses) and min(losses[-patience:]) > BROKEN * min(losses)
+
+
 class Callback:
     """What happens besides the training. A callback overrides what it needs."""
 
@@ -117,10 +122,8 @@ class RunSchedule:
         return before // every < after // every or after == self.epochs or self.saves_lora_between(before, after)
 
     def ends_early(self, progress: Progress) -> bool:
-        """Whether the model is breaking down: the last `early_stop_patience` validations had a smoothed loss of more than BROKEN
-        times the lowest."""
-        losses, patience = list(smoothed(progress.validations).values()), self.validation.early_stop_patience
-        return 0 < patience < len(losses) and min(losses[-patience:]) > BROKEN * min(losses)
+        """Whether `early_stop_patience` ends the run here."""
+        return breaks_down(list(smoothed(progress.validations).values()), self.validation.early_stop_patience)
 
     def epochs_complete(self, next_step: int) -> int:
         """How many epochs are complete before step `next_step`."""
