@@ -5,6 +5,7 @@ These tests are skipped where there is no GPU. benchmarks/README.md says when an
 
 import copy
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,9 +50,11 @@ from training.models.base_model import find_base
 from training.models.int8 import rowwise_int8
 from training.models.sdxl import Schedule
 from training.models.weights import load_text_encoders, load_unet, load_vae
-from training.system.device import Precision
+from training.system.device import Precision, make_deterministic
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, when cuBLAS is first used; for `make_deterministic`
 
 MEDIUM = tiny_sdxl.Size(unet=(64, 128, 256), heads=(1, 2, 4), clip_l=(64, 2, 1, 64), clip_g=(128, 2, 2, 128))
 STEPS, RATE = 50, 1e-3
@@ -144,23 +147,31 @@ def test_the_base_model_is_asked_in_a_captured_step_of_either_engine(base, capsy
 
 
 def test_prodigy_on_a_gpu_takes_the_steps_of_prodigyopt():
-    """200 steps within 2e-5 (1.2e-6, 2.2e-6 and 6e-6 on three H200s; 1e-6 on a CPU): 100,000 weights that should become others,
-    with noise in the gradients. The sums over all weights are added up in another order."""
+    """200 steps of prodigyopt, each of which ours takes from the same state: 100,000 weights that should become others, with noise
+    in the gradients. The sums over all weights are added up in another order; steps of its own would multiply what rounds
+    differently (to 1e-6, 2e-6, 6e-6 and 2e-5 of the weights after 200 steps on four H200s)."""
     prodigyopt = pytest.importorskip("prodigyopt")
     generator = torch.Generator("cuda").manual_seed(0)
     wanted = torch.randn(100_000, generator=generator, device="cuda")
-    pair = [torch.nn.Parameter(0.1 * torch.ones(100_000, device="cuda")) for _ in range(2)]
-    settings = OptimizerSettings(optimizer="prodigy", learning_rate=1.0)
-    ours = Prodigy(pair[0], settings)
-    theirs = prodigyopt.Prodigy(pair[1:], weight_decay=0.01, safeguard_warmup=True, use_bias_correction=True)
-    for _ in range(200):
+    ours, theirs = (torch.nn.Parameter(0.1 * torch.ones(100_000, device="cuda")) for _ in range(2))
+    optimizer = Prodigy(ours, OptimizerSettings(optimizer="prodigy", learning_rate=1.0))
+    package = prodigyopt.Prodigy([theirs], weight_decay=0.01, safeguard_warmup=True, use_bias_correction=True)
+    group = package.param_groups[0]
+    for number in range(200):
+        if number:
+            state, d = package.state[theirs], group["d"]
+            moments = {"exp_avg": state["exp_avg"] / d, "exp_avg_sq": state["exp_avg_sq"] / d**2}
+            numbers = {name: torch.tensor(group[name], dtype=torch.float64) for name in ("d", "d_numerator", "k")}
+            optimizer.load_state_dict(moments | numbers | {name: state[name] for name in ("s", "p0")})
+            ours.data.copy_(theirs)
         noise = torch.randn(100_000, generator=generator, device="cuda")
-        for weights in pair:
+        for weights in (ours, theirs):
             weights.grad = weights.detach() - wanted + 0.3 * noise
-        ours.step(torch.tensor(1.0, device="cuda"), torch.tensor(0.0, device="cuda"))
-        theirs.step()
-        assert (pair[0] - pair[1]).norm() < 2e-5 * pair[1].norm()
-    assert theirs.param_groups[0]["d"] > 1e-3
+        optimizer.step(torch.tensor(1.0, device="cuda"), torch.tensor(0.0, device="cuda"))
+        package.step()
+        assert (ours - theirs).norm() < 1e-6 * theirs.norm()
+        assert optimizer.state_dict()["d"].item() == pytest.approx(group["d"], rel=1e-5)
+    assert group["d"] > 1e-3
 
 
 def stepper(base: Path, name: str = "fast", *, recomputes: bool = False, captures: bool = True) -> tuple[TrainStep, Adapter]:
@@ -434,22 +445,44 @@ def test_each_shape_of_micro_batches_is_one_graph_however_they_are_combined(base
     assert torch.equal(captured, weights)
 
 
-def test_training_goes_on_as_without_sample_images_bit_for_bit(base, tmp_path):
+@pytest.fixture
+def deterministic():
+    """cuDNN's attention adds up gradients of keys in any order."""
+    make_deterministic()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("tiled", [False, True])
+def test_sample_images_and_validation_take_the_memory_of_captured_steps(base, tmp_path, tiled):
+    """They are those of eager networks, and the training goes on as without them, bit for bit."""
     found, one = find_base(str(base), base.parent), batch_of(0, 1)
     save_file({"hidden": one.hidden, "pooled": one.pooled}, tmp_path / "text.safetensors")
     prompt = SamplePrompt("", "trigger", "", 256, 256, seed=1, guidance=4.0, steps=2)
-    runs = []
+    runs = {}
     for captures, renders in ((True, True), (True, False), (False, True)):
         step, lora = stepper(base, captures=captures)
-        losses = [step([batch_of(number, 16, 64, 64)], RATE).loss for number in range(3)]
+        losses, images = [step([batch_of(number, 16, 64, 64)], RATE).loss for number in range(3)], []
         if renders:
-            renderer = Renderer(step, Schedule(), {"": tmp_path / "text.safetensors"}, load_vae(found, torch.device("cpu")), False)
-            first, *others = (np.asarray(renderer.decoded(renderer.latents(prompt))) for _ in range(3))
-            assert all(np.array_equal(image, first) for image in others)
+            renderer = Renderer(step, Schedule(), {"": tmp_path / "text.safetensors"}, load_vae(found, torch.device("cpu")), tiled)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_reserved()
+            images = [np.asarray(renderer.decoded(renderer.latents(prompt))) for _ in range(3)]
+            validated = step.evaluate([batch_of(7, 8, 64, 64)])
+            grown = torch.cuda.max_memory_reserved() - before
+            print(f"captured {captures}: {grown / 2**20:.0f} MiB besides {before / 2**20:.0f} MiB")
+            assert not captures or grown < 64 * 2**20  # weights of the decoder, inputs
             renderer.release()
         losses += [step([batch_of(number, 16, 64, 64)], RATE).loss for number in range(3)]
-        runs.append((losses, lora.weights.detach().clone()))
-    assert all(losses == runs[0][0] and torch.equal(weights, runs[0][1]) for losses, weights in runs)
+        runs[captures, renders] = (losses, lora.weights.detach().clone(), images, renders and validated)
+    losses, weights, images, validated = runs[False, True]
+    assert all(np.array_equal(image, images[0]) for image in (*images, *runs[True, True][2]))
+    assert validated == runs[True, True][3]
+    assert all(run[0] == losses and torch.equal(run[1], weights) for run in runs.values())
 
 
 def in_fp16(batch: Batch) -> Batch:
