@@ -19,10 +19,10 @@ _PROGRAMS = 4
 """Of `_geglu_backward_with_lora` for each multiprocessor, which holds about so many: rows are divided among them."""
 _WARPS, _STAGES = {16: 4, 32: 4, 64: 8}, 3
 """Of a program, by the columns of its wider skinny factor."""
-_APPEND_ROWS, _APPEND_COLUMNS, _APPEND_STAGES = 64, 64, 3
-"""Tile of `_append_products`: rows of a program, and columns that it reads at a time. With 16 rows, it took twice the time on an
-H200."""
-_GEGLU_ROWS, _GEGLU_COLUMNS, _GEGLU_WARPS, _GEGLU_STAGES = 32, 64, 4, 3
+_APPEND_ROWS, _APPEND_COLUMNS, _APPEND_STAGES = {"ampere": 64, "turing": 16}, {"ampere": 64, "turing": 32}, 3
+"""Tile of `_append_products`, by the first generation of cards that has the registers for it: rows of a program, and columns that
+it reads at a time. With 16 rows, it took twice the time on an H200."""
+_GEGLU_ROWS, _GEGLU_COLUMNS, _GEGLU_WARPS, _GEGLU_STAGES = 32, 32, 4, 3
 """The same for the GEGLU with products of its rows."""
 
 
@@ -255,12 +255,13 @@ def append_products(parts, factors, keeps):
     if any(part.stride() != (parts[0].stride(0), 1) for part in parts):
         parts = [part.contiguous() for part in parts]
     rows, first, last = len(parts[0]), parts[0], parts[-1]
-    padded = _padded(rank)
+    generation = _generation(first.device)
+    tile_rows, tile_columns = _APPEND_ROWS[generation], _APPEND_COLUMNS[generation]
     out = empty_with_gap(first, n * width, n * rank)
     kept = first.new_empty(rows, n * rank) if keeps else None
-    _append_products[(triton.cdiv(rows, _APPEND_ROWS), n)](
+    _append_products[(triton.cdiv(rows, tile_rows), n)](
         first, parts[n // 2], last, factors, out, kept, rows, width, rank, first.stride(0), out.stride(0), n * rank,
-        *factors.stride(), keeps, padded, _APPEND_ROWS, _APPEND_COLUMNS, num_warps=4, num_stages=_APPEND_STAGES,
+        *factors.stride(), keeps, _padded(rank), tile_rows, tile_columns, num_warps=4, num_stages=_APPEND_STAGES,
     )  # fmt: skip
     return out, kept
 
@@ -288,6 +289,11 @@ def _divided(count, tile, pieces):
 
 def _padded(rank):
     return max(16, triton.next_power_of_2(rank))  # the least that a product of tiles takes
+
+
+@functools.cache
+def _generation(device):
+    return "turing" if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0) else "ampere"
 
 
 @functools.cache
