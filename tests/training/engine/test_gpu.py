@@ -28,6 +28,7 @@ from training.engine.fast import ops
 from training.engine.fast.feed_forward import fused_feed_forward
 from training.engine.fast.fuse import fuse
 from training.engine.fast.gaps import empty_with_gap, with_gap
+from training.engine.fast.gradients import add_gradients
 from training.engine.fast.lora_linear import fused_lora_linear
 from training.engine.fast.ops import (
     add_layer_norm,
@@ -37,7 +38,9 @@ from training.engine.fast.ops import (
     group_norm,
     scale_columns,
     scale_columns_backward,
+    takes_gradients,
     takes_products,
+    upsample,
 )
 from training.engine.step import TrainStep
 from training.method import diffusion
@@ -638,6 +641,56 @@ def test_products_are_appended_to_rows(n, rank):
     assert torch.equal(found.cpu(), expected)
     assert torch.equal(with_gap(found, n * (320 + rank))[:, n * 320 :], kept)
     assert (kept.cpu() - products).float().norm() < 2e-3 * products.float().norm()
+
+
+@pytest.mark.parametrize("rank", [3, 8, 32, 64])
+def test_gradients_of_several_layers_are_added_by_one_kernel(rank):
+    """In one backward, with more layers than the kernel takes at a time, and other numbers of rows and parts."""
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    layers = []
+    for rows, out, width, n in ((333, 320, 640, 3), (1000, 640, 320, 1), (77, 96, 160, 2), (512, 1280, 200, 1), (333, 64, 64, 1)):
+        dy, x = normal(rows, n * (out + rank)).bfloat16()[:, : n * out], normal(rows, width + 8).bfloat16()[:, :width]
+        h, g = (normal(rows, n * rank).bfloat16() for _ in range(2))
+        layers.append((dy, h, normal(n, out, rank), 0.5, x, g, normal(n * rank, width)))
+    expected = []
+    for dy, h, up_grad, scale, x, g, down_grad in layers:
+        parts = [torch.stack(each.float().chunk(len(up_grad), dim=1)) for each in (dy, h)]
+        expected += [up_grad + scale * parts[0].mT @ parts[1], down_grad + g.float().T @ x.float()]
+    anchor = torch.zeros((), device="cuda", requires_grad=True)
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, anchor):
+            return anchor.clone()
+
+        @staticmethod
+        def backward(ctx, d_anchor):
+            for layer in layers:
+                assert takes_gradients(layer[0], layer[4], rank)
+                add_gradients(*layer)
+            return d_anchor
+
+    Backward.apply(anchor).backward()
+    found = [each for layer in layers for each in (layer[2], layer[6])]
+    for ours, exact in zip(found, expected, strict=True):
+        assert (ours - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_upsampling_kernels():
+    results = []
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(1)
+        x, dy = torch.randn(2, 96, 7, 5, generator=generator), torch.randn(2, 96, 14, 10, generator=generator)
+        x = x.to(device).contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = upsample(x)
+        y.backward(dy.to(device))
+        results.append((y.detach().cpu(), x.grad.cpu()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(640, 1280), (33, 2049), (64, 32, 3, 3)])

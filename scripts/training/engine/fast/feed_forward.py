@@ -3,7 +3,8 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from training.engine.fast.lora_linear import FusedLoraLinear, accumulate, gradient_of_h, gradient_of_input, product
+from training.engine.fast.gradients import accumulate
+from training.engine.fast.lora_linear import FusedLoraLinear, gradient_of_h, gradient_of_input, product
 from training.engine.fast.ops import geglu, geglu_backward_with_lora, geglu_with_products
 
 
