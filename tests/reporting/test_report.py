@@ -163,6 +163,13 @@ def test_a_broken_record_of_samples_is_left_out(project, content):
     assert "There are no sample images of this run." in project.html()
 
 
+def test_sample_images_that_are_turned_off_are_not_missing(project):
+    project.add_run("[train.samples]\nsamples = false  # set by SAMPLES\n[train.saving]\noutput_name = 'sks_woman'\n")
+    html = project.html()
+    assert "This run renders no sample images (<code>SAMPLES=false</code>)." in html
+    assert "There are no sample images of this run." not in html
+
+
 def test_an_image_that_cannot_be_read_is_named(project):
     project.add_image("a.png", "sks_woman").write_bytes(b"not an image")
     assert "cannot be read" in project.html()
