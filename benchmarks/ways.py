@@ -44,7 +44,7 @@ class Way:
     in_int8: bool = False
     has_prior: bool = False
     pull: float = 0.0
-    engine: Literal["auto", "fast"] = "auto"
+    engine: Literal["auto", "plain"] = "auto"
 
 
 SMALL_CARD = {"batch": 1, "checkpointing": True, "in_int8": True}
@@ -57,9 +57,9 @@ WAYS = (
     Way("prior", has_prior=True),
     Way("huber_snr, debiased", loss={"loss": "huber_snr", "weighting": "debiased"}),
     Way("DoRA", lora={"lora_type": "dora"}),
-    Way("DoRA, fast", lora={"lora_type": "dora"}, engine="fast"),
+    Way("DoRA, plain engine", lora={"lora_type": "dora"}, engine="plain"),
     Way("convolutions, rank 16", lora={"lora_conv_rank": 16}),
-    Way("DoRA and convolutions, rank 16, fast", lora={"lora_type": "dora", "lora_conv_rank": 16}, engine="fast"),
+    Way("DoRA and convolutions, rank 16", lora={"lora_type": "dora", "lora_conv_rank": 16}),
     Way("DoRA, dropout", lora={"lora_type": "dora", "lora_dropout": 0.1}),
     Way("one image, checkpointing, DoRA", lora={"lora_type": "dora"}, batch=1, checkpointing=True),
     Way("one image, checkpointing, convolutions, int8", lora={"lora_conv_rank": 16, "lora_rank": 16}, **SMALL_CARD),
@@ -101,7 +101,7 @@ def main() -> None:
             continue
         of_text = load_text_encoders(base, precision.device, precision.dtype) if way.lora.get("train_text_encoders") else None
         step, engine = prepared(copy.deepcopy(load(way.in_int8)).to(precision.device), of_text, way)
-        seconds = timed(step, batch_of(step.unet, way, options.latents), way)
+        seconds = timed(step, batches_of(step.unet, way, options.latents), way)
         first = first or seconds
         reserved = torch.cuda.max_memory_reserved() / 2**30
         print(f"| {way.name} | {engine} | {1e3 * seconds:.1f} | {seconds / first:.3f} | {reserved:.1f} |", flush=True)
@@ -125,27 +125,32 @@ def prepared(unet: UNet2DConditionModel, text_encoders: TextEncoders | None, way
     return TrainStep(unet, lora, optimizer, config, precision, max_grad_norm=1.0, **how), engine
 
 
-def batch_of(unet: UNet2DConditionModel, way: Way, latents: int) -> Batch:
+def batches_of(unet: UNet2DConditionModel, way: Way, latents: int) -> list[Batch]:
+    """Batches that are trained on in turn: one, or with a prior as many as it takes until its rows are the same again."""
     batch = random_batch(unet, way.batch, latents)
-    if way.has_prior:
-        rows = torch.arange(0, way.batch, PRIOR_EVERY)
-        prior = {"prior_rows": rows, "prior_hidden": batch.hidden[rows], "prior_pooled": batch.pooled[rows]}
-        batch = replace(batch, **prior, prior_weights=torch.full((len(rows),), 1 / way.batch))
     if way.lora.get("train_text_encoders"):
         tokens = torch.randint(1, 49000, (way.batch, 2, 3, 77))
         tokens[..., -1] = 49407  # where the pooled embedding is read
         batch = replace(batch, hidden=torch.empty(0), pooled=torch.empty(0), tokens=tokens)
-    return batch.pinned()
+    if not way.has_prior:
+        return [batch.pinned()]
+    batches = []
+    for first in range(0, way.batch * PRIOR_EVERY, way.batch):
+        if rows := [row for row in range(way.batch) if (first + row) % PRIOR_EVERY == 0]:
+            prior = {"prior_rows": torch.tensor(rows), "prior_hidden": batch.hidden[rows], "prior_pooled": batch.pooled[rows]}
+            prior["prior_weights"] = torch.full((len(rows),), 1 / way.batch)
+        batches.append(replace(batch, **(prior if rows else {})).pinned())
+    return batches
 
 
-def timed(step: TrainStep, batch: Batch, way: Way) -> float:
+def timed(step: TrainStep, batches: list[Batch], way: Way) -> float:
     """Seconds of a step as the loop takes them, each read while the next one runs."""
     rate = OptimizerSettings(**way.optimizer).learning_rate
-    for _ in range(4):
-        step([batch], rate)
+    for number in range(max(4, 2 * len(batches))):
+        step([batches[number % len(batches)]], rate)
     started, read = time.monotonic(), None
-    for _ in range(STEPS):
-        begun = step.begin([batch], rate)
+    for number in range(STEPS):
+        begun = step.begin([batches[number % len(batches)]], rate)
         if read:
             read()
         read = begun

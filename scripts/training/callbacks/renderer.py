@@ -44,14 +44,16 @@ class Renderer:
     `texts` are the files in the cache of every prompt and negative prompt; they and the VAE, which loses its encoder, are kept in
     the CPU's memory, so that nothing has to be read during training. Text encoders that are trained encode them for each image.
     `tiled`: the VAE decodes tiles, and the predictions of guidance are computed one by one, which takes less memory.
+
+    Training does not run while images are rendered, so both use the same memory on the GPU.
     """
 
     def __init__(self, step: TrainStep, schedule: Schedule, texts: Mapping[str, Path], vae: AutoencoderKL, tiled: bool):
         self.step, self._schedule, self._vae, self._tiled = step, schedule, vae, tiled
         vae.encoder = vae.quant_conv = None
-        # Training does not run while images are rendered, so that the captured graphs of both share their memory.
         is_cuda = step.precision.device.type == "cuda"
-        self._predict = CudaGraphs(step.predict, "sample images are", step.graphs and step.graphs.pool) if is_cuda else step.predict
+        pool = step.graphs and step.graphs.pool
+        self._predict = CudaGraphs(self._predicted, "sample images are", pool) if is_cuda else step.predict
         self._texts = {text: read_text(path, 0) for text, path in texts.items()}
         self._decoder: AutoencoderKL | None = None
         if tiled:
@@ -93,12 +95,21 @@ class Renderer:
         if self._decoder is None:
             is_cuda = latents.device.type == "cuda"
             self._decoder = copy.deepcopy(self._vae).to(latents.device) if is_cuda else self._vae
-        vae = self._decoder
-        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0][0]
+        with self.step.memory_of_graphs():
+            pixels = self._pixels(latents)
+        return Image.fromarray(pixels.numpy())
+
+    def _pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """[h, w, 3] uint8 on the CPU. Nothing else of it remains in memory."""
+        pixels = self._decoder.decode(latents / self._decoder.config.scaling_factor, return_dict=False)[0][0]
         if not pixels.isfinite().all():
             raise FloatingPointError
         pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+        return pixels.permute(1, 2, 0).cpu()
+
+    def _predicted(self, *inputs: torch.Tensor) -> torch.Tensor:
+        with self.step.memory_of_graphs():
+            return self.step.predict(*inputs)
 
     def release(self) -> None:
         """Give back the GPU memory that training does not need."""

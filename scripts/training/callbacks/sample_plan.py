@@ -93,7 +93,7 @@ def plan_samples(
         return SamplePlan((), 0, False, f"sample images: none ({problem})"), resolved
     filled = tuple(_filled(prompt, number, choice, samples) for number, prompt in enumerate(prompts))
     announcement = _announcement(choice, replace(first, **fixed), filled, settings, plan)
-    announcement = f"{announcement}, and {memory / GIB:.1f} GiB of memory besides it"
+    announcement = f"{announcement}, and {memory / GIB:.1f} GiB more memory"
     return SamplePlan(filled, choice.every, tiled, announcement, choice.lower_strengths), resolved
 
 
@@ -162,9 +162,11 @@ def _within_memory(
     base: BaseModel,
 ) -> tuple[_Choice, bool, int, str]:
     """`choice` with a size whose images can be rendered beside what training holds; whether the VAE has to decode in tiles; how
-    many bytes that takes besides; and why there can be no images, else empty."""
+    many bytes that takes besides; and why there can be no images, else empty. Activations of training and of samples are never
+    there at the same time, so they share their memory."""
     held = budget.needed(settings.run.train_batch_size, checkpointing=settings.model.gradient_checkpointing is True)
     free = (budget.free if budget.thresholds else budget.available) - held
+    of_training = held - budget.fixed
     largest = max(place.bucket.width * place.bucket.height for place in plan.all_placements)
     vae_width = base.components["vae"].config["block_out_channels"][0] / _VAE_WIDTH
 
@@ -173,7 +175,7 @@ def _within_memory(
         # With gradient checkpointing, a training step keeps what one block needs, as a forward pass without gradients does.
         unet = (1 if tiled else 2) * budget.per_image_checkpointed * pixels // largest
         decoded = int(vae_width * _VAE_BYTES_PER_PIXEL) * (min(pixels, TILE_PX**2) if tiled else pixels)
-        return max(unet, decoded + int(vae_width**2 * _DECODER_BYTES))
+        return max(0, unet - of_training, decoded - of_training) + int(vae_width**2 * _DECODER_BYTES)
 
     for size in [choice.size] if is_size_fixed else range(choice.size, min(choice.size, LEAST_SIZE_PX) - 1, -SIDE_STEP_PX):
         for tiled in (False, True):

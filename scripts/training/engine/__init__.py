@@ -21,8 +21,6 @@ def choose_engine(requested: Literal["auto", "fast", "plain"], lora: LoraSetting
     if requested != "auto":
         return requested, f"ENGINE={requested}"
     unsupported = unsupported_by_fast_engine(lora)
-    if lora.lora_type == "dora" and not unsupported:
-        return "plain", "DoRA in the fast engine is new and was not timed on a GPU; set ENGINE=fast to use it"
     return ("plain", unsupported) if unsupported else ("fast", "supports these settings")
 
 

@@ -6,8 +6,9 @@ launch, and so is the update: the shapes of one step may be combined in any way.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -204,7 +205,13 @@ class TrainStep:
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """The loss of `batches` with the weights as they are; nothing of the training changes."""
         self.sync_compute_weights()
-        return sum(self.weighted_loss(batch.to(self.precision.device))[0].item() for batch in batches)
+        with self.memory_of_graphs():
+            return sum(self.weighted_loss(batch.to(self.precision.device))[0].item() for batch in batches)
+
+    def memory_of_graphs(self) -> AbstractContextManager[None]:
+        """What is computed within this block takes the memory that the captured steps hold while they do not run, if there are any:
+        see CudaGraphs.lent_memory."""
+        return self.graphs.lent_memory() if self.graphs else nullcontext()
 
     def weighted_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Scalar: the batch's part of the loss of the optimizer step, differentiable in the adapter's weights; and [B]: the
@@ -283,6 +290,22 @@ class CudaGraphs:
     def captured(self) -> int:
         """How many shapes are captured."""
         return sum(graph is not None for graph in self._graphs.values())
+
+    @contextmanager
+    def lent_memory(self) -> Iterator[None]:
+        """Within this block, this thread allocates from the memory that captured graphs hold while they do not run, so that the GPU
+        needs no more than they do. Nothing that is allocated may be needed when one of them runs again."""
+        if not self.captured or torch.cuda.is_current_stream_capturing():
+            yield
+            return
+        torch.cuda.empty_cache()  # what is allocated from a pool cannot take the memory of the usual one
+        stream, current = torch.cuda.graph.default_capture_stream, torch.cuda.current_stream()
+        stream.wait_stream(current)  # memory is given out again only on the stream on which it was allocated
+        try:
+            with torch.cuda.stream(stream), torch.cuda.use_mem_pool(SimpleNamespace(id=self.pool)):  # it reads only the id
+                yield
+        finally:
+            current.wait_stream(stream)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         shapes = tuple(tensor.shape for tensor in inputs)

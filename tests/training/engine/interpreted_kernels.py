@@ -32,6 +32,21 @@ def check_geglu_backward(rows: int, width: int, rank: int, next_rank: int, gap: 
     assert_close(down_grad, expected[1])
 
 
+def check_geglu_with_products(rows: int, width: int, rank: int) -> None:
+    torch.manual_seed(0)
+    projected, d_out = torch.randn(rows, 2 * width).half(), torch.randn(rows, width).half()
+    down, up = torch.randn(rank, width + 5).half()[:, :width], torch.randn(2 * width, rank + 3).half()[:, :rank]
+    expected = triton_kernels.geglu_forward(projected), triton_kernels.geglu_backward(projected, d_out)
+    found = (
+        triton_products.geglu_forward_with_products(projected, down),
+        triton_products.geglu_backward_with_products(projected, d_out, up),
+    )
+    for mine, plain, factor in zip(found, expected, (down.T, up), strict=True):
+        assert torch.equal(mine, plain)
+        products = plain.float() @ factor.float()
+        assert (with_gap(mine, mine.shape[1] + rank)[:, mine.shape[1] :].float() - products).norm() < 1e-3 * products.norm()
+
+
 def check_append_products(rows: int, width: int, rank: int, n: int, gap: int, keeps: bool) -> None:
     torch.manual_seed(0)
     parts = [torch.randn(rows, width + gap).half()[:, :width] for _ in range(n)]
@@ -48,6 +63,8 @@ if __name__ == "__main__":
     triton_products._processors = lambda device: 2  # rows are divided among several programs
     for shape in ((130, 96, 8, 8, 0), (64, 64, 32, 16, 32), (200, 160, 3, 40, 0), (5, 64, 64, 64, 64)):
         check_geglu_backward(*shape)
+    for shape in ((130, 96, 8), (64, 320, 32), (7, 160, 40), (33, 64, 64)):
+        check_geglu_with_products(*shape)
     for shape in ((130, 96, 8, 3, 0), (16, 256, 32, 1, 24), (7, 160, 40, 2, 8), (33, 64, 64, 1, 0)):
         for keeps in (False, True):
             check_append_products(*shape, keeps)

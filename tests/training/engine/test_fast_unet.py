@@ -107,14 +107,16 @@ def reference(unet, request) -> tuple[str, torch.Tensor, dict[str, torch.Tensor]
     return request.param, answered(plain), peft_gradients(plain, lora)
 
 
-@pytest.fixture(params=[True, False], ids=["products along", "layer by layer"])
-def both_ways(request, monkeypatch):
-    """With the kernels that compute a LoRA's products along, here in PyTorch's operations, and without, as on cards with HBM."""
+@pytest.fixture(params=["activations kept", "activations computed again", "layer by layer"])
+def each_way(request, monkeypatch):
+    """With the kernels that compute a LoRA's products along, here in PyTorch's operations, as on cards with HBM and on others; and
+    without."""
     for module in (lora_linear, fast_unet):
-        monkeypatch.setattr(module, "takes_products", lambda *_: request.param)
+        monkeypatch.setattr(module, "takes_products", lambda *_: request.param != "layer by layer")
+    monkeypatch.setattr(fast_unet, "keeps_activations", lambda _: request.param == "activations kept")
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("each_way")
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_answer_and_every_gradient_are_those_of_diffusers_and_peft(unet, reference, recomputes):
     targets, answer, wanted = reference
@@ -128,7 +130,7 @@ def test_answer_and_every_gradient_are_those_of_diffusers_and_peft(unet, referen
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("each_way")
 def test_a_rank_as_wide_as_a_part_of_a_concatenation_is_no_gap(unet):
     """The gradient of 32 channels that were concatenated with 32 others has rows of 64, as rows with a gap for rank 32 have: what
     stands in the place of the gap is the gradient of the others."""

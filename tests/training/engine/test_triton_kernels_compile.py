@@ -36,12 +36,13 @@ NUMBERS |= {
     "stride_of_dy": "i32",
 }
 NUMBERS |= dict.fromkeys(
-    ("rank", "stride_of_out", "stride_of_kept", "part_of_factors", "row_of_factors", "column_of_factors"), "i32"
+    ("rank", "stride_of_out", "stride_of_kept", "part_of_factors", "row_of_factors", "row_of_factor", "column_of_factors"), "i32"
 )
 NUMBERS |= {"rank_in": "i32", "rank_out": "i32", "count_of_second": "i32", "pieces": "i32", "stride_of_dy": "i32"}
 STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant", "parts", "multipliers")
 """Arguments that are fp32 in memory; all other arguments are in the dtype of the UNet."""
 ROW, GROUPS = {"BLOCK": 2048}, {"R": 32, "C": 64}
+GEGLU = [{"R": rank, "K": triton_products._GEGLU_ROWS, "C": triton_products._GEGLU_COLUMNS} for rank in triton_products._WARPS]
 LAUNCHES = {
     "_layer_norm_forward": [ROW | {"ADDS": adds} for adds in (False, True)],
     "_layer_norm_backward": [ROW | {"ADDS": adds} for adds in (False, True)],
@@ -58,10 +59,13 @@ LAUNCHES = {
         {"R_IN": rank, "R_OUT": rank, "K": triton_products._ROWS, "C": triton_products._COLUMNS} for rank in triton_products._WARPS
     ],
     "_append_products": [
-        {"KEEPS": keeps, "R": rank, "K": triton_products._APPEND_ROWS, "C": triton_products._APPEND_COLUMNS[rank]}
+        {"KEEPS": keeps, "R": rank, "K": triton_products._APPEND_ROWS, "C": triton_products._APPEND_COLUMNS}
         for keeps, rank in ((True, 16), (False, 32), (True, 64))
     ],
+    "_geglu_forward_with_products": GEGLU,
+    "_geglu_backward_with_products": GEGLU,
     "_add_parts": [{"BLOCK": 1024}],
+    "_add_products": [{"BLOCK": 1024}],
     "_copy_blocks": [{"R": 128, "C": 32}, {"R": 32, "C": 128}],
 }
 """The compile-time arguments of each kernel at the widths of SDXL."""
@@ -69,7 +73,7 @@ LAUNCHES = {
 
 def kernels() -> dict[str, JITFunction]:
     found = vars(triton_kernels) | vars(triton_products)
-    parts_of_others = ("_silu_slope", "geglu_gradients")
+    parts_of_others = ("_silu_slope", "geglu_gradients", "geglu_output")
     return {name: each for name, each in found.items() if isinstance(each, JITFunction) and name not in parts_of_others}
 
 
@@ -87,6 +91,8 @@ def test_a_kernel_fits_a_chip(name, chip, tmp_path, monkeypatch):
     for constants in LAUNCHES[name]:
         if name == "_copy_blocks":
             constants = constants | {"ELEMENT": dtype}
+        generation = "turing" if chip < 80 else "ampere"
+        constants = {key: value[generation] if isinstance(value, dict) else value for key, value in constants.items()}
         types = {each: "constexpr" if each in constants else type_of(name, each, dtype.name) for each in kernel.arg_names}
         target = GPUTarget("cuda", chip, 32)
         options, multiples = {}, {}
@@ -94,6 +100,8 @@ def test_a_kernel_fits_a_chip(name, chip, tmp_path, monkeypatch):
             options = {"num_warps": triton_products._WARPS[constants["R_IN"]], "num_stages": triton_products._STAGES}
             aligned = ("width", "chunk", "projected", "d_out", "d_projected")
             multiples = {(kernel.arg_names.index(each),): [["tt.divisibility", 16]] for each in aligned}
+        elif name in ("_geglu_forward_with_products", "_geglu_backward_with_products"):
+            options = {"num_stages": triton_products._GEGLU_STAGES}
         elif name == "_append_products":
             options = {"num_stages": triton_products._APPEND_STAGES}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=multiples)

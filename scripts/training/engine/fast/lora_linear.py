@@ -119,15 +119,16 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
         return dx.view(*dys[0].shape[:-1], dx.shape[-1]), None, None
 
 
-def product(rows: torch.Tensor, layer: FusedLoraLinear) -> tuple[torch.Tensor, torch.Tensor]:
+def product(rows: torch.Tensor, layer: FusedLoraLinear, *, has_h: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, in] -> [N, n * out], with the bias unless it is to be scaled first, and h, which is in the gap behind `rows` if there is
-    one."""
+    one; with `has_h` it is there already."""
     n, _, rank = layer.up.shape
     bias = None if layer.scales else layer.bias
     wide = with_gap(rows, rows.shape[1] + n * rank)
     if wide is not None:
         h = wide[:, rows.shape[1] :]
-        torch.mm(rows, layer.down.T, out=h)
+        if not has_h:
+            torch.mm(rows, layer.down.T, out=h)
         return F.linear(wide, layer.weight_and_up, bias), h
     if columns_beside(layer) and takes_products(rows, n * rank):
         # Rows that are read once more and copied cost less than an output that is read and written once more.

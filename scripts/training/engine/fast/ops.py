@@ -75,23 +75,46 @@ def geglu(projected: torch.Tensor, gap: int = 0, gap_of_gradient: int = 0) -> to
     return value * F.gelu(gate)
 
 
-CARDS_WITH_HBM = {(8, 0), (9, 0), (10, 0), (10, 3)}
-"""Compute capabilities of A100, H100 and H200, B200 and B300, where `takes_products` is false."""
-
-
 def takes_products(like: torch.Tensor, *ranks: int) -> bool:
-    """Whether `geglu_backward_with_lora` and `append_products` are to be used: they take LoRAs of these ranks and the dtype of
-    `like`, and its device gains from fewer bytes.
+    """Whether the functions below, which compute a LoRA's products of what they read or write, take the dtype of `like` and LoRAs
+    of these ranks."""
+    return not like.is_cuda or (bool(_products()) and _products().supports(like.dtype, *ranks))
 
-    On an H200 each multiprocessor moves 15 GB/s with the first one, less than the card's memory gives it (36), and a step takes
-    154.7 ms instead of 149.8. A GB10 has 5.7 GB/s for each, an RTX 4090 7.9, an RTX 3090 11, so that memory should be the limit
-    there: computed, not measured.
+
+CARDS_WITH_HBM = {(8, 0), (9, 0), (10, 0), (10, 3)}
+"""Compute capabilities of A100, H100 and H200, B200 and B300."""
+
+
+def keeps_activations(device: torch.device) -> bool:
+    """Whether a feed-forward keeps its activations there, instead of `geglu_backward_with_lora`.
+
+    On an H200 each multiprocessor moves 15 GB/s in that kernel, less than the card's memory gives it (36). A GB10 has 5.7 GB/s for
+    each, an RTX 4090 7.9, an RTX 3090 11, so that memory should be the limit there, and fewer bytes win: computed, not measured.
     """
-    if not like.is_cuda:
-        return True
-    if not _products() or torch.cuda.get_device_capability(like.device) in CARDS_WITH_HBM:
-        return False
-    return _products().supports(like.dtype, *ranks)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in CARDS_WITH_HBM
+
+
+def geglu_with_products(projected: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """`projected` [N, 2 D] and `factor` [r, D] -> out = geglu(projected), with a gap that holds out factor^T."""
+    if projected.is_cuda:
+        return _products().geglu_forward_with_products(projected, factor)
+    return append_products([geglu(projected)], factor.T[None])[0]
+
+
+def geglu_backward_with_products(projected: torch.Tensor, d_out: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """The gradient of `projected` [N, 2 D] from that of geglu(projected), `d_out` [N, D], with a gap that holds its product with
+    `factor` [2 D, r]."""
+    if projected.is_cuda:
+        return _products().geglu_backward_with_products(projected, d_out, factor)
+    return append_products([_gradient_of_geglu(projected, d_out)[1]], factor[None])[0]
+
+
+def _gradient_of_geglu(projected: torch.Tensor, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """geglu(projected), and the gradient of `projected` from that of it."""
+    with torch.enable_grad():
+        leaf = projected.detach().requires_grad_()
+        out = geglu(leaf)
+    return out.detach(), *torch.autograd.grad(out, leaf, d_out)
 
 
 def geglu_backward_with_lora(
@@ -110,12 +133,9 @@ def geglu_backward_with_lora(
     """
     if projected.is_cuda:
         return _products().geglu_backward_with_lora(projected, d_out, h, g, up_grad, down_grad, scale, gap)
-    with torch.enable_grad():
-        leaf = projected.detach().requires_grad_()
-        out = geglu(leaf)
-    (d_projected,) = torch.autograd.grad(out, leaf, d_out)
+    out, d_projected = _gradient_of_geglu(projected, d_out)
     up_grad += scale * d_projected.to(up_grad.dtype).T @ h.to(up_grad.dtype)
-    down_grad += g.to(up_grad.dtype).T @ out.detach().to(up_grad.dtype)
+    down_grad += g.to(up_grad.dtype).T @ out.to(up_grad.dtype)
     return d_projected
 
 

@@ -65,14 +65,20 @@ def _layer_norm_backward(total, weight, mean, rstd, d_normed, d_total, dx, width
 
 
 @triton.jit
+def geglu_output(value, gate):
+    # gelu(g) = g / 2 (1 + erf(g / sqrt 2)), the exact form.
+    return value * gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+
+
+@triton.jit
 def _geglu_forward(projected, out, width, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    # A row of `projected` holds the values and then the gates; gelu(g) = g / 2 (1 + erf(g / sqrt 2)), the exact form.
+    # A row of `projected` holds the values and then the gates.
     value = tl.load(projected + row * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(projected + row * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * stride + columns, value * gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476)), mask=inside)
+    tl.store(out + row * stride + columns, geglu_output(value, gate), mask=inside)
 
 
 @triton.jit

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from training.engine.fast.gaps import empty_with_gap
-from training.engine.fast.triton_kernels import geglu_gradients
+from training.engine.fast.gaps import empty_with_gap, with_gap
+from training.engine.fast.triton_kernels import geglu_gradients, geglu_output
 
 _ROWS, _COLUMNS = 16, 64
 """Tile of `_geglu_backward_with_lora`: rows that a program reads at a time, and columns that it owns."""
@@ -19,8 +19,11 @@ _PROGRAMS = 4
 """Of `_geglu_backward_with_lora` for each multiprocessor, which holds about so many: rows are divided among them."""
 _WARPS, _STAGES = {16: 4, 32: 4, 64: 8}, 3
 """Of a program, by the columns of its wider skinny factor."""
-_APPEND_ROWS, _APPEND_COLUMNS, _APPEND_STAGES = 16, {16: 64, 32: 64, 64: 32}, 4
-"""Tile of `_append_products`: rows of a program, and columns that it reads at a time, by those of the factor."""
+_APPEND_ROWS, _APPEND_COLUMNS, _APPEND_STAGES = {"ampere": 64, "turing": 16}, {"ampere": 64, "turing": 32}, 3
+"""Tile of `_append_products`, by the first generation of cards that has the registers for it: rows of a program, and columns that
+it reads at a time. With 16 rows, it took twice the time on an H200."""
+_GEGLU_ROWS, _GEGLU_COLUMNS, _GEGLU_WARPS, _GEGLU_STAGES = 32, 32, 4, 3
+"""The same for the GEGLU with products of its rows."""
 
 
 @triton.jit
@@ -91,6 +94,77 @@ def _add_parts(parts, first, second, scale, count, count_of_second, pieces, BLOC
 
 
 @triton.jit
+def _geglu_forward_with_products(projected, factor, out, parts, rows, width, rank, stride, row_of_factor, chunk, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
+    """One program per K rows and chunk of columns; its part of the products is added up over its columns, C at a time."""
+    piece = tl.program_id(1)
+    first = piece * chunk
+    row, column, r = tl.program_id(0) * K + tl.arange(0, K), first + tl.arange(0, C), tl.arange(0, R)
+    exists, is_rank = (row < rows)[:, None], (r < rank)[None, :]
+    row = row[:, None].to(tl.int64)
+    source, target = projected + row * 2 * width + column[None, :], out + row * stride + column[None, :]
+    factor += column[:, None] + r[None, :] * row_of_factor
+    sums = tl.zeros((K, R), tl.float32)
+    for start in range(0, chunk, C):
+        inside = start + column < width
+        here = exists & inside[None, :]
+        value = tl.load(source, mask=here, other=0.0).to(tl.float32)
+        gate = tl.load(source + width, mask=here, other=0.0).to(tl.float32)
+        result = geglu_output(value, gate).to(out.dtype.element_ty)
+        tl.store(target, result, mask=here)
+        sums = tl.dot(result, tl.load(factor, mask=inside[:, None] & is_rank, other=0.0), sums)
+        source += C
+        target += C
+        factor += C
+    tl.store(parts + (piece.to(tl.int64) * rows + row) * rank + r[None, :], sums, mask=exists & is_rank)
+
+
+@triton.jit
+def _geglu_backward_with_products(projected, d_out, factor, d_projected, parts, rows, width, rank, stride, row_of_factor, chunk, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
+    """The same for the gradient of `projected`, whose products with a factor [2 * width, rank] are those of values and of gates."""
+    piece = tl.program_id(1)
+    first = piece * chunk
+    row, column, r = tl.program_id(0) * K + tl.arange(0, K), first + tl.arange(0, C), tl.arange(0, R)
+    exists, is_rank = (row < rows)[:, None], (r < rank)[None, :]
+    row = row[:, None].to(tl.int64)
+    source, target = projected + row * 2 * width + column[None, :], d_projected + row * stride + column[None, :]
+    d_out += row * width + column[None, :]
+    factor += column[:, None] * row_of_factor + r[None, :]
+    of_gates = factor + width * row_of_factor
+    sums = tl.zeros((K, R), tl.float32)
+    for start in range(0, chunk, C):
+        inside = start + column < width
+        here, held = exists & inside[None, :], inside[:, None] & is_rank
+        value = tl.load(source, mask=here, other=0.0).to(tl.float32)
+        gate = tl.load(source + width, mask=here, other=0.0).to(tl.float32)
+        dy = tl.load(d_out, mask=here, other=0.0).to(tl.float32)
+        _, d_value, d_gate = geglu_gradients(value, gate, dy)
+        dtype = d_projected.dtype.element_ty
+        d_value, d_gate = d_value.to(dtype), d_gate.to(dtype)
+        tl.store(target, d_value, mask=here)
+        tl.store(target + width, d_gate, mask=here)
+        sums = tl.dot(d_value, tl.load(factor, mask=held, other=0.0), sums)
+        sums = tl.dot(d_gate, tl.load(of_gates, mask=held, other=0.0), sums)
+        source += C
+        target += C
+        d_out += C
+        factor += C * row_of_factor
+        of_gates += C * row_of_factor
+    tl.store(parts + (piece.to(tl.int64) * rows + row) * rank + r[None, :], sums, mask=exists & is_rank)
+
+
+@triton.jit
+def _add_products(parts, out, count, rank, stride, pieces, BLOCK: tl.constexpr):
+    """Adds up the parts of `count` products, and writes them into the gap, where `out` begins."""
+    offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < count
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(0, pieces):
+        total += tl.load(parts + offset, mask=inside, other=0.0)
+        parts += count
+    tl.store(out + (offset // rank).to(tl.int64) * stride + offset % rank, total, mask=inside)
+
+
+@triton.jit
 def _append_products(first, second, third, factors, out, kept, rows, width, rank, stride, stride_of_out, stride_of_kept, part_of_factors, row_of_factors, column_of_factors, KEEPS: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
     """One program per K rows of a part: copied to its place in `out`, and times its own factor behind all parts."""
     part, parts = tl.program_id(1), tl.num_programs(1)
@@ -135,9 +209,7 @@ def geglu_backward_with_lora(projected, d_out, h, g, up_grad, down_grad, scale, 
     r_in, r_out = h.shape[1], g.shape[1]
     d_projected = empty_with_gap(projected, 2 * width, gap)
     columns = triton.cdiv(width, _COLUMNS)
-    pieces = max(1, min(_PROGRAMS * _processors(projected.device) // columns, triton.cdiv(rows, _ROWS)))
-    chunk = triton.cdiv(triton.cdiv(rows, pieces), _ROWS) * _ROWS
-    pieces = triton.cdiv(rows, chunk)
+    pieces, chunk = _divided(rows, _ROWS, _PROGRAMS * _processors(projected.device) // columns)
     parts = torch.empty(pieces, up_grad.numel() + down_grad.numel(), dtype=torch.float32, device=projected.device)
     padded = _padded(r_in), _padded(r_out)
     _geglu_backward_with_lora[(columns, pieces)](
@@ -150,6 +222,32 @@ def geglu_backward_with_lora(projected, d_out, h, g, up_grad, down_grad, scale, 
     return d_projected
 
 
+def geglu_forward_with_products(projected, factor):
+    """`projected` [N, 2 D], `factor` [r, D] -> geglu(projected) [N, D], with its products with rows of `factor` in a gap."""
+    rows, width, rank = len(projected), projected.shape[1] // 2, len(factor)
+    out = empty_with_gap(projected, width, rank)
+    grid, chunk, parts = _row_products(rows, width, rank, projected.device)
+    _geglu_forward_with_products[grid](
+        projected, factor, out, parts, rows, width, rank, width + rank, factor.stride(0), chunk,
+        _padded(rank), _GEGLU_ROWS, _GEGLU_COLUMNS, num_warps=_GEGLU_WARPS, num_stages=_GEGLU_STAGES,
+    )  # fmt: skip
+    _into_gap(parts, out)
+    return out
+
+
+def geglu_backward_with_products(projected, d_out, factor):
+    """The gradient of `projected` [N, 2 D] from `d_out` [N, D], with a gap that holds its products with `factor` [2 D, r]."""
+    (rows, width), rank = d_out.shape, factor.shape[1]
+    d_projected = empty_with_gap(projected, 2 * width, rank)
+    grid, chunk, parts = _row_products(rows, width, rank, projected.device)
+    _geglu_backward_with_products[grid](
+        projected, d_out, factor, d_projected, parts, rows, width, rank, 2 * width + rank, factor.stride(0), chunk,
+        _padded(rank), _GEGLU_ROWS, _GEGLU_COLUMNS, num_warps=_GEGLU_WARPS, num_stages=_GEGLU_STAGES,
+    )  # fmt: skip
+    _into_gap(parts, d_projected)
+    return d_projected
+
+
 def append_products(parts, factors, keeps):
     """1 to 3 `parts` [N, w] side by side, with a gap behind them that holds each part times its factor ([n, w, r], any strides);
     and the products [N, n * r] once more where a caller `keeps` them without the rows, else None."""
@@ -157,18 +255,45 @@ def append_products(parts, factors, keeps):
     if any(part.stride() != (parts[0].stride(0), 1) for part in parts):
         parts = [part.contiguous() for part in parts]
     rows, first, last = len(parts[0]), parts[0], parts[-1]
-    padded = _padded(rank)
+    generation = _generation(first.device)
+    tile_rows, tile_columns = _APPEND_ROWS[generation], _APPEND_COLUMNS[generation]
     out = empty_with_gap(first, n * width, n * rank)
     kept = first.new_empty(rows, n * rank) if keeps else None
-    _append_products[(triton.cdiv(rows, _APPEND_ROWS), n)](
+    _append_products[(triton.cdiv(rows, tile_rows), n)](
         first, parts[n // 2], last, factors, out, kept, rows, width, rank, first.stride(0), out.stride(0), n * rank,
-        *factors.stride(), keeps, padded, _APPEND_ROWS, _APPEND_COLUMNS[padded], num_warps=4, num_stages=_APPEND_STAGES,
+        *factors.stride(), keeps, _padded(rank), tile_rows, tile_columns, num_warps=4, num_stages=_APPEND_STAGES,
     )  # fmt: skip
     return out, kept
 
 
+def _row_products(rows, width, rank, device):
+    """Grid, columns of a program, and where its products go, in fp32: few rows are not enough programs, so that columns are divided
+    among them as well."""
+    blocks = triton.cdiv(rows, _GEGLU_ROWS)
+    pieces, chunk = _divided(width, _GEGLU_COLUMNS, _PROGRAMS * _processors(device) // blocks)
+    return (blocks, pieces), chunk, torch.empty(pieces, rows, rank, dtype=torch.float32, device=device)
+
+
+def _into_gap(parts, out):
+    """Adds up `parts` [n, N, r] in the gap behind `out` [N, D]."""
+    pieces, rows, rank = parts.shape
+    gap = with_gap(out, out.shape[1] + rank)[:, out.shape[1] :]
+    _add_products[(triton.cdiv(rows * rank, 1024),)](parts, gap, rows * rank, rank, gap.stride(0), pieces, 1024)
+
+
+def _divided(count, tile, pieces):
+    """`count` in about so many pieces of whole tiles: their number, and how many are in each but the last."""
+    chunk = triton.cdiv(triton.cdiv(count, max(1, pieces)), tile) * tile
+    return triton.cdiv(count, chunk), chunk
+
+
 def _padded(rank):
     return max(16, triton.next_power_of_2(rank))  # the least that a product of tiles takes
+
+
+@functools.cache
+def _generation(device):
+    return "turing" if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0) else "ampere"
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from training.engine.fast.lora_linear import (
     fused_lora_linear,
     fused_lora_linears,
 )
-from training.engine.fast.ops import add_layer_norm, add_with_bias, geglu, group_norm, takes_products
+from training.engine.fast.ops import add_layer_norm, add_with_bias, geglu, group_norm, keeps_activations, takes_products
 from training.engine.step import recomputed
 from training.method.adapters import CONTEXT, SELF_ATTENTION
 from training.models.int8 import frozen_conv
@@ -96,14 +96,15 @@ def _block(block: BasicTransformerBlock, name: str, layers: Mapping[str, Layer],
         return F.scaled_dot_product_attention(*per_head).transpose(1, 2).flatten(2)
 
     adapted = [groups.get(f"{name}.ff.net.{path}") for path in ("0.proj", "2")]
+    # Behind the rows that these layers read, and behind their gradients, is a gap for the LoRA's columns.
+    gaps = {path: columns_beside(groups.get(f"{name}.{path}")) for path in (SELF_ATTENTION, *paths)}
     fuses = (
         all(adapted)
         and not any(layer.scales for layer in adapted)
         and takes_products(adapted[0].down, *(len(layer.down) for layer in adapted))
     )
-
-    # Behind the rows that these layers read, and behind their gradients, is a gap for the LoRA's columns.
-    gaps = {path: columns_beside(groups.get(f"{name}.{path}")) for path in (SELF_ATTENTION, *paths)}
+    keeps = fuses and keeps_activations(adapted[0].down.device)
+    fuses = fuses and (not keeps or min(gaps["ff.net.0.proj"], gaps["ff.net.2"]) > 0)
 
     def forward(
         x: torch.Tensor, pending: torch.Tensor | None, keys: torch.Tensor, values: torch.Tensor
@@ -121,7 +122,7 @@ def _block(block: BasicTransformerBlock, name: str, layers: Mapping[str, Layer],
         attended = attend(cross_q(normed), keys, values)
         x, normed = add_layer_norm(x, cross_out(attended), block.norm3, gaps["ff.net.0.proj"], gaps["attn2.to_out.0"])
         if fuses:
-            return x, fused_feed_forward(normed, *adapted, gaps["ff.net.2"], gaps["ff.net.0.proj"])
+            return x, fused_feed_forward(normed, *adapted, gaps["ff.net.2"], gaps["ff.net.0.proj"], keeps=keeps)
         return x, feed_out(geglu(feed_in(normed), gaps["ff.net.2"], gaps["ff.net.0.proj"]))
 
     return forward
