@@ -1,8 +1,7 @@
-"""Change captions, and the record of the traits in them, so that every change can be undone: `dataset/.loracat/captions.jsonl`
-records each of them.
+"""Change captions on the disk so that every change can be undone: `dataset/.loracat/captions.jsonl` records each of them.
 
 A line is written to the record before its caption is changed, and holds the earlier and the new text. A run that is killed
-between the two loses nothing.
+between the two loses nothing. What `traits.json` said before is in `traits.jsonl`, likewise.
 """
 
 import base64
@@ -55,13 +54,11 @@ class CaptionFiles:
         """`trigger` is the trigger word, except in the folders that `triggers` lists with one of their own. `per_line`: each line
         of a user's caption is a caption."""
         self._dataset, self._folder = folder.root, folder.images
-        self._record, self._traits = folder.caption_log, folder.traits
+        self._record, self._traits, self._traits_log = folder.caption_log, folder.traits, folder.traits_log
         self._trigger, self._triggers, self._per_line = trigger, triggers or {}, per_line
         self._changes: dict[str, list[Change]] = {}
         self._runs: set[int] = set()
         self._undone: set[int] = set()
-        self._earlier_traits: list[tuple[int, Any]] = []
-        """Number of a run, and what it found in the record of traits."""
         for line in read_json_lines(self._record):
             self._remember(line)
         self._run = max(self._runs, default=0) + 1
@@ -119,9 +116,7 @@ class CaptionFiles:
     def write_traits(self, before: Any, after: dict) -> None:
         """Write the record of traits, which holds `before`; None if there is none, or it cannot be read."""
         if before != after and self._runs:  # without an earlier run, there is nothing to go back to
-            line = {"run": self._run, "traits_before": before}
-            append_json_line(self._record, line)
-            self._remember(line)
+            append_json_line(self._traits_log, {"run": self._run, "before": before})
         write_json(self._traits, after)
 
     def _with_trigger(self, text: str, caption: Path, earlier: Collection[str] = ()) -> str:
@@ -156,12 +151,13 @@ class CaptionFiles:
                 restored += 1
             elif content != change.before:
                 edited.append(change.caption)
-        # A run that changed no caption has the number of the next one that does. Version 1.0 recorded captions only.
-        traits = [before for run, before in self._earlier_traits if run >= runs[-1]] if len(runs) > 1 else [None]
-        if traits and traits[0] is None:
+        # A run that changed no caption has the number of the next one that does. Version 1.0 wrote no log of traits.
+        lines = [line for line in read_json_lines(self._traits_log) if isinstance(line.get("run"), int) and line["run"] >= runs[-1]]
+        before = lines[0].get("before") if lines and len(runs) > 1 else None
+        if before is not None:
+            write_json(self._traits, before)
+        elif lines or len(runs) == 1:
             self._traits.unlink(missing_ok=True)
-        elif traits:
-            write_json(self._traits, traits[0])
         append_json_line(self._record, {"undone": runs[-1]})
         self._undone.add(runs[-1])
         return UndoResult(runs[-1], restored, sorted(edited), len(runs) - 1)
@@ -187,8 +183,6 @@ class CaptionFiles:
         """Add a line of the record to what is known; an unknown or damaged one is ignored."""
         if isinstance(line.get("undone"), int):
             self._undone.add(line["undone"])
-        if "traits_before" in line and isinstance(line.get("run"), int):
-            self._earlier_traits.append((line["run"], line["traits_before"]))
         if change := _parse_change(line):
             self._changes.setdefault(change.caption, []).append(change)
             self._runs.add(change.run)
