@@ -42,7 +42,6 @@ NUMBERS |= {"rank_in": "i32", "rank_out": "i32", "count_of_second": "i32", "piec
 STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant", "parts", "multipliers")
 """Arguments that are fp32 in memory; all other arguments are in the dtype of the UNet."""
 ROW, GROUPS = {"BLOCK": 2048}, {"R": 32, "C": 64}
-GEGLU = [{"R": rank, "K": triton_products._GEGLU_ROWS, "C": triton_products._GEGLU_COLUMNS} for rank in triton_products._WARPS]
 LAUNCHES = {
     "_layer_norm_forward": [ROW | {"ADDS": adds} for adds in (False, True)],
     "_layer_norm_backward": [ROW | {"ADDS": adds} for adds in (False, True)],
@@ -62,13 +61,20 @@ LAUNCHES = {
         {"KEEPS": keeps, "R": rank, "K": triton_products._APPEND_ROWS, "C": triton_products._APPEND_COLUMNS}
         for keeps, rank in ((True, 16), (False, 32), (True, 64))
     ],
-    "_geglu_forward_with_products": GEGLU,
-    "_geglu_backward_with_products": GEGLU,
+    "_geglu_forward_with_products": [
+        {"R": rank, "K": triton_products._GEGLU_ROWS, "C": triton_products._GEGLU_COLUMNS} for rank in triton_products._WARPS
+    ],
     "_add_parts": [{"BLOCK": 1024}],
     "_add_products": [{"BLOCK": 1024}],
     "_copy_blocks": [{"R": 128, "C": 32}, {"R": 32, "C": 128}],
 }
 """The compile-time arguments of each kernel at the widths of SDXL."""
+ALIGNED = {
+    "_geglu_backward_with_lora": ("width", "chunk", "projected", "d_out", "d_projected"),
+    "_geglu_forward_with_products": ("width", "stride", "chunk", "projected", "out", "factor", "row_of_factor"),
+    "_append_products": ("width", "stride", "stride_of_out", "first", "second", "third", "out", "factors"),
+}
+"""Arguments that are multiples of 16 at these widths and ranks, which Triton finds out when it launches a kernel."""
 
 
 def kernels() -> dict[str, JITFunction]:
@@ -96,11 +102,11 @@ def test_a_kernel_fits_a_chip(name, chip, tmp_path, monkeypatch):
         types = {each: "constexpr" if each in constants else type_of(name, each, dtype.name) for each in kernel.arg_names}
         target = GPUTarget("cuda", chip, 32)
         options, multiples = {}, {}
+        if name in ALIGNED:
+            multiples = {(kernel.arg_names.index(each),): [["tt.divisibility", 16]] for each in ALIGNED[name]}
         if name == "_geglu_backward_with_lora":
             options = {"num_warps": triton_products._WARPS[constants["R_IN"]], "num_stages": triton_products._STAGES}
-            aligned = ("width", "chunk", "projected", "d_out", "d_projected")
-            multiples = {(kernel.arg_names.index(each),): [["tt.divisibility", 16]] for each in aligned}
-        elif name in ("_geglu_forward_with_products", "_geglu_backward_with_products"):
+        elif name == "_geglu_forward_with_products":
             options = {"num_stages": triton_products._GEGLU_STAGES}
         elif name == "_append_products":
             options = {"num_stages": triton_products._APPEND_STAGES}

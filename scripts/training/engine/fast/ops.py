@@ -85,13 +85,13 @@ CARDS_WITH_HBM = {(8, 0), (9, 0), (10, 0), (10, 3)}
 """Compute capabilities of A100, H100 and H200, B200 and B300."""
 
 
-def keeps_activations(device: torch.device) -> bool:
-    """Whether a feed-forward keeps its activations there, instead of `geglu_backward_with_lora`.
+def short_of_bandwidth(device: torch.device) -> bool:
+    """Whether a feed-forward gains there from `geglu_with_products` and `geglu_backward_with_lora`: fewer bytes in slower kernels.
 
-    On an H200 each multiprocessor moves 15 GB/s in that kernel, less than the card's memory gives it (36). A GB10 has 5.7 GB/s for
-    each, an RTX 4090 7.9, an RTX 3090 11, so that memory should be the limit there, and fewer bytes win: computed, not measured.
+    On an H200 each multiprocessor moves 13 and 15 GB/s in them, less than the card's memory gives it (36). A GB10 has 5.7 GB/s for
+    each, an RTX 4090 7.9, an RTX 3090 11, so that memory should be the limit there: computed, not measured.
     """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in CARDS_WITH_HBM
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) not in CARDS_WITH_HBM
 
 
 def geglu_with_products(projected: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -99,22 +99,6 @@ def geglu_with_products(projected: torch.Tensor, factor: torch.Tensor) -> torch.
     if projected.is_cuda:
         return _products().geglu_forward_with_products(projected, factor)
     return append_products([geglu(projected)], factor.T[None])[0]
-
-
-def geglu_backward_with_products(projected: torch.Tensor, d_out: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """The gradient of `projected` [N, 2 D] from that of geglu(projected), `d_out` [N, D], with a gap that holds its product with
-    `factor` [2 D, r]."""
-    if projected.is_cuda:
-        return _products().geglu_backward_with_products(projected, d_out, factor)
-    return append_products([_gradient_of_geglu(projected, d_out)[1]], factor[None])[0]
-
-
-def _gradient_of_geglu(projected: torch.Tensor, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """geglu(projected), and the gradient of `projected` from that of it."""
-    with torch.enable_grad():
-        leaf = projected.detach().requires_grad_()
-        out = geglu(leaf)
-    return out.detach(), *torch.autograd.grad(out, leaf, d_out)
 
 
 def geglu_backward_with_lora(
@@ -133,9 +117,12 @@ def geglu_backward_with_lora(
     """
     if projected.is_cuda:
         return _products().geglu_backward_with_lora(projected, d_out, h, g, up_grad, down_grad, scale, gap)
-    out, d_projected = _gradient_of_geglu(projected, d_out)
+    with torch.enable_grad():
+        leaf = projected.detach().requires_grad_()
+        out = geglu(leaf)
+    (d_projected,) = torch.autograd.grad(out, leaf, d_out)
     up_grad += scale * d_projected.to(up_grad.dtype).T @ h.to(up_grad.dtype)
-    down_grad += g.to(up_grad.dtype).T @ out.to(up_grad.dtype)
+    down_grad += g.to(up_grad.dtype).T @ out.detach().to(up_grad.dtype)
     return d_projected
 
 

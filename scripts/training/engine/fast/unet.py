@@ -25,7 +25,7 @@ from training.engine.fast.lora_linear import (
     fused_lora_linear,
     fused_lora_linears,
 )
-from training.engine.fast.ops import add_layer_norm, add_with_bias, geglu, group_norm, keeps_activations, takes_products
+from training.engine.fast.ops import add_layer_norm, add_with_bias, geglu, group_norm, short_of_bandwidth, takes_products
 from training.engine.step import recomputed
 from training.method.adapters import CONTEXT, SELF_ATTENTION
 from training.models.int8 import frozen_conv
@@ -102,9 +102,8 @@ def _block(block: BasicTransformerBlock, name: str, layers: Mapping[str, Layer],
         all(adapted)
         and not any(layer.scales for layer in adapted)
         and takes_products(adapted[0].down, *(len(layer.down) for layer in adapted))
+        and short_of_bandwidth(adapted[0].down.device)
     )
-    keeps = fuses and keeps_activations(adapted[0].down.device)
-    fuses = fuses and (not keeps or min(gaps["ff.net.0.proj"], gaps["ff.net.2"]) > 0)
 
     def forward(
         x: torch.Tensor, pending: torch.Tensor | None, keys: torch.Tensor, values: torch.Tensor
@@ -122,7 +121,7 @@ def _block(block: BasicTransformerBlock, name: str, layers: Mapping[str, Layer],
         attended = attend(cross_q(normed), keys, values)
         x, normed = add_layer_norm(x, cross_out(attended), block.norm3, gaps["ff.net.0.proj"], gaps["attn2.to_out.0"])
         if fuses:
-            return x, fused_feed_forward(normed, *adapted, gaps["ff.net.2"], gaps["ff.net.0.proj"], keeps=keeps)
+            return x, fused_feed_forward(normed, *adapted, gaps["ff.net.2"], gaps["ff.net.0.proj"])
         return x, feed_out(geglu(feed_in(normed), gaps["ff.net.2"], gaps["ff.net.0.proj"]))
 
     return forward
