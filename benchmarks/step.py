@@ -32,7 +32,7 @@ from training.system.device import choose_precision
 FAMILIES = {
     "attention": r"fmha|flash|sdpa|attention|cudnn_generated",
     "convolutions": r"conv|fprop|dgrad|wgrad",
-    "matrix products": r"gemm|nvjet|cutlass|cublas|addmm|aten[:.]+(mm|bmm|linear)|baddbmm",
+    "matrix products": r"_add_gradients|_append_products|gemm|nvjet|cutlass|cublas|addmm|aten[:.]+(mm|bmm|linear)|baddbmm",
     "norms": r"_layer_norm|_group_|norm",
     "GEGLU": r"geglu|gelu",
     "copies and concatenations": r"copy|cat|memcpy|memset|fill",

@@ -75,7 +75,7 @@ def _triton_launches(operations: list[Operation]) -> Iterator[None]:
 
     def recorded(self, *args, **kwargs):
         if not kwargs.get("warmup"):
-            operations.append(Operation(self.fn.__name__, 0, _bytes_of([*args, *kwargs.values()])))
+            operations.append(Operation(self.fn.__name__, 0, _bytes_of(tree_leaves([*args, *kwargs.values()]))))
         return run(self, *args, **kwargs)
 
     JITFunction.run = recorded

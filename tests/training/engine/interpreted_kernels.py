@@ -1,4 +1,4 @@
-"""Run as a script: kernels of `triton_products` against PyTorch's products, on the CPU by Triton's interpreter.
+"""Run as a script: norms, sums and kernels of `triton_products` against PyTorch's operations, on the CPU by Triton's interpreter.
 
 The interpreter has to be chosen before Triton is imported. It does not multiply bf16, so that the numbers are fp16.
 """
@@ -9,12 +9,12 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from training.engine.fast import triton_kernels, triton_products
+from training.engine.fast import triton_gradients, triton_kernels, triton_products
 from training.engine.fast.gaps import with_gap
 
 
-def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (found - expected).norm() <= 1e-6 * expected.norm()
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
+    assert (found.float() - expected).norm() <= tolerance * expected.norm()
 
 
 def check_geglu_backward(rows: int, width: int, rank: int, next_rank: int, gap: int) -> None:
@@ -34,17 +34,11 @@ def check_geglu_backward(rows: int, width: int, rank: int, next_rank: int, gap: 
 
 def check_geglu_with_products(rows: int, width: int, rank: int) -> None:
     torch.manual_seed(0)
-    projected, d_out = torch.randn(rows, 2 * width).half(), torch.randn(rows, width).half()
-    down, up = torch.randn(rank, width + 5).half()[:, :width], torch.randn(2 * width, rank + 3).half()[:, :rank]
-    expected = triton_kernels.geglu_forward(projected), triton_kernels.geglu_backward(projected, d_out)
-    found = (
-        triton_products.geglu_forward_with_products(projected, down),
-        triton_products.geglu_backward_with_products(projected, d_out, up),
-    )
-    for mine, plain, factor in zip(found, expected, (down.T, up), strict=True):
-        assert torch.equal(mine, plain)
-        products = plain.float() @ factor.float()
-        assert (with_gap(mine, mine.shape[1] + rank)[:, mine.shape[1] :].float() - products).norm() < 1e-3 * products.norm()
+    projected, factor = torch.randn(rows, 2 * width).half(), torch.randn(rank, width + 5).half()[:, :width]
+    expected, found = triton_kernels.geglu_forward(projected), triton_products.geglu_forward_with_products(projected, factor)
+    assert torch.equal(found, expected)
+    products = expected.float() @ factor.T.float()
+    assert (with_gap(found, width + rank)[:, width:].float() - products).norm() < 1e-3 * products.norm()
 
 
 def check_append_products(rows: int, width: int, rank: int, n: int, gap: int, keeps: bool) -> None:
@@ -59,7 +53,88 @@ def check_append_products(rows: int, width: int, rank: int, n: int, gap: int, ke
     assert torch.equal(kept, wide[:, n * width :]) if keeps else kept is None
 
 
+def check_layer_norm(rows: int, width: int, adds: bool, gap: int) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(2, width).half()
+    x, y, d_normed, d_total = torch.randn(4, rows, width).half()
+    d_total = torch.cat([d_total, d_total], dim=1)[:, width:]  # part of wider rows
+    leaf = (x + y if adds else x).float().requires_grad_()
+    expected = torch.nn.functional.layer_norm(leaf, (width,), weight.float(), bias.float(), 1e-5)
+    (d_leaf,) = torch.autograd.grad(expected, leaf, d_normed.float())
+    total, normed, mean, rstd = triton_kernels.layer_norm_forward(y if adds else None, x, weight, bias, 1e-5, gap)
+    assert torch.equal(total, x + y if adds else x)
+    assert with_gap(normed, width + gap) is not None if gap else normed.is_contiguous()
+    assert_close(normed, expected, 1e-3)
+    for residual in (None, d_total):
+        dx = triton_kernels.layer_norm_backward(total, weight, mean, rstd, d_normed, residual, gap)
+        assert dx.stride() == (width + gap, 1)
+        assert_close(dx, d_leaf if residual is None else d_leaf + residual.float(), 1e-3)
+
+
+def check_group_norm(images: int, rows: int, channels: int, groups: int, silu: bool, has_plus: bool, gap: int) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(2, channels).half()
+    x, dy, d_x = torch.randn(3, images, rows, channels).half()
+    plus = torch.randn(images, 2 * channels).half()[:, channels:] if has_plus else None  # part of wider rows
+    leaf = x.float().requires_grad_()
+    total = leaf + plus.float()[:, None] if has_plus else leaf
+    expected = torch.nn.functional.group_norm(total.mT, groups, weight.float(), bias.float(), 1e-5).mT
+    expected = torch.nn.functional.silu(expected) if silu else expected
+    (d_leaf,) = torch.autograd.grad(expected, leaf, dy.float())
+    normed, kept = triton_kernels.group_norm_forward(x, plus, weight, bias, groups, 1e-5, silu, gap)
+    assert normed.stride() == (rows * (channels + gap), channels + gap, 1)
+    assert_close(normed, expected, 1e-3)
+    for residual in (None, d_x):
+        dx = triton_kernels.group_norm_backward(x, plus, weight, groups, silu, kept, dy, residual)
+        assert_close(dx, d_leaf if residual is None else d_leaf + residual.float(), 1e-3)
+
+
+def check_sum(rows: int, width: int, gap: int) -> None:
+    x, y, bias = torch.randn(rows, width).half(), torch.randn(rows, width).half(), torch.randn(width).half()
+    for constant in (None, bias):
+        out = triton_kernels.add(x, y, constant, gap)
+        assert out.stride() == (width + gap, 1)
+        assert_close(out, x.float() + y.float() + (0 if constant is None else constant.float()), 1e-3)
+
+
+def check_upsampling(images: int, height: int, width: int, channels: int) -> None:
+    x, d_out = torch.randn(images, height, width, channels).half(), torch.randn(images, 2 * height, 2 * width, channels).half()
+    leaf = x.permute(0, 3, 1, 2).float().requires_grad_()
+    expected = torch.nn.functional.interpolate(leaf, scale_factor=2.0)
+    (d_leaf,) = torch.autograd.grad(expected, leaf, d_out.permute(0, 3, 1, 2).float())
+    assert torch.equal(triton_kernels.upsample(x).float(), expected.permute(0, 2, 3, 1))
+    assert_close(triton_kernels.upsample_backward(d_out), d_leaf.permute(0, 2, 3, 1), 1e-3)
+
+
+def check_gradients() -> None:
+    """Of layers of other shapes, ranks and numbers of parts by one kernel."""
+    torch.manual_seed(0)
+    layers, expected = [], []
+    for rows, out, width, n, rank, scale in ((100, 96, 160, 3, 8, 0.5), (70, 200, 64, 1, 16, 1.0), (130, 64, 300, 2, 3, 2.0)):
+        # Parts of wider rows, as in a gap.
+        dy, h = torch.randn(rows, n * out + 8).half()[:, : n * out], torch.randn(rows, n * rank + 8).half()[:, 8:]
+        x, g = torch.randn(rows, width + 8).half()[:, 8:], torch.randn(rows, n * rank).half()
+        up_grad, down_grad = torch.randn(n, out, rank), torch.randn(n * rank, width)
+        by_part = [torch.stack(each.float().chunk(n, dim=1)) for each in (dy, h)]
+        expected.append((up_grad + scale * by_part[0].mT @ by_part[1], down_grad + g.float().T @ x.float()))
+        layers.append((dy, h, up_grad, scale, x, g, down_grad))
+    triton_gradients.add_gradients(layers)
+    for (up_grad, down_grad), layer in zip(expected, layers, strict=True):
+        assert_close(layer[2], up_grad)
+        assert_close(layer[6], down_grad)
+
+
 if __name__ == "__main__":
+    check_gradients()
+    check_upsampling(2, 3, 5, 160)
+    check_sum(33, 320, 32)
+    check_sum(5, 77, 0)
+    for rows, width, gap in ((5, 1280, 32), (2, 64, 8), (2, 77, 0)):
+        for adds in (False, True):
+            check_layer_norm(rows, width, adds, gap)
+    for images, rows, channels, groups, gap in ((2, 200, 96, 32, 32), (1, 9, 99, 3, 0)):
+        for silu, has_plus in ((True, True), (False, False)):
+            check_group_norm(images, rows, channels, groups, silu, has_plus, gap)
     triton_products._processors = lambda device: 2  # rows are divided among several programs
     for shape in ((130, 96, 8, 8, 0), (64, 64, 32, 16, 32), (200, 160, 3, 40, 0), (5, 64, 64, 64, 64)):
         check_geglu_backward(*shape)

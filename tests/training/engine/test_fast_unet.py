@@ -107,13 +107,13 @@ def reference(unet, request) -> tuple[str, torch.Tensor, dict[str, torch.Tensor]
     return request.param, answered(plain), peft_gradients(plain, lora)
 
 
-@pytest.fixture(params=["activations kept", "activations computed again", "layer by layer"])
+@pytest.fixture(params=["little bandwidth", "much bandwidth", "layer by layer"])
 def each_way(request, monkeypatch):
     """With the kernels that compute a LoRA's products along, here in PyTorch's operations, as on cards with HBM and on others; and
     without."""
     for module in (lora_linear, fast_unet):
         monkeypatch.setattr(module, "takes_products", lambda *_: request.param != "layer by layer")
-    monkeypatch.setattr(fast_unet, "keeps_activations", lambda _: request.param == "activations kept")
+    monkeypatch.setattr(fast_unet, "short_of_bandwidth", lambda _: request.param == "little bandwidth")
 
 
 @pytest.mark.usefixtures("each_way")

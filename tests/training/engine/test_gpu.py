@@ -5,7 +5,6 @@ These tests are skipped where there is no GPU. benchmarks/README.md says when an
 
 import copy
 import functools
-import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,10 +23,12 @@ from training.callbacks.sample_prompts import SamplePrompt
 from training.config import LoraSettings, OptimizerSettings
 from training.data.batches import Batch
 from training.engine import prepare_unet, recompute_text_encoders
+from training.engine import step as step_module
 from training.engine.fast import ops
 from training.engine.fast.feed_forward import fused_feed_forward
 from training.engine.fast.fuse import fuse
 from training.engine.fast.gaps import empty_with_gap, with_gap
+from training.engine.fast.gradients import add_gradients
 from training.engine.fast.lora_linear import fused_lora_linear
 from training.engine.fast.ops import (
     add_layer_norm,
@@ -37,7 +38,9 @@ from training.engine.fast.ops import (
     group_norm,
     scale_columns,
     scale_columns_backward,
+    takes_gradients,
     takes_products,
+    upsample,
 )
 from training.engine.step import TrainStep
 from training.method import diffusion
@@ -190,9 +193,9 @@ def step_of(
 
 
 @contextmanager
-def activations_kept(kept: bool) -> Iterator[None]:
+def bandwidth(is_short: bool) -> Iterator[None]:
     """As on cards with HBM, or as on others, on any card."""
-    cards = {torch.cuda.get_device_capability()} if kept else set()
+    cards = set() if is_short else {torch.cuda.get_device_capability()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "CARDS_WITH_HBM", cards)
         yield
@@ -200,11 +203,11 @@ def activations_kept(kept: bool) -> Iterator[None]:
 
 @functools.cache
 def trained(
-    base: Path, name: str = "fast", *, captures: bool, recomputes: bool = False, micro_batches: int = 1, keeps: bool = True
+    base: Path, name: str = "fast", *, captures: bool, recomputes: bool = False, micro_batches: int = 1, is_short: bool = False
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and learned changes of 50 steps of an engine."""
     losses = []
-    with activations_kept(keeps):
+    with bandwidth(is_short):
         step, lora = stepper(base, name, recomputes=recomputes, captures=captures)
         for number in range(STEPS):
             whole = batch_of(number % 10)
@@ -269,8 +272,8 @@ def references(base):
         {"captures": False},
         {"captures": True},
         {"captures": True, "recomputes": True},
-        {"captures": True, "keeps": False},
-        {"captures": True, "recomputes": True, "keeps": False},
+        {"captures": True, "is_short": True},
+        {"captures": True, "recomputes": True, "is_short": True},
         {"name": "plain", "captures": False},
         {"name": "plain", "captures": True},
     ],
@@ -294,10 +297,10 @@ def test_fifty_steps_learn_what_peft_learns(base, references, how):
     assert of_ours[2] <= 1.25 * of_peft[2] + 1e-3
 
 
-@pytest.mark.parametrize("keeps", [True, False])
-def test_captured_steps_are_the_eager_ones_bit_for_bit(base, keeps):
-    losses, learned = trained(base, captures=False, keeps=keeps)
-    captured_losses, captured = trained(base, captures=True, keeps=keeps)
+@pytest.mark.parametrize("is_short", [False, True])
+def test_captured_steps_are_the_eager_ones_bit_for_bit(base, is_short):
+    losses, learned = trained(base, captures=False, is_short=is_short)
+    captured_losses, captured = trained(base, captures=True, is_short=is_short)
     assert losses == captured_losses
     assert all(torch.equal(learned[name], captured[name]) for name in learned)
 
@@ -457,33 +460,53 @@ def deterministic():
 
 
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("tiled", [False, True])
-def test_sample_images_and_validation_take_the_memory_of_captured_steps(base, tmp_path, tiled):
-    """They are those of eager networks, and the training goes on as without them, bit for bit."""
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_training_goes_on_as_without_sample_images_bit_for_bit(base, tmp_path, in_turn):
+    """The images are those of eager networks. In turn, they are rendered in the memory that the captured steps held."""
     found, one = find_base(str(base), base.parent), batch_of(0, 1)
     save_file({"hidden": one.hidden, "pooled": one.pooled}, tmp_path / "text.safetensors")
-    prompt = SamplePrompt("", "trigger", "", 256, 256, seed=1, guidance=4.0, steps=2)
+    prompt, texts = SamplePrompt("", "trigger", "", 256, 256, seed=1, guidance=4.0, steps=2), {"": tmp_path / "text.safetensors"}
     runs = {}
     for captures, renders in ((True, True), (True, False), (False, True)):
         step, lora = stepper(base, captures=captures)
         losses, images = [step([batch_of(number, 16, 64, 64)], RATE).loss for number in range(3)], []
-        if renders:
-            renderer = Renderer(step, Schedule(), {"": tmp_path / "text.safetensors"}, load_vae(found, torch.device("cpu")), tiled)
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_reserved()
-            images = [np.asarray(renderer.decoded(renderer.latents(prompt))) for _ in range(3)]
-            validated = step.evaluate([batch_of(7, 8, 64, 64)])
-            grown = torch.cuda.max_memory_reserved() - before
-            print(f"captured {captures}: {grown / 2**20:.0f} MiB besides {before / 2**20:.0f} MiB")
-            assert not captures or grown < 64 * 2**20  # weights of the decoder, inputs
+        for _ in range(2 if renders else 0):
+            vae = load_vae(found, torch.device("cpu"))
+            renderer = Renderer(step, Schedule(), texts, vae, tiled=in_turn, in_turn=in_turn)
+            held = torch.cuda.memory_reserved()
+            renderer.begin()
+            if captures and in_turn:
+                assert torch.cuda.memory_reserved() < 0.3 * held
+            images += [np.asarray(renderer.decoded(renderer.latents(prompt))) for _ in range(3)]
             renderer.release()
-        losses += [step([batch_of(number, 16, 64, 64)], RATE).loss for number in range(3)]
-        runs[captures, renders] = (losses, lora.weights.detach().clone(), images, renders and validated)
-    losses, weights, images, validated = runs[False, True]
-    assert all(np.array_equal(image, images[0]) for image in (*images, *runs[True, True][2]))
-    assert validated == runs[True, True][3]
-    assert all(run[0] == losses and torch.equal(run[1], weights) for run in runs.values())
+            losses += [step([batch_of(number, 16, 64, 64)], RATE).loss for number in range(3)]
+        losses += [step([batch_of(number, 16, 64, 64)], RATE).loss for number in range(0 if renders else 6)]
+        assert bool(step.graphs and step.graphs.captured) is captures
+        runs[captures, renders] = losses, images, lora.weights.detach().clone()
+    losses, images, weights = runs[False, True]
+    assert all(np.array_equal(mine, eager) for mine, eager in zip(runs[True, True][1], images, strict=True))
+    assert all(run[0] == losses and torch.equal(run[2], weights) for run in runs.values())
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_a_new_shape_takes_the_memory_of_graphs_where_it_is_short(base, monkeypatch):
+    """Its first step runs eagerly: beside the memory of graphs, it would need as much again."""
+    peaks, runs = [], []
+    for available in (2**60, 0):
+        monkeypatch.setattr(step_module, "available_bytes", lambda _, available=available: available)
+        step, lora = stepper(base)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        sizes = [(64, 64), (64, 64), (64, 64), (56, 72), (64, 64), (56, 72), (72, 56), (64, 64), (72, 56)]
+        losses = [step([batch_of(number, 16, *size)], RATE).loss for number, size in enumerate(sizes)]
+        assert step.graphs.captured >= 2
+        peaks.append(torch.cuda.max_memory_reserved() - before)
+        runs.append((losses, lora.weights.detach().clone()))
+        del step, lora
+    assert runs[0][0] == runs[1][0]
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert peaks[1] < 0.7 * peaks[0]
 
 
 def in_fp16(batch: Batch) -> Batch:
@@ -575,8 +598,8 @@ def test_kernels_of_scaled_columns(has_bias, gap):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rank", "keeps"), [(3, False), *itertools.product([8, 32, 40, 64], [False, True])])
-def test_the_feed_forward_of_a_block_is_that_of_its_layers_one_by_one(base, rank, keeps, dtype):
+@pytest.mark.parametrize("rank", [3, 8, 32, 40, 64])
+def test_the_feed_forward_of_a_block_is_that_of_its_layers_one_by_one(base, rank, dtype):
     """The products along are added up in another order. What GEGLU itself returns is the same bit for bit."""
     unet = load_unet(find_base(str(base), base.parent), torch.device("cuda"), dtype)
     lora = inject(unet, LoraSettings(lora_rank=rank, lora_alpha=rank), seed=3)
@@ -595,7 +618,7 @@ def test_the_feed_forward_of_a_block_is_that_of_its_layers_one_by_one(base, rank
         lora.sums.zero_()
         x, dy = (empty_with_gap(given, given.shape[-1], gap).copy_(given).requires_grad_() for _ in range(2))
         if fuses:
-            y = fused_feed_forward(x, *layers, gap, gap, keeps=keeps)
+            y = fused_feed_forward(x, *layers, gap, gap)
         else:
             y = fused_lora_linear(geglu(fused_lora_linear(x, layers[0]), gap, gap), layers[1])
         (dx,) = torch.autograd.grad(y, x, dy.detach())
@@ -618,6 +641,56 @@ def test_products_are_appended_to_rows(n, rank):
     assert torch.equal(found.cpu(), expected)
     assert torch.equal(with_gap(found, n * (320 + rank))[:, n * 320 :], kept)
     assert (kept.cpu() - products).float().norm() < 2e-3 * products.float().norm()
+
+
+@pytest.mark.parametrize("rank", [3, 8, 32, 64])
+def test_gradients_of_several_layers_are_added_by_one_kernel(rank):
+    """In one backward, with more layers than the kernel takes at a time, and other numbers of rows and parts."""
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    layers = []
+    for rows, out, width, n in ((333, 320, 640, 3), (1000, 640, 320, 1), (77, 96, 160, 2), (512, 1280, 200, 1), (333, 64, 64, 1)):
+        dy, x = normal(rows, n * (out + rank)).bfloat16()[:, : n * out], normal(rows, width + 8).bfloat16()[:, :width]
+        h, g = (normal(rows, n * rank).bfloat16() for _ in range(2))
+        layers.append((dy, h, normal(n, out, rank), 0.5, x, g, normal(n * rank, width)))
+    expected = []
+    for dy, h, up_grad, scale, x, g, down_grad in layers:
+        parts = [torch.stack(each.float().chunk(len(up_grad), dim=1)) for each in (dy, h)]
+        expected += [up_grad + scale * parts[0].mT @ parts[1], down_grad + g.float().T @ x.float()]
+    anchor = torch.zeros((), device="cuda", requires_grad=True)
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, anchor):
+            return anchor.clone()
+
+        @staticmethod
+        def backward(ctx, d_anchor):
+            for layer in layers:
+                assert takes_gradients(layer[0], layer[4], rank)
+                add_gradients(*layer)
+            return d_anchor
+
+    Backward.apply(anchor).backward()
+    found = [each for layer in layers for each in (layer[2], layer[6])]
+    for ours, exact in zip(found, expected, strict=True):
+        assert (ours - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_upsampling_kernels():
+    results = []
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(1)
+        x, dy = torch.randn(2, 96, 7, 5, generator=generator), torch.randn(2, 96, 14, 10, generator=generator)
+        x = x.to(device).contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = upsample(x)
+        y.backward(dy.to(device))
+        results.append((y.detach().cpu(), x.grad.cpu()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(640, 1280), (33, 2049), (64, 32, 3, 3)])

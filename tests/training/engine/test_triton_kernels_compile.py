@@ -18,7 +18,7 @@ from triton.backends.nvidia import compiler as nvidia  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from training.engine.fast import triton_kernels, triton_products  # noqa: E402
+from training.engine.fast import triton_gradients, triton_kernels, triton_products  # noqa: E402
 
 SHARED_BYTES = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99, 121: 99}
 """KiB of shared memory that a block may use, by compute capability times 10 (CUDA programming guide, "Technical Specifications
@@ -38,20 +38,22 @@ NUMBERS |= {
 NUMBERS |= dict.fromkeys(
     ("rank", "stride_of_out", "stride_of_kept", "part_of_factors", "row_of_factors", "row_of_factor", "column_of_factors"), "i32"
 )
+NUMBERS |= {"stride_of_plus": "i32"}
 NUMBERS |= {"rank_in": "i32", "rank_out": "i32", "count_of_second": "i32", "pieces": "i32", "stride_of_dy": "i32"}
 STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant", "parts", "multipliers")
 """Arguments that are fp32 in memory; all other arguments are in the dtype of the UNet."""
 ROW, GROUPS = {"BLOCK": 2048}, {"R": 32, "C": 64}
-GEGLU = [{"R": rank, "K": triton_products._GEGLU_ROWS, "C": triton_products._GEGLU_COLUMNS} for rank in triton_products._WARPS]
 LAUNCHES = {
     "_layer_norm_forward": [ROW | {"ADDS": adds} for adds in (False, True)],
-    "_layer_norm_backward": [ROW | {"ADDS": adds} for adds in (False, True)],
-    "_geglu_forward": [{"BLOCK": 1024}],
-    "_geglu_backward": [{"BLOCK": 1024}],
-    "_group_sums": [GROUPS | {"chunk": 256, "BACKWARD": backward, "SILU": True} for backward in (False, True)],
+    "_layer_norm_backward": [{"A": 1024, "B": 256, "ADDS": adds} for adds in (False, True)],
+    "_geglu_forward": [{"BLOCK": triton_kernels._GEGLU}],
+    "_geglu_backward": [{"BLOCK": triton_kernels._GEGLU}],
+    "_group_sums": [GROUPS | {"R": triton_kernels._SUMMED_ROWS, "BACKWARD": backward, "SILU": True} for backward in (False, True)],
     "_group_coefficients": [{"BACKWARD": backward, "PLUS": True, "P": 64, "G": 128} for backward in (False, True)],
     "_group_apply": [GROUPS | {"BACKWARD": backward, "SILU": True, "ADDS": backward} for backward in (False, True)],
-    "_add_with_bias": [{"BLOCK": 1024}],
+    "_add": [{"R": 16, "C": 128, "BIAS": has_bias} for has_bias in (False, True)],
+    "_upsample": [{"R": 16, "C": 128, "BACKWARD": backward} for backward in (False, True)],
+    "_add_gradients": [{"R": rank, "K": triton_gradients._ROWS, "C": triton_gradients._COLUMNS} for rank in (16, 32, 64)],
     "_scale_columns": [{"R": 16, "C": 128, "BIAS": has_bias} for has_bias in (False, True)],
     "_scale_columns_backward": [{"chunk": 128, "R": 16, "C": 128, "BIAS": has_bias} for has_bias in (False, True)],
     "_dequantize": [{"R": 4, "C": 1024}],
@@ -62,17 +64,24 @@ LAUNCHES = {
         {"KEEPS": keeps, "R": rank, "K": triton_products._APPEND_ROWS, "C": triton_products._APPEND_COLUMNS}
         for keeps, rank in ((True, 16), (False, 32), (True, 64))
     ],
-    "_geglu_forward_with_products": GEGLU,
-    "_geglu_backward_with_products": GEGLU,
+    "_geglu_forward_with_products": [
+        {"R": rank, "K": triton_products._GEGLU_ROWS, "C": triton_products._GEGLU_COLUMNS} for rank in triton_products._WARPS
+    ],
     "_add_parts": [{"BLOCK": 1024}],
     "_add_products": [{"BLOCK": 1024}],
     "_copy_blocks": [{"R": 128, "C": 32}, {"R": 32, "C": 128}],
 }
 """The compile-time arguments of each kernel at the widths of SDXL."""
+ALIGNED = {
+    "_geglu_backward_with_lora": ("width", "chunk", "projected", "d_out", "d_projected"),
+    "_geglu_forward_with_products": ("width", "stride", "chunk", "projected", "out", "factor", "row_of_factor"),
+    "_append_products": ("width", "stride", "stride_of_out", "first", "second", "third", "out", "factors"),
+}
+"""Arguments that are multiples of 16 at these widths and ranks, which Triton finds out when it launches a kernel."""
 
 
 def kernels() -> dict[str, JITFunction]:
-    found = vars(triton_kernels) | vars(triton_products)
+    found = vars(triton_gradients) | vars(triton_kernels) | vars(triton_products)
     parts_of_others = ("_silu_slope", "geglu_gradients", "geglu_output")
     return {name: each for name, each in found.items() if isinstance(each, JITFunction) and name not in parts_of_others}
 
@@ -96,14 +105,22 @@ def test_a_kernel_fits_a_chip(name, chip, tmp_path, monkeypatch):
         types = {each: "constexpr" if each in constants else type_of(name, each, dtype.name) for each in kernel.arg_names}
         target = GPUTarget("cuda", chip, 32)
         options, multiples = {}, {}
+        if name in ALIGNED:
+            multiples = {(kernel.arg_names.index(each),): [["tt.divisibility", 16]] for each in ALIGNED[name]}
         if name == "_geglu_backward_with_lora":
             options = {"num_warps": triton_products._WARPS[constants["R_IN"]], "num_stages": triton_products._STAGES}
-            aligned = ("width", "chunk", "projected", "d_out", "d_projected")
-            multiples = {(kernel.arg_names.index(each),): [["tt.divisibility", 16]] for each in aligned}
-        elif name in ("_geglu_forward_with_products", "_geglu_backward_with_products"):
+        elif name == "_geglu_forward_with_products":
             options = {"num_stages": triton_products._GEGLU_STAGES}
         elif name == "_append_products":
             options = {"num_stages": triton_products._APPEND_STAGES}
+        elif name == "_layer_norm_backward":
+            options = {"num_warps": 1}
+        elif name == "_add_gradients":
+            if chip < 80:
+                continue  # `ops.takes_gradients` is false
+            types["jobs"] = ((f"*{dtype.name}", f"*{dtype.name}", "*fp32", *["i32"] * 6, "fp32"),) * 8
+            options = {"num_stages": triton_gradients._STAGES}
+            multiples = {(0, job, number): [["tt.divisibility", 16]] for job in range(8) for number in range(9)}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=multiples)
         compiled = triton.compile(source, target=target, options=options)
         assert compiled.metadata.shared <= SHARED_BYTES[chip] * 1024

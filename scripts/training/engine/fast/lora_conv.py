@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from training.engine.fast.lora_linear import accumulate
+from training.engine.fast.gradients import accumulate
 from training.engine.fast.ops import as_image, as_rows, dequantized, scale_columns
 from training.engine.fast.row_scales import RowScales
 from training.models.int8 import Int8Conv2d, conv_input_gradient

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from training.engine.fast.gaps import with_gap
+from training.engine.fast.gradients import accumulate, add_gradients, as_groups
 from training.engine.fast.ops import append_products, dequantized, scale_columns, takes_products
 from training.engine.fast.row_scales import RowScales
 
@@ -107,12 +108,7 @@ class _FusedLoraLinearFunction(torch.autograd.Function):
     def backward(ctx, *dys):
         layer, (rows, h, y) = ctx.layer, ctx.saved_tensors
         dy, g = gradient_of_h([each.reshape(len(rows), -1) for each in dys], layer, y)
-        n = len(layer.up)
-        if n == 1:
-            accumulate(layer.up_grad[0], dy.T, h, layer.scale)
-        else:
-            accumulate(layer.up_grad, _as_groups(dy, n).mT, _as_groups(h, n), layer.scale)
-        accumulate(layer.down_grad, g.T, rows, 1.0)
+        add_gradients(dy, h, layer.up_grad, layer.scale, rows, g, layer.down_grad)
         if not ctx.needs_input_grad[0]:
             return None, None, None
         dx = gradient_of_input(dy, g, layer)
@@ -139,7 +135,7 @@ def product(rows: torch.Tensor, layer: FusedLoraLinear, *, has_h: bool = False) 
         y.addmm_(h, layer.up[0].T)
     else:
         # One batched product adds the n LoRA outputs to their columns of y.
-        _as_groups(y, n).baddbmm_(_as_groups(h, n), layer.up.mT)
+        as_groups(y, n).baddbmm_(as_groups(h, n), layer.up.mT)
     return y, h
 
 
@@ -162,7 +158,7 @@ def gradient_of_h(
         torch.mm(dy, layer.up[0], out=g)
     else:
         # The batched product writes straight into the [N, n * rank] layout that the product with `down` reads.
-        torch.bmm(_as_groups(dy, n), layer.up, out=_as_groups(g, n))
+        torch.bmm(as_groups(dy, n), layer.up, out=as_groups(g, n))
     return dy, g
 
 
@@ -204,25 +200,8 @@ class _FusedContextFunction(torch.autograd.Function):
         dy = torch.stack([part.reshape(-1, out) for part in dys])  # [n, N, out]
         if layer.scales:
             in_rows = (part.transpose(0, 1).reshape(-1, n * out) for part in (dy, y))
-            dy = _as_groups(layer.scales.backward(*in_rows, None), n)
+            dy = as_groups(layer.scales.backward(*in_rows, None), n)
         g = torch.bmm(dy, layer.up).transpose(0, 1).reshape(-1, n * rank)
         accumulate(layer.up_grad, dy.mT, h, layer.scale)
         accumulate(layer.down_grad, g.T, rows, 1.0)
         return None, None, None
-
-
-def _as_groups(rows: torch.Tensor, n: int) -> torch.Tensor:
-    """[N, n * width] as [n, N, width], without a copy."""
-    return rows.view(rows.shape[0], n, -1).transpose(0, 1)
-
-
-def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
-    """total += scale * a @ b, in fp32 whatever the dtype of `a` and `b`."""
-    add = torch.addmm if a.dim() == 2 else torch.baddbmm
-    if a.dtype == total.dtype:
-        add(total, a, b, alpha=scale, out=total)
-    elif a.device.type == "cuda":
-        # cuBLAS multiplies bf16 and accumulates in fp32 anyway; `out_dtype` keeps that sum instead of rounding it.
-        add(total, a, b, out_dtype=total.dtype, alpha=scale, out=total)
-    else:
-        total.add_(torch.matmul(a.to(total.dtype), b.to(total.dtype)), alpha=scale)

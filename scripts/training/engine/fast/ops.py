@@ -35,6 +35,14 @@ def _products() -> ModuleType | None:
     return products
 
 
+@functools.cache
+def _gradients() -> ModuleType:
+    """The Triton kernel that adds up gradients of LoRAs."""
+    import training.engine.fast.triton_gradients as gradients
+
+    return gradients
+
+
 def copier(flat: torch.Tensor, targets: Sequence[tuple[int, torch.Tensor]], scale: float) -> Callable[[], None]:
     """A function that copies parts of `flat`, times `scale`, to `targets`: where a part begins, and a matrix, whose rows
     need not be contiguous."""
@@ -85,13 +93,13 @@ CARDS_WITH_HBM = {(8, 0), (9, 0), (10, 0), (10, 3)}
 """Compute capabilities of A100, H100 and H200, B200 and B300."""
 
 
-def keeps_activations(device: torch.device) -> bool:
-    """Whether a feed-forward keeps its activations there, instead of `geglu_backward_with_lora`.
+def short_of_bandwidth(device: torch.device) -> bool:
+    """Whether a feed-forward gains there from `geglu_with_products` and `geglu_backward_with_lora`: fewer bytes in slower kernels.
 
-    On an H200 each multiprocessor moves 15 GB/s in that kernel, less than the card's memory gives it (36). A GB10 has 5.7 GB/s for
-    each, an RTX 4090 7.9, an RTX 3090 11, so that memory should be the limit there, and fewer bytes win: computed, not measured.
+    On an H200 each multiprocessor moves 13 and 15 GB/s in them, less than the card's memory gives it (36). A GB10 has 5.7 GB/s for
+    each, an RTX 4090 7.9, an RTX 3090 11, so that memory should be the limit there: computed, not measured.
     """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in CARDS_WITH_HBM
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) not in CARDS_WITH_HBM
 
 
 def geglu_with_products(projected: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -101,20 +109,17 @@ def geglu_with_products(projected: torch.Tensor, factor: torch.Tensor) -> torch.
     return append_products([geglu(projected)], factor.T[None])[0]
 
 
-def geglu_backward_with_products(projected: torch.Tensor, d_out: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """The gradient of `projected` [N, 2 D] from that of geglu(projected), `d_out` [N, D], with a gap that holds its product with
-    `factor` [2 D, r]."""
-    if projected.is_cuda:
-        return _products().geglu_backward_with_products(projected, d_out, factor)
-    return append_products([_gradient_of_geglu(projected, d_out)[1]], factor[None])[0]
+def takes_gradients(dy: torch.Tensor, x: torch.Tensor, rank: int) -> bool:
+    """Whether `add_layer_gradients` takes a layer of this rank with the output's gradient `dy` and the input `x`; not on Turing
+    (compute capability 7.5), which has too few registers."""
+    if not dy.is_cuda or not takes_products(dy, rank) or torch.cuda.get_device_capability(dy.device) < (8, 0):
+        return False
+    return dy.stride(1) == x.stride(1) == 1
 
 
-def _gradient_of_geglu(projected: torch.Tensor, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """geglu(projected), and the gradient of `projected` from that of it."""
-    with torch.enable_grad():
-        leaf = projected.detach().requires_grad_()
-        out = geglu(leaf)
-    return out.detach(), *torch.autograd.grad(out, leaf, d_out)
+def add_layer_gradients(layers: Sequence[tuple]) -> None:
+    """Add both LoRA gradients of each of `layers`, the arguments of `gradients.add_gradients`, on a GPU."""
+    _gradients().add_gradients(layers)
 
 
 def geglu_backward_with_lora(
@@ -133,9 +138,12 @@ def geglu_backward_with_lora(
     """
     if projected.is_cuda:
         return _products().geglu_backward_with_lora(projected, d_out, h, g, up_grad, down_grad, scale, gap)
-    out, d_projected = _gradient_of_geglu(projected, d_out)
+    with torch.enable_grad():
+        leaf = projected.detach().requires_grad_()
+        out = geglu(leaf)
+    (d_projected,) = torch.autograd.grad(out, leaf, d_out)
     up_grad += scale * d_projected.to(up_grad.dtype).T @ h.to(up_grad.dtype)
-    down_grad += g.to(up_grad.dtype).T @ out.to(up_grad.dtype)
+    down_grad += g.to(up_grad.dtype).T @ out.detach().to(up_grad.dtype)
     return d_projected
 
 
@@ -154,24 +162,37 @@ def append_products(
 
 
 def group_norm(
-    x: torch.Tensor, plus: torch.Tensor | None, norm: torch.nn.GroupNorm, *, silu: bool
+    x: torch.Tensor, plus: torch.Tensor | None, norm: torch.nn.GroupNorm, *, silu: bool, gap: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`x` [B, C, h, w], `plus` [B, C] (or None) -> `x` itself, and the group norm of x + plus, with SiLU if requested.
 
     A caller that also needs `x` itself takes it from here, so that its gradient can be added on the way. On a GPU, `plus` gets
-    no gradient.
+    no gradient, and `gap` columns are left free behind the channels of each pixel of the norm.
     """
     if x.is_cuda and _kernels():
-        return _GroupNorm.apply(x, plus, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
-    normed = norm(x if plus is None else x + plus[:, :, None, None])
+        return _GroupNorm.apply(x, plus, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, gap)
+    total = x if plus is None else x + plus[:, :, None, None]
+    normed = F.group_norm(total, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return x, F.silu(normed) if silu else normed
+
+
+def add(x: torch.Tensor, y: torch.Tensor, gap: int = 0) -> torch.Tensor:
+    """`x` + `y`, [..., D] both; on a GPU with a gap behind the rows of the sum."""
+    return _Add.apply(x.contiguous(), y.contiguous(), None, gap) if x.is_cuda and _kernels() else x + y
 
 
 def add_with_bias(x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """`x` + `y` + `bias`: [B, C, h, w] both, and [C]."""
     if x.is_cuda and _kernels():
-        return _AddWithBias.apply(x, y, bias)
+        return as_image(_Add.apply(as_rows(x), as_rows(y), bias, 0), x)
     return x + y + bias[:, None, None]
+
+
+def upsample(x: torch.Tensor) -> torch.Tensor:
+    """[B, C, h, w] -> [B, C, 2 h, 2 w], each pixel four times."""
+    if x.is_cuda and _kernels():
+        return _Upsample.apply(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+    return F.interpolate(x, scale_factor=2.0)
 
 
 def scale_columns(y: torch.Tensor, g: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -227,9 +248,9 @@ class _Geglu(torch.autograd.Function):
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, plus, weight, bias, groups, eps, silu):
+    def forward(ctx, x, plus, weight, bias, groups, eps, silu, gap):
         rows = as_rows(x)
-        out, kept = _kernels().group_norm_forward(rows, plus, weight, bias, groups, eps, silu)
+        out, kept = _kernels().group_norm_forward(rows, plus, weight, bias, groups, eps, silu, gap)
         ctx.groups, ctx.silu = groups, silu
         ctx.save_for_backward(rows, plus, weight, *kept)
         ctx.set_materialize_grads(False)
@@ -243,18 +264,29 @@ class _GroupNorm(torch.autograd.Function):
         rows, plus, weight, *kept = ctx.saved_tensors
         d_rows = None if d_x is None else as_rows(d_x)
         dx = _kernels().group_norm_backward(rows, plus, weight, ctx.groups, ctx.silu, kept, as_rows(d_normed), d_rows)
-        return as_image(dx, d_normed), None, None, None, None, None, None
+        return as_image(dx, d_normed), None, None, None, None, None, None, None
 
 
-class _AddWithBias(torch.autograd.Function):
+class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, bias):
-        return as_image(_kernels().add_with_bias(as_rows(x), as_rows(y), bias), x)
+    def forward(ctx, x, y, bias, gap):
+        return _kernels().add(x, y, bias, gap)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        return d_out, d_out, None
+        return d_out, d_out, None, None
+
+
+class _Upsample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return _kernels().upsample(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        return _kernels().upsample_backward(d_out.contiguous())
 
 
 def as_rows(image: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ in the dtype of the UNet; an image [B, C, h, w] is read as rows [B, h * w, C] (c
 give the same bits.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -16,9 +18,12 @@ _GROUP_ROWS, _GROUP_COLUMNS = 32, 64
 _ROWS, _COLUMNS = 4, 1024
 """Tile of a weight in 8 bits."""
 _SUM_ROWS, _SUM_COLUMNS, _ROWS_PER_SUM = 16, 128, 128
-"""Tile of a matrix whose columns are summed up, and the rows of it that one program sums up before the parts are added."""
-_ROWS_PER_PROGRAM = 256
-"""Of an image, that one program sums up before the group norm's second kernel adds the parts."""
+"""Tile of a matrix that is added to another or whose columns are summed up, and the rows of it that one program sums up before
+the parts are added."""
+_SUMMED_ROWS, _PROGRAMS = 64, 3
+"""Rows of an image that a program of the group norm's first kernel reads at a time, and its programs for each multiprocessor."""
+_GEGLU = 512
+"""Columns of a program of the GEGLU."""
 
 
 @triton.jit
@@ -47,21 +52,32 @@ def _layer_norm_forward(y, x, weight, bias, total, normed, mean, rstd, width, st
 
 
 @triton.jit
-def _layer_norm_backward(total, weight, mean, rstd, d_normed, d_total, dx, width, stride_of_d_total, stride, ADDS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip # noqa: E501
+def _layer_norm_backward(total, weight, mean, rstd, d_normed, d_total, dx, width, stride_of_d_total, stride, ADDS: tl.constexpr, A: tl.constexpr, B: tl.constexpr):  # fmt: skip # noqa: E501
+    # One warp per row, which needs no barriers. The width is seldom a power of 2, but SDXL's are the sum of two, 1280 = 1024 + 256:
+    # `A` columns and then up to `B`, so that no register holds what is beyond the row.
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    value = tl.load(total + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    inverse = tl.load(rstd + row)
+    first, second = tl.arange(0, A), A + tl.arange(0, B)
+    inside = second < width
+    total += row * width
+    d_normed += row * width
     # With y = w hat + b and hat = (x - mean) rstd:  dx = rstd (w dy - mean(w dy) - hat mean(w dy hat)), means over the row.
-    hat = tl.where(inside, (value - tl.load(mean + row)) * inverse, 0.0)
-    wdy = w * tl.load(d_normed + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    result = inverse * (wdy - tl.sum(wdy, 0) / width - hat * (tl.sum(wdy * hat, 0) / width))
+    average, inverse = tl.load(mean + row), tl.load(rstd + row)
+    hat_a = (tl.load(total + first).to(tl.float32) - average) * inverse
+    hat_b = (tl.load(total + second, mask=inside, other=0.0).to(tl.float32) - average) * inverse
+    wdy_a = tl.load(weight + first).to(tl.float32) * tl.load(d_normed + first).to(tl.float32)
+    wdy_b = tl.load(weight + second, mask=inside, other=0.0).to(tl.float32)
+    wdy_b *= tl.load(d_normed + second, mask=inside, other=0.0).to(tl.float32)
+    of_dy = (tl.sum(wdy_a, 0) + tl.sum(wdy_b, 0)) / width
+    of_dy_hat = (tl.sum(wdy_a * hat_a, 0) + tl.sum(wdy_b * hat_b, 0)) / width
+    a, b = inverse * (wdy_a - of_dy - hat_a * of_dy_hat), inverse * (wdy_b - of_dy - hat_b * of_dy_hat)
     if ADDS:
         # `total` is also the residual stream: its own gradient is added without a kernel of its own.
-        result += tl.load(d_total + row * stride_of_d_total + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx + row * stride + columns, result, mask=inside)
+        d_total += row * stride_of_d_total
+        a += tl.load(d_total + first).to(tl.float32)
+        b += tl.load(d_total + second, mask=inside, other=0.0).to(tl.float32)
+    dx += row * stride
+    tl.store(dx + first, a)
+    tl.store(dx + second, b, mask=inside)
 
 
 @triton.jit
@@ -118,12 +134,13 @@ def _silu_slope(z):
 
 
 @triton.jit
-def _group_sums(x, dy, scale, shift, sums, rows, channels, chunk: tl.constexpr, chunks, BACKWARD: tl.constexpr, SILU: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
+def _group_sums(x, dy, scale, shift, sums, rows, channels, chunk, chunks, BACKWARD: tl.constexpr, SILU: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
     """Per image, chunk of rows and channel: sum of x and x^2; backward: sum of dz and dz * x, z = scale * x + shift."""
     image, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = tl.program_id(2) * C + tl.arange(0, C)
     inside = columns < channels
-    first, second = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    # Each element of the tile has sums of its own: adding up its rows takes barriers, here once.
+    first, second = tl.zeros((R, C), tl.float32), tl.zeros((R, C), tl.float32)
     if BACKWARD:
         # SiLU's slope needs z, which is computed again from x: cheaper than to keep it.
         a = tl.load(scale + image * channels + columns, mask=inside, other=0.0)
@@ -137,18 +154,18 @@ def _group_sums(x, dy, scale, shift, sums, rows, channels, chunk: tl.constexpr, 
             dz = tl.load(dy + offset, mask=here, other=0.0).to(tl.float32)
             if SILU:
                 dz *= _silu_slope(value * a[None, :] + b[None, :])
-            first += tl.sum(dz, 0)
-            second += tl.sum(dz * value, 0)
+            first += dz
+            second += dz * value
         else:
-            first += tl.sum(value, 0)
-            second += tl.sum(value * value, 0)
+            first += value
+            second += value * value
     offset = ((image * chunks + piece) * 2) * channels + columns
-    tl.store(sums + offset, first, mask=inside)
-    tl.store(sums + offset + channels, second, mask=inside)
+    tl.store(sums + offset, tl.sum(first, 0), mask=inside)
+    tl.store(sums + offset + channels, tl.sum(second, 0), mask=inside)
 
 
 @triton.jit
-def _group_coefficients(sums, weight, bias, plus, scale, shift, mean, rstd, linear, constant, rows, channels, chunks, groups, eps, BACKWARD: tl.constexpr, PLUS: tl.constexpr, P: tl.constexpr, G: tl.constexpr):  # fmt: skip # noqa: E501
+def _group_coefficients(sums, weight, bias, plus, scale, shift, mean, rstd, linear, constant, rows, channels, chunks, groups, stride_of_plus, eps, BACKWARD: tl.constexpr, PLUS: tl.constexpr, P: tl.constexpr, G: tl.constexpr):  # fmt: skip # noqa: E501
     """Per image and group: forward the scale and shift of each channel, backward dx = dz * scale + x * linear + constant."""
     image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     size = channels // groups
@@ -162,7 +179,7 @@ def _group_coefficients(sums, weight, bias, plus, scale, shift, mean, rstd, line
     w = tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     p = tl.zeros((G,), tl.float32)
     if PLUS:
-        p = tl.load(plus + image * channels + channel, mask=inside, other=0.0).to(tl.float32)
+        p = tl.load(plus + image * stride_of_plus + channel, mask=inside, other=0.0).to(tl.float32)
     count = rows * size  # values in the group
     if BACKWARD:
         # hat = (x + p - mean) rstd, z = w hat + b. `first` and `second` are the sums of dz and dz x over the rows, so that
@@ -191,7 +208,7 @@ def _group_coefficients(sums, weight, bias, plus, scale, shift, mean, rstd, line
 
 
 @triton.jit
-def _group_apply(x, dy, d_x, scale, shift, linear, constant, out, rows, channels, BACKWARD: tl.constexpr, SILU: tl.constexpr, ADDS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
+def _group_apply(x, dy, d_x, scale, shift, linear, constant, out, rows, channels, stride, BACKWARD: tl.constexpr, SILU: tl.constexpr, ADDS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
     """Forward silu(scale * x + shift); backward dz * scale + x * linear + constant, plus d_x."""
     image = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * R + tl.arange(0, R)
@@ -214,21 +231,47 @@ def _group_apply(x, dy, d_x, scale, shift, linear, constant, out, rows, channels
             result += tl.load(d_x + offset, mask=here, other=0.0).to(tl.float32)
     else:
         result = z * tl.sigmoid(z) if SILU else z
-    tl.store(out + offset, result, mask=here)
+    tl.store(out + (image * rows + row[:, None]) * stride + columns[None, :], result, mask=here)
 
 
 @triton.jit
-def _add_with_bias(x, y, bias, out, count, channels, BLOCK: tl.constexpr):
-    # Channels are last, so the channel of an element is its offset modulo their number.
-    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < count
-    total = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32) + tl.load(y + offset, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + offset, total + tl.load(bias + offset % channels, mask=inside, other=0.0).to(tl.float32), mask=inside)
+def _add(x, y, bias, out, rows, width, stride, BIAS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    # Tiles, so that no element has to find its column by a division.
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
+    column = tl.program_id(1) * C + tl.arange(0, C)
+    inside = column < width
+    here = (row < rows) & inside[None, :]
+    offset = row * width + column[None, :]
+    total = tl.load(x + offset, mask=here, other=0.0).to(tl.float32) + tl.load(y + offset, mask=here, other=0.0).to(tl.float32)
+    if BIAS:
+        total += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + row * stride + column[None, :], total, mask=here)
+
+
+@triton.jit
+def _upsample(x, out, rows, width, channels, BACKWARD: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """R pixels of a small image [rows / width, width], each of which is four of `out`; backward their sum."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    column = tl.program_id(1) * C + tl.arange(0, C)
+    here = (row < rows)[:, None] & (column < channels)[None, :]
+    small = x + row[:, None] * channels + column[None, :]
+    # Rows of pixels are twice as wide and twice as many in the large image.
+    large = out + (row // width * 4 * width + row % width * 2)[:, None] * channels + column[None, :]
+    below = large + 2 * width * channels
+    if BACKWARD:
+        total = tl.load(large, mask=here, other=0.0).to(tl.float32) + tl.load(large + channels, mask=here, other=0.0).to(tl.float32)
+        total += tl.load(below, mask=here, other=0.0).to(tl.float32)
+        tl.store(small, total + tl.load(below + channels, mask=here, other=0.0).to(tl.float32), mask=here)
+    else:
+        value = tl.load(small, mask=here, other=0.0)
+        tl.store(large, value, mask=here)
+        tl.store(large + channels, value, mask=here)
+        tl.store(below, value, mask=here)
+        tl.store(below + channels, value, mask=here)
 
 
 @triton.jit
 def _scale_columns(y, multipliers, bias, rows, width, BIAS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    # Tiles, so that no element has to find its column by a division of 64-bit numbers.
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
     column = tl.program_id(1) * C + tl.arange(0, C)
     inside = column < width
@@ -300,12 +343,13 @@ def layer_norm_forward(y, x, weight, bias, eps, gap=0):
 def layer_norm_backward(total, weight, mean, rstd, d_normed, d_total, gap=0):
     """The gradient of total, with a gap behind its rows: through the norm, plus `d_total` (or None), which may have one too."""
     width, dx = total.shape[-1], empty_with_gap(total, total.shape[-1], gap)
-    block, adds = triton.next_power_of_2(width), d_total is not None
+    adds, first = d_total is not None, triton.next_power_of_2(width) // 2
     rows = d_total.reshape(-1, width) if adds else d_normed.reshape(-1, width)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     _layer_norm_backward[(mean.numel(),)](
-        total, weight, mean, rstd, d_normed, rows, dx, width, rows.stride(0), width + gap, adds, block, num_warps=4
-    )
+        total, weight, mean, rstd, d_normed, rows, dx, width, rows.stride(0), width + gap, adds, first,
+        triton.next_power_of_2(width - first), num_warps=1,
+    )  # fmt: skip
     return dx
 
 
@@ -313,7 +357,7 @@ def geglu_forward(projected, gap=0):
     """`projected` [N, 2 D] -> first half * gelu(second half) [N, D], with a gap behind its rows."""
     rows, width = projected.shape[0], projected.shape[1] // 2
     out = empty_with_gap(projected, width, gap)
-    _geglu_forward[(rows, triton.cdiv(width, 1024))](projected, out, width, width + gap, 1024)
+    _geglu_forward[(rows, triton.cdiv(width, _GEGLU))](projected, out, width, width + gap, _GEGLU, num_warps=2)
     return out
 
 
@@ -321,7 +365,8 @@ def geglu_backward(projected, d_out, gap=0):
     """The gradient of `projected`, with a gap behind its rows."""
     rows, width = d_out.shape
     d_projected = empty_with_gap(projected, 2 * width, gap)
-    _geglu_backward[(rows, triton.cdiv(width, 1024))](projected, d_out, d_projected, width, 2 * width + gap, 1024)
+    grid = rows, triton.cdiv(width, _GEGLU)
+    _geglu_backward[grid](projected, d_out, d_projected, width, 2 * width + gap, _GEGLU, num_warps=2)
     return d_projected
 
 
@@ -355,19 +400,20 @@ def dequantize(codes, scales):
     return out
 
 
-def group_norm_forward(x, plus, weight, bias, groups, eps, silu):
-    """`x` [B, rows, C], `plus` [B, C] or None -> silu(group_norm(x + plus)) (without silu if requested) and what backward needs."""
+def group_norm_forward(x, plus, weight, bias, groups, eps, silu, gap=0):
+    """`x` [B, rows, C], `plus` [B, C], which may be part of wider rows, or None -> silu(group_norm(x + plus)) (without silu if
+    requested), with a gap behind its rows, and what backward needs."""
     images, rows, channels = x.shape
     scale, shift, mean, rstd = _per_channel(x, 2, channels) + _per_channel(x, 2, groups)
     sums, chunks = _sums(x, x, scale, shift, backward=False, silu=silu)
     p, g = triton.next_power_of_2(chunks), triton.next_power_of_2(channels // groups)
     _group_coefficients[(images, groups)](
-        sums, weight, bias, plus, scale, shift, mean, rstd, scale, shift, rows, channels, chunks, groups, eps, False,
-        plus is not None, p, g,
+        sums, weight, bias, plus, scale, shift, mean, rstd, scale, shift, rows, channels, chunks, groups,
+        0 if plus is None else plus.stride(0), eps, False, plus is not None, p, g,
     )  # fmt: skip
-    out = torch.empty_like(x)
+    out = empty_with_gap(x, channels, gap)
     _group_apply[_tiles(x)](
-        x, x, x, scale, shift, scale, shift, out, rows, channels, False, silu, False, _GROUP_ROWS, _GROUP_COLUMNS
+        x, x, x, scale, shift, scale, shift, out, rows, channels, channels + gap, False, silu, False, _GROUP_ROWS, _GROUP_COLUMNS
     )
     return out, (scale, shift, mean, rstd)
 
@@ -380,28 +426,45 @@ def group_norm_backward(x, plus, weight, groups, silu, kept, dy, d_x):
     linear, constant = _per_channel(x, 2, channels)
     p, g = triton.next_power_of_2(chunks), triton.next_power_of_2(channels // groups)
     _group_coefficients[(images, groups)](
-        sums, weight, weight, plus, scale, shift, mean, rstd, linear, constant, rows, channels, chunks, groups, 0.0, True,
-        plus is not None, p, g,
+        sums, weight, weight, plus, scale, shift, mean, rstd, linear, constant, rows, channels, chunks, groups,
+        0 if plus is None else plus.stride(0), 0.0, True, plus is not None, p, g,
     )  # fmt: skip
     out = torch.empty_like(x)
     _group_apply[_tiles(x)](
-        x, dy, d_x, scale, shift, linear, constant, out, rows, channels, True, silu, d_x is not None, _GROUP_ROWS, _GROUP_COLUMNS
-    )
+        x, dy, d_x, scale, shift, linear, constant, out, rows, channels, channels, True, silu, d_x is not None, _GROUP_ROWS,
+        _GROUP_COLUMNS,
+    )  # fmt: skip
     return out
 
 
-def add_with_bias(x, y, bias):
-    """`x` + `y` + `bias`; the last dimension of `x` and `y` is that of `bias`."""
-    out, count = torch.empty_like(x), x.numel()
-    _add_with_bias[(triton.cdiv(count, 1024),)](x, y, bias, out, count, bias.numel(), 1024)
+def add(x, y, bias=None, gap=0):
+    """`x` + `y`, contiguous and [..., D] both, plus `bias` [D] or None; with a gap behind the rows of the sum."""
+    width = x.shape[-1]
+    rows, out = x.numel() // width, empty_with_gap(x, width, gap)
+    _add[_sum_tiles(x)](x, y, bias, out, rows, width, width + gap, bias is not None, _SUM_ROWS, _SUM_COLUMNS)
     return out
+
+
+def upsample(x):
+    """[B, h, w, C] -> [B, 2 h, 2 w, C]: each pixel four times."""
+    images, height, width, channels = x.shape
+    out = x.new_empty(images, 2 * height, 2 * width, channels)
+    _upsample[_sum_tiles(x)](x, out, x.numel() // channels, width, channels, False, _SUM_ROWS, _SUM_COLUMNS)
+    return out
+
+
+def upsample_backward(d_out):
+    """The reverse: the sum of each four pixels."""
+    images, height, width, channels = d_out.shape
+    dx = d_out.new_empty(images, height // 2, width // 2, channels)
+    _upsample[_sum_tiles(dx)](dx, d_out, dx.numel() // channels, width // 2, channels, True, _SUM_ROWS, _SUM_COLUMNS)
+    return dx
 
 
 def scale_columns(y, g, bias):
     """`y` [N, D] times `g` [D], plus `bias` [D] or None, in place."""
     rows, width = y.shape
-    grid = triton.cdiv(rows, _SUM_ROWS), triton.cdiv(width, _SUM_COLUMNS)
-    _scale_columns[grid](y, g, g if bias is None else bias, rows, width, bias is not None, _SUM_ROWS, _SUM_COLUMNS)
+    _scale_columns[_sum_tiles(y)](y, g, g if bias is None else bias, rows, width, bias is not None, _SUM_ROWS, _SUM_COLUMNS)
 
 
 def scale_columns_backward(dy, y, g, bias, gap):
@@ -417,20 +480,33 @@ def scale_columns_backward(dy, y, g, bias, gap):
     return dx, sums.sum(0)
 
 
+def _sum_tiles(x):
+    return triton.cdiv(x.numel() // x.shape[-1], _SUM_ROWS), triton.cdiv(x.shape[-1], _SUM_COLUMNS)
+
+
 def _per_channel(x, how_many, width):
     return tuple(torch.empty(x.shape[0], width, dtype=torch.float32, device=x.device) for _ in range(how_many))
 
 
 def _sums(x, dy, scale, shift, *, backward, silu):
     images, rows, channels = x.shape
-    chunk = min(_ROWS_PER_PROGRAM, triton.cdiv(rows, _GROUP_ROWS) * _GROUP_ROWS)
+    columns = triton.cdiv(channels, _GROUP_COLUMNS)
+    # A few programs for each multiprocessor read all that its memory gives it, and leave few sums to be added.
+    pieces = max(1, _PROGRAMS * _processors(x.device) // (images * columns))
+    chunk = triton.cdiv(triton.cdiv(rows, pieces), _SUMMED_ROWS) * _SUMMED_ROWS
     chunks = triton.cdiv(rows, chunk)
     sums = torch.empty(images, chunks, 2, channels, dtype=torch.float32, device=x.device)
-    grid = (images, chunks, triton.cdiv(channels, _GROUP_COLUMNS))
-    _group_sums[grid](x, dy, scale, shift, sums, rows, channels, chunk, chunks, backward, silu, _GROUP_ROWS, _GROUP_COLUMNS)
+    _group_sums[(images, chunks, columns)](
+        x, dy, scale, shift, sums, rows, channels, chunk, chunks, backward, silu, _SUMMED_ROWS, _GROUP_COLUMNS
+    )
     return sums, chunks
 
 
 def _tiles(x):
     images, rows, channels = x.shape
     return images, triton.cdiv(rows, _GROUP_ROWS), triton.cdiv(channels, _GROUP_COLUMNS)
+
+
+@functools.cache
+def _processors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -19,11 +19,11 @@ _PROGRAMS = 4
 """Of `_geglu_backward_with_lora` for each multiprocessor, which holds about so many: rows are divided among them."""
 _WARPS, _STAGES = {16: 4, 32: 4, 64: 8}, 3
 """Of a program, by the columns of its wider skinny factor."""
-_APPEND_ROWS, _APPEND_COLUMNS, _APPEND_STAGES = {"ampere": 64, "turing": 16}, {"ampere": 64, "turing": 32}, 3
+_APPEND_ROWS, _APPEND_COLUMNS, _APPEND_STAGES = {"ampere": 64, "turing": 16}, {"ampere": 64, "turing": 32}, 4
 """Tile of `_append_products`, by the first generation of cards that has the registers for it: rows of a program, and columns that
 it reads at a time. With 16 rows, it took twice the time on an H200."""
-_GEGLU_ROWS, _GEGLU_COLUMNS, _GEGLU_WARPS, _GEGLU_STAGES = 32, 32, 4, 3
-"""The same for the GEGLU with products of its rows."""
+_GEGLU_ROWS, _GEGLU_COLUMNS, _GEGLU_STAGES = {"ampere": 64, "turing": 32}, 32, 3
+"""The same for `_geglu_forward_with_products`."""
 
 
 @triton.jit
@@ -119,40 +119,6 @@ def _geglu_forward_with_products(projected, factor, out, parts, rows, width, ran
 
 
 @triton.jit
-def _geglu_backward_with_products(projected, d_out, factor, d_projected, parts, rows, width, rank, stride, row_of_factor, chunk, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
-    """The same for the gradient of `projected`, whose products with a factor [2 * width, rank] are those of values and of gates."""
-    piece = tl.program_id(1)
-    first = piece * chunk
-    row, column, r = tl.program_id(0) * K + tl.arange(0, K), first + tl.arange(0, C), tl.arange(0, R)
-    exists, is_rank = (row < rows)[:, None], (r < rank)[None, :]
-    row = row[:, None].to(tl.int64)
-    source, target = projected + row * 2 * width + column[None, :], d_projected + row * stride + column[None, :]
-    d_out += row * width + column[None, :]
-    factor += column[:, None] * row_of_factor + r[None, :]
-    of_gates = factor + width * row_of_factor
-    sums = tl.zeros((K, R), tl.float32)
-    for start in range(0, chunk, C):
-        inside = start + column < width
-        here, held = exists & inside[None, :], inside[:, None] & is_rank
-        value = tl.load(source, mask=here, other=0.0).to(tl.float32)
-        gate = tl.load(source + width, mask=here, other=0.0).to(tl.float32)
-        dy = tl.load(d_out, mask=here, other=0.0).to(tl.float32)
-        _, d_value, d_gate = geglu_gradients(value, gate, dy)
-        dtype = d_projected.dtype.element_ty
-        d_value, d_gate = d_value.to(dtype), d_gate.to(dtype)
-        tl.store(target, d_value, mask=here)
-        tl.store(target + width, d_gate, mask=here)
-        sums = tl.dot(d_value, tl.load(factor, mask=held, other=0.0), sums)
-        sums = tl.dot(d_gate, tl.load(of_gates, mask=held, other=0.0), sums)
-        source += C
-        target += C
-        d_out += C
-        factor += C * row_of_factor
-        of_gates += C * row_of_factor
-    tl.store(parts + (piece.to(tl.int64) * rows + row) * rank + r[None, :], sums, mask=exists & is_rank)
-
-
-@triton.jit
 def _add_products(parts, out, count, rank, stride, pieces, BLOCK: tl.constexpr):
     """Adds up the parts of `count` products, and writes them into the gap, where `out` begins."""
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -226,26 +192,18 @@ def geglu_forward_with_products(projected, factor):
     """`projected` [N, 2 D], `factor` [r, D] -> geglu(projected) [N, D], with its products with rows of `factor` in a gap."""
     rows, width, rank = len(projected), projected.shape[1] // 2, len(factor)
     out = empty_with_gap(projected, width, rank)
-    grid, chunk, parts = _row_products(rows, width, rank, projected.device)
-    _geglu_forward_with_products[grid](
+    tile_rows = _GEGLU_ROWS[_generation(projected.device)]
+    # Few rows are not enough programs: columns are divided among them as well.
+    blocks = triton.cdiv(rows, tile_rows)
+    pieces, chunk = _divided(width, _GEGLU_COLUMNS, _PROGRAMS * _processors(projected.device) // blocks)
+    parts = torch.empty(pieces, rows, rank, dtype=torch.float32, device=projected.device)
+    _geglu_forward_with_products[(blocks, pieces)](
         projected, factor, out, parts, rows, width, rank, width + rank, factor.stride(0), chunk,
-        _padded(rank), _GEGLU_ROWS, _GEGLU_COLUMNS, num_warps=_GEGLU_WARPS, num_stages=_GEGLU_STAGES,
+        _padded(rank), tile_rows, _GEGLU_COLUMNS, num_warps=4, num_stages=_GEGLU_STAGES,
     )  # fmt: skip
-    _into_gap(parts, out)
+    gap = with_gap(out, width + rank)[:, width:]
+    _add_products[(triton.cdiv(rows * rank, 1024),)](parts, gap, rows * rank, rank, gap.stride(0), pieces, 1024)
     return out
-
-
-def geglu_backward_with_products(projected, d_out, factor):
-    """The gradient of `projected` [N, 2 D] from `d_out` [N, D], with a gap that holds its products with `factor` [2 D, r]."""
-    (rows, width), rank = d_out.shape, factor.shape[1]
-    d_projected = empty_with_gap(projected, 2 * width, rank)
-    grid, chunk, parts = _row_products(rows, width, rank, projected.device)
-    _geglu_backward_with_products[grid](
-        projected, d_out, factor, d_projected, parts, rows, width, rank, 2 * width + rank, factor.stride(0), chunk,
-        _padded(rank), _GEGLU_ROWS, _GEGLU_COLUMNS, num_warps=_GEGLU_WARPS, num_stages=_GEGLU_STAGES,
-    )  # fmt: skip
-    _into_gap(parts, d_projected)
-    return d_projected
 
 
 def append_products(parts, factors, keeps):
@@ -264,21 +222,6 @@ def append_products(parts, factors, keeps):
         *factors.stride(), keeps, _padded(rank), tile_rows, tile_columns, num_warps=4, num_stages=_APPEND_STAGES,
     )  # fmt: skip
     return out, kept
-
-
-def _row_products(rows, width, rank, device):
-    """Grid, columns of a program, and where its products go, in fp32: few rows are not enough programs, so that columns are divided
-    among them as well."""
-    blocks = triton.cdiv(rows, _GEGLU_ROWS)
-    pieces, chunk = _divided(width, _GEGLU_COLUMNS, _PROGRAMS * _processors(device) // blocks)
-    return (blocks, pieces), chunk, torch.empty(pieces, rows, rank, dtype=torch.float32, device=device)
-
-
-def _into_gap(parts, out):
-    """Adds up `parts` [n, N, r] in the gap behind `out` [N, D]."""
-    pieces, rows, rank = parts.shape
-    gap = with_gap(out, out.shape[1] + rank)[:, out.shape[1] :]
-    _add_products[(triton.cdiv(rows * rank, 1024),)](parts, gap, rows * rank, rank, gap.stride(0), pieces, 1024)
 
 
 def _divided(count, tile, pieces):

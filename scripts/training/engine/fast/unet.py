@@ -4,8 +4,9 @@ Queries, keys and values of a self-attention are one product; keys and values of
 UNet, since they read the same text; images are channels last, so that a transformer reads them without a copy.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,16 @@ from training.engine.fast.lora_linear import (
     fused_lora_linear,
     fused_lora_linears,
 )
-from training.engine.fast.ops import add_layer_norm, add_with_bias, geglu, group_norm, keeps_activations, takes_products
+from training.engine.fast.ops import (
+    add,
+    add_layer_norm,
+    add_with_bias,
+    geglu,
+    group_norm,
+    short_of_bandwidth,
+    takes_products,
+    upsample,
+)
 from training.engine.step import recomputed
 from training.method.adapters import CONTEXT, SELF_ATTENTION
 from training.models.int8 import frozen_conv
@@ -64,15 +74,26 @@ def install_fast_forwards(
     unet.process_encoder_hidden_states = lambda encoder_hidden_states, added_cond_kwargs: _keys_values(
         contexts, groups, encoder_hidden_states
     )
+    unet.conv_norm_out.forward = lambda x, norm=unet.conv_norm_out: group_norm(x, None, norm, silu=True)[1]
+    unet.conv_act.forward = lambda normed: normed  # SiLU, which the norm's kernel computes
+    resnets = {name: module for name, module in modules.items() if isinstance(module, ResnetBlock2D)}
+    # What diffusers hands to the ResNets is what this returns, here all their time embeddings.
+    unet.time_embed_act, columns = _time_embeddings(list(resnets.values()))
+    columns = dict(zip(resnets, columns, strict=True))
     for name, module in modules.items():
-        if isinstance(module, ResnetBlock2D):
-            module.forward = partial(_resnet, module, *(_convolution(modules, f"{name}.conv{i}", convolutions) for i in (1, 2)))
-        elif isinstance(module, Downsample2D | Upsample2D) and f"{name}.conv" in convolutions:
-            module.conv.forward = partial(lora_conv, layer=convolutions[f"{name}.conv"], bias=module.conv.bias)
+        if name in resnets:
+            convs = (_convolution(modules, f"{name}.conv{i}", convolutions) for i in (1, 2))
+            module.forward = partial(_resnet, module, columns[name], *convs)
         elif isinstance(module, Transformer2DModel):
             names = [f"{name}.transformer_blocks.{number}" for number in range(len(module.transformer_blocks))]
             blocks = {each: _block(modules[each], each, layers, groups) for each in names}
-            module.forward = partial(_transformer, module, layers[f"{name}.proj_in"], blocks, layers[f"{name}.proj_out"])
+            around = [(layers[f"{name}.{path}"], columns_beside(groups.get(f"{name}.{path}"))) for path in ("proj_in", "proj_out")]
+            module.forward = partial(_transformer, module, blocks, *around)
+        elif isinstance(module, Downsample2D | Upsample2D):
+            if f"{name}.conv" in convolutions:
+                module.conv.forward = partial(lora_conv, layer=convolutions[f"{name}.conv"], bias=module.conv.bias)
+            if isinstance(module, Upsample2D):
+                module.forward = partial(_upsample, module)
 
 
 def _keys_values(layers: Mapping[str, torch.nn.Module], groups: Mapping[str, FusedLoraLinear], hidden: torch.Tensor) -> KeysValues:
@@ -102,9 +123,8 @@ def _block(block: BasicTransformerBlock, name: str, layers: Mapping[str, Layer],
         all(adapted)
         and not any(layer.scales for layer in adapted)
         and takes_products(adapted[0].down, *(len(layer.down) for layer in adapted))
+        and short_of_bandwidth(adapted[0].down.device)
     )
-    keeps = fuses and keeps_activations(adapted[0].down.device)
-    fuses = fuses and (not keeps or min(gaps["ff.net.0.proj"], gaps["ff.net.2"]) > 0)
 
     def forward(
         x: torch.Tensor, pending: torch.Tensor | None, keys: torch.Tensor, values: torch.Tensor
@@ -122,7 +142,7 @@ def _block(block: BasicTransformerBlock, name: str, layers: Mapping[str, Layer],
         attended = attend(cross_q(normed), keys, values)
         x, normed = add_layer_norm(x, cross_out(attended), block.norm3, gaps["ff.net.0.proj"], gaps["attn2.to_out.0"])
         if fuses:
-            return x, fused_feed_forward(normed, *adapted, gaps["ff.net.2"], gaps["ff.net.0.proj"], keeps=keeps)
+            return x, fused_feed_forward(normed, *adapted, gaps["ff.net.2"], gaps["ff.net.0.proj"])
         return x, feed_out(geglu(feed_in(normed), gaps["ff.net.2"], gaps["ff.net.0.proj"]))
 
     return forward
@@ -130,21 +150,23 @@ def _block(block: BasicTransformerBlock, name: str, layers: Mapping[str, Layer],
 
 def _transformer(
     module: Transformer2DModel,
-    proj_in: Layer,
     blocks: Mapping[str, Callable],
-    proj_out: Layer,
+    first: tuple[Layer, int],
+    last: tuple[Layer, int],
     hidden_states: torch.Tensor,
     encoder_hidden_states: KeysValues,
     **_: object,
 ) -> tuple[torch.Tensor]:
-    """Transformer2DModel: images [B, C, h, w] through the blocks as rows [B, h * w, C], and added to themselves."""
-    residual, normed = group_norm(hidden_states, None, module.norm, silu=False)
+    """Transformer2DModel: images [B, C, h, w] through the blocks as rows [B, h * w, C], and added to themselves. `first` and `last`
+    are the projections before and behind the blocks, and the columns of their LoRAs."""
+    (proj_in, gap), (proj_out, last_gap) = first, last
+    residual, normed = group_norm(hidden_states, None, module.norm, silu=False, gap=gap)
     x, pending = proj_in(normed.permute(0, 2, 3, 1).flatten(1, 2)), None
     recomputes = module.gradient_checkpointing and torch.is_grad_enabled()
     for name, block in blocks.items():
         keys, values = (encoder_hidden_states[f"{name}.attn2.{part}"] for part in ("to_k", "to_v"))
         x, pending = recomputed(block, x, pending, keys, values) if recomputes else block(x, pending, keys, values)
-    rows = proj_out(x + pending)
+    rows = proj_out(add(x, pending, last_gap))
     return (residual + rows.unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2),)
 
 
@@ -155,19 +177,42 @@ def _convolution(modules: Mapping[str, torch.nn.Module], name: str, convolutions
     return partial(frozen_conv, weight=partial(frozen_weight, modules[name]), conv=modules[name])
 
 
-def _resnet(module: ResnetBlock2D, conv1: Layer, conv2: Layer, input_tensor: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-    """ResnetBlock2D of SDXL: [B, C, h, w] and the time embedding [B, T] -> [B, C', h, w].
+def _time_embeddings(resnets: Sequence[ResnetBlock2D]) -> tuple[Layer, list[slice]]:
+    """A function from the time embedding [B, T] to what each of `resnets` adds to the output of its first convolution, including
+    that one's bias, side by side; and the columns of each.
 
-    No bias has a kernel of its own: that of the first convolution is added to the time embedding, which is added to its
-    output anyway, and that of the second one in the kernel of the residual.
+    Their layers become views of the joined one, so that none is held twice."""
+    layers = [resnet.time_emb_proj for resnet in resnets]
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    bias = torch.cat([layer.bias.detach() + resnet.conv1.bias.detach() for layer, resnet in zip(layers, resnets, strict=True)])
+    ends = list(accumulate(layer.out_features for layer in layers))
+    columns = [slice(end - layer.out_features, end) for end, layer in zip(ends, layers, strict=True)]
+    for layer, part in zip(layers, columns, strict=True):
+        layer.weight.data = weight[part]
+    return lambda embedding: F.linear(F.silu(embedding), weight, bias), columns
+
+
+def _resnet(
+    module: ResnetBlock2D, part: slice, conv1: Layer, conv2: Layer, input_tensor: torch.Tensor, embeddings: torch.Tensor
+) -> torch.Tensor:
+    """ResnetBlock2D of SDXL: [B, C, h, w] and the time embeddings of all of them -> [B, C', h, w].
+
+    No bias has a kernel of its own: that of the first convolution is in the time embedding, which is added to its output
+    anyway, and that of the second one in the kernel of the residual.
     """
     x, normed = group_norm(input_tensor, None, module.norm1, silu=True)
-    plus = F.linear(F.silu(temb), module.time_emb_proj.weight, module.time_emb_proj.bias) + module.conv1.bias
-    _, normed = group_norm(conv1(normed), plus, module.norm2, silu=True)
+    _, normed = group_norm(conv1(normed), embeddings[:, part], module.norm2, silu=True)
     change = conv2(normed)
     if module.conv_shortcut is None:
         return add_with_bias(x, change, module.conv2.bias)
     # The shortcut is a 1x1 convolution: on channels-last rows a linear layer, whose bias takes that of conv2 along.
     shortcut = module.conv_shortcut
     rows = F.linear(x.permute(0, 2, 3, 1), frozen_weight(shortcut).flatten(1), shortcut.bias + module.conv2.bias)
-    return rows.permute(0, 3, 1, 2) + change
+    return add(rows, change.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _upsample(module: Upsample2D, hidden_states: torch.Tensor, output_size: tuple[int, int] | None = None) -> torch.Tensor:
+    """Upsample2D of SDXL; `output_size` is given where the size of the latents is not a multiple of 4, and may be odd."""
+    if output_size is not None:
+        return module.conv(F.interpolate(hidden_states, size=output_size))
+    return module.conv(upsample(hidden_states))

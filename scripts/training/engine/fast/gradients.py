@@ -1,0 +1,75 @@
+"""Gradients of LoRAs, added to their fp32 buffers: on a GPU by one kernel for several layers.
+
+Both gradients of a layer are sums over all rows with few columns. One layer has too few of them to occupy a GPU, and to divide the
+rows among more programs costs as many bytes as it reads.
+"""
+
+from functools import partial
+
+import torch
+from torch.autograd.variable import Variable
+
+from training.engine.fast.ops import add_layer_gradients, takes_gradients
+
+_LAYERS_AT_ONCE = 4
+_Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor, torch.Tensor, torch.Tensor]
+"""The arguments of `add_gradients`."""
+_waiting: dict[int, list[_Layer]] = {}
+"""Layers whose gradients are still to be added, by the number of the backward pass."""
+
+
+def add_gradients(
+    dy: torch.Tensor,
+    h: torch.Tensor,
+    up_grad: torch.Tensor,
+    scale: float,
+    x: torch.Tensor,
+    g: torch.Tensor,
+    down_grad: torch.Tensor,
+) -> None:
+    """Add the gradients of n layers that read the same input: up_grad [n, out, r] += scale * dy^T h for each, and down_grad
+    [n * r, in] += g^T x, with `dy` [N, n * out], `h` and `g` [N, n * r] and `x` [N, in].
+
+    Called in a backward pass, at whose end they are added at the latest. Until then, no argument may be changed.
+    """
+    layer = dy, h, up_grad, scale, x, g, down_grad
+    if not takes_gradients(dy, x, up_grad.shape[2]):
+        n = len(up_grad)
+        if n == 1:
+            accumulate(up_grad[0], dy.T, h, scale)
+        else:
+            accumulate(up_grad, as_groups(dy, n).mT, as_groups(h, n), scale)
+        accumulate(down_grad, g.T, x, 1.0)
+        return
+    backward = torch._C._current_graph_task_id()
+    if backward not in _waiting:
+        _waiting.clear()  # a backward pass that failed left its layers here
+        _waiting[backward] = []
+        Variable._execution_engine.queue_callback(partial(_add_the_rest, backward))
+    _waiting[backward].append(layer)
+    if len(_waiting[backward]) == _LAYERS_AT_ONCE:
+        add_layer_gradients(_waiting[backward])
+        _waiting[backward].clear()
+
+
+def _add_the_rest(backward: int) -> None:
+    # One by one: another number of layers would be another kernel to compile.
+    for layer in _waiting.pop(backward):
+        add_layer_gradients([layer])
+
+
+def as_groups(rows: torch.Tensor, n: int) -> torch.Tensor:
+    """[N, n * width] as [n, N, width], without a copy."""
+    return rows.view(rows.shape[0], n, -1).transpose(0, 1)
+
+
+def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    """total += scale * a @ b, in fp32 whatever the dtype of `a` and `b`."""
+    add = torch.addmm if a.dim() == 2 else torch.baddbmm
+    if a.dtype == total.dtype:
+        add(total, a, b, alpha=scale, out=total)
+    elif a.device.type == "cuda":
+        # cuBLAS multiplies bf16 and accumulates in fp32 anyway; `out_dtype` keeps that sum instead of rounding it.
+        add(total, a, b, out_dtype=total.dtype, alpha=scale, out=total)
+    else:
+        total.add_(torch.matmul(a.to(total.dtype), b.to(total.dtype)), alpha=scale)
