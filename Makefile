@@ -20,7 +20,7 @@
 # make arm64-wheels
 #              check that every requirement is available for the container on ARM64
 # make arm64-test
-#              install the requirements and train the demo LoRA in an emulated ARM64 Debian; needs root
+#              install the requirements, run tests and train the demo LoRA in an emulated ARM64 Debian; needs root
 PYTHON ?= python3
 VENV := .venv
 SHELL_FILES := $(wildcard scripts/*.sh container/*.sh .ci/run)

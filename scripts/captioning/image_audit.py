@@ -239,7 +239,9 @@ def find_near_duplicates(images: Sequence[IndexedImage]) -> dict[str, str]:
     with ProgressBar(len(readable), "comparing images", "images") as bar:
         for start in range(0, len(readable), _COMPARED_AT_ONCE):
             rows = slice(start, start + _COMPARED_AT_ONCE)
-            is_similar = np.triu(signs[rows] @ signs[start:].T >= bits - 2 * MAX_DUPLICATE_BITS, k=1)
+            with np.errstate(all="ignore"):  # on ARM64, products of finite numbers can signal errors (numpy issue 28687)
+                agreement = signs[rows] @ signs[start:].T
+            is_similar = np.triu(agreement >= bits - 2 * MAX_DUPLICATE_BITS, k=1)
             for row in np.flatnonzero(is_similar.any(axis=1)):
                 if (name := readable[start + row].name) not in originals:
                     for other in np.flatnonzero(is_similar[row]):

@@ -18,6 +18,8 @@ SAME_LEVELS = 2
 """A profile that changes no level by more than this is sRGB's: its pixels are kept."""
 _GAMMA_TOLERANCE = 0.05
 """libpng's: gAMA 0.45455 alone stands for sRGB, although sRGB's curve is not exactly a power."""
+_MIN_GAMUT = 0.01
+"""A tenth of the area of sRGB's triangle in the diagram of x and y: primaries on a line do not span a color space."""
 _COLOR_SPACES = {"I;16": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
 """Mode of the pixels -> color space of a profile that describes them."""
 _NOT_PIXELS = ("link", "abst", "nmcl")
@@ -149,6 +151,10 @@ def profile_of_gamma(gamma: float | None, chromaticities: Sequence[float] | None
     white, *primaries = list(zip(chromaticities[::2], chromaticities[1::2], strict=True)) if chromaticities else (_D65, *_SRGB)
     if gamma is not None and not 0.1 <= gamma <= 10:
         return None
+    (red_x, red_y), (green_x, green_y), (blue_x, blue_y) = primaries
+    area = abs((green_x - red_x) * (blue_y - red_y) - (blue_x - red_x) * (green_y - red_y)) / 2
+    if area < _MIN_GAMUT or max(map(max, (white, *primaries))) > 1:
+        return None
     is_srgb_gamma = gamma is None or abs(gamma * 2.2 - 1) < _GAMMA_TOLERANCE
     if is_srgb_gamma and np.allclose([white, *primaries], [_D65, *_SRGB], atol=0.005):
         return None
@@ -169,7 +175,7 @@ def _profile(primaries: Sequence[Chromaticity], white: Chromaticity, curve: Curv
         return _icc_file(b"GRAY", tags | {b"kTRC": tone})
     try:
         colorants = _colorants(primaries, white)
-    except (ZeroDivisionError, np.linalg.LinAlgError):
+    except ZeroDivisionError:
         return None
     if not (np.isfinite(colorants).all() and np.abs(colorants).max() < 4):
         return None

@@ -247,7 +247,8 @@ class OpenCVFaces(FaceModel):
     @staticmethod
     def similarity(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
         """The cosine of the angle between the vectors, which have the length 1."""
-        return vectors @ others.T
+        with np.errstate(all="ignore"):  # on ARM64, products of finite numbers can signal errors (numpy issue 28687)
+            return vectors @ others.T
 
 
 FACE_MODELS: dict[str, type[FaceModel]] = {model.name: model for model in (DlibFaces, OpenCVFaces)}

@@ -375,7 +375,8 @@ def test_a_stopped_run_ends_with_the_same_lora_of_all_networks(images):
 def test_the_text_encoders_alone_are_trained_shown_and_described(images):
     """The sample images are made with the encoders as they are at each save; the loss is another one from the second step on."""
     alone = QUICK | TEXT | {"LORA_RANK_PATTERN": "lora_unet=0", "TEXT_ENCODER_LR": 0.05}
-    alone |= {"SAMPLES": "true", "SAMPLE_PROMPTS": "sks, woman --s 3", "SAMPLE_SIZE": 64, "SAVE_EVERY_EPOCHS": 1}
+    alone |= {"SAMPLES": "true", "SAMPLE_PROMPTS": "sks, woman --s 3", "SAMPLE_SIZE": 64}
+    alone |= {"SAMPLE_EVERY_EPOCHS": 1, "SAVE_EVERY_EPOCHS": 1}
     checked = images.run("--check", **alone)
     assert checked.returncode == 0
     assert "LoRA: 30 layers" in checked.stdout

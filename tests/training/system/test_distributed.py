@@ -68,7 +68,7 @@ def test_a_stopped_pair_is_resumed_by_one_process_with_the_same_losses(images, f
 def test_a_pair_shares_the_sample_images(images, forked_python):
     """Five prompts: one process has none in the third round. The images of the base model are those of a single process; one
     reads the recommended LoRA, and both render it at lower strengths."""
-    prompts = {"SAMPLES": "true", "SAMPLE_STEPS": 1, "SAMPLE_PROMPTS": "sks\nsks, cup\nsks\nsks\ncup"}
+    prompts = {"SAMPLES": "true", "SAMPLE_EVERY_EPOCHS": 1, "SAMPLE_STEPS": 1, "SAMPLE_PROMPTS": "sks\nsks, cup\nsks\nsks\ncup"}
     faces = {"FACE_MODEL": "dlib", "PYTHONPATH": Path(__file__).parents[1] / "standin_dlib"}
     run = {"NUM_TRAIN_EPOCHS": 2, "SAVE_EVERY_EPOCHS": 1, "LEARNING_RATE": 0.01, **prompts, **faces}
     pair = through_run_sh(images, PYTHON=forked_python, **run)
