@@ -76,6 +76,7 @@ ALIGNED = {
     "_geglu_backward_with_lora": ("width", "chunk", "projected", "d_out", "d_projected"),
     "_geglu_forward_with_products": ("width", "stride", "chunk", "projected", "out", "factor", "row_of_factor"),
     "_append_products": ("width", "stride", "stride_of_out", "first", "second", "third", "out", "factors"),
+    "_group_apply": ("channels", "stride", "x", "dy", "d_x", "out"),
 }
 """Arguments that are multiples of 16 at these widths and ranks, which Triton finds out when it launches a kernel."""
 
