@@ -55,7 +55,7 @@ def tried(folder: Path, limit: float, name: str, settings: dict[str, object]) ->
     job = Job(f"{limit:g} GB, {name}", "one", 2, {"samples": "true", "sample_steps": 4} | settings)
     with peak_of_gpu_memory() as peak:
         code, _, log = attempt(folder, job)
-    predicted = re.findall(r"memory: about ([\d.]+)|and ([\d.]+) GiB more memory", log)
+    predicted = re.findall(r"memory: about ([\d.]+)|and ([\d.]+) GiB (?:of memory besides|more)", log)
     gib = sum(float(number) for numbers in predicted for number in numbers if number)
     samples = len(list((folder / "output" / "samples").rglob("*.png")))
     last = log.splitlines()[-1].partition("s  ")[2]

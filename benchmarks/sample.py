@@ -62,7 +62,7 @@ def main() -> None:
 
             of_unet, of_vae = seconds(unet), seconds(decode)
             vae.to("cpu")
-            renderer = Renderer(step, Schedule(), {"": path}, vae, tiled=False)
+            renderer = Renderer(step, Schedule(), {"": path}, vae, tiled=False, in_turn=False)
             prompt = SamplePrompt("", "trigger", width=side, height=side, steps=STEPS, seed=1, guidance=6.0)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -283,7 +283,7 @@ def sample_images(
 ) -> SampleImages:
     """The callback that renders the sample images; `prompts` are the files of their embeddings."""
     vae = load_vae(job.base, torch.device("cpu"))
-    renderer = Renderer(step, job.plan.schedule, prompts, vae, job.samples.tiled)
+    renderer = Renderer(step, job.plan.schedule, prompts, vae, tiled=job.samples.tiled, in_turn=job.samples.in_turn)
     names = job.base.name, job.plan.triggers
     record = SampleRecord(job.samples, job.outputs, job.identity.fingerprint, *names, likeness)
     return SampleImages(job.samples, renderer, job.outputs, schedule, record, likeness, group, stop, trackers)

@@ -43,22 +43,29 @@ class Renderer:
 
     `texts` are the files in the cache of every prompt and negative prompt; they and the VAE, which loses its encoder, are kept in
     the CPU's memory, so that nothing has to be read during training. Text encoders that are trained encode them for each image.
-    `tiled`: the VAE decodes tiles, and the predictions of guidance are computed one by one, which takes less memory.
-
-    Training does not run while images are rendered, so both use the same memory on the GPU.
+    `tiled`: the VAE decodes tiles, and the predictions of guidance are computed one by one, which takes less memory. `in_turn`:
+    images are rendered in the memory that training gives back for it.
     """
 
-    def __init__(self, step: TrainStep, schedule: Schedule, texts: Mapping[str, Path], vae: AutoencoderKL, tiled: bool):
-        self.step, self._schedule, self._vae, self._tiled = step, schedule, vae, tiled
+    def __init__(
+        self, step: TrainStep, schedule: Schedule, texts: Mapping[str, Path], vae: AutoencoderKL, *, tiled: bool, in_turn: bool
+    ):
+        self.step, self._schedule, self._vae, self._tiled, self._in_turn = step, schedule, vae, tiled, in_turn
         vae.encoder = vae.quant_conv = None
+        # Training does not run while images are rendered, so that the captured graphs of both share their memory.
         is_cuda = step.precision.device.type == "cuda"
-        pool = step.graphs and step.graphs.pool
-        self._predict = CudaGraphs(self._predicted, "sample images are", pool) if is_cuda else step.predict
+        memory = step.graphs and step.graphs.memory
+        self._predict = CudaGraphs(step.predict, "sample images are", memory) if is_cuda else step.predict
         self._texts = {text: read_text(path, 0) for text, path in texts.items()}
         self._decoder: AutoencoderKL | None = None
         if tiled:
             vae.enable_tiling()
             vae.tile_sample_min_size, vae.tile_latent_min_size = TILE_PX, TILE_PX // 8
+
+    def begin(self) -> None:
+        """To be called before images are rendered; `release` after it."""
+        if self._in_turn and self.step.graphs:
+            self.step.graphs.memory.release()
 
     @torch.no_grad()
     def latents(self, prompt: SamplePrompt, stops: Callable[[], bool] = lambda: False) -> torch.Tensor | None:
@@ -95,24 +102,17 @@ class Renderer:
         if self._decoder is None:
             is_cuda = latents.device.type == "cuda"
             self._decoder = copy.deepcopy(self._vae).to(latents.device) if is_cuda else self._vae
-        with self.step.memory_of_graphs():
-            pixels = self._pixels(latents)
-        return Image.fromarray(pixels.numpy())
-
-    def _pixels(self, latents: torch.Tensor) -> torch.Tensor:
-        """[h, w, 3] uint8 on the CPU. Nothing else of it remains in memory."""
-        pixels = self._decoder.decode(latents / self._decoder.config.scaling_factor, return_dict=False)[0][0]
+        vae = self._decoder
+        pixels = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0][0]
         if not pixels.isfinite().all():
             raise FloatingPointError
         pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        return pixels.permute(1, 2, 0).cpu()
-
-    def _predicted(self, *inputs: torch.Tensor) -> torch.Tensor:
-        with self.step.memory_of_graphs():
-            return self.step.predict(*inputs)
+        return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
     def release(self) -> None:
         """Give back the GPU memory that training does not need."""
         self._decoder = None
-        if self.step.precision.device.type == "cuda":
+        if self._in_turn and self.step.graphs:
+            self.step.graphs.memory.release()
+        elif self.step.precision.device.type == "cuda":
             torch.cuda.empty_cache()

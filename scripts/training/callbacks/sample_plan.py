@@ -1,5 +1,6 @@
 """Which sample images a run renders, how, and what they cost: decided before the run, from its length and the memory. Pure."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,6 +46,8 @@ class SamplePlan:
     """One line: what is rendered, and what it costs."""
     lower_strengths: tuple[float, ...] = STRENGTHS[:-1]
     """At which the recommended LoRA is rendered, too."""
+    in_turn: bool = False
+    """Memory is short: what captured training steps hold is given back before a row is rendered."""
 
     def is_due(self, before: int, after: int) -> bool:
         """Whether a row is due when `after` epochs are complete and `before` were; the end of the run has its own."""
@@ -59,6 +62,8 @@ class _Choice:
     size: int
     every: int
     lower_strengths: tuple[float, ...] = STRENGTHS[:-1]
+    tiled: bool = False
+    in_turn: bool = False
 
 
 def plan_samples(
@@ -85,7 +90,7 @@ def plan_samples(
         # Not by `fixed`: a run that is continued decides as it did when it began.
         if samples.sample_every_epochs == "auto" and share_of(choice, prompts, settings, plan) > MAX_SHARE:
             choice = replace(choice, lower_strengths=())
-        choice, tiled, memory, problem = _within_memory(choice, "size" in fixed, prompts, settings, plan, budget, base)
+        choice, memory, problem = _within_memory(choice, "size" in fixed, prompts, settings, plan, budget, base)
     resolved = replace(samples, sample_steps=choice.steps, sample_size=choice.size, sample_every_epochs=choice.every)
     if not samples.samples:
         return None, resolved
@@ -93,8 +98,9 @@ def plan_samples(
         return SamplePlan((), 0, False, f"sample images: none ({problem})"), resolved
     filled = tuple(_filled(prompt, number, choice, samples) for number, prompt in enumerate(prompts))
     announcement = _announcement(choice, replace(first, **fixed), filled, settings, plan)
-    announcement = f"{announcement}, and {memory / GIB:.1f} GiB more memory"
-    return SamplePlan(filled, choice.every, tiled, announcement, choice.lower_strengths), resolved
+    announcement += ", in the memory of training" if choice.in_turn else f", and {memory / GIB:.1f} GiB of memory besides it"
+    announcement += f" and {memory / GIB:.1f} GiB more" if choice.in_turn and memory else ""
+    return SamplePlan(filled, choice.every, choice.tiled, announcement, choice.lower_strengths, choice.in_turn), resolved
 
 
 def largest_size(resolution: int) -> int:
@@ -160,29 +166,29 @@ def _within_memory(
     plan: Plan,
     budget: MemoryBudget,
     base: BaseModel,
-) -> tuple[_Choice, bool, int, str]:
-    """`choice` with a size whose images can be rendered beside what training holds; whether the VAE has to decode in tiles; how
-    many bytes that takes besides; and why there can be no images, else empty. Activations of training and of samples are never
-    there at the same time, so they share their memory."""
+) -> tuple[_Choice, int, str]:
+    """`choice` with a size whose images can be rendered, and how: beside what training holds or in turn with it, decoded as a whole
+    or in tiles. How many bytes that takes besides; and why there can be no images, else empty."""
     held = budget.needed(settings.run.train_batch_size, checkpointing=settings.model.gradient_checkpointing is True)
     free = (budget.free if budget.thresholds else budget.available) - held
     of_training = held - budget.fixed
     largest = max(place.bucket.width * place.bucket.height for place in plan.all_placements)
     vae_width = base.components["vae"].config["block_out_channels"][0] / _VAE_WIDTH
 
-    def needed(size: int, *, tiled: bool) -> int:
+    def needed(size: int, tiled: bool, in_turn: bool) -> int:
         pixels = max((prompt.width or size) * (prompt.height or size) for prompt in prompts)
         # With gradient checkpointing, a training step keeps what one block needs, as a forward pass without gradients does.
         unet = (1 if tiled else 2) * budget.per_image_checkpointed * pixels // largest
         decoded = int(vae_width * _VAE_BYTES_PER_PIXEL) * (min(pixels, TILE_PX**2) if tiled else pixels)
-        return max(0, unet - of_training, decoded - of_training) + int(vae_width**2 * _DECODER_BYTES)
+        largest_part = max(unet, decoded + int(vae_width**2 * _DECODER_BYTES))
+        return max(0, largest_part - of_training) if in_turn else largest_part
 
     for size in [choice.size] if is_size_fixed else range(choice.size, min(choice.size, LEAST_SIZE_PX) - 1, -SIDE_STEP_PX):
-        for tiled in (False, True):
-            if needed(size, tiled=tiled) <= free:
-                return replace(choice, size=size), tiled, needed(size, tiled=tiled), ""
-    least = needed(min(choice.size, LEAST_SIZE_PX), tiled=True)
-    return choice, True, least, f"they need {least / GIB:.1f} GiB besides training, {max(0, free) / GIB:.1f} GiB are free"
+        for tiled, in_turn in itertools.product((False, True), repeat=2):
+            if (memory := needed(size, tiled, in_turn)) <= free:
+                return replace(choice, size=size, tiled=tiled, in_turn=in_turn), memory, ""
+    least = needed(min(choice.size, LEAST_SIZE_PX), True, True)
+    return choice, least, f"they need {least / GIB:.1f} GiB more than training, {max(0, free) / GIB:.1f} GiB are free"
 
 
 def _announcement(choice: _Choice, requested: _Choice, prompts: Sequence[SamplePrompt], settings: TrainSettings, plan: Plan) -> str:

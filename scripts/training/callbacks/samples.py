@@ -126,6 +126,7 @@ class SampleImages(Callback):
         if is_listed:
             return
         world_size, writes, is_stopped = self.group.world_size, [], False
+        self.renderer.begin()
         # PNG is compressed in a thread, while the next image is rendered.
         with ThreadPoolExecutor(1) as writer, ProgressBar(len(missing), f"samples, {row.label}", "img", leave=False) as bar:
             for first in range(0, len(missing), world_size):

@@ -6,9 +6,8 @@ launch, and so is the update: the shapes of one step may be combined in any way.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from types import SimpleNamespace
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -28,7 +27,7 @@ from training.method.diffusion import (
 )
 from training.method.optimizers import Optimizer
 from training.models.weights import TextEncoders
-from training.system.device import Precision
+from training.system.device import Precision, available_bytes
 
 MAX_SKIPPED = 20
 """Steps in a row that fp16 may skip while its loss scale halves from 2^16 to below 1."""
@@ -99,7 +98,7 @@ class TrainStep:
         self._captures_update = not precision.scales_loss and optimizer.capturable
         self.graphs = CudaGraphs(self._add_gradient, "training is") if can_capture else None
         captured_update = (
-            CudaGraphs(self._update, "training is", self.graphs.pool) if can_capture and self._captures_update else None
+            CudaGraphs(self._update, "training is", self.graphs.memory) if can_capture and self._captures_update else None
         )
         self._run_gradient, self._run_update = self.graphs or self._add_gradient, captured_update or self._update
         self._copying = torch.cuda.Stream(precision.device) if can_capture else None
@@ -205,13 +204,7 @@ class TrainStep:
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """The loss of `batches` with the weights as they are; nothing of the training changes."""
         self.sync_compute_weights()
-        with self.memory_of_graphs():
-            return sum(self.weighted_loss(batch.to(self.precision.device))[0].item() for batch in batches)
-
-    def memory_of_graphs(self) -> AbstractContextManager[None]:
-        """What is computed within this block takes the memory that the captured steps hold while they do not run, if there are any:
-        see CudaGraphs.lent_memory."""
-        return self.graphs.lent_memory() if self.graphs else nullcontext()
+        return sum(self.weighted_loss(batch.to(self.precision.device))[0].item() for batch in batches)
 
     def weighted_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Scalar: the batch's part of the loss of the optimizer step, differentiable in the adapter's weights; and [B]: the
@@ -271,18 +264,35 @@ def _samples_of(batches: Sequence[Batch], losses: Sequence[float]) -> tuple[tupl
     return tuple((timestep, loss / share if share else loss) for timestep, loss, share, weight in rows if weight)
 
 
+class GraphMemory:
+    """The memory that captured graphs share, which must not run at the same time. They hold it while they do not run, too."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: list[CudaGraphs] = []
+
+    def release(self) -> None:
+        """Give the memory back. Each function is captured again when it is next called."""
+        torch.cuda.synchronize()
+        for graphs in self.graphs:
+            graphs.forget()
+        self.pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
+
+
 class CudaGraphs:
     """Runs `function` on tensors of a GPU: eagerly the first time for inputs of certain shapes, as a CUDA graph from then on.
 
     `function` may change only tensors that exist before it is called, and must not read from the GPU. Its result is overwritten
-    by the next call. Graphs with the same memory `pool` must not run at the same time.
+    by the next call.
     """
 
-    def __init__(self, function: Callable[..., torch.Tensor], slower: str, pool: tuple[int, int] | None = None):
+    def __init__(self, function: Callable[..., torch.Tensor], slower: str, memory: GraphMemory | None = None):
         self._function = function
         self._slower = slower
         """What is slower where nothing can be captured, for the log."""
-        self.pool = pool or torch.cuda.graph_pool_handle()
+        self.memory = memory or GraphMemory()
+        self.memory.graphs.append(self)
         self._graphs: dict[tuple, Callable[..., torch.Tensor] | None] = {}
         self._disabled = False
 
@@ -291,32 +301,22 @@ class CudaGraphs:
         """How many shapes are captured."""
         return sum(graph is not None for graph in self._graphs.values())
 
-    @contextmanager
-    def lent_memory(self) -> Iterator[None]:
-        """Within this block, this thread allocates from the memory that captured graphs hold while they do not run, so that the GPU
-        needs no more than they do. Nothing that is allocated may be needed when one of them runs again."""
-        if not self.captured or torch.cuda.is_current_stream_capturing():
-            yield
-            return
-        torch.cuda.empty_cache()  # what is allocated from a pool cannot take the memory of the usual one
-        stream, current = torch.cuda.graph.default_capture_stream, torch.cuda.current_stream()
-        stream.wait_stream(current)  # memory is given out again only on the stream on which it was allocated
-        try:
-            with torch.cuda.stream(stream), torch.cuda.use_mem_pool(SimpleNamespace(id=self.pool)):  # it reads only the id
-                yield
-        finally:
-            current.wait_stream(stream)
-
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         shapes = tuple(tensor.shape for tensor in inputs)
         if self._disabled or shapes not in self._graphs:
             # The first call for a shape runs eagerly: it makes cuDNN, cuBLAS and Triton choose and load their kernels, which a
-            # capture could not.
+            # capture could not. It takes about the memory that graphs of other shapes hold.
+            if self.captured and available_bytes(inputs[0].device) < torch.cuda.memory_reserved():
+                self.memory.release()
             self._graphs[shapes] = None
             return self._function(*inputs)
         if self._graphs[shapes] is None:
             self._graphs[shapes] = self._capture(inputs)
         return (self._graphs[shapes] or self._function)(*inputs)
+
+    def forget(self) -> None:
+        """Delete all graphs."""
+        self._graphs = dict.fromkeys(self._graphs)
 
     def _capture(self, inputs: Sequence[torch.Tensor]) -> Callable[..., torch.Tensor] | None:
         """`function` for inputs of these shapes as a graph with input buffers of its own; None, with a log line, if it cannot be
@@ -325,7 +325,7 @@ class CudaGraphs:
         try:
             buffers = [tensor.clone() for tensor in inputs]
             # Other threads go on reading batches into pinned memory, which a capture in the usual mode would not survive.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.memory.pool, capture_error_mode="thread_local"):
                 output = self._function(*buffers)
         except RuntimeError as error:
             self._disabled = True

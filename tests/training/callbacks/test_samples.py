@@ -333,7 +333,7 @@ def renderer_of(trained_network, tmp_path):
     def make(schedule: Schedule = EPSILON, **how) -> tuple[Renderer, dict]:
         step, base = trained_network(schedule, **how)
         vae = load_vae(base, CPU)
-        return Renderer(step, schedule, files, vae, tiled=False), {"step": step, "vae": vae, "files": files}
+        return Renderer(step, schedule, files, vae, tiled=False, in_turn=False), {"step": step, "vae": vae, "files": files}
 
     return make
 
@@ -427,7 +427,7 @@ def test_tiles_give_nearly_the_same_image(renderer_of):
     step, sizes = parts["step"], []
     predict = step.predict
     step.predict = lambda noisy, *others: sizes.append(len(noisy)) or predict(noisy, *others)
-    tiled = Renderer(step, EPSILON, parts["files"], parts["vae"], tiled=True)
+    tiled = Renderer(step, EPSILON, parts["files"], parts["vae"], tiled=True, in_turn=False)
     assert_same(tiled.latents(PROMPT), renderer.latents(PROMPT), 1e-3)
     assert sizes == [1, 1] * PROMPT.steps
     parts["vae"].tile_sample_min_size, parts["vae"].tile_latent_min_size = 64, 8
