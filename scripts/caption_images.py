@@ -15,7 +15,7 @@ if __name__ == "__main__":  # Ctrl-C while libraries are imported ends the progr
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -277,16 +277,20 @@ def caption_tags(
     concepts: dict[str, dict[Path, np.ndarray]] = {}
     for path, of_image in probabilities.items():
         concepts.setdefault(captions.trigger_of(path), {})[path] = of_image
-    prunings, setting, earlier = {}, settings.caption_prune_traits, None
-    with suppress(OSError, ValueError):  # there is none, or it is damaged
-        earlier = earlier_share(parse_json(read_file(folder.traits)))
+    prunings, setting, recorded = {}, settings.caption_prune_traits, None
+    if folder.traits.exists():
+        try:
+            recorded = parse_json(read_file(folder.traits))
+        except (OSError, ValueError) as error:
+            print(f"{folder.traits} is damaged ({error}): it is written again, and CAPTION_PRUNE_TRAITS is followed", flush=True)
+    earlier = earlier_share(recorded)
     follows_earlier = earlier is not None and setting in ("auto", earlier)
     if follows_earlier and setting == "auto":
         print(f"traits in the captions: as an earlier version wrote them (CAPTION_PRUNE_TRAITS={earlier:g})", flush=True)
     for trigger, of_concept in concepts.items():
         selected = [selector.select(of_image) for of_image in of_concept.values()]
         prunings[trigger] = prune_common_traits(tags, selected, earlier if follows_earlier else setting)
-    write_json(folder.traits, report.traits_record(selector, prunings, None if follows_earlier else setting))
+    captions.write_traits(recorded, report.traits_record(selector, prunings, None if follows_earlier else setting))
     print(report.selection_notes(selector, prunings), end="", flush=True)
     pruned = {path: prunings[trigger].pruned for trigger, of_concept in concepts.items() for path in of_concept}
     return {path: selector.caption_tags(of_image, pruned[path]) for path, of_image in probabilities.items()}

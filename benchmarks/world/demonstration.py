@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks.world.artist import Artist
 from benchmarks.world.measures import ALONE, CLASS, COUNTS, SCENE, Judge, render
-from benchmarks.world.picks import sampled_saves, validation_losses
+from benchmarks.world.picks import sampled_saves
 from benchmarks.world.recipes import Arm
 from benchmarks.world.runs import Run
 from common.settings import REPOSITORY
@@ -35,7 +35,7 @@ def demonstrate(run: Run, sheet_path: Path | None, counts: Mapping[str, int] = C
     artist = Artist(run.world.model, run.world.side, device)
     judge = Judge(run.subject, artist, run.world.reader(device), counts)
     print(f"the person as drawn: distance {judge.drawn['distance_alone']:.3f}; the base model: {judge.base['distance_alone']:.3f}")
-    for save in sampled_saves(run, judge, validation_losses(run.layout.metrics)):
+    for save in sampled_saves(run, judge):
         print(f"{save.file}: its own samples are {2 * (1 - np.mean(save.scores)):.3f} from the person")
     rows = [render(artist, judge.prompts, "")]
     for epochs, path in run.saves().items():

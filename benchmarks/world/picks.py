@@ -38,7 +38,7 @@ def picks_of(run: Run, judge: Judge) -> dict[str, object]:
     for patience in PATIENCE if losses else ():
         picks[f"early stop {patience}"] = stopped_after(losses, patience)
     if layout.samples_record.exists():
-        saves = sampled_saves(run, judge, losses)
+        saves = sampled_saves(run, judge)
         chosen, reason = choose(saves, losses=losses)
         without_likeness, _ = choose([replace(save, scores=()) for save in saves], losses=losses)
         picks |= {"recommended": chosen.epochs, "recommended without likeness": without_likeness.epochs}
@@ -60,7 +60,7 @@ def stopped_after(losses: Mapping[int, float], patience: int) -> int:
     return next(ends, max(losses))
 
 
-def sampled_saves(run: Run, judge: Judge, losses: Mapping[int, float]) -> list[Save]:
+def sampled_saves(run: Run, judge: Judge) -> list[Save]:
     """The rows of the product's sample images as its rule sees them."""
     layout = run.layout
     record = parse_json(read_file(layout.samples_record))
@@ -75,7 +75,7 @@ def sampled_saves(run: Run, judge: Judge, losses: Mapping[int, float]) -> list[S
         distances = [_distance(*((layout.sample_latents / name).with_suffix(".safetensors") for name in pair)) for pair in pairs]
         distance = round(float(np.mean(distances)), 4) if distances else None
         scored = tuple(round(score, 4) for score in scores)
-        saves.append(Save(row["file"] or layout.lora.name, row["epochs"], scored, distance, losses.get(row["epochs"])))
+        saves.append(Save(row["file"] or layout.lora.name, row["epochs"], scored, distance))
     return saves
 
 

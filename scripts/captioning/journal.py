@@ -1,7 +1,7 @@
 """Change captions on the disk so that every change can be undone: `dataset/.loracat/captions.jsonl` records each of them.
 
 A line is written to the record before its caption is changed, and holds the earlier and the new text. A run that is killed
-between the two loses nothing.
+between the two loses nothing. What `traits.json` said before is in `traits.jsonl`, likewise.
 """
 
 import base64
@@ -10,11 +10,12 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from captioning.captions import add_trigger
 from common.captions import MAX_CAPTION_BYTES, UnusableCaptionError, read_caption, read_caption_bytes
 from common.dataset_layout import DatasetFolder, name_in
-from common.files import append_json_line, read_json_lines, write_bytes
+from common.files import append_json_line, read_json_lines, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class CaptionFiles:
         """`trigger` is the trigger word, except in the folders that `triggers` lists with one of their own. `per_line`: each line
         of a user's caption is a caption."""
         self._dataset, self._folder = folder.root, folder.images
-        self._record = folder.caption_log
+        self._record, self._traits, self._traits_log = folder.caption_log, folder.traits, folder.traits_log
         self._trigger, self._triggers, self._per_line = trigger, triggers or {}, per_line
         self._changes: dict[str, list[Change]] = {}
         self._runs: set[int] = set()
@@ -112,6 +113,12 @@ class CaptionFiles:
         text = read_caption(source, self._dataset) if listed is None else listed
         return self._change(caption, self._with_trigger(text, caption).encode("utf-8"), made=False)
 
+    def write_traits(self, before: Any, after: dict) -> None:
+        """Write the record of traits, which holds `before`; None if there is none, or it cannot be read."""
+        if before != after and self._runs:  # without an earlier run, there is nothing to go back to
+            append_json_line(self._traits_log, {"run": self._run, "before": before})
+        write_json(self._traits, after)
+
     def _with_trigger(self, text: str, caption: Path, earlier: Collection[str] = ()) -> str:
         """The user's text with the trigger word of `caption`, in each line if each is a caption."""
         parts = text.splitlines(keepends=True) if self._per_line and text.strip() else [text]
@@ -119,7 +126,8 @@ class CaptionFiles:
         return "".join(add_trigger(part, trigger, earlier) if part.strip() or len(parts) == 1 else part for part in parts)
 
     def undo(self) -> UndoResult:
-        """Restore the captions as they were before the last run that changed any and is not undone yet.
+        """Restore the captions, and the record of traits, as they were before the last run that changed any caption and is not
+        undone yet.
 
         Raises UnusableCaptionError if a caption cannot be read; the undo can then be repeated.
         """
@@ -143,6 +151,13 @@ class CaptionFiles:
                 restored += 1
             elif content != change.before:
                 edited.append(change.caption)
+        # A run that changed no caption has the number of the next one that does. Version 1.0 wrote no log of traits.
+        lines = [line for line in read_json_lines(self._traits_log) if isinstance(line.get("run"), int) and line["run"] >= runs[-1]]
+        before = lines[0].get("before") if lines and len(runs) > 1 else None
+        if before is not None:
+            write_json(self._traits, before)
+        elif lines or len(runs) == 1:
+            self._traits.unlink(missing_ok=True)
         append_json_line(self._record, {"undone": runs[-1]})
         self._undone.add(runs[-1])
         return UndoResult(runs[-1], restored, sorted(edited), len(runs) - 1)

@@ -8,15 +8,18 @@ import io
 import re
 import threading
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from common.dataset_layout import DatasetFolder, find_images
 from common.files import append_json_line, read_json_lines, sha256_of, write_bytes
 from common.image_formats import IMAGE_FORMATS
 from common.images import verify_download
+from common.thumbnails import Thumbnails
 
 UPLOAD_FORMATS = ("png", "jpeg", "webp")
 _MAX_PREFIX_LENGTH = 40
@@ -31,12 +34,13 @@ class DownloadedImage:
     size_px: tuple[int, int]
     """(width, height)"""
     sha256: str
+    rgb: Image.Image = field(repr=False, compare=False)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "DownloadedImage":
         """Verify the image file `content`. Raises BrokenImageError unless it is a complete still image."""
         image = verify_download(content)
-        return cls(content, IMAGE_FORMATS[image.format][0], image.rgb.size, hashlib.sha256(content).hexdigest())
+        return cls(content, IMAGE_FORMATS[image.format][0], image.rgb.size, hashlib.sha256(content).hexdigest(), image.rgb)
 
     @classmethod
     def for_upload(cls, content: bytes) -> "DownloadedImage":
@@ -47,8 +51,8 @@ class DownloadedImage:
         if image.format not in UPLOAD_FORMATS:
             stream = io.BytesIO()
             image.rgb.save(stream, "PNG")
-            return cls(stream.getvalue(), ".png", image.rgb.size, sha256)
-        return cls(content, IMAGE_FORMATS[image.format][0], image.rgb.size, sha256)
+            return cls(stream.getvalue(), ".png", image.rgb.size, sha256, image.rgb)
+        return cls(content, IMAGE_FORMATS[image.format][0], image.rgb.size, sha256, image.rgb)
 
 
 class ImageStore:
@@ -87,11 +91,13 @@ class ImageStore:
         return True
 
     def put(self, image: DownloadedImage, line: dict[str, Any]) -> bool:
-        """Store the image, then its line. Returns False if an image with the same bytes was stored before."""
+        """Store the image, then its line and its thumbnail. Returns False if an image with the same bytes was stored before."""
         if self.contains(line):
             return False
-        write_bytes(self._folder.root / line["file"], image.content)
+        path = self._folder.root / line["file"]
+        write_bytes(path, image.content)
         self._append(line)
+        Thumbnails(self._folder.thumbnails).add(path, image.rgb)
         return True
 
     def _append(self, line: dict[str, Any]) -> None:

@@ -49,12 +49,13 @@ class DatasetFolder:
         self.records = root / ".loracat"
         self.collect_log = self.records / "collect.jsonl"
         # ... every change that the caption stage made to a caption, measurements of the images, the flaws that were found
-        # (training skips such images on request), the share of images with each trait, the tagger's probabilities, the faces
-        # that were found in each image, and how much each looks like the others.
+        # (training skips such images on request), the share of images with each trait, and what it was before a run, the tagger's
+        # probabilities, the faces that were found in each image, and how much each looks like the others.
         self.caption_log = self.records / "captions.jsonl"
         self.image_index = self.records / "pictures.json"
         self.audit = self.records / "audit.json"
         self.traits = self.records / "traits.json"
+        self.traits_log = self.records / "traits.jsonl"
         self.tag_cache = self.records / "tags"
         self.faces = self.records / "faces.jsonl"
         self.likeness = self.records / "likeness.json"

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import ceil, floor, isfinite, log10
 
 from markupsafe import Markup, escape
 
 Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 640, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 16, 10, 28
-_TICKS = 4
+_TICKS = 8
+"""The most intervals between the numbers at an axis."""
+_ROUNDING, _TINY = 1e-9, 1e-300
 _MAX_POINTS = 600
 """A curve of more points is thinned out: the page stays small and looks the same."""
 
@@ -57,14 +59,13 @@ def line_chart(title: str, curves: Sequence[Curve], levels: Sequence[Level] = ()
         return _LEFT + across * (WIDTH - _LEFT - _RIGHT), HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM)
 
     parts = []
-    for tick in range(_TICKS + 1):
-        value = y_low + (y_high - y_low) * tick / _TICKS
+    for value, label in round_ticks(y_low, y_high).items():
         _, y = at(x_low, value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-        value = round(x_low + (x_high - x_low) * tick / _TICKS)
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+    for value, label in round_ticks(x_low, x_high, least=1).items():
         x, _ = at(value, y_low)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{value:.4g}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{label}</text>')
     for level in levels:
         _, y = at(x_low, level.value)
         parts.append(f'<line class="level" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -80,16 +81,32 @@ def line_chart(title: str, curves: Sequence[Curve], levels: Sequence[Level] = ()
         parts.append(f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="7"/>')
     legend = "".join(f'<span class="key {curve.style}">{escape(curve.label)}</span>' for curve in curves if len(curves) > 1)
     return Markup(
-        f'<figure class="chart"><figcaption>{escape(title)} {legend}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>{legend}</figure>'
     )
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest value, apart from each other even if all values are the same."""
+    """Lowest and highest value; if all are the same, a range with that in its middle that begins or ends at 0."""
     low, high = min(values), max(values)
-    margin = abs(low) * 0.05 or 1.0
+    margin = abs(low) or 1.0
     return (low, high) if high > low else (low - margin, high + margin)
+
+
+def round_ticks(low: float, high: float, least: float = 0.0) -> dict[float, str]:
+    """The multiples of 1, 2 or 5 times a power of ten from `low` to `high`, at least `least` apart, with their labels: three
+    to eight, unless `least` leaves fewer. Empty where floats are too coarse for that."""
+    apart = max(least, (high - low) / _TICKS)
+    if not _TINY < apart < 1 / _TINY:
+        return {}
+    exponent = floor(log10(apart))
+    step = next(step for step in (factor * 10.0**exponent for factor in (1, 2, 5, 10)) if step >= apart * (1 - _ROUNDING))
+    values = [number * step for number in range(ceil(low / step - _ROUNDING), floor(high / step + _ROUNDING) + 1)]
+    decimals, largest = -floor(log10(step) + _ROUNDING), max(-low, high)
+    if largest < 0.001:
+        digits = max(0, decimals + floor(log10(largest) + _ROUNDING))
+        return {value: f"{value:.{digits}e}" if value else "0" for value in values}
+    return {value: f"{value:.{max(0, decimals)}f}" for value in values}
 
 
 def _thinned(points: Points) -> Points:

@@ -13,7 +13,7 @@ from reporting.recipe import Fact, Setting, facts_of, read_settings, shown
 from reporting.records import Records, as_number, as_numbers
 from reporting.samples import Samples, read_samples
 
-NAME = "train.saving.output_name"
+NAME, SAMPLES = "train.saving.output_name", "train.samples.samples"
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class Run:
         """The header of the final LoRA file, else of any that there is."""
         final = [lora for lora in self.loras if lora.label == "final"]
         return next((lora.metadata for lora in (*final, *self.loras)), {})
+
+    @property
+    def has_samples_off(self) -> bool:
+        """Whether its settings say that there are no sample images."""
+        return any((setting.key, setting.value) == (SAMPLES, "false") for setting in self.settings)
 
     @property
     def file_to_use(self) -> str:

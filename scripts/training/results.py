@@ -57,8 +57,8 @@ def write_results(
         write_best(job, modules, progress, epochs)
     recommended = samples.recommendation if samples else None
     if recommended is None:
-        no_likeness, losses = "there are no sample images of all LoRAs", smoothed(progress.validations)
-        save, reason = choose(saves_of(outputs, modules, progress, epochs), no_likeness, losses)
+        no_likeness = "there are no sample images of all LoRAs" if job.settings.samples.samples else "SAMPLES=false"
+        save, reason = choose(saves_of(outputs, modules, epochs), no_likeness, smoothed(progress.validations))
         recommended = Recommendation(save.file, save.epochs, 1.0, reason)
         if samples:
             samples.record.write(recommended)

@@ -511,6 +511,42 @@ def test_undo_of_the_first_run_leaves_nothing_of_it_and_the_next_run_makes_it_ag
     assert stage.captions() == before
 
 
+def test_undo_brings_back_the_record_of_traits_too(stage, photographs):
+    """It says which traits the captions lack; "auto" follows the one that an earlier version left."""
+    save(photographs, stage.images, astronaut="a.png", coffee="b.png")
+    record = stage.images.parent / ".loracat" / "traits.json"
+    stage.run()
+    first = record.read_bytes()
+    stage.run(CAPTION_OVERWRITE=1, CAPTION_PRUNE_TRAITS=0.5, TRIGGER_WORD="sks")
+    second = record.read_bytes()
+    stage.run(CAPTION_OVERWRITE=1, CAPTION_PRUNE_TRAITS=0, TRIGGER_WORD="sks", CAPTION_THRESHOLD=0.99)
+    stage.run("--undo")
+    assert record.read_bytes() == second != first
+    stage.run("--undo")
+    assert record.read_bytes() == first
+    stage.run("--undo")
+    assert not record.exists()
+    assert "nothing to undo" in stage.run("--undo").stdout
+
+    stage.run()
+    (stage.images.parent / ".loracat" / "traits.jsonl").unlink()  # version 1.0 wrote none
+    stage.run("--undo")
+    assert not record.exists()
+
+
+def test_a_damaged_record_of_traits_is_named_and_written_again(stage, photographs):
+    save(photographs, stage.images, astronaut="a.png")
+    stage.run()
+    record = stage.images.parent / ".loracat" / "traits.json"
+    content = record.read_bytes()
+    record.write_bytes(content[: len(content) // 2])
+    ended = stage.run()
+    assert ended.returncode == 0
+    assert ended.stdout.count(f"{record} is damaged (") == 1
+    assert record.read_bytes() == content
+    assert "is damaged" not in stage.run().stdout
+
+
 @pytest.fixture
 def uninterrupted(stage, photographs):
     """A data set of every kind of caption, and the captions after an uninterrupted run."""

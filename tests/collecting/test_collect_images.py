@@ -106,7 +106,7 @@ def test_per_batch_sets_text_seed_and_face_and_stores_each_image_with_its_line(b
     assert {f"images/{name}" for name in batch.images()} == {line["file"] for line in lines}
     assert sorted(name.rpartition("_")[0] for name in batch.images()) == ["garden", "night", "node9"]
     assert {path.name for path in batch.dataset.iterdir()} == {"images", "manifest.jsonl", ".loracat"}
-    assert [path.name for path in (batch.dataset / ".loracat").iterdir()] == ["collect.jsonl"]
+    assert {path.name for path in (batch.dataset / ".loracat").iterdir()} == {"collect.jsonl", "thumbnails"}
 
 
 def test_full_workflow_is_submitted_once_and_only_images_with_the_prefix_are_downloaded(full, standin, collect):

@@ -15,6 +15,7 @@ from collecting.image_store import DownloadedImage, ImageStore, safe_prefix
 from common.dataset_layout import DatasetFolder
 from common.files import append_json_line, read_json_lines
 from common.images import BrokenImageError
+from common.thumbnails import Thumbnails
 
 pillow_heif.register_heif_opener()
 
@@ -109,6 +110,17 @@ def test_image_and_its_manifest_line_are_stored_once(folder):
     assert read_json_lines(folder.manifest) == [line]
     assert line == {"file": f"images/smile_{image.sha256[:12]}.png", "sha256": image.sha256, "size_px": [24, 32], "node": "9"}
     assert (folder.root / line["file"]).read_bytes() == png()
+
+
+def test_the_page_need_not_decode_an_image_that_was_downloaded(folder):
+    store, image = ImageStore(folder), DownloadedImage.from_bytes(png())
+    line = store.manifest_line(image, "smile", {})
+    store.put(image, line)
+    path = folder.root / line["file"]
+    expected, status = Thumbnails(folder.root / "other").of(path), path.stat()
+    path.write_bytes(b" " * status.st_size)  # cannot be decoded any more
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert Thumbnails(folder.thumbnails).of(path) == expected != ""
 
 
 def test_unlisted_file_gets_its_manifest_line_and_is_not_stored_twice(folder):

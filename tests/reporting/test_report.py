@@ -15,6 +15,7 @@ from skimage import data
 from captioning.image_audit import index_images
 from common.dataset_layout import DatasetFolder, select_images
 from common.thumbnails import Thumbnails
+from reporting.charts import round_ticks
 
 
 def test_an_empty_project_has_a_page_that_says_what_to_do(project):
@@ -161,6 +162,32 @@ def test_a_broken_record_of_samples_is_left_out(project, content):
     project.add_samples()
     (project.output / "samples/sks_woman/samples.json").write_text(content)
     assert "There are no sample images of this run." in project.html()
+
+
+def test_sample_images_that_are_turned_off_are_not_missing(project):
+    project.add_run("[train.samples]\nsamples = false  # set by SAMPLES\n[train.saving]\noutput_name = 'sks_woman'\n")
+    html = project.html()
+    assert "This run renders no sample images (<code>SAMPLES=false</code>)." in html
+    assert "There are no sample images of this run." not in html
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "least", "labels"),
+    [
+        (0.0406, 0.195, 0, ["0.06", "0.08", "0.10", "0.12", "0.14", "0.16", "0.18"]),
+        (0.29, 0.78, 0, ["0.3", "0.4", "0.5", "0.6", "0.7"]),
+        (1e-6, 5e-5, 0, ["1e-05", "2e-05", "3e-05", "4e-05", "5e-05"]),
+        (0, 2e-4, 0, ["0", "5.0e-05", "1.0e-04", "1.5e-04", "2.0e-04"]),
+        (-1, 1, 0, ["-1.0", "-0.5", "0.0", "0.5", "1.0"]),
+        (0, 999, 1, ["0", "200", "400", "600", "800"]),
+        (0, 3, 1, ["0", "1", "2", "3"]),
+        (0, 12345, 1, ["0", "2000", "4000", "6000", "8000", "10000", "12000"]),
+        (0, 1e308, 0, []),
+        (0, 5e-324, 0, []),
+    ],
+)
+def test_the_numbers_at_an_axis_are_round(low, high, least, labels):
+    assert list(round_ticks(low, high, least).values()) == labels
 
 
 def test_an_image_that_cannot_be_read_is_named(project):

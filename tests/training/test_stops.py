@@ -123,7 +123,7 @@ def test_the_lora_with_the_lowest_held_out_loss_is_named_but_not_recommended_and
     assert "best validation loss" in said
     best, recommended = (read_header(images.output / "lora" / f"sks-{what}.safetensors") for what in ("best", "recommended"))
     assert best.metadata["ss_epoch"] == str(losses.index(min(losses)) + 1)
-    reason = "It is the last one; likeness was not compared: there are no sample images of all LoRAs."
+    reason = "It is the last one; likeness was not compared: SAMPLES=false."
     assert recommended.metadata["loracat_recommended_reason"] == reason
     assert f"recommended: sks.safetensors at strength 1. {reason}" in said
 

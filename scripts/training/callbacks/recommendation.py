@@ -29,8 +29,6 @@ class Save:
     """Likeness of its samples with the trigger word, of the same prompts and seeds for every LoRA; None where it cannot be told."""
     distance: float | None = None
     """Of its samples without the trigger word from the base model's; None if there are none."""
-    validation_loss: float | None = None
-    """Smoothed; None if it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,12 @@ def choose(saves: Sequence[Save], no_likeness: str = "", losses: Mapping[int, fl
     Saves that are BROKEN are left out. Of the others, the one with the best mean likeness is found; before it, those without a gap
     whose samples are on average within one standard error of its samples, prompt by prompt, are as good, and the earliest of them
     is chosen. If no save has MIN_SCORED scores, the last one is chosen. `no_likeness` says why there are no scores, if there is
-    one reason for all. `losses` are the smoothed validation losses by epochs, if there are more than those of the saves.
+    one reason for all. `losses` are the smoothed validation losses by epochs, of which saves may have none.
     """
-    known = losses or {save.epochs: save.validation_loss for save in saves if save.validation_loss is not None}
-    unbroken, left_out = _unbroken(saves, known), ""
+    losses = losses or {}
+    unbroken, left_out = _unbroken(saves, losses), ""
     if not unbroken:
-        least = min((save for save in saves if save.validation_loss is not None), key=lambda save: save.validation_loss)
+        least = min((save for save in saves if save.epochs in losses), key=lambda save: losses[save.epochs])
         return least, "All were saved after the model had broken down; it has the lowest validation loss of them."
     if len(unbroken) < len(saves):
         first = saves[len(unbroken)].file
@@ -101,8 +99,7 @@ def _unbroken(saves: Sequence[Save], losses: Mapping[int, float]) -> Sequence[Sa
     """The saves before the first one, after the lowest of the losses, whose loss is more than BROKEN times as high."""
     lowest = min(losses, key=losses.get, default=0)
     for index, save in enumerate(saves):
-        is_later = save.validation_loss is not None and save.epochs > lowest
-        if is_later and save.validation_loss > BROKEN * losses[lowest]:
+        if save.epochs > lowest and save.epochs in losses and losses[save.epochs] > BROKEN * losses[lowest]:
             return saves[:index]
     return saves
 
@@ -111,7 +108,7 @@ def _by_likeness(compared: Sequence[Save]) -> tuple[Save, str]:
     means = [mean_likeness(save.scores) for save in compared]
     best = max(range(len(compared)), key=means.__getitem__)  # the earliest of several
     chosen = best
-    while chosen and _is_as_good(compared[chosen - 1], compared[best]):
+    while chosen and _is_as_good(compared[chosen - 1].scores, compared[best].scores):
         chosen -= 1
     save, likeness = compared[chosen], f"{means[chosen]:.3f} ({len(known_scores(compared[chosen].scores))} samples)"
     if len(compared) == 1:
@@ -123,26 +120,35 @@ def _by_likeness(compared: Sequence[Save]) -> tuple[Save, str]:
     return save, f"Its likeness, {likeness}, is within one standard error of {best_one}{between}."
 
 
-def _is_as_good(save: Save, best: Save) -> bool:
-    """Whether its samples are within one standard error of the best one's, prompt by prompt."""
-    pairs = zip(save.scores, best.scores, strict=True)
-    lacking = [other - score for score, other in pairs if score is not None and other is not None]
+def _is_as_good(scores: Sequence[float | None], best: Sequence[float | None]) -> bool:
+    """Whether `scores` are on average at most one standard error below those of `best`, prompt by prompt."""
+    lacking = _lacking(scores, best)
     return len(lacking) >= MIN_SCORED and statistics.mean(lacking) <= standard_error(lacking) + _ROUNDING
 
 
-def lowest_strength(scores: Mapping[float, Sequence[float | None]]) -> tuple[float, str]:
-    """The lowest strength whose mean likeness is at most one standard error below that of strength 1, and a sentence about it.
+def _lacking(scores: Sequence[float | None], best: Sequence[float | None]) -> list[float]:
+    """By how much each of `scores` is below that of `best` for the same prompt, where both can be told."""
+    pairs = zip(scores, best, strict=True)
+    return [other - score for score, other in pairs if score is not None and other is not None]
 
-    `scores` of the samples with the trigger word by strength. Strengths with fewer than MIN_SCORED are not compared; the sentence
-    is empty if that is so of strength 1, or of all others.
+
+def lowest_strength(scores: Mapping[float, Sequence[float | None]]) -> tuple[float, str]:
+    """The lowest strength whose samples are on average within one standard error of those of strength 1, prompt by prompt, and a
+    sentence about it.
+
+    `scores` of the samples with the trigger word by strength. Strengths with fewer than MIN_SCORED in common with strength 1 are
+    not compared; the sentence is empty if that is so of all of them.
     """
-    scores = {strength: known_scores(values) for strength, values in scores.items()}
-    means = {strength: statistics.mean(values) for strength, values in scores.items() if len(values) >= MIN_SCORED}
-    if 1.0 not in means or len(means) == 1:
+    full = scores.get(1.0, ())
+    lower = [
+        strength for strength in sorted(scores) if strength < 1 and full and len(_lacking(scores[strength], full)) >= MIN_SCORED
+    ]
+    if not lower:
         return 1.0, ""
-    mean, error = means[1.0], standard_error(scores[1.0])
-    lowest = min(strength for strength, value in means.items() if value >= mean - error - _ROUNDING)
-    if lowest == 1.0:
-        return lowest, f"Likeness is lower at smaller strengths, by more than one standard error ({error:.3f})."
-    within = f"within one standard error ({error:.3f}) of that at 1, {mean:.3f}"
-    return lowest, f"{lowest:g} is the lowest strength whose likeness, {means[lowest]:.3f}, is {within}."
+    for strength in lower:
+        if _is_as_good(scores[strength], full):
+            likeness, at_full = mean_likeness(scores[strength]), mean_likeness(full)
+            within = f"within one standard error of that at 1, {at_full:.3f}"
+            return strength, f"{strength:g} is the lowest strength whose likeness, {likeness:.3f}, is {within}."
+    compared = " and ".join(f"{strength:g}" for strength in lower)
+    return 1.0, f"At strength {compared}, likeness is lower than at 1 by more than one standard error."

@@ -186,7 +186,7 @@ class SampleImages(Callback):
             self.record.finish(self.recommendation)
 
     def _choose(self, last: int, progress: Progress) -> tuple[Save, str]:
-        saves = saves_of(self.outputs, self.renderer.step.adapter.modules, progress, last)
+        saves = saves_of(self.outputs, self.renderer.step.adapter.modules, last)
         measured = [self.record.measured(save) for save in saves]  # which finds out whether likeness can be measured
         return choose(measured, self.likeness.problem, smoothed(progress.validations))
 
@@ -205,13 +205,12 @@ class SampleImages(Callback):
         return False
 
 
-def saves_of(outputs: OutputLayout, modules: Sequence[LoraModule], progress: Progress, last: int) -> list[Save]:
+def saves_of(outputs: OutputLayout, modules: Sequence[LoraModule], last: int) -> list[Save]:
     """The LoRAs of a run that ends after `last` epochs, that one included, which is saved last. Files that are damaged or of
     another run are left out."""
-    losses = smoothed(progress.validations)
     files = {epochs: outputs.lora_after(epochs) for epochs in range(1, last)}
     saved = [(path.name, epochs) for epochs, path in files.items() if path.exists() and is_lora_of(path, modules)]
-    return [Save(name, epochs, validation_loss=losses.get(epochs)) for name, epochs in [*saved, (outputs.lora.name, last)]]
+    return [Save(name, epochs) for name, epochs in [*saved, (outputs.lora.name, last)]]
 
 
 def texts_of(plan: SamplePlan) -> list[str]:

@@ -57,31 +57,27 @@ def test_samples_of_which_it_cannot_be_told_are_left_out():
 
 
 def test_a_loss_that_has_doubled_shows_that_the_model_breaks_down():
-    losses = (0.10, 0.05, 0.09, 0.101, 0.06)
-    names = "abcde"
-    scored = [
-        Save(name, 5 * number, around(number / 10), None, loss)
-        for number, (name, loss) in enumerate(zip(names, losses, strict=True))
-    ]
-    save, reason = choose(scored)
+    losses = {0: 0.10, 5: 0.05, 10: 0.09, 15: 0.101, 20: 0.06}
+    scored = [Save(name, epochs, around(epochs / 50)) for name, epochs in zip("abcde", losses, strict=True)]
+    save, reason = choose(scored, losses=losses)
     assert save.file == "c"
     assert reason == (
         "Its likeness, 0.200 (4 samples), is the best. d and later ones are left out: the validation loss was more than 2 times "
         "the lowest."
     )
-    save, reason = choose([replace(save, scores=()) for save in scored], "FACE_MODEL=off")
+    save, reason = choose([replace(save, scores=()) for save in scored], "FACE_MODEL=off", losses)
     assert save.file == "c"
     assert reason == (
         "It is the last one before the model broke down; likeness was not compared: FACE_MODEL=off. d and later ones are "
         "left out: the validation loss was more than 2 times the lowest."
     )
-    unsaved = {2: 0.02} | {save.epochs: save.validation_loss for save in scored}
+    unsaved = {2: 0.02} | losses
     assert choose(scored[1:3], losses=unsaved)[1] == (
         "All were saved after the model had broken down; it has the lowest validation loss of them."
     )
     assert choose(scored, losses=unsaved | {2: 0.06})[0].file == "c"
-    falling = [Save("a", 5, (), None, 0.3), Save("b", 10), Save("c", 15, (), None, 0.1), Save("d", 20, (), None, 0.2)]
-    assert choose(falling)[0].file == "d"
+    falling = {5: 0.3, 15: 0.1, 20: 0.2}  # 10 was not validated
+    assert choose([Save(name, 5 * number) for number, name in enumerate("abcd", 1)], losses=falling)[0].file == "d"
 
 
 def test_without_likeness_the_last_one_is_chosen_and_the_reason_says_so():
@@ -89,7 +85,7 @@ def test_without_likeness_the_last_one_is_chosen_and_the_reason_says_so():
     assert save.file == "b"
     assert reason == "It is the last one; likeness was not compared: FACE_MODEL=off."
     assert choose([Save("b", 10)])[1].startswith("It is the only one; likeness was not compared: ")
-    few = [Save("a", 5, around(0.6, 3), 0.1, 0.21), Save("b", 10, (*around(0.7, 2), None), 0.2, 0.19)]
+    few = [Save("a", 5, around(0.6, 3), 0.1), Save("b", 10, (*around(0.7, 2), None), 0.2)]
     assert choose(few)[1] == (
         "It is the last one; likeness was not compared: no LoRA has 4 samples whose likeness can be told (at most 3)."
     )
@@ -118,22 +114,38 @@ def test_the_reason_is_one_line_with_the_numbers(saves, file, reason):
 
 
 def test_the_lowest_strength_within_one_standard_error_of_strength_1():
+    """Of SPREAD, the flat scores of 0.8 lack 0.06 +- 0.065, and those of 0.6 lack 0.07."""
     assert lowest_strength({0.6: around(0.48), 0.8: around(0.49), 1.0: SPREAD}) == (
         0.8,
-        "0.8 is the lowest strength whose likeness, 0.490, is within one standard error (0.065) of that at 1, 0.550.",
+        "0.8 is the lowest strength whose likeness, 0.490, is within one standard error of that at 1, 0.550.",
     )
     assert lowest_strength({0.6: around(0.49), 0.8: around(0.3), 1.0: SPREAD})[0] == 0.6
     assert lowest_strength({0.6: around(0.9), 0.8: around(0.3), 1.0: SPREAD})[0] == 0.6
     assert lowest_strength({0.6: FLAT, 0.8: around(0.59), 1.0: around(0.6)}) == (
         1.0,
-        "Likeness is lower at smaller strengths, by more than one standard error (0.000).",
+        "At strength 0.6 and 0.8, likeness is lower than at 1 by more than one standard error.",
     )
 
 
+def test_strengths_are_compared_prompt_by_prompt_like_files():
+    """Every prompt lacks 0.03 or 0.04 at 0.8, which is far less than prompts differ, and no chance."""
+    below = tuple(score - lack for score, lack in zip(SPREAD, (0.03, 0.04, 0.03, 0.04), strict=True))
+    assert lowest_strength({0.8: below, 1.0: SPREAD})[0] == 1.0
+    assert chosen(Save("a", 5, below), Save("b", 10, SPREAD)) == "b"
+    close = tuple(score - lack for score, lack in zip(SPREAD, (0.03, -0.04, 0.03, -0.04), strict=True))
+    assert lowest_strength({0.6: close, 0.8: below, 1.0: SPREAD})[0] == 0.6
+
+
 def test_strengths_with_too_few_scores_are_not_compared():
-    assert lowest_strength({0.6: around(0.6, 3), 0.8: around(0.6), 1.0: around(0.6)})[0] == 0.8
-    assert lowest_strength({0.6: FLAT, 0.8: FLAT, 1.0: around(0.5, 3)}) == (1.0, "")
-    assert lowest_strength({1.0: FLAT}) == lowest_strength({0.8: around(0.5, 2), 1.0: FLAT}) == lowest_strength({}) == (1.0, "")
+    three, others = (*around(0.6, 3), None), (None, *around(0.6, 4))
+    assert lowest_strength({0.6: three, 0.8: around(0.6), 1.0: around(0.6)})[0] == 0.8
+    assert lowest_strength({0.6: FLAT, 0.8: FLAT, 1.0: (*around(0.5, 3), None)}) == (1.0, "")
+    assert lowest_strength({0.8: (*around(0.6, 4), None), 1.0: others}) == (1.0, "")  # 3 prompts in common
+    assert lowest_strength({0.6: three, 0.8: around(0.3), 1.0: around(0.6)}) == (
+        1.0,
+        "At strength 0.8, likeness is lower than at 1 by more than one standard error.",
+    )
+    assert lowest_strength({1.0: FLAT}) == lowest_strength({0.8: FLAT}) == lowest_strength({}) == (1.0, "")
 
 
 def test_metadata_of_the_recommended_file():

@@ -184,7 +184,7 @@ def test_training_is_the_same_with_and_without(sampled, stage):
     assert stage.files()["lora/metrics.jsonl"].splitlines() == lines
     assert not (stage.output / "samples").exists()
     assert recommended == after["sks.safetensors"]
-    reason = "It is the last one; likeness was not compared: there are no sample images of all LoRAs."
+    reason = "It is the last one; likeness was not compared: SAMPLES=false."
     assert f"recommended: sks.safetensors at strength 1. {reason}\n" in output
 
 
