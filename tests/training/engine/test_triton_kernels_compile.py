@@ -42,13 +42,13 @@ NUMBERS |= {"stride_of_plus": "i32"}
 NUMBERS |= {"rank_in": "i32", "rank_out": "i32", "count_of_second": "i32", "pieces": "i32", "stride_of_dy": "i32"}
 STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant", "parts", "multipliers")
 """Arguments that are fp32 in memory; all other arguments are in the dtype of the UNet."""
-ROW, GROUPS = {"BLOCK": 2048}, {"R": 32, "C": 64}
+ROW, GROUPS = {"BLOCK": 2048}, {"R": 16, "C": 128}
 LAUNCHES = {
     "_layer_norm_forward": [ROW | {"ADDS": adds} for adds in (False, True)],
     "_layer_norm_backward": [{"A": 1024, "B": 256, "ADDS": adds} for adds in (False, True)],
     "_geglu_forward": [{"BLOCK": triton_kernels._GEGLU}],
     "_geglu_backward": [{"BLOCK": triton_kernels._GEGLU}],
-    "_group_sums": [GROUPS | {"R": triton_kernels._SUMMED_ROWS, "BACKWARD": backward, "SILU": True} for backward in (False, True)],
+    "_group_sums": [{"R": 64, "C": 64, "BACKWARD": backward, "SILU": True} for backward in (False, True)],
     "_group_coefficients": [{"BACKWARD": backward, "PLUS": True, "P": 64, "G": 128} for backward in (False, True)],
     "_group_apply": [GROUPS | {"BACKWARD": backward, "SILU": True, "ADDS": backward} for backward in (False, True)],
     "_add": [{"R": 16, "C": 128, "BIAS": has_bias} for has_bias in (False, True)],
@@ -76,6 +76,7 @@ ALIGNED = {
     "_geglu_backward_with_lora": ("width", "chunk", "projected", "d_out", "d_projected"),
     "_geglu_forward_with_products": ("width", "stride", "chunk", "projected", "out", "factor", "row_of_factor"),
     "_append_products": ("width", "stride", "stride_of_out", "first", "second", "third", "out", "factors"),
+    "_group_apply": ("channels", "stride", "x", "dy", "d_x", "out"),
 }
 """Arguments that are multiples of 16 at these widths and ranks, which Triton finds out when it launches a kernel."""
 

@@ -13,15 +13,15 @@ import triton.language as tl
 
 from training.engine.fast.gaps import empty_with_gap
 
-_GROUP_ROWS, _GROUP_COLUMNS = 32, 64
+_GROUP_ROWS, _GROUP_COLUMNS = 16, 128
 """Tile of the group norms: rows (pixels) and channels."""
+_SUMMED_ROWS, _SUMMED_COLUMNS, _PROGRAMS = 64, 64, 4
+"""The same where a program sums up many tiles, and how many such programs there are for each multiprocessor."""
 _ROWS, _COLUMNS = 4, 1024
 """Tile of a weight in 8 bits."""
 _SUM_ROWS, _SUM_COLUMNS, _ROWS_PER_SUM = 16, 128, 128
 """Tile of a matrix that is added to another or whose columns are summed up, and the rows of it that one program sums up before
 the parts are added."""
-_SUMMED_ROWS, _PROGRAMS = 64, 3
-"""Rows of an image that a program of the group norm's first kernel reads at a time, and its programs for each multiprocessor."""
 _GEGLU = 512
 """Columns of a program of the GEGLU."""
 
@@ -490,14 +490,14 @@ def _per_channel(x, how_many, width):
 
 def _sums(x, dy, scale, shift, *, backward, silu):
     images, rows, channels = x.shape
-    columns = triton.cdiv(channels, _GROUP_COLUMNS)
+    columns = triton.cdiv(channels, _SUMMED_COLUMNS)
     # A few programs for each multiprocessor read all that its memory gives it, and leave few sums to be added.
     pieces = max(1, _PROGRAMS * _processors(x.device) // (images * columns))
     chunk = triton.cdiv(triton.cdiv(rows, pieces), _SUMMED_ROWS) * _SUMMED_ROWS
     chunks = triton.cdiv(rows, chunk)
     sums = torch.empty(images, chunks, 2, channels, dtype=torch.float32, device=x.device)
     _group_sums[(images, chunks, columns)](
-        x, dy, scale, shift, sums, rows, channels, chunk, chunks, backward, silu, _SUMMED_ROWS, _GROUP_COLUMNS
+        x, dy, scale, shift, sums, rows, channels, chunk, chunks, backward, silu, _SUMMED_ROWS, _SUMMED_COLUMNS
     )
     return sums, chunks
 

@@ -166,8 +166,8 @@ def _transformer(
     for name, block in blocks.items():
         keys, values = (encoder_hidden_states[f"{name}.attn2.{part}"] for part in ("to_k", "to_v"))
         x, pending = recomputed(block, x, pending, keys, values) if recomputes else block(x, pending, keys, values)
-    rows = proj_out(add(x, pending, last_gap))
-    return (residual + rows.unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2),)
+    rows = proj_out(add(x, pending, last_gap)).unflatten(1, hidden_states.shape[2:])
+    return (add(residual.permute(0, 2, 3, 1), rows).permute(0, 3, 1, 2),)
 
 
 def _convolution(modules: Mapping[str, torch.nn.Module], name: str, convolutions: Mapping[str, LoraConv]) -> Layer:
