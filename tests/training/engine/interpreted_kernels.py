@@ -9,7 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from training.engine.fast import triton_gradients, triton_kernels, triton_products
+from training.engine.fast import triton_gradients, triton_group_norms, triton_kernels, triton_products
 from training.engine.fast.gaps import with_gap
 
 
@@ -81,11 +81,11 @@ def check_group_norm(images: int, rows: int, channels: int, groups: int, silu: b
     expected = torch.nn.functional.group_norm(total.mT, groups, weight.float(), bias.float(), 1e-5).mT
     expected = torch.nn.functional.silu(expected) if silu else expected
     (d_leaf,) = torch.autograd.grad(expected, leaf, dy.float())
-    normed, kept = triton_kernels.group_norm_forward(x, plus, weight, bias, groups, 1e-5, silu, gap)
+    normed, kept = triton_group_norms.group_norm_forward(x, plus, weight, bias, groups, 1e-5, silu, gap)
     assert normed.stride() == (rows * (channels + gap), channels + gap, 1)
     assert_close(normed, expected, 1e-3)
     for residual in (None, d_x):
-        dx = triton_kernels.group_norm_backward(x, plus, weight, groups, silu, kept, dy, residual)
+        dx = triton_group_norms.group_norm_backward(x, plus, weight, groups, silu, kept, dy, residual)
         assert_close(dx, d_leaf if residual is None else d_leaf + residual.float(), 1e-3)
 
 
@@ -135,7 +135,7 @@ if __name__ == "__main__":
     for images, rows, channels, groups, gap in ((2, 200, 96, 4, 32), (1, 9, 99, 3, 0)):
         for silu, has_plus in ((True, True), (False, False)):
             check_group_norm(images, rows, channels, groups, silu, has_plus, gap)
-    triton_products._processors = lambda device: 2  # rows are divided among several programs
+    triton_products.processors = lambda device: 2  # rows are divided among several programs
     for shape in ((130, 96, 8, 8, 0), (64, 64, 32, 16, 32), (200, 160, 3, 40, 0), (5, 64, 64, 64, 64)):
         check_geglu_backward(*shape)
     for shape in ((130, 96, 8), (64, 320, 32), (7, 160, 40), (33, 64, 64)):

@@ -18,7 +18,7 @@ from triton.backends.nvidia import compiler as nvidia  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from training.engine.fast import triton_gradients, triton_kernels, triton_products  # noqa: E402
+from training.engine.fast import triton_gradients, triton_group_norms, triton_kernels, triton_products  # noqa: E402
 
 SHARED_BYTES = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99, 121: 99}
 """KiB of shared memory that a block may use, by compute capability times 10 (CUDA programming guide, "Technical Specifications
@@ -82,7 +82,7 @@ ALIGNED = {
 
 
 def kernels() -> dict[str, JITFunction]:
-    found = vars(triton_gradients) | vars(triton_kernels) | vars(triton_products)
+    found = vars(triton_gradients) | vars(triton_group_norms) | vars(triton_kernels) | vars(triton_products)
     parts_of_others = ("_silu_slope", "geglu_gradients", "geglu_output")
     return {name: each for name, each in found.items() if isinstance(each, JITFunction) and name not in parts_of_others}
 

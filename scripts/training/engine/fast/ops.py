@@ -26,6 +26,13 @@ def _kernels() -> ModuleType | None:
 
 
 @functools.cache
+def _group_norms() -> ModuleType:
+    import training.engine.fast.triton_group_norms as group_norms
+
+    return group_norms
+
+
+@functools.cache
 def _products() -> ModuleType | None:
     """The Triton kernels that compute a LoRA's products as well, if there are Triton kernels."""
     if not _kernels():
@@ -250,7 +257,7 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, plus, weight, bias, groups, eps, silu, gap):
         rows = as_rows(x)
-        out, kept = _kernels().group_norm_forward(rows, plus, weight, bias, groups, eps, silu, gap)
+        out, kept = _group_norms().group_norm_forward(rows, plus, weight, bias, groups, eps, silu, gap)
         ctx.groups, ctx.silu = groups, silu
         ctx.save_for_backward(rows, plus, weight, *kept)
         ctx.set_materialize_grads(False)
@@ -263,7 +270,7 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx, d_x, d_normed):
         rows, plus, weight, *kept = ctx.saved_tensors
         d_rows = None if d_x is None else as_rows(d_x)
-        dx = _kernels().group_norm_backward(rows, plus, weight, ctx.groups, ctx.silu, kept, as_rows(d_normed), d_rows)
+        dx = _group_norms().group_norm_backward(rows, plus, weight, ctx.groups, ctx.silu, kept, as_rows(d_normed), d_rows)
         return as_image(dx, d_normed), None, None, None, None, None, None, None
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from training.engine.fast.gaps import empty_with_gap, with_gap
-from training.engine.fast.triton_kernels import geglu_gradients, geglu_output
+from training.engine.fast.triton_kernels import geglu_gradients, geglu_output, processors
 
 _ROWS, _COLUMNS = 16, 64
 """Tile of `_geglu_backward_with_lora`: rows that a program reads at a time, and columns that it owns."""
@@ -175,7 +175,7 @@ def geglu_backward_with_lora(projected, d_out, h, g, up_grad, down_grad, scale, 
     r_in, r_out = h.shape[1], g.shape[1]
     d_projected = empty_with_gap(projected, 2 * width, gap)
     columns = triton.cdiv(width, _COLUMNS)
-    pieces, chunk = _divided(rows, _ROWS, _PROGRAMS * _processors(projected.device) // columns)
+    pieces, chunk = _divided(rows, _ROWS, _PROGRAMS * processors(projected.device) // columns)
     parts = torch.empty(pieces, up_grad.numel() + down_grad.numel(), dtype=torch.float32, device=projected.device)
     padded = _padded(r_in), _padded(r_out)
     _geglu_backward_with_lora[(columns, pieces)](
@@ -195,7 +195,7 @@ def geglu_forward_with_products(projected, factor):
     tile_rows = _GEGLU_ROWS[_generation(projected.device)]
     # Few rows are not enough programs: columns are divided among them as well.
     blocks = triton.cdiv(rows, tile_rows)
-    pieces, chunk = _divided(width, _GEGLU_COLUMNS, _PROGRAMS * _processors(projected.device) // blocks)
+    pieces, chunk = _divided(width, _GEGLU_COLUMNS, _PROGRAMS * processors(projected.device) // blocks)
     parts = torch.empty(pieces, rows, rank, dtype=torch.float32, device=projected.device)
     _geglu_forward_with_products[(blocks, pieces)](
         projected, factor, out, parts, rows, width, rank, width + rank, factor.stride(0), chunk,
@@ -237,8 +237,3 @@ def _padded(rank):
 @functools.cache
 def _generation(device):
     return "turing" if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0) else "ampere"
-
-
-@functools.cache
-def _processors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
