@@ -152,12 +152,20 @@ class CaptionFiles:
             elif content != change.before:
                 edited.append(change.caption)
         # A run that changed no caption has the number of the next one that does. Version 1.0 wrote no log of traits.
-        lines = [line for line in read_json_lines(self._traits_log) if isinstance(line.get("run"), int) and line["run"] >= runs[-1]]
+        lines: list[dict] = []
+        for line in read_json_lines(self._traits_log):
+            if isinstance(line.get("undone"), int):
+                lines = [each for each in lines if each["run"] < line["undone"]]
+            elif isinstance(line.get("run"), int):
+                lines.append(line)
+        lines = [line for line in lines if line["run"] >= runs[-1]]
         before = lines[0].get("before") if lines and len(runs) > 1 else None
         if before is not None:
             write_json(self._traits, before)
         elif lines or len(runs) == 1:
             self._traits.unlink(missing_ok=True)
+        if lines:
+            append_json_line(self._traits_log, {"undone": runs[-1]})
         append_json_line(self._record, {"undone": runs[-1]})
         self._undone.add(runs[-1])
         return UndoResult(runs[-1], restored, sorted(edited), len(runs) - 1)

@@ -95,7 +95,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 def round_ticks(low: float, high: float, least: float = 0.0) -> dict[float, str]:
     """The multiples of 1, 2 or 5 times a power of ten from `low` to `high`, at least `least` apart, with their labels: three
-    to eight, unless `least` leaves fewer. Empty where floats are too coarse for that."""
+    to nine, unless `least` leaves fewer. Empty where floats are too coarse for that."""
     apart = max(least, (high - low) / _TICKS)
     if not _TINY < apart < 1 / _TINY:
         return {}

@@ -534,6 +534,28 @@ def test_undo_brings_back_the_record_of_traits_too(stage, photographs):
     assert not record.exists()
 
 
+def test_undo_twice_passes_over_the_traits_of_a_run_that_was_undone(stage):
+    """Run 2, a run that changes traits only and has the number 3, undo, another run 3, undo: the record of run 1 is back."""
+    folder = DatasetFolder(stage.images.parent)
+    folder.images.mkdir(parents=True, exist_ok=True)
+    (stage.images.parent / ".loracat").mkdir(exist_ok=True)
+
+    def run(text: str | None, before: dict | None, after: dict) -> None:
+        files = CaptionFiles(folder, "sks")
+        if text:
+            files.write(folder.images / "a.txt", text)
+        files.write_traits(before, after)
+
+    run("one", None, {"traits": "ONE"})
+    run("two", {"traits": "ONE"}, {"traits": "TWO"})
+    run(None, {"traits": "TWO"}, {"traits": "only"})
+    CaptionFiles(folder, "sks").undo()
+    assert json.loads(folder.traits.read_text()) == {"traits": "ONE"}
+    run("three", {"traits": "ONE"}, {"traits": "THREE"})
+    CaptionFiles(folder, "sks").undo()
+    assert json.loads(folder.traits.read_text()) == {"traits": "ONE"}
+
+
 def test_a_damaged_record_of_traits_is_named_and_written_again(stage, photographs):
     save(photographs, stage.images, astronaut="a.png")
     stage.run()

@@ -44,7 +44,7 @@ class Renderer:
     `texts` are the files in the cache of every prompt and negative prompt; they and the VAE, which loses its encoder, are kept in
     the CPU's memory, so that nothing has to be read during training. Text encoders that are trained encode them for each image.
     `tiled`: the VAE decodes tiles, and the predictions of guidance are computed one by one, which takes less memory. `in_turn`:
-    images are rendered in the memory that training gives back for it.
+    images are rendered in the memory that captured steps give back for it, and without graphs, which would hold some of it.
     """
 
     def __init__(
@@ -53,9 +53,8 @@ class Renderer:
         self.step, self._schedule, self._vae, self._tiled, self._in_turn = step, schedule, vae, tiled, in_turn
         vae.encoder = vae.quant_conv = None
         # Training does not run while images are rendered, so that the captured graphs of both share their memory.
-        is_cuda = step.precision.device.type == "cuda"
-        memory = step.graphs and step.graphs.memory
-        self._predict = CudaGraphs(step.predict, "sample images are", memory) if is_cuda else step.predict
+        captures, memory = step.precision.device.type == "cuda" and not in_turn, step.graphs and step.graphs.memory
+        self._predict = CudaGraphs(step.predict, "sample images are", memory) if captures else step.predict
         self._texts = {text: read_text(path, 0) for text, path in texts.items()}
         self._decoder: AutoencoderKL | None = None
         if tiled:
@@ -112,7 +111,5 @@ class Renderer:
     def release(self) -> None:
         """Give back the GPU memory that training does not need."""
         self._decoder = None
-        if self._in_turn and self.step.graphs:
-            self.step.graphs.memory.release()
-        elif self.step.precision.device.type == "cuda":
+        if self.step.precision.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -47,7 +47,7 @@ class SamplePlan:
     lower_strengths: tuple[float, ...] = STRENGTHS[:-1]
     """At which the recommended LoRA is rendered, too."""
     in_turn: bool = False
-    """Memory is short: what captured training steps hold is given back before a row is rendered."""
+    """Memory is short: captured training steps give theirs back for each row, and are captured again."""
 
     def is_due(self, before: int, after: int) -> bool:
         """Whether a row is due when `after` epochs are complete and `before` were; the end of the run has its own."""

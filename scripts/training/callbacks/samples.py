@@ -1,8 +1,8 @@
 """Sample images: the base model and every saved LoRA on the same prompts and noise, rendered with the networks in memory; and
 which LoRA they recommend.
 
-Training is not changed by them to the last bit: noise comes from a generator of its own, nothing that is captured is touched,
-and a process that was killed renders the same pixels again.
+Training is not changed by them to the last bit: noise comes from a generator of its own, captured steps that are deleted for their
+memory are captured again, and a process that was killed renders the same pixels again.
 """
 
 import contextlib
@@ -126,7 +126,8 @@ class SampleImages(Callback):
         if is_listed:
             return
         world_size, writes, is_stopped = self.group.world_size, [], False
-        self.renderer.begin()
+        if missing:
+            self.renderer.begin()
         # PNG is compressed in a thread, while the next image is rendered.
         with ThreadPoolExecutor(1) as writer, ProgressBar(len(missing), f"samples, {row.label}", "img", leave=False) as bar:
             for first in range(0, len(missing), world_size):

@@ -97,9 +97,8 @@ class TrainStep:
         # The scaler decides on the CPU whether an fp16 step is skipped, and some optimizers read numbers back.
         self._captures_update = not precision.scales_loss and optimizer.capturable
         self.graphs = CudaGraphs(self._add_gradient, "training is") if can_capture else None
-        captured_update = (
-            CudaGraphs(self._update, "training is", self.graphs.memory) if can_capture and self._captures_update else None
-        )
+        # Its memory is its own, and is never released: all processes would have to capture their communication again together.
+        captured_update = CudaGraphs(self._update, "training is") if can_capture and self._captures_update else None
         self._run_gradient, self._run_update = self.graphs or self._add_gradient, captured_update or self._update
         self._copying = torch.cuda.Stream(precision.device) if can_capture else None
 
@@ -305,8 +304,9 @@ class CudaGraphs:
         shapes = tuple(tensor.shape for tensor in inputs)
         if self._disabled or shapes not in self._graphs:
             # The first call for a shape runs eagerly: it makes cuDNN, cuBLAS and Triton choose and load their kernels, which a
-            # capture could not. It takes about the memory that graphs of other shapes hold.
-            if self.captured and available_bytes(inputs[0].device) < torch.cuda.memory_reserved():
+            # capture could not. It takes about the memory that graphs of other shapes hold, which is reserved and not allocated.
+            held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            if self.captured and available_bytes(inputs[0].device) < held:
                 self.memory.release()
             self._graphs[shapes] = None
             return self._function(*inputs)
@@ -328,7 +328,11 @@ class CudaGraphs:
             with torch.cuda.graph(graph, pool=self.memory.pool, capture_error_mode="thread_local"):
                 output = self._function(*buffers)
         except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) and self.captured:
+                self.memory.release()  # that of other shapes
+                return self._capture(inputs)
             self._disabled = True
+            self.forget()
             print(f"CUDA graphs: off, {self._slower} slower ({str(error).splitlines()[0]})", flush=True)
             return None
 

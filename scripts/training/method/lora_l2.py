@@ -26,7 +26,7 @@ def l2_of_changes(adapter: Adapter, weight: float) -> Callable[[], None]:
         for downs, ups, scale in parts:
             down, up = (torch.stack(each).flatten(2) for each in (downs, ups))  # [n, rank, in], [n, out, rank]
             factor = 2 * weight * scale**2
-            of_down, of_up = _squared(up) @ down, up @ _squared(down.mT)
+            of_down, of_up = _gram_matrices(up) @ down, up @ _gram_matrices(down.mT)
             for parameters, gradient in ((downs, of_down), (ups, of_up)):
                 added = [each.view_as(parameter) for each, parameter in zip(gradient, parameters, strict=True)]
                 torch._foreach_add_([parameter.grad for parameter in parameters], added, alpha=factor)
@@ -34,9 +34,9 @@ def l2_of_changes(adapter: Adapter, weight: float) -> Callable[[], None]:
     return add_gradient
 
 
-def _squared(matrices: torch.Tensor) -> torch.Tensor:
+def _gram_matrices(matrices: torch.Tensor) -> torch.Tensor:
     """[n, size, rank] -> matrix^T matrix, [n, rank, rank]. A sum over many rows is too few programs for a GPU: it is added up from
-    parts."""
-    n, size, _ = matrices.shape
-    parts = matrices.unflatten(1, (-1, math.gcd(size, 128))).flatten(0, 1)
+    parts, which are no larger than the matrices."""
+    n, size, rank = matrices.shape
+    parts = matrices.unflatten(1, (-1, math.gcd(size, 128) if rank <= 128 else size)).flatten(0, 1)
     return (parts.mT @ parts).unflatten(0, (n, -1)).sum(1)

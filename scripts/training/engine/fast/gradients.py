@@ -41,11 +41,13 @@ def add_gradients(
             accumulate(up_grad, as_groups(dy, n).mT, as_groups(h, n), scale)
         accumulate(down_grad, g.T, x, 1.0)
         return
-    backward = torch._C._current_graph_task_id()
+    backward = torch._C._current_graph_task_id()  # as torch.utils.checkpoint asks for it; the public API has no number
     if backward not in _waiting:
         _waiting.clear()  # a backward pass that failed left its layers here
         _waiting[backward] = []
         Variable._execution_engine.queue_callback(partial(_add_the_rest, backward))
+    if any(other[2] is up_grad for other in _waiting[backward]):
+        _add_now(_waiting[backward])  # one kernel must not add to the same numbers twice
     _waiting[backward].append(layer)
     if len(_waiting[backward]) == _LAYERS_AT_ONCE:
         add_layer_gradients(_waiting[backward])
@@ -53,9 +55,14 @@ def add_gradients(
 
 
 def _add_the_rest(backward: int) -> None:
+    _add_now(_waiting.pop(backward))
+
+
+def _add_now(layers: list[_Layer]) -> None:
     # One by one: another number of layers would be another kernel to compile.
-    for layer in _waiting.pop(backward):
+    for layer in layers:
         add_layer_gradients([layer])
+    layers.clear()
 
 
 def as_groups(rows: torch.Tensor, n: int) -> torch.Tensor:

@@ -27,6 +27,7 @@ def _kernels() -> ModuleType | None:
 
 @functools.cache
 def _group_norms() -> ModuleType:
+    """The Triton kernels of group norms."""
     import training.engine.fast.triton_group_norms as group_norms
 
     return group_norms
