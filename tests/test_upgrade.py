@@ -109,4 +109,6 @@ def test_half_trained_run_is_continued_to_the_same_end(environment):
     taken = read_json_lines(half / "lora" / "metrics.jsonl")
     assert [line["step"] for line in taken] == list(range(12))
     for mine, first in zip(taken, expected, strict=True):
+        # Sums in another order than the first version's change the last digit of a loss, and more of a gradient's.
+        assert mine.pop("gradient_norm") == pytest.approx(first.pop("gradient_norm"), rel=1e-3)
         assert mine == pytest.approx(first, rel=1e-5)
