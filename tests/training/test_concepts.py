@@ -65,6 +65,7 @@ def test_sample_images_show_each_concept(done):
     assert texts == [("bob", "bob")] * 4 + [("alice", "alice")] * 4 + [("man", ""), ("woman", "")]
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_ends_with_the_same_weights(done, stage):
     first, _ = done
     shutil.copytree(first.dataset, stage.dataset, dirs_exist_ok=True)

@@ -216,7 +216,10 @@ def test_an_optimizer_that_cannot_be_used_is_one_line_before_anything_is_encoded
     "settings",
     [
         {"LORA_TYPE": "loha", "LORA_CONV_RANK": 2, "LORA_RANK_PATTERN": r"transformer_blocks\.[1-9]=0 attn2=3:1.5"},
-        {"LORA_DROPOUT": 0.3, "LORA_RSLORA": "true", "LORA_RANK_PATTERN": r"transformer_blocks\.[1-9]=0"},
+        pytest.param(
+            {"LORA_DROPOUT": 0.3, "LORA_RSLORA": "true", "LORA_RANK_PATTERN": r"transformer_blocks\.[1-9]=0"},
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["loha", "dropout"],
 )
