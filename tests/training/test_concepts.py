@@ -83,6 +83,7 @@ def test_a_run_that_is_stopped_ends_with_the_same_weights(done, stage):
     assert tensors[0] == tensors[1]
 
 
+@pytest.mark.long
 def test_other_regularization_images_are_another_run(done, stage):
     first, _ = done
     shutil.copytree(first.dataset, stage.dataset, dirs_exist_ok=True)

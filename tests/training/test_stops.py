@@ -33,6 +33,7 @@ def weights(stage) -> dict[str, bytes]:
         return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
 
 
+@pytest.mark.long
 def test_a_second_signal_does_not_wait_for_the_step(images, forked_python):
     for _ in range(5):  # on a busy machine the step may end, and the run with it, between the two signals
         run, before = images.start(python=forked_python, **SHORT | LONG_STEPS), images.steps_taken()
@@ -56,6 +57,7 @@ def test_a_second_signal_does_not_wait_for_the_step(images, forked_python):
     assert (again.returncode, again.stderr) == (130, "train_lora: stopped by SIGINT; run the same command again to resume\n")
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(images, mount_tmpfs, monkeypatch):
     monkeypatch.setattr(results, "MIN_FREE_BYTES", 0)
     mount_tmpfs(images.output, "size=8m")
@@ -84,6 +86,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(images, mount_tmpfs
     assert "damaged" not in again.stdout
 
 
+@pytest.mark.long
 def test_a_cache_that_is_removed_ends_the_run_with_the_state_saved(images):
     long = SHORT | {"NUM_TRAIN_EPOCHS": 1000, "SAVE_STATE_EVERY_MINUTES": 60}
     removed = images.disturbed(2, lambda is_over: shutil.rmtree(images.output / "cache" / "latents"), **long)
@@ -150,6 +153,7 @@ def test_a_run_by_steps_is_lengthened_and_ends_as_if_it_had_always_been_longer(i
     assert weights(images) == lengthened
 
 
+@pytest.mark.long
 def test_a_finished_run_that_is_lengthened_ends_as_if_it_had_always_been_longer(images):
     images.trained(**SHORT, NUM_TRAIN_EPOCHS=2)
     said = images.trained(**SHORT, NUM_TRAIN_EPOCHS=5)

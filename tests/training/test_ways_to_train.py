@@ -47,6 +47,7 @@ def test_a_run_that_one_engine_began_is_continued_by_the_other(images, first, se
     assert losses(images.output) == pytest.approx(whole, rel=1e-4)
 
 
+@pytest.mark.long
 def test_another_loss_is_another_run(images):
     assert "engine: fast (supports these settings)" in images.trained(**QUICK)
     first = losses(images.output)
@@ -137,6 +138,7 @@ def test_a_wrong_choice_is_refused_before_there_are_images(stage):
     assert refused.returncode == 2
 
 
+@pytest.mark.long
 def test_the_average_of_a_stopped_run_ends_as_the_same_lora(images):
     """The file holds the average, and not the weights of the last step."""
     settings = LONG | {"EMA_DECAY": 0.9, "LORAPLUS_RATIO": 4}
