@@ -4,6 +4,7 @@ In the kernels, residual gradients are added on the way, and only gradients of i
 """
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -26,29 +27,14 @@ def _kernels() -> ModuleType | None:
 
 
 @functools.cache
-def _group_norms() -> ModuleType:
-    """The Triton kernels of group norms."""
-    import training.engine.fast.triton_group_norms as group_norms
-
-    return group_norms
+def _triton(name: str) -> ModuleType:
+    """Another module of Triton kernels, which is imported when it is first needed."""
+    return importlib.import_module(f"training.engine.fast.triton_{name}")
 
 
-@functools.cache
 def _products() -> ModuleType | None:
     """The Triton kernels that compute a LoRA's products as well, if there are Triton kernels."""
-    if not _kernels():
-        return None
-    import training.engine.fast.triton_products as products
-
-    return products
-
-
-@functools.cache
-def _gradients() -> ModuleType:
-    """The Triton kernel that adds up gradients of LoRAs."""
-    import training.engine.fast.triton_gradients as gradients
-
-    return gradients
+    return _triton("products") if _kernels() else None
 
 
 def copier(flat: torch.Tensor, targets: Sequence[tuple[int, torch.Tensor]], scale: float) -> Callable[[], None]:
@@ -127,7 +113,7 @@ def takes_gradients(dy: torch.Tensor, x: torch.Tensor, rank: int) -> bool:
 
 def add_layer_gradients(layers: Sequence[tuple]) -> None:
     """Add both LoRA gradients of each of `layers`, the arguments of `gradients.add_gradients`, on a GPU."""
-    _gradients().add_gradients(layers)
+    _triton("gradients").add_gradients(layers)
 
 
 def geglu_backward_with_lora(
@@ -258,7 +244,7 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, plus, weight, bias, groups, eps, silu, gap):
         rows = as_rows(x)
-        out, kept = _group_norms().group_norm_forward(rows, plus, weight, bias, groups, eps, silu, gap)
+        out, kept = _triton("group_norms").group_norm_forward(rows, plus, weight, bias, groups, eps, silu, gap)
         ctx.groups, ctx.silu = groups, silu
         ctx.save_for_backward(rows, plus, weight, *kept)
         ctx.set_materialize_grads(False)
@@ -271,7 +257,7 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx, d_x, d_normed):
         rows, plus, weight, *kept = ctx.saved_tensors
         d_rows = None if d_x is None else as_rows(d_x)
-        dx = _group_norms().group_norm_backward(rows, plus, weight, ctx.groups, ctx.silu, kept, as_rows(d_normed), d_rows)
+        dx = _triton("group_norms").group_norm_backward(rows, plus, weight, ctx.groups, ctx.silu, kept, as_rows(d_normed), d_rows)
         return as_image(dx, d_normed), None, None, None, None, None, None, None
 
 
