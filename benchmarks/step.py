@@ -30,7 +30,7 @@ from training.models.weights import load_unet
 from training.system.device import choose_precision
 
 FAMILIES = {
-    "attention": r"fmha|flash|sdpa|attention|cudnn_generated",
+    "attention": r"fmha|flash|sdpa|attention|_attend|cudnn_generated|cudnn::fusion",
     "convolutions": r"conv|fprop|dgrad|wgrad",
     "matrix products": r"_add_gradients|_append_products|gemm|nvjet|cutlass|cublas|addmm|aten[:.]+(mm|bmm|linear)|baddbmm",
     "norms": r"_layer_norm|_group_|norm",

@@ -9,7 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
-from training.engine.fast import triton_gradients, triton_group_norms, triton_kernels, triton_products
+from training.engine.fast import triton_attention, triton_gradients, triton_group_norms, triton_kernels, triton_products
 from training.engine.fast.gaps import with_gap
 
 
@@ -106,6 +106,21 @@ def check_upsampling(images: int, height: int, width: int, channels: int) -> Non
     assert_close(triton_kernels.upsample_backward(d_out), d_leaf.permute(0, 2, 3, 1), 1e-3)
 
 
+def check_attention(images: int, rows: int, keys: int, heads: int, gap: int) -> None:
+    torch.manual_seed(0)
+    width = heads * 64
+    q, d_out = torch.randn(2, images, rows, width).half()
+    k, v = torch.randn(images, keys, 2 * width).half().chunk(2, dim=-1)  # parts of wider rows
+    leaves = [each.float().requires_grad_() for each in (q, k, v)]
+    per_head = [each.unflatten(-1, (heads, 64)).transpose(1, 2) for each in leaves]
+    expected = torch.nn.functional.scaled_dot_product_attention(*per_head).transpose(1, 2).flatten(2)
+    out, logs = triton_attention.attend(q, k, v, heads, gap)
+    found = out, *triton_attention.attend_backward(q, k, v, logs, d_out, heads, gap)
+    for ours, theirs in zip(found, (expected, *torch.autograd.grad(expected, leaves, d_out.float())), strict=True):
+        assert_close(ours, theirs.detach(), 1e-3)
+    assert out.stride() == found[1].stride() == (rows * (width + gap), width + gap, 1)
+
+
 def check_gradients() -> None:
     """Of layers of other shapes, ranks and numbers of parts by one kernel."""
     torch.manual_seed(0)
@@ -135,6 +150,9 @@ if __name__ == "__main__":
     for images, rows, channels, groups, gap in ((2, 200, 96, 4, 32), (1, 9, 99, 3, 0)):
         for silu, has_plus in ((True, True), (False, False)):
             check_group_norm(images, rows, channels, groups, silu, has_plus, gap)
+    triton_attention.processors = lambda device: 3
+    for shape in ((2, 100, 77, 2, 0), (1, 70, 154, 3, 32), (2, 40, 64, 1, 16), (1, 33, 160, 1, 0), (1, 5, 3, 2, 8)):
+        check_attention(*shape)
     triton_products.processors = lambda device: 2  # rows are divided among several programs
     for shape in ((130, 96, 8, 8, 0), (64, 64, 32, 16, 32), (200, 160, 3, 40, 0), (5, 64, 64, 64, 64)):
         check_geglu_backward(*shape)

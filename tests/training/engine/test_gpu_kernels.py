@@ -15,6 +15,7 @@ from training.engine.fast.lora_linear import fused_lora_linear
 from training.engine.fast.ops import (
     add_layer_norm,
     append_products,
+    attend,
     dequantized,
     geglu,
     group_norm,
@@ -165,6 +166,24 @@ def test_gradients_of_several_layers_are_added_by_one_kernel(rank):
     found = [each for layer in layers for each in (layer[2], layer[6])]
     for ours, exact in zip(found, expected, strict=True):
         assert (ours - exact).norm() < 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("keys", [7, 77, 154, 160, 161, 231])
+def test_attention_to_a_text_is_nearly_that_in_fp32(keys):
+    """As near as PyTorch's own in bf16; with more keys than the kernels take, it is PyTorch's."""
+    generator = torch.Generator(device="cuda").manual_seed(1)
+    q, d_out = torch.randn(2, 3, 500, 320, generator=generator, device="cuda")
+    k, v = torch.randn(2, 3, keys, 320, generator=generator, device="cuda")
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [each.bfloat16().to(dtype).requires_grad_() for each in (q, k, v)]
+        out = attend(*leaves, 5, 32, 16)
+        results.append([out, *torch.autograd.grad(out, leaves, d_out.bfloat16().to(dtype))])
+    for ours, exact in zip(*results, strict=True):
+        assert (ours.float() - exact).norm() < 4e-3 * exact.norm()
+    out, dq, *_ = results[0]
+    gaps = [with_gap(rows.flatten(0, 1), 320 + gap) is not None for rows, gap in ((out, 32), (dq, 16))]
+    assert gaps == [keys <= 160] * 2
 
 
 def test_upsampling_kernels():

@@ -18,7 +18,7 @@ from triton.backends.nvidia import compiler as nvidia  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from training.engine.fast import triton_gradients, triton_group_norms, triton_kernels, triton_products  # noqa: E402
+from training.engine.fast import triton_attention, triton_gradients, triton_group_norms, triton_kernels, triton_products  # noqa: E402
 
 SHARED_BYTES = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99, 121: 99}
 """KiB of shared memory that a block may use, by compute capability times 10 (CUDA programming guide, "Technical Specifications
@@ -38,9 +38,11 @@ NUMBERS |= {
 NUMBERS |= dict.fromkeys(
     ("rank", "stride_of_out", "stride_of_kept", "part_of_factors", "row_of_factors", "row_of_factor", "column_of_factors"), "i32"
 )
-NUMBERS |= {"stride_of_plus": "i32"}
+NUMBERS |= dict.fromkeys(
+    ("stride_of_plus", "keys", "heads", "stride_of_k", "stride_of_v", "stride_of_d_out", "stride_of_dq", "size_of_part"), "i32"
+)
 NUMBERS |= {"rank_in": "i32", "rank_out": "i32", "count_of_second": "i32", "pieces": "i32", "stride_of_dy": "i32"}
-STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant", "parts", "multipliers")
+STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant", "parts", "multipliers", "logs")
 """Arguments that are fp32 in memory; all other arguments are in the dtype of the UNet."""
 ROW, GROUPS = {"BLOCK": 2048}, {"R": 16, "C": 128}
 LAUNCHES = {
@@ -67,6 +69,10 @@ LAUNCHES = {
     "_geglu_forward_with_products": [
         {"R": rank, "K": triton_products._GEGLU_ROWS, "C": triton_products._GEGLU_COLUMNS} for rank in triton_products._WARPS
     ],
+    "_attend": [{"D": 64, "A": a, "B": b, "K": triton_attention._ROWS} for a, b in ((64, 16), (64, 64), (128, 32))],
+    "_attend_backward": [
+        {"D": 64, "A": a, "B": b, "K": triton_attention._BACKWARD_ROWS} for a, b in ((64, 16), (64, 64), (128, 32))
+    ],
     "_add_parts": [{"BLOCK": 1024}],
     "_add_products": [{"BLOCK": 1024}],
     "_copy_blocks": [{"R": 128, "C": 32}, {"R": 32, "C": 128}],
@@ -77,12 +83,28 @@ ALIGNED = {
     "_geglu_forward_with_products": ("width", "stride", "chunk", "projected", "out", "factor", "row_of_factor"),
     "_append_products": ("width", "stride", "stride_of_out", "first", "second", "third", "out", "factors"),
     "_group_apply": ("channels", "stride", "x", "dy", "d_x", "out"),
+    "_attend": ("stride", "stride_of_k", "stride_of_v", "stride_of_out", "q", "k", "v", "out"),
+    "_attend_backward": (
+        "stride",
+        "stride_of_k",
+        "stride_of_v",
+        "stride_of_d_out",
+        "stride_of_dq",
+        "chunk",
+        "q",
+        "k",
+        "v",
+        "dq",
+        "d_out",
+    ),
 }
 """Arguments that are multiples of 16 at these widths and ranks, which Triton finds out when it launches a kernel."""
 
 
 def kernels() -> dict[str, JITFunction]:
-    found = vars(triton_gradients) | vars(triton_group_norms) | vars(triton_kernels) | vars(triton_products)
+    found = (
+        vars(triton_attention) | vars(triton_gradients) | vars(triton_group_norms) | vars(triton_kernels) | vars(triton_products)
+    )
     parts_of_others = ("_silu_slope", "geglu_gradients", "geglu_output")
     return {name: each for name, each in found.items() if isinstance(each, JITFunction) and name not in parts_of_others}
 
@@ -114,6 +136,11 @@ def test_a_kernel_fits_a_chip(name, chip, tmp_path, monkeypatch):
             options = {"num_stages": triton_products._GEGLU_STAGES}
         elif name == "_append_products":
             options = {"num_stages": triton_products._APPEND_STAGES}
+        elif name.startswith("_attend"):
+            if chip < 80:
+                continue  # `ops.attend` is PyTorch's
+            many = constants["A"] + constants["B"] > triton_attention._MOST_OF_FOUR_WARPS and name == "_attend_backward"
+            options = {"num_warps": 8 if many else 4, "num_stages": 3}
         elif name == "_layer_norm_backward":
             options = {"num_warps": 1}
         elif name == "_add_gradients":
@@ -139,6 +166,8 @@ def test_products_are_those_of_pytorch():
 
 
 def type_of(kernel: str, argument: str, dtype: str) -> str:
+    if kernel.startswith("_attend") and argument == "scale":
+        return "fp32"
     if kernel == "_add_parts" and argument in ("scale", "first", "second"):
         return "fp32" if argument == "scale" else "*fp32"
     if kernel == "_copy_blocks":

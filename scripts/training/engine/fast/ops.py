@@ -155,6 +155,23 @@ def append_products(
     return out, products if keeps else None
 
 
+def attend(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, heads: int, gap: int = 0, gap_of_gradient: int = 0
+) -> torch.Tensor:
+    """Queries [B, N, D] attend to keys and values [B, T, D] -> [B, N, D]. Where keys are few, as those of a text, gaps are as in
+    `add_layer_norm`; elsewhere it is PyTorch's attention, without gaps."""
+    if _attends_by_kernel(queries, keys, heads):
+        return _Attention.apply(queries, keys, values, heads, gap, gap_of_gradient)
+    per_head = [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (queries, keys, values)]
+    return F.scaled_dot_product_attention(*per_head).transpose(1, 2).flatten(2)
+
+
+def _attends_by_kernel(queries: torch.Tensor, keys: torch.Tensor, heads: int) -> bool:
+    if not queries.is_cuda or not _kernels() or torch.cuda.get_device_capability(queries.device) < (8, 0):
+        return False
+    return _triton("attention").supports(queries.dtype, keys.shape[1], queries.shape[2] // heads)
+
+
 def group_norm(
     x: torch.Tensor, plus: torch.Tensor | None, norm: torch.nn.GroupNorm, *, silu: bool, gap: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,6 +255,20 @@ class _Geglu(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         d_projected = _kernels().geglu_backward(rows, d_out.reshape(rows.shape[0], -1).contiguous(), ctx.gap)
         return d_projected.unflatten(0, d_out.shape[:-1]), None, None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, queries, keys, values, heads, gap, gap_of_gradient):
+        out, logs = _triton("attention").attend(queries, keys, values, heads, gap)
+        ctx.heads, ctx.gap = heads, gap_of_gradient
+        ctx.save_for_backward(queries, keys, values, logs)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        return *_triton("attention").attend_backward(*ctx.saved_tensors, d_out, ctx.heads, ctx.gap), None, None, None
 
 
 class _GroupNorm(torch.autograd.Function):

@@ -202,8 +202,14 @@ def geglu_forward_with_products(projected, factor):
         _padded(rank), tile_rows, _GEGLU_COLUMNS, num_warps=4, num_stages=_GEGLU_STAGES,
     )  # fmt: skip
     gap = with_gap(out, width + rank)[:, width:]
-    _add_products[(triton.cdiv(rows * rank, 1024),)](parts, gap, rows * rank, rank, gap.stride(0), pieces, 1024)
+    add_up(parts, gap)
     return out
+
+
+def add_up(parts, out):
+    """The sum of `parts` [n, rows, width], fp32, into `out` [rows, width], which may be part of wider rows."""
+    rows, width = out.shape
+    _add_products[(triton.cdiv(rows * width, 1024),)](parts, out, rows * width, width, out.stride(0), len(parts), 1024)
 
 
 def append_products(parts, factors, keeps):

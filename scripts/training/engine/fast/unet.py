@@ -30,6 +30,7 @@ from training.engine.fast.ops import (
     add,
     add_layer_norm,
     add_with_bias,
+    attend,
     geglu,
     group_norm,
     short_of_bandwidth,
@@ -107,14 +108,10 @@ def _block(block: BasicTransformerBlock, name: str, layers: Mapping[str, Layer],
     """The forward of one transformer block: self-attention, cross-attention, feed-forward, each behind a layer norm."""
     paths = ("attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")
     self_out, cross_q, cross_out, feed_in, feed_out = (layers[f"{name}.{path}"] for path in paths)
+    heads = block.attn1.heads
     # Those of queries, keys and values that are adapted are one product; the others are computed by themselves.
     qkv = groups.get(f"{name}.{SELF_ATTENTION}")
     qkv_layers = {path: layers[path] for path in (f"{name}.attn1.{part}" for part in ("to_q", "to_k", "to_v"))}
-
-    def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """[B, pixels, D], [B, tokens, D] twice -> [B, pixels, D]."""
-        per_head = [part.unflatten(-1, (block.attn1.heads, -1)).transpose(1, 2) for part in (queries, keys, values)]
-        return F.scaled_dot_product_attention(*per_head).transpose(1, 2).flatten(2)
 
     adapted = [groups.get(f"{name}.ff.net.{path}") for path in ("0.proj", "2")]
     # Behind the rows that these layers read, and behind their gradients, is a gap for the LoRA's columns.
@@ -137,9 +134,10 @@ def _block(block: BasicTransformerBlock, name: str, layers: Mapping[str, Layer],
         parts = {}
         if qkv:
             parts = dict(zip(qkv.names, fused_lora_linears(normed, qkv), strict=True))
-        attended = attend(*(parts[path] if path in parts else layer(normed) for path, layer in qkv_layers.items()))
+        of_self = [parts[path] if path in parts else layer(normed) for path, layer in qkv_layers.items()]
+        attended = attend(*of_self, heads)
         x, normed = add_layer_norm(x, self_out(attended), block.norm2, gaps["attn2.to_q"], gaps["attn1.to_out.0"])
-        attended = attend(cross_q(normed), keys, values)
+        attended = attend(cross_q(normed), keys, values, heads, gaps["attn2.to_out.0"], gaps["attn2.to_q"])
         x, normed = add_layer_norm(x, cross_out(attended), block.norm3, gaps["ff.net.0.proj"], gaps["attn2.to_out.0"])
         if fuses:
             return x, fused_feed_forward(normed, *adapted, gaps["ff.net.2"], gaps["ff.net.0.proj"])
