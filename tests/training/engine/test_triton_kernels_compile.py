@@ -51,7 +51,10 @@ LAUNCHES = {
     "_geglu_forward": [{"BLOCK": triton_kernels._GEGLU}],
     "_geglu_backward": [{"BLOCK": triton_kernels._GEGLU}],
     "_group_sums": [{"R": 64, "C": 64, "BACKWARD": backward, "SILU": True} for backward in (False, True)],
-    "_group_coefficients": [{"BACKWARD": backward, "PLUS": True, "P": 64, "G": 128} for backward in (False, True)],
+    "_group_coefficients": [
+        {"BACKWARD": backward, "PLUS": True, "P": triton_group_norms._PIECES, "G": triton_group_norms._GROUP}
+        for backward in (False, True)
+    ],
     "_group_apply": [GROUPS | {"BACKWARD": backward, "SILU": True, "ADDS": backward} for backward in (False, True)],
     "_add": [{"R": 16, "C": 128, "BIAS": has_bias} for has_bias in (False, True)],
     "_upsample": [{"R": 16, "C": 128, "BACKWARD": backward} for backward in (False, True)],

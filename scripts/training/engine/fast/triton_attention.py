@@ -102,7 +102,7 @@ def _attend_backward(q, k, v, logs, d_out, dq, parts, rows, keys, heads, chunk, 
 
 def supports(dtype, keys, width_of_head):
     """Whether the kernels below take so many keys and columns of a head in that dtype, on any card but Turing's."""
-    return dtype.itemsize == 2 and keys <= MOST_KEYS and width_of_head == 64
+    return dtype.itemsize == 2 and 16 <= keys <= MOST_KEYS and width_of_head == 64
 
 
 def attend(q, k, v, heads, gap=0):
