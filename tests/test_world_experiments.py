@@ -277,6 +277,7 @@ assert questions == [], questions
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, check=True)
 
 
+@pytest.mark.long
 def test_jobs_run_in_processes_that_import_the_libraries_themselves_where_forks_cannot_be_used(tmp_path):
     ended = {}
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'scripts'}"}

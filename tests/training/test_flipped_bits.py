@@ -55,6 +55,7 @@ def damage_one(stage, tmp_path, more: int) -> None:
     damage()
 
 
+@pytest.mark.long
 def test_one_damaged_file_of_a_stopped_run_is_read_or_refused(ready, tmp_path):
     flags = ("--config", str(tmp_path / "settings.toml"))
     stopped = ready.run(*flags, NUM_TRAIN_EPOCHS=1)

@@ -157,6 +157,7 @@ def test_the_average_of_a_stopped_run_ends_as_the_same_lora(images):
     assert in_file != pytest.approx(kept["weights"].double().square().sum().item(), rel=2e-3)
 
 
+@pytest.mark.long
 def test_schedule_free_averages_and_a_stopped_run_ends_with_the_same_lora(images):
     pytest.importorskip("schedulefree")
     settings = LONG | {"OPTIMIZER": "schedulefree"}
@@ -168,6 +169,7 @@ def test_schedule_free_averages_and_a_stopped_run_ends_with_the_same_lora(images
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.long
 def test_what_the_base_model_knows_of_the_class_is_part_of_a_run(images):
     """With every other way to change the objective at once; another class is another run, and the same one is finished."""
     settings = QUICK | {"PRIOR_PRESERVATION": 1, "LORA_L2": 1e-3, "LOSS": "huber_snr", "LOSS_WEIGHTING": "debiased"}

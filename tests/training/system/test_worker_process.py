@@ -130,6 +130,7 @@ def test_it_ignores_signals_and_is_gone_after_the_block():
     process.wait(timeout=10)
 
 
+@pytest.mark.long
 def test_encoding_in_a_worker_gives_the_same_files(stage, tmp_path, forked_python):
     stage.add("astronaut")
     here = stage.trained(NUM_TRAIN_EPOCHS=1)
