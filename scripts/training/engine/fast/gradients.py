@@ -34,12 +34,7 @@ def add_gradients(
     """
     layer = dy, h, up_grad, scale, x, g, down_grad
     if not takes_gradients(dy, x, up_grad.shape[2]):
-        n = len(up_grad)
-        if n == 1:
-            accumulate(up_grad[0], dy.T, h, scale)
-        else:
-            accumulate(up_grad, as_groups(dy, n).mT, as_groups(h, n), scale)
-        accumulate(down_grad, g.T, x, 1.0)
+        _add_by_products(layer)
         return
     backward = torch._C._current_graph_task_id()  # as torch.utils.checkpoint asks for it; the public API has no number
     if backward not in _waiting:
@@ -59,10 +54,20 @@ def _add_the_rest(backward: int) -> None:
 
 
 def _add_now(layers: list[_Layer]) -> None:
-    # One by one: another number of layers would be another kernel to compile.
+    # Fewer layers leave most of a GPU idle, and would be another kernel to compile.
     for layer in layers:
-        add_layer_gradients([layer])
+        _add_by_products(layer)
     layers.clear()
+
+
+def _add_by_products(layer: _Layer) -> None:
+    dy, h, up_grad, scale, x, g, down_grad = layer
+    n = len(up_grad)
+    if n == 1:
+        accumulate(up_grad[0], dy.T, h, scale)
+    else:
+        accumulate(up_grad, as_groups(dy, n).mT, as_groups(h, n), scale)
+    accumulate(down_grad, g.T, x, 1.0)
 
 
 def as_groups(rows: torch.Tensor, n: int) -> torch.Tensor:

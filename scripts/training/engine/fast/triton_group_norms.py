@@ -33,7 +33,7 @@ def _silu_slope(z):
 # effect on the sums is computed in (2), so that x + plus never exists in memory.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _group_sums(x, dy, scale, shift, sums, rows, channels, chunk, chunks, BACKWARD: tl.constexpr, SILU: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
     """Per image, chunk of rows and channel: sum of x and x^2; backward: sum of dz and dz * x, z = scale * x + shift."""
     image, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -64,7 +64,7 @@ def _group_sums(x, dy, scale, shift, sums, rows, channels, chunk, chunks, BACKWA
     tl.store(sums + offset + channels, tl.sum(second, 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _group_coefficients(sums, weight, bias, plus, scale, shift, mean, rstd, linear, constant, rows, channels, chunks, groups, stride_of_plus, eps, BACKWARD: tl.constexpr, PLUS: tl.constexpr, P: tl.constexpr, G: tl.constexpr):  # fmt: skip # noqa: E501
     """Per image and group: forward the scale and shift of each channel, backward dx = dz * scale + x * linear + constant."""
     image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -142,7 +142,7 @@ def group_norm_forward(x, plus, weight, bias, groups, eps, silu, gap=0):
     requested), with a gap behind its rows, and what backward needs."""
     images, rows, channels = x.shape
     scale, shift, mean, rstd = _per_channel(x, 2, channels) + _per_channel(x, 2, groups)
-    sums, chunks = _sums(x, x, scale, shift, backward=False, silu=silu)
+    sums, chunks = _sums(x, x, scale, shift, backward=False, silu=False)
     g = max(_GROUP, triton.next_power_of_2(channels // groups))
     _group_coefficients[(images, groups)](
         sums, weight, bias, plus, scale, shift, mean, rstd, scale, shift, rows, channels, chunks, groups,
