@@ -20,6 +20,7 @@ from training.method.layers import kohya_name
 from training.models.weights import write_into
 
 _PARTS_AT_ONCE = 64
+"""Factors that are copied from the GPU at a time."""
 
 
 def write_lora(path: Path, modules: Sequence[LoraModule], metadata: dict[str, str]) -> None:

@@ -42,7 +42,7 @@ NUMBERS |= dict.fromkeys(
     ("stride_of_plus", "keys", "heads", "stride_of_k", "stride_of_v", "stride_of_d_out", "stride_of_dq", "size_of_part"), "i32"
 )
 NUMBERS |= {"rank_in": "i32", "rank_out": "i32", "count_of_second": "i32", "pieces": "i32", "stride_of_dy": "i32"}
-STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant", "parts", "multipliers", "logs")
+STATISTICS = ("mean", "rstd", "sums", "scale", "shift", "linear", "constant", "parts", "multipliers", "logs", "partial_sums")
 """Arguments that are fp32 in memory; all other arguments are in the dtype of the UNet."""
 ROW, GROUPS = {"BLOCK": 2048}, {"R": 16, "C": 128}
 LAUNCHES = {
@@ -77,7 +77,7 @@ LAUNCHES = {
         {"D": 64, "A": a, "B": b, "K": triton_attention._BACKWARD_ROWS} for a, b in ((64, 16), (64, 64), (128, 32))
     ],
     "_add_parts": [{"BLOCK": 1024}],
-    "_add_products": [{"BLOCK": 1024}],
+    "_add_up": [{"BLOCK": 1024}],
     "_copy_blocks": [{"R": 128, "C": 32}, {"R": 32, "C": 128}],
 }
 """The compile-time arguments of each kernel at the widths of SDXL."""
@@ -142,7 +142,7 @@ def test_a_kernel_fits_a_chip(name, chip, tmp_path, monkeypatch):
         elif name.startswith("_attend"):
             if chip < 80:
                 continue  # `ops.attend` is PyTorch's
-            many = constants["A"] + constants["B"] > triton_attention._MOST_OF_FOUR_WARPS and name == "_attend_backward"
+            many = constants["A"] + constants["B"] > triton_attention._KEYS_OF_FOUR_WARPS and name == "_attend_backward"
             options = {"num_warps": 8 if many else 4, "num_stages": 3}
         elif name == "_layer_norm_backward":
             options = {"num_warps": 1}

@@ -158,8 +158,11 @@ def append_products(
 def attend(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, heads: int, gap: int = 0, gap_of_gradient: int = 0
 ) -> torch.Tensor:
-    """Queries [B, N, D] attend to keys and values [B, T, D] -> [B, N, D]. Where keys are few, as those of a text, gaps are as in
-    `add_layer_norm`; elsewhere it is PyTorch's attention, without gaps."""
+    """Queries [B, N, D] attend to keys and values [B, T, D] -> [B, N, D].
+
+    Where a kernel takes them, with 16 to 160 keys (those of a text, and of the self-attention of a small image), `gap` columns are
+    left free behind the rows of the result and `gap_of_gradient` behind those of the queries' gradient; elsewhere none are.
+    """
     if _attends_by_kernel(queries, keys, heads):
         return _Attention.apply(queries, keys, values, heads, gap, gap_of_gradient)
     per_head = [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (queries, keys, values)]

@@ -12,21 +12,23 @@ import triton
 import triton.language as tl
 
 from training.engine.fast.gaps import empty_with_gap
-from training.engine.fast.triton_kernels import processors
-from training.engine.fast.triton_products import add_up
+from training.engine.fast.triton_kernels import add_up, processors
 
-MOST_KEYS = 160
-"""A program has registers for so many: two chunks of a caption are 154."""
-_MOST_OF_FOUR_WARPS = 80
-"""So many where its backward has 4 warps instead of 8, and two programs run at a time on a multiprocessor: one chunk is 77."""
+FEWEST_KEYS, MOST_KEYS = 16, 160
+"""Keys of which a tile can be multiplied, and whose tiles fit in a program's registers: two chunks of a caption are 154."""
+_KEYS_OF_FOUR_WARPS = 80
+"""Up to this many padded keys, the backward runs with 4 warps and two programs per multiprocessor; one chunk is padded to 80."""
 _ROWS, _BACKWARD_ROWS = 64, 32
-"""Of a program of the forward, and that a program of the backward reads at a time."""
+"""Queries of a tile, in the forward and the backward."""
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _attend(q, k, v, out, logs, rows, keys, heads, stride, stride_of_k, stride_of_v, stride_of_out, scale, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, K: tl.constexpr):  # fmt: skip # noqa: E501
-    """One program per K rows of an image and head: softmax(scale q k^T) v, and the log2 of each row's sum of powers of 2. `A` keys
-    and then up to `B`: 77 are 64 and 13, so that few of those computed do not exist."""
+    """One program per K queries of an image and head: softmax(scale q k^T) v, and for each query the log2 of the sum of 2^x, x =
+    scale q k^T log2(e): the backward computes the attention weights again as 2^(x - log).
+
+    There are `A` keys and then up to `B`: 77 are 64 and 13, so that few of those computed do not exist."""
     image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     row, d = tl.program_id(0) * K + tl.arange(0, K), tl.arange(0, D)
     exists = (row < rows)[:, None]
@@ -34,9 +36,9 @@ def _attend(q, k, v, out, logs, rows, keys, heads, stride, stride_of_k, stride_o
     k += image * keys * stride_of_k + head * D + d[None, :]
     v += image * keys * stride_of_v + head * D + d[None, :]
     is_key = (second < keys)[:, None]
-    place = (image.to(tl.int64) * rows + row)[:, None]
-    queries = tl.load(q + place * stride + head * D + d[None, :], mask=exists, other=0.0)
-    factor = scale * 1.4426950408889634
+    row_number = (image.to(tl.int64) * rows + row)[:, None]
+    queries = tl.load(q + row_number * stride + head * D + d[None, :], mask=exists, other=0.0)
+    factor = scale * _LOG2_E
     a = tl.dot(queries, tl.trans(tl.load(k + first[:, None] * stride_of_k))) * factor
     b = tl.dot(queries, tl.trans(tl.load(k + second[:, None] * stride_of_k, mask=is_key, other=0.0))) * factor
     b = tl.where((second < keys)[None, :], b, float("-inf"))
@@ -46,44 +48,46 @@ def _attend(q, k, v, out, logs, rows, keys, heads, stride, stride_of_k, stride_o
     dtype = queries.dtype
     result = tl.dot(a.to(dtype), tl.load(v + first[:, None] * stride_of_v))
     result = tl.dot(b.to(dtype), tl.load(v + second[:, None] * stride_of_v, mask=is_key, other=0.0), result)
-    tl.store(out + place * stride_of_out + head * D + d[None, :], result / total[:, None], mask=exists)
+    tl.store(out + row_number * stride_of_out + head * D + d[None, :], result / total[:, None], mask=exists)
     tl.store(logs + tl.program_id(1).to(tl.int64) * rows + row, highest + tl.log2(total), mask=row < rows)
 
 
 @triton.jit
-def _attend_backward(q, k, v, logs, d_out, dq, parts, rows, keys, heads, chunk, stride, stride_of_k, stride_of_v, stride_of_d_out, stride_of_dq, size_of_part, scale, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, K: tl.constexpr):  # fmt: skip # noqa: E501
-    """One program per chunk of rows of an image and head, K rows at a time: dq, and its parts of the gradients of k and v."""
+def _attend_backward(q, k, v, logs, d_out, dq, partial_sums, rows, keys, heads, chunk, stride, stride_of_k, stride_of_v, stride_of_d_out, stride_of_dq, size_of_part, scale, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, K: tl.constexpr):  # fmt: skip # noqa: E501
+    """One program per chunk of queries of an image and head, K of them at a time: dq, and its parts of the sums dk and dv."""
     image, head, piece = tl.program_id(1) // heads, tl.program_id(1) % heads, tl.program_id(0)
     row, d = piece * chunk + tl.arange(0, K), tl.arange(0, D)
     first, second = tl.arange(0, A), A + tl.arange(0, B)
-    # Keys and values beyond the last are zero, and so are gradients of rows that do not exist: neither adds to a sum.
     is_key = (second < keys)[:, None]
     column = head * D + d[None, :]
     of_first, of_second = (image * keys + first)[:, None], (image * keys + second)[:, None]
     k_a, v_a = tl.load(k + of_first * stride_of_k + column), tl.load(v + of_first * stride_of_v + column)
     k_b = tl.load(k + of_second * stride_of_k + column, mask=is_key, other=0.0)
     v_b = tl.load(v + of_second * stride_of_v + column, mask=is_key, other=0.0)
-    place = (image.to(tl.int64) * rows + row)[:, None]
-    q += place * stride + column
-    d_out += place * stride_of_d_out + column
-    dq += place * stride_of_dq + column
+    row_number = (image.to(tl.int64) * rows + row)[:, None]
+    q += row_number * stride + column
+    d_out += row_number * stride_of_d_out + column
+    dq += row_number * stride_of_dq + column
     logs += tl.program_id(1).to(tl.int64) * rows
     dk_a, dv_a = tl.zeros((A, D), tl.float32), tl.zeros((A, D), tl.float32)
     dk_b, dv_b = tl.zeros((B, D), tl.float32), tl.zeros((B, D), tl.float32)
-    factor = scale * 1.4426950408889634
+    factor = scale * _LOG2_E
     for _ in range(0, chunk, K):
+        # The output's gradient of rows that do not exist is zero, and adds to no sum.
         exists = row < rows
         queries, dy = tl.load(q, mask=exists[:, None], other=0.0), tl.load(d_out, mask=exists[:, None], other=0.0)
         log = tl.load(logs + row, mask=exists, other=0.0)[None, :]
         dtype = dy.dtype
-        # With the shares s = softmax(q k^T) and ds = dy v^T:  dv = s^T dy, and the gradient of q k^T is s (ds - sum(s ds)).
-        s_a = tl.exp2(tl.dot(k_a, tl.trans(queries)) * factor - log)
-        s_b = tl.exp2(tl.dot(k_b, tl.trans(queries)) * factor - log)
-        dv_a = tl.dot(s_a.to(dtype), dy, dv_a)
-        dv_b = tl.dot(s_b.to(dtype), dy, dv_b)
-        ds_a, ds_b = tl.dot(v_a, tl.trans(dy)), tl.dot(v_b, tl.trans(dy))
-        inner = (tl.sum(s_a * ds_a, 0) + tl.sum(s_b * ds_b, 0))[None, :]
-        ds_a, ds_b = (s_a * (ds_a - inner)).to(dtype), (s_b * (ds_b - inner)).to(dtype)
+        # With the attention weights p and dp = v dy^T:  dv = p dy, and the gradient of the logits is ds = p (dp - sum(p dp)), which
+        # needs no output (Dao et al. 2022, arXiv 2205.14135, appendix B, which takes the sum from the output).
+        p_a = tl.exp2(tl.dot(k_a, tl.trans(queries)) * factor - log)
+        # A key that does not exist has the logit 0, which can be far above all others.
+        p_b = tl.where(is_key, tl.exp2(tl.dot(k_b, tl.trans(queries)) * factor - log), 0.0)
+        dv_a = tl.dot(p_a.to(dtype), dy, dv_a)
+        dv_b = tl.dot(p_b.to(dtype), dy, dv_b)
+        dp_a, dp_b = tl.dot(v_a, tl.trans(dy)), tl.dot(v_b, tl.trans(dy))
+        sum_of_both = (tl.sum(p_a * dp_a, 0) + tl.sum(p_b * dp_b, 0))[None, :]
+        ds_a, ds_b = (p_a * (dp_a - sum_of_both)).to(dtype), (p_b * (dp_b - sum_of_both)).to(dtype)
         dk_a = tl.dot(ds_a, queries, dk_a)
         dk_b = tl.dot(ds_b, queries, dk_b)
         result = tl.dot(tl.trans(ds_b), k_b, tl.dot(tl.trans(ds_a), k_a))
@@ -92,48 +96,49 @@ def _attend_backward(q, k, v, logs, d_out, dq, parts, rows, keys, heads, chunk, 
         q += K * stride
         d_out += K * stride_of_d_out
         dq += K * stride_of_dq
-    parts += piece.to(tl.int64) * 2 * size_of_part + column
+    partial_sums += piece.to(tl.int64) * 2 * size_of_part + column
     width = heads * D
-    tl.store(parts + of_first * width, dk_a * scale)
-    tl.store(parts + size_of_part + of_first * width, dv_a)
-    tl.store(parts + of_second * width, dk_b * scale, mask=is_key)
-    tl.store(parts + size_of_part + of_second * width, dv_b, mask=is_key)
+    tl.store(partial_sums + of_first * width, dk_a * scale)
+    tl.store(partial_sums + size_of_part + of_first * width, dv_a)
+    tl.store(partial_sums + of_second * width, dk_b * scale, mask=is_key)
+    tl.store(partial_sums + size_of_part + of_second * width, dv_b, mask=is_key)
 
 
 def supports(dtype, keys, width_of_head):
-    """Whether the kernels below take so many keys and columns of a head in that dtype, on any card but Turing's."""
-    return dtype.itemsize == 2 and 16 <= keys <= MOST_KEYS and width_of_head == 64
+    """Whether the functions below take so many keys and columns of a head in that dtype, where the compute capability is 8.0 or
+    newer."""
+    return dtype.itemsize == 2 and FEWEST_KEYS <= keys <= MOST_KEYS and width_of_head == 64
 
 
 def attend(q, k, v, heads, gap=0):
-    """Queries [B, N, heads * D], keys and values [B, T, heads * D] -> [B, N, heads * D] with a gap behind its rows, and what the
-    backward needs, [B * heads, N] fp32."""
+    """Queries [B, N, heads * 64], keys and values [B, T, heads * 64], which may be parts of wider rows, all in one 16-bit dtype ->
+    [B, N, heads * 64] alike, with a gap behind its rows, and what the backward needs, [B * heads, N] fp32."""
     (images, rows, width), keys = q.shape, k.shape[1]
     out = empty_with_gap(q, width, gap)
     logs = torch.empty(images * heads, rows, dtype=torch.float32, device=q.device)
     q, k, v = _in_rows(q, k, v)
     _attend[(triton.cdiv(rows, _ROWS), images * heads)](
         q, k, v, out, logs, rows, keys, heads, q.stride(0), k.stride(0), v.stride(0), width + gap, (width // heads) ** -0.5,
-        width // heads, *_parts(keys), _ROWS, num_warps=4,
+        width // heads, *_split(keys), _ROWS, num_warps=4,
     )  # fmt: skip
     return out, logs
 
 
 def attend_backward(q, k, v, logs, d_out, heads, gap=0):
-    """The gradients of queries, with a gap behind their rows, keys and values."""
+    """The gradients of queries [B, N, heads * 64], with a gap behind their rows, and of keys and values [B, T, heads * 64]."""
     (images, rows, width), shape = q.shape, k.shape
     dq, of_both = empty_with_gap(q, width, gap), k.new_empty(2, *shape)
     q, k, v, d_out = _in_rows(q, k, v, d_out)
-    few = sum(_parts(shape[1])) <= _MOST_OF_FOUR_WARPS
+    few = sum(_split(shape[1])) <= _KEYS_OF_FOUR_WARPS
     chunk = _chunk(rows, images * heads, processors(q.device) * (2 if few else 1))
     pieces = triton.cdiv(rows, chunk)
-    parts = torch.empty(pieces, 2 * len(k), width, dtype=torch.float32, device=k.device)
+    partial_sums = torch.empty(pieces, 2 * len(k), width, dtype=torch.float32, device=k.device)
     _attend_backward[(pieces, images * heads)](
-        q, k, v, logs, d_out, dq, parts, rows, shape[1], heads, chunk, q.stride(0), k.stride(0), v.stride(0), d_out.stride(0),
-        width + gap, len(k) * width, (width // heads) ** -0.5, width // heads, *_parts(shape[1]), _BACKWARD_ROWS,
+        q, k, v, logs, d_out, dq, partial_sums, rows, shape[1], heads, chunk, q.stride(0), k.stride(0), v.stride(0),
+        d_out.stride(0), width + gap, len(k) * width, (width // heads) ** -0.5, width // heads, *_split(shape[1]), _BACKWARD_ROWS,
         num_warps=4 if few else 8, num_stages=3,
     )  # fmt: skip
-    add_up(parts, of_both.view(-1, width))
+    add_up(partial_sums, of_both.view(-1, width))
     return dq, *of_both
 
 
@@ -142,7 +147,7 @@ def _in_rows(*tensors):
     return [each.flatten(0, 1) if each.stride(-1) == 1 else each.contiguous().flatten(0, 1) for each in tensors]
 
 
-def _parts(keys):
+def _split(keys):
     """Two powers of 2, the first at most and both together at least `keys`."""
     first = min(128, 1 << keys.bit_length() - 1)
     return first, max(16, triton.next_power_of_2(keys - first))
@@ -150,7 +155,8 @@ def _parts(keys):
 
 @functools.cache
 def _chunk(rows, heads, at_once):
-    """How many rows a program of the backward takes, so that those of all `heads` end soonest where so many run `at_once`."""
+    """How many queries a program of the backward takes, so that those of all images' `heads` end soonest where so many programs run
+    `at_once`."""
     tiles = triton.cdiv(rows, _BACKWARD_ROWS)
     # To load keys and values and to store its parts of their gradients takes a program about as long as two tiles.
     pieces = min(range(1, tiles + 1), key=lambda n: triton.cdiv(n * heads, at_once) * (triton.cdiv(tiles, n) + 2))

@@ -64,7 +64,7 @@ def _group_sums(x, dy, scale, shift, sums, rows, channels, chunk, chunks, BACKWA
     tl.store(sums + offset + channels, tl.sum(second, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["rows", "chunks"])
 def _group_coefficients(sums, weight, bias, plus, scale, shift, mean, rstd, linear, constant, rows, channels, chunks, groups, stride_of_plus, eps, BACKWARD: tl.constexpr, PLUS: tl.constexpr, P: tl.constexpr, G: tl.constexpr):  # fmt: skip # noqa: E501
     """Per image and group: forward the scale and shift of each channel, backward dx = dz * scale + x * linear + constant."""
     image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -199,6 +199,18 @@ def _copy_blocks(flat, table, scale, ELEMENT: tl.constexpr, R: tl.constexpr, C: 
     tl.store(address.to(tl.pointer_type(ELEMENT)) + row * tl.load(entry + 4) + column, value.to(ELEMENT), mask=inside)
 
 
+@triton.jit(do_not_specialize=["pieces"])
+def _add_up(parts, out, count, width, stride, pieces, BLOCK: tl.constexpr):
+    """The sum of `pieces` matrices of `count` elements, `width` in a row, into the rows of `out`."""
+    offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offset < count
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(0, pieces):
+        total += tl.load(parts + offset, mask=inside, other=0.0)
+        parts += count
+    tl.store(out + (offset // width).to(tl.int64) * stride + offset % width, total, mask=inside)
+
+
 @triton.jit
 def _dequantize(codes, scales, out, rows, width, R: tl.constexpr, C: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)[:, None]
@@ -287,6 +299,12 @@ def add(x, y, bias=None, gap=0):
     rows, out = x.numel() // width, empty_with_gap(x, width, gap)
     _add[_sum_tiles(x)](x, y, bias, out, rows, width, width + gap, bias is not None, _SUM_ROWS, _SUM_COLUMNS)
     return out
+
+
+def add_up(parts, out):
+    """The sum of `parts` [n, rows, width], fp32, into `out` [rows, width], which may be part of wider rows."""
+    rows, width = out.shape
+    _add_up[(triton.cdiv(rows * width, 1024),)](parts, out, rows * width, width, out.stride(0), len(parts), 1024)
 
 
 def upsample(x):

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from training.engine.fast.gaps import empty_with_gap, with_gap
-from training.engine.fast.triton_kernels import geglu_gradients, geglu_output, processors
+from training.engine.fast.triton_kernels import add_up, geglu_gradients, geglu_output, processors
 
 _ROWS, _COLUMNS = 16, 64
 """Tile of `_geglu_backward_with_lora`: rows that a program reads at a time, and columns that it owns."""
@@ -119,18 +119,6 @@ def _geglu_forward_with_products(projected, factor, out, parts, rows, width, ran
 
 
 @triton.jit
-def _add_products(parts, out, count, rank, stride, pieces, BLOCK: tl.constexpr):
-    """Adds up the parts of `count` products, and writes them into the gap, where `out` begins."""
-    offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < count
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(0, pieces):
-        total += tl.load(parts + offset, mask=inside, other=0.0)
-        parts += count
-    tl.store(out + (offset // rank).to(tl.int64) * stride + offset % rank, total, mask=inside)
-
-
-@triton.jit
 def _append_products(first, second, third, factors, out, kept, rows, width, rank, stride, stride_of_out, stride_of_kept, part_of_factors, row_of_factors, column_of_factors, KEEPS: tl.constexpr, R: tl.constexpr, K: tl.constexpr, C: tl.constexpr):  # fmt: skip # noqa: E501
     """One program per K rows of a part: copied to its place in `out`, and times its own factor behind all parts."""
     part, parts = tl.program_id(1), tl.num_programs(1)
@@ -204,12 +192,6 @@ def geglu_forward_with_products(projected, factor):
     gap = with_gap(out, width + rank)[:, width:]
     add_up(parts, gap)
     return out
-
-
-def add_up(parts, out):
-    """The sum of `parts` [n, rows, width], fp32, into `out` [rows, width], which may be part of wider rows."""
-    rows, width = out.shape
-    _add_products[(triton.cdiv(rows * width, 1024),)](parts, out, rows * width, width, out.stride(0), len(parts), 1024)
 
 
 def append_products(parts, factors, keeps):
