@@ -133,14 +133,15 @@ def test_products_are_appended_to_rows(n, rank):
 
 @pytest.mark.parametrize("rank", [3, 8, 32, 64])
 def test_gradients_of_several_layers_are_added_by_one_kernel(rank):
-    """In one backward, with more layers than the kernel takes at a time, and other numbers of rows and parts."""
+    """In one backward, with other numbers of rows and parts; those that are more than the kernel takes at a time, by products."""
     generator = torch.Generator("cuda").manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device="cuda")
 
     layers = []
-    for rows, out, width, n in ((333, 320, 640, 3), (1000, 640, 320, 1), (77, 96, 160, 2), (512, 1280, 200, 1), (333, 64, 64, 1)):
+    shapes = (333, 320, 640, 3), (1000, 640, 320, 1), (77, 96, 160, 2), (512, 1280, 200, 1), (333, 64, 64, 1), (80, 96, 64, 3)
+    for rows, out, width, n in shapes:
         dy, x = normal(rows, n * (out + rank)).bfloat16()[:, : n * out], normal(rows, width + 8).bfloat16()[:, :width]
         h, g = (normal(rows, n * rank).bfloat16() for _ in range(2))
         layers.append((dy, h, normal(n, out, rank), 0.5, x, g, normal(n * rank, width)))
