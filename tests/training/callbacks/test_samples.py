@@ -188,6 +188,7 @@ def test_training_is_the_same_with_and_without(sampled, stage):
     assert f"recommended: sks.safetensors at strength 1. {reason}\n" in output
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_has_the_same_images(sampled, stage, tmp_path):
     """Stopped within the row of the base model, and that of the first epoch; and while the last images are still to be scored,
     by a process that takes its time."""

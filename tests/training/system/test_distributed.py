@@ -92,6 +92,7 @@ def samples_of(stage) -> tuple[dict[str, bytes], str]:
     return {path.name: path.read_bytes() for path in folder.glob("*.png")}, record["recommended"]["file"]
 
 
+@pytest.mark.long
 def test_a_killed_process_ends_the_other_and_leaves_a_valid_checkpoint(images):
     pair = through_run_sh(images, NUM_TRAIN_EPOCHS=2000, SAVE_EVERY_EPOCHS=0, SAVE_STATE_EVERY_MINUTES=1e-6)
     images.wait_for_steps(pair, 2)

@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from training.engine.fast.gradients import accumulate
+from training.engine.fast.gradients import add_product
 from training.engine.fast.lora_linear import FusedLoraLinear, gradient_of_h, gradient_of_input, product
 from training.engine.fast.ops import geglu, geglu_backward_with_lora, geglu_with_products
 
@@ -36,13 +36,13 @@ class _FeedForwardFunction(torch.autograd.Function):
     def backward(ctx, dy):
         (feed_in, feed_out), (rows, h_in, projected, h_out) = ctx.layers, ctx.saved_tensors
         dy_rows, g = gradient_of_h([dy.reshape(len(rows), -1)], feed_out)
-        accumulate(feed_out.up_grad[0], dy_rows.T, h_out, feed_out.scale)
+        add_product(feed_out.up_grad[0], dy_rows.T, h_out, feed_out.scale)
         d_activated = gradient_of_input(dy_rows, g, feed_out)
         gradients = feed_in.up_grad[0], feed_out.down_grad
         d_projected = geglu_backward_with_lora(projected, d_activated, h_in, g, *gradients, feed_in.scale, ctx.gap)
         del d_activated
         d_projected, g = gradient_of_h([d_projected], feed_in)
-        accumulate(feed_in.down_grad, g.T, rows, 1.0)
+        add_product(feed_in.down_grad, g.T, rows, 1.0)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None, None
         dx = gradient_of_input(d_projected, g, feed_in)

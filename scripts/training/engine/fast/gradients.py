@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch.autograd.variable import Variable
 
-from training.engine.fast.ops import add_layer_gradients, takes_gradients
+from training.engine.fast.ops import add_gradients_by_kernel, takes_gradients
 
 _LAYERS_AT_ONCE = 4
 _Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -45,7 +45,7 @@ def add_gradients(
         _add_now(_waiting[backward])  # one kernel must not add to the same numbers twice
     _waiting[backward].append(layer)
     if len(_waiting[backward]) == _LAYERS_AT_ONCE:
-        add_layer_gradients(_waiting[backward])
+        add_gradients_by_kernel(_waiting[backward])
         _waiting[backward].clear()
 
 
@@ -64,10 +64,10 @@ def _add_by_products(layer: _Layer) -> None:
     dy, h, up_grad, scale, x, g, down_grad = layer
     n = len(up_grad)
     if n == 1:
-        accumulate(up_grad[0], dy.T, h, scale)
+        add_product(up_grad[0], dy.T, h, scale)
     else:
-        accumulate(up_grad, as_groups(dy, n).mT, as_groups(h, n), scale)
-    accumulate(down_grad, g.T, x, 1.0)
+        add_product(up_grad, as_groups(dy, n).mT, as_groups(h, n), scale)
+    add_product(down_grad, g.T, x, 1.0)
 
 
 def as_groups(rows: torch.Tensor, n: int) -> torch.Tensor:
@@ -75,7 +75,7 @@ def as_groups(rows: torch.Tensor, n: int) -> torch.Tensor:
     return rows.view(rows.shape[0], n, -1).transpose(0, 1)
 
 
-def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
     """total += scale * a @ b, in fp32 whatever the dtype of `a` and `b`."""
     add = torch.addmm if a.dim() == 2 else torch.baddbmm
     if a.dtype == total.dtype:

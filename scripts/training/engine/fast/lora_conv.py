@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from training.engine.fast.gradients import accumulate
+from training.engine.fast.gradients import add_product
 from training.engine.fast.ops import as_image, as_rows, dequantized, scale_columns
 from training.engine.fast.row_scales import RowScales
 from training.models.int8 import Int8Conv2d, conv_input_gradient
@@ -78,11 +78,11 @@ class _LoraConvFunction(torch.autograd.Function):
         dy_rows = as_rows(dy).flatten(0, 1)
         if layer.scales:
             dy_rows = layer.scales.backward(dy_rows, y_rows, None)
-        accumulate(layer.up_grad, dy_rows.T, h[:, :rank], layer.scale)
+        add_product(layer.up_grad, dy_rows.T, h[:, :rank], layer.scale)
         g = (dy_rows @ layer.up).view(len(dy), *dy.shape[2:], -1)
         neighbours = _neighbours(g, conv, x.shape[2:])
         by_tap = torch.zeros(neighbours.shape[1], inputs, dtype=layer.down_grad.dtype, device=x.device)
-        accumulate(by_tap, neighbours.T, as_rows(x).flatten(0, 1), 1.0)
+        add_product(by_tap, neighbours.T, as_rows(x).flatten(0, 1), 1.0)
         layer.down_grad.add_(by_tap.view(k, k, -1, inputs)[:, :, :rank].flip(0, 1).permute(2, 3, 0, 1))
         if not ctx.needs_input_grad[0]:
             return None, None, None

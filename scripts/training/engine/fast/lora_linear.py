@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from training.engine.fast.gaps import with_gap
-from training.engine.fast.gradients import accumulate, add_gradients, as_groups
+from training.engine.fast.gradients import add_gradients, add_product, as_groups
 from training.engine.fast.ops import append_products, dequantized, scale_columns, takes_products
 from training.engine.fast.row_scales import RowScales
 
@@ -202,6 +202,6 @@ class _FusedContextFunction(torch.autograd.Function):
             in_rows = (part.transpose(0, 1).reshape(-1, n * out) for part in (dy, y))
             dy = as_groups(layer.scales.backward(*in_rows, None), n)
         g = torch.bmm(dy, layer.up).transpose(0, 1).reshape(-1, n * rank)
-        accumulate(layer.up_grad, dy.mT, h, layer.scale)
-        accumulate(layer.down_grad, g.T, rows, 1.0)
+        add_product(layer.up_grad, dy.mT, h, layer.scale)
+        add_product(layer.down_grad, g.T, rows, 1.0)
         return None, None, None

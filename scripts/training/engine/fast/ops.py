@@ -104,14 +104,14 @@ def geglu_with_products(projected: torch.Tensor, factor: torch.Tensor) -> torch.
 
 
 def takes_gradients(dy: torch.Tensor, x: torch.Tensor, rank: int) -> bool:
-    """Whether `add_layer_gradients` takes a layer of this rank with the output's gradient `dy` and the input `x`; not on Turing
+    """Whether `add_gradients_by_kernel` takes a layer of this rank with the output's gradient `dy` and the input `x`; not on Turing
     (compute capability 7.5), which has too few registers."""
     if not dy.is_cuda or not takes_products(dy, rank) or torch.cuda.get_device_capability(dy.device) < (8, 0):
         return False
     return dy.stride(1) == x.stride(1) == 1
 
 
-def add_layer_gradients(layers: Sequence[tuple]) -> None:
+def add_gradients_by_kernel(layers: Sequence[tuple]) -> None:
     """Add both LoRA gradients of each of `layers`, the arguments of `gradients.add_gradients`, on a GPU."""
     _triton("gradients").add_gradients(layers)
 

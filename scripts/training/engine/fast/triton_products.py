@@ -163,7 +163,7 @@ def geglu_backward_with_lora(projected, d_out, h, g, up_grad, down_grad, scale, 
     r_in, r_out = h.shape[1], g.shape[1]
     d_projected = empty_with_gap(projected, 2 * width, gap)
     columns = triton.cdiv(width, _COLUMNS)
-    pieces, chunk = _divided(rows, _ROWS, _PROGRAMS * processors(projected.device) // columns)
+    pieces, chunk = _in_pieces(rows, _ROWS, _PROGRAMS * processors(projected.device) // columns)
     parts = torch.empty(pieces, up_grad.numel() + down_grad.numel(), dtype=torch.float32, device=projected.device)
     padded = _padded(r_in), _padded(r_out)
     _geglu_backward_with_lora[(columns, pieces)](
@@ -183,7 +183,7 @@ def geglu_forward_with_products(projected, factor):
     tile_rows = _GEGLU_ROWS[_generation(projected.device)]
     # Few rows are not enough programs: columns are divided among them as well.
     blocks = triton.cdiv(rows, tile_rows)
-    pieces, chunk = _divided(width, _GEGLU_COLUMNS, _PROGRAMS * processors(projected.device) // blocks)
+    pieces, chunk = _in_pieces(width, _GEGLU_COLUMNS, _PROGRAMS * processors(projected.device) // blocks)
     parts = torch.empty(pieces, rows, rank, dtype=torch.float32, device=projected.device)
     _geglu_forward_with_products[(blocks, pieces)](
         projected, factor, out, parts, rows, width, rank, width + rank, factor.stride(0), chunk,
@@ -212,7 +212,7 @@ def append_products(parts, factors, keeps):
     return out, kept
 
 
-def _divided(count, tile, pieces):
+def _in_pieces(count, tile, pieces):
     """`count` in about so many pieces of whole tiles: their number, and how many are in each but the last."""
     chunk = triton.cdiv(triton.cdiv(count, max(1, pieces)), tile) * tile
     return triton.cdiv(count, chunk), chunk
