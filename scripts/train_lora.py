@@ -60,9 +60,11 @@ def main(argv: list[str]) -> None:
     if ranks.rank == 0:
         print_settings(request)
 
-    # Worker processes read the inputs and encode the data while this one imports libraries and loads the UNet.
+    # Worker processes read the inputs and encode the data while this one imports libraries and loads the UNet. Where checkpointing
+    # saves memory, the UNet is loaded after the encoding, by one process.
     overlaps = NVIDIA.exists() and ranks.world_size == 1 and not request.check
-    with worker_process(enabled=overlaps) as reader, worker_process(import_training, enabled=overlaps) as encoder:
+    encodes = overlaps and settings.model.gradient_checkpointing is not True
+    with worker_process(enabled=overlaps) as reader, worker_process(import_training, enabled=encodes) as encoder:
         read = partial(reader.call_and_close if reader else call, read_inputs, project, settings)
         with in_background(read, start=ranks.rank == 0 and not request.check) as inputs, exit_on_signals(STAGE):
             import_training()

@@ -5,6 +5,7 @@ These tests are skipped where there is no GPU. benchmarks/README.md says when an
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from training.config import LoraSettings
 from training.engine.fast.feed_forward import fused_feed_forward
@@ -30,7 +31,11 @@ from training.models.base_model import find_base
 from training.models.int8 import rowwise_int8
 from training.models.weights import load_unet
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    # PyTorch warns where a backward begins with a product and nothing else has used the GPU in its thread.
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),
+]
 
 
 @pytest.mark.parametrize("silu", [True, False])
@@ -169,23 +174,29 @@ def test_gradients_of_several_layers_are_added_by_one_kernel(rank):
         assert (ours - exact).norm() < 1e-5 * exact.norm()
 
 
+def attention_of_pytorch(queries, keys, values, heads, *gaps) -> torch.Tensor:
+    per_head = [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (queries, keys, values)]
+    return scaled_dot_product_attention(*per_head).transpose(1, 2).flatten(2)
+
+
 @pytest.mark.parametrize("shift", [0.0, -100.0])
 @pytest.mark.parametrize("keys", [7, 77, 154, 160, 161, 231])
 def test_attention_to_a_text_is_nearly_that_in_fp32(keys, shift):
     """As near as PyTorch's own in bf16; with fewer or more keys than the kernels take, it is PyTorch's. `shift` is added to all
-    logits, which changes no result."""
+    logits, which changes no result, but numbers so large lose digits in bf16 with any kernel."""
     generator = torch.Generator(device="cuda").manual_seed(1)
     q, d_out = torch.randn(2, 3, 500, 320, generator=generator, device="cuda")
     k, v = torch.randn(2, 3, keys, 320, generator=generator, device="cuda")
     if shift:
         q[..., ::64], k[..., ::64] = 8.0, shift
     results = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype, function in ((torch.bfloat16, attend), (torch.float32, attend), (torch.bfloat16, attention_of_pytorch)):
         leaves = [each.bfloat16().to(dtype).requires_grad_() for each in (q, k, v)]
-        out = attend(*leaves, 5, 32, 16)
+        out = function(*leaves, 5, 32, 16)
         results.append([out, *torch.autograd.grad(out, leaves, d_out.bfloat16().to(dtype))])
-    for ours, exact in zip(*results, strict=True):
-        assert (ours.float() - exact).norm() < (2e-2 if shift else 4e-3) * exact.norm()
+    for ours, exact, pytorchs in zip(*results, strict=True):
+        allowed = max(4e-3 * exact.norm(), 1.2 * (pytorchs - exact).norm() if shift else 0.0)
+        assert (ours - exact).norm() < allowed
     out, dq, *_ = results[0]
     gaps = [with_gap(rows.flatten(0, 1), 320 + gap) is not None for rows, gap in ((out, 32), (dq, 16))]
     assert gaps == [16 <= keys <= 160] * 2
