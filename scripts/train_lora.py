@@ -29,6 +29,9 @@ from training.system.processes import die_with_parent, launch, needs_launcher, r
 STAGE = "train_lora"
 NVIDIA = Path("/dev/nvidiactl")
 """Exists if NVIDIA's driver is loaded."""
+EXPANDABLE_SEGMENTS = "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+"""torch reads this variable when it is imported. Parts of the GPU's memory then grow instead of being reserved in blocks, of which
+some is never used: 8.61 GiB instead of 8.97 with checkpointing at batch 1, on an H100."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,19 @@ def main(argv: list[str]) -> None:
     if ranks.rank == 0:
         print_settings(request)
 
-    # Worker processes read the inputs and encode the data while this one imports libraries and loads the UNet. Where checkpointing
-    # saves memory, the UNet is loaded after the encoding, by one process.
+    if settings.model.is_for_small_gpu:
+        os.environ.setdefault(*EXPANDABLE_SEGMENTS)
+
+    # Worker processes read the inputs, encode the data, and compile kernels if there are none yet, while this one imports libraries
+    # and loads the UNet. Where checkpointing saves memory, all of this is done by one process.
     overlaps = NVIDIA.exists() and ranks.world_size == 1 and not request.check
-    encodes = overlaps and settings.model.gradient_checkpointing is not True
-    with worker_process(enabled=overlaps) as reader, worker_process(import_training, enabled=encodes) as encoder:
+    encodes = overlaps and not settings.model.is_for_small_gpu
+    rehearses = encodes and settings.run.engine != "plain" and lacks_kernels()
+    with (
+        worker_process(enabled=overlaps) as reader,
+        worker_process(import_training, enabled=encodes) as encoder,
+        worker_process(import_training, enabled=rehearses) as rehearser,
+    ):
         read = partial(reader.call_and_close if reader else call, read_inputs, project, settings)
         with in_background(read, start=ranks.rank == 0 and not request.check) as inputs, exit_on_signals(STAGE):
             import_training()
@@ -85,11 +96,11 @@ def main(argv: list[str]) -> None:
                 return replace(run, origins={key: request.sources[key] for key in request.overrides})
 
             run = resolve()
-            if not run.is_finished and not train(run, group, encoder):
+            if not run.is_finished and not train(run, group, encoder, rehearser):
                 release_memory()  # of the networks with which it was measured what the base model predicts
                 run = resolve()
                 if not run.is_finished:
-                    train(run, group, None)
+                    train(run, group)
             if run.is_finished and group.is_main_process:
                 clean_up(run)
                 print(f"nothing to do: {run.outputs.lora} is finished, with exactly these settings, images and captions")
@@ -107,6 +118,12 @@ def print_settings(request: Request[Tables]) -> None:
     vocabulary = find_vocabulary(project.models_dir, settings.model.base_model)
     if warning := ordinary_trigger(project.trigger_word, tags, vocabulary):
         print(warning, flush=True)
+
+
+def lacks_kernels() -> bool:
+    """Whether Triton has compiled nothing yet, as on a new machine."""
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    return not folder.is_dir() or not any(folder.iterdir())
 
 
 def import_training() -> None:

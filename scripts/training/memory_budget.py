@@ -49,6 +49,8 @@ _GPU_WORKSPACE_BYTES = 2 * GIB
 nvidia-smi showed on an H200: 15.2 GiB at batch 1, 9.5 with gradient checkpointing, 5.6 also with an 8-bit base and rank 16."""
 _GPU_CONTEXT_BYTES = GIB // 2
 """Of them, CUDA's context, as measured on an H100. This process has one when the free memory is read: it is not counted twice."""
+_UNUSED_BYTES = GIB // 2
+"""Of them, what the allocator cannot use unless its segments can grow, as they can where the settings are for a small GPU."""
 _CPU_WORKSPACE_BYTES = GIB // 4
 GPU_RESERVE_BYTES, GPU_RESERVE_SHARE = 8 * GIB, 1 / 8
 """What remains free of a GPU's own memory, the smaller of both, when "auto" decides: estimates are right to about a tenth."""
@@ -108,6 +110,8 @@ def measure_budget(
     networks = unet, *text_encoders
     weights = itemsize * sum(math.prod(tensor.shape) for network in networks for tensor in network.tensors.values())
     workspaces = _GPU_WORKSPACE_BYTES if precision.device.type == "cuda" else _CPU_WORKSPACE_BYTES
+    if precision.device.type == "cuda" and settings.model.is_for_small_gpu:
+        workspaces -= _UNUSED_BYTES
     scale = itemsize / 2 * unet.config["block_out_channels"][0] / _SDXL_WIDTH
     kept_px, checkpointed_px = _PLAIN_BYTES_PER_PIXEL if engine == "plain" else _FAST_BYTES_PER_PIXEL
     kept_px += _CONV_BYTES_PER_PIXEL[engine] if settings.lora.lora_conv_rank else 0

@@ -42,14 +42,18 @@ from training.method.optimizers import learning_rate_at
 from training.models.weights import TextEncoders, load_vae
 from training.plan import short_hash
 from training.preparation import encode, networks_in_background, prepare_device
+from training.rehearsal import rehearsal_in_background
 from training.results import LoraSaver, report_results, write_results
 from training.system.device import MemoryGuard, available_bytes, memory_guard, release_memory
 from training.system.process_group import ProcessGroup
 from training.system.processes import WorkerProcess
 
 
-def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) -> bool:
-    """Take every step that is left of `job`, and write the LoRA. `encoder` is a process that may encode the data.
+def train(
+    job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None = None, rehearser: WorkerProcess | None = None
+) -> bool:
+    """Take every step that is left of `job`, and write the LoRA. `encoder` is a process that may encode the data, and `rehearser`
+    one that compiles kernels meanwhile.
 
     Returns False before the first step if the base model turns out to predict something else than the job assumes: it has to be
     resolved again.
@@ -59,7 +63,7 @@ def train(job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None) 
     prepare_device(job)
     history = recorded(job, group) if group.is_main_process else contextlib.nullcontext()
     with history, translate_cuda_oom(job), memory_guard(job.budget.thresholds) as guard:
-        with networks_in_background(job) as load:
+        with networks_in_background(job) as load, rehearsal_in_background(job, rehearser):
             examples, prompts = encode(job, group, encoder)
             unet, text_encoders, adapter = load()
         if not predicts_as_planned(job, group, unet, text_encoders, examples):

@@ -182,6 +182,19 @@ def test_the_preset_for_8_gb_fits_and_the_defaults_do_not(monkeypatch):
                 fit_to_memory(settings, budget, "")
 
 
+def test_the_context_of_this_process_is_counted_once(monkeypatch):
+    """It is in what a run needs, and is taken already when the free memory is read."""
+    budget = full_size_budget(monkeypatch, TrainSettings(), 9)
+    assert budget.available == 9.5 * GIB
+
+
+def test_where_segments_can_grow_less_is_lost(monkeypatch):
+    plain = TrainSettings()
+    small = replace(plain, model=replace(plain.model, gradient_checkpointing=True))
+    usual, saving = (full_size_budget(monkeypatch, settings, 9) for settings in (plain, small))
+    assert usual.needed(1, checkpointing=True) - saving.needed(1, checkpointing=True) == GIB // 2
+
+
 def test_estimates_are_within_a_tenth_of_what_nvidia_smi_showed(monkeypatch):
     """On an H200, at 1024 x 1024, batch 1: with activations kept, with checkpointing, and also in 8 bits at rank 16."""
     plain = TrainSettings()

@@ -1,6 +1,7 @@
 """The worker process: calls, errors and signals, its end, and the same results as without it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ if __name__ == "__main__":
         time.sleep(60)
 """
 ENCODES_IN_WORKER = """
+import os
 import sys
 from pathlib import Path
 import train_lora
@@ -42,7 +44,9 @@ if __name__ == "__main__":
         return call_and_close(worker, function, *arguments)
 
     WorkerProcess.call_and_close = reported
-    sys.exit(run_main("train_lora", lambda: train_lora.main([])))
+    code = run_main("train_lora", lambda: train_lora.main([]))
+    print("PYTORCH_CUDA_ALLOC_CONF:", os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+    sys.exit(code)
 """
 
 
@@ -136,11 +140,13 @@ def test_encoding_in_a_worker_gives_the_same_files(stage, tmp_path, forked_pytho
     here = stage.trained(NUM_TRAIN_EPOCHS=1)
     before = stage.files()
     stage.output.rename(tmp_path / "first")
-    environment = stage._environment({"NUM_TRAIN_EPOCHS": 1})
+    environment = stage._environment({"NUM_TRAIN_EPOCHS": 1}) | {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
     output, errors = run(tmp_path, ENCODES_IN_WORKER, environment, forked_python).communicate()
     assert errors == ""
     assert "worker process: read_inputs\n" in output
     assert "worker process: _encode_in_worker\n" in output
+    assert "worker process: rehearse\n" in output
+    assert "PYTORCH_CUDA_ALLOC_CONF: None\n" in output
     assert "images: 1 encoded, 0 in the cache; captions: 2 encoded" in output
     assert "images: 1 encoded, 0 in the cache; captions: 2 encoded" in here
     after = stage.files()
@@ -148,6 +154,18 @@ def test_encoding_in_a_worker_gives_the_same_files(stage, tmp_path, forked_pytho
     cached = [name for name in before if name.startswith(("cache/latents", "cache/text")) or name == "lora/metrics.jsonl"]
     assert len(cached) == 4
     assert all(before[name] == after[name] for name in cached)
+
+
+@pytest.mark.long
+def test_where_memory_is_short_no_other_process_holds_any(stage, tmp_path, forked_python):
+    stage.add("astronaut")
+    environment = stage._environment({"NUM_TRAIN_EPOCHS": 1, "GRADIENT_CHECKPOINTING": "true"})
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    output, errors = run(tmp_path, ENCODES_IN_WORKER, environment, forked_python).communicate()
+    assert errors == ""
+    assert re.findall("worker process: (.*)", output) == ["read_inputs"]
+    assert "PYTORCH_CUDA_ALLOC_CONF: expandable_segments:True\n" in output
+    assert "images: 1 encoded, 0 in the cache; captions: 2 encoded" in output
 
 
 def test_it_ends_with_a_parent_that_is_killed(tmp_path):

@@ -1,0 +1,67 @@
+"""A step that is rehearsed in another process while the networks are loaded, so that Triton's kernels are compiled when they are
+needed: one after the other, they take ten seconds of the first run on a machine. Triton keeps them in its cache on disk.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from common.background import in_background
+from training.engine import prepare_unet
+from training.job import TrainingJob
+from training.method.adapters import inject
+from training.models.weights import shapes_only
+from training.preparation import has_memory_for_everything
+from training.system.processes import WorkerProcess
+
+_TOKENS = 77, 154
+"""Of a caption in one chunk or two: the kernels of the attention depend on it."""
+
+
+def rehearsal_in_background(job: TrainingJob, rehearser: WorkerProcess | None) -> AbstractContextManager:
+    """Have the process `rehearser`, if there is one, `rehearse` and end, from now on, while the block runs and after it."""
+    if rehearser is None:
+        return nullcontext()
+    return in_background(lambda: rehearser.call_and_close(rehearse, job), start=True)
+
+
+def rehearse(job: TrainingJob) -> None:
+    """Compile the kernels of a step of `job`, unless another process needs the memory. What fails is said, and is no error: the
+    step compiles what it lacks."""
+    if job.engine != "fast" or not has_memory_for_everything(job):
+        return
+    try:
+        take_small_step(job)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        print(f"compiling ahead: failed, the first step takes longer ({type(error).__name__}: {reason})", flush=True)
+
+
+def take_small_step(job: TrainingJob) -> torch.Tensor:
+    """The gradient of the LoRA of a UNet like that of `job`, but with transformers of one block and zeros as weights, for one image
+    with captions of each of _TOKENS; the sum of both."""
+    device, dtype = job.precision.device, job.precision.dtype
+    config = job.base.components["unet"].config
+    depth = config["transformer_layers_per_block"]
+    one_each = 1 if isinstance(depth, int) else [1] * len(depth)
+    with shapes_only():
+        unet = UNet2DConditionModel.from_config({**config, "transformer_layers_per_block": one_each})
+    weights = {name: torch.zeros(each.shape, device=device, dtype=dtype) for name, each in unet.state_dict().items()}
+    unet.load_state_dict(weights, assign=True)
+    unet.requires_grad_(False)
+    adapter = inject(unet, replace(job.settings.lora, lora_rank_pattern=""), job.settings.run.train_seed)
+    synchronize = prepare_unet(job.engine, unet, adapter, device)
+    bucket = job.plan.all_placements[0].bucket
+    image = torch.zeros(1, config["in_channels"], bucket.height // 8, bucket.width // 8, device=device, dtype=dtype)
+    ids = torch.zeros(1, 6, device=device)
+    pooled = config["projection_class_embeddings_input_dim"] - ids.shape[1] * config["addition_time_embed_dim"]
+    added = {"text_embeds": torch.zeros(1, pooled, device=device, dtype=dtype), "time_ids": ids}
+    for tokens in _TOKENS:
+        synchronize()
+        hidden = torch.zeros(1, tokens, config["cross_attention_dim"], device=device, dtype=dtype)
+        latents = image.contiguous(memory_format=torch.channels_last)
+        prediction = unet(latents, ids[:, 0], encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False)[0]
+        prediction.float().sum().backward()
+    return adapter.sums[:-1]
