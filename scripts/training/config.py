@@ -30,7 +30,7 @@ class ModelSettings(SharedModelSettings):
 
     @property
     def is_for_small_gpu(self) -> bool:
-        """Whether memory is to be saved however much there is: known before anything is measured."""
+        """Whether memory is to be saved however much there is, which is known before anything is measured and "auto" resolved."""
         return self.gradient_checkpointing is True
 
 

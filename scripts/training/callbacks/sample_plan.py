@@ -23,8 +23,9 @@ _TRAIN_COST = 2.2
 _CHECKPOINTING_COST = 1.36
 _DECODE_COST = 6.5
 """Time in which the VAE decodes an image in fp32, in the same unit."""
-_VAE_BYTES_PER_PIXEL = 8192
-"""Activations of SDXL's decoder in fp32 per pixel."""
+_VAE_BYTES_PER_PIXEL = {False: 8704, True: 5888}
+"""What an H100 reserved for activations of SDXL's decoder in fp32, per pixel, by whether the allocator's segments can grow. 4900 of
+them were in use."""
 _VAE_WIDTH = 128
 _DECODER_BYTES = 198 * 10**6
 """Its weights."""
@@ -179,7 +180,7 @@ def _within_memory(
         pixels = max((prompt.width or size) * (prompt.height or size) for prompt in prompts)
         # With gradient checkpointing, a training step keeps what one block needs, as a forward pass without gradients does.
         unet = (1 if tiled else 2) * budget.per_image_checkpointed * pixels // largest
-        decoded = int(vae_width * _VAE_BYTES_PER_PIXEL) * (min(pixels, TILE_PX**2) if tiled else pixels)
+        decoded = int(vae_width * _VAE_BYTES_PER_PIXEL[budget.grows_segments]) * (min(pixels, TILE_PX**2) if tiled else pixels)
         largest_part = max(unet, decoded + int(vae_width**2 * _DECODER_BYTES))
         return max(0, largest_part - of_training) if in_turn else largest_part
 

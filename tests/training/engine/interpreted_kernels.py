@@ -157,10 +157,18 @@ if __name__ == "__main__":
     triton_group_norms.processors = lambda device: 132  # sums of more chunks than are added at a time
     check_group_norm(1, 1100, 96, 4, True, True, 0)
     triton_attention.processors = lambda device: 3
-    for shape in ((2, 100, 77, 2, 0), (1, 70, 154, 3, 32), (2, 40, 64, 1, 16), (1, 33, 160, 1, 0), (1, 5, 16, 2, 8)):
-        check_attention(*shape)
-        check_attention(*shape, shift=-20.0)
-        check_attention(*shape, shift=-100.0)
+    for shape in (
+        (2, 100, 77, 2, 0),
+        (1, 70, 154, 3, 32),
+        (2, 300, 128, 1, 8),
+        (2, 40, 64, 1, 16),
+        (1, 33, 160, 1, 0),
+        (1, 5, 16, 2, 8),
+    ):
+        for is_hopper in (False, True) if shape[2] >= triton_attention._KEYS_OF_TWO_KERNELS else (False,):
+            triton_attention._is_hopper = lambda device, answer=is_hopper: answer
+            for shift in (0.0, -20.0, -100.0):
+                check_attention(*shape, shift=shift)
     triton_products.processors = lambda device: 2  # rows are divided among several programs
     for shape in ((130, 96, 8, 8, 0), (64, 64, 32, 16, 32), (200, 160, 3, 40, 0), (5, 64, 64, 64, 64)):
         check_geglu_backward(*shape)

@@ -76,30 +76,23 @@ LAUNCHES = {
     "_attend_backward": [
         {"D": 64, "A": a, "B": b, "K": triton_attention._BACKWARD_ROWS} for a, b in ((64, 16), (64, 64), (128, 32))
     ],
+    "_gradient_of_queries": [{"D": 64, "A": 128, "B": b, "K": triton_attention._ROWS} for b in (16, 32)],
+    "_gradients_of_keys": [{"D": 64, "A": 128, "B": b, "K": triton_attention._ROWS} for b in (16, 32)],
     "_add_parts": [{"BLOCK": 1024}],
     "_add_up": [{"BLOCK": 1024}],
     "_copy_blocks": [{"R": 128, "C": 32}, {"R": 32, "C": 128}],
 }
 """The compile-time arguments of each kernel at the widths of SDXL."""
+_OF_ATTENTION = "chunk", "stride", "stride_of_k", "stride_of_v", "q", "k", "v"
 ALIGNED = {
     "_geglu_backward_with_lora": ("width", "chunk", "projected", "d_out", "d_projected"),
     "_geglu_forward_with_products": ("width", "stride", "chunk", "projected", "out", "factor", "row_of_factor"),
     "_append_products": ("width", "stride", "stride_of_out", "first", "second", "third", "out", "factors"),
     "_group_apply": ("channels", "stride", "x", "dy", "d_x", "out"),
-    "_attend": ("stride", "stride_of_k", "stride_of_v", "stride_of_out", "q", "k", "v", "out"),
-    "_attend_backward": (
-        "stride",
-        "stride_of_k",
-        "stride_of_v",
-        "stride_of_d_out",
-        "stride_of_dq",
-        "chunk",
-        "q",
-        "k",
-        "v",
-        "dq",
-        "d_out",
-    ),
+    "_attend": (*_OF_ATTENTION, "stride_of_out", "out"),
+    "_attend_backward": (*_OF_ATTENTION, "stride_of_d_out", "stride_of_dq", "dq", "d_out"),
+    "_gradient_of_queries": (*_OF_ATTENTION, "stride_of_d_out", "stride_of_dq", "dq", "d_out"),
+    "_gradients_of_keys": (*_OF_ATTENTION, "stride_of_d_out", "d_out"),
 }
 """Arguments that are multiples of 16 at these widths and ranks, which Triton finds out when it launches a kernel."""
 
@@ -108,7 +101,7 @@ def kernels() -> dict[str, JITFunction]:
     found = (
         vars(triton_attention) | vars(triton_gradients) | vars(triton_group_norms) | vars(triton_kernels) | vars(triton_products)
     )
-    parts_of_others = ("_silu_slope", "geglu_gradients", "geglu_output")
+    parts_of_others = ("_silu_slope", "geglu_gradients", "geglu_output", "_keys_and_values", "_store_gradients")
     return {name: each for name, each in found.items() if isinstance(each, JITFunction) and name not in parts_of_others}
 
 
@@ -139,11 +132,12 @@ def test_a_kernel_fits_a_chip(name, chip, tmp_path, monkeypatch):
             options = {"num_stages": triton_products._GEGLU_STAGES}
         elif name == "_append_products":
             options = {"num_stages": triton_products._APPEND_STAGES}
-        elif name.startswith("_attend"):
-            if chip < 80:
-                continue  # `ops.attend` is PyTorch's
+        elif name in vars(triton_attention):
+            in_two = name in ("_gradient_of_queries", "_gradients_of_keys")
+            if chip < 80 or (in_two and chip != 90):
+                continue  # `ops.attend` is PyTorch's, and the backward is one kernel
             many = constants["A"] + constants["B"] > triton_attention._KEYS_OF_FOUR_WARPS and name == "_attend_backward"
-            options = {"num_warps": 8 if many else 4, "num_stages": 3}
+            options = {"num_warps": 8 if many or name == "_gradients_of_keys" else 4, "num_stages": 3}
         elif name == "_layer_norm_backward":
             options = {"num_warps": 1}
         elif name == "_add_gradients":
@@ -158,7 +152,8 @@ def test_a_kernel_fits_a_chip(name, chip, tmp_path, monkeypatch):
         registers, spilled = resources(compiled.asm["cubin"], tmp_path)
         assert registers * 32 * compiled.metadata.num_warps <= REGISTERS
         assert registers <= 255
-        assert spilled == 0
+        # It was the fastest with these registers: a smaller tile is not multiplied by the whole warp group.
+        assert spilled <= (128 if name == "_gradient_of_queries" else 0)
 
 
 def test_products_are_those_of_pytorch():
@@ -169,7 +164,7 @@ def test_products_are_those_of_pytorch():
 
 
 def type_of(kernel: str, argument: str, dtype: str) -> str:
-    if kernel.startswith("_attend") and argument == "scale":
+    if kernel in vars(triton_attention) and argument == "scale":
         return "fp32"
     if kernel == "_add_parts" and argument in ("scale", "first", "second"):
         return "fp32" if argument == "scale" else "*fp32"
