@@ -51,7 +51,7 @@ _GPU_CONTEXT_BYTES = GIB // 2
 """Of them, CUDA's context, as measured on an H100. This process has one when the free memory is read: it is not counted twice."""
 _UNUSED_BYTES = GIB // 2
 """Of them, what the allocator cannot use unless its segments can grow. Where they can, an H100 showed 8.7 GiB with checkpointing at
-batch 1 (8.7 predicted), 4.9 also with an 8-bit base, rank 8 and adamw8bit (5.1)."""
+batch 1 (8.7 predicted), 4.9 also with an 8-bit base, rank 8 and moments in 8 bits (5.1)."""
 _CPU_WORKSPACE_BYTES = GIB // 4
 GPU_RESERVE_BYTES, GPU_RESERVE_SHARE = 8 * GIB, 1 / 8
 """What remains free of a GPU's own memory, the smaller of both, when "auto" decides: estimates are right to about a tenth."""

@@ -171,7 +171,8 @@ def _within_memory(
     """`choice` with a size whose images can be rendered, and how: beside what training holds or in turn with it, decoded as a whole
     or in tiles. How many bytes that takes besides; and why there can be no images, else empty."""
     held = budget.needed(settings.run.train_batch_size, checkpointing=settings.model.gradient_checkpointing is True)
-    free = (budget.free if budget.thresholds else budget.available) - held
+    # In turn, what training holds is given back first. Beside it, estimates must not be wrong: the reserve remains free.
+    free = {True: (budget.free if budget.thresholds else budget.available) - held, False: budget.free - held}
     of_training = held - budget.fixed
     largest = max(place.bucket.width * place.bucket.height for place in plan.all_placements)
     vae_width = base.components["vae"].config["block_out_channels"][0] / _VAE_WIDTH
@@ -186,10 +187,10 @@ def _within_memory(
 
     for size in [choice.size] if is_size_fixed else range(choice.size, min(choice.size, LEAST_SIZE_PX) - 1, -SIDE_STEP_PX):
         for tiled, in_turn in itertools.product((False, True), repeat=2):
-            if (memory := needed(size, tiled, in_turn)) <= free:
+            if (memory := needed(size, tiled, in_turn)) <= free[in_turn]:
                 return replace(choice, size=size, tiled=tiled, in_turn=in_turn), memory, ""
     least = needed(min(choice.size, LEAST_SIZE_PX), True, True)
-    return choice, least, f"they need {least / GIB:.1f} GiB more than training, {max(0, free) / GIB:.1f} GiB are free"
+    return choice, least, f"they need {least / GIB:.1f} GiB more than training, {max(0, free[True]) / GIB:.1f} GiB are free"
 
 
 def _announcement(choice: _Choice, requested: _Choice, prompts: Sequence[SamplePrompt], settings: TrainSettings, plan: Plan) -> str:
