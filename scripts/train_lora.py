@@ -73,8 +73,8 @@ def main(argv: list[str]) -> None:
     rehearses = encodes and settings.run.engine != "plain" and lacks_kernels()
     with (
         worker_process(enabled=overlaps) as reader,
-        worker_process(import_training, enabled=encodes) as encoder,
-        worker_process(import_training, enabled=rehearses) as rehearser,
+        worker_process(import_trainer, enabled=encodes) as encoder,
+        worker_process(import_trainer, enabled=rehearses) as rehearser,
     ):
         read = partial(reader.call_and_close if reader else call, read_inputs, project, settings)
         with in_background(read, start=ranks.rank == 0 and not request.check) as inputs, exit_on_signals(STAGE):
@@ -131,6 +131,11 @@ def import_training() -> None:
     from training.system.device import wake_gpu
 
     wake_gpu(rank_info().gpu)
+    import_trainer()
+
+
+def import_trainer() -> None:
+    """Import the same in a process that leaves the GPU alone until it has something to do: the free memory is not read yet."""
     import training.trainer  # noqa: F401
 
 
