@@ -22,16 +22,16 @@ from common.errors import exit_on_signals, run_main, stop_on_signals
 from common.output_layout import name_problem, only_run_in
 from common.project import ComfyUIAddress, ProjectSettings
 from common.settings import Request, read_request
-from training.config import TrainSettings
+from training.config import TrainSettings, unsupported_by_fast_engine
 from training.data.dataset import read_inputs, require_all_images
+from training.system.environment import lacks_kernels, let_segments_grow
 from training.system.processes import die_with_parent, launch, needs_launcher, rank_info, worker_process
 
 STAGE = "train_lora"
 NVIDIA = Path("/dev/nvidiactl")
 """Exists if NVIDIA's driver is loaded."""
-EXPANDABLE_SEGMENTS = "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
-"""torch reads this variable when it is imported. Parts of the GPU's memory then grow instead of being reserved in blocks, of which
-some is never used: 8.61 GiB instead of 8.97 with checkpointing at batch 1, on an H100."""
+REHEARSAL_CORES = 8
+"""With fewer CPU cores, one process more would hold up the others."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,16 @@ def main(argv: list[str]) -> None:
     if ranks.rank == 0:
         print_settings(request)
 
-    if settings.model.is_for_small_gpu:
-        os.environ.setdefault(*EXPANDABLE_SEGMENTS)
+    saves_memory = settings.model.gradient_checkpointing is True
+    if saves_memory:
+        let_segments_grow()
 
     # Worker processes read the inputs, encode the data, and compile kernels if there are none yet, while this one imports libraries
     # and loads the UNet. Where checkpointing saves memory, all of this is done by one process.
     overlaps = NVIDIA.exists() and ranks.world_size == 1 and not request.check
-    encodes = overlaps and not settings.model.is_for_small_gpu
-    rehearses = encodes and settings.run.engine != "plain" and lacks_kernels()
+    encodes = overlaps and not saves_memory
+    is_fast = settings.run.engine != "plain" and not unsupported_by_fast_engine(settings.lora)
+    rehearses = encodes and is_fast and lacks_kernels() and len(os.sched_getaffinity(0)) >= REHEARSAL_CORES
     with (
         worker_process(enabled=overlaps) as reader,
         worker_process(import_trainer, enabled=encodes) as encoder,
@@ -118,12 +120,6 @@ def print_settings(request: Request[Tables]) -> None:
     vocabulary = find_vocabulary(project.models_dir, settings.model.base_model)
     if warning := ordinary_trigger(project.trigger_word, tags, vocabulary):
         print(warning, flush=True)
-
-
-def lacks_kernels() -> bool:
-    """Whether Triton has compiled nothing yet, as on a new machine."""
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
-    return not folder.is_dir() or not any(folder.iterdir())
 
 
 def import_training() -> None:

@@ -124,6 +124,7 @@ TRAINING_LAYERS = (
     ("training.job",),
     ("training.lora_metadata",),
     ("training.results", "training.measurement", "training.preparation", "training.first_step"),
+    ("training.rehearsal",),
     ("training.trainer", "training.preflight"),
 )
 """Modules and packages of the training stage, lowest layer first. Each may import lower layers and its own package."""
@@ -176,9 +177,10 @@ def test_ctrl_c_while_libraries_are_imported_prints_no_traceback(main, tmp_path)
     assert process.returncode == -signal.SIGINT
 
 
-def test_only_settings_and_launcher_read_the_environment():
+def test_only_three_modules_read_the_environment():
+    """Settings, the launcher, and what torch and Triton read."""
     users = {name for name, path in MODULES.items() if environment_names(path) & {"environ", "environb", "getenv", "getenvb"}}
-    assert users == {"common.settings", "training.system.processes"}
+    assert users == {"common.settings", "training.system.environment", "training.system.processes"}
     writers = {name for name, path in MODULES.items() if environment_names(path) & {"putenv", "unsetenv"}}
     assert writers == {"training.system.device"}
 

@@ -28,11 +28,6 @@ class ModelSettings(SharedModelSettings):
     base_quantization: Literal["none", "int8", "auto"] = setting("none", role="result", before="none")
     """"int8" holds the frozen weights of the UNet in 8 bits; "auto": only where one image would not fit otherwise."""
 
-    @property
-    def is_for_small_gpu(self) -> bool:
-        """Whether memory is to be saved however much there is, which is known before anything is measured and "auto" resolved."""
-        return self.gradient_checkpointing is True
-
 
 @dataclass(frozen=True)
 class DataSettings(SharedDataSettings):

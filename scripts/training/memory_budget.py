@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from common.errors import ResourceError
 from training.config import TrainSettings
 from training.data.batches import PRIOR_EVERY
@@ -25,6 +27,7 @@ from training.system.device import (
     shares_memory,
     thresholds,
 )
+from training.system.environment import segments_grow
 
 _FAST_BYTES_PER_PIXEL = 5632, 1024
 """Activations of SDXL in bf16 per pixel of the micro-batch, kept or with gradient checkpointing. Measured: a step of batch 4 at
@@ -48,7 +51,7 @@ _GPU_WORKSPACE_BYTES = 2 * GIB
 """CUDA's context, workspaces of its libraries, and what the allocator cannot use. With it, the estimates are within a tenth of what
 nvidia-smi showed on an H200: 15.2 GiB at batch 1, 9.5 with gradient checkpointing, 5.6 also with an 8-bit base and rank 16."""
 _GPU_CONTEXT_BYTES = GIB // 2
-"""Of them, CUDA's context, as measured on an H100. This process has one when the free memory is read: it is not counted twice."""
+"""Of them, CUDA's context, as measured on an H100. This process has one when the free memory is read."""
 _UNUSED_BYTES = GIB // 2
 """Of them, what the allocator cannot use unless its segments can grow. Where they can, an H100 showed 8.7 GiB with checkpointing at
 batch 1 (8.7 predicted), 4.9 also with an 8-bit base, rank 8 and moments in 8 bits (5.1)."""
@@ -96,6 +99,11 @@ class MemoryBudget:
         return self.fixed + self.fixed_kept + images * self.per_image
 
 
+def usable_bytes(device: torch.device) -> int:
+    """The memory that is free on `device`, with what this process's context takes of a GPU's own, which all estimates contain."""
+    return available_bytes(device) + (0 if shares_memory(device) else _GPU_CONTEXT_BYTES)
+
+
 def measure_budget(
     base: BaseModel, examples: list[Example], settings: TrainSettings, precision: Precision, engine: EngineName, processes: int
 ) -> MemoryBudget:
@@ -113,7 +121,7 @@ def measure_budget(
     networks = unet, *text_encoders
     weights = itemsize * sum(math.prod(tensor.shape) for network in networks for tensor in network.tensors.values())
     workspaces = _GPU_WORKSPACE_BYTES if precision.device.type == "cuda" else _CPU_WORKSPACE_BYTES
-    grows_segments = precision.device.type == "cuda" and settings.model.is_for_small_gpu
+    grows_segments = precision.device.type == "cuda" and segments_grow()
     workspaces -= _UNUSED_BYTES if grows_segments else 0
     scale = itemsize / 2 * unet.config["block_out_channels"][0] / _SDXL_WIDTH
     kept_px, checkpointed_px = _PLAIN_BYTES_PER_PIXEL if engine == "plain" else _FAST_BYTES_PER_PIXEL
@@ -129,8 +137,7 @@ def measure_budget(
     is_shared = shares_memory(precision.device)
     limits = thresholds(settings.run.memory_floor_gib, read_memory().total, is_shared)
     kept_per_weight = KEPT_BYTES_PER_WEIGHT[settings.lora.lora_type]
-    free = available_bytes(precision.device)
-    available = free // processes if is_shared else free + _GPU_CONTEXT_BYTES
+    available = usable_bytes(precision.device) // (processes if is_shared else 1)
     return MemoryBudget(
         fixed=weights + int(trained * (4 * floats + itemsize)) + workspaces,
         fixed_kept=kept_per_weight * sum(math.prod(shapes[name]) for name in ranks),
@@ -239,8 +246,9 @@ def suggest_settings(settings: TrainSettings, budget: MemoryBudget, available: i
 
 def _smaller(settings: TrainSettings, budget: MemoryBudget) -> str:
     """What makes one image take less memory. What changes the result needs a new run."""
-    # "auto" may have chosen it, but it saves more where it is set: see `is_for_small_gpu`.
-    switches = [] if settings.model.gradient_checkpointing is True else ["GRADIENT_CHECKPOINTING=true"]
+    # Where "auto" has chosen it, segments do not grow.
+    is_set = settings.model.gradient_checkpointing is True and budget.grows_segments
+    switches = [] if is_set else ["GRADIENT_CHECKPOINTING=true"]
     switches += ["BASE_QUANTIZATION=int8 FRESH=1"] if budget.saved_by_int8 else []
     lower = "lower RESOLUTION or LORA_RANK with FRESH=1"
     return f"set {' '.join(switches)}, or {lower}" if switches else lower

@@ -31,10 +31,11 @@ def prepare_device(job: TrainingJob) -> None:
         limit_gpu_memory(job.precision.device, available_bytes(job.precision.device) - job.budget.thresholds.stop)
 
 
-def has_memory_for_everything(job: TrainingJob) -> bool:
-    """Whether the GPU's memory holds encoders and UNet together, which is so where a step leaves the reserve free."""
+def has_memory_for_everything(job: TrainingJob, besides: int = 0) -> bool:
+    """Whether the GPU's memory holds encoders and UNet together, which is so where a step leaves the reserve free, and `besides`
+    so many bytes."""
     batch, checkpointing = job.settings.run.train_batch_size, job.settings.model.gradient_checkpointing
-    fits = job.budget.needed(batch, checkpointing=False) <= job.budget.free
+    fits = job.budget.needed(batch, checkpointing=False) + besides <= job.budget.free
     return job.precision.device.type != "cpu" and not checkpointing and fits
 
 

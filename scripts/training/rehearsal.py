@@ -2,7 +2,8 @@
 needed: one after the other, they take ten seconds of the first run on a machine. Triton keeps them in its cache on disk.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -13,42 +14,49 @@ from training.engine import prepare_unet
 from training.job import TrainingJob
 from training.method.adapters import inject
 from training.models.weights import shapes_only
-from training.preparation import has_memory_for_everything
+from training.preparation import has_memory_for_everything, prepare_device
+from training.system.device import GIB
 from training.system.processes import WorkerProcess
 
 _TOKENS = 77, 154
 """Of a caption in one chunk or two: the kernels of the attention depend on it."""
+_FIXED_BYTES = 5 * GIB // 2
+"""What it takes of the GPU's memory besides half the activations of one image: 4.3 GiB and a context at 1024 x 1024, on an H100."""
 
 
-def rehearsal_in_background(job: TrainingJob, rehearser: WorkerProcess | None) -> AbstractContextManager:
-    """Have the process `rehearser`, if there is one, `rehearse` and end, from now on, while the block runs and after it."""
-    if rehearser is None:
-        return nullcontext()
-    return in_background(lambda: rehearser.call_and_close(rehearse, job), start=True)
+@contextmanager
+def rehearsing(job: TrainingJob, rehearser: WorkerProcess | None) -> Iterator[None]:
+    """While the block runs, the process `rehearser` rehearses a step of `job`, if there is one and memory for it. It is waited for
+    at the end of the block. An error there is logged and changes nothing: the first step compiles what is missing."""
+    if rehearser is None or job.engine != "fast" or not has_memory_for_everything(job, _FIXED_BYTES + job.budget.per_image // 2):
+        if rehearser:
+            rehearser.end()
+        yield
+        return
+    with in_background(lambda: rehearser.call_and_close(rehearse, job), start=True) as rehearsal:
+        yield
+        # The first step would need as long for the kernels that are missing still.
+        if error := rehearsal.exception():
+            reason = str(error).partition("\n")[0]
+            print(f"compiling ahead: failed, the first step takes longer ({type(error).__name__}: {reason})", flush=True)
 
 
 def rehearse(job: TrainingJob) -> None:
-    """Compile the kernels of a step of `job`, unless another process needs the memory. What fails is said, and is no error: the
-    step compiles what it lacks."""
-    if job.engine != "fast" or not has_memory_for_everything(job):
-        return
-    try:
-        take_small_step(job)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        print(f"compiling ahead: failed, the first step takes longer ({type(error).__name__}: {reason})", flush=True)
+    """Compile the kernels of a step of `job`."""
+    prepare_device(job)
+    take_small_step(job)
 
 
 def take_small_step(job: TrainingJob) -> torch.Tensor:
-    """The gradient of the LoRA of a UNet like that of `job`, but with transformers of one block and zeros as weights, for one image
-    with captions of each of _TOKENS; the sum of both."""
+    """The gradient of the LoRA of a UNet like that of `job`, but with transformers of one block and equal weights, for one image
+    with captions of each of _TOKENS; the sum of both. All layers have the rank LORA_RANK."""
     device, dtype = job.precision.device, job.precision.dtype
     config = job.base.components["unet"].config
     depth = config["transformer_layers_per_block"]
     one_each = 1 if isinstance(depth, int) else [1] * len(depth)
     with shapes_only():
         unet = UNet2DConditionModel.from_config({**config, "transformer_layers_per_block": one_each})
-    weights = {name: torch.zeros(each.shape, device=device, dtype=dtype) for name, each in unet.state_dict().items()}
+    weights = {name: torch.full(each.shape, 0.01, device=device, dtype=dtype) for name, each in unet.state_dict().items()}
     unet.load_state_dict(weights, assign=True)
     unet.requires_grad_(False)
     adapter = inject(unet, replace(job.settings.lora, lora_rank_pattern=""), job.settings.run.train_seed)

@@ -33,7 +33,7 @@ from training.initial_lora import load_initial
 from training.job import TrainingJob
 from training.loop import Callback, Progress, RunSchedule, run_steps
 from training.measurement import predicts_as_planned
-from training.memory_budget import suggest_settings
+from training.memory_budget import suggest_settings, usable_bytes
 from training.method.adapters import Adapter
 from training.method.diffusion import LossConfig, alphas_cumprod, timestep_quantiles
 from training.method.lora_l2 import l2_of_changes
@@ -42,9 +42,9 @@ from training.method.optimizers import learning_rate_at
 from training.models.weights import TextEncoders, load_vae
 from training.plan import short_hash
 from training.preparation import encode, networks_in_background, prepare_device
-from training.rehearsal import rehearsal_in_background
+from training.rehearsal import rehearsing
 from training.results import LoraSaver, report_results, write_results
-from training.system.device import MemoryGuard, available_bytes, memory_guard, release_memory
+from training.system.device import MemoryGuard, memory_guard, release_memory
 from training.system.process_group import ProcessGroup
 from training.system.processes import WorkerProcess
 
@@ -53,7 +53,7 @@ def train(
     job: TrainingJob, group: ProcessGroup, encoder: WorkerProcess | None = None, rehearser: WorkerProcess | None = None
 ) -> bool:
     """Take every step that is left of `job`, and write the LoRA. `encoder` is a process that may encode the data, and `rehearser`
-    one that compiles kernels meanwhile.
+    one that may compile kernels meanwhile; both have ended before the first step.
 
     Returns False before the first step if the base model turns out to predict something else than the job assumes: it has to be
     resolved again.
@@ -63,14 +63,15 @@ def train(
     prepare_device(job)
     history = recorded(job, group) if group.is_main_process else contextlib.nullcontext()
     with history, translate_cuda_oom(job), memory_guard(job.budget.thresholds) as guard:
-        with networks_in_background(job) as load, rehearsal_in_background(job, rehearser):
-            examples, prompts = encode(job, group, encoder)
-            unet, text_encoders, adapter = load()
-        if not predicts_as_planned(job, group, unet, text_encoders, examples):
-            return False
-        if job.initial_layers:
-            begin_from_file(job, group, adapter)
-        step, schedule = build_step(job, group, unet, text_encoders, adapter), schedule_of(job)
+        with rehearsing(job, rehearser):
+            with networks_in_background(job) as load:
+                examples, prompts = encode(job, group, encoder)
+                unet, text_encoders, adapter = load()
+            if not predicts_as_planned(job, group, unet, text_encoders, examples):
+                return False
+            if job.initial_layers:
+                begin_from_file(job, group, adapter)
+            step, schedule = build_step(job, group, unet, text_encoders, adapter), schedule_of(job)
         if job.saved:
             restore(job.saved, group, adapter.weights, step.optimizer, step.scaler)
         count, held_out_count = len(job.plan.examples), len(job.plan.held_out)
@@ -176,7 +177,7 @@ def translate_cuda_oom(job: TrainingJob) -> Iterator[None]:
     except torch.OutOfMemoryError:
         device = job.precision.device
         reserved = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
-        remedy = suggest_settings(job.settings, job.budget, available_bytes(device) + reserved)
+        remedy = suggest_settings(job.settings, job.budget, usable_bytes(device) + reserved)
         raise ResourceError(
             f"the GPU's memory is full at batch size {job.settings.run.train_batch_size}: {remedy}, and run again"
         ) from None

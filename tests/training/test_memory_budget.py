@@ -145,7 +145,9 @@ def test_automatic_quantization_leaves_a_dora_as_it_is(monkeypatch):
 
 def test_what_needs_a_new_run_says_so():
     budget = replace(budget_of(0), saved_by_int8=2 * GIB)
-    for checkpointing, switch in ((False, "GRADIENT_CHECKPOINTING=true "), (True, "")):
+    setting = "GRADIENT_CHECKPOINTING=true "
+    for checkpointing, grows, switch in ((False, False, setting), (True, False, setting), (True, True, "")):
+        budget = replace(budget, grows_segments=grows)
         suggested = suggest_settings(with_run(1, checkpointing=checkpointing), budget, 9 * GIB)
         remedy = f"set {switch}BASE_QUANTIZATION=int8 FRESH=1, or lower RESOLUTION or LORA_RANK with FRESH=1"
         assert suggested == f"close other programs on the GPU, or {remedy}"
@@ -190,8 +192,9 @@ def test_the_context_of_this_process_is_counted_once(monkeypatch):
 
 def test_where_segments_can_grow_less_is_lost(monkeypatch):
     plain = TrainSettings()
-    small = replace(plain, model=replace(plain.model, gradient_checkpointing=True))
-    usual, saving = (full_size_budget(monkeypatch, settings, 9) for settings in (plain, small))
+    usual = full_size_budget(monkeypatch, plain, 9)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    saving = full_size_budget(monkeypatch, plain, 9)
     assert usual.needed(1, checkpointing=True) - saving.needed(1, checkpointing=True) == GIB // 2
     assert (usual.grows_segments, saving.grows_segments) == (False, True)
 
@@ -201,10 +204,10 @@ def test_estimates_are_within_a_tenth_of_what_nvidia_smi_showed(monkeypatch):
     where segments can grow: with checkpointing, and also in 8 bits at rank 8 with adamw8bit."""
     plain = TrainSettings()
     small = replace(plain, lora=LoraSettings(lora_rank=16), model=replace(plain.model, base_quantization="int8"))
-    growing = replace(plain, model=replace(plain.model, gradient_checkpointing=True))
     smallest = replace(small, lora=LoraSettings(lora_rank=8), optimizer=replace(plain.optimizer, optimizer="adamw8bit"))
-    smallest = replace(smallest, model=replace(small.model, gradient_checkpointing=True))
-    measured = (plain, False, 15583), (plain, True, 9768), (small, True, 6012), (growing, True, 8899), (smallest, True, 4987)
-    for settings, checkpointing, measured_mib in measured:
+    fixed = (plain, False, 15583), (plain, True, 9768), (small, True, 6012)
+    growing = (plain, True, 8899), (smallest, True, 4987)
+    for number, (settings, checkpointing, measured_mib) in enumerate((*fixed, *growing)):
+        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True" if number >= len(fixed) else "")
         _, budget, _ = resolve_quantization(settings, full_size_budget(monkeypatch, settings, 80))
         assert budget.needed(1, checkpointing=checkpointing) == pytest.approx(measured_mib * 2**20, rel=0.1)

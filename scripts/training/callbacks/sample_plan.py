@@ -23,9 +23,8 @@ _TRAIN_COST = 2.2
 _CHECKPOINTING_COST = 1.36
 _DECODE_COST = 6.5
 """Time in which the VAE decodes an image in fp32, in the same unit."""
-_VAE_BYTES_PER_PIXEL = {False: 8704, True: 5888}
-"""What an H100 reserved for activations of SDXL's decoder in fp32, per pixel, by whether the allocator's segments can grow. 4900 of
-them were in use."""
+_VAE_BYTES_PER_PIXEL, _VAE_BYTES_IF_SEGMENTS_GROW = 8704, 5888
+"""What an H100 reserved for activations of SDXL's decoder in fp32, per pixel; 4900 of them were in use."""
 _VAE_WIDTH = 128
 _DECODER_BYTES = 198 * 10**6
 """Its weights."""
@@ -171,26 +170,27 @@ def _within_memory(
     """`choice` with a size whose images can be rendered, and how: beside what training holds or in turn with it, decoded as a whole
     or in tiles. How many bytes that takes besides; and why there can be no images, else empty."""
     held = budget.needed(settings.run.train_batch_size, checkpointing=settings.model.gradient_checkpointing is True)
-    # In turn, what training holds is given back first. Beside it, estimates must not be wrong: the reserve remains free.
-    free = {True: (budget.free if budget.thresholds else budget.available) - held, False: budget.free - held}
+    # In turn, what training holds is given back first. Beside it, the reserve must remain free: estimates can be wrong.
+    free_beside, free_in_turn = budget.free - held, (budget.free if budget.thresholds else budget.available) - held
     of_training = held - budget.fixed
     largest = max(place.bucket.width * place.bucket.height for place in plan.all_placements)
+    per_pixel = _VAE_BYTES_IF_SEGMENTS_GROW if budget.grows_segments else _VAE_BYTES_PER_PIXEL
     vae_width = base.components["vae"].config["block_out_channels"][0] / _VAE_WIDTH
 
     def needed(size: int, tiled: bool, in_turn: bool) -> int:
         pixels = max((prompt.width or size) * (prompt.height or size) for prompt in prompts)
         # With gradient checkpointing, a training step keeps what one block needs, as a forward pass without gradients does.
         unet = (1 if tiled else 2) * budget.per_image_checkpointed * pixels // largest
-        decoded = int(vae_width * _VAE_BYTES_PER_PIXEL[budget.grows_segments]) * (min(pixels, TILE_PX**2) if tiled else pixels)
+        decoded = int(vae_width * per_pixel) * (min(pixels, TILE_PX**2) if tiled else pixels)
         largest_part = max(unet, decoded + int(vae_width**2 * _DECODER_BYTES))
         return max(0, largest_part - of_training) if in_turn else largest_part
 
     for size in [choice.size] if is_size_fixed else range(choice.size, min(choice.size, LEAST_SIZE_PX) - 1, -SIDE_STEP_PX):
         for tiled, in_turn in itertools.product((False, True), repeat=2):
-            if (memory := needed(size, tiled, in_turn)) <= free[in_turn]:
+            if (memory := needed(size, tiled, in_turn)) <= (free_in_turn if in_turn else free_beside):
                 return replace(choice, size=size, tiled=tiled, in_turn=in_turn), memory, ""
     least = needed(min(choice.size, LEAST_SIZE_PX), True, True)
-    return choice, least, f"they need {least / GIB:.1f} GiB more than training, {max(0, free[True]) / GIB:.1f} GiB are free"
+    return choice, least, f"they need {least / GIB:.1f} GiB more than training, {max(0, free_in_turn) / GIB:.1f} GiB are free"
 
 
 def _announcement(choice: _Choice, requested: _Choice, prompts: Sequence[SamplePrompt], settings: TrainSettings, plan: Plan) -> str:

@@ -196,6 +196,7 @@ class WorkerProcess:
 
     def __init__(self, initializer: Callable[[], None] | None):
         self._connection, child_end = multiprocessing.Pipe()
+        self._ending = threading.Lock()
         context = multiprocessing.get_context("spawn")  # a fork would copy half of a CUDA context
         self._process = context.Process(target=_serve, args=(child_end, os.getpid(), initializer), daemon=True)
         # The child inherits the signal mask. Starting the resource tracker resets it, so that has to happen before.
@@ -229,11 +230,12 @@ class WorkerProcess:
             self.end()
 
     def end(self) -> None:
-        """Kill the worker without waiting: a thread waits until the kernel has freed its memory."""
-        if self._connection.closed:
-            return
-        self._process.kill()
-        self._connection.close()
+        """Kill the worker without waiting: a thread waits until the kernel has freed its memory. Any thread may call this."""
+        with self._ending:
+            if self._connection.closed:
+                return
+            self._process.kill()
+            self._connection.close()
         threading.Thread(target=self._process.join, daemon=True).start()
 
 
@@ -274,7 +276,9 @@ def _picklable(error: Exception) -> Exception:
     return error
 
 
-def _describe_exit(code: int) -> str:
+def _describe_exit(code: int | None) -> str:
+    if code is None:  # another thread has waited for its end
+        return "was ended"
     if code == -signal.SIGKILL:
         return "was killed, as the kernel does when memory runs out"
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

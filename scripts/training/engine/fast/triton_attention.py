@@ -23,11 +23,11 @@ _KEYS_OF_FOUR_WARPS = 80
 _ROWS, _BACKWARD_ROWS = 64, 32
 """Queries of a tile, in the forward and the backward."""
 _KEYS_OF_TWO_KERNELS = 128
-"""From so many keys on, one kernel for all gradients is short of registers. Two, with tiles of _ROWS queries, took 67 instead of 83
-us on an H100 (4 x 1024 queries, 20 heads, 154 keys), but 40 instead of 36 us with 77 keys. Other chips lack registers or shared
+"""With so many keys or more, one kernel for all gradients is short of registers. Two, with tiles of _ROWS queries, took 67 instead of
+83 us on an H100 (4 x 1024 queries, 20 heads, 154 keys), but 40 instead of 36 us with 77 keys. Other chips lack registers or shared
 memory for these tiles."""
 _PROGRAMS = 3
-"""Of the forward for each multiprocessor, which holds about so many."""
+"""Of the forward, and of the gradients of queries alone, for each multiprocessor: a Hopper holds about so many."""
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -164,7 +164,7 @@ def _gradient_of_queries(q, k, v, logs, d_out, dq, sums, rows, keys, heads, chun
 
 @triton.jit
 def _gradients_of_keys(q, k, v, logs, sums, d_out, partial_sums, rows, keys, heads, chunk, stride, stride_of_k, stride_of_v, stride_of_d_out, size_of_part, scale, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, K: tl.constexpr):  # fmt: skip # noqa: E501
-    """The second half: a program's parts of the sums dk and dv, with the sums of p dp at hand."""
+    """The second half: a program's parts of the sums dk and dv, from the sums of p dp."""
     image, head, piece = tl.program_id(1) // heads, tl.program_id(1) % heads, tl.program_id(0)
     row, column = piece * chunk + tl.arange(0, K), head * D + tl.arange(0, D)[None, :]
     k_a, v_a, k_b, v_b = _keys_and_values(k, v, image, keys, stride_of_k, stride_of_v, column, A, B)
@@ -222,8 +222,8 @@ def attend(q, k, v, heads, gap=0):
 
 def attend_backward(q, k, v, logs, d_out, heads, gap=0):
     """The gradients of queries [B, N, heads * 64], with a gap behind their rows, and of keys and values [B, T, heads * 64]."""
-    (images, rows, width), (_, keys, _), of_both = q.shape, k.shape, k.new_empty(2, *k.shape)
-    dq = empty_with_gap(q, width, gap)
+    (images, rows, width), keys = q.shape, k.shape[1]
+    dq, of_both = empty_with_gap(q, width, gap), k.new_empty(2, *k.shape)
     q, k, v, d_out = _in_rows(q, k, v, d_out)
     split, scale = _split(keys), (width // heads) ** -0.5
     in_two = keys >= _KEYS_OF_TWO_KERNELS and _is_hopper(q.device)
