@@ -23,9 +23,9 @@ _KEYS_OF_FOUR_WARPS = 80
 _ROWS, _BACKWARD_ROWS = 64, 32
 """Queries of a tile, in the forward and the backward."""
 _KEYS_OF_TWO_KERNELS = 128
-"""With so many keys or more, one kernel for all gradients is short of registers. Two, with tiles of _ROWS queries, took 67 instead of
-83 us on an H100 (4 x 1024 queries, 20 heads, 154 keys), but 40 instead of 36 us with 77 keys. Other chips lack registers or shared
-memory for these tiles."""
+"""With so many keys or more, one kernel for all gradients is short of registers. Two, with tiles of _ROWS queries, took 67 us
+instead of 83 on an H100 (4 x 1024 queries, 20 heads, 154 keys), but 40 instead of 36 with 77 keys. Other chips lack registers or
+shared memory for these tiles."""
 _PROGRAMS = 3
 """Of the forward, and of the gradients of queries alone, for each multiprocessor: a Hopper holds about so many."""
 _LOG2_E = tl.constexpr(1.4426950408889634)
