@@ -52,8 +52,7 @@ def take_small_step(job: TrainingJob) -> torch.Tensor:
     with captions of each of _TOKENS; the sum of both. All layers have the rank LORA_RANK."""
     device, dtype = job.precision.device, job.precision.dtype
     config = job.base.components["unet"].config
-    depth = config["transformer_layers_per_block"]
-    one_each = 1 if isinstance(depth, int) else [1] * len(depth)
+    one_each = [1] * len(config["transformer_layers_per_block"])
     with shapes_only():
         unet = UNet2DConditionModel.from_config({**config, "transformer_layers_per_block": one_each})
     weights = {name: torch.full(each.shape, 0.01, device=device, dtype=dtype) for name, each in unet.state_dict().items()}

@@ -39,7 +39,7 @@ def test_a_small_step_has_every_kind_of_layer_that_a_run_has(stage, monkeypatch,
 @pytest.mark.parametrize(
     ("lora", "end", "reason"),
     [
-        ({}, None, ""),
+        pytest.param({}, None, "", marks=pytest.mark.long),
         ({"lora_rank": 0}, None, "SettingsError: LORA_RANK_PATTERN leaves out"),
         ({}, psutil.Process.kill, "ResourceError: a worker process was killed"),
     ],

@@ -173,6 +173,8 @@ def _matching_network(component: Component) -> torch.nn.Module:
     except _CONFIG_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{component.name}/config.json: this configuration does not make a network ({reason})") from None
+    if component.name == "unet" and not component.config.get("addition_time_embed_dim"):
+        raise ModelError("unet/config.json: addition_time_embed_dim is missing: without it the UNet cannot read an image's size")
     stored = {key: torch.empty(tensor.shape, device="meta") for key, tensor in component.tensors.items()}
     _state_dict(component, stored, network)
     return network

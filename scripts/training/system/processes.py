@@ -261,7 +261,8 @@ def _serve(connection: Connection, parent: int, initializer: Callable[[], None] 
             result = function(*arguments)
         except Exception as raised:
             error = _picklable(raised)
-        sys.stdout.flush()
+        if sys.stdout:  # it may have been closed before the start
+            sys.stdout.flush()
         connection.send_bytes(pickle.dumps((result, error)))
 
 

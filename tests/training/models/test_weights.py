@@ -149,7 +149,12 @@ def test_a_missing_weight_that_the_conversion_needs_is_named(tiny_single_file, t
 
 @pytest.mark.parametrize(
     ("part", "changes"),
-    [("unet", {"attention_head_dim": 7}), ("vae", {"block_out_channels": [1]}), ("text_encoder", {"num_attention_heads": 7})],
+    [
+        ("unet", {"attention_head_dim": 7}),
+        ("unet", {"addition_time_embed_dim": None}),
+        ("vae", {"block_out_channels": [1]}),
+        ("text_encoder", {"num_attention_heads": 7}),
+    ],
 )
 def test_an_invalid_configuration_is_named_before_any_weight_is_read(folder, part, changes):
     change_json(folder / part / "config.json", **changes)
