@@ -10,7 +10,7 @@ NAMES = sorted(path.stem for path in PRESETS.glob("*.toml"))
 NOT_SET = dict.fromkeys(("LORA_RANK", "LORA_ALPHA", "TRAIN_BATCH_SIZE", "NUM_TRAIN_EPOCHS"), "")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["8gb", *(pytest.param(name, marks=pytest.mark.long) for name in NAMES if name != "8gb")])
 def test_a_run_uses_the_values_of_its_preset(stage, name):
     for photograph in ("astronaut", "coffee"):
         stage.add(photograph)

@@ -40,7 +40,7 @@ def test_a_small_step_has_every_kind_of_layer_that_a_run_has(stage, monkeypatch,
     ("lora", "end", "reason"),
     [
         pytest.param({}, None, "", marks=pytest.mark.long),
-        ({"lora_rank": 0}, None, "SettingsError: LORA_RANK_PATTERN leaves out"),
+        pytest.param({"lora_rank": 0}, None, "SettingsError: LORA_RANK_PATTERN leaves out", marks=pytest.mark.long),
         ({}, psutil.Process.kill, "ResourceError: a worker process was killed"),
     ],
 )

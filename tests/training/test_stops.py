@@ -114,6 +114,7 @@ def test_a_signal_while_libraries_are_imported_is_not_lost(images, signum, code)
     assert "Traceback" not in said
 
 
+@pytest.mark.long
 def test_the_lora_with_the_lowest_held_out_loss_is_named_but_not_recommended_and_a_loss_that_rises_ends_no_run(images):
     images.add("chelsea")
     images.add("rocket")

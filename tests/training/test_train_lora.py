@@ -216,7 +216,8 @@ def test_a_single_file_trains_the_same_lora_as_its_folder_with_any_number_of_wor
     assert metadata(stage.lora)["ss_sd_model_name"] == "one-file"
 
 
-@pytest.mark.parametrize("length", [pytest.param(500, marks=pytest.mark.long), 2000])
+@pytest.mark.long
+@pytest.mark.parametrize("length", [500, 2000])
 def test_timesteps_are_drawn_from_the_whole_noise_schedule_of_the_base(stage, tiny_sdxl, tmp_path, monkeypatch, length):
     """In training and in validation, for a base whose schedule is shorter or longer than SDXL's 1000 timesteps."""
     base = shutil.copytree(tiny_sdxl, tmp_path / "base")

@@ -401,7 +401,12 @@ def test_a_lora_file_gives_the_images_of_the_weights_it_was_written_from(rendere
 
 
 @pytest.mark.parametrize(
-    ("kind", "engine"), [("lora", "plain"), ("lora", "fast"), ("dora", "plain"), ("loha", "plain"), ("lokr", "plain")]
+    ("kind", "engine"),
+    [
+        ("lora", "fast"),
+        ("lokr", "plain"),
+        *(pytest.param(kind, "plain", marks=pytest.mark.long) for kind in ("lora", "dora", "loha")),
+    ],
 )
 def test_strength_0_is_the_base_model_and_the_weights_are_restored(renderer_of, trained_network, kind, engine):
     renderer, parts = renderer_of(kind=kind, engine=engine)
