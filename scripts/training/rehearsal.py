@@ -62,13 +62,13 @@ def take_small_step(job: TrainingJob) -> torch.Tensor:
     synchronize = prepare_unet(job.engine, unet, adapter, device)
     bucket = job.plan.all_placements[0].bucket
     image = torch.zeros(1, config["in_channels"], bucket.height // 8, bucket.width // 8, device=device, dtype=dtype)
+    image = image.contiguous(memory_format=torch.channels_last)
     ids = torch.zeros(1, 6, device=device)
     pooled = config["projection_class_embeddings_input_dim"] - ids.shape[1] * config["addition_time_embed_dim"]
     added = {"text_embeds": torch.zeros(1, pooled, device=device, dtype=dtype), "time_ids": ids}
     for tokens in _TOKENS:
         synchronize()
         hidden = torch.zeros(1, tokens, config["cross_attention_dim"], device=device, dtype=dtype)
-        latents = image.contiguous(memory_format=torch.channels_last)
-        prediction = unet(latents, ids[:, 0], encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False)[0]
+        prediction = unet(image, ids[:, 0], encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False)[0]
         prediction.float().sum().backward()
     return adapter.sums[:-1]

@@ -101,7 +101,7 @@ def kernels() -> dict[str, JITFunction]:
     found = (
         vars(triton_attention) | vars(triton_gradients) | vars(triton_group_norms) | vars(triton_kernels) | vars(triton_products)
     )
-    parts_of_others = ("_silu_slope", "geglu_gradients", "geglu_output", "_keys_and_values", "_store_gradients")
+    parts_of_others = ("_silu_slope", "geglu_gradients", "geglu_output", "_place", "_keys_and_values", "_store_gradients")
     return {name: each for name, each in found.items() if isinstance(each, JITFunction) and name not in parts_of_others}
 
 

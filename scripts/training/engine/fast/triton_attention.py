@@ -32,6 +32,14 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _place(rows, heads, chunk, D: tl.constexpr, K: tl.constexpr):
+    """A program's image, the numbers of its first K queries in it, the columns of its head, and the numbers in all images."""
+    image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    row, column = tl.program_id(0) * chunk + tl.arange(0, K), head * D + tl.arange(0, D)[None, :]
+    return image, row, column, (image.to(tl.int64) * rows + row)[:, None]
+
+
+@triton.jit
 def _keys_and_values(k, v, image, keys, stride_of_k, stride_of_v, column, A: tl.constexpr, B: tl.constexpr):
     """The first `A` keys and values of an image and head, and then up to `B`: those that do not exist are 0."""
     first, second = image * keys + tl.arange(0, A)[:, None], image * keys + A + tl.arange(0, B)[:, None]
@@ -58,11 +66,9 @@ def _store_gradients(partial_sums, image, keys, width, size_of_part, column, dk_
 def _attend(q, k, v, out, logs, rows, keys, heads, chunk, stride, stride_of_k, stride_of_v, stride_of_out, scale, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, K: tl.constexpr):  # fmt: skip # noqa: E501
     """One program per chunk of queries of an image and head, K of them at a time: softmax(scale q k^T) v, and for each query the
     log2 of the sum of 2^x, x = scale q k^T log2(e): the backward computes the attention weights again as 2^(x - log)."""
-    image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    row, column = tl.program_id(0) * chunk + tl.arange(0, K), head * D + tl.arange(0, D)[None, :]
+    image, row, column, row_number = _place(rows, heads, chunk, D, K)
     k_a, v_a, k_b, v_b = _keys_and_values(k, v, image, keys, stride_of_k, stride_of_v, column, A, B)
     is_key = (A + tl.arange(0, B) < keys)[None, :]
-    row_number = (image.to(tl.int64) * rows + row)[:, None]
     q += row_number * stride + column
     out += row_number * stride_of_out + column
     logs += tl.program_id(1).to(tl.int64) * rows
@@ -87,11 +93,9 @@ def _attend(q, k, v, out, logs, rows, keys, heads, chunk, stride, stride_of_k, s
 @triton.jit
 def _attend_backward(q, k, v, logs, d_out, dq, partial_sums, rows, keys, heads, chunk, stride, stride_of_k, stride_of_v, stride_of_d_out, stride_of_dq, size_of_part, scale, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, K: tl.constexpr):  # fmt: skip # noqa: E501
     """One program per chunk of queries of an image and head, K of them at a time: dq, and its parts of the sums dk and dv."""
-    image, head, piece = tl.program_id(1) // heads, tl.program_id(1) % heads, tl.program_id(0)
-    row, column = piece * chunk + tl.arange(0, K), head * D + tl.arange(0, D)[None, :]
+    image, row, column, row_number = _place(rows, heads, chunk, D, K)
     k_a, v_a, k_b, v_b = _keys_and_values(k, v, image, keys, stride_of_k, stride_of_v, column, A, B)
     is_key = (A + tl.arange(0, B) < keys)[:, None]
-    row_number = (image.to(tl.int64) * rows + row)[:, None]
     q += row_number * stride + column
     d_out += row_number * stride_of_d_out + column
     dq += row_number * stride_of_dq + column
@@ -123,7 +127,7 @@ def _attend_backward(q, k, v, logs, d_out, dq, partial_sums, rows, keys, heads, 
         q += K * stride
         d_out += K * stride_of_d_out
         dq += K * stride_of_dq
-    partial_sums += piece.to(tl.int64) * 2 * size_of_part
+    partial_sums += tl.program_id(0).to(tl.int64) * 2 * size_of_part
     _store_gradients(
         partial_sums, image, keys, heads * D, size_of_part, column, dk_a * scale, dv_a, dk_b * scale, dv_b, A, B
     )  # fmt: skip
@@ -132,11 +136,9 @@ def _attend_backward(q, k, v, logs, d_out, dq, partial_sums, rows, keys, heads, 
 @triton.jit
 def _gradient_of_queries(q, k, v, logs, d_out, dq, sums, rows, keys, heads, chunk, stride, stride_of_k, stride_of_v, stride_of_d_out, stride_of_dq, scale, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, K: tl.constexpr):  # fmt: skip # noqa: E501
     """The first half of `_attend_backward`: dq, and for each query the sum of p dp."""
-    image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    row, column = tl.program_id(0) * chunk + tl.arange(0, K), head * D + tl.arange(0, D)[None, :]
+    image, row, column, row_number = _place(rows, heads, chunk, D, K)
     k_a, v_a, k_b, v_b = _keys_and_values(k, v, image, keys, stride_of_k, stride_of_v, column, A, B)
     is_key = (A + tl.arange(0, B) < keys)[None, :]
-    row_number = (image.to(tl.int64) * rows + row)[:, None]
     q += row_number * stride + column
     d_out += row_number * stride_of_d_out + column
     dq += row_number * stride_of_dq + column
@@ -165,11 +167,9 @@ def _gradient_of_queries(q, k, v, logs, d_out, dq, sums, rows, keys, heads, chun
 @triton.jit
 def _gradients_of_keys(q, k, v, logs, sums, d_out, partial_sums, rows, keys, heads, chunk, stride, stride_of_k, stride_of_v, stride_of_d_out, size_of_part, scale, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, K: tl.constexpr):  # fmt: skip # noqa: E501
     """The second half: a program's parts of the sums dk and dv, from the sums of p dp."""
-    image, head, piece = tl.program_id(1) // heads, tl.program_id(1) % heads, tl.program_id(0)
-    row, column = piece * chunk + tl.arange(0, K), head * D + tl.arange(0, D)[None, :]
+    image, row, column, row_number = _place(rows, heads, chunk, D, K)
     k_a, v_a, k_b, v_b = _keys_and_values(k, v, image, keys, stride_of_k, stride_of_v, column, A, B)
     is_key = (A + tl.arange(0, B) < keys)[:, None]
-    row_number = (image.to(tl.int64) * rows + row)[:, None]
     q += row_number * stride + column
     d_out += row_number * stride_of_d_out + column
     logs += tl.program_id(1).to(tl.int64) * rows
@@ -193,7 +193,7 @@ def _gradients_of_keys(q, k, v, logs, sums, d_out, partial_sums, rows, keys, hea
         row += K
         q += K * stride
         d_out += K * stride_of_d_out
-    partial_sums += piece.to(tl.int64) * 2 * size_of_part
+    partial_sums += tl.program_id(0).to(tl.int64) * 2 * size_of_part
     _store_gradients(
         partial_sums, image, keys, heads * D, size_of_part, column, dk_a * scale, dv_a, dk_b * scale, dv_b, A, B
     )  # fmt: skip
