@@ -36,6 +36,8 @@ def rehearsing(job: TrainingJob, rehearser: WorkerProcess | None) -> Iterator[No
     with in_background(lambda: rehearser.call_and_close(rehearse, job), start=True) as rehearsal:
         yield
         # The first step would need as long for the kernels that are missing still.
+        if not rehearsal.done():
+            print("compiling kernels for this GPU, once on this machine ...", flush=True)
         if error := rehearsal.exception():
             reason = str(error).partition("\n")[0]
             print(f"compiling ahead: failed, the first step takes longer ({type(error).__name__}: {reason})", flush=True)

@@ -55,8 +55,11 @@ def test_it_has_ended_when_the_block_is_left_and_its_error_is_logged(stage, monk
                 end(process)
         process.wait(10)
     output, errors = capfd.readouterr()
-    assert output.startswith(reason and f"compiling ahead: failed, the first step takes longer ({reason}")
-    assert output.count("\n") == bool(reason)
+    waits = "compiling kernels for this GPU, once on this machine ..."
+    assert end or output.startswith(waits)  # loading torch takes the process longer than this block
+    failures = [line for line in output.splitlines() if line != waits]
+    assert len(failures) == bool(reason)
+    assert all(line.startswith(f"compiling ahead: failed, the first step takes longer ({reason}") for line in failures)
     assert "Traceback" not in errors
 
 
