@@ -217,7 +217,7 @@ def _common_flaws(stats: Sequence[ImageStats]) -> Iterator[tuple[str, tuple[int,
     strengths = tints @ direction / max(np.hypot(*direction), 1e-9)
     if (tinted := int((strengths >= MIN_TINT).sum())) >= MIN_TINT_SHARE * len(stats):
         name = _TINTS[round(np.arctan2(direction[1], direction[0]) / (np.pi / 4)) % 8]
-        yield "color cast", (tinted, f"tinted {name}, by {np.median(strengths):.0f} (reported from {MIN_TINT:.0f})")
+        yield "color cast", (tinted, f"tinted {name}, by {np.median(strengths):.0f} in CIELAB (reported from {MIN_TINT:.0f})")
     edges = np.array([np.frombuffer(bytes.fromhex(each.edges), np.uint8) for each in stats], dtype=np.int16)
     edges = edges.reshape(len(stats), -1, 3)
     same = 0

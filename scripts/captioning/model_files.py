@@ -7,6 +7,7 @@ from captioning.onnx_file import read_onnx
 from captioning.preprocessing import DESCRIPTIONS
 from common.errors import ModelError, SettingsError
 from common.hub import HubError, MissingFileError, download, download_command, file_size_bytes, repository_id
+from common.settings import REPOSITORY
 
 MODEL_FILE = "model.onnx"
 TAGS_FILE = "selected_tags.csv"
@@ -18,10 +19,11 @@ def find_model(name: str, models_dir: Path) -> Path | None:
     """The folder that holds both files of the tagger `name`, and those with its weights; the network is not used.
 
     `name` is a path to a folder, a folder in `models_dir`, or `owner/repository`, looked for as `repository` and as
-    `owner/repository` in `models_dir`.
+    `owner/repository` in `models_dir`. A relative path is one from the current folder or from the repository.
     """
     path = Path(repository_id(name) or name)
-    candidates = [_as_path(name)] if _as_path(name) else [models_dir / path.name, models_dir / path, path]
+    own = _as_path(name)
+    candidates = [own, REPOSITORY / own] if own else [models_dir / path.name, models_dir / path, path, REPOSITORY / path]
     return next((folder for folder in candidates if not _missing_files(folder)), None)
 
 

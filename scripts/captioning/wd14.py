@@ -149,18 +149,17 @@ class Tagger:
 
     def _run_checked(self, outputs: list[str], batch: np.ndarray) -> list[np.ndarray]:
         try:
-            with pinned_to(self._first_core):
-                return self._session.run(outputs, {self._input: batch})
+            return self.run_session(batch, outputs)
         except ORT_ERRORS as error:
             raise ModelError(
                 f"{self._file}: failed with {' '.join(str(error).split())}; lower CAPTION_BATCH_SIZE if memory is short, "
                 f"otherwise {DOWNLOAD_AGAIN}"
             ) from None
 
-    def run_session(self, batch: np.ndarray) -> np.ndarray:
-        """Run the model on one full batch in its own layout, without any checks."""
+    def run_session(self, batch: np.ndarray, outputs: list[str] | None = None) -> list[np.ndarray]:
+        """Run the model on one full batch in its own layout, without any checks; by default for all outputs."""
         with pinned_to(self._first_core):
-            return self._session.run([self._output], {self._input: batch})[0]
+            return self._session.run(outputs, {self._input: batch})
 
 
 def _may_be_probabilities(output: onnxruntime.NodeArg) -> bool:

@@ -15,6 +15,7 @@ from collecting.jobs import InFlight, JobResult, Plan
 from collecting.journal import Journal
 from collecting.prompt_texts import prompt_texts
 from common.errors import abbreviated
+from common.files import as_object
 from common.image_formats import FORMAT_NAMES, IMAGE_SUFFIXES
 from common.images import BrokenImageError
 
@@ -38,7 +39,7 @@ class HistoryEntry:
     """A parsed history entry. Nothing in it is trusted: parts of an unexpected type are treated as missing."""
 
     def __init__(self, entry: dict[str, Any]):
-        status = _as_dict(entry.get("status"))
+        status = as_object(entry.get("status"))
         listed = status["messages"] if isinstance(status.get("messages"), list) else []
         messages = [(each[0], each[1]) for each in listed if _is_message(each)]
         self.failures = _failures(messages) if status.get("status_str") == "error" else []
@@ -49,14 +50,14 @@ class HistoryEntry:
         times_ms = [time_ms for _, data in messages if (time_ms := _as_timestamp(data.get("timestamp"))) is not None]
         self.duration_s = max(0.0, (times_ms[-1] - times_ms[0]) / 1000) if len(times_ms) > 1 else None
         """How long the prompt ran by the server's clock, if the entry says so."""
-        self._outputs = _as_dict(entry.get("outputs"))
+        self._outputs = as_object(entry.get("outputs"))
 
     def output(self, node: str) -> tuple[list[RemoteFile], list[str]]:
         """The still images of a node, and descriptions of everything else in its output.
 
         Animations, videos, latents, text and the previews in temp/ are not images to train on.
         """
-        output = _as_dict(self._outputs.get(node))
+        output = as_object(self._outputs.get(node))
         animated = any(output["animated"]) if isinstance(output.get("animated"), list) else False
         images, skipped = [], []
         for record in output["images"] if isinstance(output.get("images"), list) else ():
@@ -76,10 +77,6 @@ class HistoryEntry:
                 images.append(file)
         others = [key for key, value in output.items() if key not in ("images", "animated") and value]
         return images, skipped + [_OTHER_OUTPUTS.get(key) or shown(key, 100) for key in others]
-
-
-def _as_dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _is_message(value: Any) -> bool:

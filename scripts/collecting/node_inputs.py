@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from collecting.http import shown
+from common.files import as_object
 
 MAX_ROWS = 100
 """Of an input that grows; ComfyUI's own limit."""
@@ -43,13 +44,8 @@ def declared_inputs(node_class: dict[str, Any], values: dict[str, Any]) -> tuple
     """The inputs that a node with these values has, and what is wrong with the dynamic ones."""
     found: dict[str, NodeInput] = {}
     problems: list[InputProblem] = []
-    _declare(as_mapping(node_class.get("input")), values, "", found, problems)
+    _declare(as_object(node_class.get("input")), values, "", found, problems)
     return found, problems
-
-
-def as_mapping(value: Any) -> dict[str, Any]:
-    """A JSON object; {} for anything else."""
-    return value if isinstance(value, dict) else {}
 
 
 def _declare(
@@ -57,18 +53,18 @@ def _declare(
 ) -> None:
     """Add the inputs of {"required": {name: [kind, options]}, "optional": ...}. Hidden inputs are never in a graph."""
     for category in ("optional", "required"):
-        for name, entry in as_mapping(specification.get(category)).items():
+        for name, entry in as_object(specification.get(category)).items():
             if not isinstance(entry, list) or not entry:
                 continue
             path, each = f"{prefix}{name}", _node_input(category == "required", entry)
             match each.kind:
                 case "COMFY_AUTOGROW_V3":
-                    found |= _growing(path, as_mapping(each.options.get("template")))
+                    found |= _growing(path, as_object(each.options.get("template")))
                 case "COMFY_DYNAMICCOMBO_V3":
                     _declare_chosen(path, each, values, found, problems)
                 case "COMFY_DYNAMICSLOT_V3":
                     if path in values:
-                        _declare(as_mapping(each.options.get("inputs")), values, f"{path}.", found, problems)
+                        _declare(as_object(each.options.get("inputs")), values, f"{path}.", found, problems)
                 case "COMFY_DYNAMICGROUP_V3":
                     _declare_rows(path, each.options, values, found, problems)
                 case _:
@@ -76,7 +72,7 @@ def _declare(
 
 
 def _node_input(is_required: bool, entry: list) -> NodeInput:
-    return NodeInput(is_required, entry[0], as_mapping(entry[1] if len(entry) > 1 else None))
+    return NodeInput(is_required, entry[0], as_object(entry[1] if len(entry) > 1 else None))
 
 
 def _growing(path: str, template: dict[str, Any]) -> dict[str, NodeInput]:
@@ -84,8 +80,8 @@ def _growing(path: str, template: dict[str, Any]) -> dict[str, NodeInput]:
     names = template.get("names")
     if not isinstance(names, list):
         names = [f"{template.get('prefix')}{number}" for number in range(_limit(template.get("max")))]
-    for category, entries in as_mapping(template.get("input")).items():
-        for entry in as_mapping(entries).values():
+    for category, entries in as_object(template.get("input")).items():
+        for entry in as_object(entries).values():
             least = _limit(template.get("min")) if category == "required" else 0
             entry = entry if isinstance(entry, list) and entry else ["*"]
             return {f"{path}.{name}": _node_input(number < least, entry) for number, name in enumerate(names[:MAX_ROWS])}
@@ -100,14 +96,14 @@ def _declare_chosen(
     Another key, or none, is accepted by ComfyUI; then the node fails when it runs.
     """
     options = each.options.get("options")
-    offered = [option for option in map(as_mapping, options if isinstance(options, list) else ()) if "key" in option]
+    offered = [option for option in map(as_object, options if isinstance(options, list) else ()) if "key" in option]
     if path not in values:
         if each.is_required and "." not in path and offered:
             problems.append(InputProblem(f"the required input {path} is missing: set it in ComfyUI and export it again", False))
         return
     chosen = next((option for option in offered if option["key"] == values[path]), None)
     if chosen is not None:
-        _declare(as_mapping(chosen.get("inputs")), values, f"{path}.", found, problems)
+        _declare(as_object(chosen.get("inputs")), values, f"{path}.", found, problems)
     elif offered and not isinstance(values[path], list):
         keys = ", ".join(shown(option["key"], 100) for option in offered[:MAX_ROWS])
         problems.append(InputProblem(f"ComfyUI has no {path} '{shown(values[path], 100)}': choose one of {keys}", False))
@@ -117,8 +113,8 @@ def _declare_rows(
     path: str, options: dict[str, Any], values: dict[str, Any], found: dict[str, NodeInput], problems: list[InputProblem]
 ) -> None:
     """Rows of inputs such as `loras.0.name`, `loras.0.strength`, `loras.1.name`."""
-    template = as_mapping(options.get("template"))
-    fields = [name for category in ("required", "optional") for name in as_mapping(template.get(category))]
+    template = as_object(options.get("template"))
+    fields = [name for category in ("required", "optional") for name in as_object(template.get(category))]
     least, most = _limit(options.get("min")), _limit(options.get("max", MAX_ROWS))
     rows = set()
     for name in (name for name in values if name.startswith(f"{path}.")):

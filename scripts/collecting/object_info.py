@@ -13,8 +13,9 @@ from typing import Any
 
 from collecting.graph import Graph, InputRef, is_link, node_label
 from collecting.http import shown
-from collecting.node_inputs import InputProblem, NodeInput, as_mapping, declared_inputs
+from collecting.node_inputs import InputProblem, NodeInput, declared_inputs
 from common.errors import ComfyUIError
+from common.files import as_object
 
 MAX_CHOICES_SHOWN = 8
 MAX_COMPARED, MAX_COMPARED_LENGTH = 20_000, 300
@@ -119,7 +120,7 @@ class NodeClasses:
         return next((problem.what for problem in problems if problem.is_certain), None)
 
     def _class(self, node: dict[str, Any]) -> dict[str, Any]:
-        return as_mapping(self._classes.get(node["class_type"]))
+        return as_object(self._classes.get(node["class_type"]))
 
     def _may_check_itself(self, node: dict[str, Any]) -> bool:
         """Whether the class may switch off ComfyUI's checks of values and types: those of custom and partner nodes do."""
@@ -128,7 +129,7 @@ class NodeClasses:
 
     def _title(self, node: dict[str, Any]) -> str:
         """The end of a message that names the title of a node, if the user gave it one."""
-        title = as_mapping(node.get("_meta")).get("title")
+        title = as_object(node.get("_meta")).get("title")
         default_titles = (node["class_type"], self._class(node).get("display_name"))
         is_own = isinstance(title, str) and title.strip() and title not in default_titles
         return f' (its title is "{shown(title, 60)}")' if is_own else ""
@@ -149,7 +150,7 @@ class NodeClasses:
         problems = []
         for node_id, node in graph.items():
             successors = self._replacements.get(node["class_type"])
-            successor = as_mapping(successors[0]) if isinstance(successors, list) and successors else {}
+            successor = as_object(successors[0]) if isinstance(successors, list) and successors else {}
             name = successor.get("new_node_id")
             if node["class_type"] in self._classes or not isinstance(name, str) or name not in self._classes:
                 continue
@@ -177,7 +178,7 @@ class NodeClasses:
         value = node["inputs"].get(name)
         if name not in node["inputs"]:
             if each.is_required and is_needed:
-                declared = as_mapping(as_mapping(self._class(node).get("input")).get("required"))
+                declared = as_object(as_object(self._class(node).get("input")).get("required"))
                 near = _nearest(name, [other for other in node["inputs"] if other not in declared])
                 yield InputProblem(f"the required input {name} is missing: set it in ComfyUI and export it again{near}")
         elif is_link(value):

@@ -52,7 +52,7 @@ class OutputLayout:
         self.metrics = self.lora_dir / "metrics.jsonl"
         self.archive = self.lora_dir / "archive"
         self.state = output_dir / "state" / name
-        """Checkpoints; state/checkpoint.py names the files in it."""
+        """Checkpoints; training/callbacks/checkpoint.py names the files in it."""
         self.history = self.state / "history.jsonl"
         """When, on what and for how long each process worked on the run."""
         self.sample_losses = self.state / "sample_losses.jsonl"

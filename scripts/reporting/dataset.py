@@ -7,10 +7,11 @@ from typing import Any
 
 from common.captions import UnusableCaptionError, in_lines, in_one_line, read_caption
 from common.dataset_layout import DatasetFolder, ImageFile, find_regularization_images, name_in, select_images
+from common.files import as_object
 from common.project import SharedDataSettings
 from common.thumbnails import Thumbnails
 from common.triggers import classes_of
-from reporting.records import Records, as_number, as_numbers, as_object
+from reporting.records import Records, as_number, as_numbers
 
 _CLOSENESS = "full half close"
 

@@ -19,6 +19,8 @@ _ORIGIN = re.compile(r"^([A-Za-z0-9_]+) = .*  # set by ([^\"']+)$")
 """A line of the resolved settings whose value is not the default."""
 _PATH = re.compile(r"[/~\\]|\.\.[/\\]|[A-Za-z]:[\\/]|file:")
 """How a path begins that may lead out of the project."""
+_IMAGES_PER_STEP = ".train_batch_size", ".gradient_accumulation_steps"
+"""The settings whose product this is."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,14 @@ def read_settings(text: str) -> tuple[Setting, ...]:
 
 
 def repeat_command(settings: Sequence[Setting]) -> str:
-    """The command that trains with these settings again: those that are not the defaults, as environment variables."""
-    return " ".join([*(setting.assignment for setting in settings if setting.origin), "docker compose run --rm loracat --train"])
+    """The command that trains with these settings again: those that are not the defaults, as environment variables.
+
+    The run may have split a batch that was set into smaller ones: then it changed their number as well.
+    """
+    of_step = [setting for setting in settings if setting.key.endswith(_IMAGES_PER_STEP)]
+    is_step_set = any(setting.origin for setting in of_step)
+    chosen = [setting.assignment for setting in settings if setting.origin or (is_step_set and setting in of_step)]
+    return " ".join([*chosen, "docker compose run --rm loracat --train"])
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -6,7 +6,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from common.files import parse_json, read_file
+from common.files import as_object, parse_json, read_file
 
 
 class Records:
@@ -34,11 +34,6 @@ class Records:
             return
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             self.unreadable.append(path.relative_to(self._root).as_posix())
-
-
-def as_object(value: Any) -> dict[str, Any]:
-    """`value` if it is a JSON object, else {}."""
-    return value if isinstance(value, dict) else {}
 
 
 def as_number(value: Any) -> float | None:

@@ -8,9 +8,10 @@ from statistics import mean
 from typing import Any
 
 from common.captions import asked_subject
+from common.files import as_object
 from common.output_layout import OutputLayout
 from common.thumbnails import SAMPLE_PX, Thumbnails
-from reporting.records import Records, as_number, as_object
+from reporting.records import Records, as_number
 
 
 @dataclass(frozen=True)

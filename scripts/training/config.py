@@ -285,7 +285,7 @@ class ValidationSettings:
     """Share of the images held out; "auto": none of less than 40, else 5 %, at least 2."""
     validate_every_epochs: int = setting(2, at_least=1, role="saving")
     early_stop_patience: int = setting(0, at_least=0, role="result")
-    """Validations in a row without a lower smoothed loss after which the run ends; 0: off."""
+    """Validations in a row with a smoothed loss of more than twice the lowest, after which the run ends; 0: off."""
 
 
 @dataclass(frozen=True)

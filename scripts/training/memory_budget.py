@@ -78,7 +78,9 @@ class MemoryBudget:
     reserve: int
     """What must remain free of it."""
     thresholds: Thresholds | None
-    """None: the memory is not guarded."""
+    """Of the machine's memory; None: it is not guarded."""
+    is_guarded: bool
+    """These thresholds are of the memory that a step takes: CPU and GPU share it."""
     saved_by_int8: int = 0
     """How much less the frozen weights take in 8 bits; 0 if they are counted like that already, or cannot be."""
     has_prior: bool = False
@@ -144,8 +146,9 @@ def measure_budget(
         per_image=image_px * int(scale * kept_px) + kept_text,
         per_image_checkpointed=image_px * int(scale * checkpointed_px) + checkpointed_text,
         available=available,
-        reserve=limits.reserve if limits else int(min(GPU_RESERVE_BYTES, GPU_RESERVE_SHARE * available)),
+        reserve=limits.reserve if limits and is_shared else int(min(GPU_RESERVE_BYTES, GPU_RESERVE_SHARE * available)),
         thresholds=limits,
+        is_guarded=bool(limits and is_shared),
         has_prior=settings.objective.prior_preservation > 0,
         grows_segments=grows_segments,
         saved_by_int8=0 if settings.lora.lora_type == "dora" else (itemsize - 1) * of_unet,
@@ -214,7 +217,7 @@ def fit_to_memory(settings: TrainSettings, budget: MemoryBudget, advice: str) ->
     needed = partial(budget.needed, checkpointing=checkpointing)
     batch = fitting_batch(requested, samples, needed, budget.free)
     figures = f"{budget.available / GIB:.1f} GiB are available, of which {budget.reserve / GIB:.1f} are reserved"
-    if batch == 0 and not budget.thresholds and needed(1) <= budget.available:
+    if batch == 0 and not budget.is_guarded and needed(1) <= budget.available:
         batch = 1  # an estimate alone is not a reason to refuse what may fit
     if batch == 0:
         name, size = largest_other_process()

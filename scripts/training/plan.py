@@ -235,7 +235,8 @@ def _held_out(examples: Sequence[Example], fraction: float | Literal["auto"]) ->
     """Indices of the examples that are held out: those whose files have the lowest hashes, so that the choice depends on
     nothing but the images, and one image more or less changes it by one at most. Each of several trigger words has its share, at
     least one image if there are enough, and never its last one."""
-    count = min(math.ceil(fraction * len(examples)), len(examples) - 1) if fraction != "auto" else 0
+    # Rounded first: 0.07 * 100 is 7.000000000000001.
+    count = min(math.ceil(round(fraction * len(examples), 6)), len(examples) - 1) if fraction != "auto" else 0
     if fraction == "auto" and len(examples) >= HELD_OUT_FROM:
         count = max(HELD_OUT_LEAST, math.ceil(HELD_OUT_SHARE * len(examples)))
     concepts: dict[str, list[int]] = {}

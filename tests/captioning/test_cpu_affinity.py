@@ -113,10 +113,10 @@ def test_each_thread_but_the_callers_is_pinned_to_a_performance_core_counted_fro
 def test_threads_run_on_performance_cores_and_probabilities_stay_the_same(tmp_path, monkeypatch, tiny, session_options):
     cpus = on_unequal_cores(monkeypatch, tmp_path)
     batch = np.random.default_rng(0).uniform(0, 255, (2, 448, 448, 3)).astype(np.float32)
-    expected = tagger_of(tiny, threads=len(cpus)).run_session(batch)
+    expected = tagger_of(tiny, threads=len(cpus)).run_session(batch)[0]
     others = set(os.listdir("/proc/self/task"))
     pinned = tagger_of(tiny)
-    assert (pinned.run_session(batch) == expected).all()
+    assert (pinned.run_session(batch)[0] == expected).all()
     threads = set(os.listdir("/proc/self/task")) - others
     expected_cpus = [{cpu} for cpu in cpus[1:]]
     deadline = time.monotonic() + 10  # a thread is pinned when it starts, which may be later
@@ -130,7 +130,7 @@ def test_calling_thread_is_on_the_first_performance_core_while_the_model_runs(tm
     first, *_ = cpus = on_unequal_cores(monkeypatch, tmp_path)
     pinned = tagger_of(tiny)
     monkeypatch.setattr(pinned, "_session", SimpleNamespace(run=lambda *_: [os.sched_getaffinity(0)]))
-    assert pinned.run_session(np.zeros(1)) == {first}
+    assert pinned.run_session(np.zeros(1))[0] == {first}
     assert os.sched_getaffinity(0) == set(cpus)
     with pinned_to({1023}):  # there is no such core
         assert os.sched_getaffinity(0) == set(cpus)
@@ -145,4 +145,4 @@ def test_threads_are_not_pinned_on_equal_cores_or_with_a_given_number_of_threads
     assert session_options == [(2, None), (0, None)]
     for free in (few, equal):
         monkeypatch.setattr(free, "_session", SimpleNamespace(run=lambda *_: [os.sched_getaffinity(0)]))
-        assert free.run_session(np.zeros(1)) == os.sched_getaffinity(0)
+        assert free.run_session(np.zeros(1))[0] == os.sched_getaffinity(0)

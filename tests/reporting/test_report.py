@@ -90,6 +90,15 @@ def test_a_list_in_the_settings_is_part_of_the_command_that_repeats_the_run(proj
     assert "RESOLUTION=1024,768 docker compose run --rm loracat --train" in project.html()
 
 
+@pytest.mark.parametrize(
+    ("origin", "begins"), [("  # set by environment", "TRAIN_BATCH_SIZE=4 GRADIENT_ACCUMULATION_STEPS=2 "), ("", "")]
+)
+def test_a_batch_that_the_run_has_split_is_in_the_command_with_its_accumulation(project, origin, begins):
+    split = f"[train.run]\ntrain_batch_size = 4{origin}\ngradient_accumulation_steps = 2\n\n"
+    project.add_run(config=split + '[train.saving]\noutput_name = "sks_woman"\n')
+    assert f">{begins}docker compose run --rm loracat --train" in project.html()
+
+
 def test_an_unfinished_run_says_how_to_continue(project):
     project.add_run(finished=False)
     html = project.html()

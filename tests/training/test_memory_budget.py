@@ -36,7 +36,7 @@ def with_run(batch: int, accumulation: int = 1, checkpointing="auto") -> TrainSe
 
 def budget_of(available_gib: int) -> MemoryBudget:
     """10 GiB fixed, 4 GiB per image, 1 GiB with gradient checkpointing."""
-    return MemoryBudget(10 * GIB, 0, 4 * GIB, GIB, available_gib * GIB, SPARK.reserve, SPARK)
+    return MemoryBudget(10 * GIB, 0, 4 * GIB, GIB, available_gib * GIB, SPARK.reserve, SPARK, True)
 
 
 def decided(settings: TrainSettings, available_gib: int) -> tuple[int, int, bool]:
@@ -126,6 +126,16 @@ def full_size_budget(monkeypatch, settings: TrainSettings, available_gib: float)
     precision = Precision(torch.device("cuda"), torch.bfloat16)
     engine = "plain" if settings.lora.train_text_encoders else "fast"
     return measure_budget(SimpleNamespace(components=components), [example], settings, precision, engine, 1)
+
+
+def test_a_floor_for_the_machines_memory_takes_nothing_of_a_gpu_with_its_own(monkeypatch):
+    """A guard of main memory, whatever the machine has of it, does not reserve GPU memory or make an estimate a refusal."""
+    settings = TrainSettings()
+    floor = replace(settings, run=replace(settings.run, memory_floor_gib=64.0))
+    guarded, plain = (full_size_budget(monkeypatch, each, 12) for each in (floor, settings))
+    assert guarded.thresholds
+    assert not plain.thresholds
+    assert replace(guarded, thresholds=None) == plain
 
 
 def test_automatic_quantization_leaves_a_dora_as_it_is(monkeypatch):

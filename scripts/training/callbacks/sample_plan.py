@@ -171,7 +171,7 @@ def _within_memory(
     or in tiles. How many bytes that takes besides; and why there can be no images, else empty."""
     held = budget.needed(settings.run.train_batch_size, checkpointing=settings.model.gradient_checkpointing is True)
     # In turn, what training holds is given back first. Beside it, the reserve must remain free: estimates can be wrong.
-    free_beside, free_in_turn = budget.free - held, (budget.free if budget.thresholds else budget.available) - held
+    free_beside, free_in_turn = budget.free - held, (budget.free if budget.is_guarded else budget.available) - held
     of_training = held - budget.fixed
     largest = max(place.bucket.width * place.bucket.height for place in plan.all_placements)
     per_pixel = _VAE_BYTES_IF_SEGMENTS_GROW if budget.grows_segments else _VAE_BYTES_PER_PIXEL

@@ -21,8 +21,6 @@ _DTYPES = {int: torch.int64, float: torch.float64}
 class Optimizer(Protocol):
     """Updates the flat fp32 weights [P] of an adapter, whose `.grad` [P] is there."""
 
-    floats_per_weight: float
-    """Memory of the optimizer's state, in fp32 numbers per weight."""
     label: str
     """The optimizer's class as the metadata of LoRA files names it."""
     capturable: bool
@@ -195,6 +193,7 @@ OPTIMIZERS: dict[str, type[AdamW] | type[Prodigy] | type[LibraryOptimizer]] = {
     "schedulefree": ScheduleFree,
     "adafactor": Adafactor,
 }
+"""By their names. `floats_per_weight`: memory of the optimizer's state, in fp32 numbers per weight."""
 
 
 def require_usable(name: str, device: torch.device) -> None:

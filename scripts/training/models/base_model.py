@@ -11,6 +11,7 @@ from common.clip_tokens import TOKENIZERS, find_tokenizers_in
 from common.errors import ModelError
 from common.files import read_cached_json, sha256_of, write_cached_json
 from common.hub import HubError, download, download_command, file_size_bytes, repository_id
+from common.settings import REPOSITORY
 from training.models.diffusers_folder import read_folder
 from training.models.sdxl import BaseModel, Component, Schedule
 from training.models.single_file import read_file
@@ -42,13 +43,15 @@ _TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "toke
 
 
 def find_base(base_model: str, models_dir: Path) -> BaseModel:
-    """The base model of that name in `models_dir`, or at that path: a diffusers folder or a `.safetensors` file.
+    """The base model of that name in `models_dir`, or at that path: a diffusers folder or a `.safetensors` file. A relative path
+    is one from the current folder or from the repository.
 
     `owner/name`, a repository on huggingface.co, is looked for as `owner/name` and as `name` in `models_dir`.
     Raises ModelError with everything that is wrong with it.
     """
     name = base_model.strip()
-    candidates = [models_dir / name, models_dir / f"{name}.safetensors", Path(os.path.expanduser(name))] if name else []
+    here = Path(os.path.expanduser(name))
+    candidates = [models_dir / name, models_dir / f"{name}.safetensors", here, REPOSITORY / here] if name else []
     repository = None if name.endswith(".safetensors") else repository_id(name)
     if repository:  # where the command below downloads it to, and below its owner's name
         candidates += [models_dir / repository, models_dir / repository.split("/")[1]]

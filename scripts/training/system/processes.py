@@ -61,7 +61,7 @@ class RankInfo:
 def rank_info() -> RankInfo:
     """Read the variables that every launcher sets: this one, torchrun and accelerate."""
     environment = os.environ
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+    if not _is_launched():
         return RankInfo()
     world_size, local_rank = int(environment["WORLD_SIZE"]), int(environment.get("LOCAL_RANK", 0))
     return RankInfo(
@@ -76,9 +76,14 @@ def rank_info() -> RankInfo:
     )
 
 
+def _is_launched() -> bool:
+    """Whether a launcher started this process: some programs set one of these variables for themselves."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def needs_launcher(settings: ProcessSettings) -> bool:
     """Whether this process has to start the training processes instead of training itself."""
-    return settings.num_processes * settings.num_machines > 1 and "RANK" not in os.environ
+    return settings.num_processes * settings.num_machines > 1 and not _is_launched()
 
 
 def launch(command: Sequence[str], settings: ProcessSettings) -> int:

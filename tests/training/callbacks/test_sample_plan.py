@@ -14,7 +14,7 @@ from training.plan import make_plan
 
 GIB = 2**30
 CHOICES = "sample_steps", "sample_size", "sample_every_epochs"
-ROOMY = MemoryBudget(8 * GIB, 0, 5 * GIB, GIB, 80 * GIB, 8 * GIB, None)
+ROOMY = MemoryBudget(8 * GIB, 0, 5 * GIB, GIB, 80 * GIB, 8 * GIB, None, False)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_a_run_that_is_continued_keeps_its_choices(planned):
 
 
 def test_with_little_memory_there_are_tiles_then_smaller_images_then_none(planned):
-    little = MemoryBudget(8 * GIB, 0, GIB // 8, GIB, 0, 0, None)  # half a GiB of activations
+    little = MemoryBudget(8 * GIB, 0, GIB // 8, GIB, 0, 0, None, False)  # half a GiB of activations
     used = little.needed(4, checkpointing=False)
 
     def with_free(free_gib: float) -> tuple[SamplePlan, int]:
@@ -152,7 +152,7 @@ def test_samples_and_steps_take_turns_in_the_memory_of_activations(planned):
     for free_gib, in_turn in ((16, True), (17, False)):  # 8 of them remain free beside training
         plan, _ = planned(250, 20, budget=replace(ROOMY, available=used + free_gib * GIB))
         assert (plan.in_turn, plan.tiled) == (in_turn, False)
-    small = MemoryBudget(4 * GIB, 0, 5 * GIB, GIB, 0, 0, None)
+    small = MemoryBudget(4 * GIB, 0, 5 * GIB, GIB, 0, 0, None, False)
     checkpointing = replace(small, per_image=GIB, available=small.needed(1, checkpointing=True) + int(1.4 * GIB))
     plan, settings = planned(250, 20, budget=checkpointing, batch=1)
     assert (plan.in_turn, plan.tiled, settings.sample_size) == (True, True, 1024)

@@ -24,6 +24,14 @@ def test_a_name_in_models_dir_finds_folder_and_file(tiny_sdxl, tiny_single_file)
     assert find_base(tiny_single_file.name, tiny_single_file.parent).name == "tiny-sdxl"
 
 
+def test_a_relative_path_is_one_from_the_current_folder_or_the_repository(tiny_sdxl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_sdxl.parent)
+    assert find_base(f"./{tiny_sdxl.name}", tmp_path).path.resolve() == tiny_sdxl.resolve()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(base_model, "REPOSITORY", tiny_sdxl.parent)
+    assert find_base(f"./{tiny_sdxl.name}", tmp_path).path == tiny_sdxl
+
+
 @pytest.mark.parametrize("name", ["owner/some-XL", "https://huggingface.co/owner/some-XL", "https://hf.co/owner/some-XL/"])
 @pytest.mark.parametrize("folder", ["some-XL", "owner/some-XL"])
 def test_a_repository_is_found_where_its_download_command_puts_it(tiny_sdxl, tmp_path, name, folder):

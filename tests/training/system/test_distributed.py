@@ -146,7 +146,9 @@ def test_another_number_of_processes_takes_the_same_steps_or_is_refused(tmp_path
 
 
 def test_rank_info_reads_the_variables_of_any_launcher(monkeypatch):
+    monkeypatch.setenv("RANK", "32")  # of another program
     assert training_processes.rank_info() == training_processes.RankInfo()
+    assert training_processes.needs_launcher(ProcessSettings(num_processes=2))
     for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": 1234}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
