@@ -37,12 +37,15 @@ def main() -> int:
 
 def empty_workspace(workspace: Path) -> Path:
     """Empty or create `workspace`, put the file MARK into it and return it. Refuses a folder that the demo did not create."""
-    if workspace.exists():
-        if any(workspace.iterdir()) and not (workspace / MARK).exists():
-            sys.exit(f"{workspace} contains files that were not created by the demo; choose another folder with --workspace")
-        shutil.rmtree(workspace)
-    workspace.mkdir(parents=True)
-    (workspace / MARK).touch()
+    try:
+        if workspace.exists():
+            if any(workspace.iterdir()) and not (workspace / MARK).exists():
+                sys.exit(f"{workspace} contains files that were not created by the demo; choose another folder with --workspace")
+            shutil.rmtree(workspace)
+        workspace.mkdir(parents=True)
+        (workspace / MARK).touch()
+    except OSError as error:
+        sys.exit(f"{workspace}: {error.strerror}; choose another folder with --workspace")
     return workspace
 
 

@@ -52,7 +52,9 @@ def main() -> None:
         journal, store = Journal(folder.collect_log), ImageStore(folder)
         jobs = plan.current_jobs(journal.done)
         todo = [job for job in jobs if job.key not in journal.done]
-        print(describe_plan(plan, len(jobs), len(todo), store.count_missing()))
+        prompts = settings.prompts_file
+        names_prompts = not plan.workflow.per_batch and ("prompts_file" in request.overrides or prompts.exists())
+        print(describe_plan(plan, len(jobs), len(todo), store.count_missing(), prompts if names_prompts else None))
         failed = run_jobs(todo, plan, journal, store, settings) if todo else 0
     if failed and not {job.key for job in jobs} & {key for key, _node, _index in journal.images}:
         raise ComfyUIError("ComfyUI returned no images; the reasons are listed above")

@@ -1,5 +1,10 @@
 """Write OUTPUT_DIR/report.html: one page that shows the data set, the training run and what it learned."""
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while libraries are imported ends the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import sys
 from dataclasses import dataclass
 

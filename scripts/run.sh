@@ -10,7 +10,7 @@ Options:
   --collect, --caption, --train
               run only these stages (default: all three)
   --review    stop before training, to look at the images and captions; REVIEW=1 does the same
-  --report    write the page output/report.html from what the stages have left, which every stage does at its end, too
+  --report    write the page output/report.html from what the stages have left, as is done after each stage, too
   --check     check the requirements of each stage and exit
   --version   print the version and exit
   -h, --help  print this text and exit
@@ -182,7 +182,7 @@ for stage in "${stages[@]}"; do
     say "$stage: started"
     SECONDS=0
     run_stage "$stage"
-    [[ $stopped_by ]] || report
+    [[ $stopped_by || ($stage == train_lora && $code == 0) ]] || report # training writes it before it ends
     # What a finished run says last is what the user should read.
     [[ $code == 0 && $stage == "${stages[-1]}" ]] || say "$stage: exit code $code after $SECONDS s"
     if ((code > 1)) || [[ $code == 1 && $strict ]]; then exit "$code"; fi

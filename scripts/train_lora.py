@@ -81,6 +81,7 @@ def main(argv: list[str]) -> None:
         read = partial(reader.call_and_close if reader else call, read_inputs, project, settings)
         with in_background(read, start=ranks.rank == 0 and not request.check) as inputs, exit_on_signals(STAGE):
             import_training()
+            from training.callbacks.report_page import write_report_page
             from training.job import TrainingJob, resolve_on_all_ranks
             from training.preflight import check
             from training.results import print_next_steps
@@ -107,6 +108,8 @@ def main(argv: list[str]) -> None:
                 clean_up(run)
                 print(f"nothing to do: {run.outputs.lora} is finished, with exactly these settings, images and captions")
                 print_next_steps(run)
+            if group.is_main_process:
+                write_report_page(project, settings.data)
         if ranks.rank == 0:
             require_all_images(inputs.result()[2])
 

@@ -235,6 +235,8 @@ def test_demo_does_not_empty_a_folder_that_it_did_not_create(tmp_path):
     empty_workspace(tmp_path / "workspace")
     (tmp_path / "workspace" / "old.txt").touch()
     assert [path.name for path in empty_workspace(tmp_path / "workspace").iterdir()] == [".made-by-loracat-demo"]
+    with pytest.raises(SystemExit, match=r"thesis\.txt: Not a directory; choose another folder with --workspace"):
+        empty_workspace(tmp_path / "thesis.txt")
 
 
 @pytest.mark.parametrize("name", ["caption", "collect", "report", "step", "train"])

@@ -168,11 +168,12 @@ def test_the_preset_is_chosen_by_the_strongest_source(tmp_path, monkeypatch, ove
 def test_an_unknown_preset_is_refused_with_those_that_exist(tmp_path, name):
     for file, variables in ((f"[project]\npreset = '{name}'\n", {}), ("", {"PRESET": name})):
         with pytest.raises(SettingsError) as refused:
-            resolve(write(tmp_path, file), variables, ["lora_rank=x"], Everything)
+            resolve(write(tmp_path, file), variables | {"LORA_RNK": "8"}, ["lora_rank=x"], Everything)
         assert str(refused.value).splitlines() == [
             "invalid settings:",
             f"  - preset: there is none called {name!r}; choose one of {', '.join(PRESETS)}, or leave it empty",
             "  - lora_rank (--set): 'x' must be a whole number",
+            "  - unknown variable LORA_RNK in the environment: it has no effect; did you mean LORA_RANK?",
         ]
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -186,10 +187,11 @@ def _as_count(value: Any) -> int:
     return int(value) if isinstance(value, int | float) and 0 < value < 1e9 else 0
 
 
-def describe_plan(plan: Plan, jobs: int, todo: int, missing: int) -> str:
+def describe_plan(plan: Plan, jobs: int, todo: int, missing: int, unused_prompts: Path | None = None) -> str:
     """What a run is about to do: the lines that it begins with.
 
-    `todo` of its `jobs` are not done, and `missing` of the images collected so far are no longer in the folder.
+    `todo` of its `jobs` are not done, and `missing` of the images collected so far are no longer in the folder. `unused_prompts` is
+    a file of prompts that the workflow has no place for.
     """
     workflow = plan.workflow
     nodes, shown = len(workflow.graph), 12
@@ -199,6 +201,8 @@ def describe_plan(plan: Plan, jobs: int, todo: int, missing: int) -> str:
         per_batch if workflow.per_batch else "Full-workflow mode: one submission",
         f"Collecting images from {len(workflow.output_nodes)} of {nodes} nodes: {outputs}",
     ]
+    if unused_prompts:
+        lines.append(f"Prompts: {unused_prompts} is not used (workflow_config.json does not set positive_prompt_node)")
     loaders = [node_label(workflow.graph, ref.node) for ref in workflow.face_inputs]
     if plan.faces:
         used, left_out = loaders[: len(plan.faces)], loaders[len(plan.faces) :]

@@ -182,10 +182,10 @@ def resolve(
     settings = None if None in filled.values() else tables(**filled)
     if settings and hasattr(settings, "validate"):
         problems += settings.validate()
-    if problems:
-        raise SettingsError(bullet_list("invalid settings:", problems))
     known = known_variables(SETTINGS_FILE, (key.name for key in keys))
     unknown = find_unknown_variables(known, environment, ENV_FILE)
+    if problems:
+        raise SettingsError(bullet_list("invalid settings:", [*problems, *unknown]))
     return Request(
         check=check is not None,
         inputs_pending=check == "ahead",

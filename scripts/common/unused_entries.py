@@ -20,7 +20,7 @@ from common.dataset_layout import (
     name_in,
 )
 from common.errors import abbreviated
-from common.image_folders import FOLDER_FILE, ImageFolder, find_folders
+from common.image_folders import FOLDER_FILE, MAX_REPEATS, ImageFolder, find_folders
 from common.image_formats import (
     FORMAT_NAMES,
     HEAD_BYTES,
@@ -88,7 +88,9 @@ def _describe_unused(path: Path, stems: Collection[Path]) -> str | None:
             return "OneTrainer's image for conditioning, which is not used"
         if not path.exists():
             return "a link to nothing"
-        return "has the stem of another image, which is used" if path.is_file() else "a folder"
+        if path.is_file():
+            return "has the stem of another image, which is used"
+        return "a folder" if path.is_dir() else "not a file"
     if not path.is_file() or suffix in CAPTION_SUFFIXES:
         return None
     if suffix in UNREAD_SUFFIXES:
@@ -118,7 +120,8 @@ def _unused_folders(folder: Path, folders: Iterable[ImageFolder]) -> dict[str, s
                 continue
             if suffixes & {*IMAGE_SUFFIXES, *UNREAD_SUFFIXES}:
                 move = "" if parent == folder else f"move it into {folder.name}/ and "
-                use = f"{move}call it N_name for N repeats to use it"
+                most = f", at most {MAX_REPEATS}," if re.match(r"\d+_.", path.name) else ""
+                use = f"{move}call it N_name for N repeats{most} to use it"
                 if "mask" in path.name.lower() or path.name.lower().startswith("conditioning"):
                     use = f"if these are masks, move its files to {folder.parent.name}/{MASK_FOLDER}/"
                 found[name_in(folder, path)] = f"a folder with images; {use}"

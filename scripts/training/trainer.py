@@ -62,7 +62,8 @@ def train(
         prepare_outputs(job)
     prepare_device(job)
     history = recorded(job, group) if group.is_main_process else contextlib.nullcontext()
-    with history, translate_cuda_oom(job), memory_guard(job.budget.thresholds) as guard:
+    is_fresh = job.settings.saving.fresh
+    with history, resumed_without_fresh(is_fresh), translate_cuda_oom(job), memory_guard(job.budget.thresholds) as guard:
         with rehearsing(job, rehearser):
             with networks_in_background(job) as load:
                 examples, prompts = encode(job, group, encoder)
@@ -125,6 +126,17 @@ def train(
         keep_one(job.outputs.state, job.plan.shared_prefix_steps)
         report_results(job, len(modules))
     return True
+
+
+@contextlib.contextmanager
+def resumed_without_fresh(is_fresh: bool) -> Iterator[None]:
+    """With FRESH=1, the same command would begin again: a request to stop within the block says which one resumes."""
+    try:
+        yield
+    except Interruption as stop:
+        if is_fresh:
+            stop.args = (str(stop).replace("the same command again", "the same command again, but without FRESH=1,"),)
+        raise
 
 
 def begin_from_file(job: TrainingJob, group: ProcessGroup, adapter: Adapter) -> None:

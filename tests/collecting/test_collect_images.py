@@ -120,6 +120,13 @@ def test_full_workflow_is_submitted_once_and_only_images_with_the_prefix_are_dow
             assert json.loads(image.text["prompt"])[line["node"]]["inputs"]["filename_prefix"].endswith("Z_IMG_FINAL")
 
 
+def test_a_file_of_prompts_that_the_workflow_has_no_place_for_is_named(full, standin, collect):
+    assert "Prompts: " not in collect().out
+    result = collect(PROMPTS_FILE="/absent/mine.json")
+    assert result.code == 0
+    assert "Prompts: /absent/mine.json is not used (workflow_config.json does not set positive_prompt_node)\n" in result.out
+
+
 def test_name_that_the_server_returns_is_set_in_the_workflow(batch, standin, collect, change):
     (standin.folder / "input" / "elsewhere").mkdir()
     (standin.folder / "input" / "elsewhere" / "mine.png").write_bytes(png())

@@ -53,6 +53,9 @@ def test_a_folder_file_makes_a_folder_part_of_the_data_set_and_counts_more_than_
     assert unused_entries(dataset.images, find_images(dataset.images)) == {
         "other": "a folder with images; call it N_name for N repeats to use it"
     }
+    add(dataset.images, "999999_many/g.png")
+    most = "a folder with images; call it N_name for N repeats, at most 99999, to use it"
+    assert unused_entries(dataset.images, find_images(dataset.images))["999999_many"] == most
     dataset.exclusions.write_text("alice\n")
     assert "alice/a.png" not in [name_in(dataset.images, image.path) for image in select_images(dataset).images]
     (dataset.images / "folder.toml").write_text('trigger = "top word"')

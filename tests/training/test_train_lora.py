@@ -61,7 +61,9 @@ def test_a_whole_run_leaves_exactly_these_files(finished):
         ]
     )
     assert sorted(path.name for path in stage.models.iterdir()) == []
-    assert "The run is not finished." in (stage.output / "report.html").read_text(encoding="utf-8")  # written at the save
+    page = (stage.output / "report.html").read_text(encoding="utf-8")  # written at the save, and again at the end
+    assert "sks-recommended.safetensors" in page
+    assert "The run is not finished." not in page
 
 
 def test_the_history_says_on_what_and_how_long_the_run_took(finished):

@@ -219,7 +219,10 @@ def test_an_optimizer_that_cannot_be_used_is_one_line_before_anything_is_encoded
 @pytest.mark.parametrize(
     "settings",
     [
-        {"LORA_TYPE": "loha", "LORA_CONV_RANK": 2, "LORA_RANK_PATTERN": r"transformer_blocks\.[1-9]=0 attn2=3:1.5"},
+        pytest.param(
+            {"LORA_TYPE": "loha", "LORA_CONV_RANK": 2, "LORA_RANK_PATTERN": r"transformer_blocks\.[1-9]=0 attn2=3:1.5"},
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             {"LORA_DROPOUT": 0.3, "LORA_RSLORA": "true", "LORA_RANK_PATTERN": r"transformer_blocks\.[1-9]=0"},
             marks=pytest.mark.long,

@@ -1,4 +1,4 @@
-"""The report page while training runs: scripts/report.py writes it after each LoRA file, in a process of the lowest priority."""
+"""The report page of a run: scripts/report.py writes it after each LoRA file, at the lowest priority, and at the end."""
 
 import os
 import subprocess
@@ -41,6 +41,15 @@ class ReportPage(Callback):
             self._is_due = False
             self._start()
 
+    def write(self) -> None:
+        """Write the page now, and wait for it."""
+        self._start(niceness=0)
+        try:
+            if self.process:
+                self.process.wait()
+        finally:
+            self.close(0)
+
     def close(self, timeout_s: float) -> None:
         """Wait so long for a process that is running, then end it."""
         if not self.process:
@@ -56,7 +65,7 @@ class ReportPage(Callback):
         self.process.kill()
         self.process.communicate()
 
-    def _start(self) -> None:
+    def _start(self, niceness: int = NICENESS) -> None:
         # The settings are those of this run, whichever file or flags they came from.
         command = [sys.executable, str(REPORT), "--config", os.devnull]
         for each in self._settings:
@@ -71,7 +80,8 @@ class ReportPage(Callback):
                 errors="replace",
                 start_new_session=True,  # Ctrl-C is for the parent alone
             )
-            os.setpriority(os.PRIO_PROCESS, self.process.pid, NICENESS)
+            if niceness:
+                os.setpriority(os.PRIO_PROCESS, self.process.pid, niceness)
         except OSError as error:
             self._warn(error.strerror)
 
@@ -86,6 +96,11 @@ class ReportPage(Callback):
         if not self._has_warned:
             print(f"warning: the report page was not written: {problem}", flush=True)
         self._has_warned = True
+
+
+def write_report_page(project: ProjectSettings, data: SharedDataSettings) -> None:
+    """Write the page and wait for it. What goes wrong is one warning."""
+    ReportPage(project, data, lambda before, after: False).write()
 
 
 @contextmanager

@@ -202,13 +202,14 @@ def _announcement(choice: _Choice, requested: _Choice, prompts: Sequence[SampleP
         for text, before, after in (
             ("steps", requested.steps, choice.steps),
             ("size", requested.size, choice.size),
-            ("epochs between them", requested.every, choice.every),
+            ("epochs between images", requested.every, choice.every),
             ("lower strengths", len(requested.lower_strengths), strengths),
         )
         if before != after
     ]
+    notes = [f"lowered: {', '.join(lowered)}"] if lowered else []
     if share > MAX_SHARE and not strengths:
-        lowered.append("there are no fewer in a run of so few training samples, unless SAMPLES=false")
+        notes.append("a short run has no fewer; SAMPLES=false: none")
     sizes = sorted({f"{prompt.width}x{prompt.height}" for prompt in prompts})
     steps = sorted({prompt.steps for prompt in prompts})
     of = f"base model, {loras} LoRA{'s' if loras > 1 else ''}"
@@ -216,4 +217,4 @@ def _announcement(choice: _Choice, requested: _Choice, prompts: Sequence[SampleP
     how = f"{'/'.join(sizes)}, {'/'.join(map(str, steps))} steps"
     cost = f"about {max(1, round(100 * share))} % of the training time"
     line = f"sample images: {len(prompts)} prompts x {1 + loras + strengths} ({of}), {how}: {cost}"
-    return line + (f" ({', '.join(lowered)})" if lowered else "")
+    return line + (f" ({'; '.join(notes)})" if notes else "")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from common.project import ProjectSettings, SharedDataSettings
-from training.callbacks.report_page import NICENESS, ReportPage, report_page
+from training.callbacks.report_page import NICENESS, ReportPage, report_page, write_report_page
 from training.data.buckets import Bucket, OptimizerStep
 from training.loop import Progress
 
@@ -38,6 +38,17 @@ def test_the_page_is_written_after_a_save_with_the_lowest_priority(project):
         save(page)
         assert os.getpriority(os.PRIO_PROCESS, page.process.pid) == NICENESS
     assert "sks=1 - LoRACat report" in (project.output_dir / "report.html").read_text(encoding="utf-8")
+
+
+def test_at_the_end_it_is_written_and_waited_for(project, capsys):
+    write_report_page(project, SharedDataSettings())
+    page = project.output_dir / "report.html"
+    assert "sks=1 - LoRACat report" in page.read_text(encoding="utf-8")
+    assert capsys.readouterr().out == ""
+    page.unlink()
+    page.mkdir()
+    write_report_page(project, SharedDataSettings())
+    assert capsys.readouterr().out.startswith("warning: the report page was not written: report: ")
 
 
 def test_the_page_reads_captions_and_transparency_as_the_run_does(project):

@@ -77,7 +77,7 @@ def test_first_steps_then_size_then_rows_are_lowered(planned):
     plan, settings = planned(4, 100)
     assert (settings.sample_steps, settings.sample_size) == (12, 768)
     assert [epochs for epochs in range(1, 100) if plan.is_due(epochs - 1, epochs)] == [50]  # the middle is always there
-    assert "steps 20 -> 12, size 1024 -> 768, epochs between them 5 -> 50" in plan.announcement
+    assert "steps 20 -> 12, size 1024 -> 768, epochs between images 5 -> 50" in plan.announcement
 
 
 def test_short_runs_have_base_middle_and_last_and_say_what_they_cost(planned):
@@ -91,7 +91,7 @@ def test_short_runs_have_base_middle_and_last_and_say_what_they_cost(planned):
     assert "lower strengths 2 -> 0), and 5.0 GiB" in plan.announcement
     plan, _ = planned(25, 20)
     assert "about 28 % of the training time (" in plan.announcement
-    assert "strengths 2 -> 0, there are no fewer in a run of so few training samples, unless SAMPLES=false)" in plan.announcement
+    assert "strengths 2 -> 0; a short run has no fewer; SAMPLES=false: none)" in plan.announcement
     again, _ = planned(40, 20, recorded={"samples": True} | {name: getattr(settings, name) for name in CHOICES})
     assert again.lower_strengths == ()
     assert planned(25, 20, sample_every_epochs=10)[0].lower_strengths == (0.6, 0.8)
