@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
             from training.results import print_next_steps
             from training.system.device import release_memory
             from training.system.process_group import process_group
-            from training.trainer import clean_up, train
+            from training.trainer import clean_up, resumed_without_fresh, train
 
         if request.check:
             check(project, settings, inputs_pending=request.inputs_pending)
@@ -109,7 +109,9 @@ def main(argv: list[str]) -> None:
                 print(f"nothing to do: {run.outputs.lora} is finished, with exactly these settings, images and captions")
                 print_next_steps(run)
             if group.is_main_process:
-                write_report_page(project, settings.data)
+                stop_on_signals()  # the loop only notes them, and asks between two steps
+                with resumed_without_fresh(settings.saving.fresh):
+                    write_report_page(project, settings.data)
         if ranks.rank == 0:
             require_all_images(inputs.result()[2])
 

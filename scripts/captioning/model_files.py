@@ -48,7 +48,8 @@ def download_model(name: str, models_dir: Path) -> Path:
 
 def model_size_on_hub(name: str, models_dir: Path) -> int:
     """Bytes of the model on the hub, asked for with one request. Raises like `download_model` if it cannot be downloaded."""
-    if folder := _as_path(name):
+    if own := _as_path(name):
+        folder = own if own.is_dir() else REPOSITORY / own
         if not folder.is_dir():
             raise SettingsError(f"caption_model: {name} is not a folder")
         lists = [path.name for path in sorted(folder.glob("*.json")) if path.name not in DESCRIPTIONS]

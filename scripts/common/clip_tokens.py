@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import read_file
+from common.settings import REPOSITORY
 
 CHUNK_TOKENS = 75
 """Tokens of text that CLIP's text encoders read at once; with start and end they are 77."""
@@ -63,9 +64,15 @@ def raising_value_error() -> Iterator[None]:
         raise ValueError(str(error)) from None
 
 
+def base_model_places(base_model: str, models_dir: Path) -> list[Path]:
+    """Where a base model of that name or path may be, `models_dir` first."""
+    path = Path(os.path.expanduser(base_model))
+    return [models_dir / base_model, path, REPOSITORY / path]
+
+
 def find_clip_tokens(models_dir: Path, base_model: str) -> ClipTokens | None:
     """The tokenizer of `base_model`, or of any other model in `models_dir`: all SDXL models share one. None if there is none."""
-    for model in (models_dir / base_model, Path(os.path.expanduser(base_model)), *sorted(models_dir.glob("*"))):
+    for model in (*base_model_places(base_model, models_dir), *sorted(models_dir.glob("*"))):
         with suppress(OSError, ValueError):
             if {_START, _END} <= read_vocabulary(model / TOKENIZERS[0]).keys():
                 return ClipTokens(model / TOKENIZERS[0])
@@ -74,7 +81,7 @@ def find_clip_tokens(models_dir: Path, base_model: str) -> ClipTokens | None:
 
 def find_vocabulary(models_dir: Path, base_model: str) -> dict[str, int]:
     """The vocabulary of the same tokenizer; {} if there is none."""
-    for model in (models_dir / base_model, Path(os.path.expanduser(base_model)), *sorted(models_dir.glob("*"))):
+    for model in (*base_model_places(base_model, models_dir), *sorted(models_dir.glob("*"))):
         with suppress(OSError):
             if vocabulary := read_vocabulary(model / TOKENIZERS[0]):
                 return vocabulary

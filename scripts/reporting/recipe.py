@@ -19,8 +19,8 @@ _ORIGIN = re.compile(r"^([A-Za-z0-9_]+) = .*  # set by ([^\"']+)$")
 """A line of the resolved settings whose value is not the default."""
 _PATH = re.compile(r"[/~\\]|\.\.[/\\]|[A-Za-z]:[\\/]|file:")
 """How a path begins that may lead out of the project."""
-_IMAGES_PER_STEP = ".train_batch_size", ".gradient_accumulation_steps"
-"""The settings whose product this is."""
+_IMAGES_PER_STEP = ".train_batch_size", ".gradient_accumulation_steps", ".num_processes"
+"""The settings whose product this is. The run may have changed one of them for another that was set."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ def read_settings(text: str) -> tuple[Setting, ...]:
 def repeat_command(settings: Sequence[Setting]) -> str:
     """The command that trains with these settings again: those that are not the defaults, as environment variables.
 
-    The run may have split a batch that was set into smaller ones: then it changed their number as well.
+    Of those that say how many images a step has, all or none: a run that splits a batch accumulates more of them.
     """
     of_step = [setting for setting in settings if setting.key.endswith(_IMAGES_PER_STEP)]
-    is_step_set = any(setting.origin for setting in of_step)
+    is_step_set = any(setting.origin or (setting.key.endswith("_steps") and setting.value != "1") for setting in of_step)
     chosen = [setting.assignment for setting in settings if setting.origin or (is_step_set and setting in of_step)]
     return " ".join([*chosen, "docker compose run --rm loracat --train"])
 

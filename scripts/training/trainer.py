@@ -130,12 +130,12 @@ def train(
 
 @contextlib.contextmanager
 def resumed_without_fresh(is_fresh: bool) -> Iterator[None]:
-    """With FRESH=1, the same command would begin again: a request to stop within the block says which one resumes."""
+    """With FRESH=1, the same command would begin again: what ends the block says which one resumes."""
     try:
         yield
-    except Interruption as stop:
+    except (Interruption, ResourceError) as end:
         if is_fresh:
-            stop.args = (str(stop).replace("the same command again", "the same command again, but without FRESH=1,"),)
+            end.args = (str(end).replace("the same command again", "the same command again (without FRESH=1)"),)
         raise
 
 

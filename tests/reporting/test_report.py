@@ -91,10 +91,15 @@ def test_a_list_in_the_settings_is_part_of_the_command_that_repeats_the_run(proj
 
 
 @pytest.mark.parametrize(
-    ("origin", "begins"), [("  # set by environment", "TRAIN_BATCH_SIZE=4 GRADIENT_ACCUMULATION_STEPS=2 "), ("", "")]
+    ("origin", "accumulation", "begins"),
+    [
+        ("  # set by environment", 2, "TRAIN_BATCH_SIZE=4 GRADIENT_ACCUMULATION_STEPS=2 "),
+        ("", 2, "TRAIN_BATCH_SIZE=4 GRADIENT_ACCUMULATION_STEPS=2 "),
+        ("", 1, ""),
+    ],
 )
-def test_a_batch_that_the_run_has_split_is_in_the_command_with_its_accumulation(project, origin, begins):
-    split = f"[train.run]\ntrain_batch_size = 4{origin}\ngradient_accumulation_steps = 2\n\n"
+def test_the_command_that_repeats_a_run_has_as_many_images_in_a_step(project, origin, accumulation, begins):
+    split = f"[train.run]\ntrain_batch_size = 4{origin}\ngradient_accumulation_steps = {accumulation}\n\n"
     project.add_run(config=split + '[train.saving]\noutput_name = "sks_woman"\n')
     assert f">{begins}docker compose run --rm loracat --train" in project.html()
 

@@ -90,7 +90,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_loses_nothing(images, mount_tmpfs
 def test_a_stopped_run_that_began_anew_says_how_to_continue_it(images):
     """The same command would begin anew again."""
     stopped = images.stopped(1, signal.SIGINT, FRESH=1, **SHORT | LONG_STEPS)
-    message = "train_lora: stopped by SIGINT; run the same command again, but without FRESH=1, to resume\n"
+    message = "train_lora: stopped by SIGINT; run the same command again (without FRESH=1) to resume\n"
     assert (stopped.returncode, stopped.stderr) == (130, message)
     taken = images.steps_taken()
     again = images.stopped(taken + 1, signal.SIGTERM, **SHORT | LONG_STEPS)

@@ -46,7 +46,7 @@ class ReportPage(Callback):
         self._start(niceness=0)
         try:
             if self.process:
-                self.process.wait()
+                self._collect()
         finally:
             self.close(0)
 
@@ -86,7 +86,7 @@ class ReportPage(Callback):
             self._warn(error.strerror)
 
     def _collect(self) -> None:
-        """Read what a process that has ended says."""
+        """Read what the process says until it ends."""
         _, errors = self.process.communicate()
         if self.process.returncode:
             self._warn((errors.splitlines() or [f"exit code {self.process.returncode}"])[-1])

@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.clip_tokens import TOKENIZERS, find_tokenizers_in
+from common.clip_tokens import TOKENIZERS, base_model_places, find_tokenizers_in
 from common.errors import ModelError
 from common.files import read_cached_json, sha256_of, write_cached_json
 from common.hub import HubError, download, download_command, file_size_bytes, repository_id
-from common.settings import REPOSITORY
 from training.models.diffusers_folder import read_folder
 from training.models.sdxl import BaseModel, Component, Schedule
 from training.models.single_file import read_file
@@ -50,8 +48,8 @@ def find_base(base_model: str, models_dir: Path) -> BaseModel:
     Raises ModelError with everything that is wrong with it.
     """
     name = base_model.strip()
-    here = Path(os.path.expanduser(name))
-    candidates = [models_dir / name, models_dir / f"{name}.safetensors", here, REPOSITORY / here] if name else []
+    in_models_dir, *elsewhere = base_model_places(name, models_dir)
+    candidates = [in_models_dir, models_dir / f"{name}.safetensors", *elsewhere] if name else []
     repository = None if name.endswith(".safetensors") else repository_id(name)
     if repository:  # where the command below downloads it to, and below its owner's name
         candidates += [models_dir / repository, models_dir / repository.split("/")[1]]

@@ -197,7 +197,7 @@ class MemoryGuard:
         """Read the memory once and act on it."""
         memory = self._read()
         if memory.available < self._limits.emergency:
-            _report(memory, "stopping immediately; run the same command to resume from the last checkpoint")
+            _report(memory, "stopping immediately; run the same command again (without FRESH=1) to resume from the last checkpoint")
             os._exit(MemoryShort.exit_code)
         is_low = memory.available < self._limits.stop or memory.pressure > MAX_PRESSURE
         self._low_polls = self._low_polls + 1 if is_low else 0

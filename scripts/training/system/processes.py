@@ -177,7 +177,7 @@ def _exit_code(children: Sequence[subprocess.Popen], failed: Sequence[int]) -> i
         name = signal.Signals(-codes[signalled[0]]).name
         raise ResourceError(
             f"process {signalled[0] + 1} of {len(children)} on this machine was ended by {name}, as the kernel does when memory "
-            "runs out; run the same command again to resume from the last checkpoint"
+            "runs out; run the same command again (without FRESH=1) to resume from the last checkpoint"
         )
     causes = [code for code in codes.values() if code != ResourceError.exit_code]  # 6 is also the code of a lost peer
     return next(iter(causes or codes.values()), 0)

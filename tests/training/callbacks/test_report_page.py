@@ -1,12 +1,15 @@
 """The report page while training runs: real processes of scripts/report.py."""
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from common.errors import MEMORY_SIGNAL, Stopped, stop_on_signals
 from common.project import ProjectSettings, SharedDataSettings
 from training.callbacks.report_page import NICENESS, ReportPage, report_page, write_report_page
 from training.data.buckets import Bucket, OptimizerStep
@@ -49,6 +52,25 @@ def test_at_the_end_it_is_written_and_waited_for(project, capsys):
     page.mkdir()
     write_report_page(project, SharedDataSettings())
     assert capsys.readouterr().out.startswith("warning: the report page was not written: report: ")
+
+
+def test_a_signal_ends_the_page_at_the_end_of_a_run(project, monkeypatch, tmp_path):
+    """Whatever its process says meanwhile."""
+    program = tmp_path / "slow.py"
+    program.write_text("import sys, time\nsys.stderr.write('x' * 200_000)\nsys.stderr.flush()\ntime.sleep(60)")
+    monkeypatch.setattr("training.callbacks.report_page.REPORT", program)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, MEMORY_SIGNAL)}
+    begin = time.monotonic()
+    try:
+        stop_on_signals()
+        timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        with pytest.raises(Stopped):
+            write_report_page(project, SharedDataSettings())
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert time.monotonic() - begin < 30
 
 
 def test_the_page_reads_captions_and_transparency_as_the_run_does(project):

@@ -10,6 +10,7 @@ import torch
 from base_models import change_json, refusal
 from safetensors.torch import load_file, save_file
 
+from common.clip_tokens import find_vocabulary
 from common.errors import ModelError
 from common.weights import digest
 from demo import tiny_sdxl as miniature
@@ -28,8 +29,10 @@ def test_a_relative_path_is_one_from_the_current_folder_or_the_repository(tiny_s
     monkeypatch.chdir(tiny_sdxl.parent)
     assert find_base(f"./{tiny_sdxl.name}", tmp_path).path.resolve() == tiny_sdxl.resolve()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(base_model, "REPOSITORY", tiny_sdxl.parent)
+    monkeypatch.setattr("common.clip_tokens.REPOSITORY", tiny_sdxl.parent)
     assert find_base(f"./{tiny_sdxl.name}", tmp_path).path == tiny_sdxl
+    assert find_vocabulary(tmp_path, f"./{tiny_sdxl.name}")
+    assert find_vocabulary(tmp_path, "./absent") == {}
 
 
 @pytest.mark.parametrize("name", ["owner/some-XL", "https://huggingface.co/owner/some-XL", "https://hf.co/owner/some-XL/"])
