@@ -56,6 +56,7 @@ def unmarked_v(stage):
     return stage
 
 
+@pytest.mark.long
 def test_an_unmarked_v_prediction_model_is_trained_as_one(unmarked_v):
     stage = unmarked_v
     assert "; epsilon, which the first run measures\n" in stage.run("--check").stdout

@@ -208,6 +208,7 @@ def test_batch_size_auto_takes_what_fits_and_goes_on_with_it(stage):
     assert "batch size: 3 (auto: the largest for " in stage.trained(**once)
 
 
+@pytest.mark.long
 def test_a_single_file_trains_the_same_lora_as_its_folder_with_any_number_of_workers(finished, stage, tiny_single_file, tiny_sdxl):
     shutil.copytree(finished.stage.dataset, stage.dataset, dirs_exist_ok=True)
     for name in ("tokenizer", "tokenizer_2"):

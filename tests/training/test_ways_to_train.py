@@ -57,6 +57,7 @@ def test_another_loss_is_another_run(images):
     assert "nothing to do" in images.trained(**QUICK, LOSS="huber")
 
 
+@pytest.mark.long
 def test_a_dora_is_trained_by_the_fast_engine_and_has_its_scales(images):
     output = images.trained(**QUICK, LORA_TYPE="dora", ENGINE="fast")
     assert "engine: fast (ENGINE=fast)" in output

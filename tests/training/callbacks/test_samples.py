@@ -219,6 +219,7 @@ def test_a_run_that_is_stopped_has_the_same_images(sampled, stage, tmp_path):
     assert tensors_of_loras(stage) == tensors_of_loras(sampled.stage)
 
 
+@pytest.mark.long
 def test_a_finished_run_renders_nothing_and_a_new_one_archives_its_images(sampled, stage):
     shutil.copytree(sampled.stage.dataset, stage.dataset, dirs_exist_ok=True)
     shutil.copytree(sampled.stage.output, stage.output)
