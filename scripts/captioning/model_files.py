@@ -7,7 +7,7 @@ from captioning.onnx_file import read_onnx
 from captioning.preprocessing import DESCRIPTIONS
 from common.errors import ModelError, SettingsError
 from common.hub import HubError, MissingFileError, download, download_command, file_size_bytes, repository_id
-from common.settings import REPOSITORY
+from common.settings import places_of_path
 
 MODEL_FILE = "model.onnx"
 TAGS_FILE = "selected_tags.csv"
@@ -23,7 +23,7 @@ def find_model(name: str, models_dir: Path) -> Path | None:
     """
     path = Path(repository_id(name) or name)
     own = _as_path(name)
-    candidates = [own, REPOSITORY / own] if own else [models_dir / path.name, models_dir / path, path, REPOSITORY / path]
+    candidates = places_of_path(own) if own else (models_dir / path.name, models_dir / path, *places_of_path(path))
     return next((folder for folder in candidates if not _missing_files(folder)), None)
 
 
@@ -49,8 +49,8 @@ def download_model(name: str, models_dir: Path) -> Path:
 def model_size_on_hub(name: str, models_dir: Path) -> int:
     """Bytes of the model on the hub, asked for with one request. Raises like `download_model` if it cannot be downloaded."""
     if own := _as_path(name):
-        folder = own if own.is_dir() else REPOSITORY / own
-        if not folder.is_dir():
+        folder = next((place for place in places_of_path(own) if place.is_dir()), None)
+        if folder is None:
             raise SettingsError(f"caption_model: {name} is not a folder")
         lists = [path.name for path in sorted(folder.glob("*.json")) if path.name not in DESCRIPTIONS]
         if TAGS_FILE in _missing_files(folder) and lists:

@@ -187,11 +187,11 @@ def _as_count(value: Any) -> int:
     return int(value) if isinstance(value, int | float) and 0 < value < 1e9 else 0
 
 
-def describe_plan(plan: Plan, jobs: int, todo: int, missing: int, unused_prompts: Path | None = None) -> str:
+def describe_plan(plan: Plan, jobs: int, todo: int, missing: int, unused_prompts: Path | None) -> str:
     """What a run is about to do: the lines that it begins with.
 
     `todo` of its `jobs` are not done, and `missing` of the images collected so far are no longer in the folder. `unused_prompts` is
-    a file of prompts that the workflow has no place for.
+    a file of prompts that the workflow has no place for, if there is one.
     """
     workflow = plan.workflow
     nodes, shown = len(workflow.graph), 12

@@ -1,7 +1,6 @@
 """CLIP's tokenizers in model folders: find them, and count a caption's tokens. Needs neither torch nor transformers."""
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import read_file
-from common.settings import REPOSITORY
+from common.settings import places_of_path
 
 CHUNK_TOKENS = 75
 """Tokens of text that CLIP's text encoders read at once; with start and end they are 77."""
@@ -66,8 +65,7 @@ def raising_value_error() -> Iterator[None]:
 
 def base_model_places(base_model: str, models_dir: Path) -> list[Path]:
     """Where a base model of that name or path may be, `models_dir` first."""
-    path = Path(os.path.expanduser(base_model))
-    return [models_dir / base_model, path, REPOSITORY / path]
+    return [models_dir / base_model, *places_of_path(base_model)]
 
 
 def find_clip_tokens(models_dir: Path, base_model: str) -> ClipTokens | None:

@@ -232,6 +232,12 @@ def all_keys(section: type) -> Iterator[dataclasses.Field]:
             yield key
 
 
+def places_of_path(path: str | Path) -> tuple[Path, Path]:
+    """Where a setting that can also be a name is looked for as a path: from the current folder, then from the repository."""
+    own = Path(os.path.expanduser(path))
+    return own, REPOSITORY / own
+
+
 def as_toml(value: Any) -> Any:
     """A value as it is written in the settings file."""
     if value is None:

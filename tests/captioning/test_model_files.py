@@ -33,7 +33,7 @@ def test_path_to_a_folder_is_taken_as_it_is(tmp_path, tiny, monkeypatch):
     assert find_model("mine", tmp_path / "elsewhere") == tmp_path / "elsewhere" / "mine"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_model("~/elsewhere/mine", tmp_path / "models") == tmp_path / "elsewhere" / "mine"
-    monkeypatch.setattr("captioning.model_files.REPOSITORY", tmp_path)
+    monkeypatch.setattr("common.settings.REPOSITORY", tmp_path)
     assert find_model("./elsewhere/mine", tmp_path / "models") == tmp_path / "elsewhere" / "mine"
     put(tiny, tmp_path / "models" / "other")
     assert find_model(str(tmp_path / "absent" / "other"), tmp_path / "models") is None

@@ -4,13 +4,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from common.captions import has_trigger
 from common.errors import SettingsError, bullet_list
 from common.files import parse_json
-from common.settings import REPOSITORY
+from common.settings import places_of_path
 from training.config import SampleSettings
 
 MAX_PROMPTS = 32
@@ -145,8 +144,7 @@ def _read(setting: str) -> tuple[str, str]:
     is_one_word_path = "\n" not in setting and re.search(r"\.(txt|json)\s*$", setting) is not None
     if not is_one_word_path:
         return "SAMPLE_PROMPTS", setting
-    name = Path(setting.strip()).expanduser()
-    path = next((each for each in (name, REPOSITORY / name) if each.is_file()), None)
+    path = next((place for place in places_of_path(setting.strip()) if place.is_file()), None)
     if path is None:
         raise SettingsError(f"SAMPLE_PROMPTS: {setting.strip()} is not a file; write the prompts into it, or leave it empty")
     try:

@@ -29,7 +29,7 @@ def test_a_relative_path_is_one_from_the_current_folder_or_the_repository(tiny_s
     monkeypatch.chdir(tiny_sdxl.parent)
     assert find_base(f"./{tiny_sdxl.name}", tmp_path).path.resolve() == tiny_sdxl.resolve()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("common.clip_tokens.REPOSITORY", tiny_sdxl.parent)
+    monkeypatch.setattr("common.settings.REPOSITORY", tiny_sdxl.parent)
     assert find_base(f"./{tiny_sdxl.name}", tmp_path).path == tiny_sdxl
     assert find_vocabulary(tmp_path, f"./{tiny_sdxl.name}")
     assert find_vocabulary(tmp_path, "./absent") == {}
